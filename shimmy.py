@@ -26,13 +26,14 @@ from its template. What the engine computes: a Job, which a Submit carries.
 
 Who owns what. JSON, tool calls and HTTP live in the main process. Chat templates come from downloaded files and run in
 a helper process, bounded in time and memory (Helpers). Tokens, KV cache and sampling live in the child, which alone
-imports llama_cpp. Frozen dataclasses cross the pipes, one message a step for all sequences together; what a child says is
-not trusted. In the child one thread receives, one tokenizes (Intake) and one beats; the main thread alone decodes: Engine
-takes the step that Scheduler plans, in cells that Cache gives out, and reads long prompts aside (PromptReader). A child
-ends with its pipe, however the parent went; on Linux an engine ends with the thread that starts them all, even while it
-is stopped. A crash in native code ends one child, and a Heartbeat that stops has it killed; its worker fails what ran
-there, and while a model loads, the Ladder loads it again with less. HTTP threads are one a connection and block. The
-watcher thread notices clients that leave. The ws thread runs asyncio and starts with the first upgrade.
+imports llama_cpp. Frozen dataclasses cross the pipes, one message a step for all sequences together; what a child says
+is not trusted. In the child one thread receives, one tokenizes, one reads grammars that take long (Intake) and one
+beats; the main thread alone decodes: Engine takes the step that Scheduler plans, in cells that Cache gives out, and
+reads long prompts aside (PromptReader). A child ends with its pipe, however the parent went; on Linux an engine ends
+with the thread that starts them all, even while it is stopped. A crash in native code ends one child, and a Heartbeat
+that stops has it killed; its worker fails what ran there, and while a model loads, the Ladder loads it again with less.
+HTTP threads are one a connection and block. The watcher thread notices clients that leave. The ws thread runs asyncio
+and starts with the first upgrade.
 """
 from __future__ import annotations
 
@@ -76,41 +77,32 @@ def child_command(entry: str, *arguments: str) -> list[str]:
     PYTHONDONTWRITEBYTECODE (as in many containers) wants no file there.
     """
     path = os.path.realpath(__file__)
-    flags = ["-B"] if sys.dont_write_bytecode else []
-    return [sys.executable, *flags, "-c", STARTER, _bytecode_prefix(path), entry, path, *arguments]
+    return [sys.executable, "-c", STARTER, _bytecode_prefix(path), entry, path, *arguments]
 
 
 def _bytecode_prefix(path: str) -> str:
     """A value for sys.pycache_prefix: "" is beside the file, os.devnull is nowhere."""
     from importlib.util import cache_from_source
 
-    beside = os.path.dirname(cache_from_source(path))
-    source = os.stat(path)
+    source, cached, own = os.stat(path), cache_from_source(path), os.path.join(user_cache(), "bytecode")
     if time.time() - source.st_mtime < 2.0:  # bytecode knows the second of its source: another change may come within it
         return os.devnull
-    owners = {0, source.st_uid}  # who may change the bytecode must be who may change the file
-    folder = beside if os.path.isdir(beside) else os.path.dirname(path)
-    if not sys.dont_write_bytecode and (sys.pycache_prefix or _trusted(folder, owners, beside)):
+    folder = os.path.dirname(cached) if os.path.isdir(os.path.dirname(cached)) else os.path.dirname(path)
+    # who may change the bytecode must be who may change the file
+    if not sys.dont_write_bytecode and (sys.pycache_prefix or _trusted({0, source.st_uid}, folder, cached)):
         return ""
-    own = os.path.join(user_cache(), "bytecode")
     try:
         os.makedirs(own, mode=0o700, exist_ok=True)
     except OSError:
         return os.devnull
-    return own if _trusted(own, set(), own) else os.devnull
+    return own if _trusted(set(), own) else os.devnull
 
 
-def _trusted(folder: str, owners: set[int], cache: str) -> bool:
-    """True if only `owners` and we can write the folder, and this file's bytecode in `cache`."""
-    if not os.access(folder, os.W_OK):
-        return False
-    stem = os.path.splitext(os.path.basename(__file__))[0]
-    try:
-        inside = [os.path.join(cache, n) for n in os.listdir(cache) if n.startswith(stem)] if os.path.isdir(cache) else []
-        found = [os.stat(f) for f in (folder, *inside)]
-    except OSError:
-        return False
-    return os.name != "posix" or all(f.st_uid in owners | {os.geteuid()} and not f.st_mode & 0o002 for f in found)
+def _trusted(owners: set[int], folder: str, *files: str) -> bool:
+    """True if only `owners` and we can write the folder, and those of the files that exist."""
+    found = [os.stat(path) for path in (folder, *files) if os.path.exists(path)]
+    ours = os.name != "posix" or all(f.st_uid in owners | {os.geteuid()} and not f.st_mode & 0o002 for f in found)
+    return ours and os.access(folder, os.W_OK)
 
 
 def user_cache() -> str:
@@ -122,7 +114,7 @@ def user_cache() -> str:
 
 
 def restart_from_bytecode() -> None:
-    """Runs the same command line from cached bytecode, in this process. A script keeps its syntax tree, 25 MB, while it runs.
+    """Runs the same command line from cached bytecode, in this process. A script keeps its syntax tree, 57 MB, while it runs.
 
     Only a server lives long enough for that to matter more than the 15 ms it takes.
     """
@@ -177,13 +169,12 @@ import stat
 import struct
 import threading
 import urllib.parse
-import weakref
 import zlib
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import IO, TYPE_CHECKING, Any, BinaryIO, ClassVar, NoReturn, Protocol, TypeVar
+from typing import IO, TYPE_CHECKING, Any, BinaryIO, ClassVar, NoReturn, TypeVar
 
 if TYPE_CHECKING:
     import ast
@@ -191,6 +182,7 @@ if TYPE_CHECKING:
     import http.client
     import subprocess
     from concurrent.futures import Executor
+    from fractions import Fraction
 
 __version__ = "0.1.0"
 
@@ -245,25 +237,35 @@ MAX_PULLS = 4  # that clients may have running at once; more would only share th
 HUB = "https://huggingface.co"
 
 
+ERROR_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 503: "overloaded_error"}
+
+
 class ApiError(Exception):
     """An answer that is an error: status, code, message, details and the field at fault (`param`)."""
 
     status = 500
     code = "server_error"
-    kind = "server_error"  # OpenAI's `type`
     message = "The server met an error"
+    param: str | None = None
+    headers: Mapping[str, str] = {}  # of the response
     sizes: tuple[int, ...] = ()  # what was too large, and the most it may be
 
-    def __init__(self, details: str = "", message: str | None = None, param: str | None = None) -> None:
+    def __init_subclass__(cls, **shape: Any) -> None:
+        for name, value in shape.items():
+            setattr(cls, name, value)
+
+    def __init__(self, details: str = "", message: str | None = None, param: str | None = None, hint: str = "") -> None:
         super().__init__(details)
-        self.message, self.details, self.param = message or self.message, details, param
+        self.message, self.details, self.param = message or self.message, details, param or self.param
+        self.hint = hint  # what the caller could name instead
 
     def __str__(self) -> str:
-        return f"{self.message}: {self.details}" if self.details else self.message
+        return (f"{self.message}: {self.details}" if self.details else self.message) + self.hint
 
-    def headers(self) -> dict[str, str]:
-        """Extra response headers, e.g. Allow or Retry-After."""
-        return {}
+    @property
+    def kind(self) -> str:
+        """OpenAI's `type`."""
+        return ERROR_TYPES.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
 
     def document(self, openai: bool = False) -> dict[str, Any]:
         """The error object of every route. OpenAI's routes add `type` and `param`; its packages show only `message`, so
@@ -274,95 +276,58 @@ class ApiError(Exception):
         return {"error": {"code": self.code, "message": self.message, "details": self.details}}
 
 
-class InvalidRequest(ApiError):
+class InvalidRequest(ApiError, code="invalid_request", message="The request is invalid"):
     """The request is wrong; message says what to change, param names the field."""
 
-    status, code, kind, message = 400, "invalid_request", "invalid_request_error", "The request is invalid"
-
-    def __init__(self, message: str, param: str | None = None, details: str = "", status: int = 400) -> None:
-        super().__init__(details or (f"Field '{param}' is at fault" if param else message), message, param)
+    def __init__(self, message: str, param: str | None = None, status: int = 400) -> None:
+        super().__init__(f"Field '{param}' is at fault" if param else message, message, param)
         self.status = status
 
     def __str__(self) -> str:
         return self.message
 
 
-class ContextLengthExceeded(ApiError):
+class ContextLengthExceeded(
+    ApiError, status=400, code="context_length_exceeded", message="The prompt does not fit the model's context"
+):
     """The prompt leaves no room for a token; details give both numbers, `sizes` too: its tokens, and the most there may be."""
 
-    status, code, kind = 400, "context_length_exceeded", "invalid_request_error"
-    message = "The prompt does not fit the model's context"
 
-
-class Unauthorized(ApiError):
+class Unauthorized(ApiError, status=401, code="unauthorized", message="A valid API key is required",
+                   headers={"WWW-Authenticate": "Bearer"}):  # fmt: skip
     """The key is missing or wrong."""
 
-    status, code, kind, message = 401, "unauthorized", "authentication_error", "A valid API key is required"
 
-    def headers(self) -> dict[str, str]:
-        return {"WWW-Authenticate": "Bearer"}
-
-
-class Forbidden(ApiError):
+class Forbidden(ApiError, status=403, code="forbidden", message="The request is not allowed"):
     """A foreign Host or Origin."""
 
-    status, code, kind, message = 403, "forbidden", "permission_error", "The request is not allowed"
 
-
-class NotFound(ApiError):
+class NotFound(ApiError, status=404, code="not_found", message="There is nothing at this address"):
     """No such route, or no such tool."""
 
-    status, code, kind, message = 404, "not_found", "not_found_error", "There is nothing at this address"
 
-
-class ModelNotFound(ApiError):
+class ModelNotFound(ApiError, status=404, code="model_not_found", message="The specified model was not found", param="model"):
     """No model has this name."""
 
-    status, code, kind, message = 404, "model_not_found", "not_found_error", "The specified model was not found"
 
-    def __init__(
-        self, details: str = "", message: str | None = None, param: str | None = "model", hint: str = ""
-    ) -> None:
-        super().__init__(details, message, param)
-        self.hint = hint  # what the caller could name instead
-
-    def __str__(self) -> str:
-        return super().__str__() + self.hint
-
-
-class MethodNotAllowed(ApiError):
+class MethodNotAllowed(ApiError, status=405, code="method_not_allowed", message="The method is not allowed here"):
     """The route exists, for other methods."""
 
-    status, code, kind = 405, "method_not_allowed", "invalid_request_error"
-    message = "The method is not allowed here"
-
     def __init__(self, method: str, allow: Iterable[str]) -> None:
-        self.allow = ", ".join(sorted(allow))
-        super().__init__(f"{method[:20]} is not allowed; allowed are {self.allow}")
-
-    def headers(self) -> dict[str, str]:
-        return {"Allow": self.allow}
+        self.headers = {"Allow": ", ".join(sorted(allow))}
+        super().__init__(f"{method[:20]} is not allowed; allowed are {self.headers['Allow']}")
 
 
-class PayloadTooLarge(ApiError):
+class PayloadTooLarge(ApiError, status=413, code="payload_too_large", message="The body is too large"):
     """A body beyond MAX_BODY."""
 
-    status, code, kind, message = 413, "payload_too_large", "invalid_request_error", "The body is too large"
 
-
-class Overloaded(ApiError):
+class Overloaded(ApiError, status=503, code="overloaded", message="The server is busy, try again", headers={"Retry-After": "2"}):
     """The queue, the models or the connections are at their bound; try again."""
 
-    status, code, kind, message = 503, "overloaded", "overloaded_error", "The server is busy, try again"
 
-    def headers(self) -> dict[str, str]:
-        return {"Retry-After": "2"}
-
-
-class GenerationFailed(ApiError):
+class GenerationFailed(ApiError, code="generation_failed", message="Text generation failed"):
     """The engine could not load, or broke off."""
-
-    code, message = "generation_failed", "Text generation failed"
 
 
 class Cancelled(Exception):
@@ -375,29 +340,24 @@ ERRORS: dict[str, Callable[..., ApiError]] = {  # by the code that crosses the p
 
 
 class Cancellation:
-    """Cancels one request; callbacks wake its waiters. Any thread may cancel."""
+    """Cancels one request; callbacks wake its waiters, and may run more than once. Any thread may cancel."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
         self._callbacks: list[Callable[[], None]] = []
         self.cancelled = False
         self.gently = False  # the client still listens: let the engine say how far it came
 
     def cancel(self, gently: bool = False) -> None:
         """Ends the request now; gently: with the engine's own end, whose finish_reason is cancelled."""
-        with self._lock:
-            callbacks = list(self._callbacks)
-            self.cancelled, self.gently = True, gently
-        for callback in callbacks:
+        self.gently, self.cancelled = gently, True
+        for callback in list(self._callbacks):
             callback()
 
     def on_cancel(self, callback: Callable[[], None]) -> None:
         """Runs `callback` on cancel; immediately if already cancelled."""
-        with self._lock:
-            if not self.cancelled:
-                self._callbacks.append(callback)
-                return
-        callback()
+        self._callbacks.append(callback)
+        if self.cancelled:
+            callback()
 
     def check(self) -> None:
         """Raises Cancelled when the request has been cancelled."""
@@ -406,8 +366,7 @@ class Cancellation:
 
 
 # ── 2. Requests and events ────────────────────────────────────────────────────────────────────────────────────────────
-# Bodies become frozen dataclasses; each parameter is named once, with its default, bounds and help. Raw dicts end
-# here.
+# Bodies become frozen dataclasses; each parameter is named once, with its default, bounds and help. Raw dicts end here.
 
 Check = Callable[[str, Any], Any]
 
@@ -424,25 +383,23 @@ def number(low: float, high: float) -> Check:
     """Accepts a number from `low` to `high`."""
 
     def check(name: str, value: Any) -> float:
-        fine = isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
-        if not fine:
+        if type(value) not in (int, float) or not low <= value <= high:
             raise InvalidRequest(f"{name} must be a number from {low:g} to {high:g}, not {_said(value)}", name)
         return float(value)
 
     return check
 
 
-def whole(low: int | None = None, high: int | None = None) -> Check:
+def whole(low: float = -math.inf, high: float = math.inf) -> Check:
     """Accepts a whole number within the bounds given; 100.0 counts as whole, as JavaScript clients may write it."""
-    bounds = {(True, True): "", (False, True): f" ≥ {low}"}.get((low is None, high is None), f" from {low} to {high}")
+    bounds = f" from {low} to {high}" if high < math.inf else f" ≥ {low}" if low > -math.inf else ""
 
     def check(name: str, value: Any) -> int:
         if isinstance(value, float) and value.is_integer():
             value = int(value)
-        fine = isinstance(value, int) and not isinstance(value, bool)
-        if not fine or (low is not None and value < low) or (high is not None and value > high):
+        if type(value) is not int or not low <= value <= high:
             raise InvalidRequest(f"{name} must be a whole number{bounds}, not {_said(value)}", name)
-        return int(value)
+        return value
 
     return check
 
@@ -476,24 +433,23 @@ a_string = one_type(str, "a string")
 an_object = one_type(dict, "an object")
 
 
-def stops(name: str, value: Any) -> tuple[str, ...]:
-    """A string or a list of strings; empty ones would stop everything at once and are left out."""
-    listed = [value] if isinstance(value, str) else value
-    if not isinstance(listed, list) or len(listed) > MAX_STOPS or not all(isinstance(s, str) for s in listed):
-        raise InvalidRequest(f"{name} must be a string or a list of up to {MAX_STOPS} strings, not {_said(value)}", name)
-    if any(len(s) > MAX_STOP for s in listed):
-        raise InvalidRequest(f"{name} may have up to {MAX_STOP} characters, not {max(map(len, listed))}", name)
-    return tuple(s for s in listed if s)
+def strings(most: int, size: int, unit: str) -> Check:
+    """Accepts a string or a list of strings, each of up to `size` characters or bytes; empty ones are left out."""
+
+    def check(name: str, value: Any) -> tuple[str, ...]:
+        listed = [value] if isinstance(value, str) else value
+        if not isinstance(listed, list) or len(listed) > most or not all(isinstance(s, str) for s in listed):
+            raise InvalidRequest(f"{name} must be a string or a list of up to {most} strings, not {_said(value)}", name)
+        longest = max((len(s.encode() if unit == "bytes" else s) for s in listed), default=0)
+        if longest > size:
+            raise InvalidRequest(f"{name} may have up to {size} {unit} each, not {longest}", name)
+        return tuple(filter(None, listed))
+
+    return check
 
 
-def breakers(name: str, value: Any) -> tuple[str, ...]:
-    """The strings that DRY's repetitions do not reach across."""
-    if not isinstance(value, list) or len(value) > MAX_BREAKERS or not all(isinstance(s, str) for s in value):
-        raise InvalidRequest(f"{name} must be a list of up to {MAX_BREAKERS} strings, not {_said(value)}", name)
-    longest = max((len(s.encode()) for s in value), default=0)
-    if longest > MAX_BREAKER:
-        raise InvalidRequest(f"{name} may have up to {MAX_BREAKER} bytes each, not {longest}", name)
-    return tuple(s for s in value if s)
+stops = strings(MAX_STOPS, MAX_STOP, "characters")
+breakers = strings(MAX_BREAKERS, MAX_BREAKER, "bytes")
 
 
 def biases(name: str, value: Any) -> tuple[tuple[int, float], ...]:
@@ -503,20 +459,11 @@ def biases(name: str, value: Any) -> tuple[tuple[int, float], ...]:
     """
     pairs = list(value.items()) if isinstance(value, dict) else value
     paired = isinstance(pairs, list) and all(isinstance(p, (list, tuple)) and len(p) == 2 for p in pairs)
-    if not paired or len(pairs) > MAX_BIASES or not all(map(_is_token_id, (token for token, _ in pairs))):
+    if not paired or len(pairs) > MAX_BIASES or not all(re.fullmatch("0*[0-9]{1,10}", str(token)) for token, _ in pairs):
         forms = f"an object of up to {MAX_BIASES} token ids, or a list of pairs of a token id and its bias"
         raise InvalidRequest(f"{name} must be {forms}, not {_said(value)}", name)
     check = number(-100, 100)
-    return tuple(
-        (int(str(t).lstrip("0")[:10] or 0), -math.inf if v is False or v == -100 else check(f"{name}.{t}", v)) for t, v in pairs
-    )
-
-
-def _is_token_id(value: Any) -> bool:
-    """A whole number from 0, or its digits: JSON's keys are strings."""
-    if isinstance(value, str):
-        return value.isascii() and value.isdigit()
-    return type(value) is int and 0 <= value < 1 << 31
+    return tuple((int(t), -math.inf if v is False or v == -100 else check(f"{name}.{t}", v)) for t, v in pairs)
 
 
 def param(check: Check, help: str, default: Any = None, **more: Any) -> Any:
@@ -657,44 +604,35 @@ class EmbedRequest:
     engine: Mapping[str, Any] = field(default_factory=dict)  # as GenerateRequest has it
 
 
-def read_inputs(value: Any, may_be_empty: bool = False) -> tuple[str | tuple[int, ...], ...]:
-    """The inputs of an embedding request: a string, token ids, or a list of strings or of token ids.
+def read_texts(name: str, value: Any, most: int, may_be_empty: bool = True) -> tuple[str | tuple[int, ...], ...]:
+    """Prompts or inputs: a string, token ids, or a list of strings and of token ids, at most so many.
 
-    OpenAI refuses an empty one; Ollama makes a vector of it when it is in a list (EmbedHandler in server/routes.go).
+    OpenAI refuses empty ones to embed; Ollama makes vectors of those in a list (EmbedHandler in server/routes.go).
     """
-    wrong = InvalidRequest("input must be a string, a list of strings, token ids, or a list of lists of token ids", "input")
-    listed = [value] if isinstance(value, str) or _is_ids(value) else value
-    if not isinstance(listed, list) or not listed:
-        raise wrong
-    if len(listed) > MAX_INPUTS:
-        raise InvalidRequest(f"input may hold up to {MAX_INPUTS} inputs, not {len(listed)}", "input")
-    for index, each in enumerate(listed):
-        if each in ("", []) and not may_be_empty:
-            raise InvalidRequest(f"input[{index}] is empty: each input needs some text", "input")
-        if not (isinstance(each, str) or _is_ids(each)) or type(each) is not type(listed[0]):
-            raise wrong
-    return tuple(each if isinstance(each, str) else tuple(each) for each in listed)
+    texts = [value] if isinstance(value, str) or is_ids(value) else value
+    if not isinstance(texts, list) or not texts or not all(isinstance(t, str) or is_ids(t) or t == [] for t in texts):
+        raise InvalidRequest(f"{name} must be a string, token ids, or a list of strings or of lists of token ids", name)
+    check_length(name, texts, most)
+    for index, text in enumerate(texts):
+        if text == [] or (text == "" and not may_be_empty):
+            raise InvalidRequest(f"{name}[{index}] is empty: each needs some text", name)
+    return tuple(text if isinstance(text, str) else tuple(text) for text in texts)
 
 
 def read_documents(value: Any) -> tuple[str, ...]:
     """The documents to rank: strings, or objects with a text."""
-    if not isinstance(value, list) or not value:
-        raise InvalidRequest('documents is required: a list of strings, or of objects {"text": ...}', "documents")
-    if len(value) > MAX_INPUTS:
-        raise InvalidRequest(f"documents may hold up to {MAX_INPUTS} documents, not {len(value)}", "documents")
-    texts: list[str] = []
-    for index, each in enumerate(value):
-        text = each.get("text") if isinstance(each, dict) else each
-        if not isinstance(text, str):
-            raise InvalidRequest(f'documents[{index}] must be a string or {{"text": ...}}, not {_said(each)}', "documents")
-        texts.append(text)
+    parts = value if isinstance(value, list) else []
+    texts: list[Any] = [part.get("text") if isinstance(part, dict) else part for part in parts]
+    if not texts or not all(isinstance(text, str) for text in texts):
+        raise InvalidRequest('documents must be a list of strings, or of objects {"text": ...}', "documents")
+    check_length("documents", texts, MAX_INPUTS)
     return tuple(texts)
 
 
-def flag(body: Mapping[str, Any], name: str) -> bool:
-    """A field that is true or false; false when absent."""
-    value = body.get(name)
-    return False if value is None else bool(boolean(name, value))
+def check_length(name: str, value: Seq[Any], most: int) -> None:
+    """Raises InvalidRequest for a list that is too long."""
+    if len(value) > most:
+        raise InvalidRequest(f"{name} may hold up to {most}, not {len(value)}", name)
 
 
 def optional(body: Mapping[str, Any], name: str, check: Check, default: Any = None) -> Any:
@@ -703,26 +641,14 @@ def optional(body: Mapping[str, Any], name: str, check: Check, default: Any = No
     return default if value is None else check(name, value)
 
 
-def read_prompts(value: Any) -> tuple[str | tuple[int, ...], ...]:
-    """The prompts of a completion request, at most MAX_TEXTS of them."""
-    wrong = InvalidRequest("prompt must be a string, or a list of strings or token ids", "prompt")
-    if isinstance(value, str):
-        return (value,)
-    if not isinstance(value, list) or not value:
-        raise wrong
-    if all(isinstance(v, int) and not isinstance(v, bool) for v in value):
-        return (tuple(value),)
-    if len(value) > MAX_TEXTS:
-        raise InvalidRequest(f"prompt may hold up to {MAX_TEXTS} prompts, not {len(value)}", "prompt")
-    return tuple(p for v in value for p in (read_prompts(v) if isinstance(v, str) or _is_ids(v) else _raise(wrong)))
+def flag(body: Mapping[str, Any], name: str, default: bool = False) -> bool:
+    """A field that is true or false."""
+    return bool(optional(body, name, boolean, default))
 
 
-def _is_ids(value: Any) -> bool:
+def is_ids(value: Any) -> bool:
+    """True for a list of whole numbers that is not empty."""
     return isinstance(value, list) and bool(value) and all(type(v) is int for v in value)
-
-
-def _raise(error: Exception) -> Any:
-    raise error
 
 
 THOUGHT_FIELDS = ("reasoning_content", "reasoning", "thinking")  # of a message; inside they all have the first name
@@ -736,8 +662,7 @@ def read_messages(body: Mapping[str, Any]) -> tuple[dict[str, Any], ...] | None:
         return None
     if not isinstance(messages, list) or not messages:
         raise InvalidRequest("messages must be a list of at least one message", "messages")
-    if len(messages) > MAX_MESSAGES:
-        raise InvalidRequest(f"messages may hold up to {MAX_MESSAGES} messages, not {len(messages)}", "messages")
+    check_length("messages", messages, MAX_MESSAGES)
     newest = newest_turn(messages)
     return tuple(read_message(f"messages[{i}]", message, message is newest) for i, message in enumerate(messages))
 
@@ -754,8 +679,7 @@ def read_message(where: str, message: Any, newest: bool) -> dict[str, Any]:
     if role not in ROLES:
         raise InvalidRequest(f"{where}.role must be one of {', '.join(ROLES)}, not {_said(role)}", f"{where}.role")
     content = message.get("content")
-    calls = message.get("tool_calls")
-    if content is None and not (role == "assistant"):
+    if content is None and role != "assistant":
         raise InvalidRequest(f"{where}.content is required", f"{where}.content")
     text = flat_content(f"{where}.content", "" if content is None else content, newest=newest)
     read = {"role": "system" if role == "developer" else role, "content": text}
@@ -763,7 +687,7 @@ def read_message(where: str, message: Any, newest: bool) -> dict[str, Any]:
         if message.get(name) is not None:
             kept = THOUGHT_FIELDS[0] if name in THOUGHT_FIELDS else name
             read[kept] = a_string(f"{where}.{name}", message[name])
-    if calls:
+    if calls := message.get("tool_calls"):
         read["tool_calls"] = read_tool_calls(f"{where}.tool_calls", calls)
     return read
 
@@ -779,17 +703,21 @@ def flat_content(where: str, content: Any, kinds: Seq[str] = ("text", "refusal")
 
     A note stands for images, audio and files, but in the user's newest turn they are refused.
     """
-    if isinstance(content, str):
-        return content
+    return content if isinstance(content, str) else flat_parts(listed(where, content), kinds, between, newest)
+
+
+def flat_parts(parts: Iterable[tuple[str, dict[str, Any]]], kinds: Seq[str], between: str, newest: bool) -> str:
+    """The texts of parts, each with its place for error messages."""
     texts, media = [], []
-    for place, part in listed(where, content):
+    for place, part in parts:
         kind = part.get("type")
         if isinstance(kind, str) and kind in MEDIA:
             media.append(left_out(f"{place}.type", kind, newest))
+            texts.append(a_string(f"{place}.title", given(part, "title", "")))
         else:
             name = "refusal" if one_of(f"{place}.type", kind, kinds) == "refusal" else "text"  # one comes back in the history
             texts.append(a_string(f"{place}.{name}", part.get(name)))
-    return with_note(between.join(texts), media)
+    return with_note(between.join(filter(None, texts)), media)
 
 
 def left_out(where: str, kind: str, newest: bool) -> str:
@@ -810,10 +738,9 @@ def with_note(text: str, media: Seq[str]) -> str:
 def read_tool_calls(where: str, calls: Any) -> list[dict[str, Any]]:
     """An assistant message's tool calls; arguments, a JSON text over the wire, become the object templates want."""
     read = []
-    for i, call in enumerate(one_type(list, "a list")(where, calls)):
-        function = an_object(f"{where}[{i}]", call).get("function")
-        function = an_object(f"{where}[{i}].function", function)
-        name, arguments = a_string(f"{where}[{i}].function.name", function.get("name")), function.get("arguments")
+    for place, call in listed(where, calls):
+        function = an_object(f"{place}.function", call.get("function"))
+        name, arguments = a_string(f"{place}.function.name", function.get("name")), function.get("arguments")
         if isinstance(arguments, str):
             with contextlib.suppress(InvalidRequest, UnicodeEncodeError):  # what is no JSON stays the text it is
                 arguments = parse_json(arguments.encode())
@@ -828,10 +755,9 @@ NO_PARAMETERS = {"type": "object", "properties": {}}  # of a function without; t
 def read_tools(body: Mapping[str, Any]) -> tuple[tuple[dict[str, Any], ...], tuple[str, ...]]:
     """Checks a chat's tools: its functions, and the names of built-in ones; none when tool_choice is "none"."""
     tools = body.get("tools") or []
-    if len(one_type(list, "a list")("tools", tools)) > MAX_TOOLS:
-        raise InvalidRequest(f"tools may hold up to {MAX_TOOLS} tools, not {len(tools)}", "tools")
+    check_length("tools", one_type(list, "a list")("tools", tools), MAX_TOOLS)
     functions, builtins = [], []
-    for where, tool in ((f"tools[{i}]", an_object(f"tools[{i}]", tool)) for i, tool in enumerate(tools)):
+    for where, tool in listed("tools", tools):
         if tool.get("type") == "builtin":
             builtins.append(a_string(f"{where}.name", tool.get("name")))
         elif tool.get("type") == "function":
@@ -1022,11 +948,14 @@ def parse_json(data: bytes, what: str = "The body") -> Any:
         raise InvalidRequest(f"{what} is not UTF-8 (byte {error.start})") from None
     _check_nesting(data, what)
     try:
-        value = json.loads(source, parse_float=_finite, parse_constant=_no_constant)
+        value = json.loads(source, parse_float=_finite, parse_constant=_finite)
     except (ValueError, RecursionError) as error:
         raise InvalidRequest(f"{what} is not valid JSON: {error}") from None
-    if "\\u" in source and _has_surrogate(value):
-        raise InvalidRequest(f"{what} holds a lone surrogate, which is not Unicode text")
+    if "\\u" in source:
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise InvalidRequest(f"{what} holds a lone surrogate, which is not Unicode text") from None
     return value
 
 
@@ -1057,15 +986,11 @@ def _check_nesting(data: bytes, what: str) -> None:
 
 
 def _finite(text: str) -> float:
-    """A JSON number; what is too large would become infinite, and an answer that repeats it no JSON."""
+    """A JSON number. One too large would become infinite, and an answer that repeats it no JSON; NaN is none at all."""
     value = float(text)
     if not math.isfinite(value):
-        raise ValueError(f"{text[:20]} is too large a number")
+        raise ValueError(f"{text[:20]} is not a finite number")
     return value
-
-
-def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not JSON")
 
 
 def parse_object(data: bytes, what: str = "The body") -> dict[str, Any]:
@@ -1074,14 +999,6 @@ def parse_object(data: bytes, what: str = "The body") -> dict[str, Any]:
     if not isinstance(value, dict):
         raise InvalidRequest(f"{what} must be a JSON object")
     return value
-
-
-def _has_surrogate(value: Any) -> bool:
-    try:
-        json.dumps(value, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        return True
-    return False
 
 
 # ── 3. Models on disk ─────────────────────────────────────────────────────────────────────────────────────────────────
@@ -1181,42 +1098,42 @@ def describe(header: GgufHeader, path: str, id: str, source: str, size: int) -> 
 
 
 def _in_name(pattern: re.Pattern[str], stem: str) -> str | None:
-    found = pattern.search(stem)
-    return found[1].upper() if found else None
+    return next(iter(pattern.findall(stem)), "").upper() or None
 
 
 def _parameter_count(header: GgufHeader) -> str | None:
-    """As stated, else as labelled, else summed over the tensors of a model in one file."""
+    """As stated, else as labelled, else summed over the tensors."""
     stated, label = header.metadata.get("general.parameter_count"), header.metadata.get("general.size_label")
     if isinstance(stated, int) and stated:
         return human_count(stated)
     if label:
         return printable(str(label))
-    return human_count(header.parameters) if header.complete and "split.count" not in header.metadata else None
+    return human_count(header.parameters) if header.complete else None
 
 
 def _is_embedding(meta: Mapping[str, Any], architecture: str) -> bool:
     """Encoders, and decoders turned into embedders or rerankers: they pool, or attend in both directions."""
     pooling, causal = meta.get(f"{architecture}.pooling_type"), meta.get(f"{architecture}.attention.causal")
-    if architecture in EMBEDDERS or (isinstance(pooling, int) and pooling > 0):
-        return True
-    return causal is False and architecture not in DIFFUSERS
+    pools = architecture in EMBEDDERS or (isinstance(pooling, int) and pooling > 0)
+    return pools or (causal is False and architecture not in DIFFUSERS)
 
 
 def refuse_other_kinds(header: GgufHeader) -> None:
     """Raises GgufError for GGUF files that are not models: projectors, adapters, vocabularies, later shards."""
     meta, architecture = header.metadata, str(header.metadata.get("general.architecture"))
     kind = str(meta.get("general.type") or "model")
-    if architecture == "clip" or kind == "mmproj":
-        raise GgufError("a projector (mmproj), not a model")
-    if kind == "adapter" or "adapter.type" in meta:
-        raise GgufError("a LoRA adapter, not a model")
-    if kind == "imatrix" or architecture == "imatrix":
-        raise GgufError("an importance matrix, not a model")
-    if meta.get("split.no"):
-        raise GgufError("a later shard; the first one stands for the set")
-    if header.tensor_count == 0 and not meta.get("split.count"):
-        raise GgufError("a vocabulary only, without weights")
+    reasons = {
+        "a projector (mmproj), not a model": architecture == "clip" or kind == "mmproj",
+        "a LoRA adapter, not a model": kind == "adapter" or "adapter.type" in meta,
+        "an importance matrix, not a model": "imatrix" in (kind, architecture),
+        "a later shard; the first one stands for the set": meta.get("split.no"),
+        "a vocabulary only, without weights": header.tensor_count == 0 and not meta.get("split.count"),
+    }
+    for reason in (reason for reason, holds in reasons.items() if holds):
+        raise GgufError(reason)
+
+
+BOX = os.path.join(os.path.dirname(os.path.realpath(__file__)), "models")  # beside this file
 
 
 @dataclass(frozen=True)
@@ -1231,32 +1148,33 @@ class SearchRoot:
 
 def search_roots(explicit: Seq[str], base: str | None) -> list[SearchRoot]:
     """Every place to look in, in the order that decides `default`; each directory once."""
-    env, home, here = os.environ.get, pathlib.Path(os.path.expanduser("~")), pathlib.Path(__file__).resolve().parent
-    paths = re.split(f"[;{os.pathsep}]" if os.pathsep != ":" else "[;:]", env("SHIMMY_MODEL_PATHS", ""))
-    roots = [SearchRoot(p, "--models-dir") for p in explicit]
-    roots += [SearchRoot(p, "SHIMMY_MODEL_PATHS") for p in paths if p]
-    roots += [SearchRoot(str(pathlib.Path(base).parent), "SHIMMY_BASE_GGUF", depth=0)] if base else []
-    roots += [SearchRoot("models", "./models"), SearchRoot(str(home / "models"), "~/models")]
-    for source, places in {
+    env = os.environ.get
+    places: dict[str, Iterable[str | None]] = {
+        "--models-dir": explicit,
+        "SHIMMY_MODEL_PATHS": re.split(f"[;{os.pathsep}]", env("SHIMMY_MODEL_PATHS", "")),
+        "SHIMMY_BASE_GGUF": [os.path.dirname(os.path.abspath(os.path.expanduser(base)))] if base else [],
+        "./models": ["models"],
+        "~/models": ["~/models"],
         "huggingface": hub_caches(),
-        "llama.cpp": (env("LLAMA_CACHE"), home / ".cache/llama.cpp", home / "Library/Caches/llama.cpp",
-                      _below(env("LOCALAPPDATA"), "llama.cpp")),
-        "lm-studio": (home / ".lmstudio/models", home / ".cache/lm-studio/models"),
-        "ollama": (env("OLLAMA_MODELS"), home / ".ollama/models", "/usr/share/ollama/.ollama/models"),
-    }.items():  # fmt: skip
-        roots += [SearchRoot(str(p), source, ollama=source == "ollama") for p in places if p]
-    roots.append(SearchRoot(str(here / "models"), "beside shimmy.py"))
+        "llama.cpp": [env("LLAMA_CACHE"), "~/.cache/llama.cpp", "~/Library/Caches/llama.cpp",
+                      env("LOCALAPPDATA") and os.path.join(env("LOCALAPPDATA", ""), "llama.cpp")],
+        "lm-studio": ["~/.lmstudio/models", "~/.cache/lm-studio/models"],
+        "ollama": [env("OLLAMA_MODELS"), "~/.ollama/models", "/usr/share/ollama/.ollama/models"],
+        "beside shimmy.py": [BOX],
+    }  # fmt: skip
     unique: dict[str, SearchRoot] = {}
-    for root in (replace(root, path=os.path.abspath(os.path.expanduser(root.path))) for root in roots):
-        first = unique.setdefault(os.path.realpath(root.path), root)
-        unique[os.path.realpath(root.path)] = replace(first, depth=max(first.depth, root.depth))
+    for source, path in ((source, path) for source, paths in places.items() for path in paths if path):
+        path = os.path.abspath(os.path.expanduser(path))
+        root = SearchRoot(path, source, 0 if source == "SHIMMY_BASE_GGUF" else MAX_SCAN_DEPTH, source == "ollama")
+        first = unique.setdefault(os.path.realpath(path), root)
+        unique[os.path.realpath(path)] = replace(first, depth=max(first.depth, root.depth))
     return list(unique.values())
 
 
 def hub_home() -> str:
     """Where the tools of the Hugging Face hub keep their things."""
-    own = os.environ.get("HF_HOME") or _below(os.environ.get("XDG_CACHE_HOME"), "huggingface")
-    return os.path.expanduser(own or "~/.cache/huggingface")
+    env = os.environ.get
+    return os.path.expanduser(env("HF_HOME") or os.path.join(env("XDG_CACHE_HOME") or "~/.cache", "huggingface"))
 
 
 def hub_caches() -> list[str]:
@@ -1264,35 +1182,6 @@ def hub_caches() -> list[str]:
     own = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE")
     places = (own, os.path.join(hub_home(), "hub"), "~/.cache/huggingface/hub")
     return [os.path.expanduser(place) for place in places if place]
-
-
-def _below(directory: str | None, name: str) -> str | None:
-    return os.path.join(directory, name) if directory else None
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A file that may be a model."""
-
-    path: str
-    source: str
-    label: str  # what the id is made from
-    size: int
-    mtime_ns: int
-    file_id: tuple[int, int]  # device and inode: the same file reached twice is one model
-    stored: Stored = Stored()
-
-    @property
-    def version(self) -> tuple[Any, ...]:
-        """Differs once the file changes, or another one of its set appears, changes or goes."""
-        others: list[tuple[int, int] | None] = []
-        for path in shard_paths(self.path) if SHARD.search(os.path.splitext(self.path)[0]) else ():
-            try:
-                status = os.stat(path)
-                others.append((status.st_size, status.st_mtime_ns))
-            except OSError:
-                others.append(None)
-        return (self.path, self.size, self.mtime_ns, *others)
 
 
 @dataclass(frozen=True)
@@ -1305,123 +1194,84 @@ class ScanReport:
     began: float = -math.inf  # time.monotonic()
 
 
-class TreeWalk:
-    """Walks one root for candidates, bounded in depth and entries; a symlink loop does no harm."""
+def _walk(root: SearchRoot, notes: list[str]) -> Iterator[tuple[str, str, Stored]]:
+    """Paths of .gguf files in a tree, with their stems; bounded in depth and entries; a symlink loop does no harm.
 
-    def __init__(self, root: SearchRoot) -> None:
-        self.root, self.entries, self.notes = root, 0, list[str]()
-        self._seen: set[tuple[int, int]] = set()
-
-    def candidates(self) -> Iterator[Candidate]:
-        yield from self._ollama() if self.root.ollama else self._walk(self.root.path, 0)
-
-    def _walk(self, directory: str, depth: int) -> Iterator[Candidate]:
-        try:
-            status = os.stat(directory)
-            listing = sorted(os.scandir(directory), key=lambda e: e.name)
-        except OSError as error:
-            if depth or not isinstance(error, FileNotFoundError):
-                self._note(f"{directory}: {error.strerror or error}")
-            return
-        if (status.st_dev, status.st_ino) in self._seen:
-            return
-        self._seen.add((status.st_dev, status.st_ino))
-        for entry in listing:
-            self.entries += 1
-            if self.entries > MAX_SCAN_ENTRIES:
-                self._note(f"stopped after {MAX_SCAN_ENTRIES} entries")
-                return
-            yield from self._visit(entry, depth)
-
-    def _visit(self, entry: os.DirEntry[str], depth: int) -> Iterator[Candidate]:
-        try:
-            is_dir = entry.is_dir()
-        except OSError as error:  # a link to itself, or through a file
-            self._note(f"{entry.path}: {error.strerror or error}")
-            return
-        if is_dir and self.root.depth and not TRASH.match(entry.name):
-            if depth >= self.root.depth:
-                self._note(f"stopped {self.root.depth} levels down")
-            else:
-                yield from self._walk(entry.path, depth + 1)
-        elif entry.name.lower().endswith(".gguf") and not is_dir:
-            yield from self.candidate(entry.path, entry.name[:-5])
-
-    def _note(self, note: str) -> None:
-        note = printable(note, 400)
-        if note not in self.notes:
-            self.notes.append(note)
-
-    def candidate(self, path: str, label: str) -> Iterator[Candidate]:
-        """The file, if it is a regular one that exists."""
-        try:
-            s = os.stat(path)
-        except OSError as error:
-            self._note(f"{path}: {error.strerror or error}")
-            return
-        if stat.S_ISREG(s.st_mode):
-            yield Candidate(path, self.root.source, label, s.st_size, s.st_mtime_ns, (s.st_dev, s.st_ino))
-        else:
-            self._note(f"{path}: not a regular file")
-
-    def _ollama(self) -> Iterator[Candidate]:
-        """manifests/HOST/NAMESPACE/MODEL/TAG is JSON whose model layer names a blob; its name is model:tag."""
-        store = pathlib.Path(self.root.path)
-        for manifest in sorted(itertools.islice(store.glob("manifests/*/*/*/*"), MAX_SCAN_ENTRIES)):
-            self.entries += 1
-            try:
-                layers = ollama_layers(manifest)
-                stored = read_stored(store / "blobs", layers)
-            except (GgufError, OSError, ValueError, TypeError, AttributeError, RecursionError, ApiError) as error:
-                self._note(f"{manifest}: {error}")  # JSON of any shape
-                continue
-            for digest in layers.get("model", ())[:1]:
-                label = f"{manifest.parent.name}:{manifest.name}"
-                for candidate in self.candidate(str(store / "blobs" / digest), label):
-                    yield replace(candidate, stored=stored)
-
-
-def ollama_layers(manifest: pathlib.Path) -> dict[str, list[str]]:
-    """The blobs of an Ollama manifest by the last word of their type: model, params, system, adapter …
-
-    Raises ValueError for a digest that is not 64 hex digits: it becomes a path.
+    The root may be a file itself. `notes` are told what could not be read, and where the walk stopped.
     """
-    with open_regular(str(manifest)) as file:
-        layers = json.loads(file.read(MIB)).get("layers", [])
-    found: dict[str, list[str]] = {}
-    for layer in layers:
+    if os.path.isfile(root.path):
+        yield root.path, pathlib.Path(root.path).stem, Stored()
+        return
+
+    def failed(error: OSError) -> None:
+        if error.filename != root.path or not isinstance(error, FileNotFoundError):
+            notes.append(f"{error.filename}: {error.strerror or error}")
+
+    seen: set[str] = set()
+    entries = 0
+    for folder, folders, files in os.walk(root.path, onerror=failed, followlinks=True):
+        entries += len(folders) + len(files)
+        if entries > MAX_SCAN_ENTRIES:
+            notes.append(f"stopped after {MAX_SCAN_ENTRIES} entries")
+            return
+        folders[:] = sorted(f for f in folders if root.depth and not TRASH.match(f))
+        if (real := os.path.realpath(folder)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        if folders and folder.removeprefix(root.path).count(os.sep) >= root.depth:
+            notes.append(f"stopped {root.depth} levels down")
+            folders.clear()
+        for name in sorted(files):
+            if name.lower().endswith(".gguf"):
+                yield os.path.join(folder, name), name[:-5], Stored()
+
+
+def _walk_ollama(root: SearchRoot, notes: list[str]) -> Iterator[tuple[str, str, Stored]]:
+    """The same of Ollama's store: manifests/HOST/NAMESPACE/MODEL/TAG is JSON whose model layer names a blob."""
+    store = pathlib.Path(root.path)
+    for manifest in sorted(itertools.islice(store.glob("manifests/*/*/*/*"), MAX_SCAN_ENTRIES)):
+        try:
+            model, stored = read_manifest(manifest, store / "blobs")
+        except (GgufError, OSError, ValueError, ApiError) as error:
+            notes.append(f"{manifest}: {error}")
+            continue
+        if model:
+            yield model, f"{manifest.parent.name}:{manifest.name}", stored
+
+
+# Ollama's names of what is decided at a model's load
+OLLAMA_ENGINE = {"num_ctx": "ctx", "num_gpu": "gpu_layers", "num_thread": "threads", "num_batch": "batch"}
+
+
+def read_manifest(manifest: pathlib.Path, blobs: pathlib.Path) -> tuple[str | None, Stored]:
+    """The file of an Ollama model, and what its store says of it.
+
+    Raises ValueError for a digest that is not 64 hex digits: it becomes a path. GgufError, OSError, ValueError and ApiError
+    for files and parameters that make no sense.
+    """
+    paths: dict[str, list[str]] = {}  # by the last word of a layer's type: model, params, system, adapter …
+    for _, layer in listed("layers", parse_object(read_blob(str(manifest)), "the manifest").get("layers") or []):
         kind, digest = str(layer.get("mediaType")), re.fullmatch(r"sha256:([0-9a-f]{64})", str(layer.get("digest")))
         if kind.startswith("application/vnd.ollama.image."):
             if not digest:
                 raise ValueError("the manifest's digest is malformed")
-            found.setdefault(kind.rpartition(".")[2], []).append(f"sha256-{digest[1]}")
-    return found
-
-
-# Ollama's names of what is decided at a model's load, and of sampling parameters that are called otherwise here
-OLLAMA_ENGINE = {"num_ctx": "ctx", "num_gpu": "gpu_layers", "num_thread": "threads", "num_batch": "batch"}
-OLLAMA_SAMPLING = {"num_predict": "max_tokens"}
-
-
-def read_stored(blobs: pathlib.Path, layers: Mapping[str, Seq[str]]) -> Stored:
-    """What an Ollama store says of a model. Raises OSError, ValueError, ApiError for parameters that make no sense."""
+            paths.setdefault(kind.rpartition(".")[2], []).append(str(blobs / f"sha256-{digest[1]}"))
     params: dict[str, Any] = {}
-    system = ""
-    for name in layers.get("params", ()):
-        with open_regular(str(blobs / name)) as file:
-            params |= parse_object(file.read(MIB), "the parameters")
-    for name in layers.get("system", ()):
-        with open_regular(str(blobs / name)) as file:
-            system = file.read(MIB).decode("utf-8", "replace")
-    named = {OLLAMA_SAMPLING.get(name, name): value for name, value in params.items()}
-    sampling = Sampling.from_json({**named, "json_schema": None, "grammar": None})
-    given = {k: v for k, v in vars(sampling).items() if v != getattr(Sampling(), k)}
-    engine = {
-        field: whole(-1 if k == "num_gpu" else 1, 1 << 24)(k, params[k]) for k, field in OLLAMA_ENGINE.items() if k in params
-    }
-    if adapters := tuple(str(blobs / name) for name in layers.get("adapter", ())):
-        engine["lora"] = adapters
-    return Stored(engine, given, system)
+    for path in paths.get("params", ()):
+        params |= parse_object(read_blob(path), "the parameters")
+    sampling, engine = ollama_sampling({"options": params}), ollama_engine({"options": params})
+    if "adapter" in paths:
+        engine["lora"] = tuple(paths["adapter"])
+    system = "".join(read_blob(path).decode("utf-8", "replace") for path in paths.get("system", ())[-1:])
+    stored = Stored(engine, {k: v for k, v in vars(sampling).items() if v != getattr(Sampling(), k)}, system)
+    return next(iter(paths.get("model", ())), None), stored
+
+
+def read_blob(path: str) -> bytes:
+    """The first MiB of a regular file."""
+    with open_regular(path) as file:
+        return file.read(MIB)
 
 
 MAX_MODEL_NAME = 512  # characters; file names end at 255 bytes, Ollama's are two of them
@@ -1438,38 +1288,8 @@ def plain_id(label: str) -> str:
 
 def is_boxed(model: ModelInfo) -> bool:
     """True for the model that comes with shimmy."""
-    return os.path.realpath(model.path) == str(pathlib.Path(__file__).resolve().parent / "models" / "shimmy-tiny.gguf")
-
-
-class Findings:
-    """Collects the models of one scan in order, by device and inode, and skipped files with their reasons."""
-
-    def __init__(self) -> None:
-        self.models: dict[tuple[int, int], tuple[Candidate, ModelInfo]] = {}
-        self.skipped: dict[str, str] = {}  # reason by path
-        self.directories: list[dict[str, Any]] = []
-
-    def add(self, candidates: Iterable[Candidate], examine: Callable[[Candidate, bool], ModelInfo | str]) -> set[str]:
-        """Takes in the models among the candidates; returns the paths of those that are new."""
-        before = len(self.models)
-        for candidate in candidates:
-            if candidate.file_id in self.models:
-                continue
-            result = examine(candidate, False)
-            if isinstance(result, ModelInfo):
-                self.models[candidate.file_id] = (candidate, result)
-            else:
-                self.skipped.setdefault(candidate.path, result)
-        return {candidate.path for candidate, _ in itertools.islice(self.models.values(), before, None)}
-
-    def report(self, began: float) -> ScanReport:
-        """The report; the model that comes with shimmy stands last, unless it was asked for by path."""
-        models = [replace(info, stored=c.stored) for c, info in self.models.values()]
-        models.sort(key=lambda m: is_boxed(m) and m.source != "--model")
-        paths = {m.path for m in models}
-        directories = (d | {"models": len(d["models"] & paths)} for d in self.directories)
-        skipped = ({"path": path, "reason": reason} for path, reason in self.skipped.items())
-        return ScanReport(tuple(models), tuple(skipped), tuple(directories), began)
+    name = os.path.basename(model.path)  # asked of each model in each scan: a name is compared sooner than files
+    return name == "shimmy-tiny.gguf" and os.path.dirname(os.path.realpath(model.path)) == BOX
 
 
 class Catalog:
@@ -1479,7 +1299,7 @@ class Catalog:
         self.roots, self.files = roots, files
         self.report = ScanReport()
         self._scanning = threading.Lock()
-        self._read: dict[tuple[Any, ...], tuple[ModelInfo | str, bool]] = {}  # info or reason, whole header read
+        self._read: dict[tuple[Any, ...], ModelInfo | str] = {}  # or why it is none, by path, sizes and times
         self._ids: dict[str, str] = {}  # path to id: an id stays with its file for the server's life
 
     def scan(self, age: float = 0.0) -> ScanReport:
@@ -1494,94 +1314,76 @@ class Catalog:
             return self.report
 
     def _look(self, began: float) -> ScanReport:
-        known, findings = set(self._read), Findings()
-        for file in self.files:
-            walk = TreeWalk(SearchRoot(file, "--model"))
-            findings.add(walk.candidate(file, pathlib.Path(file).stem), self._examine)
-        for root in self.roots:
-            walk = TreeWalk(root)
-            new = findings.add(walk.candidates(), self._examine)
-            findings.directories.append({"path": root.path, "source": root.source, "exists": os.path.isdir(root.path),
-                                         "models": new, "notes": walk.notes})  # fmt: skip
-        self._read_whole(findings, known)
-        return findings.report(began)
+        models: dict[tuple[int, ...], ModelInfo] = {}  # by device and inode: the same file reached twice is one model
+        skipped: dict[str, str] = {}  # reason by path
+        directories: list[dict[str, Any]] = []
+        for root in (*(SearchRoot(file, "--model") for file in self.files), *self.roots):
+            notes: list[str] = []
+            before = len(models)
+            for path, label, stored in (_walk_ollama if root.ollama else _walk)(root, notes):
+                stamp = _stamp(path)
+                if stamp and stamp[:2] in models:
+                    continue
+                result = self._examine(path, root.source, label, time.monotonic() < began + SCAN_DETAIL_SECONDS)
+                if stamp and isinstance(result, ModelInfo):
+                    models[stamp[:2]] = replace(result, stored=stored)
+                else:
+                    skipped.setdefault(path, str(result))
+            directories.append({"path": root.path, "source": root.source, "exists": os.path.isdir(root.path),
+                                "models": len(models) - before,
+                                "notes": list(dict.fromkeys(printable(note, 400) for note in notes))})  # fmt: skip
+        # the model that comes with shimmy stands last, unless it was asked for by path
+        ordered = sorted(models.values(), key=lambda m: is_boxed(m) and m.source != "--model")
+        reasons = ({"path": path, "reason": reason} for path, reason in skipped.items())
+        return ScanReport(tuple(ordered), tuple(reasons), tuple(directories[len(self.files) :]), began)
 
-    def _examine(self, c: Candidate, whole_header: bool) -> ModelInfo | str:
-        """The candidate's ModelInfo, or why it is none; remembered while its files stay as they are."""
-        key = c.version
-        result, whole = self._read.get(key, ("", False))
-        if key not in self._read or (whole_header and not whole):
-            result = self._describe(c, whole_header)
-            if whole_header or key not in self._read:  # another thread may have read it whole meanwhile
-                self._read[key] = (result, whole_header)
-        return result
+    def _examine(self, path: str, source: str, label: str, whole_header: bool, anew: bool = False) -> ModelInfo | str:
+        """The file's ModelInfo, or why it is none; remembered while it and the others of its set stay as they are."""
+        key = (path, *map(_stamp, shard_paths(path)))
+        known = self._read.get(key)
+        if known is None or anew:
+            known = self._read[key] = self._describe(path, source, label, whole_header)
+        return known
 
-    def _describe(self, c: Candidate, whole_header: bool) -> ModelInfo | str:
+    def _describe(self, path: str, source: str, label: str, whole_header: bool) -> ModelInfo | str:
         deadline = time.thread_time() + HeaderReader.SECONDS
         try:
-            header = read_gguf_header(c.path, c.size, whole_header, deadline)
+            header = read_gguf_header(path, whole_header, deadline)
             refuse_other_kinds(header)
-            is_split = header.metadata.get("split.count", 1) > 1  # a merged file may still be named like a shard
-            missing = missing_shards(c.path) if is_split else []
-            if missing:
+            # a merged file may still be named like a shard
+            paths = shard_paths(path) if header.metadata.get("split.count", 1) > 1 else [path]
+            if missing := [os.path.basename(part) for part in paths if not os.path.exists(part)]:
                 raise GgufError(f"incomplete shard set: {', '.join(missing)} missing")
-            sizes = {part: os.path.getsize(part) for part in (shard_paths(c.path) if is_split else [c.path])}
+            size = sum(map(os.path.getsize, paths))
             if whole_header:
-                parts = [header, *(read_gguf_header(part, sizes[part], deadline=deadline) for part in list(sizes)[1:])]
-                for part, size in zip(parts, sizes.values(), strict=True):
-                    if part.data_end > size:
-                        raise GgufError(f"truncated: {size} of {part.data_end} bytes")
-                if len(parts) > 1:
-                    header = replace(header, parameters=sum(part.parameters for part in parts),
-                                     metadata={k: v for k, v in header.metadata.items() if k != "split.count"})  # fmt: skip
-            return describe(header, c.path, self._id_for(c), c.source, sum(sizes.values()))
-        except (GgufError, OSError, struct.error, ValueError, TypeError, ArithmeticError, MemoryError) as error:
+                parameters = (read_gguf_header(part, deadline=deadline).parameters for part in paths[1:])
+                header = replace(header, parameters=header.parameters + sum(parameters))
+            return describe(header, path, self._id_for(path, label), source, size)
+        except (GgufError, OSError, ValueError, TypeError, ArithmeticError, MemoryError) as error:
             # damage of any kind is this file's reason, never the end of a scan
             return printable((error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__)
 
-    def _id_for(self, c: Candidate) -> str:
-        """The candidate's id; a second file of the same name gets a suffix made from its path, which never changes."""
-        if c.path not in self._ids:
-            id, taken = plain_id(c.label) or "model", set(self._ids.values())
+    def _id_for(self, path: str, label: str) -> str:
+        """The file's id; a second one of the same name gets a suffix made from its path, which never changes."""
+        if path not in self._ids:
+            id, taken = plain_id(label) or "model", set(self._ids.values())
             if id in taken or id == "default":
                 import hashlib
 
-                id += "-" + hashlib.sha256(c.path.encode("utf-8", "surrogateescape")).hexdigest()[:6]
-            self._ids[c.path] = id
-        return self._ids[c.path]
+                id += "-" + hashlib.sha256(path.encode("utf-8", "surrogateescape")).hexdigest()[:6]
+            self._ids[path] = id
+        return self._ids[path]
 
-    def _read_whole(self, findings: Findings, known: set[Any]) -> None:
-        """Reads the whole headers of new files, smallest first, for SCAN_DETAIL_SECONDS; drops those found damaged."""
-        deadline = time.monotonic() + SCAN_DETAIL_SECONDS
-        for file_id, (c, _) in sorted(findings.models.items(), key=lambda item: item[1][0].size):
-            if c.version in known or time.monotonic() > deadline:
-                continue
-            result = self._examine(c, whole_header=True)
-            if isinstance(result, ModelInfo):
-                findings.models[file_id] = (c, result)
-            else:
-                del findings.models[file_id]
-                findings.skipped[c.path] = result
-
-    def why_skipped(self, name: str) -> str:
-        """": " and the reason, if a file of that name was skipped; else nothing."""
-        reasons = (s["reason"] for s in self.report.skipped if plain_id(pathlib.Path(s["path"]).stem) == plain_id(name))
-        return next((f": {reason}" for reason in reasons), "")
-
-    def why_path_skipped(self, path: str) -> str:
-        """The same for a path that the operator gave."""
-        wanted = os.path.realpath(os.path.expanduser(path))
-        reasons = (s["reason"] for s in self.report.skipped if os.path.realpath(s["path"]) == wanted)
-        return next((f": {reason}" for reason in reasons), "") or self.why_skipped(path)
+    def why_skipped(self, name: str, may_be_path: bool = False) -> str:
+        """": " and the reason, if a file of that name, or at that path, was skipped; else nothing."""
+        skipped, path = self.report.skipped, os.path.realpath(os.path.expanduser(name)) if may_be_path else None
+        found = [s["reason"] for s in skipped if path and os.path.realpath(s["path"]) == path]
+        found += [s["reason"] for s in skipped if plain_id(pathlib.Path(s["path"]).stem) == plain_id(name)]
+        return f": {found[0]}" if found else ""
 
     def whole(self, model: ModelInfo) -> ModelInfo:
         """The model with all its header tells; what could not be read stays as it was."""
-        try:
-            s = os.stat(model.path)
-        except OSError:
-            return model
-        c = Candidate(model.path, model.source, model.id, s.st_size, s.st_mtime_ns, (s.st_dev, s.st_ino))
-        result = self._examine(c, whole_header=True)
+        result = self._examine(model.path, model.source, model.id, whole_header=True, anew=True)
         return replace(result, stored=model.stored) if isinstance(result, ModelInfo) else model
 
 
@@ -1594,9 +1396,13 @@ def shard_paths(path: str) -> list[str]:
     return [f"{stem[: shard.start()]}-{i:05d}-of-{shard[2]}{suffix}" for i in range(1, min(int(shard[2]), 999) + 1)]
 
 
-def missing_shards(path: str) -> list[str]:
-    """Names of the set's files that are not there."""
-    return [os.path.basename(p) for p in shard_paths(path) if p != path and not os.path.exists(p)]
+def _stamp(path: str) -> tuple[int, ...] | None:
+    """Device and inode of a file, its size and time; None where there is none."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 # ── 4. Chat ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -3022,7 +2828,7 @@ class Tokenize:
     pieces: bool = False  # tell what each token stands for
 
 
-Job = Generate | Embed | Tokenize  # everything an engine computes; Intake.JOBS says what computes the first two
+Job = Generate | Embed | Tokenize  # everything an engine computes; Intake makes Sequence, Embedding and Tokens of them
 
 
 @dataclass(frozen=True)
@@ -3067,9 +2873,9 @@ class Loaded:
 
 @dataclass(frozen=True)
 class Alive:
-    """Sent every second, whatever the child does: for each of its working threads the task, and how many it has begun."""
+    """Sent every second, whatever the child does; with what takes too long, if anything does."""
 
-    tasks: tuple[tuple[str, int], ...]
+    stuck: str = ""
 
 
 @dataclass(frozen=True)
@@ -3115,9 +2921,9 @@ class Finished:
     finish_reason: str
     prompt_tokens: int
     completion_tokens: int
-    cached_tokens: int
-    prompt_seconds: float  # from its first step to its first token
-    decode_seconds: float  # from there to its last
+    cached_tokens: int = 0
+    prompt_seconds: float = 0.0  # from its first step to its first token
+    decode_seconds: float = 0.0  # from there to its last
     stopped_by: str = ""  # the stop string that ended it
     forced_tokens: int = 0  # of those, the ones that a grammar left no choice about, which the model did not pick
 
@@ -3287,10 +3093,6 @@ class Device:
     total: int
     handle: Any = field(default=None, compare=False)  # where it is, in the process that asked
 
-    @property
-    def is_gpu(self) -> bool:
-        return self.kind in ("GPU", "IGPU")
-
 
 class Ggml:
     """The functions of libggml that llama_cpp does not bind: devices, and the CPU's special kernels (ggml-backend.h).
@@ -3329,9 +3131,9 @@ class Ggml:
             found.append(Device(name.decode(), about.decode("utf-8", "replace"), kind, free.value, total.value, handle))
         return found
 
-    def buffer_type(self, device: Device) -> int:
+    def buffer_type(self, device: int) -> int:
         """Where tensors go that are meant for a device."""
-        return int(self.call("ggml_backend_dev_buffer_type", self._ctypes.c_void_p, device.handle))
+        return int(self.call("ggml_backend_dev_buffer_type", self._ctypes.c_void_p, device))
 
     @functools.cached_property
     def cpu(self) -> int:
@@ -3345,71 +3147,68 @@ class Ggml:
 
     def kernels(self) -> dict[str, int]:
         """The CPU's extra buffer types by name, in the order in which weights are offered to them."""
-        return {self.call("ggml_backend_buft_name", self._ctypes.c_char_p, kind).decode(): kind for kind in self._listed()}
-
-    def _listed(self) -> list[int]:
-        found: list[int] = []
-        while (array := self._array) and array[len(found)]:
-            found.append(array[len(found)])
-        return found
+        kinds = itertools.takewhile(bool, self._extra or ())
+        return {self.call("ggml_backend_buft_name", self._ctypes.c_char_p, kind).decode(): kind for kind in kinds}
 
     @functools.cached_property
-    def _array(self) -> Any:
+    def _extra(self) -> Any:
+        """llama.cpp's list of them, ended by a null; None if there is none."""
         c = self._ctypes
         ask = self._cpu_function(b"ggml_backend_dev_get_extra_bufts", c.POINTER(c.c_void_p), c.c_void_p)
         return ask(self.cpu) if ask else None
 
     def leave_out(self, names: Seq[str]) -> None:
         """Takes kernels out of the list, before a model is loaded."""
-        left = [kind for name, kind in self.kernels().items() if name not in names]
-        for index, kind in enumerate([*left, None] if self._array else ()):
-            self._array[index] = kind
+        if self._extra:
+            for index, kind in enumerate([*(kind for name, kind in self.kernels().items() if name not in names), None]):
+                self._extra[index] = kind
 
     SIDE = 64  # of the matrix that a kernel is tried on
     ROWS = (1, 2, 33)  # as a generated token has, a pair of them, a prompt
 
     def try_kernel(self, kind: int) -> str:
         """Multiplies a small 4-bit matrix in a buffer of this type: "" or what is wrong. What crashes does so here."""
+        import numpy as np
+
         c, pointer, side = self._ctypes, self._ctypes.c_void_p, self.SIDE
         held, weights = self._tensor(2, side)  # GGML_TYPE_Q4_0
         buffer = self.call("ggml_backend_alloc_ctx_tensors_from_buft", pointer, held, kind)
         if not buffer:
             return ""  # it takes no such matrix
         self.call("ggml_backend_buffer_set_usage", None, buffer, c.c_int(1))  # GGML_BACKEND_BUFFER_USAGE_WEIGHTS
-        # a block holds 32 numbers: the scale 0.5, then 4 bits each, which mean that number less 8
-        numbers = [[(row + block) % 7 + 5 for block in range(side // 32)] for row in range(side)]
-        data = b"".join(struct.pack("<e16B", 0.5, *[n * 17] * 16) for row in numbers for n in row)
-        self.call("ggml_backend_tensor_set", None, weights, data, 0, len(data))
+        # a block holds 32 numbers, here equal ones: the scale 0.5, then 4 bits each, which mean that number less 8
+        numbers = (np.arange(side)[:, None] + np.arange(side // 32)) % 7 - 3
+        blocks = np.zeros(numbers.shape, [("scale", "<f2"), ("bits", "u1", 16)])
+        blocks["scale"], blocks["bits"] = 0.5, (numbers[..., None] + 8) * 17
+        self.call("ggml_backend_tensor_set", None, weights, blocks.tobytes(), 0, blocks.nbytes)
         backend = self.call("ggml_backend_dev_init", pointer, self.cpu, None)
         self._cpu_function(b"ggml_backend_set_n_threads", None, pointer, c.c_int)(backend, min(2, len(processors())))
-        return "" if all(self._multiplies(backend, weights, numbers, rows) for rows in self.ROWS) else "wrong results"
+        matrix = np.repeat(numbers / 2, 32, axis=1)
+        for rows in self.ROWS:
+            values = ((np.arange(rows)[:, None] * 3 + np.arange(side)) % 5 / 2 - 1).astype("<f4")
+            if not np.allclose(self._product(backend, weights, values), values @ matrix.T, rtol=0, atol=0.5):  # 8-bit rounding
+                return "wrong results"
+        return ""
 
-    def _tensor(self, kind: int, rows: int, size: int = 1 << 20) -> tuple[int, int]:
+    def _tensor(self, kind: int, rows: int) -> tuple[int, int]:
         """A graph's memory without data (ggml_init_params), and a matrix in it."""
         c = self._ctypes
         params = type("Params", (c.Structure,), {"_fields_": [("size", c.c_size_t), ("at", c.c_void_p), ("bare", c.c_bool)]})
-        held = self.call("ggml_init", c.c_void_p, params(size, None, True))
+        held = self.call("ggml_init", c.c_void_p, params(1 << 20, None, True))
         return held, self.call("ggml_new_tensor_2d", c.c_void_p, held, c.c_int(kind), c.c_int64(self.SIDE), c.c_int64(rows))
 
-    def _multiplies(self, backend: int, weights: int, numbers: list[list[int]], rows: int) -> bool:
-        """Whether so many rows times the matrix are what they should be, within what 8-bit rounding costs."""
-        c, pointer, side = self._ctypes, self._ctypes.c_void_p, self.SIDE
-        held, input = self._tensor(0, rows)  # GGML_TYPE_F32
+    def _product(self, backend: int, weights: int, values: Any) -> Any:
+        """Rows times the matrix of `weights`; not a number where that fails."""
+        c, pointer, found = self._ctypes, self._ctypes.c_void_p, values * math.nan
+        held, input = self._tensor(0, len(values))  # GGML_TYPE_F32
         result = self.call("ggml_mul_mat", pointer, held, weights, input)
         graph = self.call("ggml_new_graph", pointer, held)
         self.call("ggml_build_forward_expand", None, graph, result)
-        usual = self.call("ggml_backend_dev_buffer_type", pointer, self.cpu)
-        self.call("ggml_backend_alloc_ctx_tensors_from_buft", pointer, held, usual)
-        values = [[(row * 3 + column) % 5 / 2 - 1 for column in range(side)] for row in range(rows)]
-        data = struct.pack(f"<{rows * side}f", *itertools.chain(*values))
-        self.call("ggml_backend_tensor_set", None, input, data, 0, len(data))
-        if self.call("ggml_backend_graph_compute", c.c_int, backend, graph):
-            return False
-        output = c.create_string_buffer(4 * rows * side)
-        self.call("ggml_backend_tensor_get", None, result, output, 0, len(output))
-        found = struct.unpack(f"<{rows * side}f", output.raw)
-        right = (sum((numbers[n][k // 32] - 8) * x for k, x in enumerate(row)) / 2 for row in values for n in range(side))
-        return all(abs(f - r) < 0.5 for f, r in zip(found, right, strict=True))
+        self.call("ggml_backend_alloc_ctx_tensors_from_buft", pointer, held, self.buffer_type(self.cpu))
+        self.call("ggml_backend_tensor_set", None, input, values.tobytes(), 0, values.nbytes)
+        if not self.call("ggml_backend_graph_compute", c.c_int, backend, graph):
+            self.call("ggml_backend_tensor_get", None, result, found.ctypes.data, 0, found.nbytes)
+        return found
 
 
 def build_main() -> None:
@@ -3445,7 +3244,7 @@ class LoadPlan:
 
     ctx: int  # tokens of one sequence
     pool: int  # cells that all share; 0: the model keeps nothing of a text
-    sequences: int  # in the context at once, idle ones included
+    sequences: int  # in the context at once, and prefixes of ended ones
     gpu_layers: int = 0
     cpu_moe: int = 0
     memory_need: int = 0  # bytes of RAM that it takes when the pool is full
@@ -3455,14 +3254,13 @@ def plan_load(model: ModelInfo, setup: Setup, free: int | None, gpus: Seq[int] =
     """Plans a load into `free` bytes of RAM (None: nobody knows) and of each GPU. LoadError, with numbers, if it cannot fit."""
     options, rung, own = setup.options, setup.rung, model.context_length or 8192
     kv, ctx = model.kv or KvShape(), min(options.ctx or min(own, 8192), own)
-    spare = 2 if any(kv.states) else options.parallel + 8  # idle sequences kept for their prefix; a state takes megabytes
+    spare = 2 if any(kv.states) else options.parallel + 8  # rows for prefixes; a state takes megabytes
     sequences = min(options.parallel + spare, 256)  # llama.cpp's LLAMA_MAX_SEQ
     pool = 0 if kv == KvShape() and model.kv else ctx if rung.small_pool or model.embedding else options.kv_pool or 4 * ctx
     placed = Placement(0, 0, pool)
     if gpus and not rung.cpu:
-        wish = Wish(ctx, max(pool, ctx), options.kv_type, sequences, 4 * GRAPH_BYTES, options.gpu_layers, options.n_cpu_moe,
-                    rung.gpu_share)  # fmt: skip
-        placed = place(weights or Weights((), model.size_bytes), kv, gpus, wish)
+        placed = place(weights or Weights((), model.size_bytes), kv, gpus, ctx, max(pool, ctx), options.kv_type, sequences,
+                       4 * GRAPH_BYTES, options.gpu_layers, options.n_cpu_moe, rung.gpu_share)  # fmt: skip
         as_fits = options.gpu_layers is None and rung.gpu_share == 1
         if setup.others_idle and as_fits and weights and placed.gpu_layers <= len(weights.layers):
             raise LoadError(f"only {placed.gpu_layers} of {len(weights.layers)} layers fit the GPU beside other models", "room")
@@ -3473,12 +3271,6 @@ def plan_load(model: ModelInfo, setup: Setup, free: int | None, gpus: Seq[int] =
         pool = _fit_pool(model, options, ctx, pool, each, free - need)
     cells = -(-max(pool, ctx) // 256) * 256 if pool else 0
     return LoadPlan(ctx, cells, sequences, placed.gpu_layers, placed.cpu_moe, int(need + each * cells) + GRAPH_BYTES)
-
-
-def expected_need(model: ModelInfo, options: EngineOptions) -> int:
-    """Bytes of RAM that a model takes at least while it is loaded, as far as can be told before: the weights and a context."""
-    ctx = min(options.ctx or 8192, model.context_length or 8192)
-    return model.size_bytes + int((model.kv or KvShape()).token_bytes(options.kv_type) * ctx) + GRAPH_BYTES
 
 
 def _ram_need(model: ModelInfo, weights: Weights | None, placed: Placement) -> tuple[int, float]:
@@ -3511,17 +3303,18 @@ class Vocabulary:
 
     SHORTEST = 4  # bytes that the longest piece has at least; a character has no more
     COUNTED = MIB  # characters that are always tokenized, to say exactly how many tokens: a megabyte takes about a second
-    RUN_STACK = 8192  # bytes of a thread's stack for each character of `max_run`: nine times what was measured
-    QUICK = 16384  # bytes that need no care; see ByteRuns
+    MAX_RUN = 4096  # characters; see `_cut`
 
     def __init__(self, c: Any, model: Any, np: Any) -> None:
         import ctypes
 
-        self.max_run = MIB // self.RUN_STACK  # characters without a break given to the tokenizer; for a stack of 1 MiB
         self.c, self.np, self.ctypes, self.handle, self.model = c, np, ctypes, c.llama_model_get_vocab(model), model
-        self.size = c.llama_vocab_n_tokens(self.handle)
+        self.size, self.kind = c.llama_vocab_n_tokens(self.handle), c.llama_vocab_type(self.handle)
         self.eog = frozenset(t for t in range(self.size) if c.llama_vocab_is_eog(self.handle, t))
         self.eog_array = np.array(sorted(self.eog), dtype=np.int64)
+        template = c.llama_model_chat_template(model, b"rerank")
+        self.rerank_template = template.decode("utf-8", "replace") if template else ""
+        self.nothing = np.array([max(c.llama_vocab_bos(self.handle), 0)], np.int32)  # what an empty text is read as
         self._pieces: dict[int, bytes] = {}
         self.marker_pieces: dict[int, str] = {}  # names of control tokens: a chat shows those of its format
         self.specials = tuple(self._read_specials())
@@ -3551,125 +3344,76 @@ class Vocabulary:
         """Bytes of the longest piece, or a little more. A walk of 0.1 s over a large vocabulary, so only long texts ask."""
         return max(self.SHORTEST, *(len(self.c.llama_vocab_get_text(self.handle, t)) for t in range(self.size)))
 
-    def tokenize(self, segments: Seq[str]) -> Any:
-        """The prompt's tokens, an int32 array: special tokens parsed, the tokenizer's own first token added once."""
-        parts = [part.encode("utf-8", "replace") for segment in segments for part in self._cut_runs(segment)]
-        return self.np.concatenate([self._tokenize(part, i == 0) for i, part in enumerate(parts)])
+    def tokens(self, *texts: str, first: bool = False, last: bool = False, special: bool = True) -> Any:
+        """The tokens of texts, each by itself, an int32 array; with `special`, names of special tokens become these.
 
-    def _cut_runs(self, text: str) -> Iterator[str]:
-        """Cuts what has no white space, or nothing else, for over `max_run` characters.
-
-        A byte-pair tokenizer splits the text with std::regex first, which recurses once a character of a match
-        (libstdc++; 0.9 KiB of stack each). Such a run gets a token boundary at each cut; other texts are left whole.
+        `first` and `last` add the tokens that the model wants before and behind a text (BOS, CLS; EOS, SEP).
         """
-        start, most = 0, self.max_run
-        if len(text) > most and self.c.llama_vocab_type(self.handle) == self.c.LLAMA_VOCAB_TYPE_BPE:
-            for run in re.finditer(r"\S+|\s+", text):
-                for at in range(run.start() + most, run.end(), most):
-                    yield text[start:at]
-                    start = at
+        parts, (before, _, behind) = list[Any](), self._ends
+        for text in texts:
+            for at, part in enumerate(self._cut(text)):
+                # within a text SentencePiece puts no space before a part, as it does not behind a line break
+                left = b"\n" if at and self.kind == self.c.LLAMA_VOCAB_TYPE_SPM else b""
+                parts.append(self._call(left + part.encode("utf-8", "replace"), special)[len(self._call(left, special)) :])
+        return self.np.concatenate([before[: len(before) * first], *parts, behind[: len(behind) * last]])
+
+    def _cut(self, text: str) -> Iterator[str]:
+        """Cuts a text that llama.cpp's tokenizers must not be given whole; each cut is a boundary between tokens.
+
+        Of a byte-pair tokenizer: what has no white space, or nothing else, for long. It splits the text with std::regex
+        first, which recurses once a character of a match (libstdc++; 0.9 KiB of stack each). SentencePiece: at line breaks,
+        if there are any. It copies all tokens so far at each character that it has no token for (llama-vocab.cpp,
+        resegment: the reserve), which takes a minute for a million.
+        """
+        start, most, cuts = 0, self.MAX_RUN, list[int]()
+        if len(text) > most and self.kind == self.c.LLAMA_VOCAB_TYPE_BPE:
+            cuts = [at for run in re.finditer(r"\S+|\s+", text) for at in range(run.start() + most, run.end(), most)]
+        elif len(text) > most and self.kind == self.c.LLAMA_VOCAB_TYPE_SPM:
+            cuts = [part.end() for part in re.finditer(rf"(?s).{{1,{most}}}(?:(?<=\n)(?!\n)|\Z)|.{{{most}}}", text)][:-1]
+        for at in cuts:
+            yield text[start:at]
+            start = at
         yield text[start:]
 
-    def _tokenize(self, data: bytes, first: bool, special: bool = True) -> Any:
-        """A text's tokens as llama.cpp makes them, an int32 array."""
-        if len(data) < self.QUICK or self.c.llama_vocab_type(self.handle) != self.c.LLAMA_VOCAB_TYPE_SPM:
-            return self._call(data, first, special)
-        text = data.decode()
-        runs = self._byte_runs.find(text)
-        return self._around(runs, text, first, special) if runs else self._call(data, first, special)
-
-    def _around(self, runs: Seq[tuple[int, int]], text: str, first: bool, special: bool) -> Any:
-        """The tokens of a text whose long runs of bytes need no tokenizer.
-
-        Each of the other parts ends with the first character of a run, and the next one begins with its last: these tokens
-        are known, and so is the space that the tokenizer may put before them.
-        """
-        ends = [self.c.llama_vocab_eos(self.handle)] if first and self.c.llama_vocab_get_add_eos(self.handle) else []
-        found, start = [], 0
-        for begin, end in (*runs, (len(text), len(text))):
-            tokens = self._call(text[start : begin + 1].encode(), first and not start, special)
-            known = self.count(text[start]) if start else 0
-            found += [tokens[known : len(tokens) - (0 if start else len(ends))], self._byte_runs.tokens(text[begin + 1 : end])]
-            start = end - 1
-        return self.np.concatenate([*found, self.np.array(ends, self.np.int32)])
-
-    def count(self, text: str) -> int:
-        """How many tokens a short text has, with the space before it."""
-        return len(self._call(text.encode(), False, False))
-
-    @functools.cached_property
-    def _byte_runs(self) -> ByteRuns:
-        return ByteRuns(self)
-
-    def _call(self, data: bytes, first: bool, special: bool) -> Any:
+    def _call(self, data: bytes, special: bool) -> Any:
         """Usually fewer tokens than bytes; an unknown space takes three."""
         count = len(data) + 16
         for _ in range(2):
             buffer = self.np.empty(count, self.np.int32)
             rows = buffer.ctypes.data_as(self.ctypes.POINTER(self.ctypes.c_int32))
-            count = self.c.llama_tokenize(self.handle, data, len(data), rows, len(buffer), first, special)
+            count = self.c.llama_tokenize(self.handle, data, len(data), rows, len(buffer), False, special)
             if count >= 0:
                 return buffer[:count]
             count = min(-count, 64 * (len(data) + 16))  # what it would need; INT32_MIN: more than anybody has
         raise GenerationFailed("the tokenizer failed")
 
-    def encode(self, text: str, add_special: bool, parse_special: bool) -> Any:
-        """A text's tokens, an int32 array, with or without the ones around it and those that it names."""
-        parts = [part.encode("utf-8", "replace") for part in self._cut_runs(text)]
-        return self.np.concatenate([self._tokenize(p, add_special and i == 0, parse_special) for i, p in enumerate(parts)])
-
     def gap_names(self) -> dict[str, str]:
         """The names of the tokens that mark a gap to fill, as far as the model has them and text finds them."""
         ids = {k: getattr(self.c, f"llama_vocab_fim_{k}")(self.handle) for k in ("pre", "suf", "mid", "rep", "sep")}
         names = {k: self.name(id).decode("utf-8", "replace") for k, id in ids.items() if id >= 0}
-        return {k: name for k, name in names.items() if list(self._tokenize(name.encode(), False)) == [ids[k]]}
-
-    def wrapped(self, text: str) -> Any:
-        """A text's tokens between the first and the last ones that the model wants (BOS, CLS; EOS, SEP), an int32 array."""
-        parts = [part.encode("utf-8", "replace") for part in self._cut_runs(text)]
-        if len(parts) == 1:
-            return self._tokenize(parts[0], True)
-        first, _, last = self._ends
-        return self.np.concatenate([first, *(self._tokenize(part, False) for part in parts), last])
+        return {k: name for k, name in names.items() if self.tokens(name).tolist() == [ids[k]]}
 
     def pair(self, query: str, document: str) -> Any:
         """A query and a document as rerankers have learned them: in the model's own template, else BOS q EOS SEP d EOS."""
-        if self.rerank_template:
-            return self._rendered(self.rerank_template, {"{query}": query, "{document}": document})
-        first, middle, last = self._ends
-        return self.np.concatenate([first, self._plain(query), middle, self._plain(document), last])
-
-    def _rendered(self, template: str, texts: Mapping[str, str]) -> Any:
-        """A template's tokens in one piece, for a space belongs to its word; in several where a text names special tokens."""
-        parts = re.split("(" + "|".join(map(re.escape, texts)) + ")", template)
+        texts = {"{query}": query, "{document}": document}
+        if not self.rerank_template:
+            first, middle, last = self._ends
+            return self.np.concatenate([first, self.tokens(query, special=False), middle, self.tokens(document, special=False),
+                                        last])  # fmt: skip
+        parts = re.split("({query}|{document})", self.rerank_template)
         if any(name in text for text in texts.values() for name in self.specials):
-            tokens = [self._plain(texts[p]) if p in texts else self._tokenize(p.encode(), False) for p in parts]
-            return self.np.concatenate(tokens)
-        return self._tokenize("".join(texts.get(p, p) for p in parts).encode("utf-8", "replace"), False)
-
-    def _plain(self, text: str) -> Any:
-        """The tokens of a text whose special tokens' names mean nothing."""
-        parts = [part.encode("utf-8", "replace") for part in self._cut_runs(text)]
-        return self.np.concatenate([self._tokenize(part, False, False) for part in parts])
-
-    @functools.cached_property
-    def rerank_template(self) -> str:
-        source = self.c.llama_model_chat_template(self.model, b"rerank")
-        return source.decode("utf-8", "replace") if source else ""
+            return self.np.concatenate([self.tokens(texts.get(part, part), special=part not in texts) for part in parts])
+        return self.tokens("".join(texts.get(part, part) for part in parts))  # in one piece: a space belongs to its word
 
     @functools.cached_property
     def _ends(self) -> list[Any]:
         """The tokens before a text, between two texts, and behind the last one, as the model wants them."""
         c, vocab = self.c, self.handle
-        bert = c.llama_vocab_type(vocab) == c.LLAMA_VOCAB_TYPE_WPM  # its tokenizer asks no flag: CLS text SEP
+        bert = self.kind == c.LLAMA_VOCAB_TYPE_WPM  # its tokenizer asks no flag: CLS text SEP
         bos = [c.llama_vocab_bos(vocab)] if bert or c.llama_vocab_get_add_bos(vocab) else []
         eos = [c.llama_vocab_eos(vocab)] if c.llama_vocab_get_add_eos(vocab) else []
         sep = [c.llama_vocab_sep(vocab)] if bert or c.llama_vocab_get_add_sep(vocab) else []
-        return [self.np.array([t for t in ids if t >= 0], self.np.int32) for ids in (bos, eos + sep, eos or sep)]
-
-    def tokens_of(self, text: str) -> Seq[int]:
-        """The tokens of a text inside another: special tokens parsed, none added."""
-        return [int(token) for token in self._tokenize(text.encode("utf-8", "replace"), False)]
+        return [self.np.array([t for t in ids if t >= 0], self.np.int32) for ids in (bos, eos + sep, sep if bert else eos)]
 
     def piece(self, token: int) -> bytes:
         """The bytes a token stands for in text; control tokens give none."""
@@ -3677,10 +3421,6 @@ class Vocabulary:
         if found is None:
             found = self._pieces[token] = self._render(token, False)
         return found
-
-    def tokens_named(self, names: frozenset[str]) -> dict[int, bytes]:
-        """Control tokens by their names, and these as bytes."""
-        return {token: name.encode() for token, name in self.marker_pieces.items() if name in names} if names else {}
 
     def shown(self, token: int) -> bytes:
         """The bytes in which a marker is looked for: a control token's name, any other's piece."""
@@ -3693,7 +3433,7 @@ class Vocabulary:
         A tokenizer that begins a text with a space of its own is shown a line break first.
         """
         for before in (b"", b"\n"):
-            tokens = self._call(before + data, False, False).tolist()
+            tokens = self._call(before + data, False).tolist()
             pieces = [self.piece(token) for token in tokens]
             ends = [0, *itertools.accumulate(map(len, pieces))]
             start = ends[-1] - len(data)
@@ -3719,70 +3459,6 @@ class Vocabulary:
         return bytes(buffer.raw[:size])
 
 
-class ByteRuns:
-    """Finds where a SentencePiece tokenizer (SPM) makes nothing but bytes of a text for long.
-
-    llama.cpp copies all tokens so far at each such character (llama-vocab.cpp, resegment: the reserve), which takes a
-    minute for a million. They are characters without a token that stand beside their neighbours in no token's text: so no
-    merge reaches across, and each becomes the tokens of its bytes.
-    """
-
-    LONG = 256  # characters; shorter runs cost little
-
-    def __init__(self, vocab: Vocabulary) -> None:
-        """Reads the vocabulary: 0.1 s for a large one, so only long texts ask."""
-        c, np = vocab.c, vocab.np
-        texts = [c.llama_vocab_get_text(vocab.handle, t).decode("utf-8", "replace") for t in range(vocab.size)]
-        ids = {text: token for token, text in enumerate(texts)}
-        self._np = np
-        self._bytes = np.array([ids.get(f"<0x{byte:02X}>", -1) for byte in range(256)], np.int32)
-        self._known = np.zeros(sys.maxunicode + 1, bool)  # by code point: has a token, or cannot be told
-        self._known[[0, *(ord(text) for text in map(self._escaped, ids) if len(text) == 1)]] = True
-        strips = c.LLAMA_TOKEN_ATTR_LSTRIP | c.LLAMA_TOKEN_ATTR_RSTRIP
-        if any(c.llama_vocab_get_attr(vocab.handle, t) & strips for t in range(vocab.size)):
-            self._known[[ord(space) for space in "\t\n\v\f\r"]] = True  # special tokens take those beside them
-        if self._bytes.min() < 0:
-            self._known[:] = True
-        else:  # four bytes, behind a space if the tokenizer begins texts with one
-            self._spaced = vocab.count("\U0010fffd") > 4
-        codes = self._codes("\0".join(texts))
-        self._pairs = np.unique(self._paired(codes[:-1], codes[1:]))
-
-    @staticmethod
-    def _escaped(text: str) -> str:
-        return text.replace(" ", "▁")
-
-    def _codes(self, text: str) -> Any:
-        """Code points, an array, with spaces as the tokenizer sees them."""
-        return self._np.frombuffer(self._escaped(text).encode("utf-32-le", "replace"), self._np.uint32)
-
-    def _paired(self, left: Any, right: Any) -> Any:
-        return left.astype(self._np.uint64) << self._np.uint64(32) | right
-
-    def find(self, text: str) -> list[tuple[int, int]]:
-        """Where each long run begins and ends."""
-        codes = self._codes(text)
-        return [(begin + b, begin + e) for begin, end in self._long(~self._known[codes])
-                for b, e in self._long(self._alone(codes, begin, end))]  # fmt: skip
-
-    def _long(self, marked: Any) -> list[tuple[int, int]]:
-        edges = self._np.flatnonzero(self._np.diff(marked, prepend=False, append=False)).tolist()
-        return [(b, e) for b, e in zip(edges[::2], edges[1::2], strict=True) if e - b >= self.LONG]
-
-    def _alone(self, codes: Any, begin: int, end: int) -> Any:
-        """Which of these characters merge with neither neighbour, nor with a space that the tokenizer may put before them."""
-        np = self._np
-        codes = np.concatenate([[0], codes, [0]]).astype(np.uint32)  # a neighbour before the first and behind the last
-        here = codes[begin + 1 : end + 1]
-        joined = np.isin(self._paired(codes[begin : end + 1], codes[begin + 1 : end + 2]), self._pairs)
-        alone = ~(joined[:-1] | joined[1:])
-        return alone & ~np.isin(self._paired(np.full_like(here, ord("▁")), here), self._pairs) if self._spaced else alone
-
-    def tokens(self, text: str) -> Any:
-        """The tokens of a run's text, an int32 array."""
-        return self._bytes[self._np.frombuffer(self._escaped(text).encode(), self._np.uint8)]
-
-
 class Llama:
     """llama.cpp's model: weights, vocabulary, adapters, and how much context fits. `main` is where sequences live."""
 
@@ -3805,18 +3481,22 @@ class Llama:
         self.ggml.leave_out(self.setup.rung.without)
         self.devices = self._devices()
         self.plan = self._plan()
-        self.ctx, self.pool = self.plan.ctx, self.plan.pool
+        self.ctx, self.pool, self.on_cpu = self.plan.ctx, self.plan.pool, self.plan.gpu_layers == 0
+        self.threads = self.options.threads or (1 if self.size_bytes < self.SMALL else physical_cores())  # of a step
+        self.kv_bytes = (self.info.kv or KvShape()).token_bytes(self.options.kv_type)  # of a token's KV cache
+        # what other threads of the engine wait at while it computes, if that takes all processors
+        self.gate = Gate() if self.on_cpu and self.threads >= len(processors()) else None
         self._load_model(progress)
+        kind = self.metadata("general.architecture")  # where every token attends to all, an input is computed in one piece
+        self.looks_both_ways = kind in EMBEDDERS or self.metadata(f"{kind}.attention.causal") == "false"
         self.vocab = Vocabulary(self.c, self.model, numpy)
         self.machines = Machines(self.vocab)
         self.cuttable = not (self.c.llama_model_is_recurrent(self.model) or self.c.llama_model_is_hybrid(self.model))
         self.n_swa = int(self.c.llama_model_n_swa(self.model))
-        self.adapters = self._load_adapters(self.options.lora)
+        self.adapters = [self._adapter(file) for file in self.options.lora]
         n_batch = max(self.options.batch, self.options.parallel)
         with zero_pages_returned():
-            self.main: Context = (
-                EmbeddingContext(self) if self.embedding else Context(self, self.pool, n_batch, self.plan.sequences)
-            )
+            self.main = EmbeddingContext(self) if self.embedding else Context(self, self.pool, n_batch, self.plan.sequences)
 
     def _on_log(self, level: int, line: bytes, _: Any) -> None:
         if level >= 3:  # GGML_LOG_LEVEL_WARN and ERROR
@@ -3824,22 +3504,19 @@ class Llama:
 
     def _devices(self) -> list[Device]:
         """The devices beside the CPU that the options name; all GPUs if they name none. LoadError for one that is not there."""
-        found, wanted = [d for d in self.ggml.devices() if d.kind != "CPU"], self.options.device
+        known = {d.name: d for d in self.ggml.devices() if d.kind != "CPU"}
+        wanted, main = self.options.device, self.options.main_gpu
         if self.setup.rung.cpu or wanted in (("none",), ()):
             return []
-        known = {d.name: d for d in found}
-        for name in wanted or ():
-            if name not in known:
-                raise LoadError(f"there is no device {name}; there are {', '.join(known) or 'none but the CPU'}")
-        used = [known[name] for name in wanted] if wanted else [d for d in found if d.is_gpu]
-        if self.options.main_gpu is not None:
-            if self.options.main_gpu >= len(used):
-                raise LoadError(f"--main-gpu {self.options.main_gpu}: there are {len(used)} GPUs, the first one is 0")
-            used = [used[self.options.main_gpu]]
-        return used
+        if unknown := set(wanted or ()) - set(known):
+            raise LoadError(f"there is no device {min(unknown)}; there are {', '.join(known) or 'none but the CPU'}")
+        used = [known[name] for name in wanted] if wanted else [d for d in known.values() if d.kind in ("GPU", "IGPU")]
+        if main is not None and main >= len(used):
+            raise LoadError(f"--main-gpu {main}: there are {len(used)} GPUs, the first one is 0")
+        return used if main is None else [used[main]]
 
     def _plan(self) -> LoadPlan:
-        """Where the model goes. Raises LoadError when it does not fit."""
+        """Raises LoadError when the model does not fit."""
         free, weights, own = available_memory(), None, self.info.context_length
         if self.devices:
             with contextlib.suppress(GgufError, OSError):
@@ -3850,17 +3527,16 @@ class Llama:
         return plan_load(self.info, self.setup, free, [d.free for d in self.devices], weights)
 
     def _load_model(self, progress: Callable[[float], None]) -> None:
-        params = self._model_params()
-        last = [0.0]
+        said = [0.0]
 
         def on_progress(fraction: float, _: Any) -> bool:
-            if fraction - last[0] >= 0.01 or fraction >= 1:
-                last[0] = fraction
+            if fraction - said[0] >= 0.01 or fraction >= 1:
+                said[0] = fraction
                 progress(fraction)
             return True
 
-        callback = self.c.llama_progress_callback(on_progress)
-        params.progress_callback = callback
+        params = self._model_params()
+        params.progress_callback = self.c.llama_progress_callback(on_progress)
         self.model = self.c.llama_model_load_from_file(os.fsencode(self.info.path), params)
         if not self.model:
             raise self.refusal("llama.cpp cannot load the file")
@@ -3889,67 +3565,47 @@ class Llama:
 
     def _overrides(self) -> list[tuple[bytes, int]]:
         """Patterns of tensors' names, and the buffer types that these go to: as asked, and experts that stay on the CPU."""
-        devices = {d.name: d for d in self.ggml.devices()}
+        devices, rules = {d.name: d.handle for d in self.ggml.devices()}, list[tuple[str, int]]()
         for pattern, name in self.options.override_tensor:
             if name not in devices:
                 raise LoadError(f"--override-tensor {pattern}={name}: there is no device {name}, only {', '.join(devices)}")
-        rules = [(p.encode(), self.ggml.buffer_type(devices[name])) for p, name in self.options.override_tensor]
-        layers = "|".join(map(str, range(self.plan.cpu_moe)))
-        experts = [(rf"blk\.({layers}){EXPERTS}".encode(), self.ggml.buffer_type(devices["CPU"]))] if layers else []
-        return [*rules, *experts]
+            rules.append((pattern, devices[name]))
+        if layers := "|".join(map(str, range(self.plan.cpu_moe))):
+            rules.append((rf"blk\.({layers}){EXPERTS}", self.ggml.cpu))
+        return [(pattern.encode(), self.ggml.buffer_type(device)) for pattern, device in rules]
 
     def refusal(self, what: str) -> LoadError:
-        """The error for something that llama.cpp refuses, with the reason that it logged."""
+        """The error for something that llama.cpp refuses, with the first error that it logged, or else the first warning."""
         wants_memory = any(re.search(r"alloc|out of memory|insufficient", line, re.I) for _, line in self.log_lines)
-        return LoadError(self.reason(what), "memory" if wants_memory else "")
-
-    def reason(self, what: str) -> str:
-        """`what`, with the first error that llama.cpp logged, or else the first warning."""
         words = [line.split(": ", 1)[-1] for _, line in sorted(self.log_lines, key=lambda logged: -logged[0]) if line]
-        return f"{what}: {words[0]}" if words else what
-
-    @property
-    def on_cpu(self) -> bool:
-        return self.plan.gpu_layers == 0
+        return LoadError(": ".join([what, *words[:1]]), "memory" if wants_memory else "")
 
     @property
     def placed(self) -> str:
         """Where the layers are; "" where there is only the CPU."""
-        if not self.devices:
-            return ""
         layers, names = int(self.c.llama_model_n_layer(self.model)), ", ".join(d.name for d in self.devices)
+        if self.on_cpu:
+            return f"on the CPU, not on {names}" if names else ""
         moe = f", experts of {self.plan.cpu_moe} layers on the CPU" if self.plan.cpu_moe else ""
-        count = "all" if self.plan.gpu_layers > layers else self.plan.gpu_layers
-        return f"{count} of {layers} layers on {names}{moe}" if self.plan.gpu_layers else f"on the CPU, not on {names}"
-
-    @property
-    def threads(self) -> int:
-        """How many compute a step."""
-        return self.options.threads or (1 if self.size_bytes < self.SMALL else physical_cores())
+        return f"{'all' if self.plan.gpu_layers > layers else self.plan.gpu_layers} of {layers} layers on {names}{moe}"
 
     @functools.cached_property
-    def gate(self) -> Gate | None:
-        """What other threads of the engine wait at while it computes, if that takes all processors."""
-        return Gate() if self.on_cpu and self.threads >= len(processors()) else None
-
-    @functools.cached_property
-    def looks_both_ways(self) -> bool:
-        """Whether every token attends to all others, so that an input must be computed in one piece."""
-        architecture = self.metadata("general.architecture")
-        return architecture in EMBEDDERS or self.metadata(f"{architecture}.attention.causal") == "false"
-
-    @functools.cached_property
-    def kv_bytes(self) -> float:
-        """Bytes of KV cache that a token takes."""
-        return (self.info.kv or KvShape()).token_bytes(self.options.kv_type)
+    def candidate_rows(self) -> Any:
+        """A llama_token_data of each token, without its logit."""
+        rows = self.np.zeros(self.vocab.size, [("id", "i4"), ("logit", "f4"), ("p", "f4")])
+        rows["id"] = self.np.arange(self.vocab.size)
+        return rows
 
     def trial(self) -> None:
         """Decodes a few tokens and then one, as steps do: what cannot work on this machine shows before it counts as loaded."""
         count = min(4, self.main.n_batch, max(1, self.ctx - 2))
-        tokens = self.np.full(count + 1, max(self.c.llama_vocab_bos(self.vocab.handle), 0), self.np.int32)
-        for rows in (TrialRows(tokens, count), TrialRows(tokens, count + 1, count)):
-            if status := self.main.decode([(rows, rows.n_tokens - rows.n_computed)]):
+        rows = Rows(self.vocab.nothing.repeat(count + 1), 0)
+        rows.row = 0
+        for more in (count, 1):
+            rows.n_tokens += more
+            if status := self.main.decode([(rows, more)]):
                 raise self.refusal(f"llama.cpp cannot compute: llama_decode returned {status}")
+            rows.n_computed += more
         self.main.clear(False)
 
     def metadata(self, key: str) -> str:
@@ -3977,12 +3633,18 @@ class Llama:
         return Loaded(self.ctx, self.pool, options.parallel, chat, tuple(self.notes), int(self.pool * self.kv_bytes),
                       self.plan.memory_need, self.placed, not self.on_cpu)  # fmt: skip
 
-    def _load_adapters(self, files: Seq[str]) -> list[Any]:
-        adapters = [self.c.llama_adapter_lora_init(self.model, os.fsencode(f)) for f in files]
-        for file, adapter in zip(files, adapters, strict=True):
+    def _load_adapters(self) -> Iterator[Any]:
+        for file in self.options.lora:
+            adapter = self.c.llama_adapter_lora_init(self.model, os.fsencode(file))
             if not adapter:
                 raise self.refusal(f"the LoRA adapter {file} cannot be applied")
-        return adapters
+            yield adapter
+
+    def _adapter(self, file: str) -> Any:
+        adapter = self.c.llama_adapter_lora_init(self.model, os.fsencode(file))
+        if not adapter:
+            raise self.refusal(f"the LoRA adapter {file} cannot be applied")
+        return adapter
 
 
 ZERO_BLOCK = 4 * MIB  # bytes looked at together by zero_pages_returned
@@ -4023,39 +3685,18 @@ def _anonymous_blocks(outward: bool) -> set[int]:
     return found
 
 
-class Rows(Protocol):
-    """What a decode reads of a sequence."""
+class Rows:
+    """Tokens on their way through a context: how many have their cells there, and in which of its rows."""
+
+    def __init__(self, tokens: Any, n_tokens: int) -> None:
+        self.tokens, self.n_tokens = tokens, n_tokens  # int32, at least n_tokens of them
+        self.n_computed = 0  # so many of the first ones have cells
+        self.row = -1
 
     @property
-    def tokens(self) -> Any:
-        """int32, at least n_tokens of them."""
-        ...
-
-    @property
-    def n_tokens(self) -> int: ...
-
-    @property
-    def n_computed(self) -> int:
-        """So many of the first ones have their cells in the context."""
-        ...
-
-    @property
-    def row(self) -> int:
-        """The sequence's number in the context."""
-        ...
-
-
-@dataclass(frozen=True)
-class TrialRows:
-    """The sequence of a trial."""
-
-    tokens: Any
-    n_tokens: int
-    n_computed: int = 0
-
-    @property
-    def row(self) -> int:
-        return 0
+    def pending(self) -> int:
+        """Tokens not yet evaluated: 1 while decoding, more while a prompt is read."""
+        return self.n_tokens - self.n_computed
 
 
 class Context:
@@ -4073,7 +3714,11 @@ class Context:
         self.cells, self.n_batch, self.n_seq = cells, n_batch, n_seq
         self.pause_every = self.PAUSE_EVERY
         self._abort = self.ctypes.create_string_buffer(2)
-        self._callback = self._eval_callback(pause) if pause else None  # kept: llama.cpp calls it
+        asked = itertools.count(1)
+        # llama.cpp asks before each operation whether its result is wanted, and calls again when it is there
+        self._callback = self.c.ggml_backend_sched_eval_callback(  # kept: llama.cpp calls it
+            lambda _tensor, asks, _data: next(asked) % self.pause_every == 0 if asks else pause()
+        ) if pause else None
         llama.log_lines.clear()
         self.handle = self.c.llama_init_from_model(llama.model, self._params())
         if not self.handle:
@@ -4083,8 +3728,6 @@ class Context:
             adapters = (self.c.llama_adapter_lora_p_ctypes * count)(*llama.adapters)
             self.c.llama_set_adapters_lora(self.handle, adapters, count, (self.ctypes.c_float * count)(*[1.0] * count))
         self.memory = self.c.llama_get_memory(self.handle)
-        self._logits: Any = None
-        self._logits_at: int | None = None
         self._make_batch()
 
     def _params(self) -> Any:
@@ -4096,23 +3739,13 @@ class Context:
         params.flash_attn_type = {"auto": -1, "on": 1, "off": 0}[options.flash_attn]
         params.type_k = params.type_v = getattr(self.c, f"GGML_TYPE_{options.kv_type.upper()}")
         params.no_perf = True
-        params.abort_callback, params.abort_callback_data = self._abort_callback()
+        # in C, so that no step pays for the interpreter: strlen of a buffer, non-zero aborts the decode
+        strlen = self.ctypes.CDLL("msvcrt" if sys.platform == "win32" else None).strlen
+        params.abort_callback = self.ctypes.cast(strlen, self.c.ggml_abort_callback)
+        params.abort_callback_data = self.ctypes.cast(self._abort, self.ctypes.c_void_p)
         if self._callback:
             params.cb_eval = self._callback
         return params
-
-    def _eval_callback(self, pause: Callable[[], bool]) -> Any:
-        """llama.cpp asks before each operation whether its result is wanted, and calls again when it is there."""
-        asked = itertools.count(1)
-        return self.c.ggml_backend_sched_eval_callback(
-            lambda _tensor, asks, _data: next(asked) % self.pause_every == 0 if asks else pause()
-        )
-
-    def _abort_callback(self) -> tuple[Any, Any]:
-        """A callback in C, so that no step pays for the interpreter: strlen of a buffer, non-zero aborts the decode."""
-        library = self.ctypes.CDLL("msvcrt" if sys.platform == "win32" else None)
-        callback = self.ctypes.cast(library.strlen, self.c.ggml_abort_callback)
-        return callback, self.ctypes.cast(self._abort, self.ctypes.c_void_p)
 
     def abort(self, wanted: bool) -> None:
         """Makes a decode that another thread runs return 2 soon; False takes that back."""
@@ -4153,18 +3786,16 @@ class Context:
 
     def logits(self, rows: int) -> Any:
         """The logits of the last decode, shape (rows, n_vocab), float32; a view that the next decode overwrites."""
-        pointer = self.c.llama_get_logits(self.handle)
-        address = self.ctypes.cast(pointer, self.ctypes.c_void_p).value
-        if address != self._logits_at:
-            self._logits = self.np.ctypeslib.as_array(pointer, (self.n_seq, self.llama.vocab.size))
-            self._logits_at = address
-        return self._logits[:rows]
+        address = self.ctypes.cast(self.c.llama_get_logits(self.handle), self.ctypes.c_void_p).value
+        row = self.ctypes.c_float * self.llama.vocab.size
+        return self.np.frombuffer((row * rows).from_address(address), self.np.float32).reshape(rows, -1)
 
     # KV cache. Cutting needs `cuttable`; whole sequences can always be dropped and copied.
 
     def drop(self, row: int, start: int = -1) -> None:
         """Frees a sequence's cells from position `start` on."""
-        self.c.llama_memory_seq_rm(self.memory, row, start, -1)
+        if self.memory:  # a model that looks both ways has none
+            self.c.llama_memory_seq_rm(self.memory, row, start, -1)
 
     def share(self, source: int, target: int, count: int) -> None:
         """Lets `target` begin with the first `count` cells of `source`: metadata only, nothing is copied."""
@@ -4188,7 +3819,8 @@ class Context:
 
     def clear(self, data: bool) -> None:
         """Frees all cells, so that the next ones are the first again; with `data`, wipes what they held."""
-        self.c.llama_memory_clear(self.memory, data)
+        if self.memory:
+            self.c.llama_memory_clear(self.memory, data)
 
 
 class EmbeddingContext(Context):
@@ -4217,7 +3849,6 @@ class EmbeddingContext(Context):
 
     @classmethod
     def batch_size(cls, llama: Llama) -> int:
-        """Tokens of a batch."""
         most = min(cls.BATCH, llama.options.batch)
         if not llama.looks_both_ways:
             most = min(most, cls.LOGITS // (2 * 4 * llama.vocab.size), llama.ctx)
@@ -4235,14 +3866,6 @@ class EmbeddingContext(Context):
         params.pooling_type = rules[self.pooling] if self.whole or self.pooling == "rank" else 0  # LLAMA_POOLING_TYPE_NONE
         params.n_outputs_max = 0  # every token of a batch
         return params
-
-    def drop(self, row: int, start: int = -1) -> None:
-        if self.memory:
-            super().drop(row, start)
-
-    def clear(self, data: bool) -> None:
-        if self.memory:
-            super().clear(data)
 
     def take(self, input: Rows, at: int, count: int, pooled: Any) -> Any:
         """What an input's vector is after the last decode, where `count` of its tokens stood from row `at` on.
@@ -4284,36 +3907,37 @@ class EmbeddingContext(Context):
 class Sampler:
     """Picks one sequence's tokens: greedy straight from the logits, else with llama.cpp's chain and its defaults.
 
-    With a grammar the chain picks among all tokens first; where that one is refused, among those that the grammar allows.
-    Of these it is shown the likeliest ones, as many as it might keep, which gives the same as if it were shown all.
+    With a grammar the chain picks among all tokens. One that is refused is banned, and the chain picks again; where few
+    tokens may come, or TRIES were refused, it picks among those that the grammar allows.
     """
 
     KEYS: ClassVar = {"temperature": "temp", "repeat_penalty": "penalty_repeat", "repeat_last_n": "penalty_last_n"}
     COLDEST = 1e-4  # temperatures below are 0: logits divided by less would leave float32, and infinities have no softmax
     LEAST = 1e-30  # of the likeliest token's probability; typical and Mirostat take the logarithm, and 0 has none
-    CHUNKS = (64, 512, 4096)  # so many of the likeliest tokens are tried one by one, before all that the grammar allows
-    NEAR_TOP = 10  # below the likeliest one's logit: mostly some hundred tokens
-    NEAR = 1e-4  # llama.cpp computes with 24 bits: what lies so near to a limit may fall on either side of it
+    TRIES = 64  # each costs what the chain costs, and a grammar's first list of what it allows as much as some hundred
 
     def __init__(self, llama: Llama, sampling: Sampling, prompt: Any) -> None:
         """Raises InvalidRequest for a bias of a token that does not exist, and for a grammar that cannot be read."""
         self.llama, self.sampling = llama, sampling
-        self.never = self._banned()
+        self.banned = self._banned()
         self._picked: int | None = None  # what was picked before it was tried, until that is done
+        self._refused = 0  # tokens, before that one
         self.grammar = Grammar(llama, sampling.constraint) if sampling.constraint else None
         self.chain: Any = None
         seed = 0xFFFFFFFF if sampling.seed is None else sampling.seed & 0xFFFFFFFF  # LLAMA_DEFAULT_SEED: a random one
         v: Any = replace(sampling, **dict(self._values()), seed=seed)
-        self.values, self.greedy = v, v.temperature < self.COLDEST
-        self.bends = [*self._biases(v), *([] if self._aims else self._penalties(v))]  # the chain's first samplers, and the rest
-        self.links = self._links(v)
-        if not self.links:
-            return
-        c = llama.c
+        self._greedy = v.temperature < self.COLDEST
+        self._aims = bool(v.mirostat) and not self._greedy  # Mirostat picks: it replaces all but the bias and the temperature
+        links, c = list(self._links(v)), llama.c
+        if not links:
+            return  # the likeliest token is taken
+        if self._greedy:
+            links.append(c.llama_sampler_init_greedy())
         self.chain = c.llama_sampler_chain_init(c.llama_sampler_chain_default_params())
-        for link in (*self.bends, *self.links):
+        for link in links:
             c.llama_sampler_chain_add(self.chain, link)
-        for token in prompt[max(0, len(prompt) - self._looks_back(v)) :]:
+        windows = (v.repeat_last_n if self._penalizes(v) else 0, v.dry_penalty_last_n if v.dry_multiplier else 0)
+        for token in prompt[max(0, len(prompt) - max(map(self._window, windows))) :]:
             c.llama_sampler_accept(self.chain, int(token))
 
     def _values(self) -> Iterator[tuple[str, Any]]:
@@ -4335,65 +3959,40 @@ class Sampler:
         banned = frozenset(token for token, bias in self.sampling.logit_bias if bias == -math.inf)
         return banned | (self.llama.vocab.eog if self.sampling.ignore_eos else frozenset())
 
-    @property
-    def _aims(self) -> bool:
-        """Whether Mirostat picks, by itself: it replaces all but the bias and the temperature."""
-        return bool(self.values.mirostat) and not self.greedy
-
-    @property
-    def _filters_too(self) -> bool:
-        """Whether filters matter: the others never drop the likeliest token."""
-        return not self.greedy or self.values.typical_p < 1 or self.values.xtc_probability > 0
-
-    def _links(self, v: Any) -> list[Any]:
-        """The chain's samplers behind `bends`, in llama.cpp's order (common/sampling.cpp); none: the likeliest is taken."""
-        c = self.llama.c
-        if self._aims:
-            return list(self._mirostat(v))
-        links = list(self._filters(v)) if self._filters_too else []
-        if self.greedy:
-            return [*links, c.llama_sampler_init_greedy()] if links or self.bends else []
-        temperature = c.llama_sampler_init_temp_ext(v.temperature, v.dynatemp_range, v.dynatemp_exponent)
-        return [*links, temperature, c.llama_sampler_init_dist(v.seed)]
-
-    def _biases(self, v: Any) -> Iterator[Any]:
-        c, biases = self.llama.c, v.logit_bias
-        if biases:
-            rows = (c.llama_logit_bias * len(biases))(*(c.llama_logit_bias(t, b) for t, b in biases))
-            yield c.llama_sampler_init_logit_bias(self.llama.vocab.size, len(biases), rows)
-
-    def _penalties(self, v: Any) -> Iterator[Any]:
-        """What looks back on the text."""
+    def _links(self, v: Any) -> Iterator[Any]:
+        """The chain's samplers, in llama.cpp's order (common/sampling.cpp), but for one that takes the likeliest token."""
         c, vocab = self.llama.c, self.llama.vocab
+        if v.logit_bias:
+            biases = (c.llama_logit_bias * len(v.logit_bias))(*(c.llama_logit_bias(t, b) for t, b in v.logit_bias))
+            yield c.llama_sampler_init_logit_bias(vocab.size, len(biases), biases)
+        if self._aims:
+            yield c.llama_sampler_init_min_p(self.LEAST, 1)
+            yield c.llama_sampler_init_temp(v.temperature)
+            if v.mirostat == 1:
+                yield c.llama_sampler_init_mirostat(vocab.size, v.seed, v.mirostat_tau, v.mirostat_eta, 100)
+            else:
+                yield c.llama_sampler_init_mirostat_v2(v.seed, v.mirostat_tau, v.mirostat_eta)
+            return
         if self._penalizes(v):
-            size, last_n = vocab.size, self._window(v.repeat_last_n)
-            yield c.llama_sampler_init_penalties(size, last_n, v.repeat_penalty, v.frequency_penalty, v.presence_penalty)
+            last_n = self._window(v.repeat_last_n)
+            yield c.llama_sampler_init_penalties(vocab.size, last_n, v.repeat_penalty, v.frequency_penalty, v.presence_penalty)
         if v.dry_multiplier:
             words = [s.encode() for s in v.dry_sequence_breakers]
             rows = (self.llama.ctypes.c_char_p * len(words))(*words)
             allowed, last_n = self._window(v.dry_allowed_length), self._window(v.dry_penalty_last_n)
             yield c.llama_sampler_init_dry(vocab.handle, v.dry_multiplier, v.dry_base, allowed, last_n, rows, len(words))
-
-    def _filters(self, v: Any) -> Iterator[Any]:
-        """What drops tokens; llama.cpp makes nothing of those that are off."""
-        c = self.llama.c
-        yield c.llama_sampler_init_top_n_sigma(v.top_n_sigma)
-        yield c.llama_sampler_init_top_k(min(v.top_k, self.llama.vocab.size))
-        if v.typical_p < 1:
-            yield c.llama_sampler_init_min_p(self.LEAST, 1)
-            yield c.llama_sampler_init_typical(v.typical_p, 1)
-        yield c.llama_sampler_init_top_p(v.top_p, 1)
-        yield c.llama_sampler_init_min_p(v.min_p, 1)
-        yield c.llama_sampler_init_xtc(v.xtc_probability, v.xtc_threshold, 1, v.seed)
-
-    def _mirostat(self, v: Any) -> Iterator[Any]:
-        c = self.llama.c
-        yield c.llama_sampler_init_min_p(self.LEAST, 1)
-        yield c.llama_sampler_init_temp(v.temperature)
-        if v.mirostat == 1:
-            yield c.llama_sampler_init_mirostat(self.llama.vocab.size, v.seed, v.mirostat_tau, v.mirostat_eta, 100)
-        else:
-            yield c.llama_sampler_init_mirostat_v2(v.seed, v.mirostat_tau, v.mirostat_eta)
+        if not self._greedy or v.typical_p < 1 or v.xtc_probability > 0:  # the other filters never drop the likeliest
+            yield c.llama_sampler_init_top_n_sigma(v.top_n_sigma)  # llama.cpp makes nothing of those that are off
+            yield c.llama_sampler_init_top_k(min(v.top_k, vocab.size))
+            if v.typical_p < 1:
+                yield c.llama_sampler_init_min_p(self.LEAST, 1)
+                yield c.llama_sampler_init_typical(v.typical_p, 1)
+            yield c.llama_sampler_init_top_p(v.top_p, 1)
+            yield c.llama_sampler_init_min_p(v.min_p, 1)
+            yield c.llama_sampler_init_xtc(v.xtc_probability, v.xtc_threshold, 1, v.seed)
+        if not self._greedy:
+            yield c.llama_sampler_init_temp_ext(v.temperature, v.dynatemp_range, v.dynatemp_exponent)
+            yield c.llama_sampler_init_dist(v.seed)
 
     @staticmethod
     def _penalizes(v: Any) -> bool:
@@ -4403,22 +4002,20 @@ class Sampler:
         """A number of tokens, at most the context: llama.cpp sets memory aside for all of them."""
         return self.llama.ctx if tokens < 0 else min(tokens, self.llama.ctx)
 
-    def _looks_back(self, v: Any) -> int:
-        """The last tokens of the prompt that a penalty sees."""
-        penalties = self._window(v.repeat_last_n) if self._penalizes(v) else 0
-        return max(penalties, self._window(v.dry_penalty_last_n) if v.dry_multiplier else 0)
-
     def pick(self, logits: Any, row: int) -> int:
-        """The next token, -1 when nothing may follow. `logits` is its row of the last decode, `row` its batch index."""
+        """The next token, -1 when nothing may follow. `logits` is its row of the last decode, `row` its batch index.
+
+        Raises NotYet, from its grammar: called again with the same logits it goes on where it was.
+        """
         if self.sampling.ignore_eos:
             logits[self.llama.vocab.eog_array] = -math.inf
         if self.grammar:
-            return self._pick_with(self.grammar, logits, row)
+            return self._pick_with(self.grammar, logits)
         if self.chain:
             token = int(self.llama.c.llama_sampler_sample(self.chain, self.llama.main.handle, row))
         else:
             token = int(logits.argmax())
-        return -1 if token in self.never else token
+        return -1 if token in self.banned else token
 
     def closing(self, token: int) -> Seq[int]:
         """The tokens that close a thought in which the model would end its text, although the grammar's begins behind it."""
@@ -4432,118 +4029,46 @@ class Sampler:
         if self.grammar:
             self.grammar.follow(token)
 
-    def _pick_with(self, grammar: Grammar, logits: Any, row: int) -> int:
-        """Accepts only what the grammar admits, and what has a finite logit, as all have unless they are banned.
-
-        After NotYet it goes on where it was, with the same logits.
-        """
-        if self._picked is None:
-            self._picked = self._pick_freely(logits, row)
-        while (token := self._picked) >= 0 and grammar.after(token) is None:
-            if not grammar.is_awaited:
-                token = self._pick_allowed(grammar, logits)
-                break
-            logits[token] = -math.inf
-            self._picked = self._pick_freely(logits, row)
-        self._picked = None
+    def _pick_with(self, grammar: Grammar, logits: Any) -> int:
+        while (token := self._picked) is None or (token >= 0 and grammar.after(token) is None):
+            if token is not None:
+                logits[token] = -math.inf
+                self._refused += 1
+            few = self._aims or self._refused >= self.TRIES or grammar.is_quick  # Mirostat learns from each pick
+            among = grammar.allowed() if self._refused and few and not grammar.is_awaited else None
+            self._picked = self._choose(logits, among)
+        self._picked, self._refused = None, 0
         if token < 0:
             return -1  # all that may follow is banned, or has no token
-        grammar.accept(token)
-        if self.chain:
-            self.llama.c.llama_sampler_accept(self.chain, token)
+        self.force(token)
         return token
 
-    def _pick_freely(self, logits: Any, row: int) -> int:
-        """What is picked without a grammar; −1 if all is banned. `row` is −1 for logits that were kept."""
-        if not self.chain:
-            token = int(logits.argmax())
-        elif row < 0 or self._looks_back(self.values):  # what follows makes the chain take a token that may be refused
-            return self._choose(Candidates(self.llama, logits), (*self.bends, *self.links))
-        else:
-            token = int(self.llama.c.llama_sampler_sample(self.chain, self.llama.main.handle, row))
-        return token if logits[token] > -math.inf and token not in self.never else -1
-
-    def _pick_allowed(self, grammar: Grammar, logits: Any) -> int:
-        """What is picked among the tokens that the grammar allows; −1 if none is left."""
-        scores = self._bent(logits)
-        tokens = self._allowed(grammar, scores)
-        tokens = tokens[scores[tokens] > -math.inf]
-        if not len(tokens):
+    def _choose(self, logits: Any, tokens: Any) -> int:
+        """The token that is picked among some, or all (None); −1 if all are banned."""
+        scores = logits if tokens is None else logits[tokens]
+        if not len(scores) or scores.max() == -math.inf:
             return -1
         if not self.chain:
-            return int(tokens[scores[tokens].argmax()])
-        return self._choose(Candidates(self.llama, scores[tokens], tokens), self.links)
-
-    def _choose(self, candidates: Candidates, links: Iterable[Any]) -> int:
-        """The token that samplers select; −1 if all are banned."""
-        for link in links:
-            self.llama.c.llama_sampler_apply(link, candidates.pointer)
-        array = candidates.array
+            at = int(scores.argmax())
+            return at if tokens is None else int(tokens[at])
+        rows, c = self.llama.candidate_rows[: len(scores)].copy(), self.llama.c
+        rows["logit"] = scores
+        if tokens is not None:
+            rows["id"] = tokens
+        data = self.llama.ctypes.cast(rows.ctypes.data, c.llama_token_data_p)
+        array = c.llama_token_data_array(data, len(scores), -1, False)
+        c.llama_sampler_apply(self.chain, self.llama.ctypes.byref(array))
         if not 0 <= array.selected < array.size:
             return -1
         chosen = array.data[array.selected]
         return int(chosen.id) if math.isfinite(chosen.logit) else -1
-
-    def _bent(self, logits: Any) -> Any:
-        """The logits after biases and penalties."""
-        if not self.bends:
-            return logits
-        candidates = Candidates(self.llama, logits)
-        for link in self.bends:
-            self.llama.c.llama_sampler_apply(link, candidates.pointer)
-        return candidates.rows["logit"].copy()
-
-    def _allowed(self, grammar: Grammar, scores: Any) -> Any:
-        """The tokens that the grammar allows, in their order; of these at least all that the chain might keep."""
-        if (few := grammar.few_allowed()) is not None:
-            return few
-        np, tried, found = self.llama.np, 0, list[int]()
-        for size in [size for size in self.CHUNKS if size < len(scores)]:
-            best = self._likeliest(scores, size)
-            found += [token for token in best[tried:].tolist() if grammar.after(token) is not None]
-            tried = size
-            if found and self._are_enough(scores, scores[found], scores[best]):
-                return np.sort(np.array(found, np.int32))
-        return grammar.allowed()
-
-    def _likeliest(self, scores: Any, count: int) -> Any:
-        """So many tokens, the likeliest first. To sort only those near the top takes a tenth of the time."""
-        np = self.llama.np
-        near = np.flatnonzero(scores > scores.max() - self.NEAR_TOP)
-        if len(near) < count:
-            near = np.argpartition(scores, -count)[-count:]
-        return near[np.argsort(-scores[near], kind="stable")][:count]
-
-    def _are_enough(self, scores: Any, found: Any, tried: Any) -> bool:
-        """Whether no token below those `tried` would be kept: all three are logits, the last two falling ones."""
-        v, np = self.values, self.llama.np
-        if not self._filters_too:
-            return True
-        if self._aims or v.top_n_sigma > 0:
-            return False  # all that is allowed counts
-        if 0 < v.top_k <= len(found):
-            return True
-        if v.typical_p < 1:
-            return False
-        least = found[0] + math.log(v.min_p) if v.min_p > 0 else -math.inf
-        kept = int((found >= least).sum()) if tried[-1] < least - self.NEAR else math.inf
-        if kept < math.inf and v.top_p >= 1:
-            return True
-        if v.top_p >= 1:
-            return False
-        # top_p keeps the first so many, of a total that lies between what was found and that with all that was not tried
-        sums = np.exp((found - found[0]).astype(np.float64)).cumsum()
-        rest = np.exp((scores - found[0]).astype(np.float64)).sum() - np.exp((tried - found[0]).astype(np.float64)).sum()
-        low = int(np.searchsorted(sums, v.top_p * sums[-1] * (1 - self.NEAR)))
-        high = int(np.searchsorted(sums, v.top_p * (sums[-1] + max(rest, 0.0)) * (1 + self.NEAR)))
-        return kept <= low + 1 or (low == high < len(found))
 
     def jump(self, most: int) -> Seq[int]:
         """At most so many tokens that must come next, whatever the model says; they are taken. Raises NotYet."""
         grammar = self.grammar
         if not grammar or grammar.is_awaited or self.sampling.logprobs is not None or most <= 0:
             return ()
-        tokens = list(itertools.takewhile(lambda token: token not in self.never, grammar.jump()[:most]))
+        tokens = list(itertools.takewhile(lambda token: token not in self.banned, grammar.jump()[:most]))
         for token in tokens:
             self.force(token)
         return tokens
@@ -4570,23 +4095,23 @@ class Grammar:
     """A grammar at work on one text: from its start, or from behind the first marker (`Constraint.after`) on."""
 
     def __init__(self, llama: Llama, constraint: Constraint) -> None:
-        """Raises InvalidRequest for a grammar that cannot be followed. Runs in the tokenizing thread."""
+        """Raises InvalidRequest for a grammar that cannot be followed. Not for the step loop: reading one may take seconds."""
         self._vocab, self.param = llama.vocab, constraint.param
         try:
-            with TURN.behind(llama.gate):
-                self._machine = llama.machines.of(constraint.grammar)
+            self._machine = llama.machines.of(constraint.grammar)
         except InvalidRequest as error:
-            raise InvalidRequest(self.said(error), error.param or self.param) from None
+            raise self.named(error) from None
         self._state = self._machine.automaton.start
         self._marker, self._seen = (constraint.after or "").encode(), b""  # no marker once the grammar has begun
-        self._markers = self._vocab.tokens_named(constraint.markers)
+        self._markers = {t: name.encode() for t, name in llama.vocab.marker_pieces.items()
+                         if name in constraint.markers}  # fmt: skip
         self.closing: Seq[int] = ()
         if self._marker and constraint.param != "parallel_tool_calls":  # that one lets a text end without any call
-            self.closing = self._vocab.tokens_of(f"\n{(constraint.after or '').strip()}\n\n")
+            self.closing = self._vocab.tokens(f"\n{(constraint.after or '').strip()}\n\n").tolist()
 
-    def said(self, error: InvalidRequest) -> str:
-        """An error's message with the request's field, if it knows none."""
-        return error.message if error.param else f"{self.param}: {error.message}"
+    def named(self, error: InvalidRequest) -> InvalidRequest:
+        """An error with the request's field, if it knows none."""
+        return error if error.param else InvalidRequest(f"{self.param}: {error.message}", self.param)
 
     @property
     def is_awaited(self) -> bool:
@@ -4612,29 +4137,25 @@ class Grammar:
         data = self._markers.get(token) or self._vocab.piece(token)
         return self._state.read(data) if data else None
 
-    def accept(self, token: int) -> None:
-        """Takes a token that is admitted."""
-        state = self.after(token)
-        assert state
+    def follow(self, token: int) -> None:
+        """Takes a token; one that does not fit leaves the grammar where it is."""
+        if (state := self.after(token)) is None:
+            return
         if self._marker:
             begun = self._behind_marker(token) is not None
             self._seen = (self._seen + self._vocab.shown(token))[-len(self._marker) :]
             self._marker = b"" if begun else self._marker
         self._state = state
 
-    def follow(self, token: int) -> None:
-        """Takes a forced token; one that does not fit leaves the grammar where it is."""
-        if self.after(token):
-            self.accept(token)
-
     def _behind_marker(self, token: int) -> bytes | None:
         """What would stand behind the marker after this token; None if the marker is not there yet."""
         _, found, rest = (self._seen + self._vocab.shown(token)).partition(self._marker)
         return rest if found else None
 
-    def few_allowed(self) -> Any:
-        """As `allowed`, if that is quick; else None."""
-        return self.allowed() if self._machine.is_quick(self._state) else None
+    @property
+    def is_quick(self) -> bool:
+        """Whether `allowed` takes little time."""
+        return self._machine.is_quick(self._state)
 
     def allowed(self) -> Any:
         """All tokens that may come next, an int32 array in their order."""
@@ -4709,9 +4230,8 @@ class Machine:
         self._kept = 0
 
     def is_quick(self, state: State) -> bool:
-        """Whether `allowed` takes no time, or was begun."""
-        bits, begun = state.bits, state in self._allowed or state in self._found
-        return begun or bits.bit_count() <= self.FEW or self.vocab.spelling.count(bits) <= self.FEW_TOKENS
+        """Whether `allowed` takes little time, found before or not: else what a seed gives would depend on earlier texts."""
+        return state.bits.bit_count() <= self.FEW or self.vocab.spelling.count(state.bits) <= self.FEW_TOKENS
 
     def allowed(self, state: State) -> Any:
         """The tokens with text that may come next, an int32 array in their order."""
@@ -4729,23 +4249,21 @@ class Machine:
 
     def jump(self, state: State) -> Seq[int]:
         """The tokens of the text that must come next: all if it ends the document, else all but the last."""
-        if not state.ends and not state.bits & (state.bits - 1) and state not in self._jumps:
-            tokens = self._jumped(state)
+        if state.ends or state.bits & (state.bits - 1):
+            return ()
+        if state not in self._jumps:
+            data = state.forced(self.MOST_JUMPED)
+            behind = state.read(data)
+            assert behind
+            done = behind.ends and not behind.bits
+            try:
+                data.decode()
+            except UnicodeDecodeError as error:
+                data, done = data[: error.start], False
+            tokens = self.vocab.tokens_inside(data)
             self._make_room(len(tokens))
-            self._jumps[state] = tokens
-        return self._jumps.get(state, ())
-
-    def _jumped(self, state: State) -> Seq[int]:
-        data = state.forced(self.MOST_JUMPED)
-        behind = state.read(data)
-        assert behind
-        done = behind.ends and not behind.bits
-        try:
-            data.decode()
-        except UnicodeDecodeError as error:
-            data, done = data[: error.start], False
-        tokens = self.vocab.tokens_inside(data)
-        return tokens if done else tokens[:-1]
+            self._jumps[state] = tokens if done else tokens[:-1]
+        return self._jumps[state]
 
     def _make_room(self, tokens: int) -> None:
         self._kept += 16 + tokens
@@ -4756,22 +4274,31 @@ class Machine:
 
 
 class Machines:
-    """The machines of grammars that were used last. Made and found by the tokenizing thread."""
+    """The machines of grammars that were used last. Threads that read grammars share it; what they make is the step loop's."""
 
     MAX_KEPT, MAX_STATES = 16, 100_000  # machines, and states of all together but the last one's
 
     def __init__(self, vocab: Vocabulary) -> None:
         self._vocab = vocab
         self._kept: dict[bytes, Machine] = {}
+        self._lock = threading.Lock()
+
+    def are_quick_to_make(self, grammar: Symbol) -> bool:
+        """Whether a grammar is known, or is read in some milliseconds, as most are."""
+        with contextlib.suppress(InvalidRequest):  # `of` says it
+            return pickle.dumps(grammar) in self._kept or read_soon(grammar)
+        return True
 
     def of(self, grammar: Symbol) -> Machine:
         """The grammar's machine. Raises InvalidRequest for one that cannot be read."""
         _ = self._vocab.spelling  # made here, not in the step loop
         key = pickle.dumps(grammar)
-        machine = self._kept.pop(key, None) or Machine(grammar, self._vocab)
-        self._kept[key] = machine
-        while len(self._kept) > 1 and (len(self._kept) > self.MAX_KEPT or self._states() > self.MAX_STATES):
-            del self._kept[next(iter(self._kept))]
+        machine = self._kept.get(key) or Machine(grammar, self._vocab)
+        with self._lock:
+            self._kept.pop(key, None)
+            self._kept[key] = machine
+            while len(self._kept) > 1 and (len(self._kept) > self.MAX_KEPT or self._states() > self.MAX_STATES):
+                del self._kept[next(iter(self._kept))]
         return machine
 
     def _states(self) -> int:
@@ -4786,32 +4313,16 @@ class LogProbs:
     def __init__(self, vocab: Vocabulary, logits: Any) -> None:
         wide = logits.astype(vocab.np.float64)
         wide -= wide.max()
-        self.vocab, self.values = vocab, wide - math.log(vocab.np.exp(wide).sum())
+        self.vocab = vocab
+        self.values = vocab.np.maximum(wide - math.log(vocab.np.exp(wide).sum()), self.LEAST)
 
     def of(self, token: int, alternatives: int) -> TokenLogprob:
         """A token's own, and those of the likeliest ones."""
-        values, name = self.values, self.vocab.name
-        if alternatives:
-            best = self.vocab.np.argpartition(-values, min(alternatives, len(values) - 1))[:alternatives]
-        top = sorted(((self._said(t), name(int(t)), int(t)) for t in best), reverse=True) if alternatives else ()
+        values, name, np = self.values, self.vocab.name, self.vocab.np
+        best = np.argpartition(-values, min(alternatives, len(values) - 1))[:alternatives].tolist() if alternatives else []
+        top = sorted(((float(values[t]), name(t), t) for t in best), reverse=True)
         said, names, ids = zip(*top, strict=True) if top else ((), (), ())
-        return TokenLogprob(name(token), self._said(token), names, said, token, ids)
-
-    def _said(self, token: int) -> float:
-        value = float(self.values[token])
-        return value if value > self.LEAST else self.LEAST
-
-
-class Candidates:
-    """A llama_token_data_array over numpy rows (id, logit, p), for samplers applied by hand: of all tokens, or of some."""
-
-    def __init__(self, llama: Llama, logits: Any, tokens: Any = None) -> None:
-        self.rows = llama.np.zeros(len(logits), [("id", "i4"), ("logit", "f4"), ("p", "f4")])
-        self.rows["id"] = llama.np.arange(len(logits)) if tokens is None else tokens
-        self.rows["logit"] = logits
-        data = llama.ctypes.cast(self.rows.ctypes.data, llama.c.llama_token_data_p)
-        self.array = llama.c.llama_token_data_array(data, len(logits), -1, False)
-        self.pointer = llama.ctypes.byref(self.array)
+        return TokenLogprob(name(token), float(values[token]), names, said, token, ids)
 
 
 class TextStream:
@@ -4868,7 +4379,7 @@ class TextStream:
 
 
 # ── 9. Scheduling (child) ─────────────────────────────────────────────────────────────────────────────────────────────
-# Which sequences run, which wait, where their cells are, and what the next step computes.
+# Which sequences run, which wait, where their cells are, what stays of them, and what the next step computes.
 
 
 class Submission:
@@ -4876,14 +4387,6 @@ class Submission:
 
     def __init__(self, submit: Submit) -> None:
         self.id, self.job, self.cancelled = submit.id, submit.job, False
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a sequence's cells are: which context, and its row there."""
-
-    context: Context
-    row: int
 
 
 BORDERS = 3  # turns at a prompt's end, where the state of a model whose memory cannot be cut is kept
@@ -4911,21 +4414,16 @@ class ThoughtMeter:
         """Takes the bytes of one token."""
         if self._over:
             return
+        self.tokens += self._inside
         self._text += piece
-        if self._inside:
-            self.tokens += 1
-        else:
-            self._begin()
+        if not self._inside:
+            text = self._text = self._text.lstrip()
+            self._inside = text.startswith(self._opens)
+            self._over = not self._opens.startswith(text[: len(self._opens)])
+            self._text = text.removeprefix(self._opens)
         if self._inside:
             self._over = self._closes in self._text
             self._text = self._text[-len(self._closes) :]
-
-    def _begin(self) -> None:
-        """Looks whether the text begins with the opening marker."""
-        self._text = self._text.lstrip()
-        self._inside = self._text.startswith(self._opens)
-        self._over = not self._opens.startswith(self._text[: len(self._opens)])
-        self._text = self._text[len(self._opens) :] if self._inside else self._text
 
     def is_spent(self, whole: bool) -> bool:
         """True once: when the budget is used up, if possible not within a character."""
@@ -4935,62 +4433,39 @@ class ThoughtMeter:
         return spent
 
 
-class Sequence:
+class Sequence(Rows):
     """One text in the making. Owned by the step loop."""
 
     def __init__(self, submission: Submission, prompt: Seq[int], llama: Llama) -> None:
         self.submission, job = submission, submission.job
         assert isinstance(job, Generate)
+        self.n_prompt = len(prompt)
+        self.limit = min(llama.ctx, self.n_prompt + (job.sampling.max_tokens or llama.ctx))  # tokens: it ends with length
+        super().__init__(llama.np.empty(self.limit, llama.np.int32), self.n_prompt)
+        self.tokens[: self.n_prompt] = prompt
         self.borders = () if llama.cuttable else turn_borders(prompt, llama.vocab)
         self.id, self.sampling, self.markers, self.owner = submission.id, job.sampling, job.markers, job.owner
-        self.n_prompt = self.n_tokens = len(prompt)
-        room = job.sampling.max_tokens or llama.ctx
-        self.limit = min(llama.ctx, self.n_prompt + room)  # tokens at which it ends with length
-        self.tokens = llama.np.empty(self.limit, llama.np.int32)
-        self.tokens[: self.n_prompt] = prompt
         self.text = TextStream(job.sampling.stop)
         self.thought = ThoughtMeter(job.thought) if job.thought else None
-        self._ending = llama.vocab.tokens_of(job.thought.ending) if job.thought else ()
+        self._ending = llama.vocab.tokens(job.thought.ending).tolist() if job.thought else ()
         self.n_shown = self.n_prompt  # tokens whose text was given out
         self.n_jumped, self._jumped_at = 0, -1  # tokens that came without the model; the last token before the last of them
         self.logits: Any = None  # while its grammar takes more than a step to say what may come next
         self.jumps = False  # while that takes more than a step to say what must come next
         self.sought = 0.0  # seconds in which its grammar was asked, beyond what its tokens allow for
         self.forced: deque[int] = deque()  # tokens that come next, whatever the model says
-        self.sampler: Sampler | None = Sampler(llama, job.sampling, prompt)  # kept through steps back
-        self.place: Place | None = None  # None: it waits
-        self._main = llama.main
-        self.n_computed = 0  # tokens whose keys and values are in the cache
-        self.lender: Sequence | None = None  # a running sequence
-        self.n_shared = 0  # of those tokens, the ones whose cells are the lender's
+        self.sampler = Sampler(llama, job.sampling, prompt)  # kept through steps back
+        self.stretches: Stretches = []
         self.n_cached = 0  # prompt tokens that were not evaluated
         self.done = False
-        self.last_used = self.started = self.first_token = 0.0
+        self.started = self.first_token = 0.0
         self.unsent = ""  # text since the last message
-        self._n_told = self.n_prompt  # tokens of which the messages have told
+        self.n_told = self.n_prompt  # tokens of which the messages have told
         self.logprobs: list[TokenLogprob] = []  # of its tokens
-        self._unshown: deque[tuple[int, TokenLogprob]] = deque()  # of later tokens, by the character they begin with
+        self.unshown: deque[TokenLogprob] = deque()  # of later tokens
+        self._ends: deque[int] = deque()  # the characters behind these tokens, as far as they were read
         self._waiting = ""  # text that may be shown, but is a part of a token
         self.watch_thought(b"")
-
-    @property
-    def cancelled(self) -> bool:
-        return self.submission.cancelled
-
-    @property
-    def row(self) -> int:
-        assert self.place
-        return self.place.row
-
-    @property
-    def aside(self) -> bool:
-        """Whether its prompt is being read in the prompt reader's context."""
-        return self.place is not None and self.place.context is not self._main
-
-    @property
-    def pending(self) -> int:
-        """Tokens not yet evaluated: 1 while decoding, more while its prompt is read."""
-        return self.n_tokens - self.n_computed
 
     @property
     def unread(self) -> int:
@@ -5000,11 +4475,11 @@ class Sequence:
     @property
     def jumping(self) -> bool:
         """Whether what is pending is text that had to come behind its last pick, computed together with that."""
-        return self.pending > 1 and bool(self.first_token) and self.n_computed >= self._jumped_at and not self.aside
+        return self.pending > 1 and bool(self.first_token) and self.n_computed >= self._jumped_at
 
     @property
     def is_stream(self) -> bool:
-        """Whether its client waits for the next step of the main context: its prompt is read, and it is known what must come."""
+        """True if the next main step gives it a token."""
         return (self.pending == 1 or self.jumping) and not self.jumps
 
     def append(self, token: int) -> None:
@@ -5014,7 +4489,7 @@ class Sequence:
     def jump(self) -> int:
         """Appends the text that must come next: nothing needs to be picked there. Returns the number of its tokens; raises
         NotYet and InvalidRequest, from its grammar."""
-        if not self.sampler or self.forced:
+        if self.forced:
             return 0
         tokens, self._jumped_at = self.sampler.jump(self.limit - 1 - self.n_tokens), self.n_tokens - 1
         for token in tokens:
@@ -5024,7 +4499,6 @@ class Sequence:
 
     def next_token(self, logits: Any, row: int) -> int:
         """The forced token whose turn it is, else what the sampler picks; -1 when nothing may follow."""
-        assert self.sampler
         if not self.forced:
             token = self.sampler.pick(logits, row)
             self.forced.extend(self.sampler.closing(token))
@@ -5041,44 +4515,36 @@ class Sequence:
         if self.thought and self.thought.is_spent(self.text.is_whole):
             self.forced.extend(self._ending)
 
-    def note(self, logprob: TokenLogprob) -> None:
-        """Keeps the log probability of the token whose text comes next, until that text is sent."""
-        self._unshown.append((self.text.position, logprob))
+    def show(self, piece: bytes) -> str:
+        """Takes the bytes of the next token that is shown; the text that may be sent now."""
+        text = self.text.push(piece)
+        if self.sampling.logprobs is not None:
+            self._ends.append(self.text.position)
+        return self.ready(text)
 
     def ready(self, text: str) -> str:
         """What may be sent now that `text` may be shown: all, or whole tokens if their log probabilities go with them."""
         if self.sampling.logprobs is None:
             return text
-        stopped, shown, at = self.text.stopped, self.text.shown, self.text.shown - len(self._waiting) - len(text)
         self._waiting += text
-        sent = at
-        while self._unshown and (start := self._unshown[0][0]) < shown:
-            end = self._unshown[1][0] if len(self._unshown) > 1 else self.text.position
-            if end > shown and not stopped:
-                break
-            logprob = self._unshown.popleft()[1]
-            self.logprobs.append(logprob.cut(shown - start) if stopped else logprob)
+        stopped, shown, sent = self.text.stopped, self.text.shown, self.text.shown - len(self._waiting)
+        while self._ends and (self._ends[0] <= shown or stopped):
+            logprob, end = self.unshown.popleft(), self._ends.popleft()
+            if not stopped:
+                self.logprobs.append(logprob)
+            elif sent < shown:  # else it is the stop string's
+                self.logprobs.append(logprob.cut(shown - sent))
             sent = min(end, shown)
-        ready, self._waiting = self._waiting[: sent - at], self._waiting[sent - at :]
-        return ready
-
-    def untold(self) -> int:
-        """Tokens generated since this was last asked."""
-        told, self._n_told = self._n_told, self.n_tokens
-        return self.n_tokens - told
-
-    def release_rest(self) -> None:
-        """Hands out the log probabilities of tokens without text, at the end; not of a stop string's."""
-        if not self.text.stopped:
-            self.logprobs += [logprob for _, logprob in self._unshown]
-            self._unshown.clear()
+        size = len(self._waiting) - (shown - sent)
+        text, self._waiting = self._waiting[:size], self._waiting[size:]
+        return text
 
     @property
     def to_border(self) -> int:
         """Tokens up to where the next copy of its state is to be kept; more than it has if nowhere."""
         return next((at - self.n_computed for at in self.borders if at > self.n_computed), self.n_tokens)
 
-    def common(self, other: Sequence | Prefix, limit: int) -> int:
+    def common(self, other: Rows, limit: int) -> int:
         """How many tokens both begin with, among the other's first `limit` and all of this one's but the last."""
         size = min(self.n_tokens - 1, limit)
         different = self.tokens[:size] != other.tokens[:size]
@@ -5086,60 +4552,55 @@ class Sequence:
         return first if size and different[first] else size
 
 
-class Prefix:
-    """A beginning of texts, kept as bytes outside the cache: its tokens, and what the model remembers of them."""
-
-    place = None
-    done = True
-
-    def __init__(self, sequence: Sequence, saved: Any, oldest: int) -> None:
-        self.tokens = sequence.tokens[: sequence.n_computed].copy()
-        self.n_computed = self.n_tokens = sequence.n_computed
-        self.owner, self.saved, self.oldest, self.last_used = sequence.owner, saved, oldest, time.monotonic()
+Stretches = list[tuple[object, float]]  # whose cells a sequence has, up to which token each; its own are the last, without end
 
 
-class Input:
+def held_cells(sequences: Iterable[Sequence]) -> int:
+    """How many cells sequences need; what several share counts once."""
+    sizes: dict[object, float] = {}
+    for sequence in sequences:
+        start = 0.0
+        for owner, end in sequence.stretches:
+            end = min(end, sequence.n_tokens)
+            sizes[owner], start = max(sizes.get(owner, 0), end - start), end
+    return int(sum(sizes.values()))
+
+
+class Prefix(Rows):
+    """The beginning of a text that ended, for prompts that begin alike: its cells are in a row, or saved as bytes."""
+
+    def __init__(self, sequence: Sequence, oldest: int) -> None:
+        super().__init__(sequence.tokens[: sequence.n_computed].copy(), sequence.n_computed)
+        self.n_computed, self.row = sequence.n_computed, sequence.row
+        self.owner, self.stretches, self.oldest = sequence.owner, sequence.stretches, oldest
+        self.saved: Any = None
+
+
+class Input(Rows):
     """One text of an Embed job on its way through an embedding context."""
 
     def __init__(self, job: Embedding, index: int, tokens: Any) -> None:
-        self.job, self.index, self.tokens, self.n_tokens = job, index, tokens, len(tokens)
-        self.n_computed, self.row = 0, -1
+        super().__init__(tokens, len(tokens))
+        self.job, self.index, self.turn = job, index, 0
         self.pooled: Any = None  # what its vector is so far
-
-    @property
-    def pending(self) -> int:
-        return self.n_tokens - self.n_computed
 
 
 class Embedding:
     """An Embed job in the making: its inputs, and the vectors that are done. Owned by the step loop."""
 
-    sampler = None
-
-    def __init__(self, submission: Submission, texts: Seq[Any], llama: Llama) -> None:
+    def __init__(self, submission: Submission, texts: Seq[Any]) -> None:
         assert isinstance(submission.job, Embed)
         self.submission, self.id, self.dimensions = submission, submission.id, submission.job.dimensions
         self.n_prompt = sum(len(tokens) for tokens in texts)
-        self.unread = deque(Input(self, i, tokens) for i, tokens in enumerate(texts))  # not in the context yet
+        self.inputs = [Input(self, i, tokens) for i, tokens in enumerate(texts)]
         self.vectors: list[bytes] = [b""] * len(texts)
         self.missing = len(texts)
-        self.error = ""
+        self.error: ApiError | None = None
         self.started = 0.0
 
     @property
-    def cancelled(self) -> bool:
-        return self.submission.cancelled
-
-    @property
-    def ended(self) -> bool:
-        return bool(self.error) or not self.missing
-
-    def keep(self, index: int, vector: bytes | None) -> None:
-        """Takes an input's vector; None, which is not a number, ends the job."""
-        if vector is None:
-            self.error = "the model's output is not a number"
-        else:
-            self.vectors[index], self.missing = vector, self.missing - 1
+    def is_over(self) -> bool:
+        return self.submission.cancelled or not self.missing or self.error is not None
 
 
 def fair_slices(prompts: list[Sequence], rows: int) -> list[tuple[Sequence, int]]:
@@ -5191,11 +4652,6 @@ class Pace:
             return 0.0
         return self._usual[min(self._usual, key=lambda n: abs(n - decoding))]
 
-    def interval(self, decoding: int) -> float:
-        """Seconds that the reader may compute between two steps of so many decoding sequences."""
-        usual = self.usual(decoding)
-        return self.ASIDE * max(usual, FLUSH_SECONDS) - usual
-
     def prompt_rows(self, decoding: int, target: float = TARGET) -> int:
         """How many prompt tokens the next step may take beside so many decoding sequences. Faster than messages are sent, no
         client sees a step."""
@@ -5211,80 +4667,63 @@ class Pace:
 class Cache:
     """Tracks which sequence owns which cells of the main context. Used by the step loop alone.
 
-    A finished sequence stays, idle: a later prompt with the same beginning starts behind it. A running one lends its
-    beginning too. Every step looks at every cell in the cache, whoever's it is: on two cores 1,000 idle ones cost a 1 MB
-    model a third of its speed, 2,600 doubled the reading of a prompt with half a billion parameters. So idle sequences are
-    parked: saved as bytes outside the cache, and lend from there. (Not on a GPU, which hardly feels them, and where
-    fetching cells that lie scattered is slow.)
+    What a finished sequence leaves is a prefix: a later prompt with the same beginning starts behind it, as it does behind
+    what a running one has. Every step looks at every cell in the cache, whoever's it is: on two cores 1,000 idle ones cost
+    a 1 MB model a third of its speed, 2,600 doubled the reading of a prompt with half a billion parameters. So prefixes
+    are saved as bytes outside the cache, and lend from there. (Not on a GPU, which hardly feels them, and where fetching
+    cells that lie scattered is slow.)
     """
 
-    PARKED, PARKED_BYTES = 64, 256 * MIB  # most idle sequences outside the cache, and their bytes where the pool has fewer
-    SPARE_BYTES = 256 * MIB  # of the machine's memory, that parked sequences leave free
+    SAVED, SAVED_BYTES = 64, 256 * MIB  # most prefixes outside the cache, and their bytes where the pool has fewer
+    SPARE_BYTES = 256 * MIB  # of the machine's memory, that saved prefixes leave free
 
     def __init__(self, llama: Llama) -> None:
         self.llama, self.main = llama, llama.main
-        self.rows: list[Sequence | None] = [None] * llama.main.n_seq
-        self.parked: list[Prefix] = []
+        self.rows: list[Sequence | Prefix | None] = [None] * llama.main.n_seq
+        self.prefixes: list[Prefix] = []  # the one used least recently first
 
     def best_prefix(self, sequence: Sequence) -> tuple[Sequence | Prefix | None, int]:
         """Whose cells begin as this prompt does, and for how many tokens; at least one token stays to be evaluated."""
         best: Sequence | Prefix | None = None
         longest = 0
-        for other in (s for s in (*self.rows, *self.parked) if s and s.n_computed and s.owner == sequence.owner):
-            length = sequence.common(other, other.n_computed)
-            whole = self.llama.cuttable or length == other.n_computed
-            if length > longest and whole and self._oldest(other) <= max(0, length - self.llama.n_swa):
+        others: list[Sequence | Prefix] = [*(s for s in self.rows if isinstance(s, Sequence)), *self.prefixes]
+        for other in others:
+            length = sequence.common(other, other.n_computed) if other.owner == sequence.owner else 0
+            if length > longest and self._can_lend(other, length):
                 best, longest = other, length
         return best, longest
 
-    def _oldest(self, prefix: Sequence | Prefix) -> int:
-        return prefix.oldest if isinstance(prefix, Prefix) else self.main.oldest(prefix.row)
+    def _can_lend(self, other: Sequence | Prefix, length: int) -> bool:
+        """Whether all of its first cells are there, and can be had without the others."""
+        oldest = other.oldest if isinstance(other, Prefix) else self.main.oldest(other.row)
+        return (self.llama.cuttable or length == other.n_computed) and oldest <= max(0, length - self.llama.n_swa)
 
     def settle(self, sequence: Sequence, donor: Sequence | Prefix | None, shared: int) -> None:
-        """Gives the sequence a row that begins with so many of the donor's cells."""
-        row = self._row_for(donor, shared)
-        if not isinstance(donor, Sequence) or row != donor.row:
-            self.empty(row)
-        self._assign(row, sequence)
-        sequence.n_computed = self._lend(donor, row, shared) if donor else 0
-
-    def _assign(self, row: int, sequence: Sequence) -> None:
-        self.rows[row], sequence.place = sequence, Place(self.main, row)
-
-    def _row_for(self, donor: Sequence | Prefix | None, shared: int) -> int:
-        """The donor's own row when nothing in it is lost, else an empty one, made by parking if need be."""
-        if isinstance(donor, Sequence) and donor.done and donor.n_computed == shared:
-            return donor.row
+        """Gives the sequence a row that begins with so many of the donor's cells, or none if there is no room for saved ones."""
         if None not in self.rows:
-            others = [s for s in self._idle() if s is not donor]
-            if isinstance(donor, Sequence) and not others:
-                return donor.row
-            self._park(others[0])
-        return self.rows.index(None)
-
-    def _lend(self, donor: Sequence | Prefix, row: int, shared: int) -> int:
-        """Lets a row begin with so many cells of the donor; returns how many it got. A parked donor lends from its bytes."""
-        donor.last_used = time.monotonic()
-        if isinstance(donor, Sequence) and donor.row != row:
+            self.save_oldest()  # rows are more than sequences that run
+        row, lent = self.rows.index(None), Stretches()
+        if isinstance(donor, Prefix) and donor in self.prefixes:
+            self.prefixes.remove(donor)
+            self.prefixes.append(donor)
+        if isinstance(donor, Prefix) and donor.saved is not None:
+            shared = shared if self._restore(row, donor.saved) else 0
+            if shared < donor.n_computed:
+                self.main.drop(row, shared)
+        elif donor and donor.n_computed:
             self.main.share(donor.row, row, shared)
-            return shared
-        if isinstance(donor, Prefix) and not self._restore(row, donor.saved):
-            return 0
-        if donor.n_computed > shared:
-            self.main.drop(row, shared)
-        return shared
-
-    def settle_saved(self, sequence: Sequence, data: Any) -> bool:
-        """Gives the sequence a row with saved cells; False, and an empty row, without any, or without room for them."""
-        row = self._row_for(None, 0)
-        self._assign(row, sequence)
-        return data is not None and self._restore(row, data)
+            starts = [0.0, *(end for _, end in donor.stretches)]
+            lent += [(o, min(end, shared)) for start, (o, end) in zip(starts, donor.stretches, strict=False) if start < shared]
+        else:
+            shared = 0
+        self.rows[row], sequence.row, sequence.n_computed = sequence, row, shared
+        sequence.stretches = [*lent, (object(), math.inf)]
 
     def _restore(self, row: int, data: Any) -> bool:
-        """Puts saved cells into an empty row; idle sequences make room."""
+        """Puts saved cells into an empty row; prefixes make room."""
         while not self.main.restore(row, data):
             self.main.drop(row)
-            if not self.park_oldest():
+            if not self.save_oldest():
                 return False
         return True
 
@@ -5295,64 +4734,69 @@ class Cache:
 
     def undo(self, in_step: Seq[Sequence]) -> None:
         """After an aborted decode: drops what it was to add, and every recurrent state, for it has moved them."""
-        if self.llama.cuttable:
-            for sequence in in_step:
-                self.main.drop(sequence.row, sequence.n_computed)
-            return
-        for sequence in filter(None, self.rows):
-            self.main.drop(sequence.row)
-            sequence.lender, sequence.n_shared, sequence.n_computed = None, 0, 0
+        for sequence in in_step if self.llama.cuttable else ():
+            self.main.drop(sequence.row, sequence.n_computed)
+        if not self.llama.cuttable:
+            self.clear(False)
 
-    def clear(self) -> None:
-        """After a failed step nothing in the cache can be trusted."""
-        self.main.clear(True)
-        self.rows = [None] * len(self.rows)
+    def clear(self, data: bool) -> None:
+        """Frees all cells, also of sequences that run; with `data`, wipes what they held."""
+        self.main.clear(data)
+        self.prefixes = [p for p in self.prefixes if p.saved is not None]
+        for row, sequence in enumerate(self.rows):
+            if isinstance(sequence, Sequence):
+                sequence.n_computed, sequence.stretches = 0, [(object(), math.inf)]
+            else:
+                self.rows[row] = None
 
-    def _idle(self) -> list[Sequence]:
-        """Finished sequences in the cache, the one used least recently first."""
-        return sorted((s for s in self.rows if s and s.done), key=lambda s: s.last_used)
+    def leave(self, sequence: Sequence) -> None:
+        """Makes what a sequence has in the cache a prefix, which stays in its row."""
+        if sequence.n_computed:
+            prefix = self.rows[sequence.row] = Prefix(sequence, self.main.oldest(sequence.row))
+            self.add(prefix)
+        else:
+            self.empty(sequence.row)
 
-    def park_oldest(self) -> bool:
-        """Parks the idle sequence used least recently; False when there is none."""
-        idle = self._idle()
-        if idle:
-            self._park(idle[0])
-        return bool(idle)
+    def save_oldest(self) -> bool:
+        """Moves the prefix used least recently out of the cache; False when none is in it."""
+        prefix = next((p for p in self.prefixes if p.saved is None), None)
+        if prefix:
+            self.prefixes.remove(prefix)
+            self.save(prefix)
+            self.empty(prefix.row)
+            if self.llama.cuttable and not any(self.rows):
+                self.main.clear(False)  # to begin at the first cell again: the order of cells shows in the last bits of sums
+        return prefix is not None
 
-    def _park(self, sequence: Sequence) -> None:
-        """Moves an idle sequence out of the cache; the parked ones used least recently make room."""
-        self.keep(sequence)
-        self.empty(sequence.row)
-        sequence.place = None
-        if self.llama.cuttable and not any(self.rows):
-            self.main.clear(False)  # to begin at the first cell again: the order of cells shows in the last bits of sums
+    def save(self, prefix: Prefix) -> None:
+        """Saves the cells of its row as bytes; the saved prefixes used least recently make room."""
+        prefix.saved = self.main.save(prefix.row)
+        if prefix.saved is None:
+            prefix.n_computed = 0  # nothing to lend
+        else:
+            self.add(prefix)
+        while (saved := [p for p in self.prefixes if p.saved is not None]) and self._are_too_many(saved):
+            self.prefixes.remove(saved[0])
 
-    def keep(self, sequence: Sequence) -> None:
-        """Keeps what a sequence has in the cache now as bytes, for prompts that begin alike."""
-        saved = self.main.save(sequence.row) if sequence.n_computed else None
-        if saved is not None:
-            kept = Prefix(sequence, saved, self.main.oldest(sequence.row))
-            self.parked = [other for other in self.parked if not self._covers(kept, other)] + [kept]
-        while self._too_much_parked():
-            self.parked.remove(min(self.parked, key=lambda p: p.last_used))
+    def add(self, prefix: Prefix) -> None:
+        """Takes a prefix in; those go for which it can lend all that they have."""
+        for other in list(self.prefixes):
+            size = other.n_computed
+            if (size <= prefix.n_computed and other.owner == prefix.owner and self._can_lend(prefix, size)
+                    and bool((prefix.tokens[:size] == other.tokens).all())):  # fmt: skip
+                self.prefixes.remove(other)
+                if other.saved is None:
+                    self.empty(other.row)
+        self.prefixes.append(prefix)
 
-    def _too_much_parked(self) -> bool:
+    def _are_too_many(self, saved: Seq[Prefix]) -> bool:
         """Counts tokens where memory can be cut, else bytes: a state is large for the shortest text, and kept several times."""
-        if not self.parked:
-            return False
         free = available_memory()
         if free is not None and free - self.llama.setup.reserved < self.SPARE_BYTES:
             return True
-        tokens, size = sum(s.n_computed for s in self.parked), sum(len(s.saved) for s in self.parked)
-        most = max(self.llama.pool * self.llama.kv_bytes, self.PARKED_BYTES)
-        return size > most or len(self.parked) > self.PARKED or (self.llama.cuttable and tokens > self.llama.pool)
-
-    def _covers(self, prefix: Prefix, other: Prefix) -> bool:
-        """Whether this one begins with all of the other's cells, and can be cut to them; or is the same."""
-        size, cut = other.n_computed, self.llama.cuttable and prefix.oldest <= max(0, other.n_computed - self.llama.n_swa)
-        if size > prefix.n_computed or not (cut or size == prefix.n_computed) or prefix.owner != other.owner:
-            return False
-        return bool((prefix.tokens[:size] == other.tokens).all())
+        tokens, size = sum(p.n_computed for p in saved), sum(len(p.saved) for p in saved)
+        most = max(self.llama.pool * self.llama.kv_bytes, self.SAVED_BYTES)
+        return size > most or len(saved) > self.SAVED or (self.llama.cuttable and tokens > self.llama.pool)
 
 
 class Aside:
@@ -5388,11 +4832,10 @@ class Aside:
 
     def _decode(self, context: Context, plan: Seq[tuple[Rows, int]]) -> int:
         """Decodes one batch; llama_decode's status. Raises what `step` raised."""
-        self._aborted, self._resumed_at = False, time.perf_counter()
+        self._aborted, self._error, self._resumed_at = False, None, time.perf_counter()
         status = context.decode(plan)
-        error, self._error = self._error, None
-        if error:
-            raise error
+        if self._error:
+            raise self._error
         return status
 
 
@@ -5400,8 +4843,8 @@ class PromptReader(Aside):
     """Reads long prompts while streams run: in a context of its own, whose batches stop for the streams' steps.
 
     In slices behind the streams' rows a prompt is read at half speed, for the kernels are made for whole batches, and
-    larger slices make longer gaps. Here whole batches are read. A prompt's last token is left to the main context, where
-    the sequence goes on.
+    larger slices make longer gaps. Here whole batches are read. What was read becomes a prefix, behind which the sequence
+    goes on in the main context with its prompt's last token.
     """
 
     BATCH = 256  # tokens: nearly full speed, and the next prompt need not wait long for its turn
@@ -5414,32 +4857,30 @@ class PromptReader(Aside):
         self.rows: list[Sequence | None] = [None] * self.TOGETHER
 
     def unwanted(self) -> bool:
-        return all(s.cancelled for s in self.reading)
+        return all(s.submission.cancelled for s in self.reading)
 
     @property
     def reading(self) -> list[Sequence]:
         return [s for s in self.rows if s and not s.done]
 
+    def _leave(self, row: int) -> None:
+        self.context.drop(row)
+        self.rows[row] = None
+
     def take(self, sequence: Sequence) -> bool:
         """Takes a sequence over from the main context, with its cells; False while there is no room."""
-        self._drop_done()
-        held = sum(s.n_tokens for s in self.reading)
-        if None not in self.rows or held + sequence.n_tokens > self.context.cells:
+        for row, other in enumerate(self.rows):
+            if other and other.done:  # cancelled, or failed
+                self._leave(row)
+        if None not in self.rows or sum(s.n_tokens for s in (*self.reading, sequence)) > self.context.cells:
             return False
         row = self.rows.index(None)
         data = self.context.llama.main.save(sequence.row) if sequence.n_computed else None
         if data is None or not self.context.restore(row, data):
             self.context.drop(row)
             sequence.n_computed = 0
-        self.rows[row], sequence.place = sequence, Place(self.context, row)
+        self.rows[row], sequence.row = sequence, row
         return True
-
-    def _drop_done(self) -> None:
-        """Frees the rows of sequences that were cancelled or failed."""
-        for row, sequence in enumerate(self.rows):
-            if sequence and sequence.done:
-                self.context.drop(row)
-                self.rows[row] = None
 
     def read(self) -> int:
         """Reads one batch, a fair slice of each prompt; llama_decode's status. Raises what `step` raised."""
@@ -5452,13 +4893,13 @@ class PromptReader(Aside):
                 sequence.n_computed = 0
         return status
 
-    def give_back(self) -> Iterator[tuple[Sequence, Any]]:
-        """The sequences that are read, all but their last token, and their cells as bytes; they leave."""
-        for row, sequence in enumerate(self.rows):
-            if sequence and not sequence.done and sequence.pending == 1:
-                yield sequence, self.context.save(row)
-                self.context.drop(row)
-                self.rows[row] = None
+    def give_back(self) -> Iterator[tuple[Sequence, Prefix]]:
+        """The sequences that are read, all but their last token, and what they have read; they leave."""
+        for sequence in [s for s in self.reading if s.pending == 1]:
+            prefix = Prefix(sequence, 0)
+            prefix.saved = self.context.save(sequence.row)
+            self._leave(sequence.row)
+            yield sequence, prefix
 
 
 class Embedder(Aside):
@@ -5472,23 +4913,33 @@ class Embedder(Aside):
     def __init__(self, llama: Llama, scheduler: Scheduler, step: Callable[[], None]) -> None:
         super().__init__(scheduler.due, step)
         self.llama, self.scheduler = llama, scheduler
-        self.context = llama.main if isinstance(llama.main, EmbeddingContext) else None
-        self.jobs: deque[Embedding] = deque()
+        self.jobs: list[Embedding] = []
+        self.unread: deque[Input] = deque()  # in the order of their turns: an input of each job, then the next of each
         self.reading: list[Input] = []  # those in the context
-        self._free: list[int] = list(range(self.context.n_seq)) if self.context else []
+        self._turn = 0  # of the input that was begun last
 
-    def open(self) -> EmbeddingContext:
-        """The context, made at the first call. Raises Overloaded without memory for it, LoadError when llama.cpp refuses."""
-        if self.context is None:
-            need, free = EmbeddingContext.memory_need(self.llama), available_memory()
-            if free is not None and free < need and self.llama.on_cpu:
-                raise Overloaded(f"The context for embeddings needs {human_bytes(need)}, {human_bytes(free)} are available")
-            self.context = EmbeddingContext(self.llama, self._pause if self.llama.on_cpu else None)
-            self._free = list(range(self.context.n_seq))
-        return self.context
+    @functools.cached_property
+    def context(self) -> EmbeddingContext:
+        """Raises Overloaded without memory for it, LoadError when llama.cpp refuses."""
+        if isinstance(self.llama.main, EmbeddingContext):
+            return self.llama.main
+        need, free = EmbeddingContext.memory_need(self.llama), available_memory()
+        if free is not None and free < need and self.llama.on_cpu:
+            raise Overloaded(f"The context for embeddings needs {human_bytes(need)}, {human_bytes(free)} are available")
+        return EmbeddingContext(self.llama, self._pause if self.llama.on_cpu else None)
+
+    @functools.cached_property
+    def _free(self) -> list[int]:
+        return list(range(self.context.n_seq))
+
+    def add(self, job: Embedding) -> None:
+        self.jobs.append(job)
+        for input in job.inputs:
+            input.turn = self._turn + 1 + input.index
+        self.unread = deque(sorted([*self.unread, *job.inputs], key=lambda input: input.turn))
 
     def unwanted(self) -> bool:
-        return all(i.job.cancelled for i in self.reading)
+        return all(i.job.submission.cancelled for i in self.reading)
 
     def _pause(self) -> bool:
         going = super()._pause()
@@ -5497,55 +4948,35 @@ class Embedder(Aside):
 
     def _pace(self) -> None:
         """Pauses often only beside streams."""
-        if self.context:
-            self.context.pause_every = self.context.PAUSE_EVERY if self.scheduler.running else self.ALONE
+        self.context.pause_every = self.context.PAUSE_EVERY if self.scheduler.running else self.ALONE
 
     def plan(self) -> list[tuple[Input, int]]:
-        """The next batch: what is being read, then an input of each job in turn; the next one begins with another job."""
-        context = self.open()
-        plan: list[tuple[Input, int]] = []
+        """The next batch: what is being read, then other inputs in turn, as far as there is room."""
+        context, plan = self.context, list[tuple[Input, int]]()
         room = context.batch_tokens
         for input in self.reading:
-            count = min(input.pending, room)
-            if count:
+            if count := min(input.pending, room):
                 plan.append((input, count))
                 room -= count
-        turns = deque(job for job in self.jobs if job.unread)
-        while turns and room > 0 and self._free:
-            job = turns.popleft()
-            if not self._fits(context, job.unread[0], room, alone=not plan):
-                self.jobs.remove(job)
-                self.jobs.appendleft(job)  # it waits for room, so it comes first next time
-                return plan
-            input = self._begin(job)
+        while self.unread and room > 0 and self._free:
+            input = self.unread[0]
+            held = sum(i.n_tokens for i in self.reading) + input.n_tokens
+            if not (not plan or input.n_tokens <= room if context.whole else held <= context.cells):
+                break
+            self.reading.append(self.unread.popleft())
+            self._turn, input.row, input.job.started = input.turn, self._free.pop(), input.job.started or time.perf_counter()
             count = input.n_tokens if context.whole else min(input.n_tokens, room)
             plan.append((input, count))
             room -= count
-            if job.unread:
-                turns.append(job)
-        self.jobs.rotate(-1)
         return plan
 
-    def _begin(self, job: Embedding) -> Input:
-        """Gives the job's next input a row."""
-        input = job.unread.popleft()
-        input.row, job.started = self._free.pop(), job.started or time.perf_counter()
-        self.reading.append(input)
-        return input
-
-    def _fits(self, context: EmbeddingContext, input: Input, room: int, alone: bool) -> bool:
-        """Whether an input can go into the batch: all of it, or its cells beside those of the inputs that are being read."""
-        if context.whole:
-            return alone or input.n_tokens <= room
-        return sum(i.n_tokens for i in self.reading) + input.n_tokens <= context.cells
-
-    def step(self, plan: Seq[tuple[Input, int]]) -> list[Embedding]:
-        """Decodes a batch; the jobs that have come to an end. Raises GenerationFailed, and what the streams' step raised."""
-        context = self.open()
+    def step(self, plan: Seq[tuple[Input, int]]) -> None:
+        """Decodes a batch. Raises GenerationFailed, and what the streams' step raised."""
+        context = self.context
         self._pace()
         status = self._decode(context, plan)
         if status == 2 or self._aborted:  # nobody waits for it
-            return []
+            return
         if status:
             context.clear(True)
             raise GenerationFailed(f"llama_decode returned {status}")
@@ -5556,30 +4987,30 @@ class Embedder(Aside):
             at += count
         for input in [i for i, _ in plan if not i.pending]:
             self._leave(input)
-            input.job.keep(input.index, context.finished(input.pooled, input.job.dimensions))
-        ended = [job for job in self.jobs if job.ended]
-        self.drop(ended)
-        return ended
+            if (vector := context.finished(input.pooled, input.job.dimensions)) is None:
+                input.job.error = GenerationFailed("the model's output is not a number")
+            else:
+                input.job.vectors[input.index] = vector
+                input.job.missing -= 1
 
     def _leave(self, input: Input) -> None:
         self.reading.remove(input)
         self._free.append(input.row)
-        if self.context:
-            self.context.drop(input.row)
+        self.context.drop(input.row)
 
-    def drop(self, jobs: Iterable[Embedding]) -> None:
-        """Takes jobs out that have ended or were cancelled."""
-        for job in jobs:
-            self.jobs.remove(job)
-            for input in [i for i in self.reading if i.job is job]:
-                self._leave(input)
+    def drop(self, job: Embedding) -> None:
+        """Takes a job out that is over."""
+        self.jobs.remove(job)
+        self.unread = deque(i for i in self.unread if i.job is not job)
+        for input in [i for i in self.reading if i.job is job]:
+            self._leave(input)
 
 
 class Scheduler:
     """Decides who runs, who waits, and what the next step computes. Used by the step loop alone.
 
-    The pool is shared. When it runs out, idle sequences leave first; then the youngest running one steps back to the head
-    of the queue, keeping its tokens and sampler.
+    The pool is shared. When it runs out, prefixes leave first; then the youngest running sequence steps back to the head
+    of the queue, keeping its tokens and sampler, and what it has in the cache becomes a prefix.
     """
 
     WORTH_WAITING = 32  # tokens another prompt is just computing that are worth waiting for
@@ -5591,50 +5022,54 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # in order of admission
         self.cache, self.pace = Cache(llama), Pace(llama.main.n_batch)
+        self.reader: PromptReader | None = None
         self.stepped_at = 0.0  # when the main context's last step ended (perf_counter)
+
+    @property
+    def aside(self) -> list[Sequence]:
+        """Sequences whose prompts the reader reads; they have no cells in the main context."""
+        return self.reader.reading if self.reader else []
+
+    @property
+    def active(self) -> list[Sequence]:
+        return [*self.running, *self.aside]
 
     def admit(self) -> None:
         """Moves waiting sequences into the batch while there is room, in order; one that waits for a prefix lets others by."""
         for sequence in list(itertools.islice(self.waiting, self.parallel)):
-            if len(self.running) >= self.parallel:
+            if len(self.active) >= self.parallel:
                 return
             donor, shared = self.cache.best_prefix(sequence)
             if self._better_soon(sequence, shared):
                 continue
-            borrowed = shared if donor and not donor.done else 0
+            borrowed = shared if isinstance(donor, Sequence) else 0
             if self.running and not self._fits(sequence.n_tokens - borrowed):
                 return
             self.waiting.remove(sequence)
             self.cache.settle(sequence, donor, shared)
             if not sequence.started:
                 sequence.n_cached, sequence.started = min(sequence.n_computed, sequence.n_prompt), time.perf_counter()
-            sequence.lender, sequence.n_shared = (donor, borrowed) if borrowed and isinstance(donor, Sequence) else (None, 0)
             self.running.append(sequence)
 
     def _better_soon(self, sequence: Sequence, shared: int) -> bool:
         """Whether a prompt being read now will soon lend a much longer beginning."""
         if not self.llama.cuttable:
             return False
-        reading = [s for s in self.running if s.pending > 1 and s.owner == sequence.owner]
-        have = [max(shared, 0 if s.aside else s.n_computed) for s in reading]  # one that is read aside lends when it is back
-        lent = [sequence.common(s, s.n_prompt) for s in reading]
-        return any(soon >= now + self.WORTH_WAITING for soon, now in zip(lent, have, strict=True))
+        reading = [(s, s.n_computed) for s in self.running if s.pending > 1]
+        reading += [(s, 0) for s in self.aside]  # these lend when they are back
+        return any(sequence.common(s, s.n_prompt) >= max(shared, have) + self.WORTH_WAITING
+                   for s, have in reading if s.owner == sequence.owner)  # fmt: skip
 
     def _fits(self, cells: int) -> bool:
-        used = sum(s.n_tokens - s.n_shared for s in self.running)
-        return used + cells + self.GROWTH * (len(self.running) + 1) <= self.llama.pool
+        return held_cells(self.running) + cells + self.GROWTH * (len(self.running) + 1) <= self.llama.pool
 
-    def tidy(self) -> bool:
-        """Parks an idle sequence, between steps that nobody waits for; False when there is none."""
-        return self.llama.on_cpu and self.cache.park_oldest()
-
-    def schedule(self, reader: bool = False) -> list[tuple[Sequence, int]]:
+    def schedule(self) -> list[tuple[Sequence, int]]:
         """The next step: one row of each decoding sequence, the rest of what some jump over, then slices of prompts being read.
 
-        With a prompt reader at work, long prompts are left to it.
+        Long prompts wait for the reader, if there is one.
         """
-        streams, long = [s for s in self.running if s.is_stream], self.long_prompts() if reader else ()
-        prompts = [s for s in self.running if s.pending > 1 and not s.is_stream and not s.aside and s not in long]
+        streams, long = [s for s in self.running if s.is_stream], self._long_prompts()
+        prompts = [s for s in self.running if s.pending > 1 and not s.is_stream and s not in long]
         jumping = [s for s in streams if s.jumping]
         plan = [(s, 1) for s in streams if not s.jumping]
         if not jumping and not prompts:
@@ -5648,83 +5083,60 @@ class Scheduler:
             rows -= more
         return plan + fair_slices(prompts, rows)
 
-    def long_prompts(self) -> list[Sequence]:
-        """Prompts in the main context that would take many slices to read beside the streams there.
-
-        When they come back no cell of theirs is shared any more; where the pool has no room for that, they stay.
-        """
-        prompts = [s for s in self.running if not s.is_stream and not s.aside]
+    def _long_prompts(self) -> list[Sequence]:
+        """Prompts for the reader: in the main context they would take many slices beside the streams there."""
+        prompts = [s for s in self.running if not s.is_stream] if self.reader else []
         decoding = sum(1 for s in self.running if s.is_stream) if prompts else 0
         most = self.SLICES * self.pace.prompt_rows(decoding) if decoding else math.inf
-        return [s for s in prompts if s.unread > most and self._may_leave(s)]
-
-    def _may_leave(self, sequence: Sequence) -> bool:
-        """Whether the pool has room for what will be there twice when the sequence comes back with a copy of its cells."""
-        twice = sequence.n_shared + max((s.n_shared for s in self._borrowers(sequence)), default=0)
-        return not twice or self._fits(twice)
+        return [s for s in prompts if s.unread > most]
 
     def due(self) -> float:
         """When the streams' next step should begin while a prompt is read aside (perf_counter)."""
-        return self.stepped_at + self.pace.interval(sum(1 for s in self.running if s.is_stream and not s.aside))
+        usual = self.pace.usual(sum(1 for s in self.running if s.is_stream))
+        return self.stepped_at + Pace.ASIDE * max(usual, FLUSH_SECONDS) - usual
 
-    def move_aside(self, sequence: Sequence, reader: PromptReader) -> bool:
-        """Moves a sequence from the main context to the prompt reader, with its cells; False while there is no room."""
-        row = sequence.row
-        taken = reader.take(sequence)
-        if taken:
+    def move_aside(self) -> None:
+        """Hands long prompts to the reader, with their cells, in order: else shorter ones might keep the first out for ever."""
+        while long := self._long_prompts():
+            row = long[0].row
+            if not (self.reader and self.reader.take(long[0])):
+                return
+            self.running.remove(long[0])
             self.cache.empty(row)
-            self._bequeath(sequence)
-        return taken
 
-    def _borrowers(self, sequence: Sequence) -> list[Sequence]:
-        """The sequences that run with cells of this one, the largest borrower first."""
-        return sorted((s for s in self.running if s.lender is sequence), key=lambda s: -s.n_shared)
-
-    def _bequeath(self, sequence: Sequence) -> None:
-        """Transfers the cells that a leaving sequence lent to the largest borrower, who lends them on."""
-        borrowers = self._borrowers(sequence)
-        for other in borrowers[1:]:
-            other.lender = borrowers[0]
-        for heir in borrowers[:1]:
-            heir.lender, heir.n_shared = sequence.lender, min(heir.n_shared, sequence.n_shared)
-        sequence.lender, sequence.n_shared = None, 0
-
-    def bring_back(self, sequence: Sequence, data: Any) -> None:
-        """Moves a read prompt to the main context; without room there it waits at the head of the queue, to be read again."""
-        if not self.cache.settle_saved(sequence, data):
-            self._step_back(sequence)
-
-    def reading_seconds(self) -> float:
-        """How long the admitted prompts will take to read."""
-        return self.pace.row * sum(s.pending for s in self.running)
+    def bring_back(self) -> None:
+        """Lets sequences that the reader has read go on, as soon as there is room."""
+        for sequence, prefix in self.reader.give_back() if self.reader else ():
+            if prefix.saved is not None:
+                self.cache.add(prefix)
+            self._wait(sequence)
 
     def cells(self) -> int:
-        """How many cells the running sequences hold; one that several share counts once, and idle ones' are free to be had."""
-        return sum(s.n_computed - s.n_shared for s in self.running if not s.aside)
+        """How many cells the running sequences hold; those of prefixes are free to be had."""
+        return min(self.llama.pool, held_cells(self.running))
 
     def make_room(self) -> Sequence | None:
-        """After a step found no free cells: parks an idle sequence (None), or steps the youngest back and returns it."""
-        if self.cache.park_oldest():
+        """After a step found no free cells: saves a prefix (None), or steps the youngest back and returns it."""
+        if self.cache.save_oldest():
             return None
-        youngest = [s for s in self.running if not s.aside][-1]
-        self._step_back(youngest)
+        youngest = self.running.pop()
+        self.cache.leave(youngest)
+        self._wait(youngest)
         return youngest
 
-    def _step_back(self, sequence: Sequence) -> None:
-        self.running.remove(sequence)
-        self._bequeath(sequence)
-        self.cache.empty(sequence.row)
-        sequence.place, sequence.n_computed = None, 0
+    def _wait(self, sequence: Sequence) -> None:
+        """Puts a sequence without cells at the head of the queue."""
+        sequence.row, sequence.n_computed = -1, 0
         self.waiting.appendleft(sequence)
 
     def retire(self, sequence: Sequence) -> None:
-        """Takes a sequence out; its row stays, idle, for a prompt that begins alike."""
-        sequence.done, sequence.last_used = True, time.monotonic()
-        if sequence in self.running:
-            self.running.remove(sequence)
-            self._bequeath(sequence)
-        elif sequence in self.waiting:
+        """Takes a sequence out; what it has in the cache stays for prompts that begin alike."""
+        sequence.done = True
+        if sequence in self.waiting:
             self.waiting.remove(sequence)
+        elif sequence in self.running:
+            self.running.remove(sequence)
+            self.cache.leave(sequence)
 
 
 # ── 10. Engine (child) ────────────────────────────────────────────────────────────────────────────────────────────────
@@ -5732,14 +5144,34 @@ class Scheduler:
 
 
 class Pulse:
-    """What one of the child's threads is doing, for the heartbeat. Written by that thread alone."""
+    """What one of the child's threads is doing. That thread alone begins tasks; the heartbeat thread counts beats."""
+
+    LIMITS: ClassVar = {  # seconds for one task; those not named may take for ever
+        "load": 600,  # a hundredth of the file, or what comes after: a GPU's kernels are compiled for minutes
+        "decode": 900,  # the longest step known: 512 tokens of 70B on two cores
+        "sample": 120,  # all sequences of a step; a grammar of ten equal alternatives never comes back
+        "tokenize": 300,  # one text: a megabyte takes a second, a grammar's start a tenth
+    }
 
     def __init__(self) -> None:
-        self.task, self.begun = "rest", 0
+        self._task: tuple[str, float, int] = ("rest", math.inf, 0)  # its limit, and how many there were before
+        self._seen, self._beats = self._task, 0
 
-    def begin(self, task: str) -> None:
-        self.task = task
-        self.begun += 1
+    def begin(self, task: str, limit: float | None = None) -> None:
+        self._task = (task, limit or self.LIMITS.get(task) or math.inf, self._task[2] + 1)
+
+    def beat(self) -> str:
+        """Called every second by the heartbeat thread. What has taken too long, or ""."""
+        self._beats = self._beats + 1 if self._seen == self._task else 0
+        self._seen = self._task
+        task, limit, _ = self._task
+        return f"'{task}' did not come to an end within {limit:.0f} s" if self._beats * BEAT_SECONDS > limit else ""
+
+
+def failure(id: int, error: ApiError) -> Failed:
+    """Why a job cannot go on, or never began."""
+    details = error.message if isinstance(error, InvalidRequest) else error.details
+    return Failed(id, error.code, details, error.param, error.sizes)
 
 
 class Outbox:
@@ -5753,7 +5185,6 @@ class Outbox:
         self.running = 0  # sequences in the batch, as the parent was told last
 
     def text(self, sequence: Sequence, text: str) -> None:
-        text = sequence.ready(text)
         if text:
             if not sequence.unsent:
                 self._unsent.append(sequence)
@@ -5761,48 +5192,33 @@ class Outbox:
 
     def finished(self, sequence: Sequence, reason: str) -> None:
         """The end of a sequence, behind the text it held back and the log probabilities of tokens without text."""
-        self.text(sequence, sequence.text.finish())
-        sequence.release_rest()
+        self.text(sequence, sequence.ready(sequence.text.finish()))
         if sequence.logprobs and sequence not in self._unsent:
             self._unsent.append(sequence)
         now = time.perf_counter()
         started, first = sequence.started or now, sequence.first_token or now
         generated = sequence.n_shown - sequence.n_prompt
-        spent = (first - started, now - first)
-        end = Finished(sequence.id, reason, sequence.n_prompt, generated, sequence.n_cached, *spent, sequence.text.stopped,
-                       min(sequence.n_jumped, generated))  # fmt: skip
-        self._events.append(end)
+        self._events.append(Finished(
+            sequence.id, reason, sequence.n_prompt, generated, sequence.n_cached, first - started, now - first,
+            sequence.text.stopped, min(sequence.n_jumped, generated)))  # fmt: skip
 
-    def failed(self, work: Sequence | Embedding, details: str, code: str = GenerationFailed.code,
-               param: str | None = None) -> None:  # fmt: skip
-        self._events.append(Failed(work.id, code, details, param))
-
-    def embedded(self, job: Embedding, reason: str = "stop") -> None:
-        """The end of an Embed job, with its vectors unless it was cancelled."""
-        if reason == "stop":
+    def embedded(self, job: Embedding) -> None:
+        """The end of an Embed job, with its vectors if it came so far."""
+        if job.error:
+            self.failed(job.id, job.error)
+            return
+        if not job.missing:
             self._events.append(Vectors(job.id, tuple(job.vectors)))
         spent = time.perf_counter() - job.started if job.started else 0.0
-        self._events.append(Finished(job.id, reason, job.n_prompt, 0, 0, spent, 0.0))
+        self._events.append(Finished(job.id, "cancelled" if job.missing else "stop", job.n_prompt, 0, prompt_seconds=spent))
 
-    def refuse(self, id: int, error: ApiError) -> None:
-        """Sends at once why a job never began. Any thread."""
-        details = error.message if isinstance(error, InvalidRequest) else error.details
-        self._send(Stepped((Failed(id, error.code, details, error.param, error.sizes),), self.running))
+    def failed(self, id: int, error: ApiError) -> None:
+        self._events.append(failure(id, error))
 
-    def accept(self, id: int, prompt_tokens: int) -> None:
-        """Sends at once that a job waits for its first step. Any thread."""
-        self._send(Accepted(id, prompt_tokens))
-
-    def tokenized(self, id: int, ids: tuple[int, ...], pieces: tuple[bytes, ...]) -> None:
-        """Sends at once what a Tokenize job found. Any thread."""
-        self.accept(id, len(ids))
-        end = Finished(id, "stop", len(ids), 0, 0, 0.0, 0.0)
-        self._send(Stepped((Tokens(id, ids, pieces), end), self.running))
-
-    def never_began(self, id: int) -> None:
-        """Sends at once that a job was cancelled before its prompt was tokenized. Any thread."""
-        self.accept(id, 0)
-        self._send(Stepped((Finished(id, "cancelled", 0, 0, 0, 0.0, 0.0),), self.running))
+    def at_once(self, *events: Accepted | Tokens | Finished | Failed) -> None:
+        """Sends what the step loop has no part in. Any thread."""
+        for event in events:
+            self._send(event if isinstance(event, Accepted) else Stepped((event,), self.running))
 
     def due(self) -> bool:
         """Whether a message should go out now: something ended, or the last one was FLUSH_SECONDS ago."""
@@ -5812,13 +5228,12 @@ class Outbox:
         """Sends one message for all that the last steps made."""
         pieces = []
         for sequence in self._unsent:
-            pieces.append(Piece(sequence.id, sequence.unsent, tuple(sequence.logprobs), sequence.untold()))
-            sequence.unsent = ""
+            pieces.append(Piece(sequence.id, sequence.unsent, tuple(sequence.logprobs), sequence.n_tokens - sequence.n_told))
+            sequence.unsent, sequence.n_told = "", sequence.n_tokens
             sequence.logprobs.clear()
-        message = Stepped((*pieces, *self._events), running, cells)
-        self._unsent, self._events, self.running = [], [], running
+        events, self._events, self._unsent, self.running = (*pieces, *self._events), [], [], running
         self._sent_at = time.perf_counter()
-        self._send(message)
+        self._send(Stepped(events, running, cells))
 
     def _send(self, message: Any) -> None:
         """With the parent gone the process ends."""
@@ -5831,17 +5246,17 @@ class Outbox:
 class Intake:
     """Takes in jobs and cancels: cancels take effect at once, texts are tokenized first.
 
-    `receive` runs in the receiving thread, `tokenize` in one of its own, where a huge text makes only other newcomers wait.
+    `receive` runs in the receiving thread. `tokenize` and `read_grammars` have one each: a newcomer waits for one input of each
+    job that is being tokenized, and only one whose own grammar takes long waits for such grammars.
     """
 
-    JOBS: ClassVar[dict[type, Callable[[Submission, Seq[Any], Llama], Sequence | Embedding]]] = {
-        Generate: Sequence, Embed: Embedding}  # fmt: skip
-
     def __init__(self, llama: Llama, outbox: Outbox) -> None:
-        self.llama, self.outbox, self.pulse = llama, outbox, Pulse()
+        self.llama, self.outbox = llama, outbox
+        self.tokenizing, self.reading = Pulse(), Pulse()
         self.inbox: queue.SimpleQueue[Sequence | Embedding | None] = queue.SimpleQueue()  # None: look again, one is cancelled
         self.in_step: Seq[Sequence | Embedding] = ()  # the step loop says what it decodes in the main context
         self._submits: queue.SimpleQueue[Submission] = queue.SimpleQueue()
+        self._grammars: queue.SimpleQueue[tuple[Submission, Seq[int]]] = queue.SimpleQueue()  # prompts whose grammars take long
         self._arriving: dict[int, Submission] = {}  # until they are tokenized; the thread that takes one out answers for it
         self._known: dict[int, Submission] = {}  # from their arrival to their end
 
@@ -5854,11 +5269,11 @@ class Intake:
         for submission in filter(None, map(self._known.get, message.ids)):
             submission.cancelled = True
             if self._arriving.pop(submission.id, None):  # its text may be in the tokenizer, for seconds
-                self._known.pop(submission.id, None)
-                self.outbox.never_began(submission.id)
+                self.ended(submission.id)
+                self.outbox.at_once(Accepted(submission.id, 0), Finished(submission.id, "cancelled", 0, 0))
         self.inbox.put(None)
         in_step = self.in_step
-        if in_step and all(s.cancelled for s in in_step):  # nobody waits for what is being decoded
+        if in_step and all(s.submission.cancelled for s in in_step):  # nobody waits for what is being decoded
             self.llama.main.abort(True)
 
     def ended(self, id: int) -> None:
@@ -5866,86 +5281,128 @@ class Intake:
         self._known.pop(id, None)
 
     def tokenize(self) -> None:
-        """The tokenizing thread: makes texts sequences, in order, and hands them to the step loop."""
+        """The tokenizing thread: jobs take turns, an input of each at a time."""
+        turns: deque[Iterator[None]] = deque()
         while True:
-            self.pulse.begin("rest")
-            submission = self._submits.get()
-            self.pulse.begin("tokenize")
-            if submission.cancelled:
-                continue
-            try:
-                self._admit(submission)
-            except ApiError as error:
-                self._refuse(submission, error)
-            except Exception as error:  # a job's border: one that nobody foresaw must not end the others
-                log.exception("a job cannot begin")
-                self._refuse(submission, GenerationFailed(f"{type(error).__name__}: {error}"))
+            self.tokenizing.begin("rest")
+            with contextlib.suppress(queue.Empty):
+                while True:
+                    turns.append(self._admit(self._submits.get(block=not turns)))
+            self.tokenizing.begin("tokenize")
+            job = turns.popleft()
+            if next(job, "ended") is None:
+                turns.append(job)
 
-    def _admit(self, submission: Submission) -> None:
+    def read_grammars(self) -> None:
+        """The thread of grammars that take long: reads them one after another, while others' prompts go on."""
+        while True:
+            self.reading.begin("rest")
+            submission, prompt = self._grammars.get()
+            self.reading.begin("tokenize")
+            with self._answering(submission):
+                self._begin(submission, prompt)
+
+    def _admit(self, submission: Submission) -> Iterator[None]:
+        """Tokenizes a job and hands it on; yields where others may have their turn."""
         job = submission.job
-        if isinstance(job, Tokenize):
-            return self._answer(submission, *self._tokenized(job))
-        tokens = self._inputs(job, submission) if isinstance(job, Embed) else self._prompt(job)
-        work = self.JOBS[type(job)](submission, tokens, self.llama)
-        if self._arriving.pop(submission.id, None):
-            self.outbox.accept(submission.id, work.n_prompt)
+        with self._answering(submission):
+            if isinstance(job, Tokenize):
+                self._hand_on(self._tokenized(submission.id, job))
+            elif isinstance(job, Embed):
+                self._hand_on(Embedding(submission, (yield from self._inputs(job, submission))))
+            else:
+                prompt, constraint = self._prompt(job), job.sampling.constraint
+                if constraint is None or self.llama.machines.are_quick_to_make(constraint.grammar):
+                    self._begin(submission, prompt)
+                else:
+                    self._grammars.put((submission, prompt))
+
+    @contextlib.contextmanager
+    def _answering(self, submission: Submission) -> Iterator[None]:
+        """Answers the job with the error that is raised within: it must not end the others."""
+        try:
+            yield
+        except Cancelled:
+            log.debug("a grammar was left unread: its client is gone")
+        except ApiError as error:
+            self._hand_on(failure(submission.id, error))
+        except Exception as error:
+            log.exception("a job cannot begin")
+            self._hand_on(failure(submission.id, GenerationFailed(f"{type(error).__name__}: {error}")))
+
+    def _begin(self, submission: Submission, prompt: Seq[int]) -> None:
+        """Hands a text to the step loop; its grammar is read first."""
+        with TURN.behind(self.llama.gate, submission):
+            sequence = Sequence(submission, prompt, self.llama)
+        self._hand_on(sequence)
+
+    def _hand_on(self, work: Sequence | Embedding | Tokens | Failed) -> None:
+        """Hands work to the step loop, or sends what needs no step; unless the job was cancelled meanwhile."""
+        if not self._arriving.pop(work.id, None):
+            if isinstance(work, Sequence):
+                work.sampler.close()
+        elif isinstance(work, (Sequence, Embedding)):
+            self.outbox.at_once(Accepted(work.id, work.n_prompt))
             self.inbox.put(work)
-        elif work.sampler:
-            work.sampler.close()
+        else:
+            self.ended(work.id)
+            count = len(work.ids) if isinstance(work, Tokens) else 0
+            answer = (Accepted(work.id, count), work, Finished(work.id, "stop", count, 0))
+            self.outbox.at_once(*(answer if isinstance(work, Tokens) else (work,)))
 
-    def _answer(self, submission: Submission, ids: tuple[int, ...], pieces: tuple[bytes, ...]) -> None:
-        """Ends a job that needs the tokenizer only."""
-        if self._arriving.pop(submission.id, None):
-            self.ended(submission.id)
-            self.outbox.tokenized(submission.id, ids, pieces)
-
-    def _tokenized(self, job: Tokenize) -> tuple[tuple[int, ...], tuple[bytes, ...]]:
+    def _tokenized(self, id: int, job: Tokenize) -> Tokens:
         """Tokens, and what they stand for if that was asked. Raises InvalidRequest for ids outside the vocabulary."""
         vocab, content = self.llama.vocab, job.content
         if isinstance(content, str):
-            content = tuple(vocab.encode(content, job.add_special, job.parse_special).tolist())
-        elif not all(0 <= t < vocab.size for t in content):
-            raise InvalidRequest(f"tokens holds an id outside 0…{vocab.size - 1}", "tokens")
-        return content, tuple(vocab.name(t) for t in content) if job.pieces else ()
+            ends, special = job.add_special, job.parse_special
+            content = tuple(vocab.tokens(content, first=ends, last=ends, special=special).tolist())
+        else:
+            self._check(content, "tokens")
+        return Tokens(id, content, tuple(vocab.name(t) for t in content) if job.pieces else ())
 
-    def _refuse(self, submission: Submission, error: ApiError) -> None:
-        if self._arriving.pop(submission.id, None):
-            self.ended(submission.id)
-            self.outbox.refuse(submission.id, error)
+    def _check(self, ids: Seq[int], name: str) -> None:
+        """Raises InvalidRequest for token ids outside the vocabulary."""
+        size = self.llama.vocab.size
+        if (outside := next((t for t in ids if not 0 <= t < size), None)) is not None:
+            raise InvalidRequest(f"{name} holds token id {outside}, the model's tokens are 0…{size - 1}: send text; the ids of "
+                                 "another tokenizer (tiktoken) mean nothing here", name.partition("[")[0])  # fmt: skip
 
     def _prompt(self, job: Generate) -> Seq[int]:
         """The prompt's token ids; of its spare segments only the last ones, as many as fit beside the rest and an answer."""
         if not job.spare:
             return self._tokens(job.prompt)
-        rest: Seq[Any] = job.prompt[job.spare :]
-        room, first = self.llama.ctx - len(self._tokens(rest)) - self._answer_tokens(job.sampling), job.spare
+        limit, ctx = job.sampling.max_tokens, self.llama.ctx
+        room, first = ctx - len(self._tokens(job.prompt[job.spare :])), job.spare
+        if limit is not None and limit < ctx:  # the answer was promised so many
+            room -= limit
         for segment in reversed(job.prompt[: job.spare]):
-            room -= len(self.llama.vocab.encode(str(segment), False, True))
+            room -= len(self.llama.vocab.tokens(str(segment)))
             if room <= 0:
                 break
             first -= 1
         return self._tokens(job.prompt[first:])
 
-    def _answer_tokens(self, sampling: Sampling) -> int:
-        """How many the answer was promised; none if it has no limit."""
-        return 0 if sampling.max_tokens is None or sampling.max_tokens >= self.llama.ctx else sampling.max_tokens
-
     def _tokens(self, prompt: Seq[Any]) -> Seq[int]:
         """The prompt's token ids. Raises ContextLengthExceeded, or InvalidRequest for ids outside the vocabulary."""
-        vocab = self.llama.vocab
-        given = bool(prompt) and isinstance(prompt[0], int)
-        if given and not all(0 <= t < vocab.size for t in prompt):
-            raise InvalidRequest(f"prompt holds a token id outside 0…{vocab.size - 1}", "prompt")
-        least = len(prompt) if given else vocab.least_tokens(prompt, self.llama.ctx)
-        if least >= self.llama.ctx:  # not tokenized to say exactly: megabytes take seconds
-            self._too_long(least, "" if given else "at least ")
-        tokens = prompt if given else vocab.tokenize(prompt)
-        if len(tokens) >= self.llama.ctx:
-            self._too_long(len(tokens))
-        return tokens if len(tokens) else [max(self.llama.c.llama_vocab_bos(vocab.handle), 0)]
+        vocab, ctx, tokens = self.llama.vocab, self.llama.ctx, prompt
+        least = 0  # tokens of a text that is not tokenized to say exactly: megabytes take seconds
+        if prompt and isinstance(prompt[0], int):
+            self._check(prompt, "prompt")
+        else:
+            least = vocab.least_tokens(prompt, ctx)
+            tokens = vocab.tokens(*prompt, first=True) if least < ctx else ()
+        count, about = len(tokens) or least, "" if len(tokens) else "at least "
+        if count >= ctx:
+            error = ContextLengthExceeded(
+                f"The prompt has {about}{count} tokens; this model's maximum context length is {ctx}, at least one of them for "
+                "the answer"  # OpenAI's words, by which clients know the error
+            )
+            error.sizes = (count, ctx - 1)
+            raise error
+        return tokens if len(tokens) else self.llama.vocab.nothing
 
-    def _inputs(self, job: Embed, submission: Submission) -> list[Any]:
-        """The token ids of each input, all int32 arrays. Raises ContextLengthExceeded, or InvalidRequest."""
+    def _inputs(self, job: Embed, submission: Submission) -> Generator[None, None, list[Any]]:
+        """The token ids of each input, all int32 arrays; yields between them. Raises ContextLengthExceeded, or InvalidRequest."""
         size = int(self.llama.c.llama_model_n_embd_out(self.llama.model))
         if job.dimensions and job.dimensions > size:
             raise InvalidRequest(f"dimensions must be at most {size}, the size of the model's vectors, not {job.dimensions}",
@@ -5955,49 +5412,34 @@ class Intake:
             if submission.cancelled:
                 break
             inputs.append(self._input(job, index, input))
+            yield
         return inputs
 
     def _input(self, job: Embed, index: int, input: str | tuple[int, ...]) -> Any:
         vocab, ctx = self.llama.vocab, self.llama.ctx
         if job.truncate and len(input) > vocab.COUNTED:  # no token stands for more than the longest piece
             input = input[: ctx * vocab.longest]
-        name = f"input[{index}]" if job.query is None else f"documents[{index}] with the query"
+        name, tokens, least = f"input[{index}]", (), 0
         if isinstance(input, tuple):
-            if outside := next((t for t in input if not 0 <= t < vocab.size), None):
-                raise InvalidRequest(f"{name} holds token id {outside}, the model's tokens are 0…{vocab.size - 1}: send text; "
-                                     "the ids of another tokenizer (tiktoken) mean nothing here", "input")  # fmt: skip
-            tokens: Any = self.llama.np.array(input, self.llama.np.int32)
-        elif not job.truncate and (least := vocab.least_tokens((input, job.query or ""), ctx + 1)) > ctx:
-            raise self._input_too_long(name, f"at least {least}")
-        else:
-            tokens = vocab.wrapped(input) if job.query is None else vocab.pair(job.query, input)
+            self._check(input, name)
+            tokens = self.llama.np.array(input, self.llama.np.int32)
+        elif job.truncate or (least := vocab.least_tokens((input, job.query or ""), ctx + 1)) <= ctx:
+            tokens = vocab.tokens(input, first=True, last=True) if job.query is None else vocab.pair(job.query, input)
         if len(tokens) > ctx and job.truncate:
             tokens = self.llama.np.concatenate([tokens[: ctx - 1], tokens[-1:]])  # the last one may be the model's own end
-        if len(tokens) > ctx:
-            raise self._input_too_long(name, str(len(tokens)))
-        return tokens if len(tokens) else self.llama.np.array([max(self.llama.c.llama_vocab_bos(vocab.handle), 0)], "int32")
-
-    def _input_too_long(self, name: str, count: str) -> ApiError:
-        """Refused, as OpenAI does: no search would find what was cut off."""
-        details = f"{name} has {count} tokens; the model reads up to {self.llama.ctx} (split the text)"
-        return ContextLengthExceeded(details, param=name.partition("[")[0])
-
-    def _too_long(self, count: int, about: str = "") -> None:
-        error = ContextLengthExceeded(
-            f"The prompt has {about}{count} tokens; this model's maximum context length is {self.llama.ctx}, at least one of "
-            "them for the answer"  # OpenAI's words, by which clients know the error
-        )
-        error.sizes = (count, self.llama.ctx - 1)
-        raise error
+        count, about = len(tokens) or least, "" if len(tokens) else "at least "
+        if count > ctx:  # refused, as OpenAI does: no search would find what was cut off
+            name, param = (name, "input") if job.query is None else (f"documents[{index}] with the query", "documents")
+            raise ContextLengthExceeded(f"{name} has {about}{count} tokens; the model reads up to {ctx} (split the text)",
+                                        param=param)  # fmt: skip
+        return tokens if len(tokens) else self.llama.vocab.nothing
 
 
 class Engine:
     """The step loop of one model, in the child's main thread. Intake, Scheduler, PromptReader and Outbox do the rest."""
 
-    GATHER = 0.02  # of the time that reading a prompt takes, how much to wait for another to be read with it
     PATIENCE = 0.01  # seconds of each step in which grammars are asked what comes next
     SEEKING, SEEKING_EACH = 5.0, 0.1  # seconds in which one may be asked for a text, and more for each token
-    GATHER_LEAST, GATHER_MOST = 0.0002, 0.002  # seconds; a shorter sleep would last as long
     GARBAGE, MOST_GARBAGE = 10, 1000  # collections of young objects before all are looked at: while idle, and while text runs
 
     def __init__(self, llama: Llama, pipe: Pipe, pulse: Pulse) -> None:
@@ -6007,7 +5449,6 @@ class Engine:
         self.inbox = self.intake.inbox
         self.scheduler = Scheduler(llama, llama.options.parallel)
         self.embedder = Embedder(llama, self.scheduler, self._step_streams)
-        self.reader: PromptReader | None = None
         self._aside = llama.on_cpu  # whether to make a prompt reader: a GPU is quick with slices
         self._several = False  # whether several sequences have run at once, since that was last asked
         self._sought = 0.0  # seconds of this step in which grammars were asked
@@ -6015,36 +5456,26 @@ class Engine:
     def run(self) -> None:
         """For ever: takes what came, steps while anything runs, sleeps when nothing does."""
         while True:
-            if self.scheduler.running or self.scheduler.waiting or self.embedder.jobs:
+            if self.scheduler.active or self.scheduler.waiting or self.embedder.jobs:
                 self._take_all()
                 self.step()
             else:
                 self._rest()
                 self.pulse.begin("rest")
                 self._take(self.inbox.get())
-                self._gather()
 
     def _rest(self) -> None:
-        """Idle work: parks finished sequences, makes the prompt reader where several ran at once, frees what leads in rings."""
-        while self.inbox.empty() and self.scheduler.tidy():
+        """Idle work: saves prefixes, makes the prompt reader where several sequences ran at once, runs the cycle collector."""
+        while self.inbox.empty() and self._tidy():
             pass
-        if self._several and self._aside and not self.reader and self.inbox.empty():
+        if self._several and self._aside and not self.scheduler.reader and self.inbox.empty():
             self._make_reader()
         if gc.get_count()[2] >= self.GARBAGE and self.inbox.empty():
             gc.collect()
 
-    def _gather(self) -> None:
-        """Before an idle engine's first step: prompts that arrive together are read together, at twice the speed."""
-        scheduler = self.scheduler
-        while 0 < len(scheduler.running) + len(scheduler.waiting) < scheduler.parallel:
-            scheduler.admit()
-            patience = min(self.GATHER * scheduler.reading_seconds(), self.GATHER_MOST)
-            if patience >= self.GATHER_LEAST:
-                # not inbox.get(timeout=…): one that is over before the wait begins never ends (CPython 3.11, _queue.c)
-                time.sleep(patience)
-            if self.inbox.empty():
-                return
-            self._take_all()
+    def _tidy(self) -> bool:
+        """Moves a prefix out of the cache, between steps that nobody waits for; False when there is none."""
+        return self.llama.on_cpu and self.scheduler.cache.save_oldest()
 
     def _take_all(self) -> None:
         while not self.inbox.empty():
@@ -6052,14 +5483,14 @@ class Engine:
 
     def _take(self, work: Sequence | Embedding | None) -> None:
         if isinstance(work, Embedding):
-            self.embedder.jobs.append(work)
+            self.embedder.add(work)
         elif work is not None:
             self.scheduler.waiting.append(work)
             self._jump(work)
             if work.n_jumped or work.done:
                 self._flush()
-        if work is None or work.cancelled:
-            for gone in [s for s in (*self.scheduler.running, *self.scheduler.waiting) if s.cancelled]:
+        if work is None or work.submission.cancelled:
+            for gone in [s for s in (*self.scheduler.active, *self.scheduler.waiting) if s.submission.cancelled]:
                 self._finish(gone, "cancelled")
             self._flush()
 
@@ -6067,12 +5498,9 @@ class Engine:
         """A step of the main context, or a batch of the prompt reader with the main context's steps in between."""
         self.scheduler.admit()
         self._several = self._several or len(self.scheduler.running) > 1
-        reader = self.reader
-        if reader:
-            while (long := self.scheduler.long_prompts()) and self.scheduler.move_aside(long[0], reader):
-                pass  # in order: else a stream of shorter ones would keep the first out
-        if reader and reader.reading:
-            self._read_aside(reader)
+        self.scheduler.move_aside()
+        if self.scheduler.aside:
+            self._read_aside()
         else:
             self._decode()
         if self.embedder.jobs:
@@ -6081,35 +5509,28 @@ class Engine:
     def _embed(self) -> None:
         """One batch of inputs that become vectors; running streams step in the middle of it."""
         embedder = self.embedder
-        for job in [j for j in embedder.jobs if j.cancelled]:  # not in the middle of a batch, whose cells cannot be dropped
-            self.outbox.embedded(job, "cancelled")
-            self._forget(job)
+        self._end_embeddings()
         self.main.abort(False)
+        self.pulse.begin("decode")
         try:
-            plan = embedder.plan()
-            if embedder.context is self.main:
-                self.intake.in_step = [i.job for i, _ in plan]
-            self.pulse.begin("decode")
-            done = embedder.step(plan) if plan else []
+            if plan := embedder.plan():
+                if embedder.context is self.main:
+                    self.intake.in_step = [i.job for i, _ in plan]
+                embedder.step(plan)
         except (ApiError, LoadError) as error:
-            done = []
-            details, code = (error.details, error.code) if isinstance(error, ApiError) else (str(error), GenerationFailed.code)
-            for job in list(embedder.jobs):
-                self.outbox.failed(job, details, code)
-                self._forget(job)
+            for job in embedder.jobs:
+                job.error = error if isinstance(error, ApiError) else GenerationFailed(str(error))
         self.intake.in_step = ()
-        for job in done:
-            if job.error:
-                self.outbox.failed(job, job.error)
-            else:
-                self.outbox.embedded(job)
-            self.intake.ended(job.id)
+        self._end_embeddings()
         if self.outbox.due():
             self._flush()
 
-    def _forget(self, job: Embedding) -> None:
-        self.embedder.drop([job])
-        self.intake.ended(job.id)
+    def _end_embeddings(self) -> None:
+        """Lets go of jobs that are over; not in the middle of a batch, whose cells cannot be dropped."""
+        for job in [j for j in self.embedder.jobs if j.is_over]:
+            self.outbox.embedded(job)
+            self.embedder.drop(job)
+            self.intake.ended(job.id)
 
     def _make_reader(self) -> None:
         """Makes the prompt reader. Clearing its memory takes as long as many steps, so it is made when none runs."""
@@ -6117,21 +5538,21 @@ class Engine:
         free, need = available_memory(), self.llama.kv_bytes * self.llama.ctx + 64 * MIB
         try:
             if free is None or free > 2 * need:
-                self.reader = PromptReader(self.llama, self.scheduler.due, self._step_streams)
+                self.scheduler.reader = PromptReader(self.llama, self.scheduler.due, self._step_streams)
         except LoadError as error:
             self._aside = False
             log.warning("long prompts are read in slices: %s", error)
 
-    def _read_aside(self, reader: PromptReader) -> None:
-        """Reads one batch of the prompts aside; those that are read go on in the main context."""
+    def _read_aside(self) -> None:
+        """Reads one batch of the prompts aside."""
+        reader = self.scheduler.reader
+        assert reader
         self.pulse.begin("decode")
-        status = reader.read()
-        if status:
+        if status := reader.read():
             for sequence in reader.reading:
                 self._fail(sequence, f"llama_decode returned {status}")
             self._flush()
-        for sequence, data in reader.give_back():
-            self.scheduler.bring_back(sequence, data)
+        self.scheduler.bring_back()
 
     def _step_streams(self) -> None:
         """In the middle of the prompt reader's batch: lets newcomers in and streams step."""
@@ -6146,12 +5567,12 @@ class Engine:
         if self._running() != self.outbox.running:
             self._flush()
         self._ask_again()
-        plan = scheduler.schedule(self.reader is not None)
+        plan = scheduler.schedule()
         if not plan:
             scheduler.stepped_at = time.perf_counter()
             return
         if all(count == 1 for _, count in plan):
-            scheduler.tidy()  # takes as long as a short step; beside a prompt it would add to the gap
+            self._tidy()  # takes as long as a short step; beside a prompt it would add to the gap
         decoding = sum(1 for s, _ in plan if s.is_stream)
         self.main.abort(False)
         self.intake.in_step = [s for s, _ in plan]
@@ -6184,14 +5605,14 @@ class Engine:
         """After a decode that did not do its work (llama.h): 1 no free cells, 2 aborted, below zero an error."""
         if status == 1:
             back = self.scheduler.make_room()
-            if back and all(s.aside for s in self.scheduler.running):  # alone, and the pool holds a whole context
+            if back and not self.scheduler.running:  # it was alone, and the pool holds a whole context
                 self._fail(back, "the KV cache is full")
         elif status == 2:
             self.scheduler.cache.undo([s for s, _ in plan])
         else:
             for sequence in list(self.scheduler.running):
                 self._fail(sequence, f"llama_decode returned {status}")
-            self.scheduler.cache.clear()
+            self.scheduler.cache.clear(True)
         self._flush()
 
     def _sample(self, plan: Seq[tuple[Sequence, int]]) -> bool:
@@ -6203,7 +5624,7 @@ class Engine:
             if sequence.n_computed == sequence.n_tokens:
                 ready.append((sequence, row))
             elif sequence.n_computed in sequence.borders:
-                self.scheduler.cache.keep(sequence)
+                self.scheduler.cache.save(Prefix(sequence, self.main.oldest(sequence.row)))
         if not ready:
             return False
         logits = self.main.logits(len(ready))
@@ -6220,7 +5641,7 @@ class Engine:
     def _ask_again(self) -> None:
         """Asks the grammars that needed more time in the step before, the one that was asked least first."""
         self._sought = 0.0
-        for sequence in sorted((s for s in self.scheduler.running if not s.aside), key=lambda s: s.sought):
+        for sequence in sorted(self.scheduler.running, key=lambda s: s.sought):
             if sequence.jumps:
                 self._jump(sequence)
             elif sequence.logits is not None and not sequence.pending:
@@ -6231,20 +5652,21 @@ class Engine:
     def _ask(self, sequence: Sequence, question: Callable[[], Result]) -> Result | None:
         """What a sequence's grammar answers; None if it needs more time, or cannot be followed, which ends the sequence."""
         share = self.PATIENCE / max(1, len(self.scheduler.running))
-        began = time.thread_time()
+        fault, began = None, time.thread_time()
         TURN.begin(max(self.PATIENCE - self._sought, share))
         try:
             return question()
         except NotYet:
             if sequence.sought > self.SEEKING:
-                what = "the grammar is too intricate: what may come next is not found in time"
-                self._refuse(sequence, InvalidRequest(what))
+                fault = InvalidRequest("the grammar is too intricate: what may come next is not found in time")
         except InvalidRequest as error:
-            self._refuse(sequence, error)
+            fault = error
         finally:
             spent = time.thread_time() - began
             self._sought += spent
             sequence.sought += spent
+        if fault and sequence.sampler.grammar:
+            self._fail(sequence, sequence.sampler.grammar.named(fault))
         return None
 
     def _pick(self, sequence: Sequence, scores: Any, row: int) -> None:
@@ -6257,7 +5679,7 @@ class Engine:
         if token is None:
             return
         sequence.sought = max(0.0, sequence.sought - self.SEEKING_EACH)
-        if token < 0 and sequence.sampler and sequence.sampler.is_stuck:
+        if token < 0 and sequence.sampler.is_stuck:
             self._fail(sequence, "The document cannot go on: no token that may follow is allowed or in the vocabulary")
             return
         if token < 0 or (token in vocab.eog and not sampling.ignore_eos and not forced):
@@ -6265,7 +5687,7 @@ class Engine:
             return
         sequence.append(token)
         if known:
-            sequence.note(known.of(token, sampling.logprobs or 0))
+            sequence.unshown.append(known.of(token, sampling.logprobs or 0))
         self._jump(sequence)
 
     def _jump(self, sequence: Sequence) -> None:
@@ -6274,9 +5696,13 @@ class Engine:
         So where a text is cut into tokens does not depend on the time, nor what the model says behind it.
         """
         sequence.jumps = self._ask(sequence, sequence.jump) is None
-        if not sequence.done:
-            self._show(sequence)
-            self._end(sequence)
+        if sequence.done:
+            return
+        self._show(sequence)
+        if sequence.text.stopped or sequence.sampler.is_done:
+            self._finish(sequence, "stop")
+        elif sequence.n_tokens >= sequence.limit:
+            self._finish(sequence, "length")
 
     def _show(self, sequence: Sequence) -> None:
         """Gives out the text of tokens that were not shown yet, up to a stop string."""
@@ -6286,41 +5712,26 @@ class Engine:
             sequence.n_shown += 1
             marker = vocab.marker_pieces.get(token) if sequence.markers else None
             piece = marker.encode() if marker in sequence.markers else vocab.piece(token)
-            self.outbox.text(sequence, sequence.text.push(piece))
+            self.outbox.text(sequence, sequence.show(piece))
             if sequence.thought:
                 sequence.watch_thought(vocab.shown(token))
-
-    def _end(self, sequence: Sequence) -> None:
-        """Ends a sequence whose last token has come."""
-        if sequence.text.stopped or (sequence.sampler and sequence.sampler.is_done):
-            self._finish(sequence, "stop")
-        elif sequence.n_tokens >= sequence.limit:
-            self._finish(sequence, "length")
 
     def _finish(self, sequence: Sequence, reason: str) -> None:
         self.outbox.finished(sequence, reason)
         self._retire(sequence)
 
-    def _fail(self, sequence: Sequence, details: str, code: str = GenerationFailed.code) -> None:
-        self.outbox.failed(sequence, details, code)
-        self._retire(sequence)
-
-    def _refuse(self, sequence: Sequence, error: InvalidRequest) -> None:
-        """Ends a text whose grammar cannot be followed: the request is at fault, in the field that holds the grammar."""
-        assert sequence.sampler and sequence.sampler.grammar
-        grammar = sequence.sampler.grammar
-        self.outbox.failed(sequence, grammar.said(error), error.code, error.param or grammar.param)
+    def _fail(self, sequence: Sequence, error: ApiError | str) -> None:
+        self.outbox.failed(sequence.id, GenerationFailed(error) if isinstance(error, str) else error)
         self._retire(sequence)
 
     def _retire(self, sequence: Sequence) -> None:
         self.scheduler.retire(sequence)
         self.intake.ended(sequence.id)
         sequence.logits = None
-        if sequence.sampler:
-            sequence.sampler.close()
+        sequence.sampler.close()
 
     def _running(self) -> int:
-        return len(self.scheduler.running) + len(self.embedder.jobs)
+        return len(self.scheduler.active) + len(self.embedder.jobs)
 
     def _flush(self) -> None:
         self.outbox.flush(self._running(), self.scheduler.cells())
@@ -6346,24 +5757,25 @@ def engine_main() -> None:
     gc.set_threshold(*gc.get_threshold()[:2], Engine.MOST_GARBAGE)
     sys.setswitchinterval(0.0005)  # a thread that reads a grammar must not hold up the step loop: usual are 5 ms, at each call
     try:
-        load, pulses = pipe.receive(), [Pulse()]
+        load, pulses = pipe.receive(), [pulse := Pulse()]
     except EOFError:  # it was unloaded before it began
         os._exit(0)
     start_or_die(lambda: _receive(pipe, ready))
     start_or_die(lambda: _beat(pipe, pulses))
 
     def progress(fraction: float) -> None:
-        pulses[0].begin("load")
+        pulse.begin("load")
         pipe.send(Progress(fraction))
 
     try:
-        pulses[0].begin("load")
+        pulse.begin("load")
         llama = Llama(load, progress)
-        pulses[0].begin("trial")
+        pulse.begin("trial", 60 + llama.size_bytes // (50 * MIB))  # the first step reads the weights from a slow disk
         llama.trial()
-        engine = Engine(llama, pipe, pulses[0])
-        pulses.append(engine.intake.pulse)
-        llama.vocab.max_run = start_or_die(engine.intake.tokenize, stack=512 * MIB) // Vocabulary.RUN_STACK
+        engine = Engine(llama, pipe, pulse)
+        pulses += [engine.intake.tokenizing, engine.intake.reading]
+        for work in (engine.intake.tokenize, engine.intake.read_grammars):
+            start_or_die(work, stack=64 * MIB)  # many times what Vocabulary.MAX_RUN needs
         pipe.send(llama.loaded())
     except Exception as error:  # the process's border: whatever it is, the parent is told
         cause = "memory" if isinstance(error, MemoryError) else getattr(error, "cause", "")
@@ -6389,15 +5801,17 @@ def _beat(pipe: Pipe, pulses: Seq[Pulse]) -> None:
     """The child's heartbeat thread: native code lets it run, so its silence means that the whole process hangs."""
     while True:
         try:
-            pipe.send(Alive(tuple((pulse.task, pulse.begun) for pulse in pulses)))
+            pipe.send(Alive(next(filter(None, [pulse.beat() for pulse in pulses]), "")))
         except OSError:
             os._exit(0)
         time.sleep(BEAT_SECONDS)
 
 
-def start_or_die(work: Callable[[], None], stack: int = 0) -> int:
-    """Starts a thread whose failure ends the process. Returns its stack's bytes: `stack`, or what can be had of it."""
+def start_or_die(work: Callable[[], None], stack: int = 0) -> None:
+    """Starts a thread whose failure ends the process, with so many bytes of stack (0: as usual).
 
+    Not by `Thread.start`: that waits for ever for a thread which has no memory to begin.
+    """
     begun = threading.Event()
 
     def guarded() -> None:
@@ -6410,24 +5824,11 @@ def start_or_die(work: Callable[[], None], stack: int = 0) -> int:
             finally:  # without memory even that may fail
                 os._exit(1)
 
-    stack = _start_thread(guarded, stack)
+    threading.stack_size(stack)
+    _thread.start_new_thread(guarded, ())
+    threading.stack_size(0)
     if not begun.wait(START_SECONDS):
         os._exit(1)
-    return stack
-
-
-def _start_thread(work: Callable[[], None], stack: int) -> int:
-    """Not by `Thread.start`: that waits for ever for a thread which has no memory to begin."""
-    while stack >= 2 * MIB:
-        with contextlib.suppress(ValueError, RuntimeError):  # no such size here; not so much address space
-            threading.stack_size(stack)
-            _thread.start_new_thread(work, ())
-            threading.stack_size(0)
-            return stack
-        stack //= 2
-    threading.stack_size(0)
-    _thread.start_new_thread(work, ())
-    return MIB // 2  # the smallest default, macOS's
 
 
 # ── 11. Worker ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -6462,8 +5863,7 @@ class Timing:
 class Meter:
     """What a model has done since the server began. Counters only rise, however often the model is unloaded.
 
-    A lock is taken once for a sequence's share of a message (100 a second at most) and once for its end: about a
-    microsecond, and nothing for a token. Any thread may count.
+    Any thread may count; a lock, about a microsecond, is taken for each piece of text and each end, never for a token.
     """
 
     ENDS: ClassVar = {"stop": "stop", "length": "length", "cancelled": "abort", "error": "error"}  # vLLM's words
@@ -6498,7 +5898,14 @@ class Meter:
         with self._lock:
             self._recent.append((now, end))
             self.ends[self.ENDS[end.finish_reason]] += 1
-            self._add_tokens(job, end)
+            self.prompt_tokens += end.prompt_tokens
+            self.computed_tokens += end.prompt_tokens - end.cached_tokens
+            self.cached_tokens += end.cached_tokens
+            self.sought_tokens += end.prompt_tokens * job.generates
+            self.generated_tokens += end.completion_tokens - job.tokens
+            self.prompt_seconds += end.prompt_seconds
+            self.decode_seconds += end.decode_seconds
+            self.prompt_sizes.add(end.prompt_tokens)
             self.whole.add(now - job.began)
             self.inference.add(computing)
             self.queue.add(max(0.0, now - job.began - computing))
@@ -6508,16 +5915,6 @@ class Meter:
                 self.answer_sizes.add(end.completion_tokens)
             if end.completion_tokens > 1:
                 self.per_token.add(end.decode_seconds / (end.completion_tokens - 1))
-
-    def _add_tokens(self, job: Timing, end: Finished) -> None:
-        self.prompt_tokens += end.prompt_tokens
-        self.computed_tokens += end.prompt_tokens - end.cached_tokens
-        self.cached_tokens += end.cached_tokens
-        self.sought_tokens += end.prompt_tokens * job.generates
-        self.generated_tokens += end.completion_tokens - job.tokens
-        self.prompt_seconds += end.prompt_seconds
-        self.decode_seconds += end.decode_seconds
-        self.prompt_sizes.add(end.prompt_tokens)
 
     def failed(self, job: Timing) -> None:
         """A job broke off."""
@@ -6543,27 +5940,17 @@ class Metrics:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._meters: dict[str, Meter] = {}  # by id; of every model that was ever wanted
-        self._answers: dict[tuple[str, str, str, str], int] = {}  # by method, route, API and status
+        self.meters: dict[str, Meter] = {}  # by id; of every model that was ever wanted
+        self.answers = Counter[tuple[str, str, str, str]]()  # by method, route, API and status
         self.connections = self.accepted = self.refused = 0  # the server's, whose accepting thread and lock write them
 
     def meter(self, id: str) -> Meter:
-        with self._lock:
-            return self._meters.setdefault(id, Meter())
-
-    def meters(self) -> dict[str, Meter]:
-        with self._lock:
-            return dict(self._meters)
+        return self.meters.setdefault(id, Meter())
 
     def answered(self, method: str, route: str, api: str, status: int) -> None:
         """A request is over. Only words that the route table knows come here, so that their number is bounded."""
-        key = (method, route, api, str(status or "none"))
         with self._lock:
-            self._answers[key] = self._answers.get(key, 0) + 1
-
-    def answers(self) -> dict[tuple[str, str, str, str], int]:
-        with self._lock:
-            return dict(self._answers)
+            self.answers[method, route, api, str(status or "none")] += 1
 
 
 class Generation:
@@ -6589,10 +5976,7 @@ class Generation:
                 self.inbox.put(GenerationFailed(f"The client reads too slowly: {human_bytes(MAX_UNREAD)} wait for it"))
 
     def cancel(self, gently: bool = False) -> None:
-        """Ends the engine's work at once; the iteration too, or gently with what the engine says of its end.
-
-        Any thread: the one that iterates may just be stuck in a write to a client that does not read.
-        """
+        """Ends the engine's work at once; the iteration too, or gently with what the engine says of its end. Any thread."""
         if self._open:
             self.worker.cancel(self.index)
         if not gently:
@@ -6614,7 +5998,8 @@ class Generation:
             while self._open:
                 yield self._next()
         finally:
-            self.worker.forget(self.index, self._open)
+            if self._open:
+                self.worker.cancel(self._open)
 
     def _next(self) -> Any:
         """The next message; raises what ended the request."""
@@ -6635,65 +6020,24 @@ class Generation:
         return message
 
 
-class Heartbeat:
-    """Tells from a child's messages whether it gets on.
-
-    It counts beats and ticks of a second, not the time of a clock: a machine that slept, or a server that was stopped and
-    continued, finds its children alive.
-    """
-
-    SILENCE = 30  # seconds without any message: the child's heartbeat needs no more than its turn and the interpreter
-    STARTING = 180  # the same while libraries are loaded, which may hold the interpreter; GPU builds have gigabytes of them
-    STUCK: ClassVar = {  # seconds for one task; those not named may take for ever
-        "load": 600,  # a hundredth of the file, or what comes after: a GPU's kernels are compiled for minutes
-        "decode": 900,  # the longest step known: 512 tokens of 70B on two cores
-        "sample": 120,  # all sequences of a step; a grammar of ten equal alternatives never comes back
-        "tokenize": 300,  # one text: a megabyte takes a second, a grammar's start a tenth
-    }
-
-    def __init__(self, size_bytes: int = 0) -> None:
-        self._heard = self._seen = self._silent = 0
-        self._silence = self.STARTING
-        self._stuck = self.STUCK | {"trial": 60 + size_bytes // (50 * MIB)}  # the first step reads the weights from a slow disk
-        self._tasks: tuple[tuple[str, int], ...] = ()
-        self._beats: list[int] = []  # of each thread, since its task last changed
-
-    def hear(self, message: Any) -> str | None:
-        """Notes a message, in the thread that reads them. Why to give the child up, or None."""
-        self._heard += 1
-        if not isinstance(message, Alive):
-            self._silence = self.SILENCE
-            return None
-        known = dict(enumerate(zip(self._tasks, self._beats, strict=True)))
-        self._beats = [known[i][1] + 1 if i in known and known[i][0] == task else 0 for i, task in enumerate(message.tasks)]
-        self._tasks = message.tasks
-        for (task, _), beats in zip(self._tasks, self._beats, strict=True):
-            if beats * BEAT_SECONDS > self._stuck.get(task, math.inf):
-                return f"'{task}' did not come to an end within {self._stuck[task]} s"
-        return None
-
-    def tick(self) -> str | None:
-        """Called every second by the thread that watches. Why to give the child up, or None."""
-        self._silent = self._silent + 1 if self._heard == self._seen else 0
-        self._seen = self._heard
-        return f"it said nothing for {self._silence} s" if self._silent * BEAT_SECONDS > self._silence else None
-
-
 class LoadFailure(GenerationFailed):
     """An engine could not load its model; `cause` as LoadFailed has it."""
 
-    def __init__(self, details: str = "", message: str | None = None, param: str | None = None, cause: str = "") -> None:
-        super().__init__(details, message or "The model could not be loaded", param)
+    message = "The model could not be loaded"
+
+    def __init__(self, details: str = "", cause: str = "") -> None:
+        super().__init__(details)
         self.cause = cause
 
 
 class Worker:
     """One model's child process, and three threads: one reads its messages, one writes to it, one watches over it.
 
-    Service uses `start`, `loaded`, `submit` and what `submit` returns; ModelTable `alive`, `counts`, `memory_bytes`,
-    `fail_all` and `stop`. All may be called from any thread, and none but `start` waits for the child.
+    Any thread may call; only `start` and `stop` wait for the child.
     """
 
+    SILENCE = 30  # seconds without any message: the child's heartbeat needs no more than its turn and the interpreter
+    STARTING = 180  # the same while libraries are loaded, which may hold the interpreter; GPU builds have gigabytes of them
     _ids = itertools.count(1)
 
     def __init__(self, info: ModelInfo, setup: Setup, max_queue: int, died: Callable[[Worker, str], None],
@@ -6702,11 +6046,11 @@ class Worker:
         self.info, self.setup, self.max_queue, self._died, self._report = info, setup, max_queue, died, report
         self._meter = meter or Meter()
         self._lock = threading.Lock()
-        self._generations: dict[int, Generation] = {}  # by job id, from submit to the last message
-        self._timings: dict[int, Timing] = {}  # by job id, until the child says how it ended, wanted or not
+        # by id, until the child says how a job ended, wanted or not; the meter does not count those of the tokenizer alone
+        self._jobs: dict[int, tuple[Generation, Timing | None]] = {}
         self._outbox: queue.SimpleQueue[Any] = queue.SimpleQueue()  # what the writing thread sends; None: no more
         self._loading: queue.SimpleQueue[Progress | Loaded | LoadFailed] = queue.SimpleQueue()
-        self._heartbeat = Heartbeat(info.size_bytes)
+        self._heard, self._patience = False, self.STARTING  # since the last tick; and how long its silence is borne
         self._ended = threading.Event()
         self._why = ""  # why the child was given up
         self.cause = ""  # why the child ended by itself, as LoadFailed has it
@@ -6716,11 +6060,7 @@ class Worker:
         self.chat: Chat | None = None  # the service's
 
     def start(self, progress: Callable[[float], None]) -> Worker:
-        """Starts the child and waits until the model is loaded.
-
-        Raises LoadFailure with the reason if it is not: llama.cpp refused, the child died or hung, or another thread
-        called `stop`.
-        """
+        """Starts the child and waits until the model is loaded. Raises LoadFailure if it is not, also after `stop`."""
         began, id = time.perf_counter(), printable(self.info.id)
         self._report(f"loading {id} ({human_bytes(self.info.size_bytes)})")
         self._start_child()
@@ -6767,25 +6107,16 @@ class Worker:
             if len(ids) > self.loaded.parallel + self.max_queue:
                 most = self.loaded.parallel + self.max_queue
                 raise InvalidRequest(f"n: {len(ids)} texts are more than the {most} that --max-queue leaves room for", "n")
-            waiting = len(self._generations) - self.loaded.parallel
+            waiting = len(self._jobs) - self.loaded.parallel
             if waiting + len(ids) > self.max_queue:
                 raise Overloaded(f"{max(waiting, 0)} requests wait already (--max-queue {self.max_queue})")
-            self._generations |= dict.fromkeys(ids, generation)
             for id, job in zip(ids, jobs, strict=True):
-                if not isinstance(job, Tokenize):
-                    self._timings[id] = Timing(began or time.monotonic(), isinstance(job, Generate))
+                timing = Timing(began or time.monotonic(), isinstance(job, Generate))
+                self._jobs[id] = generation, None if isinstance(job, Tokenize) else timing
         for id, job in zip(ids, jobs, strict=True):
             self._outbox.put(Submit(id, job))
         cancel.on_cancel(lambda: generation.cancel(cancel.gently))
         return generation
-
-    def forget(self, ids: Iterable[int], still_open: Iterable[int]) -> None:
-        """A generation is over; what it left open in the engine is cancelled."""
-        with self._lock:
-            for id in ids:
-                self._generations.pop(id, None)
-        if still_open:
-            self.cancel(still_open)
 
     def cancel(self, ids: Iterable[int]) -> None:
         """Lets the engine end these jobs within a step. Never waits: the child may hang."""
@@ -6802,17 +6133,19 @@ class Worker:
         try:
             while True:
                 message = self._pipe.receive()
-                if why := self._heartbeat.hear(message):
-                    self._give_up(why)
+                self._heard = True
+                if not isinstance(message, Alive):
+                    self._patience = self.SILENCE
+                elif message.stuck:
+                    self._give_up(message.stuck)
                 if isinstance(message, Stepped):
                     self._running, self.cells = message.running, message.cells
                     for event in message.events:
-                        self._count(event)
-                        self._give(event)
+                        self._take(event)
                 elif isinstance(message, (Progress, Loaded, LoadFailed)) and not self._serving:
                     self._loading.put(message)
                 elif isinstance(message, Accepted):
-                    self._give(message)
+                    self._take(message)
         except (EOFError, OSError):
             pass
         except Exception:  # a thread's border: a child that cannot be understood is no use
@@ -6821,27 +6154,32 @@ class Worker:
         self._pipe.end()
         self._end()
 
-    def _give(self, event: Any) -> None:
-        generation = self._generations.get(event.id)
+    def _take(self, event: Any) -> None:
+        """Tells the meter what the child says of a job, whether or not anybody still waits for it, and hands it on."""
+        generation, timing = self._jobs.get(event.id, (None, None))
+        if isinstance(event, (Finished, Failed)):
+            with self._lock:
+                self._jobs.pop(event.id, None)
+        if timing and isinstance(event, Piece):
+            self._meter.piece(timing, event.tokens)
+        elif timing and isinstance(event, Finished):
+            self._meter.finished(timing, event)
+        elif timing and isinstance(event, Failed) and event.code == GenerationFailed.code:  # else the request was at fault
+            self._meter.failed(timing)
         if generation:
             generation.give(event)
 
-    def _count(self, event: Any) -> None:
-        """Tells the meter, whether or not anybody still waits for the job."""
-        if isinstance(event, Piece):
-            if job := self._timings.get(event.id):
-                self._meter.piece(job, event.tokens)
-        elif isinstance(event, (Finished, Failed)) and (job := self._timings.pop(event.id, None)):
-            if isinstance(event, Finished):
-                self._meter.finished(job, event)
-            elif event.code == GenerationFailed.code:  # else the request was at fault, and never began
-                self._meter.failed(job)
-
     def _watch(self) -> None:
-        """The watching thread: gives up a child that is silent, and one that not even a kill ends."""
+        """The watching thread: gives up a child that is silent, and one that not even a kill ends.
+
+        It counts ticks of a second, not the time of a clock: a machine that slept, or a server that was stopped and
+        continued, finds its children alive.
+        """
+        silent = 0
         while not self._ended.wait(BEAT_SECONDS):
-            if why := self._heartbeat.tick():
-                self._give_up(why)
+            silent, self._heard = 0 if self._heard else silent + 1, False
+            if silent * BEAT_SECONDS > self._patience:
+                self._give_up(f"it said nothing for {self._patience} s")
         self._outbox.put(None)
 
     def _give_up(self, why: str) -> None:
@@ -6854,48 +6192,58 @@ class Worker:
 
     def _end(self) -> None:
         """The child is gone: fails everybody who waits for it. Only the first call counts."""
-        reason = self._why or f"the engine process ended ({ending(self._exit_status())})"
+        with contextlib.suppress(Exception):
+            self.process.wait(2.0)
+        status = self.process.returncode
+        reason = self._why or f"the engine process ended ({ending(status)})"
+        cause = "hang" if self._why else "memory" if status == -KILLED else "crash" if has_crashed(status) else ""
         with self._lock:
             if self._ended.is_set():
                 return
             self.alive, self._running, self.cells = False, 0, 0
-            self.cause = "" if self._stopping else "hang" if self._why else self._cause_of(self._exit_status())
+            self.cause = "" if self._stopping else cause
             self._ended.set()
-        for id in list(self._timings):
-            if job := self._timings.pop(id, None):
-                self._meter.failed(job)
         if self._serving and not self._stopping:  # of a load the ladder tells
             log.error("%s: %s", self.info.id, reason)
         self._loading.put(LoadFailed("it was unloaded while it loaded" if self._stopping else reason, self.cause))
         self.fail_all(GenerationFailed(f"Model '{self.info.id}': {reason}"))
+        for _, timing in self._jobs.values():
+            if timing:
+                self._meter.failed(timing)
+        self._jobs = {}
         if self._serving:
             self._died(self, reason)
-
-    def _exit_status(self) -> int | None:
-        with contextlib.suppress(Exception):
-            self.process.wait(2.0)
-        return self.process.returncode
-
-    @staticmethod
-    def _cause_of(status: int | None) -> str:
-        return "memory" if status == -KILLED else "crash" if has_crashed(status) else ""
 
     def fail_all(self, error: ApiError) -> None:
         """Ends every generation with an error of its own: one that many threads raise would collect their tracebacks."""
         with self._lock:
-            generations = set(self._generations.values())
+            generations = {generation for generation, _ in self._jobs.values()}
         for generation in generations:
             generation.inbox.put(type(error)(error.details, error.message, error.param))
 
     def counts(self) -> tuple[int, int]:
         """Jobs that run, and jobs that wait."""
         with self._lock:
-            total = len(self._generations)
+            total = len(self._jobs)
         running = min(self._running, total)
         return running, total - running
 
+    def settings(self) -> dict[str, Any]:
+        """How the model is loaded, for its status: `options` that differ from their defaults, `fallback` that was needed."""
+        usual, loaded = EngineOptions(), self.loaded
+        options = {k: v for k, v in vars(self.setup.options).items() if v != getattr(usual, k)}
+        options |= {"chat_template": "given"} if "chat_template" in options else {}
+        return {
+            "context_length": loaded.ctx, "kv_pool": loaded.pool, "parallel": loaded.parallel, "options": options,
+            "devices": loaded.devices, "fallback": self.setup.rung.words(),
+        }  # fmt: skip
+
     def memory_bytes(self) -> int:
         return resident_bytes([self.process.pid]) if self.alive else 0
+
+    def reserved_bytes(self) -> int:
+        """Bytes of memory that count as free and are not: the engine has mapped them, or will fill them. Takes time."""
+        return mapped_bytes([self.process.pid]) + max(0, self.loaded.memory_need - self.memory_bytes()) if self.alive else 0
 
     def stop(self) -> None:
         """Ends the child: it goes at the end of its pipe, else is killed. While it loads, `start` raises. Idempotent.
@@ -6903,19 +6251,12 @@ class Worker:
         Waits some ten seconds at most.
         """
         with self._lock:
-            self._stopping = True
-            self.alive = False
-            process = getattr(self, "process", None)
-        if process is None:
-            return
-        self._pipe.close()
-        try:
-            self.process.wait(3.0)
-        except Exception:
-            process.kill()
-            with contextlib.suppress(Exception):
-                process.wait(5.0)
-        self._end()
+            self._stopping, self.alive = True, False
+            started = hasattr(self, "process")
+        if started:
+            self._pipe.close()
+            if not self._ended.wait(3.0):
+                self._give_up("it was to be unloaded")
 
 
 class Ladder:
@@ -6931,11 +6272,10 @@ class Ladder:
         self.faults, self.report = faults, report
         self._lock = threading.Lock()
         self._said: set[str] = set()
-        self._crashes: dict[str, int] = {}  # young engines that crashed, by model
-        self._counted: weakref.WeakSet[Worker] = weakref.WeakSet()
+        self._crashes = Counter[str]()  # young engines that crashed, by model
         self._lowered: dict[str, Rung] = {}  # where to begin, by model
 
-    def load(self, model: ModelInfo, gpu_wanted: bool, start: Callable[[Rung], Worker], asked: bool = False) -> Worker:
+    def load(self, model: ModelInfo, setup: Setup, start: Callable[[Setup], Worker], asked: bool = False) -> Worker:
         """Loads by the highest rung that holds. `start` tries one, and raises LoadFailure.
 
         Raises the first rung's failure when none holds, and at once one that no other rung would mend. What a client
@@ -6946,11 +6286,12 @@ class Ladder:
         crash = ""  # what the first engine that crashed or hung said
         while True:
             try:
-                worker = start(rung)
+                worker = start(replace(setup, rung=rung))
+                break
             except LoadFailure as failure:
                 first = first or failure
                 mendable = failure.cause not in ("", "room")
-                gpu = mendable and gpu_wanted and self._has_gpu()
+                gpu = mendable and self._uses_gpu(setup.options)
                 lower = rung.below(failure.cause, gpu) if mendable else None
                 if lower is None:
                     raise (failure if failure.cause == "room" else first) from None
@@ -6958,10 +6299,9 @@ class Ladder:
                 if failure.cause != "memory":
                     crash, kept = crash or failure.details, kept.below(failure.cause, gpu) or kept
                 rung = lower
-            else:
-                if crash and not asked:
-                    self._remember(model, kept, crash)
-                return worker
+        if crash and not asked:
+            self._remember(model, kept, crash)
+        return worker
 
     def _top(self, model: ModelInfo) -> Rung:
         """Where to begin with a model: what its kind is known to need, without the kernels that are known to be broken."""
@@ -6970,9 +6310,7 @@ class Ladder:
         for name, fault in broken.items():
             self._say(f"this CPU's {name} kernels are broken in this build of llama-cpp-python ({fault}); "
                       "going on without them", new)  # fmt: skip
-        with self._lock:
-            lowered = self._lowered.get(model.id)
-        rung = lowered or self._known(model)
+        rung = self._lowered.get(model.id) or self._known(model)
         return rung if rung.plain else replace(rung, without=tuple(broken))
 
     def _known(self, model: ModelInfo) -> Rung:
@@ -7004,30 +6342,24 @@ class Ladder:
         (log.warning if new else self.report)(words)
 
     @staticmethod
-    def _has_gpu() -> bool:
-        return any(device["kind"] in ("GPU", "IGPU") for device in engine_build()["devices"])
+    def _uses_gpu(options: EngineOptions) -> bool:
+        wanted = options.gpu_layers != 0 and options.device != ("none",)
+        return wanted and any(device["kind"] in ("GPU", "IGPU") for device in engine_build()["devices"])
 
     def died(self, worker: Worker) -> None:
         """An engine ended by itself: the second crash of a young one takes its model a rung down."""
-        model = worker.info
-        if not worker.cause or time.monotonic() - worker.loaded_at > self.YOUNG:
+        model, cause = worker.info, worker.cause
+        if not cause or time.monotonic() - worker.loaded_at > self.YOUNG:
             return
-        gpu = worker.loaded.on_gpu
         with self._lock:
-            if worker in self._counted:
-                return
-            self._counted.add(worker)
-            self._crashes[model.id] = self._crashes.get(model.id, 0) + 1
-            if self._crashes[model.id] < 2:
-                return
-            self._crashes[model.id] = 0
-            lower = worker.setup.rung.below(worker.cause, gpu)
-            if lower:
-                self._lowered[model.id] = lower
-        if lower:
+            self._crashes[model.id] += 1
+            second = self._crashes[model.id] % 2 == 0
+        lower = worker.setup.rung.below(cause, worker.loaded.on_gpu)
+        if second and lower:
+            self._lowered[model.id] = lower
             self._say(f"{printable(model.id)} crashed twice soon after it was loaded; it goes on {lower.words()}", True)
-            if worker.cause != "memory":
-                self._remember(model, lower, f"the engine crashed twice ({worker.cause})")
+            if cause != "memory":
+                self._remember(model, lower, f"the engine crashed twice ({cause})")
 
 
 # ── 12. Models in memory ──────────────────────────────────────────────────────────────────────────────────────────────
@@ -7076,33 +6408,32 @@ class Settings:
         """`flags` are the fields of EngineOptions that the command line gives; `one`: a single model is served by these."""
         self._flags, self.presets, self._one = flags or {}, tuple(presets), one
         self._all = [p for p in presets if p.pattern == "*"]
-        self.engine = EngineOptions(**self._merged([p.engine for p in self._all], self._flags))  # of no model in particular
+        self.engine = self._merged([*self._all, Preset("*", self._flags)]).engine  # of no model in particular
 
     @staticmethod
-    def _merged(layers: Iterable[Mapping[str, Any]], last: Mapping[str, Any]) -> dict[str, Any]:
-        return {name: value for layer in (*layers, last) for name, value in layer.items()}
+    def _merged(layers: Seq[Preset], system: str = "") -> ModelSettings:
+        engine = {name: value for layer in layers for name, value in layer.engine.items()}
+        sampling = {name: value for layer in layers for name, value in layer.sampling.items()}
+        keep = [layer.keep_alive for layer in layers if layer.keep_alive is not None]
+        return ModelSettings(EngineOptions(**engine), sampling, system, keep[-1] if keep else None)
 
     def of(self, model: ModelInfo, is_default: bool, asked: Mapping[str, Any] | None = None) -> ModelSettings:
         """What holds for a model; `asked` are fields of EngineOptions that a request for its load gave."""
-        own = [p for p in self.presets if p.pattern != "*" and p.means(model.id)]
+        stored = Preset("", model.stored.engine, model.stored.sampling)
         flags = {k: v for k, v in self._flags.items() if is_default or self._one or k not in self.DEFAULT_ONLY}
-        engine = [model.stored.engine, *(p.engine for p in self._all), flags, *(p.engine for p in own)]
-        sampling = [model.stored.sampling, *(p.sampling for p in self._all), *(p.sampling for p in own)]
-        keep = [p.keep_alive for p in (*self._all, *own) if p.keep_alive is not None]
-        return ModelSettings(EngineOptions(**self._merged(engine, asked or {})), self._merged(sampling, {}),
-                             model.stored.system, keep[-1] if keep else None)  # fmt: skip
+        own = [p for p in self.presets if p.pattern != "*" and p.means(model.id)]
+        layers = [stored, *self._all, Preset("", flags), *own, Preset("", asked or {})]
+        return self._merged(layers, model.stored.system)
 
 
-class LoadAttempt:
-    """One try to load a model; everyone who waited for it learns its error."""
+@dataclass
+class PendingLoad:
+    """A model's load, from when it is wanted until it has ended. Touched only under the condition of Residents."""
 
-    def __init__(self) -> None:
-        self.error: ApiError | None = None
-
-    def check(self) -> None:
-        """Raises the load's error, a copy for each waiter: a raised exception holds the frames it passed through."""
-        if self.error is not None:
-            raise copy.copy(self.error)
+    due: float  # monotonic: when it is refused if no room has come
+    asked: dict[str, Any]  # fields of EngineOptions that it is to be loaded with, by request
+    background: bool = False  # it is wanted although nobody waits for it
+    error: ApiError | None = None  # how it ended, if badly
 
 
 @dataclass
@@ -7115,15 +6446,12 @@ class Entry:
     error: str | None = None
     worker: Worker | None = None  # while loaded and unloading
     starting: Worker | None = None  # while loading
-    attempt: LoadAttempt = field(default_factory=LoadAttempt)
-    asked: Mapping[str, Any] = field(default_factory=dict)  # fields of EngineOptions that requests for its load gave
-    held: Mapping[str, Any] = field(default_factory=dict)  # the same, of the last load that came to its end
+    load: PendingLoad | None = None
+    asked: Mapping[str, Any] = field(default_factory=dict)  # the same, that it was loaded with last
     crowded: str = ""  # why it did not fit beside the other models, until one of them is gone
-    begun: int = 0  # the number of its last load among all
-    reserved: int = 0  # bytes that others held or were to take then
+    departures: int = 0  # times that it has left the memory
     failures: int = 0  # loads in a row that failed on every rung
     retry_at: float = 0.0  # monotonic: until then requests get the reason of the last failure
-    pending: Cancellation | None = None  # a load that nobody waits for and that has no room yet
     leases: int = 0  # requests that use the worker now
     waiting: int = 0  # requests that wait for the load
     last_used: float | None = None  # seconds since the epoch
@@ -7136,7 +6464,8 @@ class Entry:
 
     @property
     def idle(self) -> bool:
-        return self.state == "loaded" and not self.leases and not self.waiting
+        """Nobody uses it, nor is about to: who waits while it is loaded wants it loaded with other options."""
+        return self.state == "loaded" and not self.leases and (self.load is not None or not self.waiting)
 
     def status(self) -> dict[str, Any]:
         """The document of the status, load and unload routes, but for its memory: asking for that takes too long here."""
@@ -7146,18 +6475,7 @@ class Entry:
             "progress": round(self.progress, 3), "memory_bytes": 0,
             "requests_running": running, "requests_waiting": waiting + self.waiting,
             "last_used": self.last_used and round(self.last_used, 3), "error": self.error,
-        } | (self._settings(self.worker) if self.worker else {})  # fmt: skip
-
-    @staticmethod
-    def _settings(worker: Worker) -> dict[str, Any]:
-        """What holds for the engine: context, pool, options that differ from their defaults, and what had to be given up."""
-        usual, loaded = EngineOptions(), worker.loaded
-        options = {k: v for k, v in vars(worker.setup.options).items() if v != getattr(usual, k)}
-        options |= {"chat_template": "given"} if "chat_template" in options else {}
-        return {
-            "context_length": loaded.ctx, "kv_pool": loaded.pool, "parallel": loaded.parallel, "options": options,
-            "devices": loaded.devices, "fallback": worker.setup.rung.words(),
-        }  # fmt: skip
+        } | (self.worker.settings() if self.worker else {})  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -7171,32 +6489,24 @@ class TableOptions:
     preset_aliases: tuple[tuple[str, str], ...] = ()  # the same; their models need not be there
 
 
-def start_thread(work: Callable[..., None], *args: Any, name: str) -> None:
-    """Runs work in a thread of its own. Raises Overloaded when the system has no thread to give."""
-    try:
-        threading.Thread(target=work, args=args, name=name, daemon=True).start()
-    except RuntimeError as error:
-        raise Overloaded(f"The system gives no more threads ({error})") from None
-
-
 class Residents:
     """The models in memory: loads, evicts and unloads them.
 
-    unloaded → loading → loaded → unloading → unloaded, or failed. One condition, `changed`, guards all entries; loads
-    and unloads run in threads of their own, so that no wait holds it. Methods are called with it held, unless they
-    say that they take it.
+    unloaded → loading → loaded → unloading → unloaded, or failed. One condition, `changed`, guards all entries. One
+    thread loads, a model at a time, another ends engines, so that no wait holds it. Methods are called with it held,
+    unless they say that they take it.
     """
 
     FIRST_PAUSE, LONGEST_PAUSE = 5.0, 600.0  # seconds after a load that failed on every rung; twice as many each time
 
-    def __init__(self, make_worker: MakeWorker, ladder: Ladder, settings: Callable[[Entry], ModelSettings],
+    def __init__(self, make_worker: MakeWorker, ladder: Ladder, settings: Callable[[Entry, Mapping[str, Any]], ModelSettings],
                  options: TableOptions, metrics: Metrics) -> None:  # fmt: skip
         """`settings` is asked with the condition held."""
         self.changed = threading.Condition()
         self.entries: dict[str, Entry] = {}  # by id
         self.closed = False
         self._make_worker, self._ladder, self._settings = make_worker, ladder, settings
-        self._options, self._metrics, self._loads = options, metrics, itertools.count()
+        self._options, self._metrics = options, metrics
 
     def move(self, entry: Entry, state: str, worker: Worker | None = None, error: str | None = None) -> None:
         """Takes an entry to a state with all that belongs to it, and wakes whoever waits."""
@@ -7204,6 +6514,7 @@ class Residents:
         entry.state, entry.worker, entry.starting, entry.error = state, worker, None, error
         entry.progress = 1.0 if state in ("loaded", "unloading") else 0.0
         if not entry.in_memory:
+            entry.departures += 1
             for other in self.entries.values():
                 other.crowded = ""
         self.changed.notify_all()
@@ -7215,169 +6526,128 @@ class Residents:
 
     # Loading
 
-    def worker_for(self, entry: Entry, deadline: float, asked: Mapping[str, Any] | None = None) -> Worker | None:
-        """The worker if the model is loaded; otherwise begins the load unless one runs, as soon as there is room.
+    def want(self, entry: Entry, asked: Mapping[str, Any] | None = None, background: bool = False) -> PendingLoad:
+        """The load of a model that is not loaded, or not as it is `asked` for; it begins as soon as there is room.
 
-        `asked` are options that the request wants it loaded with: a longer context reloads it once nobody uses it.
-        Raises Overloaded when no room came until the deadline, or the server ends; GenerationFailed in the pause after a
-        load that failed on every rung.
+        Raises Overloaded when the server ends, GenerationFailed in the pause after a load that failed on every rung.
         """
         if self.closed:
             raise Overloaded("The server is shutting down")
-        if entry.state == "loaded" and asked and self._is_too_short(entry, asked):
-            if entry.leases and time.monotonic() > deadline:
-                raise Overloaded(f"Model '{entry.info.id}' is too busy to be loaded with a context of {asked['ctx']} tokens")
-            if not entry.leases:
-                entry.asked = {**entry.asked, **asked}
-                self._begin_unload(entry)
-            return None
-        if entry.state == "loaded":
-            entry.idle_since, entry.last_used = time.monotonic(), time.time()
-            return entry.worker
-        pause = entry.retry_at - time.monotonic()
-        if entry.state == "failed" and pause > 0:
-            raise GenerationFailed(f"{entry.error} (it is tried again in {pause:.0f} s, or by a request to load it)")
-        if not entry.in_memory and self._make_room(entry, deadline):
-            entry.asked = {**entry.asked, **(asked or {})}
-            self._begin_load(entry)
+        if self.entries.get(entry.info.id) is not entry:  # a scan has dropped it since its name was resolved
+            raise ModelNotFound(f"Model '{entry.info.id}' is not available")
+        load = entry.load or PendingLoad(time.monotonic() + LOAD_WAIT_SECONDS, dict(entry.asked))
+        load.background |= background
+        if entry.state != "loading":
+            load.asked.update(asked or {})
+        if entry.load is None:
+            pause = entry.retry_at - time.monotonic()
+            if entry.state == "failed" and pause > 0:
+                raise GenerationFailed(f"{entry.error} (it is tried again in {pause:.0f} s, or by a request to load it)")
+            if entry.state == "failed":
+                self.move(entry, "unloaded")
+            entry.load = load
+            self._schedule()
+            self.changed.notify_all()
+        return load
+
+    def _schedule(self) -> Entry | None:
+        """The model that loads now: one that does, else that which is wanted longest of those for which there is room."""
+        wanted = [(e.load, e) for e in self.entries.values() if e.load]
+        for load, entry in sorted(wanted, key=lambda each: (each[1].state != "loading", each[0].due)):
+            if entry.state == "loading":
+                return entry
+            if not entry.waiting and not load.background:  # whoever wanted it has left
+                entry.load = None
+            elif self._has_room(entry, load):
+                self.move(entry, "loading")
+                return entry
         return None
 
-    @staticmethod
-    def _is_too_short(entry: Entry, asked: Mapping[str, Any]) -> bool:
-        """Whether a request wants more context than the model is loaded with, and than it got when it was asked for that."""
-        assert entry.worker
-        wanted = min(asked.get("ctx") or 0, entry.info.context_length or sys.maxsize)
-        return wanted > entry.worker.loaded.ctx and asked.get("ctx") != entry.held.get("ctx")
-
-    def load_in_background(self, entry: Entry) -> None:
-        """Begins to load; without room one thread waits for it, however often this is asked."""
-        if entry.pending or entry.state in ("loading", "loaded"):
-            return
-        if entry.state != "unloading" and self._make_room(entry, math.inf):
-            self._begin_load(entry)
-            return
-        pending = Cancellation()
-        start_thread(self._load_pending, entry, pending, name=f"load {entry.info.id}")
-        entry.pending = pending
-        if entry.state == "failed":
-            self.move(entry, "unloaded")
-
-    def _load_pending(self, entry: Entry, pending: Cancellation) -> None:
-        """The thread of a load that waits for room; its refusal becomes the entry's error."""
-        try:
-            with Lease(self, entry, pending, uses=False) as lease:
-                lease.wait()
-        except Cancelled:
-            pass  # an unload came
-        except ApiError as refusal:
-            with self.changed:
-                if entry.state == "unloaded":
-                    self.move(entry, "failed", error=refusal.details)
-        finally:
-            with self.changed:
-                entry.pending = None
-
-    def _make_room(self, entry: Entry, deadline: float) -> bool:
-        """True if a load may start; otherwise starts evicting the least recently used idle model.
+    def _has_room(self, entry: Entry, load: PendingLoad) -> bool:
+        """True if a load may start; otherwise unloads the least recently used idle model, or refuses a load that is due.
 
         The load itself finds out whether it fits beside the others (`crowded`), for only an engine knows the devices.
-        Raises Overloaded when all are busy beyond the deadline.
         """
         held = [e for e in self.entries.values() if e.in_memory]
-        if len(held) < self._options.max_loaded and not (entry.crowded and held):
+        if entry.in_memory:  # with other options
+            held = [entry]
+        elif len(held) < self._options.max_loaded and not (entry.crowded and held):
             return True
-        if not any(e.state == "unloading" and not e.leases for e in held):
-            if idle := [e for e in held if e.idle]:
-                self._begin_unload(min(idle, key=lambda e: e.idle_since))
-            elif time.monotonic() > deadline:
-                crowded, entry.crowded = entry.crowded, ""
-                busy = f"{len(held)} loaded models are busy"
-                raise Overloaded(f"{crowded}; {busy}" if crowded else f"All {busy} (--max-loaded {self._options.max_loaded})")
+        if entry.state == "unloading" or any(e.state == "unloading" and not e.leases for e in held):
+            return False
+        if idle := [e for e in held if e.idle]:
+            oldest = min(idle, key=lambda e: e.idle_since)
+            self.move(oldest, "unloading", oldest.worker)
+        elif time.monotonic() > load.due:
+            busy = f"{len(held)} loaded models are busy"
+            why = f"{entry.crowded}; {busy}" if entry.crowded else f"All {busy} (--max-loaded {self._options.max_loaded})"
+            if entry.in_memory:
+                asked = ", ".join(f"{name} {value}" for name, value in load.asked.items())
+                why = f"Model '{entry.info.id}' is too busy to be loaded again with {asked}"
+            self._end_load(entry, Overloaded(why))
         return False
 
-    def _others(self, entry: Entry) -> list[Entry]:
-        return [e for e in self.entries.values() if e.in_memory and e is not entry]
-
-    def _reserved(self, entry: Entry) -> int:
-        """Bytes of memory that count as free and are not: other engines have mapped them, or will fill them. Takes time.
-
-        Of two loads the one that began first is the other's, so that not each waits for each.
-        """
-        with self.changed:
-            earlier = [e for e in self._others(entry) if e.state != "loading" or e.begun < entry.begun]
-            needs = [(e.worker or e.starting, expected_need(e.info, self._settings(e).engine)) for e in earlier]
-        reserved = 0
-        for worker, need in needs:
-            process, loaded = getattr(worker, "process", None), getattr(worker, "loaded", None)
-            pids = [process.pid] if process else []
-            need = loaded.memory_need if loaded else need
-            reserved += mapped_bytes(pids) + max(0, need - resident_bytes(pids))
-        return reserved
-
-    def _begin_load(self, entry: Entry) -> None:
-        attempt = LoadAttempt()
-        start_thread(self._load, entry, attempt, name=f"load {entry.info.id}")  # before the state says that one runs
-        entry.attempt, entry.begun = attempt, next(self._loads)
-        self.move(entry, "loading")
-
-    def _load(self, entry: Entry, attempt: LoadAttempt) -> None:
-        """The thread of a load; takes the condition to say how far it is and how it ended."""
-
-        def progress(fraction: float) -> None:
+    def run_loads(self) -> None:
+        """The loading thread; takes the condition."""
+        while not self.closed:
             with self.changed:
-                entry.progress = fraction
+                entry = self._schedule()
+                if not entry and not self.closed:
+                    self.changed.wait(1.0 if any(e.load for e in self.entries.values()) else None)
+            if entry and entry.load:
+                self._load(entry, entry.load)
 
-        with self.changed:
-            settings = self._settings(entry)
+    def _load(self, entry: Entry, load: PendingLoad) -> None:
+        """Loads a model; takes the condition to say how that ended."""
         worker: Worker | None = None
         error: ApiError | None = None
+        asked, others = dict(load.asked), list[Worker]()
         try:
-            gpu_wanted = settings.engine.gpu_layers != 0 and settings.engine.device != ("none",)
-            worker = self._ladder.load(
-                entry.info, gpu_wanted, lambda rung: self._start(entry, settings, rung, progress), bool(entry.asked)
-            )
+            with self.changed:
+                settings = self._settings(entry, asked)
+                others = [e.worker for e in self.entries.values() if e.worker]
+                idle = any(e.idle for e in self.entries.values())
+            setup = Setup(settings.engine, reserved=sum(other.reserved_bytes() for other in others), others_idle=idle)
+            worker = self._ladder.load(entry.info, setup, functools.partial(self._start, entry), bool(asked))
         except ApiError as failure:
-            error = copy.copy(failure)
+            error = failure
         except Exception as failure:
             log.exception("loading %s failed", entry.info.id)
             error = GenerationFailed(f"{type(failure).__name__}: {failure}", "The model could not be loaded")
         with self.changed:
-            entry.idle_since = time.monotonic()
-            if not error:
-                entry.held, entry.failures, entry.retry_at = entry.asked, 0, 0.0
+            if worker:
+                entry.asked, entry.failures, entry.retry_at, entry.idle_since = asked, 0, 0.0, time.monotonic()
                 self.move(entry, "loaded", worker)
-            elif getattr(error, "cause", "") == "room" and (entry.reserved or self._others(entry)):
+                if not worker.alive:
+                    self.move(entry, "failed", error="the engine process ended right after the load")
+                if load.asked == asked:  # else it was asked for with other options meanwhile
+                    self._end_load(entry)
+            elif error and getattr(error, "cause", "") == "room" and others:
                 self.move(entry, "unloaded")
-                entry.crowded = error.details if self._others(entry) else ""
-            else:
-                self._failed(entry, attempt, error)
-        if worker is not None and self.closed:
-            worker.stop()
-        elif worker is not None and not worker.alive:
-            self._died(entry, worker, "the engine process ended right after the load")
+                entry.crowded = error.details
+            elif error:  # what every rung failed at is not tried again and again
+                self._ladder.report(f"{printable(entry.info.id)} could not be loaded: {printable(error.details)}")
+                if getattr(error, "cause", "") and asked == entry.asked:  # what one client wished for keeps no other from it
+                    pause = self.FIRST_PAUSE * 2 ** min(entry.failures, 10)
+                    entry.retry_at, entry.failures = time.monotonic() + min(self.LONGEST_PAUSE, pause), entry.failures + 1
+                self._end_load(entry, error)
 
-    def _start(self, entry: Entry, settings: ModelSettings, rung: Rung, progress: Callable[[float], None]) -> Worker:
+    def _start(self, entry: Entry, setup: Setup) -> Worker:
         """Starts one engine for a load; takes the condition. Raises LoadFailure."""
-        with self.changed:
-            idle = any(e.idle for e in self.entries.values() if e is not entry)
-        entry.reserved = self._reserved(entry)
-        setup = Setup(settings.engine, rung, entry.reserved, idle)
         starting = self._make_worker(entry.info, setup, functools.partial(self._died, entry))
         with self.changed:
             if self.closed:
                 raise Overloaded("The server is shutting down")
             entry.starting = starting
-        return starting.start(progress)
+        return starting.start(lambda fraction: setattr(entry, "progress", fraction))
 
-    def _failed(self, entry: Entry, attempt: LoadAttempt, error: ApiError) -> None:
-        """A load is over without a model. What every rung failed at is not tried again and again."""
-        self._ladder.report(f"{printable(entry.info.id)} could not be loaded: {printable(error.details)}")
-        wished = entry.asked != entry.held  # what one client wished for does not keep the others from the model
-        attempt.error, entry.asked = error, entry.held
-        if getattr(error, "cause", "") and not wished:
-            entry.retry_at = time.monotonic() + min(self.LONGEST_PAUSE, self.FIRST_PAUSE * 2 ** min(entry.failures, 10))
-            entry.failures += 1
-        self.move(entry, "failed", error=error.details)
+    def _end_load(self, entry: Entry, error: ApiError | None = None) -> None:
+        """Tells everybody who waits for a load how it ended."""
+        load, entry.load = entry.load, None
+        if error and load:
+            load.error, entry.crowded = error, ""
+            if entry.state != "loaded":
+                self.move(entry, "failed", error=error.details)
 
     def _died(self, entry: Entry, worker: Worker, reason: str) -> None:
         """A child ended by itself; takes the condition."""
@@ -7385,6 +6655,7 @@ class Residents:
         with self.changed:
             if entry.worker is worker and entry.state == "loaded":
                 self.move(entry, "failed", error=reason)
+            self.changed.notify_all()
 
     # Unloading
 
@@ -7392,84 +6663,69 @@ class Residents:
         """A request is done with the worker."""
         entry.leases -= 1
         entry.idle_since, entry.last_used = time.monotonic(), time.time()
-        if self.keep_alive(entry) == 0 and entry.idle:
-            self._evict(entry)
         self.changed.notify_all()
 
     def keep_alive(self, entry: Entry) -> float:
         """How many seconds the model stays when nobody uses it; below zero: for ever."""
         if entry.keep_alive is not None:
             return entry.keep_alive
-        own = self._settings(entry).keep_alive
+        own = self._settings(entry, {}).keep_alive
         return self._options.keep_alive if own is None else own
 
-    def keep(self, entry: Entry, seconds: float) -> None:
-        """Changes how long the model stays; 0 unloads it now if it is idle."""
-        entry.keep_alive = seconds
-        if seconds == 0 and entry.idle:
-            self._evict(entry)
-        self.changed.notify_all()
+    def expires(self, entry: Entry) -> float:
+        """When an idle model has stayed for as long as it may, monotonic; infinite for one that may stay."""
+        keep = self.keep_alive(entry) if entry.idle else -1
+        return entry.idle_since + keep if keep >= 0 else math.inf
 
     def unload(self, entry: Entry, force: bool, cancel: Cancellation) -> None:
         """Waits until the model is out of memory; force ends what runs, otherwise it may finish."""
-        ended = GenerationFailed("The model was unloaded (force)", "Text generation was ended")
-        if entry.pending:
-            entry.pending.cancel()
-        attempt = entry.attempt  # a load that somebody begins after our unload is none of our business
-        while entry.attempt is attempt and entry.in_memory and not self.closed:
+        if entry.load:
+            entry.load.background = False
+        departures = entry.departures  # a load that somebody begins after our unload is none of our business
+        while entry.departures == departures and entry.in_memory and not self.closed:
             cancel.check()
             if entry.state == "loaded":
-                self._begin_unload(entry)
-            if entry.state == "unloading" and force and entry.worker:
-                entry.worker.fail_all(ended)
-            if entry.state == "loading" and force and entry.starting:
-                start_thread(entry.starting.stop, name=f"stop {entry.info.id}")
+                self.move(entry, "unloading", entry.worker)
+            if force and entry.worker:
+                entry.worker.fail_all(GenerationFailed("The model was unloaded (force)", "Text generation was ended"))
+            if force and entry.starting:
+                threading.Thread(target=entry.starting.stop, name=f"stop {entry.info.id}", daemon=True).start()
                 entry.starting = None
             self.changed.wait(1.0)
         if entry.state == "failed":
             self.move(entry, "unloaded")
         if entry.state == "unloaded":
-            entry.asked = entry.held = {}
+            entry.asked = {}
 
-    def _begin_unload(self, entry: Entry) -> None:
-        start_thread(self._unload, entry, entry.worker, name=f"unload {entry.info.id}")
-        self.move(entry, "unloading", entry.worker)
+    def run_unloads(self) -> None:
+        """The thread that ends engines; takes the condition."""
+        while not self.closed:
+            with self.changed:
+                held = [e for e in self.entries.values() if e.worker]
+                entry = self._leaving(held)
+                if not entry and not self.closed:
+                    left = min(map(self.expires, held), default=math.inf) - time.monotonic()
+                    self.changed.wait(max(0.0, min(3600.0, left)) if left < math.inf else None)  # no system waits for years
+            if entry and entry.worker:
+                entry.worker.stop()
+                with self.changed:
+                    entry.keep_alive = None
+                    self.move(entry, "unloaded")
 
-    def _unload(self, entry: Entry, worker: Worker) -> None:
-        """The thread of an unload: waits for the requests that use the worker, then ends it; takes the condition."""
-        with self.changed:
-            while entry.leases and worker.alive:  # at the server's end `close` stops the worker
-                self.changed.wait(1.0)
-        worker.stop()
-        with self.changed:
-            entry.keep_alive = None
-            self.move(entry, "unloaded")
+    def _leaving(self, held: Iterable[Entry]) -> Entry | None:
+        """A model that is to go and whose requests are done, or that is idle for too long."""
+        for entry in held:
+            if self.expires(entry) <= time.monotonic():
+                self.move(entry, "unloading", entry.worker)
+            if entry.state == "unloading" and not (entry.leases and entry.worker and entry.worker.alive):
+                return entry
+        return None
 
-    def _evict(self, entry: Entry) -> None:
-        """Unloads an idle model that nobody waits to see gone: without a thread to do it, it stays for now."""
-        try:
-            self._begin_unload(entry)
-        except Overloaded as error:
-            log.warning("%s stays in memory: %s", entry.info.id, error.details)
-            entry.idle_since = time.monotonic()  # for as long again
-
-    def expire_idle(self) -> None:
-        """The keep-alive thread: unloads models idle for as long as they may be; takes the condition."""
-        with self.changed:
-            while not self.closed:
-                now = time.monotonic()
-                idle = [e for e in self.entries.values() if e.idle and self.keep_alive(e) > 0]
-                for entry in idle:
-                    if now - entry.idle_since >= self.keep_alive(entry):
-                        self._evict(entry)
-                left = [e.idle_since + self.keep_alive(e) - now for e in idle if e.state == "loaded"]
-                self.changed.wait(max(0.05, min(3600.0, *left)) if left else None)  # no system waits for years
-
-    def close(self) -> None:
-        """Ends every wait and every child; idempotent; takes the condition."""
+    def close(self, engines: bool) -> None:
+        """Ends every wait, and every child if the `engines` are to end too; idempotent; takes the condition."""
         with self.changed:
             self.closed = True
-            workers = [w for e in self.entries.values() for w in (e.worker, e.starting) if w]
+            workers = [w for e in self.entries.values() for w in (e.worker, e.starting) if w and engines]
             self.changed.notify_all()
         for worker in workers:
             worker.stop()
@@ -7478,12 +6734,10 @@ class Residents:
 class Lease:
     """A request's claim on a model: waits for the load, then keeps the worker in memory until the request is done."""
 
-    def __init__(self, residents: Residents, entry: Entry, cancel: Cancellation, uses: bool = True,
-                 asked: Mapping[str, Any] | None = None) -> None:  # fmt: skip
-        """`uses` is false for who only wants the model loaded; `asked` as Residents.worker_for has it."""
-        self._residents, self._entry, self._cancel, self._uses, self._asked = residents, entry, cancel, uses, asked
-        self._deadline = time.monotonic() + LOAD_WAIT_SECONDS
-        self._attempt = LoadAttempt()
+    def __init__(self, residents: Residents, entry: Entry, cancel: Cancellation, asked: Mapping[str, Any] | None = None) -> None:
+        """`asked` are options that the request wants the model loaded with: a longer context reloads it once it is idle."""
+        self._residents, self._entry, self._cancel, self._asked = residents, entry, cancel, asked or {}
+        self._load: PendingLoad | None = None
         self._waiting = True
 
     def __enter__(self) -> Lease:
@@ -7493,7 +6747,7 @@ class Lease:
         return self
 
     def wait(self, seconds: float = math.inf) -> Worker | None:
-        """The worker, once the model is loaded; None after so many seconds. Whoever comes first begins the load.
+        """The worker, once the model is loaded; None after so many seconds.
 
         Raises GenerationFailed with the load's reason, Overloaded when no room comes, Cancelled.
         """
@@ -7501,44 +6755,35 @@ class Lease:
         with self._residents.changed:
             while (left := until - time.monotonic()) > 0:
                 self._cancel.check()
-                self._attempt.check()
-                worker = self._residents.worker_for(entry, self._deadline, self._asked)
-                if worker:
-                    entry.waiting, entry.leases = entry.waiting - 1, entry.leases + self._uses
-                    self._waiting = False
-                    return worker
-                if entry.state == "loading":
-                    self._attempt = entry.attempt
+                if self._load and self._load.error:  # one of its own for each waiter: a raised one holds the frames it passed
+                    raise copy.copy(self._load.error)
+                if entry.worker and entry.state == "loaded" and not self._is_unfit(entry.worker):
+                    entry.waiting, entry.leases, self._waiting = entry.waiting - 1, entry.leases + 1, False
+                    entry.last_used = time.time()
+                    return entry.worker
+                self._load = self._residents.want(entry, self._asked)
                 self._residents.changed.wait(min(left, 1.0))
         return None
+
+    def waited(self) -> Generator[Waiting, None, Worker]:
+        """The same without end, with signs of life."""
+        while (worker := self.wait(PING_SECONDS)) is None:
+            yield Waiting()
+        return worker
+
+    def _is_unfit(self, worker: Worker) -> bool:
+        """True if more context is asked for than the model got, unless it got what there was when it was asked for that."""
+        ctx = self._asked.get("ctx") or 0
+        wanted = min(ctx, self._entry.info.context_length or sys.maxsize)
+        is_too_short = wanted > worker.loaded.ctx and ctx != self._entry.asked.get("ctx")
+        return is_too_short or bool(self._asked and self._entry.load)  # it is about to be loaded again
 
     def __exit__(self, *_: object) -> None:
         with self._residents.changed:
             if self._waiting:
                 self._entry.waiting -= 1
-            elif self._uses:
+            else:
                 self._residents.release(self._entry)
-
-
-@dataclass(frozen=True)
-class Resident:
-    """A loaded model, for who lists what runs."""
-
-    info: ModelInfo
-    loaded: Loaded
-    running: int
-    memory_bytes: int
-    left: float | None  # seconds until it is unloaded if nobody comes; None: it stays
-
-
-@dataclass(frozen=True)
-class Unresolved:
-    """A model that the command line names and no scan has found."""
-
-    setting: str  # "--model" (which SHIMMY_BASE_GGUF may stand for), or "--alias PATTERN"
-    value: str
-    near: tuple[str, ...]  # ids that are spelled alike, or that the value could mean
-    reason: str  # ": " and why a file of that name was skipped, or ""
 
 
 def some_of(names: Seq[str], most: int = 5) -> str:
@@ -7548,28 +6793,21 @@ def some_of(names: Seq[str], most: int = 5) -> str:
 
 
 class Names:
-    """What the names in requests mean. Owned by ModelTable, touched only under its condition."""
+    """What the names in requests mean, after one scan. Never changes."""
 
-    def __init__(self, options: TableOptions) -> None:
-        self._wanted, self._aliases, self._preset_aliases = options.default, options.aliases, options.preset_aliases
-        self._models: dict[str, ModelInfo] = {}  # by id, in the order of the list
-        self._stems: dict[str, str] = {}  # id to file stem
-        self.default: str | None = None
-
-    def update(self, models: dict[str, ModelInfo]) -> None:
-        """Takes over what a scan found; `default` stays what it was while that is there."""
-        self._models = models
+    def __init__(self, options: TableOptions, models: dict[str, ModelInfo], default: str | None = None) -> None:
+        """`default` stays what it was while that is there."""
+        self._wanted, self._aliases = options.default, options.aliases
+        self._all_aliases = (*options.aliases, *options.preset_aliases)
+        self._models = models  # by id, in the order of the list
         self._stems = {id: pathlib.Path(m.path).stem for id, m in models.items()}
-        if self._wanted and self.default not in models:
-            self.default = self._find_wanted(self._wanted)
-        elif not self._wanted and (self.default not in models or models[self.default].embedding):
+        self.default = default
+        if self._wanted and default not in models:
+            path = os.path.realpath(os.path.expanduser(self._wanted))
+            found = [id for id, m in models.items() if os.path.realpath(m.path) == path] or self._match(self._wanted)
+            self.default = found[0] if len(found) == 1 else None
+        elif not self._wanted and (default not in models or models[default].embedding):
             self.default = next((id for id, m in models.items() if not m.embedding), None)
-
-    def _find_wanted(self, wanted: str) -> str | None:
-        path = os.path.realpath(os.path.expanduser(wanted))
-        by_path = [id for id, m in self._models.items() if os.path.realpath(m.path) == path]
-        found = by_path or self._match(wanted)
-        return found[0] if len(found) == 1 else None
 
     def resolve(self, name: str) -> list[str]:
         """The ids that a name may mean, one if it is clear: `default`, id, alias, stem, letter case, prefix, in this order."""
@@ -7579,7 +6817,7 @@ class Names:
             return [name]
         import fnmatch
 
-        for pattern, target in (*self._aliases, *self._preset_aliases):
+        for pattern, target in self._all_aliases:
             if fnmatch.fnmatchcase(name, pattern):
                 return self.resolve("default") if target == "default" else self._match(target)
         return self._match(name)
@@ -7601,7 +6839,7 @@ class Names:
 
     def not_found(self, name: str, reason: str = "") -> ModelNotFound:
         """The error for a name that means nothing, or several models; `reason` may say why a file of that name is none."""
-        known = self._available()
+        known = some_of(list(self._models))
         if name == "default" and not self._wanted:
             if self._models:
                 return ModelNotFound(f"No model here generates text, only embedding models were found: {known}")
@@ -7625,18 +6863,14 @@ class Names:
         alike = difflib.get_close_matches(plain_id(name)[:MAX_MODEL_NAME], self._models, n=3, cutoff=0.5)
         return tuple(self._match(name)[:3] or alike)
 
-    def _available(self) -> str:
-        return some_of(list(self._models))
-
-    def unresolved(self, catalog: Catalog) -> list[Unresolved]:
-        """What the command line names and what is not there, each with ids that are spelled alike."""
+    def unresolved(self, catalog: Catalog) -> Iterator[tuple[str, str, str]]:
+        """Each setting of the command line that names a model which is not there, with that name, and why, or what is near."""
         named = [("--model", self._wanted, self.resolve("default"))] if self._wanted else []
         named += [(f"--alias {p}", t, self.resolve("default") if t == "default" else self._match(t)) for p, t in self._aliases]
-        result = []
         for setting, value, found in named:
             if len(found) != 1 and value != "default":
-                result.append(Unresolved(setting, value, self.near(value), catalog.why_path_skipped(value)))
-        return result
+                near = f"; did you mean {' or '.join(self.near(value))}?" if self.near(value) else ""
+                yield setting, value, f"{catalog.why_skipped(value, True)}{near}"
 
 
 class ModelTable:
@@ -7648,14 +6882,14 @@ class ModelTable:
         ladder = ladder or Ladder(KnownFaults(), log.info)
         self._residents = Residents(make_worker, ladder, self._settings_of, options, metrics or Metrics())
         self._changed = self._residents.changed  # guards the names too
-        self._names = Names(options)
+        self._names = Names(options, {})
         self._scanned = False  # the first scan is over, whatever came of it
         self.taken = -math.inf  # when the scan began whose report is in the table
 
     def start(self) -> None:
-        """Begins the first scan, and the watch over idle models, in the background."""
-        threading.Thread(target=self._first_scan, name="scan", daemon=True).start()
-        threading.Thread(target=self._residents.expire_idle, name="keep-alive", daemon=True).start()
+        """Begins the first scan, and the threads that load and unload."""
+        for work in (self._first_scan, self._residents.run_loads, self._residents.run_unloads):
+            threading.Thread(target=work, name=work.__name__.strip("_"), daemon=True).start()
 
     def _first_scan(self) -> None:
         try:
@@ -7667,68 +6901,50 @@ class ModelTable:
                 self._scanned = True
                 self._changed.notify_all()
 
-    def scan(self) -> list[dict[str, Any]]:
-        """Looks for models again; loaded ones stay whatever became of their file. Returns the list of models."""
-        self._refresh(0.0)
-        with self._changed:
-            return self._listing()
-
     def _refresh(self, age: float) -> None:
-        """Takes over what a scan found that began at most `age` seconds ago; takes the condition."""
+        """Takes over what a scan found that began at most `age` seconds ago; takes the condition.
+
+        Models that are in memory stay whatever became of their file.
+        """
         report = self.catalog.scan(age)
         with self._changed:
-            if report.began > self.taken:  # threads may come out of the catalog in another order
-                self.taken, self._scanned = report.began, True
-                self._take(report)
-
-    def _take(self, report: ScanReport) -> None:
-        entries = self._residents.entries
-        found = {m.id: entries.get(m.id) or Entry(m) for m in report.models}
-        for model in report.models:
-            found[model.id].info = model
-        used = {id: e for id, e in entries.items() if e.state != "unloaded" or e.waiting or e.leases or e.pending}
-        entries = self._residents.entries = found | {id: e for id, e in used.items() if id not in found}
-        self._names.update({id: e.info for id, e in entries.items()})
-        self._changed.notify_all()
+            if report.began <= self.taken:  # threads may come out of the catalog in another order
+                return
+            self.taken, self._scanned, entries = report.began, True, self._residents.entries
+            found = {m.id: entries.get(m.id) or Entry(m) for m in report.models}
+            for model in report.models:
+                found[model.id].info = model
+            used = {id: e for id, e in entries.items() if e.state != "unloaded" or e.waiting or e.leases or e.load}
+            self._residents.entries = found | {id: e for id, e in used.items() if id not in found}
+            models = {id: e.info for id, e in self._residents.entries.items()}
+            self._names = Names(self.options, models, self._names.default)
+            self._changed.notify_all()
 
     # Names
 
-    def models(self) -> list[dict[str, Any]]:
-        """The documents of `/api/models` without `default`; at once, whatever the engines are doing."""
-        self._look()
+    def models(self, age: float = 2.0) -> list[dict[str, Any]]:
+        """The documents of `/api/models` without `default`; at once, whatever the engines are doing.
+
+        A look at the disk takes milliseconds, and a file copied there shows; one `age` seconds old serves.
+        """
+        self._refresh(age)
         with self._changed:
-            return self._listing()
+            entries = self._residents.entries.values()
+            return [e.info.document() | {"state": e.state, "loaded": e.state == "loaded"} for e in entries]
 
     def infos(self) -> list[ModelInfo]:
         """The same models, as their headers describe them."""
-        self._look()
+        self._refresh(2.0)
         with self._changed:
             return [e.info for e in self._residents.entries.values()]
 
-    def _look(self) -> None:
+    def names(self, cancel: Cancellation | None = None) -> Names:
+        """What names mean; waits for the first scan."""
         with self._changed:
-            self._await_scan(Cancellation())
-        self._refresh(2.0)  # milliseconds, and a file copied there shows
-
-    def _listing(self) -> list[dict[str, Any]]:
-        entries = self._residents.entries.values()
-        return [e.info.document() | {"state": e.state, "loaded": e.state == "loaded"} for e in entries]
-
-    def _await_scan(self, cancel: Cancellation) -> None:
-        while not self._scanned and not self._residents.closed:
-            cancel.check()
-            self._changed.wait(1.0)
-
-    def default_id(self) -> str | None:
-        with self._changed:
-            self._await_scan(Cancellation())
-            return self._names.default
-
-    def unresolved(self) -> list[Unresolved]:
-        """The models that --model and --alias name and that the first scan, waited for, has not found."""
-        with self._changed:
-            self._await_scan(Cancellation())
-            return self._names.unresolved(self.catalog)
+            while not self._scanned and not self._residents.closed:
+                (cancel or Cancellation()).check()
+                self._changed.wait(1.0)
+            return self._names
 
     def resolve(self, name: str, cancel: Cancellation | None = None) -> str:
         """The id that `name` means: id, alias, stem in any case, or unambiguous prefix. Raises ModelNotFound.
@@ -7737,21 +6953,23 @@ class ModelTable:
         """
         if len(name) > MAX_MODEL_NAME:
             raise ModelNotFound(f"Model '{printable(name, 80)}' is not available")
-        with self._changed:
-            self._await_scan(cancel or Cancellation())
-            found = self._names.resolve(name)
-        if len(found) != 1:
+        if len(found := self.names(cancel).resolve(name)) != 1:
             self._refresh(0.25)
-            with self._changed:
-                found = self._names.resolve(name)
-                if len(found) != 1:
-                    raise self._names.not_found(name, self._why_skipped(name))
+            found = self._names.resolve(name)
+        if len(found) != 1:  # only `default` may be a path: the operator named it, a request never does
+            raise self._names.not_found(name, self.catalog.why_skipped(self._names.wanted(name), name == "default"))
         return found[0]
 
-    def _why_skipped(self, name: str) -> str:
-        """Only `default` may be a path: the operator named it, a request never does."""
-        wanted = self._names.wanted(name)
-        return self.catalog.why_path_skipped(wanted) if name == "default" else self.catalog.why_skipped(wanted)
+    def _find(self, name: str, cancel: Cancellation | None = None) -> Entry:
+        """The entry of the model that a name means; all that its header tells is read now. Raises ModelNotFound."""
+        id = self.resolve(name, cancel)
+        with self._changed:
+            entry = self._entry(id)
+        if entry.info.chat_template is None:
+            whole = self.catalog.whole(entry.info)  # not under the condition: a large vocabulary takes 0.1 s
+            with self._changed:
+                entry.info = whole
+        return entry
 
     def _entry(self, id: str) -> Entry:
         """The entry, under the condition; a scan may have dropped it since the name was resolved."""
@@ -7759,139 +6977,96 @@ class ModelTable:
             raise self._names.not_found(id)
         return self._residents.entries[id]
 
-    def _read_whole(self, id: str) -> ModelInfo:
-        """What a scan of many files left unread of a model's header is read now; takes the condition."""
-        with self._changed:
-            info = self._entry(id).info
-        if info.chat_template is not None:
-            return info
-        whole = self.catalog.whole(info)  # not under the condition: a large vocabulary takes 0.1 s
-        with self._changed:
-            self._entry(id).info = whole
-        return whole
-
-    def _check_use(self, id: str, use: str) -> None:
-        """Raises InvalidRequest for a model that cannot do what the request wants, before anything is loaded for it."""
-        if refusal := self._read_whole(id).refusal(use):
-            raise InvalidRequest(f"model: '{id}' is {refusal}", "model")
-
     def info(self, name: str, cancel: Cancellation | None = None) -> ModelInfo:
         """All that the header of the model tells. Raises ModelNotFound."""
-        return self._read_whole(self.resolve(name, cancel))
+        return self._find(name, cancel).info
 
-    def _settings_of(self, entry: Entry) -> ModelSettings:
-        return self._settings.of(entry.info, entry.info.id == self._names.default, entry.asked)
+    def _settings_of(self, entry: Entry, asked: Mapping[str, Any]) -> ModelSettings:
+        return self._settings.of(entry.info, entry.info.id == self._names.default, asked)
 
     def settings(self, id: str) -> ModelSettings:
         """What holds for a model, or will when it is loaded."""
         with self._changed:
-            return self._settings_of(self._entry(id))
+            entry = self._entry(id)
+            return self._settings_of(entry, entry.asked)
 
     # Life
 
     def lease(self, name: str, cancel: Cancellation, use: str = "generate", asked: Mapping[str, Any] | None = None) -> Lease:
-        """A request's claim on the model, to generate, embed or rank. Raises ModelNotFound, InvalidRequest if it cannot.
+        """A request's claim on the model, to generate, embed, rank or tokenize; `asked` as Lease has it.
 
-        `asked` are fields of EngineOptions that the request wants the model loaded with, as Residents.worker_for has it.
+        Raises ModelNotFound, InvalidRequest if the model cannot do that.
         """
-        id = self.resolve(name, cancel)
-        self._check_use(id, use)
-        with self._changed:
-            return Lease(self._residents, self._entry(id), cancel, asked=asked)
+        entry = self._find(name, cancel)
+        if refusal := entry.info.refusal(use):
+            raise InvalidRequest(f"model: '{entry.info.id}' is {refusal}", "model")
+        return Lease(self._residents, entry, cancel, asked)
 
     def load(self, name: str, wait: bool, cancel: Cancellation, asked: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """`POST …/load`: begins to load unless loaded, and waits for it if asked to. Returns the status.
 
         A model that is loaded with other options than `asked` is unloaded first, once its requests are done.
         """
-        id = self.resolve(name, cancel)
-        self._read_whole(id)  # tells how to load it
+        entry = self._find(name, cancel)
         with self._changed:
-            entry = self._entry(id)
             entry.retry_at = 0.0
-            engine = self._settings_of(entry).engine
-            if asked and any(getattr(engine, name) != value for name, value in asked.items()):
-                asked = {**entry.asked, **asked}
-                if entry.in_memory:
-                    self._residents.unload(entry, False, cancel)
-                entry.asked = asked
-            if not wait:
-                self._residents.load_in_background(entry)
-        if wait:
-            with Lease(self._residents, entry, cancel, uses=False) as lease:
-                lease.wait()
-        return self._status(entry)
+            engine = self._settings_of(entry, entry.load.asked if entry.load else entry.asked).engine
+            is_new = any(getattr(engine, name) != value for name, value in (asked or {}).items())
+            if is_new and entry.state == "loaded":
+                self._residents.move(entry, "unloading", entry.worker)
+            if is_new or (not wait and entry.state != "loaded"):
+                self._residents.want(entry, background=not wait).asked.update(asked or {})
+        if not wait:
+            return self._status(entry)
+        with Lease(self._residents, entry, cancel, asked) as lease:
+            lease.wait()
+            return self._status(entry)
 
     def unload(self, name: str, force: bool, cancel: Cancellation) -> dict[str, Any]:
         """`POST …/unload`: lets running generations finish (or ends them), frees the memory; idempotent."""
-        id = self.resolve(name, cancel)
+        entry = self._find(name, cancel)
         cancel.on_cancel(self._residents.wake)
         with self._changed:
-            entry = self._entry(id)
             self._residents.unload(entry, force, cancel)
         return self._status(entry)
 
     def status(self, name: str) -> dict[str, Any]:
-        """The model's status; asked about, it also gets what a scan of many files left unread of its header."""
-        id = self.resolve(name)
-        self._read_whole(id)
-        with self._changed:
-            entry = self._entry(id)
-        return self._status(entry)
+        """The model's status, as the status route tells it."""
+        return self._status(self._find(name))
 
     def _status(self, entry: Entry) -> dict[str, Any]:
         """The entry's status with its memory, asked for without the condition: off Linux that starts a process."""
         with self._changed:
-            status, worker, settings = entry.status(), entry.worker, self._settings_of(entry)
+            status, worker, settings = entry.status(), entry.worker, self._settings_of(entry, {})
         return status | {"memory_bytes": worker.memory_bytes() if worker else 0, "sampling": dict(settings.sampling)}
 
     def statuses(self) -> list[dict[str, Any]]:
-        """The status of each model that is in memory or waited for."""
+        """The status of each model that is in memory or waited for, but for its memory."""
         with self._changed:
-            entries = [e for e in self._residents.entries.values() if e.worker or e.waiting]
-        return [self._status(entry) for entry in entries]
+            return [e.status() for e in self._residents.entries.values() if e.in_memory or e.waiting]
 
-    def loading(self) -> list[dict[str, Any]]:
-        """The status of each model that is being loaded."""
+    def left(self, id: str) -> float | None:
+        """Seconds until a loaded model is unloaded if nobody comes; None: it stays."""
         with self._changed:
-            return [e.status() for e in self._residents.entries.values() if e.state == "loading"]
-
-    def await_change(self, seconds: float) -> None:
-        """Waits until something has changed, a load's progress aside, or for so long."""
-        with self._changed:
-            self._changed.wait(seconds)
-
-    def residents(self) -> list[Resident]:
-        """What is loaded, in the order of the list."""
-        with self._changed:
-            now, entries = time.monotonic(), [e for e in self._residents.entries.values() if e.state == "loaded"]
-            keeps = [(self._residents.keep_alive(e), e.idle_since - now if e.idle else 0.0) for e in entries]
-            workers = [e.worker for e in entries]
-        return [
-            Resident(w.info, w.loaded, w.counts()[0], w.memory_bytes(), max(keep + since, 0.0) if keep >= 0 else None)
-            for w, (keep, since) in zip(workers, keeps, strict=True)
-            if w
-        ]
+            entry, now = self._residents.entries.get(id), time.monotonic()
+            keep = self._residents.keep_alive(entry) if entry else -1
+            return max(0.0, keep + (entry.idle_since - now if entry.idle else 0.0)) if entry and keep >= 0 else None
 
     def keep(self, id: str, seconds: float) -> None:
         """How long this model stays when nobody uses it, until it is unloaded; 0: it goes as soon as it is idle."""
         with self._changed:
             if entry := self._residents.entries.get(id):
-                self._residents.keep(entry, seconds)
+                entry.keep_alive = seconds
+                self._changed.notify_all()
 
     def workers(self) -> list[Worker]:
+        """The engines of the loaded models, in the order of the list."""
         with self._changed:
             return [e.worker for e in self._residents.entries.values() if e.worker]
 
-    def end_waits(self) -> None:
-        """Refuses whoever waits for a model from now on; those that have one go on."""
-        with self._changed:
-            self._residents.closed = True
-            self._changed.notify_all()
-
-    def close(self) -> None:
-        """Ends every wait and every child; idempotent."""
-        self._residents.close()
+    def close(self, engines: bool = True) -> None:
+        """Refuses whoever waits for a model from now on, and ends the `engines`, or lets their requests go on; idempotent."""
+        self._residents.close(engines)
 
 
 # ── 13. Service ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -7902,18 +7077,16 @@ class Service:
     """Everything the front doors share: models, tools, settings, and `generate`."""
 
     def __init__(self, catalog: Catalog, table: TableOptions, settings: Settings, tools: ToolOptions = ToolOptions(),
-                 max_queue: int = 512, allow_pull: bool = False) -> None:  # fmt: skip
-        self.settings, self.max_queue, self.allow_pull = settings, max_queue, allow_pull
-        self.metrics = Metrics()
-        self.report: Callable[[str], None] = log.info  # is told of every load, in a line; `serve` shows it without -v
-        self.faults = KnownFaults()
-        ladder = Ladder(self.faults, lambda line: self.report(line))
-        self.table = ModelTable(catalog, self._make_worker, table, self.metrics, settings, ladder)
+                 max_queue: int = 512, allow_pull: bool = False, report: Callable[[str], None] = log.info) -> None:  # fmt: skip
+        """`report` is told of every load, in a line."""
+        self.settings, self.max_queue, self.allow_pull, self._report = settings, max_queue, allow_pull, report
+        self.metrics, self.faults = Metrics(), KnownFaults()
+        self.table = ModelTable(catalog, self._make_worker, table, self.metrics, settings, Ladder(self.faults, report))
         self.tools, self.helpers = Tools(tools), Helpers()
         self.started, self._began = time.time(), time.monotonic()
 
     def _make_worker(self, info: ModelInfo, setup: Setup, died: Callable[[Worker, str], None]) -> Worker:
-        return Worker(info, setup, self.max_queue, died, lambda line: self.report(line), self.metrics.meter(info.id))
+        return Worker(info, setup, self.max_queue, died, self._report, self.metrics.meter(info.id))
 
     def _chat(self, worker: Worker) -> Chat:
         """How the model chats, made from what it says of itself when first asked."""
@@ -7935,7 +7108,7 @@ class Service:
         """One answer of the model's."""
         began = time.monotonic()
         with self.table.lease(request.model, cancel, asked=request.engine) as lease:
-            worker = yield from self._loaded(lease, cancel)
+            worker = yield from lease.waited()
             request = self._filled(request, self.table.settings(worker.info.id))
             jobs, parsers = self._jobs(request, self._chat(worker))
             generation = worker.submit(jobs, cancel, began)
@@ -7968,18 +7141,10 @@ class Service:
         sampling = request.sampling.filled(settings.sampling, request.defaults)
         return replace(request, messages=messages, sampling=sampling)
 
-    @staticmethod
-    def _loaded(lease: Lease, cancel: Cancellation) -> Generator[Waiting, None, Worker]:
-        """Waits for the model, with signs of life."""
-        while (worker := lease.wait(PING_SECONDS)) is None:
-            yield Waiting()
-        cancel.check()
-        return worker
-
     def load(self, model: str, use: str, cancel: Cancellation, asked: Mapping[str, Any] | None = None) -> Iterator[Event]:
         """Only loads the model, as a request that uses it would: Queued once it is there."""
         with self.table.lease(model, cancel, use, asked) as lease:
-            worker = yield from self._loaded(lease, cancel)
+            worker = yield from lease.waited()
             yield Queued(worker.info.id)
 
     def render(self, request: GenerateRequest, cancel: Cancellation) -> str:
@@ -8026,7 +7191,7 @@ class Service:
         """The events of one embedding or rerank request: Queued, Vectors, Usage. Raises as `generate` does."""
         began, use = time.monotonic(), "embed" if request.query is None else "rank"
         with self.table.lease(request.model, cancel, use, request.engine) as lease:
-            worker = yield from self._loaded(lease, cancel)
+            worker = yield from lease.waited()
             job = Embed(request.inputs, request.dimensions, request.query, request.truncate)
             generation = worker.submit([job], cancel, began)
             for message in generation:
@@ -8060,7 +7225,7 @@ class Service:
 
     def models(self) -> dict[str, Any]:
         """`/api/models`: `default` first, then every model."""
-        models, default = self.table.models(), self.table.default_id()
+        models, default = self.table.models(), self.table.names().default
         real = next((m for m in models if m["id"] == default), None)
         first = [real | {"id": "default", "name": "Default Model", "description": f"Base GGUF model: {default}"}] if real else []
         return {"models": first + models}
@@ -8090,17 +7255,7 @@ class Service:
 # Metrics, as Prometheus reads them
 
 
-@dataclass(frozen=True)
-class ScrapedModel:
-    """One model at the moment of a scrape."""
-
-    meter: Meter
-    loaded: bool
-    running: int
-    waiting: int
-    memory: int
-    cells: int  # of the KV pool, in use
-    pool: int
+Sample = tuple[Mapping[str, str], "float | Histogram"]  # labels, and what has them
 
 
 class Scrape:
@@ -8110,54 +7265,49 @@ class Scrape:
         self.service, self.metrics = service, service.metrics
         statuses = {s["model"]: s for s in service.table.statuses()}
         workers = {w.info.id: w for w in service.table.workers()}
-        self.models = {
-            id: self._model(meter, statuses.get(id, {}), workers.get(id)) for id, meter in sorted(self.metrics.meters().items())
-        }
+        self.models: dict[str, dict[str, Any]] = {}  # by id, each number and histogram by its name
+        for id, meter in sorted(self.metrics.meters.items()):
+            status, worker = statuses.get(id, {}), workers.get(id)
+            cells, pool = (worker.cells, worker.loaded.pool) if worker else (0, 0)
+            self.models[id] = vars(meter) | {
+                "running": status.get("requests_running", 0), "waiting": status.get("requests_waiting", 0),
+                "loaded": int(status.get("loaded", False)), "memory": worker.memory_bytes() if worker else 0,
+                "cells": cells, "pool": pool, "usage": cells / (pool or 1), "recent": meter.recent(),
+            }  # fmt: skip
 
-    @staticmethod
-    def _model(meter: Meter, status: Mapping[str, Any], worker: Worker | None) -> ScrapedModel:
-        running, waiting, memory = (status.get(name, 0) for name in ("requests_running", "requests_waiting", "memory_bytes"))
-        cells, pool = (worker.cells, worker.loaded.pool) if worker else (0, 0)
-        return ScrapedModel(meter, status.get("loaded", False), running, waiting, memory, cells, pool)
+    def total(self, name: str) -> Any:
+        return sum(numbers[name] for numbers in self.models.values())
 
-    def total(self, get: Callable[[ScrapedModel], float]) -> float:
-        return sum(get(model) for model in self.models.values())
-
-    def rate(self, tokens: Callable[[Finished], int], seconds: Callable[[Finished], float]) -> float:
+    def rate(self, tokens: Callable[[Finished], int], seconds: Callable[[Finished], float]) -> list[Sample]:
         """Tokens per second, over what ended in the last minute."""
-        ends = [end for model in self.models.values() for end in model.meter.recent()]
-        return sum(map(tokens, ends)) / (sum(map(seconds, ends)) or 1.0)
+        ends = [end for numbers in self.models.values() for end in numbers["recent"]]
+        return [({}, sum(map(tokens, ends)) / (sum(map(seconds, ends)) or 1.0))]
 
 
-Sample = tuple[tuple[str, ...], "float | Histogram"]  # the labels' values, and what they have
+def metric_lines(scrape: Scrape, metric: tuple[str, str, str, Any]) -> Iterator[str]:
+    """The lines of one row of METRICS."""
+    name, kind, help, read = metric
+    yield f"# HELP {name} {help}"
+    yield f"# TYPE {name} {kind}"
+    if callable(read):
+        samples = read(scrape)
+    elif name.startswith("llamacpp:"):
+        samples = [({}, scrape.total(read))]
+    else:
+        samples = [({"model_name": id}, numbers[read]) for id, numbers in scrape.models.items()]
+    for labels, value in samples:
+        if isinstance(value, Histogram):
+            yield from histogram_lines(name, labels, value)
+        else:
+            yield sample_line(name, labels, value)
 
 
-@dataclass(frozen=True)
-class Metric:
-    """One row of METRICS."""
-
-    name: str
-    type: str  # counter, gauge, histogram
-    help: str
-    read: Callable[[Scrape], Iterable[Sample]]
-    labels: tuple[str, ...] = ()
-
-    def lines(self, scrape: Scrape) -> Iterator[str]:
-        yield f"# HELP {self.name} {self.help}"
-        yield f"# TYPE {self.name} {self.type}"
-        for values, value in self.read(scrape):
-            labels = dict(zip(self.labels, values, strict=True))
-            if isinstance(value, Histogram):
-                yield from self._histogram(labels, value)
-            else:
-                yield sample_line(self.name, labels, value)
-
-    def _histogram(self, labels: dict[str, str], value: Histogram) -> Iterator[str]:
-        counts = list(value.counts)  # one moment's, so that each bucket holds the one before
-        for bound, count in zip((*map(repr, value.bounds), "+Inf"), itertools.accumulate(counts), strict=True):
-            yield sample_line(f"{self.name}_bucket", labels | {"le": bound}, count)
-        yield sample_line(f"{self.name}_sum", labels, value.sum)
-        yield sample_line(f"{self.name}_count", labels, sum(counts))
+def histogram_lines(name: str, labels: Mapping[str, str], value: Histogram) -> Iterator[str]:
+    counts = list(value.counts)  # one moment's, so that each bucket holds the one before
+    for bound, count in zip((*map(repr, value.bounds), "+Inf"), itertools.accumulate(counts), strict=True):
+        yield sample_line(f"{name}_bucket", {**labels, "le": bound}, count)
+    yield sample_line(f"{name}_sum", labels, value.sum)
+    yield sample_line(f"{name}_count", labels, sum(counts))
 
 
 def sample_line(name: str, labels: Mapping[str, str], value: float) -> str:
@@ -8171,90 +7321,68 @@ def sample_line(name: str, labels: Mapping[str, str], value: float) -> str:
 
 LABEL_ESCAPES = str.maketrans({"\\": r"\\", "\n": r"\n", '"': r"\""})
 
-
-def of_server(name: str, type: str, help: str, get: Callable[[Scrape], float]) -> Metric:
-    """A number for the server as a whole."""
-    return Metric(name, type, help, lambda scrape: [((), get(scrape))])
-
-
-def of_models(name: str, type: str, help: str, get: Callable[[ScrapedModel], float]) -> Metric:
-    """A number for all models together: llama-server has one model, and no labels."""
-    return of_server(name, type, help, lambda scrape: scrape.total(get))
-
-
-def by_model(name: str, type: str, help: str, get: Callable[[ScrapedModel], float | Histogram]) -> Metric:
-    """A number or histogram of each model."""
-    return Metric(name, type, help, lambda scrape: [((id,), get(m)) for id, m in scrape.models.items()], ("model_name",))
-
-
-METRICS = (
-    # llama-server's names (tools/server): all models together
-    of_models("llamacpp:prompt_tokens_total", "counter", "Prompt tokens computed.", lambda m: m.meter.computed_tokens),
-    of_models("llamacpp:prompt_tokens_cached_total", "counter", "Prompt tokens found cached.", lambda m: m.meter.cached_tokens),
-    of_models("llamacpp:prompt_seconds_total", "counter", "Seconds from first step to first token.",
-              lambda m: m.meter.prompt_seconds),
-    of_models("llamacpp:tokens_predicted_total", "counter", "Tokens generated.", lambda m: m.meter.generated_tokens),
-    of_models("llamacpp:tokens_predicted_seconds_total", "counter", "Seconds from first to last token, of all sequences.",
-              lambda m: m.meter.decode_seconds),
-    of_server("llamacpp:prompt_tokens_seconds", "gauge", "Prompt tokens per second of requests that ended in the last minute.",
-              lambda r: r.rate(lambda e: e.prompt_tokens - e.cached_tokens, lambda e: e.prompt_seconds)),
-    of_server("llamacpp:predicted_tokens_seconds", "gauge", "Tokens per second of requests that ended in the last minute.",
-              lambda r: r.rate(lambda e: e.completion_tokens, lambda e: e.decode_seconds)),
-    of_server("llamacpp:kv_cache_usage_ratio", "gauge", "Share of the KV pools that running sequences hold.",
-              lambda r: r.total(lambda m: m.cells) / (r.total(lambda m: m.pool) or 1)),
-    of_models("llamacpp:kv_cache_tokens", "gauge", "Tokens of running sequences in the KV pools.", lambda m: m.cells),
-    of_models("llamacpp:requests_processing", "gauge", "Sequences being computed.", lambda m: m.running),
-    of_models("llamacpp:requests_deferred", "gauge", "Sequences waiting for their turn or their model.", lambda m: m.waiting),
+# Name, type, help, and what is shown: a number or histogram by its name in Scrape.models, or a function's samples.
+METRICS: tuple[tuple[str, str, str, Any], ...] = (
+    # llama-server's names (tools/server): all models together, for it has one model and no labels
+    ("llamacpp:prompt_tokens_total", "counter", "Prompt tokens computed.", "computed_tokens"),
+    ("llamacpp:prompt_tokens_cached_total", "counter", "Prompt tokens found cached.", "cached_tokens"),
+    ("llamacpp:prompt_seconds_total", "counter", "Seconds from first step to first token.", "prompt_seconds"),
+    ("llamacpp:tokens_predicted_total", "counter", "Tokens generated.", "generated_tokens"),
+    ("llamacpp:tokens_predicted_seconds_total", "counter", "Seconds from first to last token, of all sequences.",
+     "decode_seconds"),
+    ("llamacpp:prompt_tokens_seconds", "gauge", "Prompt tokens per second of requests that ended in the last minute.",
+     lambda r: r.rate(lambda e: e.prompt_tokens - e.cached_tokens, lambda e: e.prompt_seconds)),
+    ("llamacpp:predicted_tokens_seconds", "gauge", "Tokens per second of requests that ended in the last minute.",
+     lambda r: r.rate(lambda e: e.completion_tokens, lambda e: e.decode_seconds)),
+    ("llamacpp:kv_cache_usage_ratio", "gauge", "Share of the KV pools that running sequences hold.",
+     lambda r: [({}, r.total("cells") / (r.total("pool") or 1))]),
+    ("llamacpp:kv_cache_tokens", "gauge", "Tokens of running sequences in the KV pools.", "cells"),
+    ("llamacpp:requests_processing", "gauge", "Sequences being computed.", "running"),
+    ("llamacpp:requests_deferred", "gauge", "Sequences waiting for their turn or their model.", "waiting"),
     # vLLM's names (vllm/v1/metrics/loggers.py): by model
-    by_model("vllm:num_requests_running", "gauge", "Sequences being computed.", lambda m: m.running),
-    by_model("vllm:num_requests_waiting", "gauge", "Sequences waiting for their turn or their model.", lambda m: m.waiting),
-    by_model("vllm:kv_cache_usage_perc", "gauge", "Share of the KV pool that running sequences hold; 1 is all.",
-             lambda m: m.cells / (m.pool or 1)),
-    by_model("vllm:prefix_cache_queries_total", "counter", "Prompt tokens looked for in the cache.",
-             lambda m: m.meter.sought_tokens),
-    by_model("vllm:prefix_cache_hits_total", "counter", "Prompt tokens found there.", lambda m: m.meter.cached_tokens),
-    by_model("vllm:prompt_tokens_total", "counter", "Prompt tokens, cached ones too.", lambda m: m.meter.prompt_tokens),
-    by_model("vllm:generation_tokens_total", "counter", "Tokens generated.", lambda m: m.meter.generated_tokens),
-    Metric("vllm:request_success_total", "counter", "Sequences by how they ended; abort: the client left or cancelled.",
-           lambda r: [((id, reason), n) for id, m in r.models.items() for reason, n in m.meter.ends.items()],
-           ("model_name", "finished_reason")),
-    by_model("vllm:time_to_first_token_seconds", "histogram", "From the request to its first piece of text; a load counts.",
-             lambda m: m.meter.first_token),
-    by_model("vllm:inter_token_latency_seconds", "histogram", "Between two pieces of a text: a token, or those of 10 ms.",
-             lambda m: m.meter.gap),
-    by_model("vllm:time_per_output_token_seconds", "histogram", "The same by vLLM's earlier name.", lambda m: m.meter.gap),
-    by_model("vllm:request_time_per_output_token_seconds", "histogram", "Mean seconds per token of each sequence.",
-             lambda m: m.meter.per_token),
-    by_model("vllm:e2e_request_latency_seconds", "histogram", "From the request to its end.", lambda m: m.meter.whole),
-    by_model("vllm:request_queue_time_seconds", "histogram", "Before its first step: the load, the tokenizer, the queue.",
-             lambda m: m.meter.queue),
-    by_model("vllm:request_prefill_time_seconds", "histogram", "From first step to first token.", lambda m: m.meter.prefill),
-    by_model("vllm:request_decode_time_seconds", "histogram", "From first to last token.", lambda m: m.meter.decode),
-    by_model("vllm:request_inference_time_seconds", "histogram", "From first step to last token.", lambda m: m.meter.inference),
-    by_model("vllm:request_prompt_tokens", "histogram", "Tokens of each prompt.", lambda m: m.meter.prompt_sizes),
-    by_model("vllm:request_generation_tokens", "histogram", "Tokens of each answer.", lambda m: m.meter.answer_sizes),
+    ("vllm:num_requests_running", "gauge", "Sequences being computed.", "running"),
+    ("vllm:num_requests_waiting", "gauge", "Sequences waiting for their turn or their model.", "waiting"),
+    ("vllm:kv_cache_usage_perc", "gauge", "Share of the KV pool that running sequences hold; 1 is all.", "usage"),
+    ("vllm:prefix_cache_queries_total", "counter", "Prompt tokens looked for in the cache.", "sought_tokens"),
+    ("vllm:prefix_cache_hits_total", "counter", "Prompt tokens found there.", "cached_tokens"),
+    ("vllm:prompt_tokens_total", "counter", "Prompt tokens, cached ones too.", "prompt_tokens"),
+    ("vllm:generation_tokens_total", "counter", "Tokens generated.", "generated_tokens"),
+    ("vllm:request_success_total", "counter", "Sequences by how they ended; abort: the client left or cancelled.",
+     lambda r: [({"model_name": id, "finished_reason": why}, n) for id, m in r.models.items() for why, n in m["ends"].items()]),
+    ("vllm:time_to_first_token_seconds", "histogram", "From the request to its first piece of text; a load counts.",
+     "first_token"),
+    ("vllm:inter_token_latency_seconds", "histogram", "Between two pieces of a text: a token, or those of 10 ms.", "gap"),
+    ("vllm:time_per_output_token_seconds", "histogram", "The same by vLLM's earlier name.", "gap"),
+    ("vllm:request_time_per_output_token_seconds", "histogram", "Mean seconds per token of each sequence.", "per_token"),
+    ("vllm:e2e_request_latency_seconds", "histogram", "From the request to its end.", "whole"),
+    ("vllm:request_queue_time_seconds", "histogram", "Before its first step: the load, the tokenizer, the queue.", "queue"),
+    ("vllm:request_prefill_time_seconds", "histogram", "From first step to first token.", "prefill"),
+    ("vllm:request_decode_time_seconds", "histogram", "From first to last token.", "decode"),
+    ("vllm:request_inference_time_seconds", "histogram", "From first step to last token.", "inference"),
+    ("vllm:request_prompt_tokens", "histogram", "Tokens of each prompt.", "prompt_sizes"),
+    ("vllm:request_generation_tokens", "histogram", "Tokens of each answer.", "answer_sizes"),
     # shimmy's own
-    by_model("shimmy_model_loaded", "gauge", "1 while the model is loaded.", lambda m: int(m.loaded)),
-    by_model("shimmy_model_memory_bytes", "gauge", "Resident memory of the model's engine.", lambda m: m.memory),
-    by_model("shimmy_model_loads_total", "counter", "Loads that succeeded.", lambda m: m.meter.loads),
-    by_model("shimmy_model_load_failures_total", "counter", "Loads that failed.", lambda m: m.meter.load_failures),
-    by_model("shimmy_engine_deaths_total", "counter", "Engines that crashed or hung.", lambda m: m.meter.deaths),
-    Metric("shimmy_requests_total", "counter", "Requests by route, API and status; none: the client left before an answer.",
-           lambda r: r.metrics.answers().items(), ("method", "route", "api", "status")),
-    of_server("shimmy_open_connections", "gauge", "Open connections.", lambda r: r.metrics.connections),
-    of_server("shimmy_connections_total", "counter", "Connections accepted.", lambda r: r.metrics.accepted),
-    of_server("shimmy_connections_refused_total", "counter", "Connections refused with 503.", lambda r: r.metrics.refused),
-    Metric("shimmy_build_info", "gauge", "Always 1.", lambda r: [((__version__,), 1)], ("version",)),
-    of_server("process_start_time_seconds", "gauge", "When the server began, since the epoch.", lambda r: r.service.started),
-    of_server("process_resident_memory_bytes", "gauge", "Memory of the server without its engines.",
-              lambda r: resident_bytes([os.getpid()])),
+    ("shimmy_model_loaded", "gauge", "1 while the model is loaded.", "loaded"),
+    ("shimmy_model_memory_bytes", "gauge", "Resident memory of the model's engine.", "memory"),
+    ("shimmy_model_loads_total", "counter", "Loads that succeeded.", "loads"),
+    ("shimmy_model_load_failures_total", "counter", "Loads that failed.", "load_failures"),
+    ("shimmy_engine_deaths_total", "counter", "Engines that crashed or hung.", "deaths"),
+    ("shimmy_requests_total", "counter", "Requests by route, API and status; none: the client left before an answer.",
+     lambda r: [({"method": m, "route": o, "api": a, "status": s}, n) for (m, o, a, s), n in list(r.metrics.answers.items())]),
+    ("shimmy_open_connections", "gauge", "Open connections.", lambda r: [({}, r.metrics.connections)]),
+    ("shimmy_connections_total", "counter", "Connections accepted.", lambda r: [({}, r.metrics.accepted)]),
+    ("shimmy_connections_refused_total", "counter", "Connections refused with 503.", lambda r: [({}, r.metrics.refused)]),
+    ("shimmy_build_info", "gauge", "Always 1.", lambda r: [({"version": __version__}, 1)]),
+    ("process_start_time_seconds", "gauge", "When the server began, since the epoch.", lambda r: [({}, r.service.started)]),
+    ("process_resident_memory_bytes", "gauge", "Memory of the server without its engines.",
+     lambda r: [({}, resident_bytes([os.getpid()]))]),
 )  # fmt: skip
 
 
 def metrics_text(service: Service) -> bytes:
     """All of METRICS in Prometheus' text format."""
     scrape = Scrape(service)
-    return "".join(f"{line}\n" for metric in METRICS for line in metric.lines(scrape)).encode()
+    return "".join(f"{line}\n" for metric in METRICS for line in metric_lines(scrape, metric)).encode()
 
 
 @dataclass
@@ -8295,16 +7423,16 @@ class ToolLoop:
             self._reason = "stop"
             with contextlib.closing(answer(request, self._cancel)) as events:  # type: ignore[type-var]
                 yield from self._passed_on(events, first=count == 0)
-            ours = [call for call in self._calls.values() if call.name in self._request.builtins]
             results: list[ToolResult] = []
-            for call in ours if self._reason != "length" else ():  # a call that was cut is not run
-                results.append((yield from self._execute(call)))
-                yield results[-1]
+            for call in self._calls.values() if self._reason != "length" else ():  # a call that was cut is not run
+                if call.name in self._request.builtins:
+                    results.append((yield from self._execute(call)))
+                    yield results[-1]
             if not results or self._client_calls or self._reason == "length":
                 break
-            self._extend(ours, results)
+            self._extend(results)
         yield ChoiceEnd(0, "tool_calls" if self._client_calls else "stop" if self._reason == "tool_calls" else self._reason)
-        yield self._usage()
+        yield Usage(*(sum(getattr(u, f.name) for u in self._used) for f in fields(Usage)))
 
     def _passed_on(self, events: Iterator[Event], first: bool) -> Iterator[Event]:
         """The events of one round that the client sees: calls of built-in tools show as results only."""
@@ -8339,24 +7467,20 @@ class ToolLoop:
             answer = {"result": None, "error": str(error)}
         return ToolResult(0, call.id, call.name, call.arguments, answer["result"], answer["error"])
 
-    def _extend(self, calls: Seq[Called], results: Seq[ToolResult]) -> None:
+    def _extend(self, results: Seq[ToolResult]) -> None:
         """Adds the model's turn and the results to the conversation."""
-        said = []
-        for call in calls:
-            arguments: Any = call.arguments
-            with contextlib.suppress(InvalidRequest):
-                arguments = parse_json(call.arguments.encode("utf-8", "replace"))
-            said.append({"id": call.id, "type": "function", "function": {"name": call.name, "arguments": arguments}})
-        turns = [{"role": "assistant", "content": "".join(self._said), "tool_calls": said}]
+        calls, turns = list[Any](), list[dict[str, Any]]()
         for result in results:
+            arguments: Any = result.arguments
+            with contextlib.suppress(InvalidRequest):
+                arguments = parse_json(result.arguments.encode("utf-8", "replace"))
+            calls.append({"id": result.id, "type": "function", "function": {"name": result.name, "arguments": arguments}})
             content = json.dumps(result.result, ensure_ascii=False) if result.error is None else f"Error: {result.error}"
             if len(content) > MAX_TOOL_RESULT:
                 content = f"{content[:MAX_TOOL_RESULT]}\n(cut: {len(content)} characters in all)"
             turns.append({"role": "tool", "tool_call_id": result.id, "name": result.name, "content": content})
-        self._request = replace(self._request, messages=(*(self._request.messages or ()), *turns), tool_choice="auto")
-
-    def _usage(self) -> Usage:
-        return Usage(*(sum(getattr(u, f.name) for u in self._used) for f in fields(Usage)))
+        said = {"role": "assistant", "content": "".join(self._said), "tool_calls": calls}
+        self._request = replace(self._request, messages=(*(self._request.messages or ()), said, *turns), tool_choice="auto")
 
 
 def constrained(request: GenerateRequest) -> GenerateRequest:
@@ -8379,7 +7503,7 @@ def constrained(request: GenerateRequest) -> GenerateRequest:
 # What the client speaks, one class an API: it reads a body into a request and turns events into its own documents.
 
 
-@dataclass
+@dataclass(slots=True)
 class Block:
     """A stretch of an answer that is of one kind: a thought, text or a call."""
 
@@ -8387,7 +7511,6 @@ class Block:
     index: int = 0  # in the answer
     call_id: str = ""
     name: str = ""
-    id: str = ""  # the block's own, in APIs that give it one
     parts: list[str] = field(default_factory=list)
 
     @property
@@ -8406,53 +7529,41 @@ class Block:
 class Choice:
     """One choice of an answer, as far as it came: a plain reply is a stream that was waited for."""
 
-    def __init__(self) -> None:
+    def __init__(self, *events: Text | Thought | ToolResult | ChoiceEnd) -> None:
         self.blocks: list[Block] = []
         self.results: list[ToolResult] = []
         self.logprobs: list[TokenLogprob] = []
         self.end: ChoiceEnd | None = None
+        self.finish_reason: str | None = None
+        for event in events:
+            self.add(event)
 
-    def add(self, event: Text | Thought | CallBegan | CallArguments | ToolResult | ChoiceEnd) -> Block | None:
-        """Takes an event; returns the block that begins with it, if one does."""
-        if isinstance(event, ToolResult):
-            self.results.append(event)
-        elif isinstance(event, ChoiceEnd):
-            self.end = event
+    def add(self, event: Text | Thought | CallBegan | CallArguments | ToolResult | ChoiceEnd, words: bool = True) -> None:
+        """Takes an event; without `words` neither text nor log probabilities, of which a stream may tell megabytes."""
+        if isinstance(event, (Text, Thought)):
+            kind = "text" if isinstance(event, Text) else "thought"
+            if event.text and not (self.blocks and self.blocks[-1].kind == kind):
+                self.blocks.append(Block(kind, len(self.blocks)))
+            if words:
+                self.logprobs += event.logprobs
+            if words and event.text:
+                self.blocks[-1].parts.append(event.text)
         elif isinstance(event, CallBegan):
-            return self.begin(Block("call", call_id=event.id, name=event.name))
+            self.blocks.append(Block("call", len(self.blocks), event.id, event.name))
         elif isinstance(event, CallArguments):
             self.calls[event.number].parts.append(event.text)
+        elif isinstance(event, ToolResult):
+            self.results.append(event)
         else:
-            self.logprobs += event.logprobs
-            kind = "text" if isinstance(event, Text) else "thought"
-            goes_on = self.blocks and self.blocks[-1].kind == kind
-            block = None if goes_on or not event.text else self.begin(Block(kind))
-            if event.text:
-                self.blocks[-1].parts.append(event.text)
-            return block
-        return None
+            self.end, self.finish_reason = event, event.finish_reason
 
-    def begin(self, block: Block) -> Block:
-        """Adds a block behind the others."""
-        block.index = len(self.blocks)
-        self.blocks.append(block)
-        return block
-
-    def said(self, kind: str) -> str:
+    def said(self, kind: str = "text") -> str:
         """All text, or all thoughts."""
-        return "".join(block.text for block in self.blocks if block.kind == kind)
-
-    @property
-    def text(self) -> str:
-        return self.said("text")
+        return "".join([part for block in self.blocks if block.kind == kind for part in block.parts])
 
     @property
     def calls(self) -> list[Block]:
         return [block for block in self.blocks if block.kind == "call"]
-
-    @property
-    def finish_reason(self) -> str | None:
-        return self.end.finish_reason if self.end else None
 
 
 class Dialect:
@@ -8460,18 +7571,21 @@ class Dialect:
 
     streamed_errors: ClassVar[frozenset[str]] = frozenset()  # codes sent as events even before the stream began
     api = "shimmy"  # whose API this is: a key of ERROR_SHAPES
-    keeps_text = False  # streams need their text until the end
+    streams: ClassVar[bool | None] = False  # unless told otherwise; None: never
+    recalls: ClassVar[bool] = False  # whether a stream's last document tells all of it again
 
     def __init__(self, body: Mapping[str, Any]) -> None:
         """Reads the body. Raises InvalidRequest naming the field at fault."""
-        self.stream = flag(body, "stream")
+        self.id, self.created = os.urandom(12).hex(), int(time.time())
+        self.stream = self.streams is not None and flag(body, "stream", self.streams)
         self.request = self.read(body)
         self.model = self.request.model  # as the request has it, until Queued tells the real id
+        self.prompt_tokens = 0  # as Queued tells them
         self.owner = ""  # cache owner; set by the transport
         self.usage: Usage | None = None
         self.first: float | None = None  # when its first words came (monotonic seconds)
-        self.choices: dict[int, Choice] = {}
-        self.begun: Block | None = None  # by the last event
+        self.choices: dict[int, Choice] = defaultdict(Choice)
+        self.rows: tuple[bytes, ...] = ()  # of an Embed job
 
     def read(self, body: Mapping[str, Any]) -> Any:
         """The request a body asks for: what `events` gives to the service."""
@@ -8483,15 +7597,14 @@ class Dialect:
 
     def note(self, event: Event) -> None:
         """Remembers what came."""
-        self.begun = None
         if isinstance(event, Queued):
-            self.model = event.model
+            self.model, self.prompt_tokens = event.model, event.prompt_tokens
         elif isinstance(event, Usage):
             self.usage = event
-        elif isinstance(event, (Text, Thought)) and self.stream and not self.keeps_text:
-            pass  # it was sent
+        elif isinstance(event, Vectors):
+            self.rows = event.rows
         elif isinstance(event, (Text, Thought, CallBegan, CallArguments, ToolResult, ChoiceEnd)):
-            self.begun = self.choices.setdefault(event.index, Choice()).add(event)
+            self.choices[event.index].add(event, self.recalls or not self.stream)
         if self.first is None and isinstance(event, (Text, Thought, CallBegan)):
             self.first = time.monotonic()
 
@@ -8502,6 +7615,8 @@ class Dialect:
     def documents(self, event: Event) -> Iterator[dict[str, Any]]:
         """Turns an event into documents: a stream's chunks, or one document at the end."""
         self.note(event)
+        if isinstance(event, (Text, Thought)) and not event.text and not event.logprobs:
+            return
         if self.stream:
             yield from self.chunks(event)
         elif isinstance(event, Usage):
@@ -8531,20 +7646,21 @@ class Native(Dialect):
         """Model and prompt (or messages, or a system text) are required."""
         if body.get("model") is None:
             raise InvalidRequest("model is required: the id of a model, or default", "model")
-        prompt, messages, system = body.get("prompt"), read_messages(body), body.get("system")
+        prompt, messages = optional(body, "prompt", a_string), read_messages(body)
+        system = optional(body, "system", a_string)
         if prompt is None and messages is None:
             raise InvalidRequest("prompt is required (or messages)", "prompt")
         if prompt is not None and messages is not None:
             raise InvalidRequest("prompt and messages exclude each other: send one of them", "prompt")
         if system is not None:
-            turns = messages or ({"role": "user", "content": a_string("prompt", prompt)},)
-            messages, prompt = ({"role": "system", "content": a_string("system", system)}, *turns), None
+            turns = messages or ({"role": "user", "content": prompt},)
+            messages, prompt = ({"role": "system", "content": system}, *turns), None
         functions, builtins = read_tools(body)
         if functions:
             raise InvalidRequest("tools may hold built-in tools here; /v1/chat/completions takes functions", "tools")
         return GenerateRequest(
             model=a_string("model", body["model"]),
-            prompts=() if prompt is None else (a_string("prompt", prompt),),
+            prompts=() if prompt is None else (prompt,),
             messages=messages,
             builtins=builtins,
             sampling=Sampling.from_json(body),
@@ -8552,94 +7668,63 @@ class Native(Dialect):
         )
 
     def chunks(self, event: Event) -> Iterator[dict[str, Any]]:
-        if isinstance(event, Text) and event.text:
-            yield self._piece(event.text)
+        if isinstance(event, Text):
+            yield {"choices": [{"text": event.text, "index": 0}]}
         elif isinstance(event, Usage):
-            yield self._end(self.choices[0].finish_reason, event)
-
-    @staticmethod
-    def _piece(text: str) -> dict[str, Any]:
-        return {"choices": [{"text": text, "index": 0}]}
-
-    @staticmethod
-    def _end(reason: str | None, usage: Usage) -> dict[str, Any]:
-        return {"choices": [{"text": "", "index": 0, "finish_reason": reason}], "usage": usage.document()}
+            end = {"text": "", "index": 0, "finish_reason": self.choices[0].finish_reason}
+            yield {"choices": [end], "usage": event.document()}
 
     def document(self) -> dict[str, Any]:
         assert self.usage
-        choices = [{"text": c.text, "index": i, "finish_reason": c.finish_reason} for i, c in self.in_order()]
+        choices = [{"text": c.said(), "index": i, "finish_reason": c.finish_reason} for i, c in self.in_order()]
         return {"choices": choices, "usage": self.usage.document()}
 
 
 class NativeSocket(Native):
     """`/ws/generate`, the documented API: tokens, then done."""
 
-    def __init__(self, body: Mapping[str, Any]) -> None:
-        super().__init__(body)
-        self.stream = True
+    def chunks(self, event: Event) -> Iterator[dict[str, Any]]:
+        if isinstance(event, Text):
+            yield {"token": event.text}
+        elif isinstance(event, Usage):
+            yield self.done(self.choices[0].finish_reason, event)
 
     @staticmethod
-    def _piece(text: str) -> dict[str, Any]:
-        return {"token": text}
-
-    @staticmethod
-    def _end(reason: str | None, usage: Usage) -> dict[str, Any]:
+    def done(reason: str | None, usage: Usage) -> dict[str, Any]:
+        """The last document."""
         return {"done": True, "finish_reason": reason, "usage": usage.document()}
 
-    @classmethod
-    def cancelled(cls) -> dict[str, Any]:
-        """The last document of a request that was cancelled before the engine had it."""
-        return cls._end("cancelled", Usage(0, 0, 0, 0, 0))
+
+UNBUILT: dict[str, tuple[Any, ...]] = {  # fields of OpenAI's and vLLM's that are known here but not served, but for these values
+    "guided_regex": (), "functions": ([],), "function_call": ("none", "auto"), "modalities": (["text"],), "audio": (),
+    "prediction": (), "web_search_options": (),
+}  # fmt: skip
 
 
-UNBUILT: dict[str, Callable[[Any], bool]] = {  # fields of OpenAI's and vLLM's that are known here but not served
-    "guided_regex": lambda v: True,
-    "functions": lambda v: v != [],
-    "function_call": lambda v: v not in ("none", "auto"),
-    "modalities": lambda v: v != ["text"],
-    "audio": lambda v: True,
-    "prediction": lambda v: True,
-    "web_search_options": lambda v: True,
-}
+def read_format(where: str, format: Any) -> Schema | None:
+    """The schema a format asks for: any object for a json_object without one, none for text.
 
-
-def refuse_unbuilt(body: Mapping[str, Any]) -> None:
-    """A known field that is not built yet is refused by name: to ignore it would be to answer something else."""
-    for name, unserved in UNBUILT.items():
-        if body.get(name) is not None and unserved(body[name]):
-            raise InvalidRequest(f"{name}: {_said(body[name])} is not supported here", name)
-
-
-def response_schema(format: Any) -> Schema | None:
-    """The schema a `response_format` asks for: any object for a json_object without one, none for text.
-
-    OpenAI holds a json_schema's in an object of that name; llama-server beside the type, as it does a json_object's.
+    OpenAI's chat holds a json_schema's in an object of that name; its Responses, Anthropic and llama-server beside the type.
     """
     if format is None:
         return None
-    kind, schema = an_object("response_format", format).get("type"), format.get("schema")
+    kind = one_of(f"{where}.type", an_object(where, format).get("type"), ("text", "json_object", "json_schema"))
     if kind == "text":
         return None
-    if kind not in ("json_object", "json_schema"):
-        served = "text, json_object or json_schema"
-        raise InvalidRequest(f"response_format.type must be {served}, not {_said(kind)}", "response_format")
-    if schema is None and kind == "json_object":
-        schema = {"type": "object"}
-    if schema is None:
-        schema = an_object("response_format.json_schema", format.get("json_schema")).get("schema")
-    return Schema("response_format", an_object("response_format.schema", schema))
+    holder = an_object(f"{where}.json_schema", given(format, "json_schema", format))
+    schema = given(holder, "schema", {"type": "object"} if kind == "json_object" else None)
+    return Schema(where, an_object(f"{where}.schema", schema))
 
 
 def guided(body: Mapping[str, Any]) -> dict[str, Any]:
     """json_schema or grammar, as vLLM's fields ask for them: structured_outputs, and guided_… before it."""
-    told = dict(optional(body, "structured_outputs", an_object, {}))
-    told |= {name: body[f"guided_{name}"] for name in ("json", "choice", "grammar") if f"guided_{name}" in body}
-    given = {name: value for name, value in told.items() if value is not None and value is not False}
-    for name in given:
+    older = {name: body.get(f"guided_{name}") for name in ("json", "choice", "grammar")}
+    newer = optional(body, "structured_outputs", an_object, {})
+    told = [(k, v) for k, v in (*newer.items(), *older.items()) if v is not None and v is not False]
+    if len(told) > 1:
+        raise InvalidRequest(f"structured_outputs: {' and '.join(dict(told))} exclude each other", "structured_outputs")
+    for name, value in told:
         one_of("structured_outputs", name, ("json", "json_object", "choice", "grammar"))
-    if len(given) > 1:
-        raise InvalidRequest(f"structured_outputs: {' and '.join(given)} exclude each other", "structured_outputs")
-    for name, value in given.items():
         if name == "choice":
             texts = [a_string("structured_outputs.choice", text) for text in one_type(list, "a list")(name, value)]
             return {"grammar": "root ::= " + " | ".join(json.dumps(text, ensure_ascii=False) for text in texts)}
@@ -8650,33 +7735,39 @@ def guided(body: Mapping[str, Any]) -> dict[str, Any]:
     return {}
 
 
-def read_tool_choice(body: Mapping[str, Any], offered: Seq[str]) -> tuple[str, Seq[str]]:
-    """GenerateRequest.tool_choice, and which of the tools offered may be called. One that is forced must be offered."""
-    choice = body.get("tool_choice")
+def read_tool_choice(choice: Any, functions: Seq[dict[str, Any]], builtins: Seq[str] = ()) -> dict[str, Any]:
+    """The request's tool_choice and the tools that may be called, in any API's words. One that is forced must be offered."""
+    check_length("tools", functions, MAX_TOOLS)
+    names = [*(f["function"]["name"] for f in functions), *builtins]
     if isinstance(choice, dict) and choice.get("type") == "allowed_tools":
-        holder = an_object("tool_choice.allowed_tools", choice.get("allowed_tools"))
-        offered = [_named_function(tool, offered) for _, tool in listed("tool_choice.allowed_tools.tools", holder.get("tools"))]
-        choice = one_of("tool_choice.allowed_tools.mode", holder.get("mode"), ("auto", "required"))
-    if choice in (None, "auto", "none"):
-        return str(choice or "auto"), offered
-    if choice != "required":
-        choice = f"function:{_named_function(choice, offered)}"
-    elif not offered:
-        raise InvalidRequest("tool_choice: a call is required, but tools offers none", "tool_choice")
-    if body.get("json_schema") or body.get("grammar"):
-        raise InvalidRequest("tool_choice: a forced call excludes json_schema and grammar", "tool_choice")
-    return choice, offered
-
-
-def _named_function(choice: Any, offered: Seq[str]) -> str:
-    """The name in {"type": "function", "function": {"name": …}}, of a tool that is offered."""
-    function = choice.get("function") if isinstance(choice, dict) and choice.get("type") == "function" else None
-    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        forms = 'none, auto, required or {"type": "function", "function": {"name": …}}'
+        where = "tool_choice.allowed_tools" if "allowed_tools" in choice else "tool_choice"
+        holder = an_object(where, choice.get("allowed_tools", choice))
+        mode = one_of(f"{where}.mode", holder.get("mode"), ("auto", "required"))
+        names = [named_tool(place, tool, names) for place, tool in listed(f"{where}.tools", holder.get("tools"))]
+        choice = mode
+    if isinstance(choice, dict):
+        one_of("tool_choice.type", choice.get("type"), ("function", "custom", "tool", "allowed_tools"))
+        choice = f"function:{named_tool('tool_choice', choice, names)}"
+    elif choice not in ("none", "auto", "required"):
+        forms = 'none, auto, required or {"type": "function", "name": …}'
         raise InvalidRequest(f"tool_choice must be {forms}, not {_said(choice)}", "tool_choice")
-    if function["name"] not in offered:
-        raise InvalidRequest(f"tool_choice: tools does not offer {_said(function['name'])}", "tool_choice")
-    return str(function["name"])
+    if choice == "required" and not names:
+        raise InvalidRequest("tool_choice: a call is required, but tools offers none", "tool_choice")
+    names = [] if choice == "none" else names
+    return {"tool_choice": choice, "tools": tuple(f for f in functions if f["function"]["name"] in names),
+            "builtins": tuple(name for name in builtins if name in names)}  # fmt: skip
+
+
+def named_tool(where: str, tool: Mapping[str, Any], names: Iterable[str]) -> str:
+    """The name of a tool that is offered: beside the type, or in the `function` of OpenAI's chat."""
+    named = an_object(f"{where}.function", given(tool, "function", tool))
+    space = a_string(f"{where}.namespace", given(named, "namespace", ""))
+    return one_of(f"{where}.name", joined_name(space, a_string(f"{where}.name", named.get("name"))), names)
+
+
+def joined_name(space: str, name: str) -> str:
+    """A tool's name in the prompt: models know no namespaces."""
+    return f"{space}{'' if space.endswith('__') or not space else '__'}{name}"
 
 
 def one_of(where: str, value: Any, known: Iterable[str]) -> str:
@@ -8686,28 +7777,19 @@ def one_of(where: str, value: Any, known: Iterable[str]) -> str:
     return value
 
 
-def effort_args(where: str, effort: Any) -> dict[str, Any]:
-    """Translates an effort for templates: they know low, medium and high."""
-    if effort is None:
-        return {}
+def read_template_args(body: Mapping[str, Any], where: str, effort: Any, **own: Any) -> dict[str, Any]:
+    """The template's arguments: an effort, of which templates know low, medium and high; chat_template_kwargs win."""
     known = {"none": None, "minimal": "low", "low": "low", "medium": "medium", "high": "high", "xhigh": "high", "max": "high"}
-    value = known[one_of(where, effort, known)]
-    return {"enable_thinking": False} if value is None else {"reasoning_effort": value}
+    args: dict[str, Any] = {}
+    if effort is not None:
+        value = known[one_of(where, effort, known)]
+        args = {"enable_thinking": False} if value is None else {"reasoning_effort": value}
+    return args | own | optional(body, "chat_template_kwargs", an_object, {})
 
 
-def read_template_args(body: Mapping[str, Any]) -> dict[str, Any]:
-    """Reads the template's arguments: chat_template_kwargs, which win over reasoning_effort."""
-    told = effort_args("reasoning_effort", body.get("reasoning_effort"))
-    return told | an_object("chat_template_kwargs", body.get("chat_template_kwargs") or {})
-
-
-def read_thinking_budget(body: Mapping[str, Any]) -> int | None:
-    """Tokens of a thought, by either of llama-server's names; -1 and None: no bound."""
-    for name in ("thinking_budget_tokens", "reasoning_budget_tokens"):
-        if body.get(name) is not None:
-            budget = int(whole(-1)(name, body[name]))
-            return None if budget < 0 else budget
-    return None
+def first_given(body: Mapping[str, Any], check: Check, *names: str) -> Any:
+    """The first of several fields that the body holds, checked; None without any."""
+    return next((check(name, body[name]) for name in names if body.get(name) is not None), None)
 
 
 class OpenAI(Dialect):
@@ -8716,47 +7798,50 @@ class OpenAI(Dialect):
     api = "openai"
     prefix = object_name = chunk_name = ""
 
-    def __init__(self, body: Mapping[str, Any]) -> None:
-        super().__init__(body)
-        self._id, self._created = f"{self.prefix}-{os.urandom(12).hex()}", int(time.time())
-        self._include_usage = flag(an_object("stream_options", body.get("stream_options") or {}), "include_usage")
-
-    @staticmethod
-    def common(body: Mapping[str, Any], logprobs: int | None) -> GenerateRequest:
-        """The fields both routes read alike."""
-        refuse_unbuilt(body)
-        named = ("max_completion_tokens", "max_tokens", "n_predict")  # OpenAI's newer name and older, llama-server's
-        limit = next((token_limit(name, body[name]) for name in named if body.get(name) is not None), None)
-        read = {**body, "max_tokens": limit, **guided(body)}
-        n, sampling = body.get("n"), Sampling.from_json(read, logprobs=logprobs)
-        schema = response_schema(body.get("response_format"))
-        if schema and (sampling.json_schema or sampling.grammar):
+    def common(self, body: Mapping[str, Any], logprobs: int | None) -> GenerateRequest:
+        """The fields both routes read alike. A known one that is not served is refused, not ignored."""
+        self._include_usage = flag(optional(body, "stream_options", an_object, {}), "include_usage")
+        for name, fine in UNBUILT.items():
+            if body.get(name) is not None and body[name] not in fine:
+                raise InvalidRequest(f"{name}: {_said(body[name])} is not supported here", name)
+        limit = first_given(body, token_limit, "max_completion_tokens", "max_tokens", "n_predict")  # the last is llama-server's
+        body = {**body, "max_tokens": limit, **guided(body)}
+        schema = read_format("response_format", body.get("response_format"))
+        if schema and (body.get("json_schema") or body.get("grammar")):
             raise InvalidRequest("response_format excludes json_schema and grammar: send one of them", "response_format")
         return GenerateRequest(
-            model=a_string("model", "default" if body.get("model") is None else body["model"]),
-            sampling=replace(sampling, json_schema=schema) if schema else sampling,
-            n=1 if n is None else whole(1, MAX_CHOICES)("n", n),
+            model=optional(body, "model", a_string, "default"),
+            sampling=Sampling.from_json(body, logprobs=logprobs, json_schema=schema),
+            n=optional(body, "n", whole(1, MAX_CHOICES), 1),
         )
 
-    def _envelope(self, name: str, choices: list[Any], **more: Any) -> dict[str, Any]:
-        return {"id": self._id, "object": name, "created": self._created, "model": self.model, "choices": choices} | more
+    def chunks(self, event: Event) -> Iterator[dict[str, Any]]:
+        """Only the last chunk has a usage; the others not even null: there are clients that take the first for the last."""
+        if isinstance(event, (Text, Thought, ToolResult, ChoiceEnd)):
+            yield self._envelope(self.chunk_name, [self.shown(event.index, Choice(event), whole=False)])
+        elif isinstance(event, Usage) and self._include_usage:
+            yield self._envelope(self.chunk_name, []) | self._usage(event)
 
-    def _chunk(self, choices: list[Any], **more: Any) -> dict[str, Any]:
-        return self._envelope(self.chunk_name, choices, **more)
+    def document(self) -> dict[str, Any]:
+        assert self.usage
+        choices = [self.shown(index, choice, whole=True) for index, choice in self.in_order()]
+        return self._envelope(self.object_name, choices) | self._usage(self.usage)
+
+    def shown(self, index: int, choice: Choice, whole: bool) -> dict[str, Any]:
+        """A choice as it is, or what is new of it."""
+        raise NotImplementedError
+
+    def _envelope(self, name: str, choices: list[Any]) -> dict[str, Any]:
+        id = f"{self.prefix}-{self.id}"
+        return {"id": id, "object": name, "created": self.created, "model": self.model, "choices": choices}
 
     @staticmethod
-    def _usage(usage: Usage | None) -> dict[str, Any]:
+    def _usage(usage: Usage) -> dict[str, Any]:
         """`usage` as OpenAI has it; `timings` beside it, as llama-server has them, and in it, as we first did."""
-        assert usage
         timings = usage.timings()
         details = {"prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
                    "completion_tokens_details": {"reasoning_tokens": usage.reasoning_tokens}}  # fmt: skip
         return {"usage": usage.document() | details | {"timings": timings}, "timings": timings}
-
-    def _usage_chunk(self, event: Usage) -> Iterator[dict[str, Any]]:
-        """No other chunk has a usage, not even null: there are clients that take the first with the key for the last."""
-        if self._include_usage:
-            yield self._chunk([], **self._usage(event))
 
 
 def shown_token(token: bytes, logprob: float) -> dict[str, Any]:
@@ -8766,7 +7851,7 @@ def shown_token(token: bytes, logprob: float) -> dict[str, Any]:
 
 def shown_logprobs(tokens: Seq[TokenLogprob]) -> list[dict[str, Any]]:
     """Tokens with their likeliest alternatives."""
-    return [shown_token(t.token, t.logprob) | {"top_logprobs": [shown_token(*each) for each in t.top]} for t in tokens]
+    return [shown_token(t.token, t.logprob) | {"top_logprobs": list(itertools.starmap(shown_token, t.top))} for t in tokens]
 
 
 class ChatCompletion(OpenAI):
@@ -8778,79 +7863,58 @@ class ChatCompletion(OpenAI):
         messages = read_messages(body)
         if messages is None:
             raise InvalidRequest("messages is required: a list of messages", "messages")
-        top, wanted = body.get("top_logprobs"), flag(body, "logprobs")
+        top, wanted = optional(body, "top_logprobs", whole(0, 20)), flag(body, "logprobs")
         if top is not None and not wanted:
             raise InvalidRequest("top_logprobs needs logprobs to be true", "top_logprobs")
-        functions, builtins = read_tools(body)
-        choice, names = read_tool_choice(body, [*(f["function"]["name"] for f in functions), *builtins])
-        if choice not in ("auto", "none"):  # a call has a form of its own
+        choice = read_tool_choice(given(body, "tool_choice", "auto"), *read_tools(body))
+        if choice["tool_choice"] not in ("auto", "none"):  # a call has a form of its own
+            if body.get("json_schema") or body.get("grammar"):
+                raise InvalidRequest("tool_choice: a forced call excludes json_schema and grammar", "tool_choice")
             body = {**body, "response_format": None}
+        budget = first_given(body, whole(-1), "thinking_budget_tokens", "reasoning_budget_tokens")  # llama-server's names
         return replace(
-            self.common(body, whole(0, 20)("top_logprobs", top or 0) if wanted else None),
+            self.common(body, (top or 0) if wanted else None),
             messages=messages,
-            tools=tuple(f for f in functions if f["function"]["name"] in names),
-            builtins=tuple(name for name in builtins if name in names),
-            tool_choice=choice,
-            parallel_tool_calls=body.get("parallel_tool_calls") is None or flag(body, "parallel_tool_calls"),
-            continue_final_message=None if body.get("continue_final_message") is None else flag(body, "continue_final_message"),
-            thinking_budget=read_thinking_budget(body),
-            template_args=read_template_args(body),
+            parallel_tool_calls=flag(body, "parallel_tool_calls", True),
+            continue_final_message=optional(body, "continue_final_message", boolean),
+            thinking_budget=None if budget == -1 else budget,
+            template_args=read_template_args(body, "reasoning_effort", body.get("reasoning_effort")),
             split_markers=True,
+            **choice,
         )
 
     def chunks(self, event: Event) -> Iterator[dict[str, Any]]:
+        deltas: list[tuple[int, dict[str, Any]]] = []
         if isinstance(event, Queued):
-            for index in range(self.request.n):
-                yield self._delta(index, {"role": "assistant", "content": "", "refusal": None})
-        elif isinstance(event, (Text, Thought)):
-            name = "content" if isinstance(event, Text) else "reasoning_content"
-            if event.text or event.logprobs:
-                yield self._delta(event.index, {name: event.text} if event.text else {}, event.logprobs)
+            deltas = [(index, {"role": "assistant", "content": "", "refusal": None}) for index in range(self.request.n)]
         elif isinstance(event, CallBegan):
-            yield self._call_delta(event, {"id": event.id, "type": "function"}, {"name": event.name, "arguments": ""})
+            call = {"index": event.number, "id": event.id, "type": "function", "function": {"name": event.name, "arguments": ""}}
+            deltas = [(event.index, {"tool_calls": [call]})]
         elif isinstance(event, CallArguments):
-            yield self._call_delta(event, {}, {"arguments": event.text})
-        elif isinstance(event, ToolResult):
-            yield self._delta(event.index, {"tool_results": [self._result(event)]})
-        elif isinstance(event, ChoiceEnd):
-            yield self._chunk([{"index": event.index, "delta": {}, "logprobs": None, "finish_reason": event.finish_reason}])
-        elif isinstance(event, Usage):
-            yield from self._usage_chunk(event)
+            deltas = [(event.index, {"tool_calls": [{"index": event.number, "function": {"arguments": event.text}}]})]
+        for index, delta in deltas:
+            choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
+            yield self._envelope(self.chunk_name, [choice])
+        yield from super().chunks(event)
 
-    def _delta(self, index: int, delta: dict[str, Any], logprobs: Seq[TokenLogprob] = ()) -> dict[str, Any]:
-        shown = self._logprobs(logprobs) if logprobs else None
-        return self._chunk([{"index": index, "delta": delta, "logprobs": shown, "finish_reason": None}])
-
-    def _call_delta(self, event: CallBegan | CallArguments, fields: dict[str, Any], function: dict[str, Any]) -> dict[str, Any]:
-        return self._delta(event.index, {"tool_calls": [{"index": event.number, **fields, "function": function}]})
-
-    @staticmethod
-    def _logprobs(tokens: Seq[TokenLogprob]) -> dict[str, Any]:
-        return {"content": shown_logprobs(tokens), "refusal": None}
-
-    def document(self) -> dict[str, Any]:
-        choices = [
-            {"index": i, "message": self._message(c), "finish_reason": c.finish_reason,
-             "logprobs": None if self.request.sampling.logprobs is None else self._logprobs(c.logprobs)}
-            for i, c in self.in_order()
-        ]  # fmt: skip
-        return self._envelope(self.object_name, choices, **self._usage(self.usage))
-
-    def _message(self, choice: Choice) -> dict[str, Any]:
-        content = choice.text or (None if choice.calls else "")
-        message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
-        if thought := choice.said("thought"):
-            message["reasoning_content"] = thought
-        if choice.calls:
-            message["tool_calls"] = [a_call(c.call_id, c.name, c.text) for c in choice.calls]
+    def shown(self, index: int, choice: Choice, whole: bool) -> dict[str, Any]:
+        """Results of built-in tools are an extension: `tool_calls` would ask the client to run those."""
+        said: dict[str, Any] = {}
+        for block in choice.blocks:
+            if block.kind == "call":
+                said.setdefault("tool_calls", []).append(a_call(block.call_id, block.name, block.text))
+            else:
+                name = "content" if block.kind == "text" else "reasoning_content"
+                said[name] = said.get(name, "") + block.text
         if choice.results:
-            message["tool_results"] = [self._result(r) for r in choice.results]
-        return message
-
-    @staticmethod
-    def _result(result: ToolResult) -> dict[str, Any]:
-        """A built-in tool's call and result, an extension: `tool_calls` would ask the client to run it."""
-        return {k: v for k, v in asdict(result).items() if k != "index"}
+            said["tool_results"] = [{name: value for name, value in asdict(r).items() if name != "index"} for r in choice.results]
+        logprobs, shown = choice.logprobs, None
+        if logprobs or (whole and self.request.sampling.logprobs is not None):
+            shown = {"content": shown_logprobs(logprobs), "refusal": None}
+        if not whole:
+            return {"index": index, "delta": said, "logprobs": shown, "finish_reason": choice.finish_reason}
+        message = {"role": "assistant", "content": None if choice.calls else "", "refusal": None} | said
+        return {"index": index, "message": message, "finish_reason": choice.finish_reason, "logprobs": shown}
 
 
 class Completion(OpenAI):
@@ -8862,29 +7926,21 @@ class Completion(OpenAI):
         """A prompt is a string, a list of strings, token ids, or a list of those."""
         if body.get("prompt") is None:
             raise InvalidRequest("prompt is required: a string, or a list of strings or token ids", "prompt")
-        logprobs = body.get("logprobs")
-        count = None if logprobs is None else whole(0, 20)("logprobs", logprobs)
-        request = replace(self.common(body, count), prompts=read_prompts(body["prompt"]))
-        if (texts := len(request.prompts) * request.n) > MAX_TEXTS:
+        prompts = read_texts("prompt", body["prompt"], MAX_TEXTS)
+        request = replace(self.common(body, optional(body, "logprobs", whole(0, 20))), prompts=prompts)
+        if (texts := len(prompts) * request.n) > MAX_TEXTS:
             raise InvalidRequest(f"prompt: prompts times n may be up to {MAX_TEXTS}, not {texts}", "prompt")
-        if body.get("best_of") is not None and whole(1, MAX_CHOICES)("best_of", body["best_of"]) != request.n:
+        if optional(body, "best_of", whole(1, MAX_CHOICES), request.n) != request.n:
             raise InvalidRequest(f"best_of must equal n ({request.n}): texts are not ranked here", "best_of")
-        self._echo = self._echoes(body, request)
-        begun = [len(p) * isinstance(p, str) for p in request.prompts for _ in range(request.n)]
-        self._said = dict(enumerate(begun))  # characters by choice so far: OpenAI counts from the prompt's start
-        suffix = optional(body, "suffix", a_string, "")
-        if suffix and (len(request.prompts) > 1 or not isinstance(request.prompts[0], str)):
-            raise InvalidRequest("suffix is served for one prompt of text", "suffix")
-        return replace(request, prompts=(), infill=Infill(str(request.prompts[0]), suffix)) if suffix else request
-
-    @staticmethod
-    def _echoes(body: Mapping[str, Any], request: GenerateRequest) -> Seq[str]:
-        """With `echo` the prompts, by choice; else nothing."""
-        if not flag(body, "echo"):
-            return ()
-        if request.sampling.logprobs is not None or not all(isinstance(p, str) for p in request.prompts):
+        written = [p if isinstance(p, str) else "" for p in prompts for _ in range(request.n)]  # by choice
+        if flag(body, "echo") and (request.sampling.logprobs is not None or not all(isinstance(p, str) for p in prompts)):
             raise InvalidRequest("echo is served for prompts of text without logprobs", "echo")
-        return [str(p) for p in request.prompts for _ in range(request.n)]
+        self._echo = written if flag(body, "echo") else []
+        self._offsets = [len(text) for text in written]  # characters so far: OpenAI counts from the prompt's start
+        suffix = optional(body, "suffix", a_string, "")
+        if suffix and (len(prompts) > 1 or not isinstance(prompts[0], str)):
+            raise InvalidRequest("suffix is served for one prompt of text", "suffix")
+        return replace(request, prompts=(), infill=Infill(written[0], suffix)) if suffix else request
 
     def documents(self, event: Event) -> Iterator[dict[str, Any]]:
         yield from super().documents(event)
@@ -8892,101 +7948,69 @@ class Completion(OpenAI):
             for index, prompt in enumerate(self._echo):
                 yield from super().documents(Text(index, prompt))
 
-    def chunks(self, event: Event) -> Iterator[dict[str, Any]]:
-        if isinstance(event, Text) and (event.text or event.logprobs):
-            yield self._chunk([self._choice(event.index, event.text, event.logprobs, None)])
-        elif isinstance(event, ChoiceEnd):
-            yield self._chunk([self._choice(event.index, "", (), event.finish_reason)])
-        elif isinstance(event, Usage):
-            yield from self._usage_chunk(event)
-
-    def _choice(self, index: int, text: str, logprobs: Seq[TokenLogprob], reason: str | None) -> dict[str, Any]:
-        shown = None
-        if logprobs:
-            offset = self._said[index]
-            words = [t.token.decode("utf-8", "replace") for t in logprobs]
-            tops = [{token.decode("utf-8", "replace"): p for token, p in t.top} for t in logprobs]
-            shown = {"tokens": words, "token_logprobs": [t.logprob for t in logprobs], "top_logprobs": tops,
-                     "text_offset": list(itertools.accumulate(map(len, words[:-1]), initial=offset))}  # fmt: skip
-            self._said[index] = offset + sum(map(len, words))
-        return {"text": text, "index": index, "logprobs": shown, "finish_reason": reason}
-
-    def document(self) -> dict[str, Any]:
-        choices = [self._choice(i, c.text, c.logprobs, c.finish_reason) for i, c in self.in_order()]
-        return self._envelope(self.object_name, choices, **self._usage(self.usage))
+    def shown(self, index: int, choice: Choice, whole: bool) -> dict[str, Any]:
+        shown, tokens = None, choice.logprobs
+        if tokens:
+            words = [t.token.decode("utf-8", "replace") for t in tokens]
+            tops = [{token.decode("utf-8", "replace"): p for token, p in t.top} for t in tokens]
+            *offsets, self._offsets[index] = itertools.accumulate(map(len, words), initial=self._offsets[index])
+            shown = {"tokens": words, "token_logprobs": [t.logprob for t in tokens], "top_logprobs": tops, "text_offset": offsets}
+        return {"text": choice.said(), "index": index, "logprobs": shown, "finish_reason": choice.finish_reason}
 
 
 class Embeddings(Dialect):
     """`/v1/embeddings`, OpenAI's."""
 
     api = "openai"
-
-    def __init__(self, body: Mapping[str, Any]) -> None:
-        super().__init__({**body, "stream": False})
+    streams = None
 
     def read(self, body: Mapping[str, Any]) -> EmbedRequest:
-        encoding, dimensions = body.get("encoding_format"), body.get("dimensions")
-        if encoding not in (None, "float", "base64"):
-            raise InvalidRequest(f"encoding_format must be float or base64, not {_said(encoding)}", "encoding_format")
-        self._base64 = encoding == "base64"
+        self._base64 = one_of("encoding_format", given(body, "encoding_format", "float"), ("float", "base64")) == "base64"
         if body.get("input") is None:
             raise InvalidRequest("input is required: a string, or a list of strings or token ids", "input")
         return EmbedRequest(
-            model=a_string("model", "default" if body.get("model") is None else body["model"]),
-            inputs=read_inputs(body["input"]),
-            dimensions=None if dimensions is None else whole(1)("dimensions", dimensions),
+            model=optional(body, "model", a_string, "default"),
+            inputs=read_texts("input", body["input"], MAX_INPUTS, may_be_empty=False),
+            dimensions=optional(body, "dimensions", whole(1)),
         )
 
     def events(self, service: Service, cancel: Cancellation) -> Iterator[Event]:
         return service.embed(self.request, cancel)
 
-    def documents(self, event: Event) -> Iterator[dict[str, Any]]:
-        self.note(event)
-        if isinstance(event, Vectors):
-            self._rows = event.rows
-        elif isinstance(event, Usage):
-            yield self.document()
-
     def document(self) -> dict[str, Any]:
         assert self.usage
         usage = {"prompt_tokens": self.usage.prompt_tokens, "total_tokens": self.usage.prompt_tokens}
-        return {"model": self.model, "usage": usage, **self.answer(self._rows)}
+        return {"model": self.model, "usage": usage, "object": "list", **self.answer()}
 
-    def answer(self, rows: Seq[bytes]) -> dict[str, Any]:
+    def answer(self) -> dict[str, Any]:
         """The answer but for the model and the usage."""
-        data = [{"object": "embedding", "index": i, "embedding": self._embedding(row)} for i, row in enumerate(rows)]
-        return {"object": "list", "data": data}
+        vectors = [base64.b64encode(row).decode() if self._base64 else numbers(row) for row in self.rows]
+        return {"data": [{"object": "embedding", "index": i, "embedding": vector} for i, vector in enumerate(vectors)]}
 
-    def _embedding(self, row: bytes) -> str | list[float]:
-        """As base64, or as numbers: nine digits tell any float32, a double's 17 would be twice as long."""
-        if self._base64:
-            return base64.b64encode(row).decode()
-        return [float(f"{number:.9g}") for number in struct.unpack(f"<{len(row) // 4}f", row)]
+
+def numbers(row: bytes) -> list[float]:
+    """A vector as numbers: nine digits tell any float32, a double's 17 would be twice as long."""
+    return [float(f"{number:.9g}") for number in struct.unpack(f"<{len(row) // 4}f", row)]
 
 
 class Rerank(Embeddings):
     """`/v1/rerank`, Jina's: the documents that answer the query best come first."""
 
     def read(self, body: Mapping[str, Any]) -> EmbedRequest:
-        if not a_string("query", body.get("query") or ""):
+        if not optional(body, "query", a_string):
             raise InvalidRequest("query is required: what the documents are ranked for", "query")
-        documents, top, shown = read_documents(body.get("documents")), body.get("top_n"), body.get("return_documents")
-        self._top = len(documents) if top is None else whole(1)("top_n", top)
-        self._shown = shown is None or boolean("return_documents", shown)
-        return EmbedRequest(
-            model=a_string("model", "default" if body.get("model") is None else body["model"]),
-            inputs=documents,
-            query=body["query"],
-        )
+        documents = read_documents(body.get("documents"))
+        self._top = optional(body, "top_n", whole(1), len(documents))
+        self._shown = flag(body, "return_documents", True)
+        return EmbedRequest(optional(body, "model", a_string, "default"), documents, query=body["query"])
 
-    def answer(self, rows: Seq[bytes]) -> dict[str, Any]:
-        scores = [struct.unpack("<f", row)[0] for row in rows]
-        ranked = sorted(range(len(scores)), key=lambda i: -scores[i])[: self._top]
-        return {"object": "list", "results": [self._result(i, scores[i]) for i in ranked]}
-
-    def _result(self, index: int, score: float) -> dict[str, Any]:
-        document = {"document": {"text": self.request.inputs[index]}} if self._shown else {}
-        return {"index": index, "relevance_score": score, **document}
+    def answer(self) -> dict[str, Any]:
+        scores = [numbers(row)[0] for row in self.rows]
+        results: list[dict[str, Any]] = []
+        for i in sorted(range(len(scores)), key=lambda i: -scores[i])[: self._top]:
+            document = {"document": {"text": self.request.inputs[i]}} if self._shown else {}
+            results.append({"index": i, "relevance_score": scores[i], **document})
+        return {"results": results}
 
 
 # ── 14.2. Dialects of blocks ──────────────────────────────────────────────────────────────────────────────────────────
@@ -9021,57 +8045,27 @@ def a_function(where: str, tool: Mapping[str, Any], parameters: Mapping[str, Any
     return {"type": "function", "function": function | {"parameters": parameters}}
 
 
-def bounded(functions: Seq[Any]) -> tuple[Any, ...]:
-    """As many functions as a template may be given."""
-    if len(functions) > MAX_TOOLS:
-        raise InvalidRequest(f"tools may hold up to {MAX_TOOLS} tools, not {len(functions)}", "tools")
-    return tuple(functions)
-
-
-def offered_name(where: str, name: Any, functions: Iterable[Mapping[str, Any]]) -> str:
-    """The name of one of the functions offered, which the model must call."""
-    return one_of(where, name, [f["function"]["name"] for f in functions])
-
-
 class BlockDialect(Dialect):
-    """An API whose answers are lists of blocks. Non-streamed answers run the same code; only the last document is sent."""
+    """An API whose answers are lists of blocks."""
 
-    keeps_text = True
+    _opened = 0  # blocks whose beginning was sent
 
-    def __init__(self, body: Mapping[str, Any]) -> None:
-        super().__init__(body)
-        self.choice = self.choices[0] = Choice()
-        self.prompt_tokens = 0
-
-    def documents(self, event: Event) -> Iterator[dict[str, Any]]:
-        self.note(event)
-        chunks = list(self.chunks(event))
-        if self.stream:
-            yield from chunks
-        elif isinstance(event, Usage):
-            yield self.document()
+    def note(self, event: Event) -> None:
+        super().note(event)
+        if isinstance(event, ChoiceEnd) and not self.choices[0].blocks:
+            self.choices[0].blocks.append(Block("text"))  # clients look at the first block without asking whether there is one
 
     def chunks(self, event: Event) -> Iterator[dict[str, Any]]:
-        blocks, begun = self.choice.blocks, self.begun
-        if isinstance(event, ChoiceEnd) and not blocks:  # clients look at the first block without asking whether there is one
-            begun = self.choice.begin(Block("text"))
-        if begun:
-            if begun.index:
+        blocks = self.choices[0].blocks
+        if len(blocks) > self._opened:
+            if self._opened:
                 yield from self.closed(blocks[-2])
-            yield from self.opened(begun)
-        if isinstance(event, Queued):
-            self.prompt_tokens = event.prompt_tokens
-            yield from self.begin()
-        elif isinstance(event, (Thought, Text, CallArguments)) and event.text:
+            yield from self.opened(blocks[-1])
+            self._opened = len(blocks)
+        if isinstance(event, (Thought, Text, CallArguments)) and event.text:
             yield from self.more(blocks[-1], event.text)
         elif isinstance(event, ChoiceEnd):
             yield from self.closed(blocks[-1])
-        elif isinstance(event, Usage):
-            yield from self.finish()
-
-    def begin(self) -> Iterator[dict[str, Any]]:
-        """The stream's first documents."""
-        raise NotImplementedError
 
     def opened(self, block: Block) -> Iterator[dict[str, Any]]:
         """Announces a block."""
@@ -9085,34 +8079,24 @@ class BlockDialect(Dialect):
         """Ends a block."""
         raise NotImplementedError
 
-    def finish(self) -> Iterator[dict[str, Any]]:
-        """The stream's last documents."""
-        raise NotImplementedError
 
-
-CLAUDE_TEXTS = ("text", "document", "search_result", "tool_reference", "image")
 CLAUDE_BLOCKS = {  # what messages may hold, by role
     "user": ("text", "tool_result", "document", "search_result", "image"),
     "assistant": ("text", "thinking", "tool_use"),
     "system": ("text",),
 }
-CLAUDE_UNREAD = frozenset((  # of tools that Anthropic runs itself, and thoughts that only it can read
-    "redacted_thinking", "server_tool_use", "mcp_tool_use", "mcp_tool_result", "web_search_tool_result", "container_upload",
-    "web_fetch_tool_result", "code_execution_tool_result", "bash_code_execution_tool_result", "compaction", "fallback",
-    "text_editor_code_execution_tool_result", "tool_search_tool_result", "advisor_tool_result",
-))  # fmt: skip
+CLAUDE_UNREAD = re.compile(  # of tools that Anthropic runs itself, and thoughts that only it can read
+    r"\w+_tool_(use|result)|redacted_thinking|container_upload|compaction|fallback")  # fmt: skip
 
 
 def claude_messages(body: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
     """Anthropic's system text and messages, as templates want them."""
     messages, names = listed("messages", body.get("messages")), dict[str, str]()
-    if not 0 < len(messages) <= MAX_MESSAGES:
-        raise InvalidRequest(f"messages must hold 1 to {MAX_MESSAGES} messages, not {len(messages)}", "messages")
-    system = body.get("system")
-    for place, part in listed("system", [] if system is None or isinstance(system, str) else system):
-        one_of(f"{place}.type", part.get("type"), ("text",))
-    text = "" if system is None else flat_content("system", system, ("text",), "\n\n")
-    turns = [{"role": "system", "content": text}] if text else []
+    check_length("messages", messages, MAX_MESSAGES)
+    if not messages:
+        raise InvalidRequest("messages must be a list of at least one message", "messages")
+    system = flat_content("system", given(body, "system", ""), ("text",), "\n\n", newest=True)
+    turns = [{"role": "system", "content": system}] if system else []
     newest = newest_turn([message for _, message in messages if not is_results(message.get("content"))])
     return (*turns, *(turn for where, message in messages for turn in claude_turns(where, message, names, message is newest)))
 
@@ -9125,103 +8109,59 @@ def is_results(content: Any) -> bool:
 def claude_turns(where: str, message: Mapping[str, Any], names: dict[str, str], newest: bool) -> list[dict[str, Any]]:
     """One of Anthropic's messages: results become turns of their own. `names` of calls by id, gathered over the chat."""
     role, content = one_of(f"{where}.role", message.get("role"), CLAUDE_BLOCKS), message.get("content")
-    texts: list[str] = [content] if isinstance(content, str) else []
-    media: list[str] = []
-    thoughts: list[str] = []
-    calls: list[dict[str, Any]] = []
-    results: list[dict[str, Any]] = []
-    for place, block in listed(f"{where}.content", [] if isinstance(content, str) else content):
+    texts, thoughts, calls, results = list[Any](), list[str](), list[Any](), list[Any]()
+    for place, block in listed(f"{where}.content", [{"type": "text", "text": content}] if isinstance(content, str) else content):
         kind = a_string(f"{place}.type", block.get("type"))
-        if kind in CLAUDE_UNREAD:
+        if CLAUDE_UNREAD.fullmatch(kind):
             continue
         one_of(f"{place}.type", kind, CLAUDE_BLOCKS[role])
         if kind == "thinking":
             thoughts.append(a_string(f"{place}.thinking", block.get("thinking")))
         elif kind == "tool_use":
-            calls.append(claude_call(place, block, names))
+            id, name = a_string(f"{place}.id", block.get("id")), a_string(f"{place}.name", block.get("name"))
+            names[id] = name
+            calls.append(a_call(id, name, an_object(f"{place}.input", block.get("input"))))
         elif kind == "tool_result":
-            results.append(claude_result(place, block, names))
+            id, content = a_string(f"{place}.tool_use_id", block.get("tool_use_id")), given(block, "content", "")
+            parts = [] if isinstance(content, str) else listed(f"{place}.content", content)
+            text = flat_parts(itertools.starmap(claude_part, parts), ("text",), "\n\n", False) if parts else content or ""
+            results.append(a_result(id, names, f"Error: {text}" if flag(block, "is_error") else text))
         else:
-            texts.append(claude_text(place, block, media, newest))
+            texts.append(claude_part(place, block))
     between = "" if role == "assistant" else "\n\n"  # what the model wrote in one go stays in one piece
-    turn: dict[str, Any] = {"role": role, "content": with_note(between.join(filter(None, texts)), media)}
+    turn: dict[str, Any] = {"role": role, "content": flat_parts(texts, ("text",), between, newest)}
     turn |= {"reasoning_content": "".join(thoughts)} if thoughts else {}
     turn |= {"tool_calls": calls} if calls else {}
     return results if results and not turn["content"] else [*results, turn]
 
 
-def claude_call(place: str, block: Mapping[str, Any], names: dict[str, str]) -> dict[str, Any]:
-    """A tool_use block; notes its name."""
-    id, name = a_string(f"{place}.id", block.get("id")), a_string(f"{place}.name", block.get("name"))
-    names[id] = name
-    return a_call(id, name, an_object(f"{place}.input", block.get("input")))
+def claude_part(place: str, block: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """A block as a part of a chat's content: what search results and documents of text say is text."""
+    kind, source = block.get("type"), block.get("source")
+    texts = [a_string(f"{place}.title", given(block, "title", ""))]
+    if kind == "tool_reference":  # what a search for tools found
+        texts = [a_string(f"{place}.tool_name", block.get("tool_name"))]
+    elif kind == "search_result":
+        texts += [a_string(f"{place}.source", source), flat_content(f"{place}.content", block.get("content"), ("text",), "\n\n")]
+    elif kind == "document" and (form := an_object(f"{place}.source", source).get("type")) in ("text", "content"):
+        name = "data" if form == "text" else "content"
+        texts.append(flat_content(f"{place}.source.{name}", block["source"].get(name), ("text",), "\n\n"))
+    else:
+        return place, block
+    return place, {"type": "text", "text": "\n".join(filter(None, texts))}
 
 
-def claude_result(place: str, block: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
-    """A tool_result block: its texts, marked where the tool failed."""
-    id, content = a_string(f"{place}.tool_use_id", block.get("tool_use_id")), block.get("content")
-    if content is not None and not isinstance(content, str):
-        media: list[str] = []
-        parts = listed(f"{place}.content", content)
-        for where, part in parts:
-            one_of(f"{where}.type", part.get("type"), CLAUDE_TEXTS)
-        texts = [claude_text(where, part, media) for where, part in parts]
-        content = with_note("\n\n".join(filter(None, texts)), media)
-    return a_result(id, names, f"Error: {content or ''}" if flag(block, "is_error") else content or "")
-
-
-def claude_text(place: str, block: Mapping[str, Any], media: list[str], newest: bool = False) -> str:
-    """The text of a block that is nothing else: CLAUDE_TEXTS names them. Those without text go to `media`, by their kind."""
-    if block["type"] == "image":
-        media.append(left_out(f"{place}.type", "image", newest))
-        return ""
-    if block["type"] == "text":
-        return str(a_string(f"{place}.text", block.get("text")))
-    if block["type"] == "tool_reference":  # what a search for tools found
-        return str(a_string(f"{place}.tool_name", block.get("tool_name")))
-    titles = [a_string(f"{place}.title", block["title"])] if block.get("title") is not None else []
-    if block["type"] == "search_result":
-        titles.append(a_string(f"{place}.source", block.get("source")))
-        return "\n".join((*titles, flat_content(f"{place}.content", block.get("content"), ("text",), "\n\n")))
-    source = an_object(f"{place}.source", block.get("source"))
-    kind = one_of(f"{place}.source.type", source.get("type"), ("text", "content", "base64", "url", "file"))
-    if kind not in ("text", "content"):
-        media.append(left_out(f"{place}.source.type", "document", newest))
-        return "\n".join(titles)
-    if kind == "text":
-        return "\n".join((*titles, a_string(f"{place}.source.data", source.get("data"))))
-    return "\n".join((*titles, flat_content(f"{place}.source.content", source.get("content"), ("text",), "\n\n")))
-
-
-def claude_tools(body: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
-    """The functions offered; tools that Anthropic's own server runs, or its own models know by heart, are left out."""
-    functions = []
-    for where, tool in listed("tools", given(body, "tools", [])):
-        if tool.get("type") is None or a_string(f"{where}.type", tool["type"]) == "custom":
-            schema = an_object(f"{where}.input_schema", tool.get("input_schema"))
-            functions.append(a_function(where, tool, schema))
-    return bounded(functions)
-
-
-def claude_choice(body: Mapping[str, Any], functions: Seq[Any]) -> dict[str, Any]:
-    """Reads the request's tool_choice."""
-    choice = an_object("tool_choice", given(body, "tool_choice", {"type": "auto"}))
+def claude_tools(body: Mapping[str, Any]) -> dict[str, Any]:
+    """The tools and the choice among them; those that Anthropic's server runs, or its models know by heart, are left out."""
+    functions = [
+        a_function(where, tool, an_object(f"{where}.input_schema", tool.get("input_schema")))
+        for where, tool in listed("tools", given(body, "tools", []))
+        if a_string(f"{where}.type", given(tool, "type", "custom")) == "custom"
+    ]
+    choice = optional(body, "tool_choice", an_object, {"type": "auto"})
     kind = one_of("tool_choice.type", choice.get("type"), ("auto", "any", "tool", "none"))
-    if kind == "any" and not functions:
-        raise InvalidRequest("tool_choice: any needs a tool that the client runs", "tool_choice")
-    named = f"function:{offered_name('tool_choice.name', choice.get('name'), functions)}" if kind == "tool" else ""
-    return {"tool_choice": named or {"any": "required"}.get(kind, kind), "tools": functions if kind != "none" else (),
-            "parallel_tool_calls": not flag(choice, "disable_parallel_tool_use")}  # fmt: skip
-
-
-def claude_thinking(body: Mapping[str, Any], effort: Any) -> dict[str, Any]:
-    """Reads how much to think: not at all unless the request says so, as that API has it."""
-    thinking = an_object("thinking", given(body, "thinking", {"type": "disabled"}))
-    kind = one_of("thinking.type", thinking.get("type"), ("enabled", "adaptive", "disabled"))
-    budget = thinking.get("budget_tokens")
-    args = effort_args("output_config.effort", effort) | {"enable_thinking": kind != "disabled"}
-    return {"thinking_budget": whole(1)("thinking.budget_tokens", budget) if kind == "enabled" and budget is not None else None,
-            "template_args": args | an_object("chat_template_kwargs", given(body, "chat_template_kwargs", {}))}  # fmt: skip
+    read = read_tool_choice(choice if kind == "tool" else {"any": "required"}.get(kind, kind), functions)
+    return read | {"parallel_tool_calls": not flag(choice, "disable_parallel_tool_use")}
 
 
 class Messages(BlockDialect):
@@ -9233,29 +8173,35 @@ class Messages(BlockDialect):
                         "call": ("input_json_delta", "partial_json")}  # fmt: skip
 
     def read(self, body: Mapping[str, Any]) -> GenerateRequest:
-        self._id = f"msg_{os.urandom(12).hex()}"
-        config = an_object("output_config", given(body, "output_config", {}))
-        sampling = Sampling.from_json({**body, "stop": None})
-        ends = body.get("stop_sequences")
-        if ends is not None:
-            sampling = replace(sampling, stop=stops("stop_sequences", one_type(list, "a list")("stop_sequences", ends)))
-        form = an_object("output_config.format", given(config, "format", given(body, "output_format", {"type": "text"})))
-        if one_of("output_config.format.type", form.get("type"), ("text", "json_schema")) == "json_schema":
-            sampling = replace(sampling, json_schema=a_schema("output_config.format.schema", form.get("schema")))
+        """The model thinks only if the request says so, as this API has it."""
+        config = optional(body, "output_config", an_object, {})
+        schema = read_format("output_config.format", given(config, "format", body.get("output_format")))
+        ends = stops("stop_sequences", optional(body, "stop_sequences", one_type(list, "a list"), []))
+        thinking = optional(body, "thinking", an_object, {"type": "disabled"})
+        kind = one_of("thinking.type", thinking.get("type"), ("enabled", "adaptive", "disabled"))
+        budget = thinking.get("budget_tokens") if kind == "enabled" else None
         return GenerateRequest(
-            model=a_string("model", given(body, "model", "default")),
+            model=optional(body, "model", a_string, "default"),
             messages=claude_messages(body),
-            sampling=sampling,
+            sampling=Sampling.from_json({**body, "stop": None}, stop=ends, json_schema=schema),
             split_markers=True,
-            **claude_choice(body, claude_tools(body)),
-            **claude_thinking(body, config.get("effort")),
+            thinking_budget=None if budget is None else whole(1)("thinking.budget_tokens", budget),
+            template_args=read_template_args(
+                body, "output_config.effort", config.get("effort"), enable_thinking=kind != "disabled"
+            ),
+            **claude_tools(body),
         )
-
-    def begin(self) -> Iterator[dict[str, Any]]:
-        yield {"type": "message_start", "message": self.document()}
 
     def idle(self) -> dict[str, Any]:
         return {"type": "ping"}
+
+    def chunks(self, event: Event) -> Iterator[dict[str, Any]]:
+        if isinstance(event, Queued):
+            yield {"type": "message_start", "message": self.document()}
+        yield from super().chunks(event)
+        if isinstance(event, Usage):
+            yield {"type": "message_delta", "delta": self._end(), "usage": self._usage()}
+            yield {"type": "message_stop"}
 
     def opened(self, block: Block) -> Iterator[dict[str, Any]]:
         empty = self._content(replace(block, parts=[]))
@@ -9271,14 +8217,10 @@ class Messages(BlockDialect):
             yield {"type": "content_block_delta", "index": block.index, "delta": delta}
         yield {"type": "content_block_stop", "index": block.index}
 
-    def finish(self) -> Iterator[dict[str, Any]]:
-        yield {"type": "message_delta", "delta": self._end(), "usage": self._usage()}
-        yield {"type": "message_stop"}
-
     def document(self) -> dict[str, Any]:
         """The message as far as it came."""
-        return {"id": self._id, "type": "message", "role": "assistant", "model": self.model,
-                "content": [self._content(b) for b in self.choice.blocks], **self._end(), "usage": self._usage()}  # fmt: skip
+        return {"id": f"msg_{self.id}", "type": "message", "role": "assistant", "model": self.model,
+                "content": [self._content(b) for b in self.choices[0].blocks], **self._end(), "usage": self._usage()}  # fmt: skip
 
     @staticmethod
     def _content(block: Block) -> dict[str, Any]:
@@ -9290,12 +8232,10 @@ class Messages(BlockDialect):
 
     def _end(self) -> dict[str, Any]:
         """The reason that the message ended; nothing while it goes on."""
-        end = self.choice.end
-        if end is None:
-            return {"stop_reason": None, "stop_sequence": None}
-        if end.finish_reason == "stop" and end.stopped_by in self.request.sampling.stop:
+        end = self.choices[0].end
+        if end and end.finish_reason == "stop" and end.stopped_by in self.request.sampling.stop:
             return {"stop_reason": "stop_sequence", "stop_sequence": end.stopped_by}
-        return {"stop_reason": self.REASONS.get(end.finish_reason, "end_turn"), "stop_sequence": None}
+        return {"stop_reason": self.REASONS.get(end.finish_reason, "end_turn") if end else None, "stop_sequence": None}
 
     def _usage(self) -> dict[str, int]:
         """Tokens: this API counts cached ones by themselves."""
@@ -9313,46 +8253,43 @@ def claude_error(error: ApiError) -> dict[str, Any]:
     return {"type": "error", "error": {"type": kind, "message": message, "code": error.code, "details": error.details}}
 
 
-def joined_name(space: str, name: str) -> str:
-    """A tool's name in the prompt: models know no namespaces."""
-    return f"{space}{'' if space.endswith('__') or not space else '__'}{name}"
+HOSTED_ITEM = re.compile(  # what tools of OpenAI's own did: those tools are left out here, and their traces too
+    r"\w+_call(_output)?|mcp_\w+|tool_search_\w+|program(_output)?|compaction(_trigger)?|context_compaction")  # fmt: skip
+RESPONSE_TEXTS = ("input_text", "output_text", "text", "refusal", "summary_text", "reasoning_text")
 
 
-def raw_input(arguments: str) -> str:
-    """Unwraps `{"input": …}`, the call of a freeform tool; other arguments stay as they are."""
-    with contextlib.suppress(InvalidRequest):
-        read = parse_json(arguments.encode("utf-8", "replace"))
-        if isinstance(read, dict) and isinstance(read.get("input"), str):
-            return str(read["input"])
-    return arguments
+class ResponseInput:
+    """The tools and turns of a Responses request: what the assistant did in a row is one turn."""
 
-
-@dataclass(frozen=True)
-class OfferedTool:
-    """A tool as the client knows it."""
-
-    name: str
-    namespace: str = ""
-    freeform: bool = False
-
-
-class ResponseTools:
-    """The tools of a Responses request: what the model is offered, and what its calls mean to the client."""
-
-    def __init__(self) -> None:
+    def __init__(self, body: Mapping[str, Any]) -> None:
         self.functions: list[dict[str, Any]] = []
-        self._offered: dict[str, OfferedTool] = {}
+        self.freeform: set[str] = set()  # names of the functions that stand for tools whose input is any text
+        self.turns: list[dict[str, Any]] = []
+        self.known: dict[str, dict[str, str]] = {}  # tools by their names in the prompt: the client's name and namespace
+        self._called: dict[str, str] = {}  # names of calls, by id
+        self._add_tools("tools", given(body, "tools", []))
+        if instructions := optional(body, "instructions", a_string):
+            self.turns.append({"role": "system", "content": instructions})
+        said = body.get("input")
+        items = listed("input", [{"role": "user", "content": said}] if isinstance(said, str) else said)
+        check_length("input", items, MAX_MESSAGES)
+        self._newest = newest_turn([item for _, item in items])
+        for where, item in items:
+            self._add(where, item)
+        if not items or not self.turns:
+            raise InvalidRequest("input holds nothing that a model here could read", "input")
 
-    def add(self, where: str, tools: Any, space: str = "") -> None:
+    def _add_tools(self, where: str, tools: Any, space: str = "") -> None:
         """Reads a list of tools; those that OpenAI's own server runs are left out."""
         for place, tool in listed(where, tools):
             kind = a_string(f"{place}.type", tool.get("type"))
             if kind == "namespace":
-                self.add(f"{place}.tools", tool.get("tools"), a_string(f"{place}.name", tool.get("name")))
+                self._add_tools(f"{place}.tools", tool.get("tools"), a_string(f"{place}.name", tool.get("name")))
             elif kind in ("function", "custom"):
                 name = a_string(f"{place}.name", tool.get("name"))
                 full = joined_name(space, name)
-                self._offered[full] = OfferedTool(name, space, kind == "custom")
+                self.known[full] = {"name": name} | ({"namespace": space} if space else {})
+                self.freeform |= {full} if kind == "custom" else set()
                 shown = self._freeform(place, tool) if kind == "custom" else tool
                 schema = an_object(f"{place}.parameters", given(shown, "parameters", {}))
                 self.functions.append(a_function(place, {**shown, "name": full}, schema))
@@ -9369,58 +8306,15 @@ class ResponseTools:
         schema = {"type": "object", "properties": {"input": {"type": "string"}}, "required": ["input"]}
         return {"description": said, "parameters": schema | {"additionalProperties": False}}
 
-    def meaning(self, name: str) -> OfferedTool:
-        """The tool that the model calls by this name."""
-        return self._offered.get(name) or OfferedTool(name)
-
-    def choice(self, choice: Any) -> dict[str, Any]:
-        """Reads the request's tool_choice."""
-        functions = bounded(self.functions)
-        if isinstance(choice, dict) and choice.get("type") == "allowed_tools":
-            allowed = {self._named(where, tool) for where, tool in listed("tool_choice.tools", choice.get("tools"))}
-            functions = tuple(f for f in functions if f["function"]["name"] in allowed)
-            choice = one_of("tool_choice.mode", choice.get("mode"), ("auto", "required"))
-        if isinstance(choice, dict):
-            one_of("tool_choice.type", choice.get("type"), ("function", "custom", "allowed_tools"))
-            return {"tools": functions, "tool_choice": f"function:{self._named('tool_choice', choice)}"}
-        if one_of("tool_choice", choice, ("none", "auto", "required")) == "required" and not functions:
-            raise InvalidRequest("tool_choice: required needs a tool that the client runs", "tool_choice")
-        return {"tools": () if choice == "none" else functions, "tool_choice": choice}
-
-    def _named(self, where: str, tool: Mapping[str, Any]) -> str:
-        space = a_string(f"{where}.namespace", given(tool, "namespace", ""))
-        name = joined_name(space, a_string(f"{where}.name", tool.get("name")))
-        return one_of(f"{where}.name", name, self._offered)
-
-
-HOSTED_ITEMS = frozenset((  # what tools of OpenAI's own did: those tools are left out here, and their traces too
-    "web_search_call", "file_search_call", "computer_call", "computer_call_output", "code_interpreter_call", "mcp_call",
-    "image_generation_call", "local_shell_call", "local_shell_call_output", "shell_call", "shell_call_output", "compaction",
-    "apply_patch_call", "apply_patch_call_output", "mcp_list_tools", "mcp_approval_request", "mcp_approval_response",
-    "tool_search_call", "tool_search_output", "program", "program_output", "compaction_trigger", "context_compaction",
-))  # fmt: skip
-RESPONSE_TEXTS = ("input_text", "output_text", "text", "refusal", "summary_text", "reasoning_text")
-
-
-class ResponseInput:
-    """Reads the items of a Responses request into turns: what the assistant did in a row is one turn."""
-
-    def __init__(self, tools: ResponseTools, newest: Any) -> None:
-        self.turns: list[dict[str, Any]] = []
-        self._tools, self._newest = tools, newest
-        self._names: dict[str, str] = {}  # of calls, by id
-
-    def add(self, where: str, item: Mapping[str, Any]) -> None:
+    def _add(self, where: str, item: Mapping[str, Any]) -> None:
         """Reads one item."""
-        kind = a_string(f"{where}.type", given(item, "type", "message"))
-        if kind in HOSTED_ITEMS:
-            return
-        read = {
+        kind, read = a_string(f"{where}.type", given(item, "type", "message")), {
             "message": self._message, "reasoning": self._reasoning, "function_call": self._call,
             "custom_tool_call": self._call, "function_call_output": self._output, "custom_tool_call_output": self._output,
-            "additional_tools": lambda where, item: self._tools.add(f"{where}.tools", item.get("tools")),
+            "additional_tools": lambda where, item: self._add_tools(f"{where}.tools", item.get("tools")),
         }  # fmt: skip
-        read[one_of(f"{where}.type", kind, read)](where, item)
+        if kind in read or not HOSTED_ITEM.fullmatch(kind):
+            read[one_of(f"{where}.type", kind, read)](where, item)
 
     def _assistant(self, *but: str) -> dict[str, Any]:
         """The assistant's turn that goes on, unless it has one of these fields already; else a new one."""
@@ -9438,25 +8332,19 @@ class ResponseInput:
             self.turns.append({"role": "system" if role == "developer" else role, "content": text})
 
     def _reasoning(self, where: str, item: Mapping[str, Any]) -> None:
-        text = self._sealed(where, item)
+        """A thought is in encrypted_content, which here is base64 of plain text; OpenAI's own cannot be read."""
+        sealed, text = a_string(f"{where}.encrypted_content", given(item, "encrypted_content", "")), ""
+        with contextlib.suppress(ValueError):  # no base64, or no text inside
+            text = binascii.a2b_base64(sealed, strict_mode=True).decode()
         for name in ("content", "summary"):
-            if not text and item.get(name) is not None:
-                text = flat_content(f"{where}.{name}", item[name], RESPONSE_TEXTS)
+            text = text or flat_content(f"{where}.{name}", given(item, name, ""), RESPONSE_TEXTS)
         if text:
             turn = self._assistant("content", "tool_calls")
             turn["reasoning_content"] = turn.get("reasoning_content", "") + text
 
-    @staticmethod
-    def _sealed(where: str, item: Mapping[str, Any]) -> str:
-        """The thought in encrypted_content, which here is base64 of plain text; OpenAI's own cannot be read."""
-        sealed = a_string(f"{where}.encrypted_content", given(item, "encrypted_content", ""))
-        with contextlib.suppress(ValueError):  # no base64, or no text inside
-            return binascii.a2b_base64(sealed, strict_mode=True).decode()
-        return ""
-
     def _call(self, where: str, item: Mapping[str, Any]) -> None:
         id, name = a_string(f"{where}.call_id", item.get("call_id")), a_string(f"{where}.name", item.get("name"))
-        self._names[id] = name = joined_name(a_string(f"{where}.namespace", given(item, "namespace", "")), name)
+        self._called[id] = name = joined_name(a_string(f"{where}.namespace", given(item, "namespace", "")), name)
         if item["type"] == "custom_tool_call":
             arguments: Any = {"input": a_string(f"{where}.input", item.get("input"))}
         else:
@@ -9467,7 +8355,7 @@ class ResponseInput:
 
     def _output(self, where: str, item: Mapping[str, Any]) -> None:
         text = flat_content(f"{where}.output", item.get("output"), RESPONSE_TEXTS, "\n")
-        self.turns.append(a_result(a_string(f"{where}.call_id", item.get("call_id")), self._names, text))
+        self.turns.append(a_result(a_string(f"{where}.call_id", item.get("call_id")), self._called, text))
 
 
 def without_oldest(messages: tuple[dict[str, Any], ...], sizes: tuple[int, ...]) -> tuple[dict[str, Any], ...] | None:
@@ -9483,70 +8371,41 @@ def without_oldest(messages: tuple[dict[str, Any], ...], sizes: tuple[int, ...])
 class Responses(BlockDialect):
     """`/v1/responses`, OpenAI's; keeps no state."""
 
-    api = "openai"
+    api, recalls = "openai", True
     streamed_errors = frozenset({"context_length_exceeded"})  # Codex looks for it among the events only, and compacts
-    STATE: ClassVar = ("previous_response_id", "conversation", "prompt")
     ECHOED: ClassVar[dict[str, Any]] = {  # what a response repeats of its request
         "instructions": None, "max_output_tokens": None, "max_tool_calls": None, "metadata": {}, "parallel_tool_calls": True,
         "prompt_cache_key": None, "reasoning": {"effort": None, "summary": None}, "safety_identifier": None, "temperature": None,
         "text": {"format": {"type": "text"}}, "tool_choice": "auto", "tools": [], "top_p": None, "truncation": "disabled",
         "user": None,
     }  # fmt: skip
+    KINDS: ClassVar = {  # of blocks: how their ids begin, and their events' names
+        "text": ("msg", "output_text"), "thought": ("rs", "reasoning_text"), "call": ("fc", "function_call_arguments"),
+        "freeform": ("ctc", "custom_tool_call_input"),
+    }  # fmt: skip
 
     def read(self, body: Mapping[str, Any]) -> GenerateRequest:
-        self._fixed = {"id": f"resp_{os.urandom(12).hex()}", "object": "response", "created_at": int(time.time())}
+        self._fixed = {"id": f"resp_{self.id}", "object": "response", "created_at": self.created}
         self._fixed |= {name: given(body, name, default) for name, default in self.ECHOED.items()}
-        self._count, self._announced, self._tools = itertools.count(), False, ResponseTools()
-        self._refuse_state(body)
-        self._truncates = one_of("truncation", given(body, "truncation", "disabled"), ("auto", "disabled")) == "auto"
-        self._tools.add("tools", given(body, "tools", []))
-        messages = self._messages(body)
-        reasoning = an_object("reasoning", given(body, "reasoning", {}))
-        args = an_object("chat_template_kwargs", given(body, "chat_template_kwargs", {}))
-        return GenerateRequest(
-            model=a_string("model", given(body, "model", "default")),
-            messages=messages,
-            parallel_tool_calls=boolean("parallel_tool_calls", given(body, "parallel_tool_calls", True)),
-            continue_final_message=False,
-            template_args=effort_args("reasoning.effort", reasoning.get("effort")) | args,
-            sampling=self._sampling(body),
-            split_markers=True,
-            **self._tools.choice(given(body, "tool_choice", "auto")),
-        )
-
-    def _refuse_state(self, body: Mapping[str, Any]) -> None:
-        for name in self.STATE:
-            if body.get(name) is not None:
-                raise InvalidRequest(f"{name} is not served: no state is kept here, send the whole conversation as input", name)
-        for name in ("background", "top_logprobs"):
+        self._sent = 0  # events
+        for name in ("previous_response_id", "conversation", "prompt", "background", "top_logprobs"):
             if body.get(name):
-                raise InvalidRequest(f"{name} is not served here", name)
-
-    def _messages(self, body: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
-        said = body.get("input")
-        items = listed("input", [{"role": "user", "content": said}] if isinstance(said, str) else said)
-        if not 0 < len(items) <= MAX_MESSAGES:
-            raise InvalidRequest(f"input must hold 1 to {MAX_MESSAGES} items, not {len(items)}", "input")
-        read = ResponseInput(self._tools, newest_turn([item for _, item in items]))
-        if body.get("instructions") is not None:
-            read.turns.append({"role": "system", "content": a_string("instructions", body["instructions"])})
-        for where, item in items:
-            read.add(where, item)
-        if not read.turns:
-            raise InvalidRequest("input holds nothing that a model here could read", "input")
-        return tuple(read.turns)
-
-    @staticmethod
-    def _sampling(body: Mapping[str, Any]) -> Sampling:
-        limit = body.get("max_output_tokens")
-        most = None if limit is None else whole(1)("max_output_tokens", limit)
-        sampling = replace(Sampling.from_json({**body, "max_tokens": None}), max_tokens=most)
-        form = an_object("text.format", given(an_object("text", given(body, "text", {})), "format", {"type": "text"}))
-        kind = one_of("text.format.type", form.get("type"), ("text", "json_object", "json_schema"))
-        if kind == "text":
-            return sampling
-        schema = form.get("schema") if kind == "json_schema" else {"type": "object"}
-        return replace(sampling, json_schema=a_schema("text.format.schema", schema))
+                why = ": no state is kept here, send the whole conversation as input" if name != "top_logprobs" else " here"
+                raise InvalidRequest(f"{name} is not served{why}", name)
+        self._truncates = one_of("truncation", given(body, "truncation", "disabled"), ("auto", "disabled")) == "auto"
+        self._input = ResponseInput(body)
+        reasoning, text = (optional(body, name, an_object, {}) for name in ("reasoning", "text"))
+        schema, limit = read_format("text.format", text.get("format")), optional(body, "max_output_tokens", whole(1))
+        return GenerateRequest(
+            model=optional(body, "model", a_string, "default"),
+            messages=tuple(self._input.turns),
+            parallel_tool_calls=flag(body, "parallel_tool_calls", True),
+            continue_final_message=False,
+            template_args=read_template_args(body, "reasoning.effort", reasoning.get("effort")),
+            sampling=Sampling.from_json({**body, "max_tokens": None}, max_tokens=limit, json_schema=schema),
+            split_markers=True,
+            **read_tool_choice(given(body, "tool_choice", "auto"), self._input.functions),
+        )
 
     def events(self, service: Service, cancel: Cancellation) -> Iterator[Event]:
         """With `truncation` auto, the oldest turns of a conversation that is too long are left out."""
@@ -9563,107 +8422,97 @@ class Responses(BlockDialect):
     # Events, numbered as they go out
 
     def _event(self, kind: str, /, **fields: Any) -> dict[str, Any]:
-        return {"type": f"response.{kind}", "sequence_number": next(self._count), **fields}
-
-    def begin(self) -> Iterator[dict[str, Any]]:
-        yield from self._announcement()
-        yield self._event("in_progress", response=self._response("in_progress"))
-
-    def _announcement(self) -> Iterator[dict[str, Any]]:
-        if not self._announced:
-            self._announced = True
-            yield self._event("created", response=self._response("in_progress"))
+        self._sent += 1
+        return {"type": f"response.{kind}", "sequence_number": self._sent - 1, **fields}
 
     def idle(self) -> dict[str, Any]:
         """The first event must be `created`, also while the model loads."""
-        return next(self._announcement(), None) or self._event("in_progress", response=self._response("in_progress"))
+        return self._event("in_progress" if self._sent else "created", response=self._response("in_progress"))
 
     def failure(self, error: ApiError) -> Iterator[dict[str, Any]]:
-        yield from self._announcement()
-        said = {"code": error.code, "message": str(error)}
-        yield self._event("failed", response=self._response("failed") | {"error": said})
+        if not self._sent:
+            yield self.idle()
+        yield self._event("failed", response=self._response("failed", error={"code": error.code, "message": str(error)}))
+
+    def chunks(self, event: Event) -> Iterator[dict[str, Any]]:
+        if isinstance(event, Queued):
+            if not self._sent:
+                yield self.idle()
+            yield self.idle()
+        yield from super().chunks(event)
+        if isinstance(event, Usage):
+            response = self.document()
+            yield self._event(response["status"], response=response)
 
     def opened(self, block: Block) -> Iterator[dict[str, Any]]:
-        freeform = block.kind == "call" and self._tools.meaning(block.name).freeform
-        prefix = {"text": "msg", "thought": "rs", "call": "ctc" if freeform else "fc"}[block.kind]
-        block.id = f"{prefix}_{os.urandom(12).hex()}"
         item = self._item(replace(block, parts=[]), "in_progress")
-        if block.kind == "call":
-            yield self._event("output_item.added", output_index=block.index, item=item)
-            return
-        yield self._event("output_item.added", output_index=block.index, item=item | {"content": []})
-        yield self._event("content_part.added", **self._part_at(block), part=item["content"][0])
-
-    @staticmethod
-    def _at(block: Block) -> dict[str, Any]:
-        return {"item_id": block.id, "output_index": block.index}
-
-    def _part_at(self, block: Block) -> dict[str, Any]:
-        return self._at(block) | {"content_index": 0}
+        parts = item.get("content", ())
+        yield self._event("output_item.added", output_index=block.index, item=item | ({"content": []} if parts else {}))
+        for part in parts:
+            yield self._event("content_part.added", **self._at(block), part=part)
 
     def more(self, block: Block, text: str) -> Iterator[dict[str, Any]]:
-        if block.kind == "text":
-            yield self._event("output_text.delta", **self._part_at(block), delta=text, logprobs=[])
-        elif block.kind == "thought":
-            yield self._event("reasoning_text.delta", **self._part_at(block), delta=text)
-        elif not self._tools.meaning(block.name).freeform:  # its input is told when it is whole
-            yield self._event("function_call_arguments.delta", **self._at(block), delta=text)
+        kind = self._kind(block)
+        if kind != "freeform":  # its input is told when it is whole
+            more = {"delta": text, "logprobs": list[Any]()} if kind == "text" else {"delta": text}
+            yield self._event(f"{self.KINDS[kind][1]}.delta", **self._at(block), **more)
 
     def closed(self, block: Block) -> Iterator[dict[str, Any]]:
-        item = self._item(block, self._status(block))
-        if block.kind == "call":
-            yield from self._call_done(block)
-        else:
-            done = {"text": block.text} | ({"logprobs": list[Any]()} if block.kind == "text" else {})
-            name = "output_text" if block.kind == "text" else "reasoning_text"
-            yield self._event(f"{name}.done", **self._part_at(block), **done)
-            yield self._event("content_part.done", **self._part_at(block), part=item["content"][0])
+        kind, item = self._kind(block), self._item(block, self._status(block))
+        name = self.KINDS[kind][1]
+        done: dict[str, Any] = {"text": block.text, "logprobs": []} if kind == "text" else {"text": block.text}
+        if kind == "call":
+            done = {"name": item["name"], "arguments": block.text}
+        elif kind == "freeform":
+            done = {"input": item["input"]}
+            yield self._event(f"{name}.delta", **self._at(block), delta=item["input"])
+        yield self._event(f"{name}.done", **self._at(block), **done)
+        for part in item.get("content", ()):
+            yield self._event("content_part.done", **self._at(block), part=part)
         yield self._event("output_item.done", output_index=block.index, item=item)
 
-    def _call_done(self, block: Block) -> Iterator[dict[str, Any]]:
-        tool = self._tools.meaning(block.name)
-        if tool.freeform:
-            written = raw_input(block.text)
-            yield self._event("custom_tool_call_input.delta", **self._at(block), delta=written)
-            yield self._event("custom_tool_call_input.done", **self._at(block), input=written)
-        else:
-            yield self._event("function_call_arguments.done", **self._at(block), name=tool.name, arguments=block.text)
-
-    def finish(self) -> Iterator[dict[str, Any]]:
-        response = self.document()
-        yield self._event(response["status"], response=response)
+    def _at(self, block: Block) -> dict[str, Any]:
+        place = {"item_id": self._id(block), "output_index": block.index}
+        return place if block.kind == "call" else place | {"content_index": 0}
 
     # Items
 
+    def _kind(self, block: Block) -> str:
+        return "freeform" if block.kind == "call" and block.name in self._input.freeform else block.kind
+
+    def _id(self, block: Block) -> str:
+        return f"{self.KINDS[self._kind(block)][0]}_{self.id}{block.index:02x}"
+
     def _status(self, block: Block) -> str:
-        cut = self.choice.finish_reason == "length" and block is self.choice.blocks[-1]
+        cut = self.choices[0].finish_reason == "length" and block is self.choices[0].blocks[-1]
         return "incomplete" if cut else "completed"
 
     def _item(self, block: Block, status: str) -> dict[str, Any]:
         if block.kind == "text":
             part = {"type": "output_text", "text": block.text, "annotations": [], "logprobs": []}
-            return {"id": block.id, "type": "message", "role": "assistant", "status": status, "content": [part]}
+            return {"id": self._id(block), "type": "message", "role": "assistant", "status": status, "content": [part]}
         if block.kind == "thought":
             sealed = base64.b64encode(block.text.encode("utf-8", "replace")).decode()
-            return {"id": block.id, "type": "reasoning", "status": status, "summary": [], "encrypted_content": sealed,
+            return {"id": self._id(block), "type": "reasoning", "status": status, "summary": [], "encrypted_content": sealed,
                     "content": [{"type": "reasoning_text", "text": block.text}]}  # fmt: skip
-        tool = self._tools.meaning(block.name)
-        call = {"id": block.id, "call_id": block.call_id, "name": tool.name, "status": status}
-        call |= {"namespace": tool.namespace} if tool.namespace else {}
-        if tool.freeform:
-            return call | {"type": "custom_tool_call", "input": raw_input(block.text)}
+        known = self._input.known.get(block.name, {"name": block.name})
+        call = {"id": self._id(block), "call_id": block.call_id, **known, "status": status}
+        if block.name in self._input.freeform:
+            written = block.arguments().get("input")  # else the arguments stay as they are
+            return call | {"type": "custom_tool_call", "input": written if isinstance(written, str) else block.text}
         return call | {"type": "function_call", "arguments": block.text}
 
     def document(self) -> dict[str, Any]:
         """The response at its end."""
-        cut = self.choice.finish_reason == "length"
-        response = self._response("incomplete" if cut else "completed")
-        response["output"] = [self._item(b, self._status(b)) for b in self.choice.blocks]
-        return response | ({"incomplete_details": {"reason": "max_output_tokens"}} if cut else {})
+        cut = self.choices[0].finish_reason == "length"
+        output = [self._item(block, self._status(block)) for block in self.choices[0].blocks]
+        why = {"reason": "max_output_tokens"} if cut else None
+        return self._response("incomplete" if cut else "completed", output=output, incomplete_details=why)
 
-    def _response(self, status: str) -> dict[str, Any]:
-        state = {"status": status, "error": None, "incomplete_details": None, "model": self.model, "output": list[Any]()}
-        return self._fixed | state | {"usage": self._usage(), "store": False, "background": False, "previous_response_id": None}
+    def _response(self, status: str, **more: Any) -> dict[str, Any]:
+        state = {"status": status, "error": None, "incomplete_details": None, "model": self.model, "output": list[Any](),
+                 "usage": self._usage(), "store": False, "background": False, "previous_response_id": None}  # fmt: skip
+        return self._fixed | state | more
 
     def _usage(self) -> dict[str, Any] | None:
         if self.usage is None:
@@ -9704,17 +8553,6 @@ def keep_seconds(name: str, value: Any) -> float:
     return -seconds if found[1] else min(seconds, MAX_KEEP)
 
 
-def kept(events: Iterator[Event], dialect: Dialect, service: Service, seconds: float | None) -> Iterator[Event]:
-    """Passes events on; behind them the model stays for so many seconds, None: as it would anyhow."""
-    try:
-        for event in events:
-            if seconds is not None and isinstance(event, (Usage, Vectors)):  # the client may ask as soon as it has the last one
-                service.table.keep(dialect.model, seconds)
-            yield event
-    finally:
-        if seconds is not None:
-            service.table.keep(dialect.model, seconds)
-
 
 def rfc3339(seconds: float) -> str:
     """A time since the epoch, as in 2026-01-31T12:00:00.000000Z."""
@@ -9729,13 +8567,9 @@ def ollama_sampling(body: Mapping[str, Any]) -> Sampling:
     limit, seed = optional(options, "num_predict", whole(-2), -1), optional(options, "seed", whole(), -1)
     own = {"max_tokens": limit if limit > 0 else None, "seed": seed if seed >= 0 else None, "json_schema": None, "grammar": None}
     top = optional(body, "top_logprobs", whole(0, 20), 0)
-    sampling = Sampling.from_json({**neutral(options), **own}, logprobs=top if flag(body, "logprobs") else None)
-    format = body.get("format")
-    if format is None or format == "":
-        return sampling
-    if isinstance(format, str):
-        one_of("format", format, ("json",))
-    return replace(sampling, json_schema=a_schema("format", {"type": "object"} if format == "json" else format))
+    format = {"type": "object"} if body.get("format") == "json" else given(body, "format", "")
+    schema = None if format == "" else Schema("format", one_type(dict, '"json" or a JSON schema')("format", format))
+    return Sampling.from_json({**neutral(options), **own}, logprobs=top if flag(body, "logprobs") else None, json_schema=schema)
 
 
 def ollama_engine(body: Mapping[str, Any]) -> dict[str, Any]:
@@ -9758,14 +8592,6 @@ def neutral(body: Mapping[str, Any]) -> dict[str, Any]:
     return own
 
 
-def ollama_thinking(body: Mapping[str, Any]) -> dict[str, Any]:
-    """Translates `think` for templates: on or off, or an effort."""
-    think = body.get("think")
-    if think is None:
-        return {}
-    return {"enable_thinking": think} if isinstance(think, bool) else effort_args("think", think)
-
-
 def ollama_images(where: str, holder: Mapping[str, Any], newest: bool) -> list[str]:
     """Lists a turn's images for with_note. Those of the user's newest turn are refused."""
     if not optional(holder, "images", one_type(list, "a list"), []):
@@ -9781,34 +8607,38 @@ class OllamaRoute(Dialect):
     api = "ollama"
     use = "generate"  # what the model is loaded for
 
-    def __init__(self, body: Mapping[str, Any]) -> None:
-        self._began, self._ready = time.monotonic(), 0.0
+    def common(self, body: Mapping[str, Any]) -> dict[str, Any]:
+        """The fields that all its requests have."""
+        self._began = self._ready = time.monotonic()
         self._keep = optional(body, "keep_alive", keep_seconds)
         if body.get("model") is None:
             raise InvalidRequest("model is required: the name of a model, or default", "model")
-        super().__init__(body)
-
-    def asks(self) -> bool:
-        """True if there is a question."""
-        raise NotImplementedError
+        return {"model": a_string("model", body["model"]), "engine": ollama_engine(body)}
 
     def events(self, service: Service, cancel: Cancellation) -> Iterator[Event]:
-        events = super().events(service, cancel) if self.asks() else self._loads(service, cancel)
-        return kept(events, self, service, self._keep)
+        """Without a question the model is only loaded, or let go. Behind the answer it stays as long as keep_alive says."""
+        asks = any(getattr(self.request, name, None) for name in ("prompts", "messages", "infill", "inputs"))
+        try:
+            for event in super().events(service, cancel) if asks else self._loads(service, cancel):
+                if isinstance(event, Queued):
+                    self._ready = time.monotonic()
+                elif isinstance(event, Usage):  # the client may ask as soon as it has the last one
+                    self._stay(service)
+                yield event
+        finally:
+            self._stay(service)
+
+    def _stay(self, service: Service) -> None:
+        if self._keep is not None:
+            service.table.keep(self.model, self._keep)
 
     def _loads(self, service: Service, cancel: Cancellation) -> Iterator[Event]:
-        """Loads the model, or lets it go."""
         if self._keep == 0:
             yield Queued(service.table.resolve(self.request.model, cancel))
         else:
             yield from service.load(self.request.model, self.use, cancel, self.request.engine)
-        yield Vectors(0, ()) if self.use == "embed" else ChoiceEnd(0, "unload" if self._keep == 0 else "load")
+        yield ChoiceEnd(0, "unload" if self._keep == 0 else "load")
         yield Usage(0, 0, 0, 0.0, 0.0)
-
-    def note(self, event: Event) -> None:
-        super().note(event)
-        if isinstance(event, Queued):
-            self._ready = time.monotonic()
 
     def times(self) -> dict[str, int]:
         """Durations in nanoseconds."""
@@ -9817,53 +8647,45 @@ class OllamaRoute(Dialect):
 
 
 class Ollama(OllamaRoute):
-    """Base of Ollama's two text routes, which stream unless told otherwise."""
+    """Base of Ollama's two text routes."""
 
-    def __init__(self, body: Mapping[str, Any]) -> None:
-        self._shown_calls = 0
-        super().__init__({**body, "stream": True if body.get("stream") is None else body["stream"]})
+    streams = True
 
     def read(self, body: Mapping[str, Any]) -> GenerateRequest:
-        return GenerateRequest(
-            model=a_string("model", body["model"]), sampling=ollama_sampling(body), template_args=ollama_thinking(body),
-            engine=ollama_engine(body),
-        )
+        think = body.get("think")
+        args = {"enable_thinking": think} if isinstance(think, bool) else read_template_args({}, "think", think)
+        return GenerateRequest(**self.common(body), sampling=ollama_sampling(body), template_args=args)
 
-    def said(self, text: str, thought: str, calls: list[dict[str, Any]]) -> dict[str, Any]:
+    def said(self, text: str, more: dict[str, Any]) -> dict[str, Any]:
         """Puts the model's words into this route's fields."""
         raise NotImplementedError
 
-    def asks(self) -> bool:
-        return bool(self.request.prompts or self.request.messages or self.request.infill)
-
     def chunks(self, event: Event) -> Iterator[dict[str, Any]]:
-        if isinstance(event, (Text, Thought)) and (event.text or event.logprobs):
-            text, thought = (event.text, "") if isinstance(event, Text) else ("", event.text)
-            yield self._document(text, thought, logprobs=event.logprobs)
-        elif isinstance(event, (CallBegan, ChoiceEnd)):  # calls go out whole
-            done = len(self.choices[0].calls) - isinstance(event, CallBegan)
-            if done > self._shown_calls:
-                yield self._document(calls=[self._shown(done - 1)])
-                self._shown_calls = done
+        if isinstance(event, (Text, Thought)):
+            yield self._document(Choice(event), [])
+        elif isinstance(event, (CallBegan, ChoiceEnd)):  # a call goes out whole: when the next one begins, or at the end
+            whole = len(self.choices[0].calls) - isinstance(event, CallBegan)
+            if whole:
+                yield self._document(Choice(), self._calls()[whole - 1 : whole])
         elif isinstance(event, Usage):
-            yield self._document(**self._end(event))
+            yield self._document(Choice(), [], **self._end(event))
 
     def document(self) -> dict[str, Any]:
         assert self.usage
-        choice, end = self.choices[0], self._end(self.usage)
-        calls = map(self._shown, range(len(choice.calls)))
-        return self._document(choice.text, choice.said("thought"), calls, choice.logprobs, **end)
+        return self._document(self.choices[0], self._calls(), **self._end(self.usage))
 
-    def _document(self, text: str = "", thought: str = "", calls: Iterable[dict[str, Any]] = (),
-                  logprobs: Seq[TokenLogprob] = (), **end: Any) -> dict[str, Any]:  # fmt: skip
-        shown = {"logprobs": shown_logprobs(logprobs)} if logprobs else {}
-        return {"model": self.request.model, "created_at": rfc3339(time.time()), **self.said(text, thought, list(calls)),
-                "done": bool(end), **shown, **end}  # fmt: skip
+    def _document(self, choice: Choice, calls: list[dict[str, Any]], **end: Any) -> dict[str, Any]:
+        logprobs = {"logprobs": shown_logprobs(choice.logprobs)} if choice.logprobs else {}
+        more: dict[str, Any] = {"thinking": choice.said("thought"), "tool_calls": calls}
+        said = self.said(choice.said(), {name: value for name, value in more.items() if value})
+        return {"model": self.request.model, "created_at": rfc3339(time.time()), **said, "done": bool(end), **logprobs, **end}
 
-    def _shown(self, index: int) -> dict[str, Any]:
-        """A call with its arguments as an object."""
-        call = self.choices[0].calls[index]
-        return {"id": call.call_id, "function": {"index": index, "name": call.name, "arguments": call.arguments()}}
+    def _calls(self) -> list[dict[str, Any]]:
+        """The calls with their arguments as objects."""
+        return [
+            {"id": call.call_id, "function": {"index": i, "name": call.name, "arguments": call.arguments()}}
+            for i, call in enumerate(self.choices[0].calls)
+        ]
 
     def _end(self, usage: Usage) -> dict[str, Any]:
         """The last document's reason, counts and durations."""
@@ -9880,37 +8702,30 @@ class OllamaChat(Ollama):
     """`/api/chat`."""
 
     def read(self, body: Mapping[str, Any]) -> GenerateRequest:
-        tools = optional(body, "tools", one_type(list, "a list"), [])
-        typed = [{"type": "function", **tool} if isinstance(tool, dict) else tool for tool in tools]
-        functions, builtins = read_tools({"tools": typed})
-        messages = optional(body, "messages", one_type(list, "a list"), [])
-        return replace(super().read(body), messages=self._messages(messages), tools=functions, builtins=builtins,
-                       split_markers=True)  # fmt: skip
+        tools = [{"type": "function", **tool} for _, tool in listed("tools", given(body, "tools", []))]
+        functions, builtins = read_tools({"tools": tools})
+        return replace(super().read(body), messages=self._messages(body), tools=functions, builtins=builtins, split_markers=True)
 
     @staticmethod
-    def _messages(messages: list[Any]) -> tuple[dict[str, Any], ...] | None:
+    def _messages(body: Mapping[str, Any]) -> tuple[dict[str, Any], ...] | None:
         """The messages as templates want them. Calls have no ids in this API: results follow in the order of the calls."""
-        read, count, called, newest = [], itertools.count(), deque[str](), newest_turn(messages)
-        for i, message in enumerate(messages):
-            where = f"messages[{i}]"
-            images = ollama_images(f"{where}.images", an_object(where, message), message is newest)
-            calls = [
-                {"id": f"call{next(count):05d}", **call} if isinstance(call, dict) else call
-                for call in optional(message, "tool_calls", one_type(list, "a list"), [])
-            ]
-            turn = {**message, "tool_calls": calls, "reasoning_content": message.get("thinking")}
-            text = flat_content(f"{where}.content", "" if message.get("content") is None else message["content"])
-            turn["content"] = with_note(text, images)
-            turn["name"] = message.get("name") if message.get("tool_name") is None else message["tool_name"]
+        read, count, called = [], itertools.count(), deque[str]()
+        messages = listed("messages", given(body, "messages", []))
+        newest = newest_turn([message for _, message in messages])
+        for where, message in messages:
+            calls = listed(f"{where}.tool_calls", given(message, "tool_calls", []))
+            named = [{"id": f"call{next(count):05d}", **call} for _, call in calls]
+            images = ollama_images(f"{where}.images", message, message is newest)
+            text = with_note(flat_content(f"{where}.content", given(message, "content", "")), images)
+            turn = {**message, "tool_calls": named, "content": text, "name": given(message, "tool_name", message.get("name"))}
             if message.get("role") == "tool" and message.get("tool_call_id") is None and called:
                 turn["tool_call_id"] = called.popleft()
             read.append(turn)
-            called.extend(str(call.get("id")) for call in calls if isinstance(call, dict))
+            called.extend(str(call["id"]) for call in named)
         return read_messages({"messages": read or None})
 
-    def said(self, text: str, thought: str, calls: list[dict[str, Any]]) -> dict[str, Any]:
-        more = {"thinking": thought} if thought else {}
-        return {"message": {"role": "assistant", "content": text, **more, **({"tool_calls": calls} if calls else {})}}
+    def said(self, text: str, more: dict[str, Any]) -> dict[str, Any]:
+        return {"message": {"role": "assistant", "content": text, **more}}
 
 
 class OllamaGenerate(Ollama):
@@ -9933,8 +8748,8 @@ class OllamaGenerate(Ollama):
         turns = ({"role": "system", "content": system},) if system else ()
         return replace(request, messages=(*turns, {"role": "user", "content": prompt}), split_markers=True)
 
-    def said(self, text: str, thought: str, calls: list[dict[str, Any]]) -> dict[str, Any]:
-        return {"response": text, **({"thinking": thought} if thought else {})}
+    def said(self, text: str, more: dict[str, Any]) -> dict[str, Any]:
+        return {"response": text, **more}
 
 
 class OllamaEmbed(OllamaRoute, Embeddings):
@@ -9943,37 +8758,28 @@ class OllamaEmbed(OllamaRoute, Embeddings):
     use = "embed"
 
     def read(self, body: Mapping[str, Any]) -> EmbedRequest:
-        self._base64, given = False, self.given(body)
-        optional(body, "options", an_object)
+        given = body.get("input")
         return EmbedRequest(
-            model=a_string("model", body["model"]),
-            inputs=() if given is None or given in ("", []) else read_inputs(given, may_be_empty=True),
+            **self.common(body),
+            inputs=() if given in (None, "", []) else read_texts("input", given, MAX_INPUTS),
             dimensions=optional(body, "dimensions", whole(1)),
-            truncate=body.get("truncate") is None or flag(body, "truncate"),
-            engine=ollama_engine(body),
+            truncate=flag(body, "truncate", True),
         )
-
-    def given(self, body: Mapping[str, Any]) -> Any:
-        """The input."""
-        return body.get("input")
-
-    def asks(self) -> bool:
-        return bool(self.request.inputs)
 
     def document(self) -> dict[str, Any]:
         assert self.usage
-        vectors = [self._embedding(row) for row in self._rows]
+        vectors = [numbers(row) for row in self.rows]
         return {"model": self.request.model, "embeddings": vectors, **self.times(), "prompt_eval_count": self.usage.prompt_tokens}
 
 
 class OllamaEmbedding(OllamaEmbed):
     """`/api/embeddings`, its older form: one prompt, one vector."""
 
-    def given(self, body: Mapping[str, Any]) -> Any:
-        return optional(body, "prompt", a_string)
+    def read(self, body: Mapping[str, Any]) -> EmbedRequest:
+        return super().read({**body, "input": optional(body, "prompt", a_string)})
 
     def document(self) -> dict[str, Any]:
-        return {"embedding": self._embedding(self._rows[0]) if self._rows else []}
+        return {"embedding": numbers(self.rows[0]) if self.rows else []}
 
 
 class OllamaPull(Dialect):
@@ -9981,26 +8787,20 @@ class OllamaPull(Dialect):
 
     api = "ollama"
     EVENT_SECONDS = 0.1  # between documents about one file
+    streams = True
     places = threading.BoundedSemaphore(MAX_PULLS)
 
-    def __init__(self, body: Mapping[str, Any]) -> None:
-        super().__init__({**body, "stream": True if body.get("stream") is None else body["stream"]})
-        self._told = -math.inf
-
     def read(self, body: Mapping[str, Any]) -> GenerateRequest:
-        name = body.get("name") if body.get("model") is None else body["model"]
-        wanted = repository(a_string("model", name))
+        name = first_given(body, a_string, "model", "name") or ""
+        wanted = repository(name)
         if wanted is None:
             raise InvalidRequest("model must name a repository of a Hugging Face hub: hf.co/OWNER/REPO:QUANT", "model")
-        self._wanted = wanted
-        return GenerateRequest(str(name))
+        self._wanted, self._told = wanted, -math.inf
+        return GenerateRequest(name)
 
     def events(self, service: Service, cancel: Cancellation) -> Iterator[Event]:
         if not service.allow_pull:
             raise Forbidden("This server fetches nothing for its clients unless it is started with --allow-pull")
-        return self._fetched(service, cancel)
-
-    def _fetched(self, service: Service, cancel: Cancellation) -> Iterator[Event]:
         if not self.places.acquire(blocking=False):
             raise Overloaded(f"{MAX_PULLS} models are being fetched already, which is as many as may be at once")
         try:
@@ -10010,7 +8810,7 @@ class OllamaPull(Dialect):
             yield from pull.run(plan)
         finally:
             self.places.release()
-        service.table.scan()
+        service.table.models(0.0)
         yield Fetching("success")
 
     def documents(self, event: Event) -> Iterator[dict[str, Any]]:
@@ -10030,7 +8830,7 @@ class OllamaPull(Dialect):
 def header_metadata(path: str, size: int, mtime_ns: int) -> Mapping[str, Any]:
     """A file's whole metadata, read once while it is unchanged; none if it cannot be read."""
     try:
-        return read_gguf_header(path, size).metadata
+        return read_gguf_header(path).metadata
     except (GgufError, OSError, struct.error, ValueError, TypeError, ArithmeticError, MemoryError):  # damage of any kind
         return {}
 
@@ -10050,10 +8850,16 @@ def parameter_number(words: str | None) -> int | None:
     return int(float(found[1]) * {"": 1, "K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}[found[2]]) if found else None
 
 
-def context_of(service: Service, info: ModelInfo, resident: Resident | None) -> int:
+def worker_of(service: Service, info: ModelInfo) -> Worker | None:
+    """The model as it is loaded, if it is."""
+    return next((worker for worker in service.table.workers() if worker.info.id == info.id), None)
+
+
+def context_of(service: Service, info: ModelInfo) -> int:
     """Tokens that a request to this model may have: as it is loaded, else as it would be where the memory is enough."""
     own = info.context_length or 8192
-    return resident.loaded.ctx if resident else min(service.settings.engine.ctx or min(own, 8192), own)
+    worker = worker_of(service, info)
+    return worker.loaded.ctx if worker else min(service.settings.engine.ctx or min(own, 8192), own)
 
 
 def template_of(metadata: Mapping[str, Any]) -> str:
@@ -10061,32 +8867,21 @@ def template_of(metadata: Mapping[str, Any]) -> str:
     return str(metadata.get("tokenizer.chat_template") or "")
 
 
-def ollama_name(id: str) -> str:
-    """Ollama's names have a tag."""
-    return id if ":" in id else f"{id}:latest"
-
-
 def ollama_model(info: ModelInfo) -> dict[str, Any]:
-    """A model in Ollama's lists. Its digest stands for the file as it is, without reading it."""
+    """A model in Ollama's lists, whose names have a tag. Its digest stands for the file as it is, without reading it."""
     import hashlib
 
-    modified = 0
+    modified, name = 0, info.id if ":" in info.id else f"{info.id}:latest"
     with contextlib.suppress(OSError):
         modified = os.stat(info.path).st_mtime_ns
     told = f"{info.path}\0{info.size_bytes}\0{modified}".encode("utf-8", "surrogateescape")
-    return {
-        "name": ollama_name(info.id), "model": ollama_name(info.id), "modified_at": rfc3339(modified / 1e9),
-        "size": info.size_bytes, "digest": hashlib.sha256(told).hexdigest(), "details": ollama_details(info),
-    }  # fmt: skip
+    details = {"parent_model": "", "format": "gguf", "family": info.architecture, "families": [info.architecture],
+               "parameter_size": info.parameter_count or "", "quantization_level": info.quantization or ""}  # fmt: skip
+    return {"name": name, "model": name, "modified_at": rfc3339(modified / 1e9), "size": info.size_bytes,
+            "digest": hashlib.sha256(told).hexdigest(), "details": details}  # fmt: skip
 
 
-def ollama_details(info: ModelInfo) -> dict[str, Any]:
-    """A model's `details`, as every list of Ollama's has them."""
-    return {"parent_model": "", "format": "gguf", "family": info.architecture, "families": [info.architecture],
-            "parameter_size": info.parameter_count or "", "quantization_level": info.quantization or ""}  # fmt: skip
-
-
-def ollama_show(info: ModelInfo, resident: Resident | None) -> dict[str, Any]:
+def ollama_show(service: Service, info: ModelInfo) -> dict[str, Any]:
     """The document of `/api/show`."""
     metadata, listed, count = model_metadata(info), ollama_model(info), parameter_number(info.parameter_count)
     told: dict[str, Any] = {k: v for k, v in metadata.items() if k != "tokenizer.chat_template"
@@ -10098,25 +8893,24 @@ def ollama_show(info: ModelInfo, resident: Resident | None) -> dict[str, Any]:
     return {
         "modelfile": f"FROM {os.path.basename(info.path)}\n", "parameters": "", "template": template_of(metadata),
         "license": str(metadata.get("general.license") or ""), "modified_at": listed["modified_at"],
-        "details": listed["details"], "model_info": told, "capabilities": capabilities(info, metadata, resident),
+        "details": listed["details"], "model_info": told, "capabilities": capabilities(info, metadata, worker_of(service, info)),
     }  # fmt: skip
 
 
-def capabilities(info: ModelInfo, metadata: Mapping[str, Any], resident: Resident | None) -> list[str]:
+def capabilities(info: ModelInfo, metadata: Mapping[str, Any], worker: Worker | None) -> list[str]:
     """The model's abilities in Ollama's words, read from its header; only a loaded model is sure to fill gaps."""
     if info.embedding:
         return ["embedding"]
     template = template_of(metadata)
-    fills = "tokenizer.ggml.fim_mid_token_id" in metadata or bool(resident and "mid" in resident.loaded.chat.fim)
+    fills = "tokenizer.ggml.fim_mid_token_id" in metadata or bool(worker and "mid" in worker.loaded.chat.fim)
     thinks = re.search(r"enable_thinking|reasoning_content|<think>|thinking", template) is not None
     can = {"completion": True, "tools": re.search(r"\btools\b", template) is not None, "thinking": thinks, "insert": fills}
     return [name for name, is_so in can.items() if is_so]
 
 
-def listed_model(service: Service, info: ModelInfo, residents: Iterable[Resident]) -> dict[str, Any]:
+def listed_model(service: Service, info: ModelInfo) -> dict[str, Any]:
     """A model for every client at once: OpenAI's fields, Anthropic's, vLLM's and llama-server's."""
-    context = context_of(service, info, next((r for r in residents if r.info.id == info.id), None))
-    began = int(service.started)
+    context, began = context_of(service, info), int(service.started)
     return {
         "id": info.id, "object": "model", "created": began, "owned_by": "shimmy",
         "type": "model", "display_name": info.name, "created_at": rfc3339(began),
@@ -10126,16 +8920,16 @@ def listed_model(service: Service, info: ModelInfo, residents: Iterable[Resident
     }  # fmt: skip
 
 
-def model_properties(service: Service, info: ModelInfo, resident: Resident | None) -> dict[str, Any]:
+def model_properties(service: Service, info: ModelInfo) -> dict[str, Any]:
     """llama-server's `/props`; nothing is loaded for it, and no directory is told."""
-    context, metadata = context_of(service, info, resident), model_metadata(info)
-    tools = "tools" in capabilities(info, metadata, resident)
+    worker, metadata = worker_of(service, info), model_metadata(info)
+    tools = "tools" in capabilities(info, metadata, worker)
     caps = {"supports_system_role": True} | {f"supports_{what}": tools for what in ("tools", "tool_calls", "parallel_tool_calls")}
     return {
-        "default_generation_settings": {"n_ctx": context}, "total_slots": service.settings.engine.parallel,
+        "default_generation_settings": {"n_ctx": context_of(service, info)}, "total_slots": service.settings.engine.parallel,
         "model_alias": info.id, "model_path": os.path.basename(info.path), "chat_template": template_of(metadata),
         "chat_template_caps": caps,
-        "modalities": {"vision": False, "audio": False}, "build_info": f"shimmy-{__version__}", "is_sleeping": resident is None,
+        "modalities": {"vision": False, "audio": False}, "build_info": f"shimmy-{__version__}", "is_sleeping": worker is None,
     }  # fmt: skip
 
 
@@ -10181,7 +8975,7 @@ class LlamaCompletion(Dialect):
     }  # fmt: skip
 
     def read(self, body: Mapping[str, Any]) -> GenerateRequest:
-        self._prompt_tokens, self._first, self._broke = 0, 0.0, False
+        self._broke = False
         self._seconds = optional(body, "t_max_predict_ms", number(-1, 1e9), 0.0) / 1000  # of writing, from a line's end on
         fields = optional(body, "response_fields", one_type(list, "a list"))
         self._fields = None if fields is None else [a_string("response_fields", f) for f in fields]
@@ -10205,54 +8999,44 @@ class LlamaCompletion(Dialect):
         """The request with its prompts."""
         if body.get("prompt") is None:
             raise InvalidRequest("prompt is required: a string, token ids, or a list of these", "prompt")
-        return replace(request, prompts=read_prompts(body["prompt"]))
+        return replace(request, prompts=read_texts("prompt", body["prompt"], MAX_TEXTS))
 
     def events(self, service: Service, cancel: Cancellation) -> Iterator[Event]:
         """The answer ends early when the client's time is over; an answer of no tokens has no text."""
-        with contextlib.closing(super().events(service, cancel)) as events:  # type: ignore[type-var]
-            for event in events:
-                if isinstance(event, Text) and self._limit != 0:
-                    self._watch(event, cancel)
-                    yield event
-                elif not isinstance(event, Text):
-                    yield event
-
-    def _watch(self, event: Text, cancel: Cancellation) -> None:
-        self._first, self._broke = self._first or time.monotonic(), self._broke or "\n" in event.text
-        if self._seconds and self._broke and not cancel.cancelled and time.monotonic() - self._first > self._seconds:
-            cancel.cancel(gently=True)
-
-    def note(self, event: Event) -> None:
-        super().note(event)
-        if isinstance(event, Queued):
-            self._prompt_tokens = event.prompt_tokens
+        for event in super().events(service, cancel):
+            self._broke = self._broke or (isinstance(event, Text) and "\n" in event.text)
+            late = bool(self._seconds and self.first) and time.monotonic() - (self.first or 0) > self._seconds
+            if late and self._broke and not cancel.cancelled:
+                cancel.cancel(gently=True)
+            if self._limit != 0 or not isinstance(event, Text):
+                yield event
 
     def chunks(self, event: Event) -> Iterator[dict[str, Any]]:
-        if isinstance(event, Text) and (event.text or event.logprobs):
-            piece = {"stop": False, "tokens_evaluated": self._prompt_tokens}
-            yield self._document(event.index, event.text, event.logprobs) | piece
+        if isinstance(event, Text):
+            yield self._document(event.index, Choice(event)) | {"stop": False, "tokens_evaluated": self.prompt_tokens}
         elif isinstance(event, ChoiceEnd):
-            yield self._end(event, "", ())
+            yield self._end(event, Choice())
 
     def document(self) -> Any:
         """An object, or for several prompts a list of them."""
-        ends = [self._end(choice.end, choice.text, choice.logprobs) for _, choice in self.in_order() if choice.end]
+        ends = [self._end(choice.end, choice) for _, choice in self.in_order() if choice.end]
         return ends if len(self.request.prompts) > 1 else ends[0]
 
-    def _document(self, index: int, text: str, logprobs: Seq[TokenLogprob]) -> dict[str, Any]:
-        shown = {"completion_probabilities": [self._probability(t) for t in logprobs]} if logprobs and self._count else {}
-        tokens = [t.id for t in logprobs] if self._with_tokens else []
-        return {"index": index, "content": text, "tokens": tokens, "id_slot": -1, **shown}
+    def _document(self, index: int, choice: Choice) -> dict[str, Any]:
+        shown = [self._probability(t) for t in choice.logprobs] if self._count else []
+        tokens = [t.id for t in choice.logprobs] if self._with_tokens else []
+        probabilities = {"completion_probabilities": shown} if shown else {}
+        return {"index": index, "content": choice.said(), "tokens": tokens, "id_slot": -1, **probabilities}
 
     @staticmethod
     def _probability(token: TokenLogprob) -> dict[str, Any]:
         top = [{"id": id, **shown} for id, shown in zip(token.ids, map(shown_token, token.names, token.logprobs), strict=True)]
         return {"id": token.id, **shown_token(token.token, token.logprob), "top_logprobs": top}
 
-    def _end(self, end: ChoiceEnd, text: str, logprobs: Seq[TokenLogprob]) -> dict[str, Any]:
+    def _end(self, end: ChoiceEnd, choice: Choice) -> dict[str, Any]:
         assert end.usage
         usage, word = end.usage, end.stopped_by
-        document = self._document(end.index, text, logprobs) | {
+        document = self._document(end.index, choice) | {
             "stop": True, "model": self.model, "tokens_predicted": 0 if self._limit == 0 else usage.completion_tokens,
             "tokens_evaluated": usage.prompt_tokens, "tokens_cached": usage.cached_tokens, "truncated": False,
             "stop_type": "word" if word else "eos" if end.finish_reason == "stop" else "limit", "stopping_word": word,
@@ -10266,10 +9050,10 @@ class LlamaInfill(LlamaCompletion):
 
     def asked(self, body: Mapping[str, Any], request: GenerateRequest) -> GenerateRequest:
         prefix, suffix = (a_string(name, body.get(name)) for name in ("input_prefix", "input_suffix"))
-        extra = []
-        for where, piece in listed("input_extra", [] if body.get("input_extra") is None else body["input_extra"]):
-            text, name = a_string(f"{where}.text", piece.get("text")), piece.get("filename")
-            extra.append(("tmp" if name is None else a_string(f"{where}.filename", name), text))
+        extra = [
+            (a_string(f"{where}.filename", given(piece, "filename", "tmp")), a_string(f"{where}.text", piece.get("text")))
+            for where, piece in listed("input_extra", given(body, "input_extra", []))
+        ]
         return replace(request, infill=Infill(prefix + optional(body, "prompt", a_string, ""), suffix, tuple(extra)))
 
 
@@ -10311,7 +9095,9 @@ class Access:
         name = host_name(host)
         if name is None or is_loopback(name) or {"*", name, host} & set(self.hosts):
             return name is not None
-        return not self.loopback and (bool(self.api_keys) or "." not in name or is_ip(name) or name in own_names())
+        own = socket.gethostname().lower()
+        ours = "." not in name or is_ip(name) or name in (own, f"{own.partition('.')[0]}.local")
+        return not self.loopback and (bool(self.api_keys) or ours)
 
     def _embedded(self, headers: Any) -> bool:
         """True for an image, frame or script of a foreign page: browsers send no Origin with those."""
@@ -10371,17 +9157,9 @@ def is_loopback(host: str) -> bool:
     return host == "localhost" or host.endswith(".localhost")
 
 
-@functools.lru_cache(maxsize=1)
-def own_names() -> frozenset[str]:
-    """This machine's name, alone and as the local network has it."""
-    name = socket.gethostname().lower()
-    return frozenset((name, f"{name.partition('.')[0]}.local"))
-
-
 TOKEN = re.compile(rb"[!#$%&'*+.^_`|~\w-]+")  # a header's name (RFC 9110, 5.6.2)
 HEAD_FAULT = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|\r(?!\n)|\n[ \t]")  # the last one: a folded line (RFC 9112, 5.2)
 MAX_HEADERS = 100
-LARGE_BODIES = threading.BoundedSemaphore(8)  # bodies over TURN_BYTES that arrive, or wait to be parsed
 MAX_AHEAD = 1 << 16  # bytes that a client may send before its request is answered
 
 
@@ -10437,12 +9215,33 @@ class Headers:
         return next(iter(self.get_all(name)), default)
 
 
+LARGE_BODIES = threading.BoundedSemaphore(8)
+
+
+class BodyTurn:
+    """A body's turn among LARGE_BODIES, from when TURN_BYTES of it have come until it is parsed."""
+
+    def __init__(self) -> None:
+        self._taken = False
+
+    def take(self, seconds: float = TURN_SECONDS) -> None:
+        """Raises Overloaded when none is free within `seconds`. Idempotent, as `release` is."""
+        self._taken = self._taken or LARGE_BODIES.acquire(timeout=seconds)
+        if not self._taken:
+            raise Overloaded("Too many large bodies are being read already")
+
+    def release(self) -> None:
+        taken, self._taken = self._taken, False
+        if taken:
+            LARGE_BODIES.release()
+
+
 class RequestReader:
-    """Reads requests: every size is bounded. A body over TURN_BYTES holds a place in LARGE_BODIES until `release`."""
+    """Reads requests: every size is bounded. `turn` is a large body's; who parses the body releases it."""
 
     def __init__(self, connection: socket.socket) -> None:
-        self.incoming = Incoming(connection)
-        self._bytes, self._placed = io.BufferedReader(self.incoming), False
+        self.incoming, self.turn = Incoming(connection), BodyTurn()
+        self._bytes = io.BufferedReader(self.incoming)
 
     def begin(self) -> None:
         """Waits for a request's first byte, then starts its clock. Empty lines before it are fine (RFC 9112, 2.2)."""
@@ -10484,14 +9283,8 @@ class RequestReader:
         end = len(body) + size
         while len(body) < end:
             if len(body) >= TURN_BYTES:
-                self.take_place()
+                self.turn.take()
             body += self._bytes.read(min(end - len(body), TURN_BYTES))
-
-    def take_place(self) -> None:
-        """Waits for one among the large bodies. Raises Overloaded when there is none within TURN_SECONDS."""
-        self._placed = self._placed or LARGE_BODIES.acquire(timeout=TURN_SECONDS)
-        if not self._placed:
-            raise Overloaded("Too many large bodies are being read already")
 
     def _read_chunks(self, body: bytearray) -> None:
         """RFC 9112, 7.1; trailers are read and dropped."""
@@ -10518,19 +9311,12 @@ class RequestReader:
             raise InvalidRequest("A line between chunks is too long, or does not end with CR and LF")
         return line[:-2]
 
-    def release(self) -> None:
-        """The body has been parsed, or the connection ends."""
-        if self._placed:
-            self._placed = False
-            LARGE_BODIES.release()
-
     def unread(self) -> bytes:
-        """Takes the bytes that have come behind the request."""
-        data, self.incoming.deadline = b"", 0.0
+        """Takes the bytes that were read behind the request."""
+        self.incoming.deadline = 0.0
         with contextlib.suppress(ClientGone):
-            while len(data) < TURN_BYTES:
-                data += self._bytes.read1(MAX_AHEAD)
-        return data
+            return self._bytes.read1(MAX_AHEAD)
+        return b""
 
     def drain(self) -> None:
         """Reads on for a moment before closing: to close over unread bytes would destroy the answer on its way (RST)."""
@@ -10560,56 +9346,49 @@ def uncompressed(data: bytes, encoding: str) -> bytes:
     return plain
 
 
+WATCH_SECONDS = 0.02  # about a step of a small model
+
+
 class Watcher:
-    """Notices clients that leave while their request runs: one thread over the sockets of all running requests."""
+    """Notices clients that leave while their request runs: one thread looks at the sockets of all running requests."""
 
     def __init__(self) -> None:
-        self._selector, self._lock = selectors.DefaultSelector(), threading.Lock()
-        self._here, self._there = socket.socketpair()  # select() and poll() look at a new socket only when called anew
-        self._selector.register(self._here, selectors.EVENT_READ)
+        self._selector, self._changed = selectors.DefaultSelector(), threading.Condition()
         self._started = False
 
     @contextlib.contextmanager
     def watching(self, incoming: Incoming, cancel: Cancellation) -> Iterator[None]:
         """Cancels when the client leaves. Nobody else may read the connection while the block runs."""
-        with self._lock:
+        with self._changed:
             if not self._started:
                 threading.Thread(target=self._run, name="watcher", daemon=True).start()
                 self._started = True
             self._selector.register(incoming.connection, selectors.EVENT_READ, (incoming, cancel))
-        if not hasattr(selectors, "EpollSelector"):
-            self._there.send(b"\0")
+            self._changed.notify()
         try:
             yield
         finally:
-            with self._lock, contextlib.suppress(KeyError, ValueError, OSError):
+            with self._changed, contextlib.suppress(KeyError, ValueError, OSError):
                 self._selector.unregister(incoming.connection)
 
     def _run(self) -> None:
+        """Asks under the lock, where no socket comes or goes; to read from one of which another has the number would wait."""
         while True:
-            with contextlib.suppress(OSError, ValueError):  # Windows' select(), of a socket closed meanwhile
-                self._selector.select()
-            for cancel in self._left():
+            with self._changed:
+                self._changed.wait_for(self._selector.get_map)
+                left = list(self._left())
+            for cancel in left:
                 cancel.cancel()
+            time.sleep(WATCH_SECONDS)
 
-    def _left(self) -> list[Cancellation]:
-        """The cancellations of clients that left.
-
-        Asked anew under the lock, where no socket comes or goes: what the waiting call told may be of one closed since, whose
-        number another has now, and to read from that would wait.
-        """
-        left = []
-        with self._lock:
-            for key, _ in self._selector.select(0):
-                if key.fileobj is self._here:
-                    self._here.recv(4096)
-                    continue
-                incoming, cancel = key.data
-                gone, done = incoming.read_ahead()
-                if done:
-                    self._selector.unregister(incoming.connection)
-                left += [cancel] * gone
-        return left
+    def _left(self) -> Iterator[Cancellation]:
+        for key, _ in self._selector.select(0):
+            incoming, cancel = key.data
+            gone, done = incoming.read_ahead()
+            if done:
+                self._selector.unregister(incoming.connection)
+            if gone:
+                yield cancel
 
 
 # ── 15.2. Wires ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -10639,7 +9418,7 @@ NDJSON = Framing("application/x-ndjson", lambda d: to_json(d) + b"\n", pulse=b" 
 
 
 class Wire:
-    """Carries a dialect's documents to one client. `begin` comes first; from there on errors are documents too."""
+    """Carries a dialect's documents to one client. From `begin` on errors are documents too."""
 
     begun = False
 
@@ -10650,58 +9429,44 @@ class Wire:
         """One document."""
         raise NotImplementedError
 
-    def idle(self, sign: Callable[[], dict[str, Any] | None] = lambda: None) -> None:
-        """A sign of life, so that no client or proxy gives up; `sign` makes one that the dialect's clients count."""
+    def idle(self, document: dict[str, Any] | None) -> None:
+        """A sign of life, so that no client or proxy gives up; a document, where the dialect's clients count nothing else."""
 
     def end(self) -> None:
         """The answer is complete."""
 
-    def fail(self, error: ApiError, document: dict[str, Any]) -> None:
-        """The error, in its dialect's shape; the last that is sent."""
-        raise NotImplementedError
 
+class HttpWire(Wire):
+    """One JSON document with its status, or documents in a Framing behind a head that goes out when the answer begins."""
 
-class Whole(Wire):
-    """One JSON document, with its status."""
-
-    def __init__(self, out: Responder) -> None:
-        self._out = out
-
-    def send(self, document: dict[str, Any]) -> None:
-        self._out.respond(Answer(document))
-
-    def fail(self, error: ApiError, document: dict[str, Any]) -> None:
-        self._out.respond(Answer(document, error.status, error.headers()))
-
-
-class Stream(Whole):
-    """Documents in a Framing, behind a head that goes out when the answer begins."""
-
-    def __init__(self, out: Responder, framing: Framing) -> None:
-        super().__init__(out)
-        self._framing = framing
+    def __init__(self, out: Responder, framing: Framing | None = None) -> None:
+        self._out, self._framing = out, framing
 
     def begin(self) -> None:
-        if not self.begun:
+        if self._framing and not self.begun:
             self._out.start(self._framing.content_type)
             self.begun = True
 
     def send(self, document: dict[str, Any]) -> None:
-        self._out.write(self._framing.encode(document))
+        if self._framing:
+            self._out.write(self._framing.encode(document))
+        else:
+            self._out.respond(Answer(document))
 
-    def idle(self, sign: Callable[[], dict[str, Any] | None] = lambda: None) -> None:
-        if self.begun:
-            document = sign()
+    def idle(self, document: dict[str, Any] | None) -> None:
+        if self._framing:
             self._out.write(self._framing.encode(document) if document else self._framing.pulse)
 
     def end(self) -> None:
-        self._out.write(self._framing.done, last=True)
+        if self._framing:
+            self._out.write(self._framing.done, last=True)
 
     def fail(self, error: ApiError, document: dict[str, Any]) -> None:
-        if self.begun:
+        """Sends the error, in its dialect's shape, as the answer or as the end of it."""
+        if self._framing and self.begun:
             self._out.write(self._framing.encode(document), last=True)
         else:
-            super().fail(error, document)
+            self._out.respond(Answer(document, error.status, error.headers))
 
 
 def deliver(dialect: Dialect, events: Iterator[Event], wire: Wire) -> None:
@@ -10713,8 +9478,8 @@ def deliver(dialect: Dialect, events: Iterator[Event], wire: Wire) -> None:
                 signs += 1
             if isinstance(event, (Queued, Fetching)) or signs == HEAD_SIGNS:
                 wire.begin()
-            if isinstance(event, Waiting):
-                wire.idle(dialect.idle)
+            if isinstance(event, Waiting) and wire.begun:
+                wire.idle(dialect.idle())
             for document in dialect.documents(event):
                 wire.send(document)
     wire.end()
@@ -10800,22 +9565,17 @@ class Call:
     accept: str = ""  # kinds of answer that the client reads: a browser begins with text/html
 
 
-def answer_health(call: Call) -> Answer:
+def answer_health(call: Call) -> dict[str, Any]:
     """The server's state; llama-server's older clients read the counts of slots."""
-    residents = call.service.table.residents()
-    running, places = sum(r.running for r in residents), sum(r.loaded.parallel for r in residents)
-    return Answer(call.service.health() | {"slots_idle": places - running, "slots_processing": running})
+    workers = call.service.table.workers()
+    running, places = sum(w.counts()[0] for w in workers), sum(w.loaded.parallel for w in workers)
+    return call.service.health() | {"slots_idle": places - running, "slots_processing": running}
 
 
-def answer_metrics(call: Call) -> Answer:
-    """The metrics in Prometheus' text format."""
-    return Answer(metrics_text(call.service), headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
-
-
-def answer_discover(call: Call) -> Answer:
+def answer_discover(call: Call) -> dict[str, Any]:
     """Rescans the disk and lists what is there."""
-    models = call.service.table.scan()
-    return Answer({"discovered": len(models), "models": models})
+    models = call.service.table.models(0.0)
+    return {"discovered": len(models), "models": models}
 
 
 def answer_load(call: Call) -> Answer:
@@ -10826,102 +9586,71 @@ def answer_load(call: Call) -> Answer:
     return Answer(status, 200 if wait or status["loaded"] else 202)
 
 
-def answer_unload(call: Call) -> Answer:
+def answer_unload(call: Call) -> dict[str, Any]:
     """200 with the status once the model's memory is free; `?force=true` ends what runs."""
     force = call.query.get("force", "false").lower() in ("true", "1", "yes")
-    return Answer(call.service.table.unload(call.names[0], force, call.cancel))
+    return call.service.table.unload(call.names[0], force, call.cancel)
 
 
-def answer_execute(call: Call) -> Answer:
-    """Runs a tool on the arguments in the body."""
-    return Answer(call.service.tools.execute(call.names[0], parse_json(call.body or b"{}"), call.cancel))
-
-
-def answer_upgrade(call: Call) -> Answer:
+def answer_upgrade(call: Call) -> NoReturn:
     """426: Handler gives proper upgrades to SocketListener."""
     raise InvalidRequest("This address speaks WebSocket (version 13): connect with ws://", status=426)
 
 
-def answer_openai_models(call: Call) -> Answer:
+def answer_openai_models(call: Call) -> dict[str, Any]:
     """The same models for every client that reads a list: beside OpenAI's `data` Anthropic's page, which is the only one."""
-    residents = call.service.table.residents()
-    data = [listed_model(call.service, info, residents) for info in call.service.table.infos()]
+    data = [listed_model(call.service, info) for info in call.service.table.infos()]
     page = {"has_more": False, "first_id": data[0]["id"] if data else None, "last_id": data[-1]["id"] if data else None}
-    return Answer({"object": "list", "data": data, **page, **({"models": []} if "client_version" in call.query else {})})
-
-
-def answer_openai_model(call: Call) -> Answer:
-    """One model, by any name that means it."""
-    info = call.service.table.info(call.names[0], call.cancel)
-    return Answer(listed_model(call.service, info, call.service.table.residents()))
-
-
-def answer_count_tokens(call: Call) -> Answer:
-    """Counts the prompt tokens of a Messages request."""
-    return Answer({"input_tokens": call.service.count_tokens(Messages(parse_object(call.body)).request, call.cancel)})
+    return {"object": "list", "data": data, **page, **({"models": []} if "client_version" in call.query else {})}
 
 
 # Ollama's and llama-server's routes that generate nothing
 
 
-def answer_ps(call: Call) -> Answer:
+def answer_ps(call: Call) -> dict[str, Any]:
     """The loaded models with their expiry. No expiry is sent as a far-future date."""
     models = []
-    for r in call.service.table.residents():
-        expires = time.time() + (9.2e9 if r.left is None else r.left)
+    for r in call.service.table.workers():
+        left = call.service.table.left(r.info.id)
+        expires = time.time() + (9.2e9 if left is None else left)
         models.append({k: v for k, v in ollama_model(r.info).items() if k != "modified_at"} | {
-            "size": r.memory_bytes, "size_vram": 0, "expires_at": rfc3339(expires), "context_length": r.loaded.ctx,
+            "size": r.memory_bytes(), "size_vram": 0, "expires_at": rfc3339(expires), "context_length": r.loaded.ctx,
         })  # fmt: skip
-    return Answer({"models": models})
+    return {"models": models}
 
 
-def answer_show(call: Call) -> Answer:
+def answer_show(call: Call) -> dict[str, Any]:
     """One model in detail; older clients call the field `name`."""
-    body = parse_object(call.body)
-    name = body.get("name") if body.get("model") is None else body["model"]
+    name = first_given(parse_object(call.body), a_string, "model", "name")
     if name is None:
         raise InvalidRequest("model is required: the name of a model, or default", "model")
-    info = call.service.table.info(a_string("model", name), call.cancel)
-    return Answer(ollama_show(info, resident_of(call.service, info)))
+    return ollama_show(call.service, call.service.table.info(name, call.cancel))
 
 
-def resident_of(service: Service, info: ModelInfo) -> Resident | None:
-    """The model as it is loaded, if it is."""
-    return next((r for r in service.table.residents() if r.info.id == info.id), None)
-
-
-def answer_props(call: Call) -> Answer:
-    """A model's properties for clients that are about to chat; `?model=` names another than the default."""
-    info = call.service.table.info(call.query.get("model", "default"), call.cancel)
-    return Answer(model_properties(call.service, info, resident_of(call.service, info)))
-
-
-def answer_slots(call: Call) -> Answer:
+def answer_slots(call: Call) -> list[dict[str, Any]]:
     """The places for sequences of each loaded model, and which are taken: nothing of what is written there."""
     wanted = call.query.get("model")
     id = None if wanted is None else call.service.table.info(wanted, call.cancel).id
-    places = [(r, i) for r in call.service.table.residents() if id in (None, r.info.id) for i in range(r.loaded.parallel)]
+    places = [(r, i) for r in call.service.table.workers() if id in (None, r.info.id) for i in range(r.loaded.parallel)]
     slots = [
-        {"id": n, "id_task": -1, "n_ctx": r.loaded.ctx, "speculative": False, "is_processing": i < r.running, "model": r.info.id}
+        {"id": n, "id_task": -1, "n_ctx": r.loaded.ctx, "speculative": False, "model": r.info.id,
+         "is_processing": i < r.counts()[0]}
         for n, (r, i) in enumerate(places)
     ]
     if call.query.get("fail_on_no_slot") and slots and all(slot["is_processing"] for slot in slots):
         raise Overloaded("No slot is free")  # where nothing is loaded, the next request loads
-    return Answer(slots)
+    return slots
 
 
-def answer_tokenize(call: Call) -> Answer:
+def answer_tokenize(call: Call) -> dict[str, Any]:
     """A text's tokens, with `with_pieces` also what they stand for: a string, or bytes where that is no whole character."""
     body = parse_object(call.body)
     content, pieces = a_string("content", body.get("content")), flag(body, "with_pieces")
-    if len(content) > MAX_TOKENIZED:
-        raise InvalidRequest(f"content may have up to {MAX_TOKENIZED} characters, not {len(content)}", "content")
-    parse = body.get("parse_special") is None or flag(body, "parse_special")
-    tokens = call.service.tokenize(
-        optional(body, "model", a_string, "default"), Tokenize(content, flag(body, "add_special"), parse, pieces), call.cancel
-    )
+    check_length("content", content, MAX_TOKENIZED)
+    job = Tokenize(content, flag(body, "add_special"), flag(body, "parse_special", True), pieces)
+    tokens = call.service.tokenize(optional(body, "model", a_string, "default"), job, call.cancel)
     named = zip(tokens.ids, tokens.pieces, strict=False)
-    return Answer({"tokens": [{"id": id, "piece": text_or_bytes(p)} for id, p in named] if pieces else list(tokens.ids)})
+    return {"tokens": [{"id": id, "piece": text_or_bytes(p)} for id, p in named] if pieces else list(tokens.ids)}
 
 
 def text_or_bytes(piece: bytes) -> str | list[int]:
@@ -10932,22 +9661,16 @@ def text_or_bytes(piece: bytes) -> str | list[int]:
         return list(piece)
 
 
-def answer_detokenize(call: Call) -> Answer:
+def answer_detokenize(call: Call) -> dict[str, Any]:
     """The text that tokens stand for, special ones by their names."""
     body = parse_object(call.body)
     ids: Any = body.get("tokens")
-    if ids != [] and not _is_ids(ids):
+    if ids != [] and not is_ids(ids):
         raise InvalidRequest(f"tokens must be a list of token ids, not {_said(ids)}", "tokens")
-    if len(ids) > MAX_TOKENIZED // 4:
-        raise InvalidRequest(f"tokens may hold up to {MAX_TOKENIZED // 4} token ids, not {len(ids)}", "tokens")
+    check_length("tokens", ids, MAX_TOKENIZED // 4)
     job = Tokenize(tuple(ids), pieces=True)
     tokens = call.service.tokenize(optional(body, "model", a_string, "default"), job, call.cancel)
-    return Answer({"content": b"".join(tokens.pieces).decode("utf-8", "replace")})
-
-
-def answer_template(call: Call) -> Answer:
-    """The prompt that a chat's messages become; the body is that of `/v1/chat/completions`."""
-    return Answer({"prompt": call.service.render(ChatCompletion(parse_object(call.body)).request, call.cancel)})
+    return {"content": b"".join(tokens.pieces).decode("utf-8", "replace")}
 
 
 def answer_root(call: Call) -> Answer:
@@ -10957,7 +9680,7 @@ def answer_root(call: Call) -> Answer:
     return Answer({"server": "shimmy", "version": __version__})
 
 
-Answering = Callable[[Call], Answer]
+Answering = Callable[[Call], Any]  # an Answer, or the document of one
 
 
 @dataclass(frozen=True)
@@ -10971,19 +9694,18 @@ class Route:
     needs_body: bool = False
     api: str = "shimmy"  # whose shape an error takes
     framing: Framing = SSE  # of a dialect's streams
-    unless: tuple[Callable[[Mapping[str, Any], str], bool], Route] | None = None  # another API's row at this address
+    ollamas: Route | None = None  # the row for bodies and User-Agents of Ollama's at this address
 
     def chosen(self, body: Mapping[str, Any], agent: str) -> Route:
-        """This row, or the one for bodies and User-Agents of another API."""
-        return self.unless[1] if self.unless and self.unless[0](body, agent) else self
+        """This row, or Ollama's."""
+        return self.ollamas if self.ollamas and speaks_ollama(body, agent) else self
 
     def match(self, segments: Seq[str]) -> tuple[str, ...] | None:
         """The names in the path, or None."""
-        if len(segments) != len(self.path):
+        pairs = list(zip(self.path, segments, strict=False))
+        if len(segments) != len(self.path) or any(part not in ("{}", segment) for part, segment in pairs):
             return None
-        if any(part not in ("{}", segment) for part, segment in zip(self.path, segments, strict=True)):
-            return None
-        return tuple(s for part, s in zip(self.path, segments, strict=True) if part == "{}")
+        return tuple(segment for part, segment in pairs if part == "{}")
 
     def label(self) -> str:
         """The path as the metrics show it."""
@@ -11001,21 +9723,23 @@ def _route(row: str, answer: Answering | type[Dialect], **marks: Any) -> Iterato
         yield Route(method, segments[1:], answer, **marks)
 
 
+PROMETHEUS = {"Content-Type": "text/plain; version=0.0.4; charset=utf-8"}
 _OLLAMA_GENERATE = Route("POST", ("api", "generate"), OllamaGenerate, needs_body=True, api="ollama", framing=NDJSON)
 ROUTES = (
     *_route("GET /", answer_root, keyless=True),
     *_route("GET /health", answer_health, keyless=True),
     *_route("GET /api/health", answer_health, keyless=True),
-    *_route("GET /diag", lambda call: Answer(call.service.diag())),
-    *_route("GET /metrics", answer_metrics),
-    *_route("POST /api/generate", Native, unless=(speaks_ollama, _OLLAMA_GENERATE)),
-    *_route("GET /api/models", lambda call: Answer(call.service.models())),
+    *_route("GET /diag", lambda call: call.service.diag()),
+    *_route("GET /metrics", lambda call: Answer(metrics_text(call.service), headers=PROMETHEUS)),
+    *_route("POST /api/generate", Native, ollamas=_OLLAMA_GENERATE),
+    *_route("GET /api/models", lambda call: call.service.models()),
     *_route("POST /api/models/discover", answer_discover),
     *_route("POST /api/models/{}/load", answer_load),
     *_route("POST /api/models/{}/unload", answer_unload),
-    *_route("GET /api/models/{}/status", lambda call: Answer(call.service.table.status(call.names[0]))),
-    *_route("GET /api/tools", lambda call: Answer({"tools": call.service.tools.documents()})),
-    *_route("POST /api/tools/{}/execute", answer_execute, needs_body=True),
+    *_route("GET /api/models/{}/status", lambda call: call.service.table.status(call.names[0])),
+    *_route("GET /api/tools", lambda call: {"tools": call.service.tools.documents()}),
+    *_route("POST /api/tools/{}/execute", needs_body=True, answer=lambda call: call.service.tools.execute(
+        call.names[0], parse_json(call.body or b"{}"), call.cancel)),
     *_route("GET /ws/generate", answer_upgrade),
     *_route("POST /v1/chat/completions", ChatCompletion),
     *_route("POST /v1/completions", Completion),
@@ -11023,12 +9747,14 @@ ROUTES = (
     *_route("POST /v1/rerank", Rerank),
     *_route("POST /v1/reranking", Rerank),
     *_route("POST /v1/messages", Messages, framing=NAMED_SSE),
-    *_route("POST /v1/messages/count_tokens", answer_count_tokens, needs_body=True, api="anthropic"),
+    *_route("POST /v1/messages/count_tokens", needs_body=True, api="anthropic", answer=lambda call: {
+        "input_tokens": call.service.count_tokens(Messages(parse_object(call.body)).request, call.cancel)}),
     *_route("POST /v1/responses", Responses, framing=NAMED_SSE),
     *_route("GET /v1/models", answer_openai_models, api="openai"),
-    *_route("GET /v1/models/{}", answer_openai_model, api="openai"),
-    *_route("GET /api/version", lambda call: Answer({"version": OLLAMA_VERSION}), api="ollama"),  # clients compare it
-    *_route("GET /api/tags", lambda call: Answer({"models": list(map(ollama_model, call.service.table.infos()))}), api="ollama"),
+    *_route("GET /v1/models/{}", api="openai", answer=lambda call: listed_model(
+        call.service, call.service.table.info(call.names[0], call.cancel))),
+    *_route("GET /api/version", lambda call: {"version": OLLAMA_VERSION}, api="ollama"),  # clients compare it
+    *_route("GET /api/tags", lambda call: {"models": list(map(ollama_model, call.service.table.infos()))}, api="ollama"),
     *_route("GET /api/ps", answer_ps, api="ollama"),
     *_route("POST /api/show", answer_show, needs_body=True, api="ollama"),
     *_route("POST /api/pull", OllamaPull, framing=NDJSON),
@@ -11039,12 +9765,13 @@ ROUTES = (
     *_route("POST /infill", LlamaInfill, framing=PLAIN_SSE),
     *_route("POST /tokenize", answer_tokenize, needs_body=True, api="llama-server"),
     *_route("POST /detokenize", answer_detokenize, needs_body=True, api="llama-server"),
-    *_route("POST /apply-template", answer_template, needs_body=True, api="llama-server"),
-    *_route("GET /props", answer_props, api="llama-server"),
+    *_route("POST /apply-template", needs_body=True, api="llama-server", answer=lambda call: {
+        "prompt": call.service.render(ChatCompletion(parse_object(call.body)).request, call.cancel)}),
+    *_route("GET /props", api="llama-server", answer=lambda call: model_properties(
+        call.service, call.service.table.info(call.query.get("model", "default"), call.cancel))),
     *_route("GET /slots", answer_slots, api="llama-server"),
-    *_route("GET /v1/health", lambda call: Answer(answer_health(call).document | {"status": "ok"}), api="llama-server",
-            keyless=True),
-)
+    *_route("GET /v1/health", lambda call: answer_health(call) | {"status": "ok"}, api="llama-server", keyless=True),
+)  # fmt: skip
 
 
 # ── 15.4. HTTP ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -11174,10 +9901,7 @@ class Handler(socketserver.BaseRequestHandler):
 
     def setup(self) -> None:
         self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
-        self.service, self.reader = self.server.service, RequestReader(self.request)
-
-    def finish(self) -> None:
-        self.reader.release()
+        self.service, self.reader, self.upgraded = self.server.service, RequestReader(self.request), False
 
     def handle(self) -> None:
         closes = False
@@ -11185,24 +9909,23 @@ class Handler(socketserver.BaseRequestHandler):
             while not closes:
                 self.reader.begin()
                 closes = self._handle_request()
+            if self.upgraded:
+                owner = self.server.access.owner(self.out.head.headers)
+                self.server.sockets.serve(self.request, self.reader.unread(), self.out.line.id, owner)
 
     def _handle_request(self) -> bool:
         """Answers one request; true if the connection ends behind it."""
         self.out = Responder(self.request, self.server.access)
         self.route: Route | None = None
-        self.wire: Wire = Whole(self.out)
+        self.wire = HttpWire(self.out)
         run_request(self._answer_request, self.out.line, self.fail, self.leave)
-        self.reader.release()
-        self._count()
+        self.reader.turn.release()
+        known, route = ("GET", "HEAD", "POST", "OPTIONS"), self.route.label() if self.route else "other"
+        method = self.out.head.method if self.out.head.method in known else "other"  # a client's words are without number
+        self.service.metrics.answered(method, route, self._api(), self.out.line.status)
         if self.out.closes and self.out.unread:
             self.reader.drain()
         return self.out.closes
-
-    def _count(self) -> None:
-        """Counts the request by words that are ours: a client's are without number."""
-        method = self.out.head.method if self.out.head.method in ("GET", "HEAD", "POST", "OPTIONS") else "other"
-        route = self.route.label() if self.route else "other"
-        self.service.metrics.answered(method, route, self._api(), self.out.line.status)
 
     def _answer_request(self) -> None:
         out = self.out
@@ -11212,8 +9935,9 @@ class Handler(socketserver.BaseRequestHandler):
         head.read(line)
         out.closes, out.unread = head.closes, bool(head.length)
         out.line.what = f"{head.method} {head.path.partition('?')[0]}"
-        with self.server.busy():
-            self._answer(head)
+        cancel = Cancellation()
+        with self.server.running(cancel):
+            self._answer(head, cancel)
 
     def _body(self) -> bytes:
         """The request's body, at most MAX_BODY bytes; read even if unasked for, or it would become the next request."""
@@ -11226,10 +9950,10 @@ class Handler(socketserver.BaseRequestHandler):
         data = self.reader.body(size)
         self.out.unread = False
         if data and encoding:
-            self.reader.take_place()  # for whatever size it has unpacked
+            self.reader.turn.take()  # for whatever size it has unpacked
         return uncompressed(data, encoding) if data else data
 
-    def _answer(self, head: Head) -> None:
+    def _answer(self, head: Head, cancel: Cancellation) -> None:
         if self.server.stopping:
             self.out.closes = True
             raise Overloaded("The server is shutting down")
@@ -11240,18 +9964,21 @@ class Handler(socketserver.BaseRequestHandler):
         if self.route.needs_body and head.length is None:
             self.out.unread = True  # whatever follows is no request
             raise InvalidRequest("The request needs a Content-Length, or a chunked body", status=411)
-        answer, cancel = self.route.answer, Cancellation()
+        answer, watching = self.route.answer, self.server.watcher.watching(self.reader.incoming, cancel)
         if isinstance(answer, type):
             dialect = self.out.line.dialect = self._dialect(parse_object(self._body()))  # nobody keeps the bytes while it runs
-            self.reader.release()
-            with self._watched(cancel):
-                self._generate(dialect, cancel)
+            self.reader.turn.release()
+            self.wire = HttpWire(self.out, self.route.framing) if dialect.stream else self.wire
+            dialect.owner = self.server.access.owner(head.headers)
+            with watching:
+                deliver(dialect, dialect.events(self.service, cancel), self.wire)
         elif answer is answer_upgrade and head.is_handshake():
             self._upgrade(head)
         else:
             call = Call(self.service, names, head.query, self._body(), cancel, head.headers.get("Accept", ""))
-            with self._watched(cancel):
-                self.out.respond(answer(call))
+            with watching:
+                told = answer(call)
+                self.out.respond(told if isinstance(told, Answer) else Answer(told))
 
     def _dialect(self, body: Mapping[str, Any]) -> Dialect:
         """The request, in the API that the body speaks: from here on errors take its shape."""
@@ -11259,12 +9986,6 @@ class Handler(socketserver.BaseRequestHandler):
         self.route = self.route.chosen(body, self.out.head.headers.get("User-Agent", ""))
         assert isinstance(self.route.answer, type)
         return self.route.answer(body)
-
-    @contextlib.contextmanager
-    def _watched(self, cancel: Cancellation) -> Iterator[None]:
-        """Cancels when the client leaves, or the server ends."""
-        with self.server.watcher.watching(self.reader.incoming, cancel), self.server.cancellable(cancel):
-            yield
 
     def _find_route(self, head: Head) -> tuple[Route, tuple[str, ...]]:
         """The row for this request, and the names in its path; the access checks come before any answer."""
@@ -11282,23 +10003,15 @@ class Handler(socketserver.BaseRequestHandler):
             raise MethodNotAllowed(head.method, allowed | ({"HEAD"} if "GET" in allowed else set()) | {"OPTIONS"})
         return found
 
-    def _generate(self, dialect: Dialect, cancel: Cancellation) -> None:
-        assert self.route
-        self.wire = Stream(self.out, self.route.framing) if dialect.stream else self.wire
-        dialect.owner = self.server.access.owner(self.out.head.headers)
-        deliver(dialect, dialect.events(self.service, cancel), self.wire)
-
     def _upgrade(self, head: Head) -> None:
-        """Answers the handshake, and hands the connection over: here it ends."""
+        """Answers the handshake: the connection speaks HTTP no more."""
         import hashlib
 
         key = head.headers.get("Sec-WebSocket-Key") + "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # RFC 6455, 4.2.2
         accept = base64.b64encode(hashlib.sha1(key.encode(), usedforsecurity=False).digest()).decode()
         self.out.closes = False  # whatever the client said of its connection besides
         self.out.begin(101, {"Upgrade": "websocket", "Connection": "Upgrade", "Sec-WebSocket-Accept": accept})
-        self.out.closes = True
-        owner = self.server.access.owner(head.headers)
-        self.server.sockets.hand_over(self.request, self.reader.unread(), self.out.line.id, owner)
+        self.out.closes = self.upgraded = True
 
     def _preflight(self, head: Head) -> None:
         """CORS: what a page of an allowed origin may send. Needs no key."""
@@ -11336,32 +10049,21 @@ class Handler(socketserver.BaseRequestHandler):
         return "openai" if first == "v1" else "ollama" if first == "api" and second in OLLAMA_UNSERVED else "shimmy"
 
 
-RESERVED_DESCRIPTORS = 128  # for pipes of engines (3 each), model files, sockets of tools, refused connections
-_OUT_OF_DESCRIPTORS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+RESERVED_DESCRIPTORS = 160  # for what is open at the start, pipes of engines (3 each), model files, sockets of tools
 
 
 def raise_descriptor_limit() -> int:
-    """Raises the soft limit of open descriptors to the hard one; how many there may be then."""
-    try:
+    """Raises the soft limit of open descriptors as far as it may go and helps; how many there may be then."""
+    limit = 10_240  # macOS says "unlimited" and takes no more than this
+    with contextlib.suppress(ImportError, OSError, ValueError):  # Windows counts none
         import resource
-    except ImportError:  # Windows counts no descriptors
-        return sys.maxsize
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    for limit in (hard, 10240):  # macOS says "unlimited" and takes no more than OPEN_MAX
-        if soft == resource.RLIM_INFINITY or 0 <= limit <= soft:
-            break
-        with contextlib.suppress(OSError, ValueError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
-            soft = limit
-    return soft if soft != resource.RLIM_INFINITY else sys.maxsize
 
-
-def connection_bound(limit: int) -> int:
-    """The connections that fit `limit` descriptors: a tenth of them at least."""
-    opened = 32
-    with contextlib.suppress(OSError):
-        opened = len(os.listdir("/proc/self/fd" if sys.platform == "linux" else "/dev/fd"))
-    return max(1, limit // 10, min(MAX_CONNECTIONS, limit - opened - RESERVED_DESCRIPTORS))
+        soft, hard = (limit if n == resource.RLIM_INFINITY else n for n in resource.getrlimit(resource.RLIMIT_NOFILE))
+        limit = soft
+        if soft < hard:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+            limit = hard
+    return limit
 
 
 class Server(socketserver.ThreadingTCPServer):
@@ -11374,69 +10076,49 @@ class Server(socketserver.ThreadingTCPServer):
     def __init__(self, address: tuple[str, int], service: Service, access: Access) -> None:
         self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
         self.service, self.access = service, access
-        self.max_connections = min(MAX_CONNECTIONS, connection_bound(raise_descriptor_limit()))
+        descriptors = raise_descriptor_limit()
+        self.max_connections = min(MAX_CONNECTIONS, max(descriptors // 10, descriptors - RESERVED_DESCRIPTORS))
         self.watcher, self.sockets = Watcher(), SocketListener(self)
         self.stopping = False
         self._changed = threading.Condition()
-        self._busy = 0
-        self._cancels: set[Cancellation] = set()
-        self._spare: int | None = os.open(os.devnull, os.O_RDONLY)  # given up for a moment when descriptors run out
+        self._running: set[Cancellation] = set()
         super().__init__(address, Handler)
 
     @property
     def url(self) -> str:
-        host, port = str(self.server_address[0]), self.server_address[1]
-        return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        return url_of(str(self.server_address[0]), self.server_address[1])
 
-    def connection_opened(self) -> None:
+    def count_connection(self, change: int) -> None:
         with self._changed:
-            self.service.metrics.connections += 1
-
-    def connection_closed(self) -> None:
-        with self._changed:
-            self.service.metrics.connections -= 1
+            self.service.metrics.connections += change
 
     def get_request(self) -> tuple[Any, Any]:
-        """Accepts a connection. Without a descriptor for it, it is refused with the spare one: left alone, it would spin us."""
+        """Accepts a connection. Where it cannot (no descriptor is left), it waits a moment: at once it would be asked again."""
         try:
             return super().get_request()
-        except OSError as error:
-            if error.errno in _OUT_OF_DESCRIPTORS:
-                self._refuse_with_spare()
-            raise
-
-    def _refuse_with_spare(self) -> None:
-        if self._spare is not None:
-            os.close(self._spare)
-            self._spare = None
-        try:
-            self._refuse(self.socket.accept()[0], "No descriptor is left for another connection")
-        except OSError:  # a thread took the descriptor first
+        except OSError:
             time.sleep(0.05)
-        with contextlib.suppress(OSError):
-            self._spare = os.open(os.devnull, os.O_RDONLY)
+            raise
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Starts the connection's thread, or answers 503 where it would be one too many."""
         if self.service.metrics.connections >= self.max_connections:
             return self._refuse(request, f"{self.max_connections} connections are open")
-        self.connection_opened()
+        self.count_connection(1)
         self.service.metrics.accepted += 1
         try:
             super().process_request(request, client_address)
         except RuntimeError:  # can't start new thread
-            self.connection_closed()
+            self.count_connection(-1)
             self._refuse(request, "No thread can be started for another connection")
 
     def _refuse(self, connection: socket.socket, why: str) -> None:
         """503. To close over a request that is on its way would destroy the answer (RST): so it is awaited for a moment."""
         self.service.metrics.refused += 1
-        body = json.dumps(Overloaded(why).document()).encode()
-        head = b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nConnection: close\r\nRetry-After: 2\r\n"
-        head += "".join(f"{name}: {id}\r\n" for name, id in zip(ID_HEADERS, [request_id(None)] * 2, strict=True)).encode()
-        with contextlib.closing(connection), contextlib.suppress(OSError):
+        error = Overloaded(why)
+        with contextlib.closing(connection), contextlib.suppress(OSError, ClientGone):
+            Responder(connection, self.access).respond(Answer(error.document(), error.status, error.headers))
             connection.settimeout(0.1)
-            connection.sendall(head + b"Content-Length: %d\r\n\r\n" % len(body) + body)
             connection.shutdown(socket.SHUT_WR)
             connection.recv(1 << 16)
 
@@ -11444,31 +10126,22 @@ class Server(socketserver.ThreadingTCPServer):
         try:
             super().process_request_thread(request, client_address)
         finally:
-            self.connection_closed()
+            self.count_connection(-1)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         log.debug("connection failed", exc_info=True)
 
     @contextlib.contextmanager
-    def busy(self) -> Iterator[None]:
-        """Counts a request that runs: `stop` waits for it."""
+    def running(self, cancel: Cancellation) -> Iterator[None]:
+        """`stop` waits for a request that runs, and calls it off when the grace time is over."""
         with self._changed:
-            self._busy += 1
+            self._running.add(cancel)
         try:
             yield
         finally:
             with self._changed:
-                self._busy -= 1
+                self._running.discard(cancel)
                 self._changed.notify_all()
-
-    @contextlib.contextmanager
-    def cancellable(self, cancel: Cancellation) -> Iterator[None]:
-        """`stop` calls the request off when the grace time is over."""
-        self._cancels.add(cancel)
-        try:
-            yield
-        finally:
-            self._cancels.discard(cancel)
 
     def stop(self, grace: float = GRACE_SECONDS) -> None:
         """Stop accepting, let requests finish within `grace` seconds, call the rest off, end the engines."""
@@ -11477,26 +10150,23 @@ class Server(socketserver.ThreadingTCPServer):
         self.stopping = True
         self.shutdown()
         self.server_close()
-        self.service.table.end_waits()
+        self.service.table.close(engines=False)
         self._await_quiet(grace)
         for worker in self.service.table.workers():
             worker.fail_all(Overloaded("The server is shutting down"))
-        for cancel in list(self._cancels) if self._await_quiet(1.0) else ():
+        for cancel in () if self._await_quiet(1.0) else list(self._running):
             cancel.cancel()
         self.sockets.stop()
         self.service.close()
 
     def _await_quiet(self, seconds: float) -> bool:
-        """Wait until no request runs; whether one still does after so many seconds."""
-        deadline = time.monotonic() + seconds
+        """Waits until no request runs; false if one still does after so many seconds."""
         with self._changed:
-            while self._busy and time.monotonic() < deadline:
-                self._changed.wait(deadline - time.monotonic())
-            return bool(self._busy)
+            return self._changed.wait_for(lambda: not self._running, seconds)
 
 
 # ── 16. WebSocket, lifecycle ──────────────────────────────────────────────────────────────────────────────────────────
-# asyncio on its side thread, started by the first upgrade; the HTTP side answers handshakes and hands it the connections.
+# asyncio on its side thread, started by the first upgrade, reads and writes; a connection's HTTP thread answers its requests.
 
 MAX_UNTAKEN = MIB  # bytes of answers to pings that a client does not take
 SOCKET_PING_SECONDS = 20.0  # a client that has not been heard for two of these is gone
@@ -11509,7 +10179,7 @@ class SocketRequest:
     """A request on a WebSocket: its message until that is parsed, and the way to cancel it."""
 
     message: bytes
-    placed: bool  # among LARGE_BODIES
+    turn: BodyTurn
     cancel: Cancellation = field(default_factory=Cancellation)
 
     def body(self) -> dict[str, Any]:
@@ -11518,23 +10188,135 @@ class SocketRequest:
             return parse_object(self.message, "The message")
         finally:
             self.message = b""
-            self.release()
+            self.turn.release()
 
-    def release(self) -> None:
-        """Gives the place back; idempotent."""
-        placed, self.placed = self.placed, False
-        if placed:
-            LARGE_BODIES.release()
+    def is_cancel(self) -> bool:
+        """True for `{"cancel": true}`, which is no request but ends one."""
+        with contextlib.suppress(InvalidRequest):
+            return len(self.message) <= 256 and parse_object(self.message).get("cancel") is True
+        return False
 
 
-class SocketWire(Wire):
-    """Documents as WebSocket messages; the request's thread waits until each is sent."""
+class SocketConnection(Wire):
+    """One WebSocket, around websockets' parser. The loop's thread reads and flushes, another one answers."""
 
-    def __init__(self, say: Callable[[dict[str, Any]], None]) -> None:
-        self._say = say
+    PENDING = 32  # requests that may wait on one connection
+    reading: asyncio.Task[None]
 
-    def send(self, document: dict[str, Any]) -> None:
-        self._say(document)
+    def __init__(self, server: Server, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, id: str, owner: str) -> None:
+        import asyncio
+
+        from websockets.protocol import SERVER, Protocol
+
+        self._server, self._reader, self._writer, self._id, self._owner = server, reader, writer, id, owner
+        self._loop = asyncio.get_running_loop()
+        self._protocol = Protocol(SERVER, max_size=MAX_BODY, logger=logging.getLogger("websockets"))
+        self._requests: deque[SocketRequest] = deque()  # the first one is running
+        self._queue: queue.SimpleQueue[SocketRequest | None] = queue.SimpleQueue()  # the same; None: the connection has ended
+        self._fragments, self._turn = bytearray(), BodyTurn()  # of the message that arrives
+        self._since: float | None = None  # when its first byte came
+        self._used = time.monotonic()
+
+    async def read_all(self, data: bytes) -> None:
+        """Reads to the connection's end, beginning with what came already. The requests end with it."""
+        try:
+            self._take(data)
+            while data := await self._read():
+                self._take(data)
+        except OSError:  # the client broke off
+            pass
+        finally:
+            self._writer.close()
+            self._loop.call_later(SOCKET_CLOSE_SECONDS, self._writer.transport.abort)
+            self._turn.release()
+            for request in list(self._requests):
+                self._cancel(request)
+            self._queue.put(None)
+
+    async def _read(self) -> bytes:
+        """The next bytes; none when the client has left, or answers no ping."""
+        import asyncio
+
+        for pinged in itertools.chain([False], itertools.repeat(True)):
+            if not self._requests and time.monotonic() - self._used > SOCKET_IDLE_SECONDS:
+                self.close(1000, f"no request for {SOCKET_IDLE_SECONDS:g} seconds")
+            with contextlib.suppress(asyncio.TimeoutError):
+                return await asyncio.wait_for(self._reader.read(1 << 16), SOCKET_PING_SECONDS)
+            if pinged and not self._writer.transport.get_write_buffer_size():
+                break
+            if self._protocol.state.name == "OPEN":
+                self._protocol.send_ping(b"")
+                self._flush()
+        return b""
+
+    def _take(self, data: bytes) -> None:
+        """Feeds the parser, which itself answers pings, and ends the connection behind a frame that is malformed."""
+        self._protocol.receive_data(data)
+        frame: Any
+        for frame in self._protocol.events_received():
+            if frame.opcode.name not in ("TEXT", "BINARY", "CONT"):
+                continue
+            self._fragments += frame.data
+            if frame.fin:
+                request = SocketRequest(bytes(self._fragments), self._turn)
+                self._fragments, self._turn, self._since = bytearray(), BodyTurn(), None
+                self._receive(request)
+        self._bound(len(self._fragments) + len(self._protocol.reader.buffer))
+        self._flush()
+        if self._writer.transport.get_write_buffer_size() > MAX_UNTAKEN:
+            self._writer.transport.abort()
+
+    def _bound(self, size: int) -> None:
+        """Bounds a message that is not whole: its time from its first byte on, and how many large ones there are."""
+        now = time.monotonic()
+        self._since = (self._since or now) if size else None
+        if self._since and now - self._since > REQUEST_SECONDS:
+            self.close(1008, f"a message took over {REQUEST_SECONDS:g} seconds")
+        if size > TURN_BYTES:
+            try:
+                self._turn.take(0)
+            except Overloaded:
+                self.close(1013, "too many large messages arrive already")
+
+    def _receive(self, request: SocketRequest) -> None:
+        """Queues a request, or cancels the running one."""
+        waiting = len(self._requests)
+        if request.is_cancel():
+            with contextlib.suppress(IndexError):
+                self._cancel(self._requests[0], gently=True)
+        elif self._server.stopping or waiting >= self.PENDING:
+            request.turn.release()
+            full = f"{waiting} requests wait on this connection already"
+            error = Overloaded("The server is shutting down" if self._server.stopping else full)
+            self._protocol.send_text(to_json(ERROR_SHAPES["shimmy"](error)))
+        else:
+            self._requests.append(request)
+            self._queue.put(request)
+
+    def _cancel(self, request: SocketRequest, gently: bool = False) -> None:
+        """In a thread: telling the engine may block on its pipe, which must not stop the loop."""
+        self._loop.run_in_executor(None, request.cancel.cancel, gently)
+
+    def answer_all(self) -> None:
+        """Answers the requests one after another, until the connection ends."""
+        while request := self._queue.get():
+            self._answer(request)
+            self._requests.popleft()
+            self._used = time.monotonic()
+
+    def _answer(self, request: SocketRequest) -> None:
+        line = RequestLog("WS /ws/generate", self._id)
+
+        def work() -> None:
+            dialect = line.dialect = NativeSocket(request.body() | {"stream": True})
+            dialect.owner, line.status = self._owner, 200
+            deliver(dialect, dialect.events(self._server.service, request.cancel), self)
+
+        with self._server.running(request.cancel):
+            run_request(work, line, self.fail, self.leave)
+            self._server.service.metrics.answered("WS", "/ws/generate", NativeSocket.api, line.status)
+
+    # The wire, used by a request's thread
 
     def fail(self, error: ApiError, document: dict[str, Any] | None = None) -> None:
         with contextlib.suppress(ClientGone):
@@ -11542,274 +10324,104 @@ class SocketWire(Wire):
 
     def leave(self) -> None:
         with contextlib.suppress(ClientGone):
-            self.send(NativeSocket.cancelled())
+            self.send(NativeSocket.done("cancelled", Usage(0, 0, 0, 0, 0)))
 
-
-class SocketConnection:
-    """One WebSocket: an asyncio protocol around websockets' parser. All but `say` and `_answer` runs in the loop's thread."""
-
-    PENDING = 32  # requests that may wait on one connection
-
-    def __init__(self, listener: SocketListener, early: bytes, id: str, owner: str) -> None:
-        from websockets.protocol import SERVER, Protocol
-
-        self._listener, self._server, self._early, self._id, self._owner = listener, listener.server, early, id, owner
-        self._protocol = Protocol(SERVER, max_size=MAX_BODY, logger=logging.getLogger("websockets"))
-        self._requests: deque[SocketRequest] = deque()  # the first one is running
-        self._fragments, self._placed = bytearray(), False  # of a message that is not whole, and whether it has a place
-        self._cut: asyncio.TimerHandle | None = None  # ends such a message
-        self._heard, self._used, self._open = True, time.monotonic(), True
-
-    # What asyncio calls
-
-    def connection_made(self, transport: asyncio.Transport) -> None:
-        import asyncio
-
-        self._transport, self._writable = transport, asyncio.Event()
-        self._writable.set()
-        self._listener.connections.add(self)
-        self._ticking = self._listener.loop.call_later(SOCKET_PING_SECONDS, self._tick)
-        if self._early:
-            self.data_received(self._early)
-
-    def data_received(self, data: bytes) -> None:
-        self._heard = True
-        self._protocol.receive_data(data)
-        for frame in self._protocol.events_received():
-            self._take(frame)
-        self._bound()
-        self._flush()
-        if self._transport.get_write_buffer_size() > MAX_UNTAKEN:
-            self._transport.abort()
-
-    def eof_received(self) -> None:
-        self._protocol.receive_eof()
-        self._flush()
-
-    def pause_writing(self) -> None:
-        self._writable.clear()
-
-    def resume_writing(self) -> None:
-        self._writable.set()
-
-    def connection_lost(self, _: Exception | None) -> None:
-        self._open = False
-        self._writable.set()
-        for timer in filter(None, (self._cut, self._ticking)):
-            timer.cancel()
-        self._place(False)
-        for request in self._requests:
-            request.release()
-            self._listener.in_thread(request.cancel.cancel)
-        self._listener.lost(self)
-
-    # Reading
-
-    def _take(self, frame: Any) -> None:
-        """One frame; the parser itself answers those of other kinds."""
-        if frame.opcode.name not in ("TEXT", "BINARY", "CONT"):
-            return
-        self._fragments += frame.data
-        if frame.fin:
-            message, self._fragments = bytes(self._fragments), bytearray()
-            self._receive(message)
-
-    def _bound(self) -> None:
-        """Bounds a message that is not whole: its time from its first byte on, and how many large ones there are."""
-        size = len(self._fragments) + len(self._protocol.reader.buffer)
-        if size and not self._cut:
-            reason = f"a message took over {REQUEST_SECONDS:g} seconds"
-            self._cut = self._listener.loop.call_later(REQUEST_SECONDS, self.close, 1008, reason)
-        elif not size and self._cut:
-            self._cut.cancel()
-            self._cut = None
-        if size > TURN_BYTES and not self._place(True):
-            self.close(1013, "too many large messages arrive already")
-
-    def _place(self, wanted: bool) -> bool:
-        """Takes a place among LARGE_BODIES for the message that arrives, or gives it back."""
-        if wanted and not self._placed:
-            self._placed = LARGE_BODIES.acquire(blocking=False)
-        elif self._placed and not wanted:
-            self._placed = False
-            LARGE_BODIES.release()
-        return self._placed
-
-    def _receive(self, message: bytes) -> None:
-        """Queues a request, or cancels the running one."""
-        if len(message) <= 256 and self._is_cancel(message):
-            if self._requests:  # telling the engine may block on its pipe, which must not stop this loop
-                self._listener.in_thread(self._requests[0].cancel.cancel, True)
-            return
-        request, self._placed = SocketRequest(message, self._placed or (len(message) > TURN_BYTES and self._place(True))), False
-        try:
-            if self._server.stopping:
-                raise Overloaded("The server is shutting down")
-            waiting = len(self._requests), sum(len(r.message) for r in self._requests)
-            if waiting[0] >= self.PENDING or waiting[1] + len(message) > 2 * MAX_BODY:
-                raise Overloaded(f"{waiting[0]} requests wait on this connection already")
-            if len(message) > TURN_BYTES and not request.placed:
-                raise Overloaded("Too many large messages are being read already")
-        except ApiError as error:
-            request.release()
-            self._protocol.send_text(to_json(ERROR_SHAPES["shimmy"](error)))
-            return
-        self._requests.append(request)
-        if len(self._requests) == 1:
-            self._listener.in_thread(self._answer, request).add_done_callback(self._next)
-
-    @staticmethod
-    def _is_cancel(message: bytes) -> bool:
-        try:
-            return parse_object(message).get("cancel") is True
-        except InvalidRequest:
-            return False
-
-    def _next(self, _: Any) -> None:
-        self._requests.popleft()
-        self._used = time.monotonic()
-        if self._requests and self._open:
-            self._listener.in_thread(self._answer, self._requests[0]).add_done_callback(self._next)
-
-    # Answering
-
-    def _answer(self, request: SocketRequest) -> None:
-        """One request, in a thread of its own."""
-        line, wire = RequestLog("WS /ws/generate", self._id), SocketWire(self.say)
-
-        def work() -> None:
-            dialect = line.dialect = NativeSocket(request.body())
-            dialect.owner, line.status = self._owner, 200
-            deliver(dialect, dialect.events(self._server.service, request.cancel), wire)
-
-        with self._server.busy(), self._server.cancellable(request.cancel):
-            run_request(work, line, wire.fail, wire.leave)
-            self._server.service.metrics.answered("WS", "/ws/generate", NativeSocket.api, line.status)
-
-    def say(self, document: dict[str, Any]) -> None:
-        """Sends a document from another thread. Raises ClientGone when the client takes none for WRITE_SECONDS."""
+    def send(self, document: dict[str, Any]) -> None:
+        """Waits until the document is sent. Raises ClientGone when the client takes none for WRITE_SECONDS."""
         import asyncio
         from concurrent.futures import CancelledError
         from concurrent.futures import TimeoutError as Late
 
-        if not self._open:
-            raise ClientGone
         sending = self._send(document)
         try:
-            asyncio.run_coroutine_threadsafe(sending, self._listener.loop).result(WRITE_SECONDS)
-        except (Late, CancelledError):
+            asyncio.run_coroutine_threadsafe(sending, self._loop).result(WRITE_SECONDS)
+        except (Late, CancelledError, OSError):
             with contextlib.suppress(RuntimeError):
-                self._listener.loop.call_soon_threadsafe(self._transport.abort)  # which ends _send
+                self._loop.call_soon_threadsafe(self._writer.transport.abort)  # which ends _send
             raise ClientGone from None
         except RuntimeError:  # the loop has ended
             sending.close()
             raise ClientGone from None
 
     async def _send(self, document: dict[str, Any]) -> None:
-        await self._writable.wait()
-        if not self._open or self._protocol.state.name != "OPEN":
+        if self._protocol.state.name != "OPEN":
             raise ClientGone
         self._protocol.send_text(to_json(document))
         self._flush()
+        await self._writer.drain()
 
     def _flush(self) -> None:
         for data in self._protocol.data_to_send():
             if data:
-                self._transport.write(data)
+                self._writer.write(data)
             else:  # what still comes is dropped: to close over it would destroy what was sent (RST)
-                self._transport.write_eof()
-                self._listener.loop.call_later(SOCKET_CLOSE_SECONDS, self._transport.abort)
-
-    # Ending
+                self._writer.write_eof()
+                self._loop.call_later(SOCKET_CLOSE_SECONDS, self._writer.transport.abort)
 
     def close(self, code: int, reason: str, seconds: float = SOCKET_CLOSE_SECONDS) -> None:
         """Ends the connection as RFC 6455, 7 has it, at the latest after so many seconds."""
         if self._protocol.state.name == "OPEN":
             self._protocol.send_close(code, reason)
             self._flush()
-        self._listener.loop.call_later(seconds, self._transport.abort)
-
-    def _tick(self) -> None:
-        """Looks whether the client is still there, and for what it is."""
-        if not self._heard and self._writable.is_set():
-            self._transport.abort()
-        elif not self._requests and time.monotonic() - self._used > SOCKET_IDLE_SECONDS:
-            self.close(1000, f"no request for {SOCKET_IDLE_SECONDS:g} seconds")
-        elif self._protocol.state.name == "OPEN":
-            self._heard = False
-            self._protocol.send_ping(b"")
-            self._flush()
-        self._ticking = self._listener.loop.call_later(SOCKET_PING_SECONDS, self._tick)
+            self._loop.call_later(seconds, self._writer.transport.abort)
 
 
 class SocketListener:
-    """Serves `/ws/generate`: asyncio in one side thread, one worker thread a running request."""
+    """Serves `/ws/generate`: asyncio in one side thread."""
 
-    loop: asyncio.AbstractEventLoop
+    _loop: asyncio.AbstractEventLoop
+    _stopped: asyncio.Event
 
     def __init__(self, server: Server) -> None:
-        self.server = server
-        self._lock = threading.Lock()
-        self._thread: threading.Thread | None = None
-        self.connections: set[SocketConnection] = set()  # the loop's
+        self._server = server
+        self._lock, self._ready = threading.Lock(), threading.Event()
+        self._thread = threading.Thread(target=self._run, name="websocket", daemon=True)
+        self._connections: set[SocketConnection] = set()
 
-    def hand_over(self, connection: socket.socket, early: bytes, id: str, owner: str) -> None:
-        """Takes an HTTP connection over, whose handshake has been answered; `early` came behind it."""
+    def serve(self, connection: socket.socket, early: bytes, id: str, owner: str) -> None:
+        """Serves a connection whose handshake has been answered, to its end; `early` came behind the handshake."""
         import asyncio
 
         with self._lock:
-            if self._thread is None:
-                self.loop = asyncio.new_event_loop()
-                self._thread = threading.Thread(target=self._run, name="websocket", daemon=True)
+            if not self._ready.is_set():
                 self._thread.start()
+                self._ready.wait()
         taken = socket.socket(fileno=connection.detach())
         taken.setblocking(False)
-        self.server.connection_opened()  # the HTTP thread's end gives its own count back
+        served = asyncio.run_coroutine_threadsafe(self._open(taken, early, id, owner), self._loop).result()
+        served.answer_all()
+        self._connections.discard(served)
 
-        async def serve() -> None:
-            made = SocketConnection(self, early, id, owner)
-            try:
-                await self.loop.connect_accepted_socket(lambda: made, taken)  # type: ignore[type-var, return-value]
-            except OSError:
-                self.lost(made)
+    async def _open(self, taken: socket.socket, early: bytes, id: str, owner: str) -> SocketConnection:
+        import asyncio
 
-        asyncio.run_coroutine_threadsafe(serve(), self.loop)
-
-    def lost(self, connection: SocketConnection) -> None:
-        self.connections.discard(connection)
-        self.server.connection_closed()
-
-    def in_thread(self, work: Callable[..., None], *arguments: Any) -> asyncio.Future[None]:
-        """Runs what may block."""
-        return self.loop.run_in_executor(None, work, *arguments)
+        served = SocketConnection(self._server, *await asyncio.open_connection(sock=taken), id, owner)
+        self._connections.add(served)
+        served.reading = asyncio.create_task(served.read_all(early))
+        return served
 
     def _run(self) -> None:
         import asyncio
-        from concurrent.futures import ThreadPoolExecutor
 
         logging.getLogger("websockets").setLevel(logging.CRITICAL)  # requests are logged here
-        asyncio.set_event_loop(self.loop)
-        self.loop.set_default_executor(ThreadPoolExecutor(MAX_CONNECTIONS, "ws request"))
-        self.loop.run_forever()
-        left = asyncio.all_tasks(self.loop)  # threads wait for them
-        for task in left:
-            task.cancel()
-        self.loop.run_until_complete(asyncio.gather(*left, return_exceptions=True))
-        self.loop.close()
+        asyncio.run(self._main())
+
+    async def _main(self) -> None:
+        import asyncio
+
+        self._loop, self._stopped = asyncio.get_running_loop(), asyncio.Event()
+        self._ready.set()
+        await self._stopped.wait()
+        for connection in list(self._connections):
+            connection.close(1001, "the server is shutting down", 0.3)  # its threads end with it
+        await asyncio.sleep(0.5)
 
     def stop(self) -> None:
         """Closes the connections and ends the loop."""
-        if self._thread is None:
-            return
-
-        def end() -> None:
-            for connection in list(self.connections):
-                connection.close(1001, "the server is shutting down", 0.3)  # its threads end with it
-            self.loop.call_later(0.5, self.loop.stop)
-
-        with contextlib.suppress(RuntimeError):
-            self.loop.call_soon_threadsafe(end)
-        self._thread.join(1.0)
+        if self._ready.is_set():
+            with contextlib.suppress(RuntimeError):
+                self._loop.call_soon_threadsafe(self._stopped.set)
+            self._thread.join(1.0)
 
 
 # ── 17.1. Command line ────────────────────────────────────────────────────────────────────────────────────────────────
@@ -11841,15 +10453,19 @@ def duration(words: str) -> float:
     return float(found[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[found[2] or "s"]
 
 
-def count(least: int) -> Callable[[str], int]:
-    """An argparse type: a whole number, at least `least`."""
+def count(least: int, most: int | None = None) -> Callable[[str], int]:
+    """An argparse type: a whole number from `least` to `most`, or on."""
 
     def check(words: str) -> int:
-        if not re.fullmatch(r"-?\d+", words) or int(words) < least:
-            raise argparse.ArgumentTypeError(f"{words!r} is no whole number from {least} on")
+        if not re.fullmatch(r"-?\d{1,18}", words) or not least <= int(words) <= (most or int(words)):
+            raise argparse.ArgumentTypeError(f"{words!r} is no whole number from {least} {f'to {most}' if most else 'on'}")
         return int(words)
 
     return check
+
+
+ENGINE_BOUNDS = {"ctx": (1, 1 << 24), "parallel": (1, 200), "kv_pool": (1, 1 << 26), "threads": (1, 1024), "batch": (1, 65536),
+                 "n_cpu_moe": (0, 4096), "main_gpu": (0, 64)}  # fmt: skip
 
 
 def alias(words: str) -> tuple[str, str]:
@@ -11869,8 +10485,9 @@ examples:
   python shimmy.py generate --prompt "Who are you?"
   python shimmy.py pull {SUGGESTED}
 
-SHIMMY_BASE_GGUF, SHIMMY_MODEL_PATHS, SHIMMY_BIND_ADDRESS, SHIMMY_PORT,
-SHIMMY_API_KEY and SHIMMY_MAX_CTX in the environment stand for flags.
+The environment may stand for flags: SHIMMY_BASE_GGUF for --model,
+SHIMMY_MODEL_PATHS for --models-dir, SHIMMY_BIND_ADDRESS for --bind,
+SHIMMY_PORT, SHIMMY_API_KEY, and SHIMMY_MAX_CTX for --ctx.
 COMMAND --help tells more."""),
     "serve": ("", """\
 Starts the server. Models load when the first request names them. Prints its address on stdout, and on stderr what it found
@@ -11879,15 +10496,7 @@ examples:
   python shimmy.py serve --port 8080 --preload
   python shimmy.py serve --model {SUGGESTED}:Q4_K_M
   python shimmy.py serve --alias 'gpt-*=default' --alias 'claude-*=default'
-  SHIMMY_API_KEY=secret python shimmy.py serve --bind 0.0.0.0
-
-environment:
-  SHIMMY_BASE_GGUF       --model
-  SHIMMY_MODEL_PATHS     --models-dir, several with ; or the system's separator
-  SHIMMY_BIND_ADDRESS    --bind
-  SHIMMY_PORT            --port
-  SHIMMY_API_KEY         --api-key
-  SHIMMY_MAX_CTX         --ctx"""),
+  SHIMMY_API_KEY=secret python shimmy.py serve --bind 0.0.0.0"""),
     "generate": ("[MODEL] [PROMPT]", """\
 Streams a model's answer to standard output. A running server does the work if it knows the model, else the model is loaded
 for this command. --chat without a prompt is a conversation at the terminal.""", """\
@@ -12020,8 +10629,8 @@ def _engine_flags(sub: argparse.ArgumentParser) -> None:
         elif f.default == ():
             group.add_argument(flag, action="append", default=None, **more)
         else:
-            if more.get("type") is int:
-                more["metavar"] = "N"
+            if f.name in ENGINE_BOUNDS:
+                more |= {"type": count(*ENGINE_BOUNDS[f.name]), "metavar": "N"}
             group.add_argument(flag, default=None, **more)
 
 
@@ -12110,37 +10719,21 @@ def listen_address(args: argparse.Namespace) -> tuple[str, int]:
     return host, number
 
 
-ENGINE_BOUNDS = {"ctx": (1, 1 << 24), "parallel": (1, 200), "kv_pool": (1, 1 << 26), "threads": (1, 1024), "batch": (1, 65536),
-                 "n_cpu_moe": (0, 4096), "main_gpu": (0, 64)}  # fmt: skip
-
-
 def engine_fields(args: argparse.Namespace) -> dict[str, Any]:
     """The fields of EngineOptions that the flags give. Raises UsageError for values that make no sense."""
     given = {f.name: getattr(args, f.name, None) for f in fields(EngineOptions)}
     found: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items() if v is not None}
-    for name, (least, most) in ENGINE_BOUNDS.items():
-        if not least <= found.get(name, least) <= most:
-            raise UsageError(f"--{name.replace('_', '-')} must be from {least} to {most}, not {found[name]}")
     if found.get("flash_attn") == "off" and found.get("kv_type", "f16") != "f16":
         raise UsageError(f"--kv-type {found['kv_type']} needs flash attention, which --flash-attn off forbids")
     for file in found.get("lora", ()):
         if not os.path.isfile(file):
             raise UsageError(f"--lora {file}: there is no such file")
     if "chat_template" in found:
-        try:
-            found["chat_template"] = pathlib.Path(found["chat_template"]).read_text(encoding="utf-8")
-        except (OSError, ValueError) as error:
-            raise UsageError(f"--chat-template {found['chat_template']}: {getattr(error, 'strerror', None) or error}") from None
-    check_devices(found)
-    return found
-
-
-def check_devices(found: Mapping[str, Any]) -> None:
-    """Raises UsageError for devices that are not there; a helper process is asked, but only if any are named."""
+        found["chat_template"] = read_file("--chat-template", found["chat_template"])
     named = {"--device": found.get("device") or (), "--override-tensor": [d for _, d in found.get("override_tensor", ())]}
     if not any(named.values()) and "main_gpu" not in found:
-        return
-    devices = engine_build()["devices"]
+        return found
+    devices = engine_build()["devices"]  # a helper process is asked
     there = [d["name"] for d in devices]
     for flag, names in named.items():
         if absent := [name for name in names if name not in there and not (flag == "--device" and names == ("none",))]:
@@ -12148,20 +10741,35 @@ def check_devices(found: Mapping[str, Any]) -> None:
     gpus = [d for d in devices if d["kind"] in ("GPU", "IGPU")]
     if found.get("main_gpu", -1) >= len(found.get("device") or gpus):
         raise UsageError(f"--main-gpu {found['main_gpu']}: there are {len(gpus)} GPUs, the first one is 0")
+    return found
+
+
+def read_file(flag: str, file: str) -> str:
+    """The text file that a flag names. Raises UsageError."""
+    try:
+        return pathlib.Path(file).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{flag} {file}: {getattr(error, 'strerror', None) or error}") from None
 
 
 def engine_flags(args: argparse.Namespace) -> dict[str, Any]:
     """The same of a command line, with SHIMMY_MAX_CTX."""
-    found = engine_fields(args)
-    if "ctx" not in found and os.environ.get("SHIMMY_MAX_CTX"):
-        try:
-            found["ctx"] = int(os.environ["SHIMMY_MAX_CTX"])
-        except ValueError:
-            raise UsageError(f"SHIMMY_MAX_CTX {os.environ['SHIMMY_MAX_CTX']} is no whole number") from None
-        least, most = ENGINE_BOUNDS["ctx"]
-        if not least <= found["ctx"] <= most:
-            raise UsageError(f"SHIMMY_MAX_CTX must be from {least} to {most}, not {found['ctx']}")
-    return found
+    found, most = engine_fields(args), os.environ.get("SHIMMY_MAX_CTX")
+    try:
+        return found if "ctx" in found or not most else found | {"ctx": count(*ENGINE_BOUNDS["ctx"])(most)}
+    except argparse.ArgumentTypeError as error:
+        raise UsageError(f"SHIMMY_MAX_CTX: {error}") from None
+
+
+def given_sampling(args: argparse.Namespace, **more: Any) -> tuple[dict[str, Any], Sampling]:
+    """The sampling flags that are given and `more`, as fields of a body, and checked. Raises UsageError naming the flag."""
+    given = {f.name: getattr(args, f.name, None) for f in fields(Sampling) if f.metadata.get("help")} | more
+    given = {name: value for name, value in given.items() if value is not None}
+    try:
+        return given, Sampling.from_json(given)
+    except InvalidRequest as error:
+        name = error.param or ""
+        raise UsageError(f"--{name.replace('_', '-')}{str(error).removeprefix(name)}") from None
 
 
 # Settings of single models
@@ -12180,7 +10788,7 @@ class PresetParser(Arguments):
     """Reads the keys of a preset or of a load's body as the flags that they are; says what is wrong as a UsageError."""
 
     def __init__(self) -> None:
-        super().__init__(add_help=False, allow_abbrev=False)
+        super().__init__(add_help=False)
         _engine_flags(self)
         _sampling_flags(self)
         self.add_argument("--alias", action="append", default=[])
@@ -12188,38 +10796,34 @@ class PresetParser(Arguments):
         self.add_argument("--keep-alive", type=duration)
 
     def error(self, message: str) -> NoReturn:
-        raise UsageError(message)
+        raise UsageError(message.partition(": ")[2] or message)  # without the flag's name, which may be a synonym
 
     def read(self, pairs: Mapping[str, Any]) -> argparse.Namespace:
         """The flags that the pairs stand for. Raises UsageError, which begins with the key."""
         result = argparse.Namespace()
         for key, value in pairs.items():
-            flag = key.strip().replace("_", "-")
-            flag = SYNONYMS.get(flag, flag)
-            action = self._option_string_actions.get(f"--{flag}")
-            if action is None:
-                raise UsageError(f"{printable(key)}: there is no such setting")
             try:
-                self.parse_args(self._words(flag, action, value), result)
+                self.parse_args(self._words(key.strip().replace("_", "-"), value), result)
             except UsageError as error:
-                raise UsageError(f"{printable(key)}: {str(error).partition(': ')[2] or error}") from None
+                raise UsageError(f"{printable(key)}: {error}") from None
         return self.parse_args([], result)
 
-    @staticmethod
-    def _words(flag: str, action: argparse.Action, value: Any) -> list[str]:
+    def _words(self, flag: str, value: Any) -> list[str]:
         """A pair as words of a command line."""
+        flag = SYNONYMS.get(flag, flag)
+        action = self._option_string_actions.get(f"--{flag}")
+        if action is None:
+            raise UsageError("there is no such setting")
         if action.nargs == 0:
             switch = SWITCHES.get(str(value).lower())
             if switch is None:
-                raise UsageError(f"--{flag}: {printable(str(value))} is neither true nor false")
-            off = f"--no-{flag}" if isinstance(action, argparse.BooleanOptionalAction) else None
-            return [f"--{flag}"] if switch else [off] if off else []
-        values = value if isinstance(value, list) else [value]
+                raise UsageError(f"{printable(str(value))} is neither true nor false")
+            return [f"--{flag}"] if switch else [o for o in action.option_strings if o == f"--no-{flag}"]
         if not isinstance(action, argparse._AppendAction):
-            values = [",".join(map(str, values))]
+            value = ",".join(map(str, value)) if isinstance(value, list) else value
         elif flag != "override-tensor" and not isinstance(value, list):
-            values = str(value).split(",")
-        return [f"--{flag}={str(v).strip()}" for v in values]
+            value = str(value).split(",")
+        return [f"--{flag}={str(v).strip()}" for v in (value if isinstance(value, list) else [value])]
 
 
 def read_preset(file: str) -> list[Preset]:
@@ -12229,9 +10833,7 @@ def read_preset(file: str) -> list[Preset]:
     ini = configparser.ConfigParser(interpolation=None, delimiters=("=",), default_section="\0", comment_prefixes=("#", ";"))
     ini.optionxform = str  # type: ignore[assignment, method-assign]
     try:
-        ini.read_string("[\1]\n" + pathlib.Path(file).read_text(encoding="utf-8"), file)
-    except (OSError, ValueError) as error:
-        raise UsageError(f"--preset {file}: {getattr(error, 'strerror', None) or error}") from None
+        ini.read_string("[\1]\n" + read_file("--preset", file), file)
     except configparser.Error as error:
         raise UsageError(f"--preset {file}: {' '.join(error.message.split())}") from None
     presets = []
@@ -12253,13 +10855,9 @@ def read_preset(file: str) -> list[Preset]:
 def preset_of(pattern: str, pairs: Mapping[str, Any]) -> Preset:
     """What pairs of key and value say of the models that a pattern means. Raises UsageError."""
     args = PresetParser().read(pairs)
-    sampling = {f.name: getattr(args, f.name, None) for f in fields(Sampling) if f.metadata.get("help")}
-    try:
-        checked = Sampling.from_json({k: v for k, v in sampling.items() if v is not None})
-    except InvalidRequest as error:
-        raise UsageError(str(error)) from None
-    given = {k: getattr(checked, k) for k, v in sampling.items() if v is not None}
-    return Preset(pattern, engine_fields(args), given, tuple(args.alias), args.preload, args.keep_alive)
+    given, checked = given_sampling(args)
+    sampling = {name: getattr(checked, name) for name in given}
+    return Preset(pattern, engine_fields(args), sampling, tuple(args.alias), args.preload, args.keep_alive)
 
 
 FILE_SETTINGS = ("lora", "chat-template", "chat-template-file")  # a request names no file: presets and the command line do
@@ -12309,17 +10907,11 @@ def is_path(model: str) -> bool:
 
 
 class StopSignals:
-    """SIGINT, SIGTERM and SIGHUP ask `serve` to stop; a second one ends the process at once.
-
-    The handler takes no lock, so it cannot wait for code that it interrupts: the interpreter itself writes a byte to a
-    socket, and the main thread waits for that.
-    """
+    """SIGINT, SIGTERM and SIGHUP ask `serve` to stop; a second one ends the process at once."""
 
     def __init__(self) -> None:
-        self.asked, self._code = False, 0
-        self._reader, self._writer = socket.socketpair()
-        self._writer.setblocking(False)
-        signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
+        self.asked = False
+        self._codes: queue.SimpleQueue[int] = queue.SimpleQueue()  # whose put() may interrupt whatever code
         for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK"):
             number = getattr(signal, name, None)
             if number is None or (name in ("SIGINT", "SIGHUP") and signal.getsignal(number) is signal.SIG_IGN):
@@ -12330,20 +10922,22 @@ class StopSignals:
         if self.asked:
             os._exit(0)
         self.asked = True
+        self.stop(0)
 
     def stop(self, code: int) -> None:
-        """Ends `wait` from another thread."""
-        self._code = code
-        self._writer.send(b"\0")
+        """Ends `wait`, from any thread."""
+        self._codes.put(code)
 
     def wait(self) -> int:
         """Blocks until a signal or `stop`; returns the exit code."""
-        self._reader.recv(1)
-        return self._code
+        while True:
+            with contextlib.suppress(queue.Empty):
+                return self._codes.get(timeout=1.0)  # Windows runs signal handlers between waits only
 
 
 def command_serve(args: argparse.Namespace) -> int:
     """Listens, then waits for a signal; models load on demand. Exits with 2 if a model named by a flag is not found."""
+    check_packages()
     args.model = fetch_named(args.model)
     signals = StopSignals()
     address = listen_address(args)
@@ -12352,14 +10946,15 @@ def command_serve(args: argparse.Namespace) -> int:
     for directory in args.models_dir:
         if not os.path.isdir(os.path.expanduser(directory)):
             log.warning("--models-dir %s: there is no such directory", directory)
-    service = make_service(args, args.model, tools=tools, max_queue=args.max_queue, allow_pull=args.allow_pull)
-    service.report = log.warning
+    service = make_service(args, args.model, tools=tools, max_queue=args.max_queue, allow_pull=args.allow_pull,
+                           report=log.warning)  # fmt: skip
     if sys.stderr.isatty():
         threading.Thread(target=draw_loads, args=(service.table,), name="loads", daemon=True).start()
     try:
         server = Server(address, service, access)
     except OSError as error:
-        raise OSError(f"cannot listen on {address[0]}:{address[1]}: {error.strerror or error}{port_advice(error)}") from None
+        advice = "; --port N listens on another, 0 on any" if error.errno == errno.EADDRINUSE else ""
+        raise OSError(f"cannot listen on {address[0]}:{address[1]}: {error.strerror or error}{advice}") from None
     threading.Thread(target=server.serve_forever, args=(0.1,), name="accept", daemon=True).start()
     print(f"shimmy {__version__} is listening on {server.url}", flush=True)
     service.table.start()
@@ -12369,24 +10964,26 @@ def command_serve(args: argparse.Namespace) -> int:
     threading.Thread(target=_after_scan, args=(args, service, signals, server.url), name="names", daemon=True).start()
     code = signals.wait()
     if not code:
-        log.warning("shutting down%s", _waited_for(service))
+        busy = [(s["model"], s["requests_running"] + s["requests_waiting"]) for s in service.table.statuses()]
+        who = ", ".join(f"{printable(model)} ({requests})" for model, requests in busy if requests)
+        log.warning("shutting down%s", f": waiting up to {GRACE_SECONDS:.0f} s for the requests of {who}" if who else "")
     server.stop()
     return code
-
-
-def port_advice(error: OSError) -> str:
-    """Advice where another program has the port."""
-    return "; --port N listens on another, 0 on any" if error.errno == errno.EADDRINUSE else ""
 
 
 def draw_loads(table: ModelTable) -> None:
     """The thread that shows on a terminal how far loads are."""
     while True:
-        table.await_change(1.0)
-        if table.loading():
-            with WaitingLine(lambda: ", ".join(map(loading_stage, table.loading())), 0.2):
-                while table.loading():
-                    table.await_change(0.2)
+        time.sleep(0.2)
+        if stages_of_loads(table):
+            with WaitingLine(lambda: stages_of_loads(table)):
+                while stages_of_loads(table):
+                    time.sleep(0.2)
+
+
+def stages_of_loads(table: ModelTable) -> str:
+    """What each load is doing; "" while nothing loads."""
+    return ", ".join(loading_stage(status) for status in table.statuses() if status["status"] == "loading")
 
 
 def serve_access(args: argparse.Namespace, host: str) -> Access:
@@ -12421,14 +11018,13 @@ def serve_tools(args: argparse.Namespace) -> ToolOptions:
 
 def _after_scan(args: argparse.Namespace, service: Service, signals: StopSignals, url: str) -> None:
     """When the first scan is over: stops the server if a named model is not there, else tells what is there, preloads."""
-    lost = service.table.unresolved()
+    lost = list(service.table.names().unresolved(service.table.catalog))
     if signals.asked:
         return
-    for each in lost:
-        setting = "SHIMMY_BASE_GGUF" if each.setting == "--model" and not args.model else each.setting
-        value = f"={each.value}" if each.setting.startswith("--alias") else f" {each.value}"
-        near = f"; did you mean {' or '.join(each.near)}?" if each.near else ""
-        print(f"shimmy serve: error: {printable(setting + value)}: no such model{each.reason}{near}", file=sys.stderr)
+    for setting, value, why in lost:
+        named = "SHIMMY_BASE_GGUF" if setting == "--model" and not args.model else setting
+        value = f"{named}={value}" if setting.startswith("--alias") else f"{named} {value}"
+        print(f"shimmy serve: error: {printable(value)}: no such model{why}", file=sys.stderr)
     if lost:
         signals.stop(2)
         return
@@ -12447,83 +11043,40 @@ def _after_scan(args: argparse.Namespace, service: Service, signals: StopSignals
 
 def tell_serving(args: argparse.Namespace, service: Service, url: str) -> None:
     """Says on stderr what was found and what is missing, and how to begin."""
-    models, default = service.table.infos(), service.table.default_id()
+    models, default = service.table.infos(), service.table.names().default
     if all(map(is_boxed, models)):
         log.warning("%s: get a real one with\n  %s pull %s", "only the model in the box is here, a demonstration" if models
                     else "no model is here", own_command(), SUGGESTED)  # fmt: skip
     log.warning("default model: %s; %d model%s found", printable(default or "none"), len(models), "s" * (len(models) != 1))
-    rows = [("found", words) for words in found_words(service.table.catalog.report)]
+    report, engine, gpu = service.table.catalog.report, service.settings.engine, machine_gpu()
+    rows = [("found", f"{place['models']} in {place['path']}") for place in report.directories if place["models"]]
+    if report.skipped:
+        rows.append(("found", f"{len(report.skipped)} files are no models to serve: list -v says why"))
     if default:
-        rows.append(("memory", serving_memory(service.table.info(default), service.table.settings(default).engine)))
-    rows += [("engine", words) for words in engine_words(service.settings.engine)]
+        info, kv_type = service.table.info(default), service.table.settings(default).engine.kv_type
+        words = memory_words(info.size_bytes, None if info.embedding else info.largest_context(kv_type))
+        rows.append(("memory", f"{printable(info.id)}, {human_bytes(info.size_bytes)}, {words}"))
+    threads = engine.threads or physical_cores()
+    rows.append(("engine", f"{threads} thread{'s' * (threads != 1)}"))
+    if gpu and engine.gpu_layers != 0 and not engine_build()["gpu_offload"]:
+        build = f"CMAKE_ARGS=-DGGML_{gpu[1]}=on pip install --force-reinstall --no-cache-dir llama-cpp-python"
+        rows.append(("engine", f"no GPU in this build of llama-cpp-python, although the machine has {gpu[0]} one: {build}"))
     key = ' -H "Authorization: Bearer KEY"' if args.api_key or os.environ.get("SHIMMY_API_KEY") else ""
     body = '{"messages":[{"role":"user","content":"Hello!"}]}'
     rows += [("page", f"{url}/"), ("try", f"curl {url}/v1/chat/completions{key} -d '{body}'")]
-    print_rows(rows)
+    print_rows([(f"  {label}", words) for label, words in rows], sys.stderr)
 
 
-def print_rows(rows: Iterable[tuple[str, str]]) -> None:
-    """Labelled lines on stderr; on a terminal they keep to its width, but for the command that is to be copied."""
-    import textwrap
-
-    width = terminal_width() if sys.stderr.isatty() else 10_000
-    lines = [f"  {label:8}{text}" if label == "try" else textwrap.fill(
-        text, width, initial_indent=f"  {label:8}", subsequent_indent=" " * 10, break_long_words=False, break_on_hyphens=False,
-    ) for label, text in rows]  # fmt: skip
-    print("\n".join(lines), file=sys.stderr, flush=True)
-
-
-def found_words(report: ScanReport) -> Iterator[str]:
-    """Lists the directories that hold models."""
-    home = os.path.expanduser("~")
-    gave = [(d["models"], str(d["path"])) for d in report.directories if d["models"]]
-    places = [f"{n} in {printable('~' + path.removeprefix(home) if path.startswith(home + os.sep) else path, 100)}"
-              for n, path in gave]  # fmt: skip
-    named = len(report.models) - sum(n for n, _ in gave)
-    if report.models:
-        yield ", ".join([*([f"{named} by its path"] if named else []), *places])
-    if report.skipped:
-        yield f"{len(report.skipped)} files are no models to serve: list -v says why"
-
-
-def serving_memory(model: ModelInfo, engine: EngineOptions) -> str:
-    """Says if the default model fits the memory, and with which context."""
-    free, most = available_memory(), model.largest_context(engine.kv_type)
-    if free is None:
-        return "free memory unknown"
-    told = f"{human_bytes(free)} free, {printable(model.id)} takes"
-    if most is None or model.embedding:
-        return f"{told} {human_bytes(model.size_bytes)}"
-    usual = min(engine.ctx or 8192, model.context_length or 8192)
-    if most < usual:
-        advice = f"only {most:,} fit, say --ctx {most}" if most else "none fits"
-        return f"{told} {human_bytes(model.size_bytes)}; {usual:,} tokens of context do not fit: {advice}"
-    with contextlib.suppress(LoadError):  # memory that was taken since
-        need = plan_load(model, Setup(engine), free).memory_need - GRAPH_BYTES
-        return f"{told} about {human_bytes(need)}; {usual:,} tokens of context, up to {most:,} fit (--ctx)"
-    return f"{told} {human_bytes(model.size_bytes)}"
-
-
-def engine_words(engine: EngineOptions) -> Iterator[str]:
-    """The threads, and a GPU that lies idle."""
-    threads, gpu = engine.threads or physical_cores(), machine_gpu()
-    yield f"{threads} thread{'s' * (threads != 1)}"
-    if gpu and engine.gpu_layers != 0 and not engine_build()["gpu_offload"]:
-        build = f"CMAKE_ARGS=-DGGML_{gpu[1]}=on pip install --force-reinstall --no-cache-dir llama-cpp-python"
-        yield f"no GPU in this build of llama-cpp-python, although the machine has {gpu[0]} one: {build}"
-
-
-def _waited_for(service: Service) -> str:
-    """": waiting …" with the requests of each model, or nothing when none runs."""
-    busy = [(s["model"], s["requests_running"] + s["requests_waiting"]) for s in service.table.statuses()]
-    who = ", ".join(f"{printable(model)} ({requests})" for model, requests in busy if requests)
-    return f": waiting up to {GRACE_SECONDS:.0f} s for the requests of {who}" if who else ""
+def print_rows(rows: Iterable[tuple[str, Any]], stream: IO[str] | None = None) -> None:
+    """Labelled lines, on stdout or the stream."""
+    for label, value in rows:
+        print(f"{label:12} {printable(str(value), MAX_SHOWN_PATH)}", file=stream, flush=True)
 
 
 def command_list(args: argparse.Namespace) -> int:
     """Shows the models on this machine."""
     service = make_service(args)
-    service.table.scan()
+    service.table.models(0.0)
     report = service.table.catalog.report
     if args.json:
         more = {m.id: {"path": m.path, "source": m.source, "fits": fits_memory(m.size_bytes),
@@ -12534,12 +11087,15 @@ def command_list(args: argparse.Namespace) -> int:
         for model in report.models:
             print(printable(model.id))
     else:
-        print_models(report.models)
+        cells = [(m.id, m.parameter_count, m.quantization, human_bytes(m.size_bytes), m.context_length, fit_word(m),
+                  m.path) for m in report.models]  # fmt: skip
+        print_table(["NAME", "PARAMS", "QUANT", "SIZE", "CONTEXT", "FITS", "WHERE"],
+                    [[printable(str(cell or "-"), MAX_SHOWN_PATH) for cell in row] for row in cells])  # fmt: skip
+        if not report.models:
+            print("No GGUF model was found; put one into ./models or name its directory with --models-dir.", file=sys.stderr)
     if args.verbose and not args.json:
-        for skipped in report.skipped:
-            print(f"skipped {printable(skipped['path'], MAX_SHOWN_PATH)}: {printable(skipped['reason'])}", file=sys.stderr)
-        for note in (note for d in report.directories for note in d["notes"]):
-            print(f"note: {printable(note, MAX_SHOWN_PATH)}", file=sys.stderr)
+        print_rows([("skipped", f"{each['path']}: {each['reason']}") for each in report.skipped], sys.stderr)
+        print_rows([("note", note) for place in report.directories for note in place["notes"]], sys.stderr)
     return 0
 
 
@@ -12552,22 +11108,21 @@ def fits_memory(size_bytes: int) -> bool | None:
     return None if free is None else size_bytes + 64 * MIB <= free
 
 
+def memory_words(size: int, most: int | None = None) -> str:
+    """Says if weights of that size fit the free memory, and with how many tokens of context if that is known."""
+    free = available_memory()
+    if free is None:
+        return "free memory unknown"
+    context = "" if most is None else f"; up to {most:,} tokens of context fit (--ctx)"
+    return f"{'fits' if fits_memory(size) else 'does not fit'} the memory: {human_bytes(free)} free{context}"
+
+
 def fit_word(model: ModelInfo) -> str | None:
     """yes, no, or the context that fits the free memory where the usual one does not."""
-    fits, usual, most = fits_memory(model.size_bytes), min(model.context_length or 8192, 8192), model.largest_context("f16")
-    if not fits or most is None or most >= usual:
-        return {True: "yes", False: "no", None: None}[fits]
-    return f"ctx {most}" if most else "no"
-
-
-def print_models(models: Seq[ModelInfo]) -> None:
-    """The table of `list`."""
-    cells = [(m.id, m.parameter_count, m.quantization, human_bytes(m.size_bytes), m.context_length,
-              fit_word(m), m.path) for m in models]  # fmt: skip
-    rows = [[printable(str(cell or "-"), MAX_SHOWN_PATH if cell is row[-1] else 200) for cell in row] for row in cells]
-    print_table(["NAME", "PARAMS", "QUANT", "SIZE", "CONTEXT", "FITS", "WHERE"], rows)
-    if not models:
-        print("No GGUF model was found; put one into ./models or name its directory with --models-dir.", file=sys.stderr)
+    fits, most = fits_memory(model.size_bytes), model.largest_context("f16")
+    if fits and most is not None and most < min(model.context_length or 8192, 8192):
+        return f"ctx {most}" if most else "no"
+    return {True: "yes", False: "no", None: None}[fits]
 
 
 def print_json(document: Any) -> None:
@@ -12576,23 +11131,15 @@ def print_json(document: Any) -> None:
 
 
 def print_table(header: list[str], rows: list[list[str]]) -> None:
-    """Columns as wide as their widest cell; on a terminal too narrow for them, a paragraph for each row.
-
-    There the last cell, a path, has a line of its own, which the terminal may wrap: so it can be copied whole.
-    """
+    """Columns as wide as their widest cell; on a terminal too narrow for them, each row's cells below one another."""
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    room = terminal_width(sys.stdout) if sys.stdout.isatty() else sys.maxsize
-    if sum(widths) + 2 * len(widths) - 2 <= room:
-        for row in [header, *rows]:
-            print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    if sys.stdout.isatty() and sum(widths) + 2 * len(widths) - 2 > terminal_width(sys.stdout):
+        for name, *cells in rows:
+            print(name)
+            print_rows((f"  {label.lower()}", cell) for label, cell in zip(header[1:], cells, strict=True))
         return
-    import textwrap
-
-    hard = "\xa0"  # textwrap parts no words at it, so that a label stays beside its value
-    for name, *cells, path in rows:
-        text = ", ".join(f"{label.lower()} {cell}".replace(" ", hard) for label, cell in zip(header[1:-1], cells, strict=True))
-        about = textwrap.fill(text, room, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False)
-        print(f"{name}\n{about.replace(hard, ' ')}\n  {path}")
+    for row in [header, *rows]:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
 class WaitingLine:
@@ -12601,14 +11148,14 @@ class WaitingLine:
     A thread redraws it. The cursor stays at the line's beginning, so that log messages overwrite it.
     """
 
-    def __init__(self, what: Callable[[], str], seconds: float, timed: bool = True) -> None:
-        self._what, self._seconds, self._timed = what, seconds, timed
-        self._began, self._lock, self._cleared = time.monotonic(), threading.Lock(), threading.Event()
+    def __init__(self, what: Callable[[], str]) -> None:
+        self._what = what
+        self._lock, self._cleared = threading.Lock(), threading.Event()
         if not sys.stderr.isatty():
             self._cleared.set()
 
     def __enter__(self) -> WaitingLine:
-        if not self._cleared.is_set():
+        if self.shown:
             threading.Thread(target=self._redraw, name="waiting line", daemon=True).start()
         return self
 
@@ -12616,22 +11163,19 @@ class WaitingLine:
         self.clear()
 
     def _redraw(self) -> None:
-        drawn = None
-        while not self._cleared.wait(self._seconds if drawn is not None else 0):
+        began, drawn = time.monotonic(), ""
+        while self.shown:
             try:
                 text = self._what()
             except Exception:  # a thread's border: the command itself tells what went wrong
                 text = ""
-            seconds = int(time.monotonic() - self._began)
-            text = f"{text} ({seconds} s)" if text and seconds >= 2 and self._timed else text
-            if text != drawn:
-                self._draw(text)
+            seconds = int(time.monotonic() - began)
+            text += f" ({seconds} s)" if text and seconds >= 2 else ""
+            with self._lock:
+                if text != drawn and self.shown:
+                    print(f"\r{text[: terminal_width() - 1]}\033[K\r", end="", file=sys.stderr, flush=True)
             drawn = text
-
-    def _draw(self, text: str) -> None:
-        with self._lock:
-            if self.shown:
-                print(f"\r{text[: terminal_width() - 1]}\033[K\r", end="", file=sys.stderr, flush=True)
+            self._cleared.wait(0.2)
 
     @property
     def shown(self) -> bool:
@@ -12640,7 +11184,7 @@ class WaitingLine:
     def clear(self) -> None:
         """Removes the line for good; idempotent."""
         with self._lock:
-            if not self._cleared.is_set():
+            if self.shown:
                 self._cleared.set()
                 print("\r\033[K", end="", file=sys.stderr, flush=True)
 
@@ -12669,15 +11213,10 @@ PULL_LINE_SECONDS = 5.0  # between lines about a pull where there is no terminal
 
 def command_pull(args: argparse.Namespace) -> int:
     """Fetches a model; prints where it lies. With --dry-run, prints what would be fetched."""
-    wanted = read_wanted(args.name)
-    pull, folder = Pull(Cancellation()), os.path.expanduser(args.models_dir[0] if args.models_dir else "~/models")
-    with PullView() as view:
-        plan = view.watch(pull.plan(wanted, folder))
-        if args.dry_run:
-            view.close()
-            print("\n".join(plan_words(plan)))
-            return 0
-        path = fetch_plan(pull, plan, view)
+    folder = os.path.expanduser(args.models_dir[0] if args.models_dir else "~/models")
+    path = fetch(read_wanted(args.name), folder, args.dry_run)
+    if args.dry_run:
+        return 0
     print(printable(path, MAX_SHOWN_PATH))
     import shlex
 
@@ -12686,32 +11225,29 @@ def command_pull(args: argparse.Namespace) -> int:
     return 0
 
 
-def fetch_plan(pull: Pull, plan: Plan, view: PullView) -> str:
-    """Fetches what is not here yet, and says what; the model's path."""
-    if not plan.left:
-        view.say(f"{plan.title} is here already")
-    else:
-        for line in plan_words(plan):
+def fetch(wanted: Wanted, folder: str, dry_run: bool = False) -> str:
+    """Fetches what is not here yet, and says what; the model's path. A dry run prints what would be fetched."""
+    pull, view = Pull(Cancellation()), PullView()
+    with view:
+        plan = view.watch(pull.plan(wanted, folder))
+        left, began = plan.left, time.monotonic()
+        if dry_run:
+            view.clear()
+            print("\n".join(plan_words(plan)))
+            return str(plan.path)
+        for line in plan_words(plan) if left else [f"{plan.title} is here already"]:
             view.say(line)
-    began = time.monotonic()
-    left = plan.left
-    view.watch(pull.run(plan))
-    view.close()
-    if left:
-        view.say(f"fetched {human_bytes(left)} in {clock(time.monotonic() - began)}, and checked")
-    return plan.path
+        view.watch(pull.run(plan))
+        view.clear()
+        if left:
+            view.say(f"fetched {human_bytes(left)} in {clock(time.monotonic() - began)}, and checked")
+    return str(plan.path)
 
 
 def fetch_named(model: str | None) -> str | None:
     """MODEL, or the path of the file that it means if it names a hub's repository: fetched now unless it is here."""
     wanted = repository(model) if model and (":" in model or not is_path(model)) and not os.path.exists(model) else None
-    if wanted is None:
-        return model
-    if path := pulled_before(wanted):
-        return path
-    pull = Pull(Cancellation())
-    with PullView() as view:
-        return fetch_plan(pull, view.watch(pull.plan(wanted, "")), view)
+    return model if wanted is None else pulled_before(wanted) or fetch(wanted, "")
 
 
 def plan_words(plan: Plan) -> list[str]:
@@ -12731,14 +11267,6 @@ def plan_words(plan: Plan) -> list[str]:
     return lines
 
 
-def memory_words(size: int) -> str:
-    """Says if weights of that size fit the free memory."""
-    free, fits = available_memory(), fits_memory(size)
-    if free is None:
-        return "free memory unknown"
-    return f"{'fits' if fits else 'does not fit'} the memory: {human_bytes(free)} {'are' if fits else 'is all that is'} free"
-
-
 def clock(seconds: float) -> str:
     """95 seconds as 1:35."""
     minutes, rest = divmod(round(seconds), 60)
@@ -12746,29 +11274,17 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
-class PullView:
+class PullView(WaitingLine):
     """Shows a pull on stderr: a line that is redrawn on a terminal, else a line every few seconds."""
 
     def __init__(self) -> None:
-        self._event = Fetching("asking what there is")
-        self._line = WaitingLine(self._drawn, 0.2, timed=False)
-        self._printed = time.monotonic()
-        self._seen: deque[tuple[float, int]] = deque()  # when so many bytes were here, over the last ten seconds
-
-    def __enter__(self) -> PullView:
-        self._line.__enter__()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Removes the line."""
-        self._line.clear()
+        super().__init__(lambda: self._text(terminal_width() - 1))
+        self._event, self._printed = Fetching("asking what there is"), time.monotonic()
+        self._start = 0.0, 0  # when so many bytes of the file were here
 
     def say(self, line: str) -> None:
         """A line that stays."""
-        erase = "\033[K" if self._line.shown else ""
+        erase = "\033[K" if self.shown else ""
         print(f"{erase}{line}", file=sys.stderr, flush=True)
 
     def watch(self, work: Generator[Fetching, None, Any]) -> Any:
@@ -12778,32 +11294,23 @@ class PullView:
                 event = next(work)
             except StopIteration as end:
                 return end.value
-            self._take(event)
-
-    def _take(self, event: Fetching) -> None:
-        now, same = time.monotonic(), event.digest == self._event.digest and event.completed >= self._event.completed
-        if not same:
-            self._seen.clear()
-        self._event = event
-        self._seen.append((now, event.completed))
-        while self._seen[-1][0] - self._seen[0][0] > 10.0:
-            self._seen.popleft()
-        if not self._line.shown and now - self._printed >= PULL_LINE_SECONDS:
-            self._printed = now
-            self.say(self._text(math.inf))
-
-    def _drawn(self) -> str:
-        return self._text(terminal_width() - 1)
+            now = time.monotonic()
+            if event.digest != self._event.digest or event.completed < self._event.completed:
+                self._start = now, event.completed
+            self._event = event
+            if not self.shown and now - self._printed >= PULL_LINE_SECONDS:
+                self._printed = now
+                self.say(self._text(math.inf))
 
     def _text(self, width: float) -> str:
         """Describes the progress: the most important first, the rest as far as the width goes."""
-        event, seen = self._event, list(self._seen)
+        event, (began, before) = self._event, self._start
         if not event.total:
             return event.status
         text = f"{event.completed / event.total:.0%} {human_bytes(event.completed)} of {human_bytes(event.total)}"
-        seconds = time.monotonic() - seen[0][0] if seen else 0.0
-        speed = (seen[-1][1] - seen[0][1]) / seconds if seconds > 0.5 else 0.0
-        if speed > 0 and event.completed < event.total:
+        seconds = time.monotonic() - began
+        if seconds > 0.5 and before < event.completed < event.total:
+            speed = (event.completed - before) / seconds
             text += f" {human_bytes(speed)}/s {clock((event.total - event.completed) / speed)} left"
         bar = int(12 * event.completed / event.total)
         for more in (event.status, f"[{'#' * bar}{'.' * (12 - bar)}]"):
@@ -12814,17 +11321,8 @@ class PullView:
 def own_command() -> str:
     """The command that calls this program from here."""
     import shlex
-    import shutil
 
-    found = next((name for name in ("python", "python3") if shutil.which(name) == sys.executable), sys.executable)
-    return " ".join(shlex.quote(min(path, _relative(path), key=len)) for path in (found, sys.argv[0]))
-
-
-def _relative(path: str) -> str:
-    try:
-        return os.path.relpath(path) if os.path.isabs(path) else path
-    except (OSError, ValueError):  # another drive; a working directory that is gone
-        return path
+    return shlex.join((sys.executable, sys.argv[0]))
 
 
 PROBE_PROMPT = "Once upon a time there was a small server that could tell stories, and every day somebody asked for one. " * 8
@@ -12832,25 +11330,28 @@ PROBE_PROMPT = "Once upon a time there was a small server that could tell storie
 
 def command_probe(args: argparse.Namespace) -> int:
     """Loads a model, generates, and says how it went."""
+    check_packages()
     args.model = fetch_named(args.model)
     path = args.model if args.model and is_path(args.model) else None
     service = make_service(args, path)
     service.table.start()
     with contextlib.closing(service):
         name = service.table.resolve("default" if path or args.model is None else args.model)
-        with WaitingLine(lambda: loading_stage(service.table.status(name)) or "measuring", 0.1):
+        with WaitingLine(lambda: loading_stage(service.table.status(name)) or "measuring"):
             result = probe(service, name)
     if args.json:
         print_json(result)
         return 0
     most = result["largest_context"]
-    print(f"{printable(result['model'])}\n"
-          f"loaded in    {result['load_seconds']:.2f} s\n"
-          f"memory       {human_bytes(result['memory_bytes'])}, {human_bytes(result['available_bytes'] or 0)} are left\n"
-          f"context      {result['context_length']:,} tokens{f', up to {most:,} would fit' if most else ''}\n"
-          + "".join(f"{key:12} {result[key]}\n" for key in ("devices", "fallback") if result[key])
-          + f"prompt       {result['prompt_tokens_per_second']:,.0f} tokens/s\n"
-          f"generated    {result['generated_tokens_per_second']:,.0f} tokens/s")  # fmt: skip
+    print(printable(result["model"]))
+    print_rows([
+        ("loaded in", f"{result['load_seconds']:.2f} s"),
+        ("memory", f"{human_bytes(result['memory_bytes'])}, {human_bytes(result['available_bytes'] or 0)} are left"),
+        ("context", f"{result['context_length']:,} tokens{f', up to {most:,} would fit' if most else ''}"),
+        *((key, result[key]) for key in ("devices", "fallback") if result[key]),
+        ("prompt", f"{result['prompt_tokens_per_second']:,.0f} tokens/s"),
+        ("generated", f"{result['generated_tokens_per_second']:,.0f} tokens/s"),
+    ])  # fmt: skip
     return 0
 
 
@@ -12932,96 +11433,80 @@ def fish_lines(flags: dict[str, list[argparse.Action]]) -> Iterator[str]:
             yield f"complete -c shimmy.py -n '__fish_seen_subcommand_from {name}'{names}{value} -d '{said}'"
 
 
-def server_url(args: argparse.Namespace) -> str:
-    """The configured address as a URL."""
-    host, port = listen_address(args)
+def url_of(host: str, port: int) -> str:
+    """An address as a URL."""
     return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
 
-def connect_to_server(args: argparse.Namespace, timeout: float | None) -> http.client.HTTPConnection:
-    """A connection to the configured address, not opened yet."""
-    import http.client
+class Neighbour:
+    """The server at the configured address, if one runs there."""
 
-    host, port = listen_address(args)
-    with contextlib.suppress(ValueError):  # a name
-        if ipaddress.ip_address(host).is_unspecified:  # a server bound to every address; we connect to one
+    def __init__(self, args: argparse.Namespace) -> None:
+        self._host, self._port = listen_address(args)
+        self.url = url_of(self._host, self._port)
+
+    def connect(self, timeout: float | None) -> http.client.HTTPConnection:
+        """A connection, not opened yet."""
+        import http.client
+
+        host = self._host
+        if is_ip(host) and ipaddress.ip_address(host).is_unspecified:  # a server bound to every address; we connect to one
             host = "::1" if ":" in host else "127.0.0.1"
-    return http.client.HTTPConnection(host, port, timeout=timeout)
+        return http.client.HTTPConnection(host, self._port, timeout=timeout)
 
+    def headers(self) -> dict[str, str]:
+        """The key from SHIMMY_API_KEY, if one is set."""
+        key = os.environ.get("SHIMMY_API_KEY")
+        return {"Authorization": f"Bearer {checked_key('SHIMMY_API_KEY', key)}"} if key else {}
 
-def server_headers() -> dict[str, str]:
-    """The key from SHIMMY_API_KEY, if one is set."""
-    key = os.environ.get("SHIMMY_API_KEY")
-    return {"Authorization": f"Bearer {checked_key('SHIMMY_API_KEY', key)}"} if key else {}
+    def refusal(self) -> str:
+        """Why the server answered 401."""
+        if os.environ.get("SHIMMY_API_KEY"):
+            return "refused the key in SHIMMY_API_KEY"
+        return "asks for a key: set SHIMMY_API_KEY"
 
-
-def _key_refusal() -> str:
-    if os.environ.get("SHIMMY_API_KEY"):
-        return "refused the key in SHIMMY_API_KEY"
-    return "asks for a key: set SHIMMY_API_KEY"
-
-
-def ask_server(args: argparse.Namespace, path: str, timeout: float) -> tuple[int, Any]:
-    """GETs a path from the configured address: status and document. Raises OSError when nobody answers."""
-    connection = connect_to_server(args, timeout)
-    try:
-        connection.request("GET", path, headers=server_headers())
-        response = connection.getresponse()
-        return response.status, json.loads(response.read(MAX_BODY))
-    finally:
-        connection.close()
+    def get(self, path: str, timeout: float) -> tuple[int, Any]:
+        """Status and document. Raises OSError when nobody answers, HTTPException or ValueError for what is no HTTP or JSON."""
+        with contextlib.closing(self.connect(timeout)) as connection:
+            connection.request("GET", path, headers=self.headers())
+            response = connection.getresponse()
+            return response.status, json.loads(response.read(MAX_BODY))
 
 
 def command_diag(args: argparse.Namespace) -> int:
-    """Shows what a report of a problem should contain."""
+    """Shows what a report of a problem should contain: of a server its health, and if it takes our key."""
+    import http.client
+
     service = make_service(args)
-    service.table.scan()
-    document = service.diag() | {"server": server_state(args)}
+    service.table.models(0.0)
+    server = Neighbour(args)
+    state: dict[str, Any] = {"running": False, "url": server.url}
+    with contextlib.suppress(OSError, http.client.HTTPException, ValueError):
+        status, health = server.get("/api/health", timeout=2.0)
+        state |= {"running": status == 200, "health": health}
+        state["key_accepted"] = server.get("/api/tools", timeout=2.0)[0] != 401
+    document = service.diag() | {"server": state}
     if args.json:
         print_json(document)
         return 0
-    for key in [*versions(), "engine", "gpu_offload"]:
-        print(f"{key:12} {printable(str(document[key]))}")
+    rows = [(key, document[key]) for key in [*versions(), "engine", "gpu_offload"]]
     for device in document["devices"]:
         room = f", {human_bytes(device['free'])} free" if device["kind"] != "CPU" else ""
-        words = f"{device['name']}: {device['description']}{room}"
-        print(f"{'device':12} {printable(words)}")
-    print(f"{'known faults':12} {printable(_fault_words(document['known_faults']), MAX_SHOWN_PATH)}")
-    free = document["memory"]["available_bytes"]
-    print(f"{'memory':12} {human_bytes(free) + ' available' if free is not None else 'unknown'}")
-    print(f"{'server':12} {document['server']['url']}: {_server_words(document['server'])}")
-    for directory in document["directories"]:
-        found = f"{directory['models']} model{'s' * (directory['models'] != 1)}" if directory["exists"] else "not there"
-        where, said = f"{directory['path']} ({directory['source']})", "; ".join([found, *directory["notes"]])
-        print(f"{'searched':12} {printable(where, MAX_SHOWN_PATH)}: {printable(said, MAX_SHOWN_PATH)}")
-    for skipped in document["skipped"]:
-        print(f"{'skipped':12} {printable(skipped['path'], MAX_SHOWN_PATH)}: {printable(skipped['reason'])}")
-    return 0
-
-
-def _fault_words(known: Mapping[str, Any]) -> str:
-    """What native code cannot do here, and how to forget that."""
+        rows.append(("device", f"{device['name']}: {device['description']}{room}"))
+    known = document["known_faults"]  # what native code cannot do here
     broken = [f"{name} kernels ({fault})" for name, fault in known["kernels"].items() if fault]
     broken += [f"{kind} ({said.get('reason')})" for kind, said in known["rungs"].items() if isinstance(said, dict)]
-    return f"{', '.join(broken)}; to forget them, delete {known['file']}" if broken else f"none (in {known['file']})"
-
-
-def server_state(args: argparse.Namespace) -> dict[str, Any]:
-    """Asks the configured address for a server: its health, and if it takes our key."""
-    import http.client
-
-    state: dict[str, Any] = {"running": False, "url": server_url(args)}
-    with contextlib.suppress(OSError, http.client.HTTPException, ValueError):
-        status, document = ask_server(args, "/api/health", timeout=2.0)
-        state |= {"running": status == 200, "health": document}
-        state["key_accepted"] = ask_server(args, "/api/tools", timeout=2.0)[0] != 401
-    return state
-
-
-def _server_words(state: dict[str, Any]) -> str:
-    if not state["running"]:
-        return "no answer"
-    return "answers" if state.get("key_accepted", True) else f"answers, but {_key_refusal()}"
+    rows.append(("known faults", f"{', '.join(broken)}; to forget them, delete {known['file']}" if broken
+                 else f"none (in {known['file']})"))  # fmt: skip
+    free = document["memory"]["available_bytes"]
+    rows.append(("memory", f"{human_bytes(free)} available" if free is not None else "unknown"))
+    answers = "answers" if state.get("key_accepted", True) else f"answers, but {server.refusal()}"
+    rows.append(("server", f"{server.url}: {answers if state['running'] else 'no answer'}"))
+    for place in document["directories"]:
+        found = f"{place['models']} model{'s' * (place['models'] != 1)}" if place["exists"] else "not there"
+        rows.append(("searched", f"{place['path']} ({place['source']}): {'; '.join([found, *place['notes']])}"))
+    print_rows(rows + [("skipped", f"{each['path']}: {each['reason']}") for each in document["skipped"]])
+    return 0
 
 
 def check_packages() -> None:
@@ -13052,57 +11537,38 @@ class NoServer(Exception):
     """No running server can do the work; the message says why, for -v."""
 
 
-def choose_generator(args: argparse.Namespace) -> TextSource:
+def choose_source(args: argparse.Namespace) -> TextSource:
     """The running server if it knows the model, else an engine of our own; -v says which and why."""
     try:
-        why = why_own(args)
-        if why:
-            raise NoServer(why)
         server = RunningServer(args)
     except NoServer as reason:
         log.info("an engine of its own does the work: %s", reason)
-        return own_engine(args)
+        return OwnEngine(args)
     log.info("the server at %s does the work, with %s", server.url, printable(server.model))
     return server
-
-
-def own_engine(args: argparse.Namespace) -> OwnEngine:
-    """Raises UsageError for a MODEL that looks like the prompt, as `generate "Tell me a joke"` has it."""
-    try:
-        return OwnEngine(args)
-    except ModelNotFound as error:
-        if args.model and args.prompt is None:
-            there = error.hint.partition(";")[0].rstrip(")") + ")" if error.hint else ""
-            called, advice = printable(args.model, 60), "say --prompt TEXT, or name the model before it"
-            raise UsageError(f"no model is called '{called}'{there}; if that is the prompt, {advice}") from None
-        raise
-
-
-def why_own(args: argparse.Namespace) -> str | None:
-    """Reason the running server cannot be used, or None."""
-    if args.local:
-        return "--local"
-    for f in fields(EngineOptions):
-        if getattr(args, f.name) is not None:
-            return f"--{f.name.replace('_', '-')} sets up an engine"
-    return "MODEL is a file" if args.model is not None and is_path(args.model) else None
 
 
 class OwnEngine:
     """Generates with an engine that lives as long as the command."""
 
-    poll_seconds = 0.1  # how often to ask for the status
+    queued: Queued | None = None  # since the request passed its checks
+    cached_tokens = 0  # of the last prompt
 
     def __init__(self, args: argparse.Namespace) -> None:
-        """Finds the model; the first generation loads it. Raises ModelNotFound, ImportError."""
+        """Finds the model; `warm` or the first answer loads it. Raises ImportError, ModelNotFound, UsageError."""
         check_packages()
         path = args.model if args.model and is_path(args.model) else None
         self._service = make_service(args, path)
         self._service.table.start()
-        self.model = self._service.table.resolve("default" if path else args.model or "default")
-        self.queued: Queued | None = None
-        self.status()  # reads the whole header
-        self.has_template = next(m["chat_template"] for m in self._service.table.models() if m["id"] == self.model)
+        try:
+            info = self._service.table.info("default" if path else args.model or "default")
+        except ModelNotFound as error:
+            if args.model is None or args.prompt is not None:
+                raise
+            there = error.hint.partition(";")[0].rstrip(")") + ")" if error.hint else ""
+            called, advice = printable(args.model, 60), "say --prompt TEXT, or name the model before it"
+            raise UsageError(f"no model is called '{called}'{there}; if that is the prompt, {advice}") from None
+        self.model, self.has_template = info.id, info.chat_template
 
     def warm(self) -> None:
         """Has the model loaded, without waiting for it."""
@@ -13112,13 +11578,16 @@ class OwnEngine:
         """The model's status, as the status route tells it."""
         return self._service.table.status(self.model)
 
-    def events(self, body: dict[str, Any]) -> Iterator[Event]:
-        """Generates what a body of /api/generate asks for; `queued` tells that the request passed its checks."""
-        with contextlib.closing(self._service.generate(Native(body).request, Cancellation())) as events:  # type: ignore[type-var]
+    def documents(self, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """The documents of a stream that a body of /api/generate asks for. Raises ApiError."""
+        dialect = Native(body | {"stream": True})
+        with contextlib.closing(dialect.events(self._service, Cancellation())) as events:  # type: ignore[type-var]
             for event in events:
                 if isinstance(event, Queued):
                     self.queued = event
-                yield event
+                elif isinstance(event, Usage):
+                    self.cached_tokens = event.cached_tokens
+                yield from dialect.documents(event)
 
     def close(self) -> None:
         self._service.close()
@@ -13127,20 +11596,23 @@ class OwnEngine:
 class RunningServer:
     """Generates with the server at the configured address."""
 
-    poll_seconds = 0.5
+    queued: Queued | None = None
+    cached_tokens = 0  # not told
 
     def __init__(self, args: argparse.Namespace) -> None:
         """Has the server resolve the model's name. Raises NoServer; ApiError when the server refuses the key."""
-        self._args, self.url = args, server_url(args)
-        self._open: set[http.client.HTTPConnection] = set()
-        self.queued: Queued | None = None
+        engine = [f.name.replace("_", "-") for f in fields(EngineOptions) if getattr(args, f.name) is not None]
+        if args.local or engine or (args.model is not None and is_path(args.model)):
+            raise NoServer("--local" if args.local else f"--{engine[0]} sets up an engine" if engine else "MODEL is a file")
+        self._server = Neighbour(args)
+        self.url = self._server.url
         self.model, size = named_model(args)
         try:
             self.model = self.status()["model"]
             found = next(m for m in self._ask("/api/models")["models"] if m["id"] == self.model)
             theirs: int | None = found["size_bytes"]
-            self.has_template: bool | None = found["chat_template"]  # None: not known
-        except (KeyError, TypeError, StopIteration):
+            self.has_template = found["chat_template"]
+        except (LookupError, TypeError, AttributeError, StopIteration):
             raise NoServer(f"what answers at {self.url} is no shimmy server of this version") from None
         if size not in (None, theirs):
             raise NoServer(f"--models-dir holds another {printable(self.model)} than the server at {self.url}")
@@ -13149,81 +11621,57 @@ class RunningServer:
         import http.client
 
         try:
-            status, document = ask_server(self._args, path, timeout=5.0)
+            status, document = self._server.get(path, timeout=5.0)
         except (OSError, http.client.HTTPException, ValueError):
             raise NoServer(f"no server answers at {self.url}") from None
-        if status == 200 and isinstance(document, dict):
-            return document
-        error = document.get("error") if isinstance(document, dict) else None
-        if not isinstance(error, dict) or not {"code", "message", "details"} <= error.keys():
-            raise NoServer(f"what answers at {self.url} is no shimmy server")
-        if error["code"] == "model_not_found":
+        if status == 200:
+            return dict(document)
+        error = self._error(document)
+        if error.code == "model_not_found":
             raise NoServer(f"the server at {self.url} knows no model {printable(self.model)}")
-        raise self._error(document)
+        raise error
 
-    def warm(self) -> None:
-        """Left to the first message: the server may have better to do."""
-
-    def _error(self, document: Any) -> ApiError:
+    def _error(self, document: dict[str, Any]) -> ApiError:
         """The server's error object as an exception."""
-        said = document.get("error", {})
-        if said.get("code") == "unauthorized":
-            return ApiError(message=f"the server at {self.url} {_key_refusal()}")
-        error = ApiError(str(said.get("details", "")), str(said.get("message", "The server failed")))
-        error.code = str(said.get("code", error.code))
+        said = document["error"]
+        if said["code"] == "unauthorized":
+            return ApiError(message=f"the server at {self.url} {self._server.refusal()}")
+        error = ApiError(str(said["details"]), str(said["message"]))
+        error.code = said["code"]
         return error
+
+    def close(self) -> None:
+        """A connection lasts for one answer."""
 
     def status(self) -> dict[str, Any]:
         return self._ask(f"/api/models/{urllib.parse.quote(self.model, safe='', errors='surrogateescape')}/status")
 
-    def events(self, body: dict[str, Any]) -> Iterator[Event]:
+    def documents(self, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
         import http.client
 
-        connection = connect_to_server(self._args, None)
-        self._open.add(connection)
+        headers = {"Content-Type": "application/json", **self._server.headers()}
         try:
-            response = self._post(connection, to_json(body | {"stream": True}))
-            self.queued = Queued(self.model)
-            yield self.queued
-            for line in response:
-                if line.strip() == b"data: [DONE]":
-                    return
-                if line.startswith(b"data: "):
-                    yield from self._events_of(json.loads(line[6:]))
-            raise GenerationFailed("The server closed the connection in mid-answer")
+            with contextlib.closing(self._server.connect(None)) as connection:
+                connection.connect()
+                with contextlib.suppress(ConnectionError):  # it answers 413 before it has read a body that is too large
+                    connection.request("POST", "/api/generate", to_json(body | {"stream": True}), headers)
+                response = connection.getresponse()
+                if response.status != 200:
+                    raise self._error(json.loads(response.read(MAX_BODY)))
+                self.queued = Queued(self.model)
+                for line in response:
+                    if line.startswith(b"data: {"):
+                        document = json.loads(line[6:])
+                        if "error" in document:
+                            raise self._error(document)
+                        yield document
+                    elif line.startswith(b"data: [DONE]"):
+                        return
+                raise GenerationFailed("The server closed the connection in mid-answer")
         except (OSError, http.client.HTTPException) as error:
             raise GenerationFailed(f"The connection to the server at {self.url} broke: {error}") from None
-        except (ValueError, LookupError, TypeError, AttributeError):
+        except (ValueError, LookupError, TypeError):
             raise GenerationFailed(f"What the server at {self.url} answers is no stream of shimmy's") from None
-        finally:
-            self._open.discard(connection)
-            connection.close()
-
-    def _post(self, connection: http.client.HTTPConnection, body: bytes) -> http.client.HTTPResponse:
-        """The head of a stream. Raises the server's error."""
-        headers = {"Content-Type": "application/json", **server_headers()}
-        connection.connect()
-        with contextlib.suppress(ConnectionError):  # it answers 413 before it has read a body that is too large
-            connection.request("POST", "/api/generate", body, headers)
-        response = connection.getresponse()
-        if response.status != 200:
-            raise self._error(json.loads(response.read(MAX_BODY)))
-        return response
-
-    def _events_of(self, chunk: dict[str, Any]) -> Iterator[Event]:
-        """The events that a chunk of a native stream was made from."""
-        if "error" in chunk:
-            raise self._error(chunk)
-        choice = chunk["choices"][0]
-        yield Text(0, choice["text"])
-        if "usage" in chunk:
-            yield ChoiceEnd(0, choice["finish_reason"])
-            yield Usage(chunk["usage"]["prompt_tokens"], chunk["usage"]["completion_tokens"], 0, 0.0, 0.0)
-
-    def close(self) -> None:
-        for connection in list(self._open):
-            with contextlib.suppress(OSError, AttributeError):  # AttributeError: not connected yet
-                connection.sock.shutdown(socket.SHUT_RDWR)
 
 
 TextSource = OwnEngine | RunningServer
@@ -13249,64 +11697,70 @@ def command_generate(args: argparse.Namespace) -> int:
     if args.text is not None and args.prompt is not None:
         raise UsageError("the prompt is given twice: behind MODEL, and with --prompt")
     args.prompt = args.text if args.prompt is None else args.prompt
-    sampling = sampling_fields(args)
-    args.model = generating_model(args.model)
-    with contextlib.closing(choose_generator(args)) as generator:
-        if converses(args):
-            return Conversation(args, generator, sampling).run()
+    schema = args.schema and parse_json(read_file("--schema", args.schema).encode(), f"--schema {args.schema}:")
+    sampling, _ = given_sampling(args, json_schema=schema)
+    path = fetch_named(args.model)
+    if path != args.model:  # a hub's repository, by the id of its file: a running server may be asked for that
+        args.model = plain_id(pathlib.Path(str(path)).stem)
+    with contextlib.closing(choose_source(args)) as source:
+        asks = args.prompt is None and not (args.lines or args.json or args.stdin)
+        if args.chat and asks and sys.stdin.isatty() and sys.stdout.isatty():
+            return converse(args, source, {"max_tokens": -1} | sampling)  # an answer ends where the model ends it
         if args.lines:
-            return generate_lines(args, generator, sampling)
-        body = generate_body(args, generator, read_prompt(args), sampling)
-        with WaitingLine(lambda: waiting_for(generator), generator.poll_seconds) as line:
-            wire, dialect, began = Printed(line, args.raw, args.json), Native(body | {"stream": not args.json}), time.monotonic()
-            try:
-                deliver(dialect, generator.events(body), wire)
-            except ApiError:
-                wire.end()  # the message gets a line of its own
-                raise
-    report_speed(dialect, began)
-    return report_cut(args, wire, sampling.get("max_tokens", NATIVE_DEFAULTS["max_tokens"]))
+            return generate_lines(args, source, sampling)
+        answer = Collected(source, generate_body(args, source, read_prompt(args), sampling))
+        with waiting_line(source) as line:
+            if args.json:
+                document = answer.document()
+                line.clear()
+                print_json(document)
+            else:
+                print_answer(answer, line, args.raw)
+    answer.report_speed()
+    return report_cut(args, answer.last, sampling.get("max_tokens", NATIVE_DEFAULTS["max_tokens"]))
 
 
-def report_speed(dialect: Native, began: float) -> None:
-    """Logs tokens, time to first token (a load counts) and speed, for -v; a server tells only how many tokens there were."""
-    if dialect.usage and dialect.first:
-        seconds = dialect.usage.decode_seconds or time.monotonic() - dialect.first
-        log.info("%s", replace(dialect.usage, decode_seconds=seconds).words(dialect.first - began))
+class Collected:
+    """An answer as its stream's documents come: its text so far, its last document, and when its first words came."""
+
+    def __init__(self, source: TextSource, body: dict[str, Any]) -> None:
+        self._source, self._body = source, body
+        self.text, self.last = "", dict[str, Any]()
+        self._began, self._first = time.monotonic(), 0.0
+
+    def texts(self) -> Iterator[str]:
+        """The pieces of text, as they come. Raises ApiError."""
+        self._source.queued = None
+        with contextlib.closing(self._source.documents(self._body)) as documents:  # type: ignore[type-var]
+            for self.last in documents:
+                if text := self.last["choices"][0]["text"]:
+                    self._first = self._first or time.monotonic()
+                    self.text += text
+                    yield text
+
+    def document(self) -> dict[str, Any]:
+        """The whole answer as one document of /api/generate."""
+        for _ in self.texts():
+            pass
+        return {"choices": [self.last["choices"][0] | {"text": self.text}], "usage": self.last["usage"]}
+
+    def report_speed(self) -> None:
+        """Logs tokens, time to first token (a load counts) and speed, for -v."""
+        if usage := self.last.get("usage"):
+            seconds = time.monotonic() - self._first
+            told = Usage(usage["prompt_tokens"], usage["completion_tokens"], self._source.cached_tokens, 0.0, seconds)
+            log.info("%s", told.words(self._first - self._began if self._first else None))
 
 
-def generating_model(model: str | None) -> str | None:
-    """MODEL; a hub's repository by the id of its file, so that a running server may be asked for it."""
-    path = fetch_named(model)
-    return path if path is None or path == model else plain_id(pathlib.Path(path).stem)
-
-
-def sampling_fields(args: argparse.Namespace) -> dict[str, Any]:
-    """The sampling flags as fields of a body. Raises UsageError naming the flag at fault."""
-    given = {f.name: getattr(args, f.name) for f in fields(Sampling) if f.metadata.get("help")}
-    given = {name: value for name, value in given.items() if value is not None}
-    if args.schema:
-        try:
-            given["json_schema"] = parse_json(pathlib.Path(args.schema).read_bytes(), f"--schema {args.schema}:")
-        except OSError as error:
-            raise OSError(f"--schema {args.schema}: {error.strerror or error}") from None
-    try:
-        Native({"model": "default", "prompt": ""} | given)
-    except InvalidRequest as error:
-        name = error.param or ""
-        raise UsageError(f"--{name.replace('_', '-')}{str(error).removeprefix(name)}") from None
-    return given
-
-
-def generate_body(args: argparse.Namespace, generator: TextSource, prompt: str, sampling: dict[str, Any]) -> dict[str, Any]:
+def generate_body(args: argparse.Namespace, source: TextSource, prompt: str, sampling: dict[str, Any]) -> dict[str, Any]:
     """The /api/generate body: a chat where the model has a template, unless --raw or --chat decide."""
-    chat = args.chat or (not args.raw and (generator.has_template is not False or args.chat_template is not None))
+    chat = args.chat or (not args.raw and (source.has_template is not False or args.chat_template is not None))
     if args.tool and not chat:
         raise UsageError("--tool needs a chat: give --chat, and no --raw")
     said: dict[str, Any] = {"messages": [{"role": "user", "content": prompt}]} if chat else {"prompt": prompt}
     if args.tool:
         said["tools"] = [{"type": "builtin", "name": name} for name in args.tool]
-    return {"model": generator.model} | said | sampling
+    return {"model": source.model} | said | sampling
 
 
 def read_prompt(args: argparse.Namespace) -> str:
@@ -13315,8 +11769,7 @@ def read_prompt(args: argparse.Namespace) -> str:
     if given is not None and not args.stdin:
         note_ignored_input()
         return given
-    if sys.stdin.isatty():
-        note_keyboard()
+    note_keyboard()
     data = sys.stdin.buffer.read(MAX_BODY + 1)
     if len(data) > MAX_BODY:
         raise PayloadTooLarge(f"standard input is over {human_bytes(MAX_BODY)}, the most that a request may have")
@@ -13327,8 +11780,9 @@ def read_prompt(args: argparse.Namespace) -> str:
 
 
 def note_keyboard() -> None:
-    """Says that the prompt is read from the keyboard: the command would seem to hang."""
-    print(f"reading standard input, end with {'Ctrl-Z and Enter' if os.name == 'nt' else 'Ctrl-D'}", file=sys.stderr)
+    """Says that the prompt is read from the keyboard, if it is: the command would seem to hang."""
+    if sys.stdin.isatty():
+        print(f"reading standard input, end with {'Ctrl-Z and Enter' if os.name == 'nt' else 'Ctrl-D'}", file=sys.stderr)
 
 
 def decoded(data: bytes, what: str) -> str:
@@ -13342,75 +11796,59 @@ def decoded(data: bytes, what: str) -> str:
 
 def note_ignored_input() -> None:
     """Says so when data waits in a pipe that nobody reads. It is never read: it may be the file list of a loop around us."""
-    with contextlib.suppress(ImportError, AttributeError, OSError):  # no POSIX, or nothing that can be asked
+    with contextlib.suppress(ImportError, OSError):  # no POSIX, or nothing that can be asked
         import fcntl
         import termios
 
-        waiting = fcntl.ioctl(0, termios.FIONREAD, bytes(4))  # bytes; a pipe at its end has none
-        if stat.S_ISFIFO(os.fstat(0).st_mode) and any(waiting):
+        if stat.S_ISFIFO(os.fstat(0).st_mode) and any(fcntl.ioctl(0, termios.FIONREAD, bytes(4))):  # none at a pipe's end
             print("shimmy: standard input is ignored; --stdin appends it to the prompt", file=sys.stderr)
 
 
-def waiting_for(generator: TextSource) -> str:
+def waiting_line(source: TextSource) -> WaitingLine:
     """Describes the wait for a generation's first word."""
-    if generator.queued is None:
-        return loading_stage(generator.status()) or "reading the prompt"
-    tokens = generator.queued.prompt_tokens
-    return f"reading {tokens:,} tokens" if tokens else "reading the prompt"
+
+    def stage() -> str:
+        if source.queued is None:
+            return loading_stage(source.status()) or "reading the prompt"
+        tokens = source.queued.prompt_tokens
+        return f"reading {tokens:,} tokens" if tokens else "reading the prompt"
+
+    return WaitingLine(stage)
 
 
-class Printed(Wire):
-    """A native answer on standard output: its document, or the text alone, each piece flushed, and kept in `said`."""
+def print_answer(answer: Collected, line: WaitingLine, raw: bool = False) -> None:
+    """Each piece flushed; the last line gets its newline, with --raw on a terminal only. Raises ApiError."""
+    terminal = sys.stdout.isatty()
 
-    finish_reason: str | None = None
-    completion_tokens = 0
-
-    def __init__(self, line: WaitingLine, raw: bool = False, as_json: bool = False) -> None:
-        self._line, self._raw, self._as_json = line, raw, as_json
-        self.said: list[str] = []
-
-    def send(self, document: dict[str, Any]) -> None:
-        (choice,) = document["choices"]
-        self.finish_reason = choice.get("finish_reason")
-        self.completion_tokens = document.get("usage", {}).get("completion_tokens", 0)
-        if self._as_json:
-            self._line.clear()
-            print_json(document)
-        elif choice["text"]:
-            self._line.clear()
-            self.said.append(choice["text"])
-            self._write(choice["text"])
-
-    def _write(self, text: str) -> None:
+    def write(text: str) -> None:
         """A terminal would obey what a model writes; a pipe gets it byte for byte."""
-        text = harmless(text) if sys.stdout.isatty() else text
-        sys.stdout.buffer.write(text.encode("utf-8", "replace"))
+        line.clear()
+        sys.stdout.buffer.write((harmless(text) if terminal else text).encode("utf-8", "replace"))
         sys.stdout.buffer.flush()
 
-    def end(self) -> None:
-        """The last line gets its newline; only a terminal gets it with --raw."""
-        self._line.clear()
-        if self.said and not self.said[-1].endswith("\n") and (not self._raw or sys.stdout.isatty()):
-            self._write("\n")
+    failure = None
+    try:
+        for text in answer.texts():
+            write(text)
+    except ApiError as error:
+        failure = error  # whose message gets a line of its own
+    if answer.text and not answer.text.endswith("\n") and (terminal or not raw):
+        write("\n")
+    if failure:
+        raise failure
 
 
-def report_cut(args: argparse.Namespace, wire: Printed, most: int) -> int:
+def report_cut(args: argparse.Namespace, last: Mapping[str, Any], most: int) -> int:
     """Says so on stderr when the text was cut, and where; the exit code: a document that was cut is a failure."""
-    if wire.finish_reason != "length":
+    if not last or last["choices"][0].get("finish_reason") != "length":
         return 0
-    limit = f"--max-tokens {most}" if 0 <= most <= wire.completion_tokens else "the end of the context, see --ctx"
+    limit = f"--max-tokens {most}" if 0 <= most <= last["usage"]["completion_tokens"] else "the end of the context, see --ctx"
     what = "the JSON document is not whole: it" if args.schema else "the text"
     print(f"shimmy: {what} was cut at {limit}", file=sys.stderr)
     return 1 if args.schema else 0
 
 
 # --chat without a prompt, on a terminal
-
-
-def converses(args: argparse.Namespace) -> bool:
-    """True if somebody sits at a keyboard and wants to chat."""
-    asks = args.prompt is None and not (args.lines or args.json or args.stdin)
-    return bool(args.chat and asks and sys.stdin.isatty() and sys.stdout.isatty())
 
 
 CHAT_HELP = """\
@@ -13421,110 +11859,92 @@ CHAT_HELP = """\
 Ctrl-C stops an answer, Ctrl-D ends."""
 
 
-class Conversation:
-    """A chat at the keyboard: its turns so far, and the commands between them."""
-
-    def __init__(self, args: argparse.Namespace, generator: TextSource, sampling: dict[str, Any]) -> None:
-        self._args, self._generator = args, generator
-        self._sampling = {"max_tokens": -1} | sampling  # an answer ends where the model ends it
-        self._turns: list[dict[str, Any]] = []
-        self._commands = {"/reset": self._reset, "/system": self._system, "/help": lambda _: print(CHAT_HELP)}
-
-    def run(self) -> int:
-        """Asks and answers until Ctrl-D."""
-        print(f"{printable(self._generator.model)}: /help shows commands, Ctrl-D ends", file=sys.stderr)
-        self._generator.warm()
-        with line_history():
-            while (text := self._read()) is not None:
-                command, _, rest = text.strip().partition(" ")
-                if command.startswith("/") and command[1:].isalpha():
-                    self._commands.get(command, lambda _: print("there is no such command; /help shows those there are"))(rest)
-                elif text.strip():
-                    self._answer(text)
-        return 0
-
-    def _reset(self, _: str) -> None:
-        self._turns = [turn for turn in self._turns if turn["role"] == "system"]
-
-    def _system(self, text: str) -> None:
-        self._turns = [{"role": "system", "content": text}] if text.strip() else []
-
-    def _read(self) -> str | None:
-        '''What was typed, perhaps several lines between """; None at the end.'''
-        lines: list[str] = []
-        while True:
-            try:
-                lines.append(input(".. " if lines else "> "))
-            except KeyboardInterrupt:
-                print()
-                lines = []
-                continue
-            except EOFError:
-                print()
-                return None
-            text = "\n".join(lines)
-            if not text.startswith('"""'):
-                return text
-            if len(text) >= 6 and text.rstrip().endswith('"""'):
-                return text.rstrip()[3:-3]
-
-    def _answer(self, text: str) -> None:
-        """Asks the model; what it has said counts even if it was stopped."""
-        args, generator, asked = self._args, self._generator, {"role": "user", "content": decoded(os.fsencode(text), "the text")}
-        body = generate_body(args, generator, "", self._sampling) | {"messages": [*self._turns, asked], "stream": True}
-        generator.queued = None
-        dialect, began = Native(body), time.monotonic()
-        with WaitingLine(lambda: waiting_for(generator), generator.poll_seconds) as line:
-            wire = Printed(line)
-            try:
-                deliver(dialect, generator.events(body), wire)
-            except KeyboardInterrupt:
-                print()
-            except ApiError as error:
-                line.clear()
-                complain(error, 1)
-                if error.code == ContextLengthExceeded.code:  # a server's has another class
-                    print("/reset begins anew", file=sys.stderr)
-        if wire.said:
-            self._turns += [asked, {"role": "assistant", "content": "".join(wire.said)}]
-        report_speed(dialect, began)
-        report_cut(args, wire, self._sampling["max_tokens"])
+def converse(args: argparse.Namespace, source: TextSource, sampling: dict[str, Any]) -> int:
+    """A chat at the keyboard, until Ctrl-D."""
+    print(f"{printable(source.model)}: /help shows commands, Ctrl-D ends", file=sys.stderr)
+    if isinstance(source, OwnEngine):  # a server may have better to do
+        source.warm()
+    use_history()
+    turns: list[dict[str, Any]] = []
+    while (text := read_turn()) is not None:
+        command, _, rest = text.strip().partition(" ")
+        if command == "/reset":
+            turns = [turn for turn in turns if turn["role"] == "system"]
+        elif command == "/system":
+            turns = [{"role": "system", "content": rest}] if rest.strip() else []
+        elif command.startswith("/") and command[1:].isalpha():
+            print(CHAT_HELP if command == "/help" else "there is no such command; /help shows those there are")
+        elif text.strip():
+            asked = {"role": "user", "content": decoded(os.fsencode(text), "the text")}
+            answer = Collected(source, generate_body(args, source, "", sampling) | {"messages": [*turns, asked]})
+            answer_turn(answer, source)
+            if answer.text:  # it counts even if it was stopped
+                turns += [asked, {"role": "assistant", "content": answer.text}]
+            answer.report_speed()
+            report_cut(args, answer.last, sampling["max_tokens"])
+    return 0
 
 
-@contextlib.contextmanager
-def line_history() -> Iterator[None]:
+def read_turn() -> str | None:
+    '''What was typed, perhaps several lines between """; None at the end.'''
+    lines: list[str] = []
+    while True:
+        try:
+            lines.append(input(".. " if lines else "> "))
+        except KeyboardInterrupt:
+            print()
+            lines = []
+            continue
+        except EOFError:
+            print()
+            return None
+        text = "\n".join(lines)
+        if not text.startswith('"""'):
+            return text
+        if len(text) >= 6 and text.rstrip().endswith('"""'):
+            return text.rstrip()[3:-3]
+
+
+def answer_turn(answer: Collected, source: TextSource) -> None:
+    """Prints the answer; Ctrl-C stops it, and an error ends no more than it."""
+    with waiting_line(source) as line:
+        try:
+            print_answer(answer, line)
+        except KeyboardInterrupt:
+            print()
+        except ApiError as error:
+            line.clear()
+            complain(error, 1)
+            if error.code == ContextLengthExceeded.code:  # a server's has another class
+                print("/reset begins anew", file=sys.stderr)
+
+
+def use_history() -> None:
     """Editing and history for input(), where Python has readline; the file is for its owner alone."""
-    try:
-        import readline
-    except ImportError:  # Windows' console has its own
-        yield
-        return
     path = os.path.expanduser("~/.shimmy_history")
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(ImportError, OSError):  # Windows' console has its own
+        import atexit
+        import readline
+
         os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
         readline.read_history_file(path)
-    readline.set_history_length(1000)
-    try:
-        yield
-    finally:
-        with contextlib.suppress(OSError):
-            readline.write_history_file(path)
-            os.chmod(path, 0o600)
+        readline.set_history_length(1000)
+        atexit.register(readline.write_history_file, path)
 
 
 # --lines
 
 
-def generate_lines(args: argparse.Namespace, generator: TextSource, sampling: dict[str, Any]) -> int:
+def generate_lines(args: argparse.Namespace, source: TextSource, sampling: dict[str, Any]) -> int:
     """Answers every line of standard input in order, each with one line of JSON; 1 if any failed."""
     failed = cut = tokens = 0
     began = time.monotonic()
-    line = WaitingLine(lambda: waiting_for(generator), generator.poll_seconds)
+    line = waiting_line(source)
     if sys.stdin.isatty():
         line.clear()  # it would be drawn over what is being typed
-        note_keyboard()
+    note_keyboard()
     with line:
-        for document in line_documents(args, generator, sampling):
+        for document in line_documents(args, source, sampling):
             line.clear()
             print(json.dumps(document), flush=True)
             cut += document.get("choices", [{}])[0].get("finish_reason") == "length"
@@ -13538,46 +11958,31 @@ def generate_lines(args: argparse.Namespace, generator: TextSource, sampling: di
     return int(failed > 0 or (cut > 0 and bool(args.schema)))
 
 
-def line_documents(args: argparse.Namespace, generator: TextSource, sampling: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """The lines' documents in order, made as many at once as the engine batches."""
-    parallel = Settings(engine_flags(args)).engine.parallel
-    answers: queue.Queue[queue.SimpleQueue[dict[str, Any]] | None] = queue.Queue(2 * parallel)  # reads ahead so far
-    jobs: queue.SimpleQueue[tuple[str | ApiError, queue.SimpleQueue[dict[str, Any]]]] = queue.SimpleQueue()
+def line_documents(args: argparse.Namespace, source: TextSource, sampling: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The lines' documents in order, or error objects, made as many at once as the engine batches."""
+    answers: queue.Queue[queue.SimpleQueue[dict[str, Any]] | None] = queue.Queue(2 * Settings(engine_flags(args)).engine.parallel)
 
     def read() -> None:
         for line in prompt_lines(args):
             answer: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
             answers.put(answer)
-            jobs.put((line, answer))
+            threading.Thread(target=work, args=(line, answer), daemon=True).start()
         answers.put(None)
 
-    def work() -> None:
-        while True:
-            line, answer = jobs.get()
-            answer.put(answer_line(args, generator, line, sampling))
+    def work(line: str | ApiError, answer: queue.SimpleQueue[dict[str, Any]]) -> None:
+        try:
+            if isinstance(line, ApiError):
+                raise line
+            answer.put(Collected(source, generate_body(args, source, line, sampling)).document())
+        except ApiError as error:
+            answer.put(error.document())
+        except Exception as error:  # a thread's border: the line's reader must hear something
+            log.debug("a line failed", exc_info=True)
+            answer.put(ApiError(f"{type(error).__name__}: {error}").document())
 
-    for target in (read, *[work] * parallel):  # daemons: one may be waiting for input that never comes
-        threading.Thread(target=target, daemon=True).start()
+    threading.Thread(target=read, daemon=True).start()  # it may be waiting for input that never comes
     while (answer := answers.get()) is not None:
         yield answer.get()
-
-
-def answer_line(
-    args: argparse.Namespace, generator: TextSource, line: str | ApiError, sampling: dict[str, Any]
-) -> dict[str, Any]:
-    """One line's /api/generate document, or its error object."""
-    try:
-        if isinstance(line, ApiError):
-            raise line
-        body = generate_body(args, generator, line, sampling)
-        dialect = Native(body)
-        *_, document = (document for event in generator.events(body) for document in dialect.documents(event))
-        return document
-    except ApiError as error:
-        return error.document()
-    except Exception as error:  # a thread's border: the line's reader must hear something
-        log.debug("a line failed", exc_info=True)
-        return ApiError(f"{type(error).__name__}: {error}").document()
 
 
 def prompt_lines(args: argparse.Namespace) -> Iterator[str | ApiError]:
@@ -13640,13 +12045,15 @@ def main(argv: Seq[str] | None = None) -> int:
         if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # a shell's background jobs ignore it, and so do we
             signal.signal(signal.SIGINT, signal.default_int_handler)
         args = parse(argv)
-        clear = "\033[K" if sys.stderr.isatty() else ""  # over what WaitingLine says
-        shown = logging.StreamHandler()
-        shown.setFormatter(HarmlessFormatter(clear))
+        shown, lines = logging.StreamHandler(), HarmlessFormatter("%(asctime)s %(message)s", "%H:%M:%S")
+        lines.clear = "\033[K" if sys.stderr.isatty() else ""  # over what WaitingLine says
+        shown.setFormatter(lines)
         logging.basicConfig(handlers=[shown], level=logging.INFO if args.verbose else logging.WARNING)
         if no_stdout and args.command != "serve":
             raise OSError("standard output is closed")
-        return run_command(args)
+        code = int(args.run(args))
+        sys.stdout.flush()
+        return code
     except KeyboardInterrupt:
         return end_interrupted()
     except BrokenPipeError:  # `| head` has seen enough
@@ -13655,18 +12062,11 @@ def main(argv: Seq[str] | None = None) -> int:
         code = complain(error, 2)
     except (ApiError, OSError, ImportError) as error:
         code = complain(error, 1)
-    if not _flushed():  # keeps the interpreter from complaining at exit
+    try:
+        sys.stdout.flush()
+    except OSError:  # keeps the interpreter from complaining at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     return code
-
-
-def run_command(args: argparse.Namespace) -> int:
-    """Runs the command that was parsed, once the packages it needs are there."""
-    if args.command in ("serve", "probe"):
-        check_packages()
-    code = args.run(args)
-    sys.stdout.flush()
-    return int(code)
 
 
 def complain(error: Exception, code: int) -> int:
@@ -13676,21 +12076,14 @@ def complain(error: Exception, code: int) -> int:
     return code
 
 
-def _flushed() -> bool:
-    try:
-        sys.stdout.flush()
-    except OSError:
-        return False
-    return True
-
-
 # ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
 # Part II: the library. Pieces that know no request, route or model in memory; each head names what it offers.
 # ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
 
 
 # ── A. The machine ────────────────────────────────────────────────────────────────────────────────────────────────────
-# Memory, cores and versions, as each system reports them, and how sizes and foreign text are shown.
+# Memory, cores, versions and faults of this machine, our child processes, and how sizes and foreign text are shown.
+# Offers: all but what begins with _. Uses: child_command, user_cache.
 
 
 def human_count(count: int) -> str:
@@ -13729,51 +12122,25 @@ def harmless(text: str) -> str:
 
 
 class HarmlessFormatter(logging.Formatter):
-    """Log lines without control characters, later lines of one indented: a traceback may quote a file or a client.
+    """Log lines without control characters, later lines of one indented: a traceback may quote a file or a client."""
 
-    `clear` comes before each.
-    """
-
-    def __init__(self, clear: str = "") -> None:
-        super().__init__("%(asctime)s %(message)s", "%H:%M:%S")
-        self._clear = clear
+    clear = ""  # comes before each
 
     def format(self, record: logging.LogRecord) -> str:
-        return self._clear + harmless(super().format(record)).replace("\n", "\n  ")
+        return self.clear + harmless(super().format(record)).replace("\n", "\n  ")
 
 
 OWN_CGROUPS = "/proc/self/cgroup"
 CGROUPS = "/sys/fs/cgroup"
 
 
-def _cgroups(controller: str) -> list[pathlib.Path]:
-    """The directories of our control group and of those around it, innermost first (cgroups(7), versions 1 and 2)."""
-    found = []
+def _cgroups() -> list[pathlib.Path]:
+    """The directory of our control group, and those above it (cgroups(7), version 2)."""
+    own: list[str] = []
     with contextlib.suppress(OSError, ValueError):
-        for line in pathlib.Path(OWN_CGROUPS).read_text().splitlines():
-            _, controllers, path = line.split(":", 2)
-            if controllers and controller not in controllers.split(","):
-                continue
-            top = pathlib.Path(CGROUPS, controller if controllers else "")
-            names = [] if ".." in path else [name for name in path.split("/") if name]
-            found += [top.joinpath(*names[:depth]) for depth in range(len(names), -1, -1)]
-    return found or [pathlib.Path(CGROUPS)]
-
-
-# limit, usage, and what of the usage is page cache that the kernel gives back when asked: mapped weights among it
-CGROUP_MEMORY = (
-    ("memory.max", "memory.current", ("inactive_file", "active_file")),
-    ("memory.limit_in_bytes", "memory.usage_in_bytes", ("total_inactive_file", "total_active_file")),
-)
-
-
-def _cgroup_memory(directory: pathlib.Path) -> Iterator[int]:
-    """Bytes left below the limit of a control group, if it has one."""
-    for limit, usage, caches in CGROUP_MEMORY:
-        with contextlib.suppress(OSError, ValueError):  # ValueError: the limit is "max"
-            left = int((directory / limit).read_text()) - int((directory / usage).read_text())
-            rows = (line.split() for line in (directory / "memory.stat").read_text().splitlines())
-            yield left + sum(int(row[1]) for row in rows if row[0] in caches)
+        own = re.findall(r"^0::/(.*)$", pathlib.Path(OWN_CGROUPS).read_text(), re.M)
+    group = pathlib.Path(CGROUPS, *own[:1])
+    return [group, *group.parents]
 
 
 def available_memory() -> int | None:
@@ -13782,8 +12149,12 @@ def available_memory() -> int | None:
     with contextlib.suppress(OSError, ValueError, StopIteration):
         with open("/proc/meminfo") as file:
             free.append(int(next(line for line in file if line.startswith("MemAvailable:")).split()[1]) * 1024)
-    for directory in _cgroups("memory"):
-        free += _cgroup_memory(directory)
+    for group in _cgroups():
+        with contextlib.suppress(OSError, ValueError):  # ValueError: the limit is "max"
+            left = int((group / "memory.max").read_text()) - int((group / "memory.current").read_text())
+            # the kernel gives page cache back when asked: mapped weights among it
+            cached = re.findall(r"^(?:in)?active_file (\d+)$", (group / "memory.stat").read_text(), re.M)
+            free.append(left + sum(map(int, cached)))
     if not free and sys.platform == "darwin":
         free += _mac_memory(output_of(["/usr/bin/vm_stat"]))
     if not free and sys.platform == "win32":
@@ -13836,33 +12207,30 @@ def output_of(command: Seq[str], seconds: float | None = None) -> str:
     return subprocess.run(command, capture_output=True, text=True, timeout=seconds).stdout  # noqa: S603  # nosec B603
 
 
-class ParentThread:
-    """Starts all children from one thread, which lives as long as this process: its end is theirs (die_with_parent)."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._pool: Executor | None = None
-
-    def start(self, command: Seq[str]) -> subprocess.Popen[bytes]:
-        """Raises OSError; RuntimeError when there is no thread to be had, or the interpreter ends."""
-        import subprocess
-
-        with self._lock:
-            if self._pool is None:
-                from concurrent.futures import ThreadPoolExecutor
-
-                self._pool = ThreadPoolExecutor(1, "children")
-        return self._pool.submit(
-            subprocess.Popen, command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=os.name == "posix"
-        ).result()
+_starting = threading.Lock()
 
 
-PARENT = ParentThread()
+@functools.cache
+def _parent_thread() -> Executor:
+    from concurrent.futures import ThreadPoolExecutor
+
+    return ThreadPoolExecutor(1, "children")
 
 
 def start_child(entry: str) -> tuple[subprocess.Popen[bytes], IO[bytes], IO[bytes]]:
-    """Starts a process of ours that runs `entry`: the process, its stdout and its stdin."""
-    child = PARENT.start(child_command(entry))
+    """Starts a process of ours that runs `entry`: the process, its stdout and its stdin.
+
+    One thread starts them all and lives as long as this process: its end is theirs (die_with_parent). Raises OSError;
+    RuntimeError when there is no thread to be had, or the interpreter ends.
+    """
+    import subprocess
+
+    with _starting:
+        thread = _parent_thread()
+    own_session = os.name == "posix"
+    child = thread.submit(
+        subprocess.Popen, child_command(entry), stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=own_session
+    ).result()
     assert child.stdin and child.stdout
     return child, child.stdout, child.stdin
 
@@ -13908,9 +12276,9 @@ def physical_cores() -> int:
         with contextlib.suppress(OSError):
             cores.add(pathlib.Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").read_text())
     count = len(cores) or len(allowed)
-    for directory in _cgroups("cpu"):
+    for group in _cgroups():
         with contextlib.suppress(OSError, ValueError):  # ValueError: the quota is "max"
-            quota, period = (directory / "cpu.max").read_text().split()
+            quota, period = (group / "cpu.max").read_text().split()
             count = min(count, max(1, int(quota) // int(period)))
     return count
 
@@ -13967,60 +12335,57 @@ def engine_build() -> dict[str, Any]:
         return dict(_known_build)
 
 
+def _machine_signs() -> Iterator[str]:
+    """Tells this machine and build apart from others: the processor, GPU drivers, and the library's files."""
+    import importlib.util
+    import platform
+
+    yield from (platform.machine(), platform.processor(), platform.release())
+    with contextlib.suppress(OSError), open("/proc/cpuinfo") as file:
+        yield from (line for line in itertools.islice(file, 30) if line.startswith(("model name", "flags", "Features")))
+    for sign in GPU_SIGNS:
+        with contextlib.suppress(OSError):
+            yield pathlib.Path(sign).read_text() if sign.startswith("/proc") else str(os.stat(sign).st_mtime_ns)
+    spec = importlib.util.find_spec("llama_cpp")
+    for folder in spec.submodule_search_locations or [] if spec else []:
+        for library in sorted(pathlib.Path(folder, "lib").glob("*")):
+            yield f"{library.name} {(_stamp(str(library)) or ())[2:]}"  # not the device, which may differ after a restart
+
+
 class KnownFaults:
     """What native code was found not to do on this machine with this build of llama-cpp-python: JSON in the user's cache.
 
-    Each machine and build has an entry of its own: a home directory may be on a network, and a driver or library that
-    changes may have been mended. Any thread and several processes may use the file; one that is damaged counts as empty.
+    Each machine and build has a file of its own: a home directory may be on a network, and a driver or library that
+    changes may have been mended. Any thread and several processes may use it; one that is damaged counts as empty.
     """
 
     def __init__(self, path: str | None = None) -> None:
-        self.path = path or os.path.join(user_cache(), "known-faults.json")
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
+        if path:
+            self.path = path
 
     @functools.cached_property
-    def _key(self) -> str:
+    def path(self) -> str:
         import hashlib
 
-        return hashlib.sha256("\n".join(self._signs()).encode()).hexdigest()[:16]
+        key = hashlib.sha256("\n".join(_machine_signs()).encode()).hexdigest()[:16]
+        return os.path.join(user_cache(), f"known-faults-{key}.json")
 
-    @staticmethod
-    def _signs() -> Iterator[str]:
-        """What tells this machine and build apart from others: the processor, GPU drivers, and the library's files."""
-        import importlib.util
-        import platform
-
-        yield from (platform.machine(), platform.processor(), platform.release())
-        with contextlib.suppress(OSError), open("/proc/cpuinfo") as file:
-            yield from (line for line in itertools.islice(file, 30) if line.startswith(("model name", "flags", "Features")))
-        for sign in GPU_SIGNS:
-            with contextlib.suppress(OSError):
-                yield pathlib.Path(sign).read_text() if sign.startswith("/proc") else str(os.stat(sign).st_mtime_ns)
-        spec = importlib.util.find_spec("llama_cpp")
-        for folder in spec.submodule_search_locations or [] if spec else []:
-            with contextlib.suppress(OSError):
-                yield from (f"{f.name} {f.stat().st_size} {f.stat().st_mtime_ns}"
-                            for f in sorted(os.scandir(os.path.join(folder, "lib")), key=lambda f: f.name))  # fmt: skip
-
-    def read(self) -> dict[str, Any]:
-        """What is known here: `kernels`, a fault or "" by name, and `rungs`, a Rung and its reason by kind of model."""
-        entry = self._read().get(self._key)
-        return entry if isinstance(entry, dict) else {}
-
-    def _read(self) -> dict[str, Any]:
-        with contextlib.suppress(OSError, ValueError, RecursionError):
+    def read(self) -> dict[str, dict[str, Any]]:
+        """What is known: `kernels`, a fault or "" by name, and `rungs`, a Rung and its reason by kind of model."""
+        with contextlib.suppress(OSError, ValueError, RecursionError, AttributeError):
             known = json.loads(pathlib.Path(self.path).read_text(encoding="utf-8"))
-            return known if isinstance(known, dict) else {}
+            return {kind: found for kind, found in known.items() if isinstance(found, dict)}
         return {}
 
     def note(self, kind: str, found: Mapping[str, Any]) -> None:
-        """Adds to what is known here of a kind. A folder that cannot be written only costs the finding out again."""
+        """Adds to what is known of a kind. A folder that cannot be written only costs the finding out again."""
         with self._lock, contextlib.suppress(OSError):
-            known, entry = self._read(), self.read()
-            entry[kind] = (entry[kind] if isinstance(entry.get(kind), dict) else {}) | dict(found)
+            known = self.read()
+            known[kind] = known.get(kind, {}) | dict(found)
             os.makedirs(os.path.dirname(self.path), mode=0o700, exist_ok=True)
             part = f"{self.path}.{os.getpid()}"
-            pathlib.Path(part).write_text(json.dumps(known | {self._key: entry}, indent=1), encoding="utf-8")
+            pathlib.Path(part).write_text(json.dumps(known, indent=1), encoding="utf-8")
             os.replace(part, self.path)
 
     def kernels(self) -> tuple[dict[str, str], bool]:
@@ -14028,9 +12393,9 @@ class KnownFaults:
 
         They are tried once on a machine with a build; whoever asks first waits for that, a quarter of a second.
         """
-        with _trying_kernels:
+        with self._lock:
             known = self.read().get("kernels")
-            if isinstance(known, dict) and all(isinstance(fault, str) for fault in known.values()):
+            if known is not None and all(isinstance(fault, str) for fault in known.values()):
                 return known, False
             found = try_kernels()
             if found is not None:
@@ -14038,7 +12403,6 @@ class KnownFaults:
         return found or {}, True
 
 
-_trying_kernels = threading.Lock()
 KERNEL_SECONDS = 60.0  # for all of them: what takes 0.2 s, on a machine that others keep busy
 
 
@@ -14074,19 +12438,17 @@ def ending(code: int | None) -> str:
 
 
 def has_crashed(code: int | None) -> bool:
-    """Whether a process's exit status tells of a crash in native code: a signal of its own, or an exception of Windows."""
-    if code is None or code >= 0:
-        return code is not None and code >= 0xC0000000
-    return -code not in (signal.SIGINT, signal.SIGTERM, KILLED)
+    """True if a process's exit status tells of a crash in native code: a signal of its own, or an exception of Windows."""
+    own_signal = code is not None and code < 0 and -code not in (signal.SIGINT, signal.SIGTERM, KILLED)
+    return own_signal or (code or 0) >= 0xC0000000
 
 
 KILLED = 9  # SIGKILL, which Windows has no name for: from outside, by a system without memory mostly
 
 
 # ── B. GGUF headers ───────────────────────────────────────────────────────────────────────────────────────────────────
-# The header of a model file: read by a bounded reader that trusts no count or length in it.
-# Offers: read_gguf_header, GgufHeader, GgufError; open_regular.
-# Uses: the standard library.
+# The header of a model file, read by a bounded reader that trusts no count or length in it, and the memory it asks for.
+# Offers: read_gguf_header, GgufHeader, GgufError, open_regular; KvShape, kv_shape, read_weights, place. Uses: EMBEDDERS (3).
 
 
 class GgufError(Exception):
@@ -14120,39 +12482,33 @@ class HeaderReader:
     MAX_TENSORS = 262_144  # 60 layers of 384 experts, each in three tensors of its own, are 70,000
     SECONDS = 2.0  # of processor time for one model; the largest vocabulary takes 0.1
 
-    def __init__(self, file: Any, size: int, deadline: float) -> None:
-        self.file, self.size, self.deadline = io.BufferedReader(file, 64 * 1024), size, deadline  # on time.thread_time's clock
-        self.at = 0  # in the file
+    def __init__(self, file: Any, deadline: float) -> None:
+        self.size = os.fstat(file.fileno()).st_size
+        self.file, self.deadline = io.BufferedReader(file, 64 * 1024), deadline  # on time.thread_time's clock
         self.kept = 0  # bytes of strings
-
-    def go(self, count: int) -> None:
-        """Counts bytes that are read or skipped next. Raises GgufError when the file has no more, or the time is over."""
-        self.at += count
-        if self.at > self.size:
-            raise GgufError("the header is truncated")
 
     def check_time(self) -> None:
         if time.thread_time() > self.deadline:
             raise GgufError(f"the header takes more than {self.SECONDS:.0f} s to read")
 
     def read(self, count: int) -> bytes:
-        self.go(count)
         data = self.file.read(count)
-        if len(data) < count:  # cut while it is read
+        if len(data) < count:
             raise GgufError("the header is truncated")
         return data
 
     def skip(self, count: int) -> None:
-        self.go(count)
+        if count > self.size:
+            raise GgufError("the header is truncated")
         self.file.seek(count, os.SEEK_CUR)
 
-    def scalar(self, code: str) -> Any:
-        (value,) = struct.unpack("<" + code, self.read(struct.calcsize("<" + code)))
-        return value
+    def unpack(self, form: str) -> tuple[Any, ...]:
+        return struct.unpack("<" + form, self.read(struct.calcsize("<" + form)))
 
     def string(self) -> str:
         """The next string, or its first KEEP_STRING bytes."""
-        length = self.scalar("Q")
+        self.check_time()  # each pair and each tensor begins with one
+        (length,) = self.unpack("Q")
         keep = min(length, self.KEEP_STRING)
         self.kept += keep
         if self.kept > self.KEEP_STRINGS:
@@ -14163,50 +12519,41 @@ class HeaderReader:
 
     def skip_strings(self, count: int) -> None:
         """Steps over `count` strings; the hot loop of a whole header (300,000 of them in a large vocabulary)."""
-        unpack, read, seek, size, at = struct.Struct("<Q").unpack, self.file.read, self.file.seek, self.size, self.at
-        try:
-            for number in range(count):
-                if not number & 0xFFFF:
-                    self.check_time()
-                length = unpack(read(8))[0]
-                at += 8 + length
-                if at > size:
-                    raise GgufError("the header is truncated")
-                seek(length, 1)
-        except struct.error:
-            raise GgufError("the header is truncated") from None
-        self.at = at
+        read, seek, size, whole = self.file.read, self.file.seek, self.size, int.from_bytes
+        for number in range(count):
+            if not number & 0xFFFF:
+                self.check_time()
+            length = whole(head := read(8), "little")
+            if len(head) < 8 or length > size:
+                raise GgufError("the header is truncated")
+            seek(length, 1)
 
     def value(self, kind: int) -> Any:
         """One metadata value; long arrays are skipped and give None."""
         if kind in self.SCALARS:
-            return self.scalar(self.SCALARS[kind])
+            return self.unpack(self.SCALARS[kind])[0]
         if kind == 8:
             return self.string()
         if kind != 9:
             raise GgufError(f"the header has a value of unknown type {kind}")
-        inner, count = self.scalar("I"), self.scalar("Q")
+        inner, count = self.unpack("IQ")
         if inner == 8:
-            if count * 8 > self.size:
-                raise GgufError("the header is truncated")
             return self.skip_strings(count)
         if inner not in self.SCALARS:
             raise GgufError(f"the header has an array of unknown type {inner}")
-        code = self.SCALARS[inner]
         if count > self.KEEP_ARRAY:
-            return self.skip(count * struct.calcsize("<" + code))
-        return tuple(self.scalar(code) for _ in range(count))
+            return self.skip(count * struct.calcsize("<" + self.SCALARS[inner]))
+        return self.unpack(f"{count}{self.SCALARS[inner]}")
 
 
 @dataclass(frozen=True)
 class GgufHeader:
-    """A GGUF file's own words: metadata, tensor count and, when read whole, the tensors' parameters and extent."""
+    """A GGUF file's own words: metadata, tensor count and, when read whole, the tensors."""
 
     metadata: Mapping[str, Any]
     tensor_count: int
     complete: bool  # False: reading stopped at the vocabulary
     parameters: int = 0  # summed over the tensors, when complete
-    data_end: int = 0  # where the last tensor ends, bytes from the file's start, when complete
     tensors: tuple[tuple[str, int], ...] = ()  # names and bytes, when complete
 
 
@@ -14218,62 +12565,49 @@ BLOCKS = {0: (1, 4), 1: (1, 2), 2: (32, 18), 3: (32, 20), 6: (32, 22), 7: (32, 2
           34: (256, 54), 35: (256, 66), 39: (32, 17)}  # fmt: skip
 
 
-def read_gguf_header(path: str, size: int, whole_header: bool = True, deadline: float | None = None) -> GgufHeader:
+def read_gguf_header(path: str, whole_header: bool = True, deadline: float | None = None) -> GgufHeader:
     """A GGUF file's header; not `whole_header` stops before the vocabulary (0.05 ms instead of up to 100 ms).
 
-    Raises GgufError with the reason when the file is no GGUF of version 2 or 3, or is damaged; OSError as open() does.
+    Raises GgufError with the reason when the file is no GGUF of version 2 or 3, or is damaged or cut; OSError as open() does.
     """
     with open_regular(path) as file:
-        reader = HeaderReader(file, size, deadline or time.thread_time() + HeaderReader.SECONDS)
-        tensors, pairs = _read_counts(reader)
+        reader = HeaderReader(file, deadline or time.thread_time() + HeaderReader.SECONDS)
+        magic, version, tensors, pairs = reader.unpack("4sIQQ")
+        if magic != b"GGUF":
+            raise GgufError("not a GGUF file (wrong magic)")
+        if not version & 0xFFFF:
+            raise GgufError("big-endian GGUF file, for another kind of machine")
+        if version not in (2, 3):
+            raise GgufError(f"GGUF version {version} is not supported (2 and 3 are)")
+        if pairs > reader.MAX_PAIRS or tensors > reader.MAX_TENSORS:
+            raise GgufError(f"the header states {pairs} metadata pairs and {tensors} tensors, more than any model has")
         metadata: dict[str, Any] = {}
         for _ in range(pairs):
-            reader.check_time()
-            key = reader.string()
-            kind = reader.scalar("I")
+            key, (kind,) = reader.string(), reader.unpack("I")
             if kind == 9 and key.startswith("tokenizer.") and not whole_header:
                 return GgufHeader(metadata, tensors, complete=False)
             metadata[key] = reader.value(kind)
-        return GgufHeader(metadata, tensors, True, *_read_tensors(reader, tensors, metadata))
+        parameters, end, found = _read_tensors(reader, tensors, metadata.get("general.alignment", 32))
+        if found and end > reader.size:
+            raise GgufError(f"truncated: {reader.size} of {end} bytes")
+        return GgufHeader(metadata, tensors, True, parameters, found)
 
 
-def _read_counts(reader: HeaderReader) -> tuple[int, int]:
-    """The first 24 bytes: how many tensors and how many metadata pairs follow. Raises GgufError for another format."""
-    if reader.size < 24:
-        raise GgufError("too short to be a GGUF file")
-    magic, version, tensors, pairs = struct.unpack("<4sIQQ", reader.read(24))
-    if magic != b"GGUF":
-        raise GgufError("not a GGUF file (wrong magic)")
-    if not version & 0xFFFF:
-        raise GgufError("big-endian GGUF file, for another kind of machine")
-    if version not in (2, 3):
-        raise GgufError(f"GGUF version {version} is not supported (2 and 3 are)")
-    if pairs > reader.MAX_PAIRS or tensors > reader.MAX_TENSORS:
-        raise GgufError(f"the header states {pairs} metadata pairs and {tensors} tensors, more than any model has")
-    return tensors, pairs
-
-
-def _read_tensors(
-    reader: HeaderReader, count: int, metadata: Mapping[str, Any]
-) -> tuple[int, int, tuple[tuple[str, int], ...]]:
+def _read_tensors(reader: HeaderReader, count: int, alignment: Any) -> tuple[int, int, tuple[tuple[str, int], ...]]:
     """Parameters in all tensors, where in the file the last one ends, and names and bytes of each."""
     parameters, end, found = 0, 0, []
     for _ in range(count):
-        reader.check_time()
-        name, dimensions = reader.string(), reader.scalar("I")
+        name, (dimensions,) = reader.string(), reader.unpack("I")
         if dimensions > 8:
             raise GgufError("the header describes a tensor of impossible shape")
-        elements = math.prod(reader.scalar("Q") for _ in range(dimensions))
-        kind, offset = reader.scalar("I"), reader.scalar("Q")
+        *shape, kind, offset = reader.unpack(f"{dimensions}QIQ")
         block, width = BLOCKS.get(kind, (1, 0))
-        size = elements // block * width
-        parameters += elements
-        end = max(end, offset + size)
-        found.append((name, size))
-    alignment = metadata.get("general.alignment", 32)
+        parameters += math.prod(shape)
+        found.append((name, math.prod(shape) // block * width))
+        end = max(end, offset + found[-1][1])
     if not isinstance(alignment, int) or alignment < 1:
         raise GgufError("general.alignment is no number of bytes")
-    return parameters, reader.at + -reader.at % alignment + end, tuple(found)
+    return parameters, end - (-reader.file.tell() // alignment * alignment), tuple(found)
 
 
 # What a model takes in memory, and what of it goes where
@@ -14327,28 +12661,22 @@ def kv_shape(meta: Mapping[str, Any], architecture: str) -> KvShape | None:
         state = _state_bytes(lambda name: each(said(name))[0], width, max(heads))
     except ValueError:
         return None
-    windows, recurrent = _windows(said("attention.sliding_window_pattern"), n_layer), _recurrent_layers(said, kv_heads, n_layer)
+    windows = _layers(said("attention.sliding_window_pattern"), [False] * n_layer)
+    stated = said("attention.recurrent_layers", said("full_attention_interval"))
+    recurrent = _layers(stated, [not heads for heads in kv_heads])  # which keep a state in place of keys and values
     with_keys = [not r and i < n_layer - borrowers for i, r in enumerate(recurrent)]  # the last ones may read those before them
     layers = tuple(n * sizes[w] * k for n, w, k in zip(kv_heads, windows, with_keys, strict=True))
     states = tuple(state * (r or not any(recurrent)) for r in recurrent)
     return KvShape(layers, states) if any(layers) or any(states) else None
 
 
-def _windows(pattern: Any, count: int) -> list[bool]:
-    """Which layers see only a window: stated for each, or all but every n-th."""
-    if isinstance(pattern, tuple):
-        return [bool(w) for w in (*pattern, *[False] * count)[:count]]
-    return [isinstance(pattern, int) and pattern > 1 and (i + 1) % pattern != 0 for i in range(count)]
-
-
-def _recurrent_layers(said: Callable[..., Any], kv_heads: Seq[int], count: int) -> list[bool]:
-    """Which layers keep a state in place of keys and values: stated, by an interval, or those without KV heads."""
-    stated, interval = said("attention.recurrent_layers", None), said("full_attention_interval")
+def _layers(stated: Any, usual: list[bool]) -> list[bool]:
+    """Which layers are of a kind: stated for each, or all but every n-th, else the usual ones."""
     if isinstance(stated, tuple):
-        return [bool(r) for r in (*stated, *[False] * count)[:count]]
-    if isinstance(interval, int) and interval > 0:
-        return [(i + 1) % interval != 0 for i in range(count)]
-    return [not heads for heads in kv_heads]
+        return [*map(bool, stated), *[False] * len(usual)][: len(usual)]
+    if isinstance(stated, int) and stated > 0:
+        return [i % stated != 0 for i in range(1, len(usual) + 1)]
+    return usual
 
 
 def _state_bytes(said: Callable[[str], int], width: int, heads: int) -> int:
@@ -14375,7 +12703,7 @@ class Weights:
 
 def read_weights(paths: Iterable[str]) -> Weights:
     """The weights by the headers of a model's files. Raises GgufError, OSError."""
-    tensors = [tensor for path in paths for tensor in read_gguf_header(path, os.path.getsize(path)).tensors]
+    tensors = [tensor for path in paths for tensor in read_gguf_header(path).tensors]
     layers: dict[int, tuple[int, int]] = {}
     output = sum(size for name, size in tensors if name.startswith("output"))
     if not any(name == "output.weight" for name, _ in tensors):
@@ -14391,20 +12719,6 @@ EXPERTS = r"\.ffn_(up|down|gate|gate_up)_(ch)?exps"  # in the names of experts' 
 
 
 @dataclass(frozen=True)
-class Wish:
-    """What a load asks of the GPUs."""
-
-    ctx: int  # tokens that one sequence must have
-    pool: int  # and all together would like
-    kv_type: str
-    sequences: int
-    compute: int  # bytes of buffers on each GPU
-    gpu_layers: int | None = None  # None: as many as fit
-    cpu_moe: int | None = None  # None: as few as must be
-    share: float = 1.0  # of the layers that would fit
-
-
-@dataclass(frozen=True)
 class Placement:
     """Where a model's parts go."""
 
@@ -14413,34 +12727,37 @@ class Placement:
     pool: int = 0  # tokens in the KV cache
 
 
-def place(weights: Weights, kv: KvShape, gpus: Seq[int], wish: Wish) -> Placement:
+def place(weights: Weights, kv: KvShape, gpus: Seq[int], ctx: int, pool: int, kv_type: str, sequences: int, compute: int,
+          gpu_layers: int | None = None, cpu_moe: int | None = None, share: float = 1.0) -> Placement:  # fmt: skip
     """Fits a model onto GPUs with so many free bytes each: a smaller pool first, then experts on the CPU, then fewer layers.
 
-    That order costs the least speed (llama-server's --fit has it too). A twentieth of each GPU stays free.
+    That order costs the least speed (llama-server's --fit has it too). A twentieth of each GPU stays free, and `compute`
+    bytes for buffers. One sequence must have `ctx` tokens, and all together would like `pool`. None for `gpu_layers` means
+    as many as fit, for `cpu_moe` as few as must be; `share` is of the layers that would fit.
     """
     count = len(weights.layers)
-    each = [total + kv.state_bytes(wish.sequences) // max(count, 1) for total, _ in weights.layers]
-    room = sum(max(0, free - free // 20 - wish.compute) for free in gpus) - (len(gpus) - 1) * max(each, default=0)
+    each = [total + kv.state_bytes(sequences) // max(count, 1) for total, _ in weights.layers]
+    room = sum(max(0, free - free // 20 - compute) for free in gpus) - (len(gpus) - 1) * max(each, default=0)
 
-    def fits(layers: int, moe: int, pool: int) -> bool:
+    def fits(layers: int, moe: int, tokens: int) -> bool:
         first = max(0, count - layers)
         experts = sum(e for _, e in weights.layers[first:moe])
         need = sum(total for total, _ in weights.layers[first:]) - experts + (weights.output if layers > count else 0)
-        return need + kv.token_bytes(wish.kv_type, first) * pool + kv.state_bytes(wish.sequences, first) <= room
+        return need + kv.token_bytes(kv_type, first) * tokens + kv.state_bytes(sequences, first) <= room
 
     def most(layers: int, moe: int) -> int:
         """The largest pool, in steps of an eighth of a context."""
-        step = max(1, wish.ctx // 8)
-        return next((p for p in range(wish.pool, wish.ctx, -step) if fits(layers, moe, p)), wish.ctx)
+        step = max(1, ctx // 8)
+        return next((p for p in range(pool, ctx, -step) if fits(layers, moe, p)), ctx)
 
-    moe, mixture = wish.cpu_moe or 0, any(experts for _, experts in weights.layers)
-    if wish.gpu_layers is not None:
-        layers = count + 1 if wish.gpu_layers < 0 else wish.gpu_layers
-        return Placement(int(layers * wish.share), moe, most(layers, moe))
-    all_moe = count if mixture and wish.cpu_moe is None else moe
+    moe, mixture = cpu_moe or 0, any(experts for _, experts in weights.layers)
+    if gpu_layers is not None:
+        layers = count + 1 if gpu_layers < 0 else gpu_layers
+        return Placement(int(layers * share), moe, most(layers, moe))
+    all_moe = count if mixture and cpu_moe is None else moe
     tries = [(count + 1, m) for m in range(moe, all_moe + 1)] + [(n, all_moe) for n in range(count, 0, -1)]
-    layers, moe = next(((n, m) for n, m in tries if fits(n, m, wish.ctx)), (0, moe))
-    return Placement(int(layers * wish.share), moe, most(layers, moe) if layers else wish.pool)
+    layers, moe = next(((n, m) for n, m in tries if fits(n, m, ctx)), (0, moe))
+    return Placement(int(layers * share), moe, most(layers, moe) if layers else pool)
 
 
 # ── C. Formats ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -14833,7 +13150,7 @@ def as_json(text: str, types: int) -> str:
     """An argument that stands without quotes, as JSON of one of these types (SchemaReader's bits); of another it is a string."""
     written = text.strip()
     with contextlib.suppress(ValueError, RecursionError):
-        if type_bit(json.loads(written, parse_constant=_no_constant)) & types:
+        if type_bit(json.loads(written, parse_constant=_finite)) & types:
             return written
     meant = mended(written) if not types & SchemaReader.TYPES["string"] else None
     if meant is not None and type_bit(json.loads(meant)) & types:
@@ -15435,32 +13752,33 @@ def held_back(buffer: str, marks: Iterable[str]) -> int:
 class Symbol:
     """A part of a grammar, immutable and hashable: it opens into other symbols, or reads bytes itself.
 
-    A subclass has `opened`, or `firsts` and `step`. Small symbols compare by value, large ones by identity. No symbol may lead
-    into a dead end: whatever `step` returns can be finished.
+    A subclass has `opened`, or `after`, or `firsts` and `step`. Small symbols compare by value, large ones by identity. No
+    symbol may lead into a dead end: whatever `step` returns can be finished.
     """
 
     ends = False  # a symbol that reads bytes may be left here, though it could read on
+    parts: Symbols = ()  # the symbols that it is made of, as far as they stand there already
 
     def opened(self) -> Iterable[Symbols] | None:
         """The alternatives that may stand in its place; None if it reads bytes."""
         return None
 
-    @property
+    @functools.cached_property
+    def after(self) -> Mapping[int, Symbols]:
+        """The symbols that must follow each byte that it may read now."""
+        raise NotImplementedError
+
+    @functools.cached_property
     def firsts(self) -> int:
         """The bytes that it may read now, one bit each."""
-        raise NotImplementedError
+        return sum(1 << byte for byte in self.after)
 
     def step(self, byte: int) -> Symbols | None:
         """Reads a byte and returns the symbols that must follow; None if it may not read that byte."""
-        raise NotImplementedError
+        return self.after.get(byte)
 
     def left(self) -> Symbols:
         """The symbols that must follow when it is left although it could read on."""
-        return ()
-
-    @property
-    def parts(self) -> Symbols:
-        """The symbols that it is made of, as far as they stand there already."""
         return ()
 
     @functools.cached_property
@@ -15479,111 +13797,106 @@ class Word(Symbol):
     data: bytes
     at: int = 0
 
-    def opened(self) -> Iterable[Symbols] | None:
-        return None if self.data else ((),)
-
-    @property
-    def firsts(self) -> int:
-        return 1 << self.data[self.at]
-
-    def step(self, byte: int) -> Symbols | None:
-        if byte != self.data[self.at]:
-            return None
-        return (Word(self.data, self.at + 1),) if self.at + 1 < len(self.data) else ()
+    @functools.cached_property
+    def after(self) -> Mapping[int, Symbols]:
+        return {self.data[self.at]: (Word(self.data, self.at + 1),) if self.at + 1 < len(self.data) else ()}
 
 
-def word(text: str) -> Word:
+def word(text: str) -> Symbol:
     """The symbol of a text that must stand there."""
-    return Word(text.encode())
-
-
-@dataclass(frozen=True)
-class OneByte(Symbol):
-    """One byte of a set, a bit each."""
-
-    bits: int
-
-    @property
-    def firsts(self) -> int:
-        return self.bits
-
-    def step(self, byte: int) -> Symbols | None:
-        return () if self.bits >> byte & 1 else None
+    return Word(text.encode()) if text else InOrder(())
 
 
 @dataclass(frozen=True)
 class OneChar(Symbol):
-    """One character of ranges of code points, first and last; surrogates are left out."""
+    """One character of ranges of code points, first and last, in UTF-8; surrogates are left out."""
 
     ranges: tuple[tuple[int, int], ...]
 
     def opened(self) -> Iterable[Symbols]:
-        return utf8_ranges(self.ranges)
+        return [(way,) for way in written(self.ranges, "UTF-8")]
 
 
-@functools.lru_cache(maxsize=1000)
-def utf8_ranges(ranges: tuple[tuple[int, int], ...]) -> tuple[tuple[OneByte, ...], ...]:
-    """The byte sequences of code points, as sequences of byte sets."""
-    found: dict[tuple[OneByte, ...], None] = {}
-    todo = list(ranges)
-    while todo:
-        low, high = todo.pop()
-        border = next((b for b in (0x7F, 0x7FF, 0xD7FF, 0xDFFF, 0xFFFF) if low <= b < high), None)
-        if border is not None:
-            todo += [(low, border), (border + 1, high)]
-        elif low <= high and not 0xD800 <= low <= 0xDFFF:
-            found |= dict.fromkeys(_utf8(chr(low).encode(), chr(high).encode()))
-    return tuple(found)
+Digit = tuple[bytes, ...]  # the bytes that spell each of its values
 
 
-def _utf8(low: bytes, high: bytes) -> Iterator[tuple[OneByte, ...]]:
-    """Byte sequences of one length, from low to high: the first byte alone at both ends, all that lies between at once."""
-    if len(low) == 1:
-        yield (between(low[0], high[0]),)
-    elif low[0] == high[0]:
-        yield from ((between(low[0], low[0]), *rest) for rest in _utf8(low[1:], high[1:]))
-    else:
-        least, most = bytes([0x80]) * (len(low) - 1), bytes([0xBF]) * (len(low) - 1)
-        first, last = low[0] + (low[1:] != least), high[0] - (high[1:] != most)
-        if low[1:] != least:
-            yield from _utf8(low, low[:1] + most)
-        if first <= last:
-            yield (between(first, last), *(between(0x80, 0xBF) for _ in least))
-        if high[1:] != most:
-            yield from _utf8(high[:1] + least, high)
+@dataclass(frozen=True, eq=False)
+class Numeral(Symbol):
+    """A number of some ranges in so many digits, each of its own kind. `numeral` makes equal ones once."""
+
+    ranges: tuple[tuple[int, int], ...]
+    digits: tuple[Digit, ...]
+
+    @functools.cached_property
+    def after(self) -> dict[int, Symbols]:
+        values, *rest = self.digits
+        size = math.prod(map(len, rest))  # so many numbers begin with one digit
+        found: dict[int, list[tuple[int, int]]] = {}
+        for low, high in self.ranges:
+            for value in range(low // size, high // size + 1):
+                span = max(low - value * size, 0), min(high - value * size, size - 1)
+                found.setdefault(value, []).append(span)
+        return {byte: (numeral(tuple(spans), tuple(rest)),) if rest else ()
+                for value, spans in found.items() for byte in values[value]}  # fmt: skip
 
 
-def between(low: int, high: int) -> OneByte:
-    """The symbol of one byte from low to high."""
-    return OneByte((1 << high + 1) - (1 << low))
+numeral = functools.lru_cache(maxsize=10_000)(Numeral)
+
+
+def _digit(first: int, count: int) -> Digit:
+    """A digit that is spelled by bytes in a row."""
+    return tuple(bytes([byte]) for byte in range(first, first + count))
+
+
+_MORE = _digit(0x80, 64)
+_HEX = (*_digit(ord("0"), 10), b"aA", b"bB", b"cC", b"dD", b"eE", b"fF")
+_LETTERS = dict(zip(b'\b\t\n\f\r"/\\', (b"b", b"t", b"n", b"f", b"r", b'"', b"/", b"\\"), strict=True))
+UTF8 = (
+    (((0, 0x7F),), 0, (_digit(0, 128),)),
+    (((0x80, 0x7FF),), 0, (_digit(0xC0, 32), _MORE)),
+    (((0x800, 0xD7FF), (0xE000, 0xFFFF)), 0, (_digit(0xE0, 16), _MORE, _MORE)),
+    (((0x10000, 0x10FFFF),), 0, (_digit(0xF0, 8), _MORE, _MORE, _MORE)),
+)
+SCRIPTS = {  # ranges of characters, each a number from an offset on, and its digits; "escaped": behind the backslash
+    "UTF-8": UTF8,
+    "JSON": ((((32, 33), (35, 91), (93, 127)), 0, UTF8[0][2]), *UTF8[1:]),
+    "escaped": (
+        (tuple((code, code) for code in _LETTERS), 0, (tuple(_LETTERS.get(code, b"") for code in range(128)),)),
+        (UTF8[0][0] + UTF8[1][0] + UTF8[2][0], 0, ((b"u",), _HEX, _HEX, _HEX, _HEX)),
+        (UTF8[3][0], 0x10000, ((b"u",), (b"dD",), _HEX[8:12], _HEX, _HEX, (b"\\",), (b"u",), (b"dD",), _HEX[12:], _HEX, _HEX)),
+    ),
+}
+
+
+@functools.lru_cache(maxsize=10_000)
+def written(ranges: tuple[tuple[int, int], ...], script: str) -> list[Numeral]:
+    """The ways to write one character of some ranges."""
+    found: list[Numeral] = []
+    for spelled, offset, digits in SCRIPTS[script]:
+        spans = ((max(low, first) - offset, min(high, last) - offset) for low, high in ranges for first, last in spelled)
+        if part := tuple((low, high) for low, high in spans if low <= high):
+            found.append(numeral(part, digits))
+    return found
 
 
 @dataclass(frozen=True, eq=False)
 class AnyOf(Symbol):
     """One of several symbols."""
 
-    options: Symbols
+    parts: Symbols
 
     def opened(self) -> Iterable[Symbols]:
-        return [(option,) for option in self.options]
-
-    @property
-    def parts(self) -> Symbols:
-        return self.options
+        return [(part,) for part in self.parts]
 
 
 @dataclass(frozen=True, eq=False)
 class InOrder(Symbol):
     """Symbols one after another."""
 
-    symbols: Symbols
+    parts: Symbols
 
     def opened(self) -> Iterable[Symbols]:
-        return (self.symbols,)
-
-    @property
-    def parts(self) -> Symbols:
-        return self.symbols
+        return (self.parts,)
 
 
 @dataclass(frozen=True)
@@ -15601,7 +13914,7 @@ class Repeated(Symbol):
         return ((self.symbol, again),) if self.low else ((), (self.symbol, again))
 
     @property
-    def parts(self) -> Symbols:
+    def parts(self) -> Symbols:  # type: ignore[override]
         return (self.symbol,)
 
 
@@ -15650,6 +13963,7 @@ class State:
         """The state behind one more byte; None if that may not come. Raises as the automaton does."""
         if byte not in self._next:
             self._next[byte] = self._automaton.after(self, byte) if self.bits >> byte & 1 else None
+            TURN.kept()
         return self._next[byte]
 
     def read(self, data: bytes) -> State | None:
@@ -15672,20 +13986,6 @@ class State:
         return bytes(found)
 
 
-class TooManyReadings(InvalidRequest):
-    """A text has more readings at once than are followed, as with ambiguous or left-recursive grammars."""
-
-    def __init__(self) -> None:
-        super().__init__(f"the grammar is ambiguous: a text has over {Automaton.MAX_READINGS} readings at once")
-
-
-class NestedTooDeep(InvalidRequest):
-    """A text nests parts that are followed one inside the other, such as arrays without repeats, too deep to go on."""
-
-    def __init__(self) -> None:
-        super().__init__("the grammar nests too deep: what a text may go on with cannot be found")
-
-
 class NotYet(Exception):
     """The time slice is over before it is known what may come next. What was found is kept: ask again."""
 
@@ -15696,32 +13996,28 @@ class Turn(threading.local):
     All such work counts here, automata of parts within automata and searches in strings too.
     """
 
-    def __init__(self) -> None:
-        self._ends, self._found = math.inf, False
-        self._gate: Gate | None = None
-        self._is_limited = False
+    _ends = math.inf
+    _is_limited = False
+    _gate: Gate | None = None
+    _client: Any = None  # nobody waits for the work any more where it is `cancelled`
 
     def begin(self, seconds: float) -> None:
         """Starts a time slice of `seconds`."""
-        self._ends, self._found = time.thread_time() + seconds, False
+        self._ends = time.thread_time() + seconds
 
-    def look(self) -> None:
-        """Call before each step, of 10 µs to 10 ms. Raises NotYet when time is up, but only after one step was kept."""
+    def kept(self) -> None:
+        """Call when a step (10 µs to 10 ms) was kept. Raises NotYet when time is up: asked again, a question goes on there."""
         if self._gate:
-            self._gate.wait()
-        if self._found and self.is_over:
+            self._gate.open.wait()
+        if self._client and self._client.cancelled:
+            raise Cancelled
+        if self.is_over:
             raise NotYet
-
-    def found(self) -> None:
-        """Call after a step that is kept, so that the same question asked again goes on from there."""
-        self._found = True
 
     def tick(self) -> None:
-        """Call every few µs within a step. Raises NotYet when limited work takes too long."""
-        if self._gate:
-            self._gate.wait()
-        if self._is_limited and self.is_over:
-            raise NotYet
+        """Call every few µs within a step. Raises NotYet when limited work takes too long, Cancelled when nobody waits for it."""
+        if self._is_limited or self._gate or self._client:
+            self.kept()
 
     @contextlib.contextmanager
     def limited(self, seconds: float) -> Iterator[None]:
@@ -15736,17 +14032,17 @@ class Turn(threading.local):
             self._is_limited = False
 
     @contextlib.contextmanager
-    def behind(self, gate: Gate | None) -> Iterator[None]:
-        """Lets work go on only while a gate is open."""
-        self._gate = gate
+    def behind(self, gate: Gate | None, client: Any) -> Iterator[None]:
+        """Lets work go on only while a gate is open and its client waits for it."""
+        self._gate, self._client = gate, client
         if gate:
-            gate.begin()
+            gate.idle.clear()
         try:
             yield
         finally:
-            self._gate = None
+            self._gate = self._client = None
             if gate:
-                gate.end()
+                gate.idle.set()
 
     @property
     def is_over(self) -> bool:
@@ -15764,32 +14060,19 @@ class Gate:
     """
 
     def __init__(self) -> None:
-        self._open, self._idle = threading.Event(), threading.Event()
-        self._open.set()
-        self._idle.set()
-
-    def begin(self) -> None:
-        """There is work now."""
-        self._idle.clear()
-
-    def end(self) -> None:
-        self._idle.set()
-
-    def wait(self) -> None:
-        """Call within the work: waits until the gate is open."""
-        if not self._open.is_set():
-            self._open.wait()
+        self.open, self.idle = threading.Event(), threading.Event()
+        self.open.set()
+        self.idle.set()
 
     @contextlib.contextmanager
     def shut(self, seconds: float) -> Iterator[None]:
         """Lets running work go on for up to `seconds`, then holds it while the block runs."""
-        if not self._idle.is_set():
-            self._idle.wait(seconds)
-        self._open.clear()
+        self.idle.wait(seconds)
+        self.open.clear()
         try:
             yield
         finally:
-            self._open.set()
+            self.open.set()
 
 
 class Automaton:
@@ -15805,21 +14088,19 @@ class Automaton:
         self.start = self._closed({(root,): frozenset([None])})
 
     def after(self, state: State, byte: int) -> State | None:
-        """The state behind one more byte; None if no reading allows it. Raises TooManyReadings, NestedTooDeep, NotYet."""
-        TURN.look()
+        """The state behind one more byte; None if no reading allows it. Raises InvalidRequest, NotYet."""
         if max(len(self._states), len(self._stacks)) > self.MAX_KEPT:
-            self._forget()
+            for kept in (self._states, self._stacks, self.start._next):  # texts under way go on from the states they have
+                kept.clear()
         try:
             found: dict[Symbols, Below] = {}
             for stack in state.stacks:
                 rest = stack.top.step(byte)
                 if rest is not None:
                     found[rest] = found[rest] | stack.below if rest in found else stack.below
-            behind = self._closed(found) if found else None
+            return self._closed(found) if found else None
         except RecursionError:
-            raise NestedTooDeep from None
-        TURN.found()
-        return behind
+            raise InvalidRequest("the grammar nests too deep: what a text may go on with cannot be found") from None
 
     def _stack(self, top: Symbol, below: Below) -> Stack:
         key = (top, below)
@@ -15856,7 +14137,7 @@ class Automaton:
                 todo[option] = todo[option] | behind if option in todo else behind
             work += len(options)
             if work > self.MAX_READINGS:
-                raise TooManyReadings
+                raise InvalidRequest(f"the grammar is ambiguous: a text has over {self.MAX_READINGS} readings at once")
         key = (frozenset(self._stack(top, belows[top]) for top in reading), ends)
         if key not in self._states:
             self._states[key] = State(self, *key)
@@ -15865,12 +14146,6 @@ class Automaton:
     def __len__(self) -> int:
         """How many states are kept."""
         return len(self._states)
-
-    def _forget(self) -> None:
-        """Begins anew with what is kept; texts under way go on from the states they have."""
-        self._states.clear()
-        self._stacks.clear()
-        self.start._next.clear()
 
 
 # ── D.2. Patterns ─────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -15884,16 +14159,19 @@ EVERY_CHAR: Ranges = ((0, 0xD7FF), (0xE000, 0x10FFFF))
 
 def merged(ranges: Iterable[tuple[int, int]]) -> Ranges:
     """Sorts ranges, joins those that touch, and drops the surrogates."""
-    found: list[tuple[int, int]] = []
     halves = (half for low, high in ranges for half in ((low, min(high, 0xD7FF)), (max(low, 0xE000), high)))
-    for low, high in sorted(halves):
-        if low > high:
-            continue
+    return tuple(touching(half for half in halves if half[0] <= half[1]))
+
+
+def touching(spans: Iterable[tuple[int, Any]]) -> list[tuple[int, Any]]:
+    """Sorts spans of whole numbers, and joins those that touch."""
+    found: list[tuple[int, Any]] = []
+    for low, high in sorted(spans):
         if found and low <= found[-1][1] + 1:
             found[-1] = (found[-1][0], max(found[-1][1], high))
         else:
             found.append((low, high))
-    return tuple(found)
+    return found
 
 
 def others(ranges: Ranges) -> Ranges:
@@ -15932,9 +14210,9 @@ class Reader:
 
     MAX_TEXT, MAX_DEPTH, MAX_REPEATS = 500_000, 100, 10**9
     TOKEN: ClassVar[re.Pattern[str]]
-    PARTS: ClassVar[frozenset[str]]  # the kinds of tokens that begin a part
     SIGNS: ClassVar[dict[str | None, tuple[int, int | None]]] = {"*": (0, None), "+": (1, None), "?": (0, 1)}
     REPEATS_REPEATS = True  # a** is (a*)*
+    DOT = EVERY_CHAR
 
     def __init__(self, text: str) -> None:
         self.text, self.at = text, 0
@@ -15946,7 +14224,9 @@ class Reader:
 
     def part(self, depth: int) -> Symbol:
         """Reads the part that the token begins, up to its last token."""
-        raise NotImplementedError
+        if self.kind == "class":
+            return OneChar(self.characters())
+        return OneChar(self.DOT) if self.kind == "dot" else self.inside(depth)
 
     def member(self) -> Ranges:
         """Reads a character of a class, or a named class, at `at`."""
@@ -15978,7 +14258,7 @@ class Reader:
     def _sequence(self, depth: int) -> Symbol:
         parts: list[Symbol] = []
         may_repeat = False
-        while self.kind == "repeat" or self.kind in self.PARTS:
+        while self.kind not in (None, "or", "close", "rule"):
             if self.kind != "repeat":
                 parts.append(self.part(depth))
             elif may_repeat:
@@ -16013,10 +14293,12 @@ class Reader:
         found = set[tuple[int, int]]()
         while not self.text.startswith("]", self.at):
             TURN.tick()
-            low, begun = self._member(), self.at
+            if self.at >= len(self.text):
+                raise self.refuse("a square bracket is not closed")
+            low, begun = self.member(), self.at
             if self.text.startswith("-", self.at) and self.text[self.at + 1 : self.at + 2] not in ("]", ""):
                 self.at += 1
-                high = self._member()
+                high = self.member()
                 if len(low) == len(high) == 1 and low[0][0] == low[0][1] and high[0][0] == high[0][1]:
                     if low > high:
                         raise self.refuse(f"the range {_said(self.text[begun - 1 : self.at])} is empty")
@@ -16026,11 +14308,6 @@ class Reader:
             found |= set(low)
         self.at += 1
         return others(merged(found)) if negated else merged(found)
-
-    def _member(self) -> Ranges:
-        if self.at >= len(self.text):
-            raise self.refuse("a square bracket is not closed")
-        return self.member()
 
 
 class PatternReader(Reader):
@@ -16043,17 +14320,16 @@ class PatternReader(Reader):
     SPACES = merged([(9, 13), (32, 32), (0xA0, 0xA0), (0x1680, 0x1680), (0x2000, 0x200A), (0x2028, 0x2029), (0x202F, 0x202F),
                      (0x205F, 0x205F), (0x3000, 0x3000), (0xFEFF, 0xFEFF)])  # fmt: skip
     CLASSES: ClassVar = {"d": ((48, 57),), "w": ((48, 57), (65, 90), (95, 95), (97, 122)), "s": SPACES}
-    NAMED: ClassVar = {"t": 9, "n": 10, "v": 11, "f": 12, "r": 13, "0": 0}
-    DOT = OneChar(others(((10, 10), (13, 13), (0x2028, 0x2029))))
+    NAMED: ClassVar = {"t": 9, "n": 10, "v": 11, "f": 12, "r": 13, "0": 0, "b": 8}
+    DOT = others(((10, 10), (13, 13), (0x2028, 0x2029)))
     TOKEN = re.compile(
         r"(?P<blank>\(\?\#[^)]*\))|(?P<open>\((?:\?(?::|(?P<ahead>[=!])|P?<[^\W\d][\w$]*>|(?P<other>)))?)|(?P<close>\))"
         r"|(?P<or>\|)|(?P<repeat>(?:(?P<sign>[*+?])|\{(?:(?P<low>[0-9]{1,4000})(?P<comma>,)?|,(?=[0-9]))(?P<high>(?<=,)[0-9]{1,4000})?\})\??)"
         r"|(?P<edge>[\^$]|\\[AZz])|(?P<class>\[)|(?P<dot>\.)|(?P<char>.)", re.DOTALL)  # fmt: skip
-    PARTS = frozenset(("open", "edge", "class", "dot", "char"))
-    ESCAPE = re.compile(
+    CHAR = re.compile(
         r"\\(?:u([dD][89abAB][0-9A-Fa-f]{2})\\u([dD][c-fC-F][0-9A-Fa-f]{2})"
         r"|(?:x([0-9A-Fa-f]{2})|u([0-9A-Fa-f]{4})|u\{([0-9A-Fa-f]{1,6})\})"
-        r"|c([A-Za-z])|([pP])\{([^}]*)\}|(.))", re.DOTALL)  # fmt: skip
+        r"|c([A-Za-z])|([pP])\{([^}]*)\}|(.))|([^\\])", re.DOTALL)  # fmt: skip
 
     def refuse(self, what: str) -> InvalidRequest:
         return InvalidRequest(f"pattern {_said(self.text)}: {what}")
@@ -16070,40 +14346,26 @@ class PatternReader(Reader):
     def part(self, depth: int) -> Symbol:
         assert self.token is not None
         if self.kind == "open":
-            return self._group(self.token, depth)
+            if self.token["other"] is not None:
+                begun = self.text[self.token.start() : self.token.start() + 4]
+                raise self.refuse(f"{_said(begun)} (look-behind, flags …) cannot be honoured")
+            ahead, inside = self.token["ahead"], self.inside(depth)
+            return Ahead(inside, ahead == "=") if ahead else inside
         if self.kind == "edge":
             return Edge(self.word() not in ("^", "\\A"))
-        if self.kind == "class":
-            return OneChar(self.characters())
-        if self.kind == "dot":
-            return self.DOT
+        if self.kind != "char":
+            return super().part(depth)
         if self.text.startswith(("\\b", "\\B"), self.token.start()):
             raise self.refuse(f"{self.text[self.token.start() :][:2]} (a word's border) cannot be honoured")
         self.at = self.token.start()
         return OneChar(merged(self.member()))
 
-    def _group(self, token: re.Match[str], depth: int) -> Symbol:
-        if token["other"] is not None:
-            raise self.refuse(f"{_said(self.text[token.start() : token.start() + 4])} (look-behind, flags …) cannot be honoured")
-        inside = self.inside(depth)
-        return Ahead(inside, token["ahead"] == "=") if token["ahead"] else inside
-
     def member(self) -> Ranges:
-        if self.text.startswith("\\b", self.at):  # within a class a backspace
-            self.at += 2
-            return ((8, 8),)
-        if self.text[self.at] == "\\":
-            return self._escape()
-        self.at += 1
-        return ((ord(self.text[self.at - 1]),) * 2,)
-
-    def _escape(self) -> Ranges:
-        """The characters that a backslash and what follows stand for."""
-        match = self.ESCAPE.match(self.text, self.at)
+        match = self.CHAR.match(self.text, self.at)
         if match is None:
             raise self.refuse("it ends with a backslash")
         self.at = match.end()
-        first, second, *codes, control, kind, name, char = match.groups()
+        first, second, *codes, control, kind, name, char, plain = match.groups()
         if first:
             code = 0x10000 + ((int(first, 16) & 0x3FF) << 10) + (int(second, 16) & 0x3FF)
         elif any(codes):
@@ -16112,12 +14374,12 @@ class PatternReader(Reader):
             code = ord(control) % 32
         elif kind:
             return self._property(name) if kind == "p" else others(self._property(name))
+        elif plain or char in self.NAMED:
+            code = ord(plain) if plain else self.NAMED[char]
         elif char.lower() in self.CLASSES:
             return self.CLASSES[char] if char in self.CLASSES else others(self.CLASSES[char.lower()])
         elif char in "123456789":
             raise self.refuse(f"\\{char} (a back-reference) cannot be honoured")
-        elif char in self.NAMED:
-            code = self.NAMED[char]
         elif char.isascii() and char.isalnum():
             raise self.refuse(f"the escape \\{char} cannot be honoured")
         else:
@@ -16218,7 +14480,6 @@ class GbnfReader(Reader):
         r"(?P<blank>(?:[ \t\r\n]|\#[^\n]*)+)|(?P<rule>[A-Za-z0-9-_]+)[ \t]*::=|(?P<name>[A-Za-z0-9-_]+)|(?P<literal>\")"
         r"|(?P<class>\[)|(?P<repeat>(?P<sign>[*+?])|\{\s*(?P<low>[0-9]{1,12})\s*(?:(?P<comma>,)\s*(?P<high>[0-9]{0,12})\s*)?\})"
         r"|(?P<open>\()|(?P<close>\))|(?P<or>\|)|(?P<dot>\.)|(?P<token><(?!\[)[^>\n]+>)|(?P<no_text>!?<)")  # fmt: skip
-    PARTS = frozenset(("name", "literal", "class", "open", "dot", "token", "no_text"))
     CHAR = re.compile(r"\\x([0-9A-Fa-f]{2})|\\u([0-9A-Fa-f]{4})|\\U([0-9A-Fa-f]{8})|\\(.)|([^\\])", re.DOTALL)
     ESCAPES: ClassVar = {"n": "\n", "r": "\r", "t": "\t", '"': '"', "\\": "\\", "[": "[", "]": "]", "-": "-", "^": "^"}
 
@@ -16235,25 +14496,21 @@ class GbnfReader(Reader):
         if len(self.text) > self.MAX_TEXT:
             raise InvalidRequest(f"grammar: over {self.MAX_TEXT} characters", "grammar")
         self.advance()
-        while self.kind is not None:
-            self._rule()
+        while self.token is not None:
+            if self.kind != "rule":
+                said = _said(self.word())
+                begun = f"{said} is not expected here"
+                raise self.refuse(begun if self.rules else f"a rule must begin here (name ::= …), not {said}")
+            name = self.token["rule"]
+            self.advance()
+            self.rules[name] = self.choice(0)
         missing = next((name for name in self.used if name not in self.rules), None)
         if missing is not None:
             raise self.refuse(f"the rule {_said(missing)} is used but not written", self.used[missing])
         if "root" not in self.rules:
             raise InvalidRequest("grammar: there is no rule named root", "grammar")
-        self._check_left_recursion(self._empty())
+        self._check_left_recursion()
         return self.rules["root"]
-
-    def _rule(self) -> None:
-        if self.kind != "rule":
-            raise self.refuse(f"a rule must begin here (name ::= …), not {_said(self.word())}")
-        assert self.token is not None
-        name = self.token["rule"]
-        self.advance()
-        self.rules[name] = self.choice(0)
-        if self.kind not in ("rule", None):
-            raise self.refuse(f"{_said(self.word())} is not expected here")
 
     def part(self, depth: int) -> Symbol:
         assert self.token is not None
@@ -16262,16 +14519,14 @@ class GbnfReader(Reader):
             return RuleName(self.word(), self.rules)
         if self.kind == "literal":
             return word(self._literal())
-        if self.kind == "class":
-            ranges = self.characters()
-            if not ranges:
-                raise self.refuse("a class without characters matches nothing")
-            return OneChar(ranges)
         if self.kind == "token":
             return word(self.word())
         if self.kind == "no_text":
             raise self.refuse("tokens by number, and all tokens but one, cannot be honoured: write <name>, or a text")
-        return OneChar(EVERY_CHAR) if self.kind == "dot" else self.inside(depth)
+        found = super().part(depth)
+        if found == OneChar(()):
+            raise self.refuse("a class without characters matches nothing")
+        return found
 
     def _literal(self) -> str:
         codes = []
@@ -16297,117 +14552,80 @@ class GbnfReader(Reader):
             raise self.refuse(f"{match[0]} is not a character")
         return ((code, code),)
 
-    def _inside(self, symbol: Symbol) -> Symbols:
-        return (self.rules[symbol.name],) if isinstance(symbol, RuleName) else symbol.parts
-
-    def _empty(self) -> set[Symbol]:
-        """The symbols that may be empty: each counts how many of its parts must still turn out so."""
-        lacking: dict[Symbol, int] = {}
-        holders: dict[Symbol, list[Symbol]] = {}
-        todo = list(self.rules.values())
-        while todo:
-            if (symbol := todo.pop()) not in lacking:
-                parts = self._inside(symbol)
-                lacking[symbol] = len(parts) if isinstance(symbol, InOrder) else int(symbol != Word(b""))
-                if isinstance(symbol, Repeated) and not symbol.low:
-                    lacking[symbol] = 0
-                for part in parts:
-                    TURN.tick()
-                    holders.setdefault(part, []).append(symbol)
-                todo += parts
-        empty = [symbol for symbol, count in lacking.items() if not count]
-        for symbol in empty:
-            for holder in holders.get(symbol, ()):
-                TURN.tick()
-                lacking[holder] -= 1
-                if not lacking[holder]:
-                    empty.append(holder)
-        return set(empty)
-
-    def _check_left_recursion(self, empty: set[Symbol]) -> None:
+    def _check_left_recursion(self) -> None:
         """Refuses a rule that leads back to itself before anything is read: it would open for ever."""
-        on_path, done = set[Symbol](), set[Symbol]()
-        path: list[tuple[Symbol, Iterator[Symbol]]] = []
-        for root in self.rules.values():
-            path.append((root, self._first_parts(root, empty)))
+        empty: dict[Symbol, bool] = {}  # the symbols that were looked through, and whether they may be empty
+        for rule in self.rules.values():
+            path = {} if rule in empty else {rule: self._first_parts(rule, empty)}
             while path:
                 TURN.tick()
-                symbol, parts = path[-1]
-                on_path.add(symbol)
-                part = next(parts, None)
+                part = next(path[next(reversed(path))], None)
                 if part is None:
-                    on_path.discard(symbol)
-                    done.add(symbol)
-                    path.pop()
-                elif part in on_path:
-                    name = next(s.name for s, _ in reversed(path) if isinstance(s, RuleName))
+                    path.popitem()
+                elif part in path:
+                    name = next(symbol.name for symbol in reversed(path) if isinstance(symbol, RuleName))
                     raise InvalidRequest(f"grammar: the rule {_said(name)} is left-recursive: it begins with itself", "grammar")
-                elif part not in done:
-                    path.append((part, self._first_parts(part, empty)))
+                elif part not in empty:
+                    path[part] = self._first_parts(part, empty)
 
-    def _first_parts(self, symbol: Symbol, empty: set[Symbol]) -> Iterator[Symbol]:
-        """The parts that may be met before anything is read."""
-        for part in self._inside(symbol):
+    def _first_parts(self, symbol: Symbol, empty: dict[Symbol, bool]) -> Iterator[Symbol]:
+        """The parts that may be met before anything is read; says at the end whether the whole may be empty."""
+        is_empty = isinstance(symbol, InOrder) or (isinstance(symbol, Repeated) and not symbol.low)
+        for part in (self.rules[symbol.name],) if isinstance(symbol, RuleName) else symbol.parts:
             yield part
-            if isinstance(symbol, InOrder) and part not in empty:
-                return
+            if not isinstance(symbol, InOrder):
+                is_empty = is_empty or empty[part]
+            elif not empty[part]:
+                is_empty = False
+                break
+        empty[symbol] = is_empty
 
 
 # ── D.3. Strings ──────────────────────────────────────────────────────────────────────────────────────────────────────
 # Sets of texts, with and, or and not, and the JSON strings of such a set: symbols that know what can still come.
-# Offers: Texts and its algebra (union, intersection, complement, word_texts, texts_by); StringShape, string_symbol, string_fits,
-# few_texts; FORMATS. Uses: D.1's symbols, D.2's patterns.
+# Offers: Texts and its algebra (union, intersection, complement, word_texts, texts_by); shortest; StringShape, string_symbol,
+# string_fits, few_texts; JsonText; FORMATS. Uses: D.1's symbols, D.2's patterns.
 
 
 class Texts:
     """A set of texts, as an expression over ranges of characters: a regular language. The functions below make equal ones once.
 
-    `least` and `most` are the lengths of its shortest and longest text. If it is `plain`, made without complements and
-    intersections, it is never empty and both lengths are exact; if it is `dense`, every length between occurs.
+    No text is shorter than `least` or longer than `most`. In one that is `plain`, as those are that are made without complements
+    and intersections, there is a text as short as `least`.
     """
 
-    __slots__ = ("data", "dense", "kind", "known", "least", "most", "moves", "nullable", "parts", "plain")
+    __slots__ = ("data", "kind", "least", "most", "moves", "nullable", "parts", "plain", "shortest")
     MAX_KEPT = 50_000
     made: ClassVar[dict[tuple[Any, ...], Texts]] = {}
 
     def __init__(self, kind: str, data: Any, parts: tuple[Texts, ...]) -> None:
         self.kind, self.data, self.parts = kind, data, parts
         self.moves: Moves | None = None
-        self.known: int | None = None  # the length of a text that a search has found
-        self.plain: bool = kind != "none" and all(part.plain for part in parts)
-        self.nullable, self.least, self.most, self.dense = False, 1, 1.0, True
+        self.shortest: float | None = None  # the length of its shortest text, once that has been sought; inf: there is none
+        self.plain: bool = kind not in ("none", "not", "both") and all(part.plain for part in parts)
+        self.nullable, self.least, self.most = False, 1, 1.0
+        leasts, mosts = [part.least for part in parts], [part.most for part in parts]
         if kind == "empty":
             self.nullable, self.least, self.most = True, 0, 0
         elif kind == "words":
             lengths = {len(text) for text in data.rest()}
-            self.nullable, self.least, self.most, self.dense = 0 in lengths, min(lengths), max(lengths), len(lengths) == 1
+            self.nullable, self.least, self.most = 0 in lengths, min(lengths), max(lengths)
         elif kind == "then":
-            one, two = parts
-            self.nullable, self.dense = one.nullable and two.nullable, one.dense and two.dense
-            self.least, self.most = one.least + two.least, one.most + two.most
+            self.nullable, self.least, self.most = all(part.nullable for part in parts), sum(leasts), sum(mosts)
         elif kind == "repeat":
-            self._repeated(parts[0], *data)
+            low, high = data
+            self.nullable = low == 0 or parts[0].nullable
+            self.least, self.most = leasts[0] * low, mosts[0] * high if mosts[0] else 0
+        elif kind == "sized":
+            low, high = data
+            self.plain = self.plain and (low <= leasts[0] <= high or parts[0] is ALL)
+            self.nullable, self.least, self.most = parts[0].nullable and low == 0, max(low, *leasts), min(high, *mosts)
         elif kind == "not":
-            self.plain, self.nullable = False, not parts[0].nullable
-            self.least, self.most = int(parts[0].nullable), math.inf
+            self.nullable, self.least, self.most = not parts[0].nullable, int(parts[0].nullable), math.inf
         elif kind == "both":
-            self.plain, self.dense, self.nullable = False, False, all(part.nullable for part in parts)
-            self.least, self.most = max(p.least for p in parts), min(p.most for p in parts)
+            self.nullable, self.least, self.most = all(part.nullable for part in parts), max(leasts), min(mosts)
         elif kind == "either":
-            self._either(parts)
-
-    def _repeated(self, part: Texts, low: int, high: float) -> None:
-        self.nullable = low == 0 or part.nullable
-        self.least, self.most = part.least * low, part.most * high if part.most else 0
-        self.dense = part.dense and (low == high or (low + 1) * part.least <= low * part.most + 1 if low else part.least <= 1)
-
-    def _either(self, parts: tuple[Texts, ...]) -> None:
-        self.nullable = any(part.nullable for part in parts)
-        self.least, self.most = min(p.least for p in parts), max(p.most for p in parts)
-        reach: float = self.least
-        for part in sorted(parts, key=lambda part: part.least):
-            self.dense = self.dense and part.dense and part.least <= reach + 1
-            reach = max(reach, part.most)
+            self.nullable, self.least, self.most = any(part.nullable for part in parts), min(leasts), max(mosts)
 
 
 Moves = tuple[tuple[Ranges, Texts], ...]  # characters that may come first, and the texts that follow one of them
@@ -16441,27 +14659,15 @@ def then(one: Texts, two: Texts) -> Texts:
     while chain[-1].kind == "then":
         chain[-1:] = chain[-1].parts
     for part in reversed(chain):
-        two = _joined(part, two)
+        if part is NONE or two is NONE:
+            two = NONE
+        elif part is EMPTY or two is EMPTY:
+            two = two if part is EMPTY else part
+        elif (part is ALL and two.nullable) or (two is ALL and part.nullable):
+            two = ALL
+        else:
+            two = _make("then", parts=(part, two))
     return two
-
-
-def _joined(one: Texts, two: Texts) -> Texts:
-    while True:
-        if one is NONE or two is NONE:
-            return NONE
-        if one is EMPTY or two is EMPTY:
-            return two if one is EMPTY else one
-        if (one is ALL and two.nullable) or (two is ALL and one.nullable):
-            return ALL
-        head, rest = two.parts if two.kind == "then" else (two, EMPTY)
-        (part, low, high), (again, least, most) = _counted(one), _counted(head)
-        if part is not again:
-            return _make("then", parts=(one, two))
-        one, two = repeat(part, low + least, high + most), rest
-
-
-def _counted(texts: Texts) -> tuple[Texts, int, float]:
-    return (texts.parts[0], *texts.data) if texts.kind == "repeat" else (texts, 1, 1)
 
 
 def repeat(part: Texts, low: int, high: float) -> Texts:
@@ -16469,10 +14675,8 @@ def repeat(part: Texts, low: int, high: float) -> Texts:
     if high == 0 or part is EMPTY or part is NONE:
         return NONE if part is NONE and low else EMPTY
     low = 0 if part.nullable else low
-    if part.kind == "repeat":  # (a{2,3}){4,5} is a{8,15}, as the counts meet
-        inner, least, most = _counted(part)
-        if low == high or (least <= 1 if low == 0 else low * most + 1 >= (low + 1) * least):
-            part, low, high = inner, low * least, high * most
+    if part.kind == "repeat" and part.data == (0, math.inf):
+        return part  # (a*)*
     return part if low == high == 1 else _make("repeat", (low, high), (part,))
 
 
@@ -16509,42 +14713,35 @@ def _merged_counts(parts: dict[Texts, None]) -> dict[Texts, None]:
     counts: dict[tuple[Texts, Texts], list[tuple[int, float]]] = {}
     for texts in parts:
         head, rest = texts.parts if texts.kind == "then" else (texts, EMPTY)
-        part, low, high = _counted(head)
+        part, low, high = (head.parts[0], *head.data) if head.kind == "repeat" else (head, 1, 1)
         counts.setdefault((part, rest), []).append((low, high))
     if len(counts) == len(parts):
         return parts
-    found: dict[Texts, None] = {}
-    for (part, rest), spans in counts.items():
-        union: list[tuple[int, float]] = []
-        for low, high in sorted(spans):
-            if union and low <= union[-1][1] + 1:
-                union[-1] = (union[-1][0], max(union[-1][1], high))
-            else:
-                union.append((low, high))
-        found |= dict.fromkeys(then(repeat(part, low, high), rest) for low, high in union)
-    return found
+    return dict.fromkeys(then(repeat(part, *span), rest) for (part, rest), spans in counts.items() for span in touching(spans))
 
 
 def intersection(parts: Iterable[Texts]) -> Texts:
     """The texts that are in every one."""
     flat: dict[Texts, None] = {}
+    low, high = 0, math.inf
     for part in parts:
+        if part.kind == "sized":
+            (least, most), (part,) = part.data, part.parts
+            low, high = max(low, least), min(high, most)
         flat |= dict.fromkeys(part.parts if part.kind == "both" else (part,))
     flat.pop(ALL, None)
-    if len(flat) < 2:
-        return next(iter(flat), ALL)
-    sized = [part for part in flat if part.kind != "not"]
-    least, most = max((p.least for p in sized), default=0), min((p.most for p in sized), default=math.inf)
-    for part in list(flat):
-        if part.kind == "not" and (part.parts[0].least > most or part.parts[0].most < least):
-            del flat[part]  # the others' lengths exclude already what it excludes
-    if NONE in flat or least > most or any(p.parts[0] in flat for p in flat if p.kind == "not"):
+    if NONE in flat or any(part.kind == "not" and part.parts[0] in flat for part in flat):
         return NONE
-    if most == 0:
-        return EMPTY if all(part.nullable for part in flat) else NONE
-    if flat and all(part.kind == "char" for part in flat):
-        return char_texts(functools.reduce(common, (part.data for part in flat)))
-    return _of_some("both", flat, ALL)
+    return sized(_of_some("both", flat, ALL), low, high)
+
+
+def sized(texts: Texts, low: int, high: float) -> Texts:
+    """Those of the texts that have so many characters."""
+    if texts.kind == "sized":
+        return intersection([texts, sized(ALL, low, high)])
+    if max(low, texts.least) > min(high, texts.most):
+        return NONE
+    return texts if low <= texts.least and texts.most <= high else _make("sized", (low, high), (texts,))
 
 
 def complement(texts: Texts) -> Texts:
@@ -16584,6 +14781,7 @@ def moves(texts: Texts) -> Moves:
     """The sets that follow a first character (Brzozowski's derivatives), by ranges of characters."""
     if texts.moves is None:
         texts.moves = tuple(_moves(texts))
+        TURN.kept()
     return texts.moves
 
 
@@ -16598,6 +14796,9 @@ def _moves(texts: Texts) -> Iterable[tuple[Ranges, Texts]]:
     if kind == "repeat":
         again = repeat(parts[0], max(texts.data[0] - 1, 0), texts.data[1] - 1)
         return [(ranges, then(behind, again)) for ranges, behind in moves(parts[0])]
+    if kind == "sized":
+        low, high = texts.data
+        return [(ranges, sized(behind, max(low - 1, 0), high - 1)) for ranges, behind in moves(parts[0])]
     if kind == "either":
         return _combined([moves(part) for part in parts], union)
     if kind == "both":
@@ -16634,7 +14835,7 @@ def _combined(options: Iterable[Iterable[tuple[Ranges, Texts]]], join: Callable[
                 known[key] = join(here)
             found.setdefault(known[key], []).append((low, after - 1))
     found.pop(NONE, None)
-    return tuple((merged(ranges), behind) for behind, ranges in found.items())
+    return tuple((tuple(touching(ranges)), behind) for behind, ranges in found.items())
 
 
 # Patterns
@@ -16658,20 +14859,16 @@ class Matching:
             raise InvalidRequest("pattern: its anchors and repeats multiply too far")
         first, later = rest
         if not pattern.looks:
-            texts = self.alone(pattern)
-            found = then(texts, later)
-            if first is later or not texts.nullable:
-                return found, found
-            return union([first, then(intersection([texts, repeat(EVERY, 1, math.inf)]), later)]), found
+            return self._plainly(self.alone(pattern), rest)
         if isinstance(pattern, Edge):
             ends = tuple(EMPTY if texts.nullable else NONE for texts in rest)
             return (ends[0], ends[1]) if pattern.at_end else (first, NONE)
         if isinstance(pattern, InOrder):
-            for part in reversed(pattern.symbols):
+            for part in reversed(pattern.parts):
                 rest = self.before(part, rest)
             return rest
         if isinstance(pattern, AnyOf):
-            options = [self.before(part, rest) for part in pattern.options]
+            options = [self.before(part, rest) for part in pattern.parts]
             return union(option[0] for option in options), union(option[1] for option in options)
         if isinstance(pattern, Ahead):
             one, two = self.before(pattern.inside, (ALL, ALL))
@@ -16685,33 +14882,34 @@ class Matching:
         if isinstance(pattern, OneChar):
             return char_texts(pattern.ranges)
         if isinstance(pattern, AnyOf):
-            return union([self.alone(part) for part in pattern.options])
+            return union([self.alone(part) for part in pattern.parts])
         if isinstance(pattern, Repeated):
             return repeat(self.alone(pattern.symbol), pattern.low, math.inf if pattern.high is None else pattern.high)
         if isinstance(pattern, InOrder):
-            return functools.reduce(lambda later, one: then(self.alone(one), later), reversed(pattern.symbols), EMPTY)
+            return functools.reduce(lambda later, one: then(self.alone(one), later), reversed(pattern.parts), EMPTY)
         return NONE  # an Edge
 
+    @staticmethod
+    def _plainly(texts: Texts, rest: tuple[Texts, Texts]) -> tuple[Texts, Texts]:
+        """Joins texts that look at nothing around them, and the rest."""
+        first, later = rest
+        found = then(texts, later)
+        if first is later or not texts.nullable:
+            return found, found
+        return union([first, then(sized(texts, 1, math.inf), later)]), found
+
     def _loop(self, loop: Repeated, rest: tuple[Texts, Texts]) -> tuple[Texts, Texts]:
-        """Joins a repeat of something that looks around it."""
-        part, low, (first, later) = loop.symbol, loop.low, rest
-        high = math.inf if loop.high is None else loop.high
-        if high == 0:
-            return rest
-        if high == 1:
-            inside = self.before(part, rest)
-            return inside if low else (union([inside[0], first]), union([inside[1], later]))
-        if _looks_ahead(part):
+        """Joins a repeat of something that looks around it: what reads between its first round and its last meets no edge."""
+        part, low, more = loop.symbol, loop.low, math.inf if loop.high is None else loop.high - loop.low
+        if _looks_ahead(part) and loop.high not in (0, 1):
             return self._tempered(loop, rest)
         if low > MAX_UNROLLED:
             raise InvalidRequest(f"pattern: an anchor within over {MAX_UNROLLED} repeats cannot be honoured")
-        if low:
-            more = None if loop.high is None else loop.high - low
-            return self.before(InOrder((part,) * low + (Repeated(part, 0, more),)), rest)
-        inner, final = self.alone(part), self.before(part, (NONE, later))[1]  # the last round may meet the end
-        further = [union([then(repeat(inner, 0, count), later), then(repeat(inner, 0, count - 1), final)])
-                   for count in (high - 1, high)]  # fmt: skip
-        return union([first, self.before(part, (first, further[0]))[0]]), further[1]
+        for optional in range(int(min(more, 2))):
+            rest = self._plainly(repeat(self.alone(part), 0, more - 2), rest) if optional else rest
+            once = self.before(part, rest)
+            rest = union([rest[0], once[0]]), union([rest[1], once[1]])
+        return self.before(InOrder((part,) * low), rest) if low else rest
 
     def _tempered(self, loop: Repeated, rest: tuple[Texts, Texts]) -> tuple[Texts, Texts]:
         """((?!foo).)* up to the end: what it says of each character is that foo is nowhere."""
@@ -16735,150 +14933,92 @@ def _looks_ahead(pattern: Symbol) -> bool:
 def texts_by(keyword: str, value: str, wanted: bool = True) -> Texts:
     """The strings that a schema's `pattern` or `format` admits; without `wanted` all others. Raises InvalidRequest saying why
     it cannot be honoured."""
-    if keyword == "format" and value not in (*FORMATS, *UNKNOWN_FORMATS):
-        found = ALL
+    if keyword == "pattern":
+        pattern = InOrder((Repeated(OneChar(EVERY_CHAR)), read_pattern(value)))
     elif value in UNKNOWN_FORMATS or (value in PARTIAL_FORMATS and not wanted):
         raise InvalidRequest(f"{'' if wanted else 'not '}format {_said(value)} cannot be honoured")
-    elif keyword == "format":
-        texts = FORMATS[value] if wanted else WIDER_FORMATS.get(value, FORMATS[value])
-        found = Matching().before(InOrder((Edge(False), read_pattern(texts), Edge(True))), (ALL, ALL))[0]
-    else:
-        found = Matching().before(InOrder((Repeated(OneChar(EVERY_CHAR)), read_pattern(value))), (ALL, ALL))[0]
+    else:  # what is no standard's is a remark
+        pattern = InOrder((Edge(False), read_pattern(FORMATS[value]), Edge(True))) if value in FORMATS else InOrder(())
+    longest = MAX_HOSTNAME if (keyword, value) == ("format", "hostname") else math.inf
+    found = sized(Matching().before(pattern, (ALL, ALL))[0], 0, longest)
     return found if wanted else complement(found)
 
 
 # What can still be reached
 
-
-def counted(low: int, high: int | None) -> tuple[int, int | None]:
-    """How many characters more a text needs, and may have, behind one more."""
-    return max(low - 1, 0), None if high is None else high - 1
+MAX_SEARCH = 20_000  # sets looked at for one question, of which each takes 1 to 100 µs
 
 
-def alive(at: Texts, low: int, high: int | None) -> bool:
-    """True if one of the texts has `low` to `high` characters. Raises NotYet.
+def alive(at: Texts) -> bool:
+    """True if there is a text. Raises NotYet.
 
     What a search does not find counts as dead: a text is then kept from what could have been right, but never led where
     it cannot end.
     """
-    plainly = is_plainly_alive(at, low, high)
-    return bool(find_text(at, low, high)[0]) if plainly is None else plainly
-
-
-def is_plainly_alive(at: Texts, low: int, high: int | None) -> bool | None:
-    """The same without a search; None if one is needed."""
-    if at is NONE or at.most < low or (high is not None and (high < at.least or high < low)):
+    try:
+        return at.plain or at.nullable or shortest(at) < math.inf
+    except InvalidRequest:
+        at.shortest = math.inf
         return False
-    return True if at.plain and (high is None or at.dense or low <= at.least) else None
 
 
-MAX_SEARCH = 20_000  # sets looked at for one question, of which each takes 1 to 100 µs
+def _known_shortest(at: Texts) -> float | None:
+    """The length of the shortest text where that needs no search."""
+    if at.plain or at.nullable:
+        return at.least
+    if at.shortest is None and at.kind == "sized":
+        found = _known_shortest(at.parts[0])
+        if found is not None and found >= at.data[0]:
+            return found if found <= at.data[1] else math.inf
+    return at.shortest
 
 
-@functools.lru_cache(maxsize=50_000)
-def find_text(at: Texts, low: int, high: int | None) -> tuple[bool | None, int]:
-    """Looks for a text of some length, in sets of complements and intersections or with gaps in their lengths: breadth first.
+def shortest(at: Texts, spend: Callable[[int], None] = lambda steps: None) -> float:
+    """Finds the length of the shortest text, breadth first; inf if there is none. Raises InvalidRequest if that takes too long.
 
-    Tells whether there is one, None if that took too long, and in how many steps. Raises NotYet: what was derived is kept,
-    and the next search goes quickly where this one has been.
+    Raises NotYet: what was derived is kept, and the next search goes quickly where this one has been. `spend` counts the steps.
     """
-    layer: dict[Texts, Texts | None] = {at: None}  # the sets that follow so many characters, and the one before each
-    length, steps = 0, 0
-    rounds: dict[frozenset[Texts], int] = {}  # layers that were met, and the length
-    seen: dict[Texts, Texts | None] = {}
-    while layer and (high is None or length <= high):
-        rest = max(low - length, 0), None if high is None else high - length
-        longer: dict[Texts, Texts | None] = {}
+    if at.kind == "sized" and _known_shortest(at) is None:
+        shortest(at.parts[0], spend)
+    before: dict[Texts, Texts | None] = {at: None}  # each set that was met, and the one before it
+    layer, length, found = [at], 0, math.inf
+    last: Texts | None = None
+    while layer and length < found:
+        longer = list[Texts]()
         for one in layer:
-            steps += 1
-            plainly = is_plainly_alive(one, *rest)
-            if plainly or (plainly is None and _has_known(one, *rest)):
-                _keep_length(one, seen | layer)
-                return True, steps
-            if steps > MAX_SEARCH:
-                return None, steps
-            if plainly is None:
-                fresh = one.moves is None
-                longer |= ((behind, one) for _, behind in moves(one))
-                if fresh:
-                    TURN.found()
-                    TURN.look()
-        if rest[0]:
-            before = rounds.setdefault(frozenset(longer), length)
-            if before < length:  # and so on, round after round
-                length += (low - length - 1) // (length - before) * (length - before)
-        else:
-            seen |= layer
-            longer = {one: before_it for one, before_it in longer.items() if one not in seen}
+            known = _known_shortest(one)
+            if known is None:
+                spend(2)
+                fresh = dict.fromkeys((behind for _, behind in moves(one) if behind not in before), one)
+                before |= fresh
+                longer += fresh
+            elif length + known < found:
+                found, rest, last = length + known, known, one
+        if len(before) > MAX_SEARCH:
+            raise InvalidRequest("the string's patterns and formats together are too complex to tell what fits them")
         layer, length = longer, length + 1
-    return False, steps
-
-
-def _has_known(at: Texts, low: int, high: int | None) -> bool:
-    """True if a text of the right length is known."""
-    length = 0 if at.nullable else at.known
-    return length is not None and low <= length and (high is None or length <= high)
-
-
-def _keep_length(at: Texts, before: Mapping[Texts, Texts | None]) -> None:
-    """Keeps the length of a text that was found, for the sets through which a search came to it."""
-    length = 0 if at.nullable else at.least if at.plain else at.known or 0
-    here: Texts | None = at
-    while here is not None and here.known is None:
-        here.known = length
-        here, length = before.get(here), length + 1
-
-
-@dataclass(frozen=True)
-class Opening:
-    """The characters with which a text may go on, the bytes that they may begin with, and the character if it is the only one."""
-
-    ranges: Ranges
-    firsts: int
-    only: int | None
-
-    def reaches(self, ranges: Ranges) -> bool:
-        """True if one of the characters is in some ranges."""
-        return self.ranges is EVERY_CHAR or any(map(self._has, ranges))
-
-    def _has(self, span: tuple[int, int]) -> bool:
-        at = bisect.bisect_right(self.ranges, (span[1], 0x110000)) - 1
-        return at >= 0 and self.ranges[at][1] >= span[0]
-
-
-@functools.lru_cache(maxsize=10_000)
-def opening(ranges: Ranges) -> Opening:
-    """How a text may go on with the characters of these ranges."""
-    bits = 0
-    for first, last in ranges:
-        for border in (0x7F, 0x7FF, 0xFFFF, 0x10FFFF):
-            if first <= min(border, last):
-                bits |= between(chr(first).encode()[0], chr(min(border, last)).encode()[0]).bits
-            first = max(first, border + 1)
-    bits &= ~(between(0, 31).bits | 1 << ord('"') | 1 << ord("\\"))
-    only = ranges[0][0] if len(ranges) == 1 and ranges[0][0] == ranges[0][1] else None
-    return Opening(ranges, bits | 1 << ord("\\") if ranges else 0, only)
-
-
-EVERY_OPENING = opening(EVERY_CHAR)
+    if last is None:
+        for one in before:
+            one.shortest = math.inf
+    while last is not None:
+        last.shortest, rest = rest, rest + 1
+        last = before[last]
+    return found
 
 
 @functools.lru_cache(maxsize=50_000)
-def opened_at(at: Texts, low: int, high: int | None) -> Opening:
-    """How a text may go on."""
-    then = counted(low, high)
-    found = [ranges for ranges, behind in moves(at) if alive(behind, *then)]
-    return opening(found[0] if len(found) == 1 else merged(itertools.chain(*found)))
+def living(at: Texts) -> Moves:
+    """How a text may go on: the moves behind which there is a text."""
+    return tuple((ranges, behind) for ranges, behind in moves(at) if alive(behind))
 
 
 def behind(at: Texts, code: int) -> Texts:
     """The texts that follow a character."""
-    return next((behind for ranges, behind in moves(at) if _holds(ranges, code)), NONE)
-
-
-def _holds(ranges: Ranges, code: int) -> bool:
-    at = bisect.bisect_right(ranges, (code, 0x110000)) - 1
-    return at >= 0 and ranges[at][1] >= code
+    for ranges, behind in moves(at):
+        index = bisect.bisect_right(ranges, (code, 0x110000)) - 1
+        if index >= 0 and ranges[index][1] >= code:
+            return behind
+    return NONE
 
 
 # JSON strings
@@ -16886,181 +15026,80 @@ def _holds(ranges: Ranges, code: int) -> bool:
 
 @dataclass(frozen=True)
 class StringShape:
-    """The condition on a JSON string; lengths in code points."""
+    """The condition on a JSON string."""
 
-    low: int = 0
-    high: int | None = None
     texts: Texts = ALL
 
     @classmethod
     def of(cls, lows: Iterable[int], highs: Iterable[int], rules: Iterable[tuple[str, str, bool]]) -> StringShape:
-        """The shape by several bounds of the length, and by arguments of texts_by."""
-        rules = list(rules)
-        highs = [*highs, *(LONGEST[value] for key, value, wanted in rules if wanted and key == "format" and value in LONGEST)]
-        return cls(max(lows, default=0), min(highs, default=None), intersection(texts_by(*rule) for rule in rules))
+        """The shape by several bounds of the length, in code points, and by arguments of texts_by."""
+        texts = intersection(texts_by(*rule) for rule in rules)
+        return cls(sized(texts, max(lows, default=0), min(highs, default=math.inf)))
 
     def within(self, texts: Texts) -> StringShape:
         """The same, of just those texts."""
-        return replace(self, texts=intersection([self.texts, texts]))
+        return StringShape(intersection([self.texts, texts]))
 
     def but_not(self, texts: Iterable[str]) -> StringShape:
         """The same without some texts."""
         return self.within(complement(word_texts(frozenset(texts))))
 
 
-# A character half written: what it may become, how it goes on, the bits that were read, how many bytes or digits are missing.
-Half = tuple[Ranges, str, int, int]
-NO_HALF: Half = (EVERY_CHAR, "", 0, 0)
-HEX_DIGITS = {ord(digit): int(digit, 16) for digit in "0123456789abcdefABCDEF"}
-ESCAPES = {ord(letter): code for letter, code in zip('"\\/bfnrt', b'"\\/\b\f\n\r\t', strict=True)}
-
-
-@functools.lru_cache(maxsize=50_000)
-def spelled(half: Half) -> dict[int, Half]:
-    """Maps each byte to the half-written character that it makes of another; "done" if it is whole."""
-    ranges, how, value, missing = half
-    if how == "":
-        found = _begun()
-    elif how == "utf8":
-        found = {0x80 | bits: _half_utf8(ranges, value << 6 | bits, missing - 1) for bits in range(64)}
-    elif how == "escape":
-        found = {byte: (((code, code),), "done", code, 0) for byte, code in ESCAPES.items()}
-        found[ord("u")] = (EVERY_CHAR, "hex", 0, 4)
-    elif how == "hex":
-        found = {byte: _half_hex(value << 4 | digit, missing - 1) for byte, digit in HEX_DIGITS.items()}
-    elif how in ("pair", "pair-u"):
-        found = {ord("\\"): (ranges, "pair-u", value, 0)} if how == "pair" else {ord("u"): (ranges, "low", value, 4)}
-    else:
-        found = {byte: _half_pair(ranges, value << 4 | digit, missing - 1) for byte, digit in HEX_DIGITS.items()}
-    return {byte: half for byte, half in found.items() if half[0]}
-
-
-def _whole(code: int) -> Half:
-    return ((code, code),), "done", code, 0
-
-
-def _begun() -> dict[int, Half]:
-    """The first bytes of characters, written as themselves or as escapes."""
-    found = {byte: _whole(byte) for byte in range(32, 128) if byte not in b'"\\'}
-    found[ord("\\")] = (EVERY_CHAR, "escape", 0, 0)
-    for low, high, missing in ((0xC2, 0xDF, 1), (0xE0, 0xEF, 2), (0xF0, 0xF4, 3)):
-        ranges = {1: ((0x80, 0x7FF),), 2: ((0x800, 0xD7FF), (0xE000, 0xFFFF)), 3: ((0x10000, 0x10FFFF),)}[missing]
-        found |= {byte: _half_utf8(ranges, byte & 0x3F >> missing, missing) for byte in range(low, high + 1)}
-    return found
-
-
-def _half_utf8(ranges: Ranges, value: int, missing: int) -> Half:
-    if missing == 0:
-        return _whole(value) if common(ranges, ((value, value),)) else ((), "", 0, 0)
-    shift = 6 * missing
-    return common(ranges, ((value << shift, (value + 1 << shift) - 1),)), "utf8", value, missing
-
-
-def _half_hex(value: int, missing: int) -> Half:
-    """Reads \\u and some digits: a character, or half of a pair."""
-    low, high = value << 4 * missing, (value + 1 << 4 * missing) - 1
-    first, last = max(low, 0xD800), min(high, 0xDBFF)
-    pairs = (((first - 0xD800 << 10) + 0x10000, (last - 0xD800 << 10) + 0x103FF),) if first <= last else ()
-    ranges = common(((0, 0xD7FF), (0xE000, 0xFFFF)), ((low, high),)) + pairs
-    if missing:
-        return ranges, "hex", value, missing
-    return (ranges, "pair", 0, 0) if pairs else _whole(value) if ranges else ((), "", 0, 0)
-
-
-def _half_pair(ranges: Ranges, value: int, missing: int) -> Half:
-    """Reads some digits of the low surrogate behind a high one."""
-    base, low, high = ranges[0][0] & ~0x3FF, value << 4 * missing, (value + 1 << 4 * missing) - 1
-    low, high = max(low, 0xDC00), min(high, 0xDFFF)
-    if low > high:
-        return (), "", 0, 0
-    ranges = ((base + low - 0xDC00, base + high - 0xDC00),)
-    return (ranges, "low", value, missing) if missing else _whole(ranges[0][0])
-
-
 @dataclass(frozen=True)
-class RestOfText(Symbol):
-    """The rest of a text: the set it is from, how many characters are left, and what is half-written of one."""
-
-    at: Texts
-    low: int
-    high: int | None
-    half: Half = NO_HALF
-
-    @property
-    def is_whole(self) -> bool:
-        """True if the text may end here."""
-        return not self.half[1] and self.at.nullable and self.low == 0
-
-    @property
-    def opening(self) -> Opening:
-        """How it may go on."""
-        is_free = self.at is ALL and (self.high is None or 0 < self.high >= self.low)
-        return EVERY_OPENING if is_free else opened_at(self.at, self.low, self.high)
-
-
-class JsonText(RestOfText):
+class JsonText(Symbol):
     """The rest of a JSON string behind its opening quote."""
 
-    @property
-    def firsts(self) -> int:
-        opening = self.opening
-        if self.half != NO_HALF:
-            return sum(1 << byte for byte, half in spelled(self.half).items() if opening.reaches(half[0]))
-        quote = 1 << ord('"') if self.is_whole else 0
-        return quote | (opening.firsts if opening.only is None else 1 << _written(opening.only)[0])
+    at: Texts
+    is_escaped: bool = False  # a backslash was read
+
+    def longer(self) -> list[tuple[Ranges, JsonText]]:
+        """The characters that may come, and the rest behind them."""
+        return [(ranges, replace(self, at=behind, is_escaped=False)) for ranges, behind in living(self.at)]
+
+    @functools.cached_property
+    def _ways(self) -> list[Symbols]:
+        """The ways to go on, each from a symbol that reads bytes."""
+        longer = self.longer()
+        if self.is_escaped:
+            return [(way, rest) for ranges, rest in longer for way in written(ranges, "escaped")]
+        found: list[Symbols] = [(Word(b'"'),)] if self.at.nullable else []
+        first, last = (longer[0][0][0][0], longer[-1][0][-1][1]) if longer else (0, 1)
+        if first == last:  # where no other character may stand, there is one way to write it
+            return [*found, (word(json.dumps(chr(first), ensure_ascii=False)[1:-1]), longer[0][1])]
+        found += ((way, rest) for ranges, rest in longer for way in written(ranges, "JSON"))
+        return [*found, (Word(b"\\"), replace(self, is_escaped=True))] if longer else found
+
+    @functools.cached_property
+    def firsts(self) -> int:  # type: ignore[override]
+        return functools.reduce(operator.or_, (way[0].firsts for way in self._ways), 0)
 
     def step(self, byte: int) -> Symbols | None:
-        if not self.half[1] and byte == ord('"'):
-            return () if self.is_whole else None
-        opening = self.opening
-        if opening.only is not None and not self.half[1]:
-            written = _written(opening.only)
-            rest = (Word(written, 1),) if len(written) > 1 else ()
-            return (*rest, self.behind(opening.only)) if byte == written[0] else None
-        half = spelled(self.half).get(byte)
-        if half is None or not opening.reaches(half[0]):
-            return None
-        return (replace(self, half=half) if half[1] != "done" else self.behind(half[2]),)
-
-    def behind(self, code: int) -> JsonText:
-        """The state behind a whole character."""
-        if self.low == 0 and self.high is None and self.at is ALL and not self.half[1]:
-            return self
-        return JsonText(behind(self.at, code), *counted(self.low, self.high))
-
-
-def _written(code: int) -> bytes:
-    """A character as json.dumps writes it: where no other may stand, there is one way to write it."""
-    return json.dumps(chr(code), ensure_ascii=False)[1:-1].encode()
+        found = [(*more, *rest) for first, *rest in self._ways if (more := first.step(byte)) is not None]
+        if len(found) > 1:
+            return (AnyOf(tuple(map(InOrder, found))),)
+        return found[0] if found else None
 
 
 @functools.lru_cache(maxsize=1000)
 def string_symbol(shape: StringShape) -> Symbol | None:
     """A JSON string of a shape, with its quotes; None if there is none. Raises InvalidRequest where that cannot be told."""
-    if alive(shape.texts, shape.low, shape.high):
-        return InOrder((Word(b'"'), JsonText(shape.texts, shape.low, shape.high)))
-    condition = shape.texts, shape.low, shape.high
-    if is_plainly_alive(*condition) is None and find_text(*condition)[0] is None:
-        raise InvalidRequest("the string's patterns and formats together are too complex to tell what fits them")
-    return None
+    return None if shortest(shape.texts) == math.inf else InOrder((Word(b'"'), JsonText(shape.texts)))
 
 
 def string_fits(shape: StringShape, text: str) -> bool:
     """True if a text has a shape."""
-    at = functools.reduce(behind, map(ord, text), shape.texts)
-    return at.nullable and shape.low <= len(text) and (shape.high is None or len(text) <= shape.high)
+    return functools.reduce(behind, map(ord, text), shape.texts).nullable
 
 
 def few_texts(shape: StringShape, most: int) -> set[str] | None:
     """The texts of a shape; None if they are more than `most`, or longer than 1000 characters."""
-    found, (low, high) = set[str](), (shape.low, shape.high)
-    layer = [("", shape.texts)] if alive(shape.texts, low, high) else []  # each can be finished, so texts are at least as many
+    found = set[str]()
+    layer = [("", shape.texts)] if alive(shape.texts) else []  # each can be finished, so texts are at least as many
     for _ in range(1000):
         if not layer or len(found) + len(layer) > most:
             break
-        found |= {text for text, at in layer if at.nullable and low == 0}
-        low, high = counted(low, high)
-        longer = ((text + chr(code), behind) for text, at in layer for ranges, behind in moves(at) if alive(behind, low, high)
+        found |= {text for text, at in layer if at.nullable}
+        longer = ((text + chr(code), behind) for text, at in layer for ranges, behind in living(at)
                   for first, last in ranges for code in range(first, last + 1))  # fmt: skip
         layer = list(itertools.islice(longer, most + 1))
     return None if layer else found
@@ -17138,15 +15177,9 @@ FORMATS = {  # name → a regular expression for the whole text
     "relative-json-pointer": f"(?:0|[1-9][0-9]*)(?:#|{_POINTER})",
     "regex": _REGEX,
 }
-LONGEST = {"hostname": 253}  # kept beside the set, where lengths cost nothing
-UNKNOWN_FORMATS = ("idn-hostname", "uri-template")  # standard ones that are refused; what is no standard's is a remark
-PARTIAL_FORMATS = ("email", "idn-email", "regex")  # the rule leaves out some texts that have the format
-
-
-_ANY_LABEL = "[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?"
-WIDER_FORMATS = {  # name → a rule for all that may have the format, where the one above leaves some out
-    "hostname": rf"(?=.{{0,253}}$){_ANY_LABEL}(?:\.{_ANY_LABEL})*",
-}
+MAX_HOSTNAME = 253
+UNKNOWN_FORMATS = ("idn-hostname", "uri-template")  # standard ones that are refused
+PARTIAL_FORMATS = ("email", "idn-email", "regex", "hostname")  # the rule leaves out some texts that have the format
 
 
 # ── D.4. Numbers ──────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -17166,15 +15199,15 @@ class NumberShape:
     excluded: frozenset[int | float] = frozenset()
 
 
-def decimal_digits(value: int | float) -> tuple[int, int]:
-    """A number as its shortest decimal notation has it: the digits, and how many of them stand behind the point."""
-    if isinstance(value, int):
-        return value, 0
-    mantissa, _, exponent = repr(value).partition("e")
-    whole, _, fraction = mantissa.partition(".")
-    fraction = fraction.rstrip("0")
-    digits, places = int(whole + fraction), len(fraction) - int(exponent or 0)
-    return (digits, places) if places >= 0 else (digits * 10**-places, 0)
+def exact(value: int | float) -> Fraction:
+    """A number as its shortest decimal notation has it."""
+    from fractions import Fraction
+
+    return Fraction(value if isinstance(value, int) else repr(value))
+
+
+Bound = tuple[int | float, bool]
+Spans = tuple[tuple[int, int], ...]
 
 
 class NumberMachine:
@@ -17182,82 +15215,58 @@ class NumberMachine:
 
     The digits are bounded, so that no number goes on for ever: doubles hold fewer. A number with bounds has an exponent only
     behind one digit other than 0, and what stands before it is within bounds too (or a model that begins with 7 where 1 is the
-    most would be led to 7e-05). One with multiples has none, nor one with excluded values, which
-    JsonNumber handles.
+    most would be led to 7e-05). One with multiples has none, nor one with excluded values.
     """
 
-    DIGITS, PLACES, MORE_PLACES, DOUBLE, EXPONENTS = 20, 18, 3, 15, range(-290, 281)
-    MAX_PLACES, MAX_BITS, MAX_UNLIKE, MAX_TRIES = 60, 1400, 4, 64
+    DIGITS, PLACES, MORE_PLACES, DOUBLE = 20, 18, 3, 15
+    MAX_PLACES, MAX_NUMBER, MAX_UNLIKE, MAX_TRIES = 60, 10**400, 4, 64
 
     def __init__(self, shape: NumberShape, exponents: bool) -> None:
-        self._check(shape)
-        multiples = [decimal_digits(value) for value in (*shape.multiples, *((1,) if shape.whole else ()))]
-        unlike = [decimal_digits(value) for value in shape.not_multiples]
-        bounds = [decimal_digits(bound[0]) for bound in (shape.low, shape.high) if bound]
-        self.has_bounds = bool(bounds)
-        self.exponents: list[JsonExponent | None] = [None, None]  # of a positive number, and of a negative one
-        if exponents and not multiples and not unlike:
-            low, high = ((bound and (-bound[0], bound[1])) for bound in (shape.high, shape.low))
-            self.exponents = [self._exponent(shape.low, shape.high), self._exponent(low, high)]
-        self.places = max(self.PLACES, *(places + 1 for _, places in bounds)) if bounds else self.PLACES
-        if multiples or unlike:
-            self.places = max(places for _, places in (*multiples, *unlike)) + (0 if multiples else self.MORE_PLACES)
+        multiples, unlike = (*shape.multiples, *((1,) if shape.whole else ())), shape.not_multiples
+        bounds = [bound[0] for bound in (shape.low, shape.high) if bound]
+        if any(value <= 0 for value in (*multiples, *unlike)):
+            raise InvalidRequest("multipleOf must be over 0")
+        if len(unlike) > self.MAX_UNLIKE:
+            raise InvalidRequest(f"over {self.MAX_UNLIKE} multipleOf that must not hold cannot be honoured")
+        self.has_bounds, has_factors = bool(bounds), bool(multiples or unlike)
+        self.places = max([self.PLACES, *(self._places(bound) + 1 for bound in bounds)])
+        if has_factors:
+            self.places = max(map(self._places, (*multiples, *unlike))) + (0 if multiples else self.MORE_PLACES)
         scale = 10**self.places
-        units, others = ([digits * scale // 10**places for digits, places in numbers] for numbers in (multiples, unlike))
+        units, others = ([int(exact(value) * scale) for value in values] for values in (multiples, unlike))
         unit = math.lcm(*units)
-        if all(number % scale == 0 for number in (unit, *others)):
+        if not any(number % scale for number in (unit, *others)):
             self.places = 0  # a point would add nothing
         self.scale = 10**self.places
-        self.unit, self.unlike = unit * self.scale // scale, [number * self.scale // scale for number in others]
+        self.unit, *self.unlike = (number * self.scale // scale for number in (unit, *others))
         self.cycle = math.lcm(self.unit, *self.unlike)
-        self.low = None if shape.low is None else self._edge(*shape.low)
-        self.high = None if shape.high is None else -self._edge(-shape.high[0], shape.high[1])
-        nearest = max(self.low or 0, -(self.high or 0), 0)  # the smallest magnitude
-        exact = bool(self.places and (multiples or unlike))  # a double must hold every digit, to be divided
-        self.digits = max(self.DOUBLE - self.places if exact else self.DIGITS, len(str((nearest + self.unit) // self.scale)) + 1)
+        self.low = self._edge(*shape.low) if shape.low else -math.inf
+        self.high = -self._edge(-shape.high[0], shape.high[1]) if shape.high else math.inf
+        low, high = ((bound and (-bound[0], bound[1])) for bound in (shape.high, shape.low))
+        ends = ((shape.low, shape.high), (low, high)) if exponents and not has_factors else ()
+        self.exponents = [exponent_within(*span) for span in ends] or [None, None]  # of a positive number, and of a negative one
+        nearest = int(max(self.low, -self.high, 0))  # the smallest magnitude
+        most = self.DOUBLE - self.places if self.places and has_factors else self.DIGITS  # a double holds what is to be divided
+        self.digits = max(most, len(str((nearest + self.unit) // self.scale)) + 1)
         self.most = 10 ** (self.digits + self.places) - 1
 
-    def _check(self, shape: NumberShape) -> None:
-        """Refuses numbers that are out of all proportion."""
-        bounds = [bound[0] for bound in (shape.low, shape.high) if bound]
-        for value in (*bounds, *shape.multiples, *shape.not_multiples):
-            if value.bit_length() > self.MAX_BITS if isinstance(value, int) else not math.isfinite(value):
-                raise InvalidRequest("a bound of numbers has too many digits")
-            if decimal_digits(value)[1] > self.MAX_PLACES:
-                raise InvalidRequest(f"the number {_said(value)} has over {self.MAX_PLACES} decimal places")
-        if any(value <= 0 for value in (*shape.multiples, *shape.not_multiples)):
-            raise InvalidRequest("multipleOf must be over 0")
-        if len(shape.not_multiples) > self.MAX_UNLIKE:
-            raise InvalidRequest(f"over {self.MAX_UNLIKE} multipleOf that must not hold cannot be honoured")
-
-    def _exponent(self, low: tuple[int | float, bool] | None, high: tuple[int | float, bool] | None) -> JsonExponent | None:
-        """The exponents with which all numbers from 1 to 10 are within bounds."""
-        def reaches(exponent: int, bound: int | float, left_out: bool) -> bool:
-            digits, places = decimal_digits(bound)
-            return 10 ** (exponent + 400) >= digits * 10 ** (400 - places) + left_out
-
-        least = bisect.bisect_left(self.EXPONENTS, True, key=lambda exponent: low is None or reaches(exponent, *low))
-        most = bisect.bisect_left(self.EXPONENTS, True, key=lambda exponent: (
-            high is not None and reaches(exponent + 1, high[0], not high[1])))  # fmt: skip
-        return JsonExponent(self.EXPONENTS[least], self.EXPONENTS[most - 1]) if least < most else None
+    def _places(self, value: int | float) -> int:
+        """The decimal places of a number. Raises InvalidRequest where it is out of all proportion."""
+        if not abs(value) < self.MAX_NUMBER:
+            raise InvalidRequest("a bound of numbers has too many digits")
+        parts = exact(value).denominator
+        places = next((count for count in range(self.MAX_PLACES + 1) if 10**count % parts == 0), None)
+        if places is None:
+            raise InvalidRequest(f"the number {_said(value)} has over {self.MAX_PLACES} decimal places")
+        return places
 
     def _edge(self, bound: int | float, left_out: bool) -> int:
         """The least number of units that a lower bound allows."""
-        digits, places = decimal_digits(bound)
-        edge = -(-digits * self.scale // 10**places)
-        if left_out and edge * 10**places == digits * self.scale:
-            edge += 1
-        if left_out and self.unit == 1 and self.places and abs(bound) < sys.float_info.max:
+        edge = math.floor(exact(bound) * self.scale) + 1 if left_out else math.ceil(exact(bound) * self.scale)
+        if left_out and self.places and abs(bound) < sys.float_info.max:
             # a text nearer to the bound than doubles are to each other would be read as the bound
-            digits, places = decimal_digits(math.nextafter(bound, math.inf))
-            edge = max(edge, -(-digits * self.scale // 10**places))
+            edge = max(edge, math.ceil(exact(math.nextafter(bound, math.inf)) * self.scale))
         return edge
-
-    def taken(self, values: Iterable[int | float]) -> frozenset[int]:
-        """Values in units, those that are no number of them left out."""
-        digits = ((digits * self.scale, 10**places) for digits, places in map(decimal_digits, values))
-        found = (number // part for number, part in digits if number % part == 0)
-        return frozenset(filter(self._is_right, found))
 
     def _is_right(self, value: int) -> bool:
         """True for a number of units that is a multiple of what it must be, and of nothing that it must not be."""
@@ -17265,87 +15274,77 @@ class NumberMachine:
 
     def every_number(self, most: int) -> set[int | float] | None:
         """The numbers, if there are at most so many."""
-        if self.low is None or self.high is None or (self.high - self.low) // self.unit > most:
+        if self.high - self.low > most * self.unit:
             return None
-        found = filter(self._is_right, range(-(-self.low // self.unit) * self.unit, self.high + 1, self.unit))
+        found = filter(self._is_right, range(-(-int(self.low) // self.unit) * self.unit, int(self.high) + 1, self.unit))
         return {value // self.scale if value % self.scale == 0 else value / self.scale for value in found}
 
-    def holds(self, negative: bool, low: int, high: int, taken: frozenset[int], free: bool = False) -> bool:
-        """True if one of the magnitudes `low` to `high` is right and not taken; `free`: no bound can be missed any more."""
-        if not free:
-            least, most = self._bounds(negative)
-            low, high = low if least is None else max(low, least), high if most is None else min(high, most)
-        first = range(-(-low // self.unit) * self.unit, high + 1, self.unit)
-        tried = itertools.islice(first, (self.MAX_TRIES if self.unlike else 1) + len(taken))
-        return any((-value if negative else value) not in taken and self._is_right(value) for value in tried)
+    def symbol(self, excluded: Iterable[int | float]) -> Symbol | None:
+        """A JSON number that is none of those excluded; None if there is none."""
+        units = (exact(value) * self.scale for value in excluded)
+        taken = sorted(int(value) for value in units if value.denominator == 1)
+        plus = JsonNumber(self, self._spans(self.low, self.high, taken), self.exponents[0])
+        minus = JsonNumber(self, self._spans(-self.high, -self.low, [-value for value in reversed(taken)]), self.exponents[1])
+        options: list[Symbol] = [plus] if plus.firsts else []
+        if self.holds(1, self.most, minus.spans):
+            options.append(InOrder((Word(b"-"), minus)))
+        return AnyOf(tuple(options)) if options else None
 
-    def _bounds(self, negative: bool) -> tuple[int | None, int | None]:
-        """The bounds of a number's magnitude."""
-        bounds = (self.high, self.low) if negative else (self.low, self.high)
-        low, high = (bound if bound is None or not negative else -bound for bound in bounds)
-        return low, high
+    def _spans(self, low: float, high: float, taken: list[int]) -> Spans:
+        """The magnitudes from `low` to `high`, in units, that are not taken."""
+        least, most = int(max(low, 0)), int(min(high, self.most))
+        edges = [least - 1, *(value for value in taken if least <= value <= most), most + 1]
+        return tuple((one + 1, two - 1) for one, two in itertools.pairwise(edges) if two - one > 1)
 
-    def unbounded(self, negative: bool, low: int, high: int) -> bool:
-        """True if all magnitudes from `low` to `high` are within the bounds."""
-        least, most = self._bounds(negative)
-        return (least is None or least <= low) and (most is None or high <= most)
+    def holds(self, low: int, high: int, spans: Spans | None) -> bool:
+        """True if one of the magnitudes `low` to `high`, and within the spans, is right."""
+        parts = [(low, high)] if spans is None else [(max(low, least), min(high, most)) for least, most in spans]
+        return any(self._is_right(value) for least, most in parts for value in itertools.islice(
+            range(-(-least // self.unit) * self.unit, most + 1, self.unit), self.MAX_TRIES))  # fmt: skip
 
 
 @dataclass(frozen=True)
 class JsonNumber(Symbol):
-    """The rest of a JSON number: the digits so far as a number, how many there are, and which part of it they are.
+    """The rest of a JSON number behind its sign: the digits so far as a number, how many there are, and of which part of it.
 
-    `free`: no further digit can break a bound or hit an excluded value; then only the remainder is kept.
+    `spans` are the magnitudes that it may have; None if no further digit can miss them: then only the remainder is kept.
     """
 
     machine: NumberMachine
-    taken: frozenset[int]  # in units
-    part: str = ""  # sign, zero, whole, point, fraction
-    negative: bool = False
+    spans: Spans | None
+    exponent: Symbol | None  # what may stand behind an e, where one may be
+    part: str = ""  # zero, whole, point, fraction
     value: int = 0
     count: int = 0
-    free: bool = False
-    scientific: bool = False  # there are bounds, and one digit other than 0 stands before the point
 
-    @property
-    def firsts(self) -> int:
-        return sum(1 << byte for byte in b"0123456789-.eE+" if self._next(byte) is not None)
-
-    def step(self, byte: int) -> Symbols | None:
-        following = self._next(byte)
-        return None if following is None else (following,)
+    @functools.cached_property
+    def after(self) -> Mapping[int, Symbols]:
+        found = ((byte, self._next(chr(byte))) for byte in b"0123456789.eE")
+        return {byte: (following,) for byte, following in found if following is not None}
 
     @property
     def ends(self) -> bool:  # type: ignore[override]
         low = self._range(0)[0]
-        return self.part in ("zero", "whole", "fraction") and self.machine.holds(self.negative, low, low, self.taken, self.free)
+        return self.part in ("zero", "whole", "fraction") and self.machine.holds(low, low, self.spans)
 
-    def _next(self, byte: int) -> Symbol | None:
-        """The symbol behind a byte; None if no number goes on so."""
-        char, part, machine = chr(byte), self.part, self.machine
+    def _next(self, char: str) -> Symbol | None:
+        """The symbol behind a character; None if no number goes on so."""
         if char.isdigit():
             return self._digit(int(char))
-        if char == "-" and part == "":
-            return replace(self, part="sign", negative=True) if machine.holds(True, 1, machine.most, self.taken) else None
-        if char == "." and part in ("zero", "whole") and machine.places:
-            return replace(self, part="point", count=0)._if_possible()
-        if char in "eE" and part in ("zero", "whole", "fraction") and self.scientific == machine.has_bounds:
-            return machine.exponents[self.negative]
-        return None
+        if self.part not in ("zero", "whole", "fraction"):
+            return None
+        if char in "eE":
+            return self.exponent
+        return replace(self, part="point", count=0)._if_possible() if self.part != "fraction" and self.machine.places else None
 
     def _digit(self, digit: int) -> JsonNumber | None:
-        part, count = self.part, self.count
-        if part in ("", "sign"):
-            scientific = digit > 0 and self.machine.has_bounds
-            return replace(self, part="whole" if digit else "zero", value=digit, count=1, scientific=scientific)._if_possible()
-        if part == "whole":
-            more = count < self.machine.digits
-            after = replace(self, value=self.value * 10 + digit, count=count + 1, scientific=False)
-            return after._if_possible() if more else None
-        if part in ("point", "fraction"):
-            more = count < self.machine.places
-            return replace(self, part="fraction", value=self.value * 10 + digit, count=count + 1)._if_possible() if more else None
-        return None
+        part, exponent = self.part, self.exponent
+        if self.count >= {"": 1, "zero": 0, "whole": self.machine.digits}.get(part, self.machine.places):
+            return None
+        if self.machine.has_bounds and (part == "whole" or (part == "" and digit == 0)):
+            exponent = None
+        part = {"": "whole" if digit else "zero", "point": "fraction"}.get(part, part)
+        return replace(self, part=part, value=self.value * 10 + digit, count=self.count + 1, exponent=exponent)._if_possible()
 
     def _range(self, more: int) -> tuple[int, int]:
         """The magnitudes that so many further digits before the point can make, or all behind it."""
@@ -17357,49 +15356,33 @@ class JsonNumber(Symbol):
         """Itself, without what does not matter any more; None if it is no number's beginning."""
         machine, most = self.machine, self.machine.digits - self.count if self.part == "whole" else 0
         ranges = [self._range(more) for more in range(most + 1)]
-        if not any(machine.holds(self.negative, *span, self.taken, self.free) for span in ranges):
+        first, last = ranges[0][0], ranges[-1][1]
+        spans = None if self.spans is None else tuple(span for span in self.spans if span[0] <= last and span[1] >= first)
+        if not any(machine.holds(low, high, spans) for low, high in ranges):
             return None
-        if not self.free and (not machine.unbounded(self.negative, ranges[0][0], ranges[-1][1]) or any(
-                low <= abs(value) <= high for value in self.taken for low, high in ranges)):  # fmt: skip
-            return self
-        negative = self.negative and self.scientific
-        return replace(self, taken=frozenset(), free=True, negative=negative, value=self.value % machine.cycle)
+        if spans is None or (spans[0][0] <= first and last <= spans[0][1]):
+            return replace(self, spans=None, value=self.value % machine.cycle)
+        return replace(self, spans=spans)
 
 
-@dataclass(frozen=True)
-class JsonExponent(Symbol):
-    """The rest of a JSON number behind its e: an exponent from `low` to `high`."""
+EXPONENTS = range(-290, 282)
+DECIMAL = _digit(ord("0"), 10)
 
-    low: int
-    high: int
-    sign: str = ""
-    value: int = 0
-    count: int = 0  # digits
 
-    @property
-    def firsts(self) -> int:
-        return sum(1 << byte for byte in b"0123456789-+" if self.step(byte) is not None)
+@functools.lru_cache(maxsize=1000)
+def exponent_within(low: Bound | None, high: Bound | None) -> Symbol | None:
+    """The exponents, of up to three digits, with which all numbers from 1 to 10 are within bounds; None if there is none."""
+    def place(bound: int | float, behind: bool) -> int:
+        return (bisect.bisect_right if behind else bisect.bisect_left)(EXPONENTS, bound, key=lambda one: float(f"1e{one}"))
 
-    @property
-    def ends(self) -> bool:  # type: ignore[override]
-        return self.count > 0 and self._meets(self.value, self.value)
-
-    def step(self, byte: int) -> Symbols | None:
-        after = None
-        if byte in b"+-" and not self.sign and not self.count:
-            after = replace(self, sign=chr(byte))
-        elif byte in b"0123456789" and self.count < 3:
-            after = replace(self, value=self.value * 10 + byte - ord("0"), count=self.count + 1)
-        return (after,) if after and any(after._meets(*span) for span in after._spans()) else None
-
-    def _spans(self) -> Iterator[tuple[int, int]]:
-        """The magnitudes that further digits can make."""
-        return ((self.value * 10**more, (self.value + 1) * 10**more - 1) for more in range(4 - self.count))
-
-    def _meets(self, least: int, most: int) -> bool:
-        """True if an exponent of such a magnitude is right."""
-        least, most = (-most, -least) if self.sign == "-" else (least, most)
-        return self.low <= most and least <= self.high
+    first = place(*low) if low else 0
+    last = place(high[0], not high[1]) if high else len(EXPONENTS)
+    if first >= last - 1:
+        return None
+    least, most = EXPONENTS[first], EXPONENTS[last - 2]
+    spans = (("", max(least, 0), most), ("+", max(least, 0), most), ("-", max(-most, 0), -least))
+    return AnyOf(tuple(InOrder((word(sign), numeral(((low, min(high, 10**count - 1)),), (DECIMAL,) * count)))
+                       for sign, low, high in spans for count in (1, 2, 3) if low <= min(high, 10**count - 1)))  # fmt: skip
 
 
 @functools.lru_cache(maxsize=1000)
@@ -17417,9 +15400,7 @@ def number_symbol(shape: NumberShape) -> Symbol | None:
 def another_number(shape: NumberShape, taken: Iterable[int | float]) -> Symbol | None:
     """A JSON number of a shape that is none of those taken; None if there is none."""
     values = shape.excluded.union(taken)
-    machine = number_machine(replace(shape, excluded=frozenset()) if shape.excluded else shape, not values)
-    start = JsonNumber(machine, machine.taken(values))
-    return start if start.firsts else None
+    return number_machine(replace(shape, excluded=frozenset()) if shape.excluded else shape, not values).symbol(values)
 
 
 def number_fits(shape: NumberShape, value: int | float) -> bool:
@@ -17431,22 +15412,16 @@ def number_fits(shape: NumberShape, value: int | float) -> bool:
     if shape.high and (value >= shape.high[0] if shape.high[1] else value > shape.high[0]):
         return False
     multiples = (*shape.multiples, *((1,) if shape.whole else ()))
-    return all(_divides(m, value) for m in multiples) and not any(_divides(m, value) for m in shape.not_multiples)
-
-
-def _divides(part: int | float, value: int | float) -> bool:
-    (one, places), (two, more) = decimal_digits(part), decimal_digits(value)
-    return two * 10**places % (one * 10**more) == 0
+    number = exact(value)
+    return not any(number % exact(one) for one in multiples) and all(number % exact(one) for one in shape.not_multiples)
 
 
 # ── E.1. JSON schemas ─────────────────────────────────────────────────────────────────────────────────────────────────
 # A client's JSON schema, read: keywords checked, older drafts in the words of the newest, references followed; what can
 # be said in fewer keywords is, and what cannot be honoured is refused by name.
-# Offers: SchemaAlgebra (a schema as branches), SchemaReader.KEYWORDS, comparable, type_bit.
-# Uses: D.3's strings, D.4's numbers.
+# Offers: SchemaReader, Node, comparable, type_bit. Uses: nothing.
 
-Node = tuple[int, ...]  # schemas that must all hold for one value, by their number in SchemaReader; () allows everything
-Branch = tuple[int, ...]  # like a Node, of schemas that hold no others for the same value
+Node = tuple[int, ...]  # schemas that must all hold, by their number in SchemaReader, ~number: must not hold; () allows all
 Result = TypeVar("Result")
 
 
@@ -17454,33 +15429,26 @@ class SchemaReader:
     """A client's JSON schema as checked dicts with a number each, equal ones once.
 
     A checked dict holds numbers where the client's holds schemas, and only keywords that are honoured; `type` is a bit for
-    each type, const an enum, multipleOf a list. Some are our own. `soft`: derived by us; ignored when deciding whether an
-    object is open ("not": and which names it has). `excluded` lists values that may not be, `notMultiple` what a number may
-    not be a multiple of; pattern and format are lists of texts_by's arguments. `other` says that some property outside of
-    names and patterns must fit a schema.
+    each type, const an enum, multipleOf a list; pattern and format are lists of texts_by's arguments. `soft` is our own: the
+    schema was derived, and does not close an object.
     """
 
-    MAX_STEPS = 60_000  # schemas read, merged and compared, some 10 µs each
+    MAX_STEPS = 60_000  # schemas read, joined and compared, some 10 µs each
     MAX_TEXT = 2_000_000  # characters of names and constants
     MAX_DEPTH = 64
     MAX_COUNT = 10**9
     MAX_BOUND = 2**1024  # a number beyond is no bound
     TYPES: ClassVar = {"object": 1, "array": 2, "string": 4, "number": 24, "integer": 8, "boolean": 32, "null": 64}
     FRACTION, EVERY_TYPE = 16, 127  # a number that is no integer; all
-    COMBINED: ClassVar = {"$ref", "allOf", "anyOf", "oneOf", "not", "discriminator", "unevaluatedProperties", "unevaluatedItems"}
-    PLAIN: ClassVar = {"type", "enum", "excluded", "soft"}
-    DEFINITIONS: ClassVar = {"$defs", "definitions", "dependencies"}  # that hold schemas by name, beside KEYWORDS
 
     def __init__(self, name: str, root: Any) -> None:
-        self.name, self.root, self.steps, self.size = name, root, 0, 0
+        self.name, self.root, self.steps, self.size, self.depth = name, root, 0, 0, 0
         self.schemas: list[dict[str, Any]] = []
-        self.bits: list[int] = []  # the types that each schema leaves
         self.numbers: dict[str, int] = {}  # JSON text → number
         self._read: dict[int, int] = {}  # id of a client's dict → number
         self._targets: dict[str, int] = {}
-        self._listed: dict[int, set[Any]] = {}
         self._nodes: dict[tuple[int, ...], Node] = {}
-        self._resources: dict[str, tuple[Any, str]] | None = None  # URL → what it names, and the base of references there
+        self._has_ids = False  # of schemas inside: references are relative to those
         said = root if isinstance(root, dict) else {}
         self.base = next((said[key] for key in ("$id", "id") if isinstance(said.get(key), str)), "").partition("#")[0]
         draft = re.search(r"draft-0?(\d)\b", str(said.get("$schema")))
@@ -17520,39 +15488,42 @@ class SchemaReader:
         if text not in self.numbers:
             self.numbers[text] = len(self.schemas)
             self.schemas.append(schema)
-            listed = functools.reduce(operator.or_, map(type_bit, schema["enum"]), 0) if "enum" in schema else self.EVERY_TYPE
-            self.bits.append(schema.get("type", self.EVERY_TYPE) & listed)
         return self.numbers[text]
 
-    def read(self, schema: Any, depth: int, where: str, base: str) -> int:
-        """The number of a client's schema; references in it are relative to `base`."""
+    def read(self, schema: Any, where: str = "the schema") -> int:
+        """The number of a client's schema."""
         self.spend()
         if not isinstance(schema, dict):
             if not isinstance(schema, bool):
                 raise self.refuse(f"{where} holds {self.said(schema)}, which is not a schema")
             return self.free if schema else self.never
-        if depth > self.MAX_DEPTH:
+        if self.depth > self.MAX_DEPTH:
             raise self.refuse(f"the schema is nested over {self.MAX_DEPTH} levels deep")
         number = self._read.get(id(schema))
         if number is None:
-            number = self._read[id(schema)] = self._tidy(schema, depth + 1, base)
+            self.depth += 1
+            number = self._read[id(schema)] = self._checked(schema)
+            self.depth -= 1
         return number
 
     def said(self, value: Any) -> str:
         """A client's value for a message."""
         return ("an object" if isinstance(value, dict) else "a list") if isinstance(value, (dict, list)) else _said(value)
 
-    def _tidy(self, schema: dict[str, Any], depth: int, base: str) -> int:
+    def _checked(self, schema: dict[str, Any]) -> int:
         """The number of a schema's checked dict."""
         given = schema if self.OLDER.isdisjoint(schema) and None not in schema.values() else self._renewed(schema)
-        if "$id" in given and isinstance(given["$id"], str) and not given["$id"].startswith("#"):
-            base = self.joined(base, given["$id"]).partition("#")[0]
+        self._note_id(given)
         found: dict[str, Any] = {}
         readers = self.KEYWORDS
         for key, value in given.items():
             if (reader := readers.get(key)) is not None:
-                found[key] = reader(self, key, value, depth, base)
-        return self.number(found) if self.CONDITIONS.isdisjoint(found) else self._rewritten(found)
+                found[key] = reader(self, key, value)
+        return self.number(found) if self.REWRITTEN.isdisjoint(found) else self._rewritten(found)
+
+    def _note_id(self, schema: Any) -> None:
+        url = schema.get("$id") if isinstance(schema, dict) else None
+        self._has_ids = self._has_ids or (isinstance(url, str) and not url.startswith("#") and url.rstrip("#") != self.base)
 
     def _renewed(self, schema: dict[str, Any]) -> dict[str, Any]:
         """Keywords of older drafts in the words of the newest; those that are null are left out."""
@@ -17580,101 +15551,93 @@ class SchemaReader:
 
     # Keywords: a method checks each one's value.
 
-    def _schema(self, key: str, value: Any, depth: int, base: str) -> int:
-        return self.read(value, depth, key, base)
+    def _must(self, fits: bool, key: str, what: str, value: Any) -> None:
+        if not fits:
+            raise self.refuse(f"{key} must be {what}, not {self.said(value)}")
 
-    def _schemas(self, key: str, value: Any, depth: int, base: str) -> list[int]:
-        return [self.read(one, depth, key, base) for one in self._list(key, value, depth, base)]
+    def _schema(self, key: str, value: Any) -> int:
+        return self.read(value, key)
 
-    def _named(self, key: str, value: Any, depth: int, base: str) -> dict[str, int]:
-        if not isinstance(value, dict):
-            raise self.refuse(f"{key} must be an object, not {self.said(value)}")
+    def _schemas(self, key: str, value: Any) -> list[int]:
+        return [self.read(one, key) for one in self._list(key, value)]
+
+    def _named(self, key: str, value: Any) -> dict[str, int]:
+        self._must(isinstance(value, dict), key, "an object", value)
         self.keep(*value)
-        return {name: self.read(schema, depth, key, base) for name, schema in value.items()}
+        return {name: self.read(schema, key) for name, schema in value.items()}
 
-    def _list(self, key: str, value: Any, depth: int, base: str) -> list[Any]:
-        if not isinstance(value, list) or not value:
-            raise self.refuse(f"{key} must be a list of at least one element")
-        return value
+    def _list(self, key: str, value: Any) -> list[Any]:
+        self._must(isinstance(value, list) and bool(value), key, "a list of at least one element", value)
+        return value  # type: ignore[no-any-return]
 
-    def _count(self, key: str, value: Any, depth: int, base: str) -> int:
-        if not self._is_number(value) or not 0 <= value <= self.MAX_COUNT or value != int(value):
-            raise self.refuse(f"{key} must be a whole number from 0 to {self.MAX_COUNT}, not {self.said(value)}")
+    def _count(self, key: str, value: Any) -> int:
+        whole = type_bit(value) == self.TYPES["integer"] and 0 <= value <= self.MAX_COUNT
+        self._must(whole, key, f"a whole number from 0 to {self.MAX_COUNT}", value)
         return int(value)
 
-    @staticmethod
-    def _is_number(value: Any) -> bool:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-    def _bound(self, key: str, value: Any, depth: int, base: str) -> int | float:
-        if not self._is_number(value):
-            raise self.refuse(f"{key} must be a number, not {self.said(value)}")
+    def _bound(self, key: str, value: Any) -> int | float:
+        self._must(bool(type_bit(value) & self.TYPES["number"]), key, "a number", value)
         if not -self.MAX_BOUND <= value <= self.MAX_BOUND:
             raise self.refuse(f"{key} must lie within the bounds of a double")
         return value  # type: ignore[no-any-return]
 
-    def _factor(self, key: str, value: Any, depth: int, base: str) -> list[int | float]:
-        if self._bound(key, value, depth, base) <= 0:
+    def _factor(self, key: str, value: Any) -> list[int | float]:
+        if self._bound(key, value) <= 0:
             raise self.refuse(f"{key} must be above 0")
         return [value]
 
-    def _text(self, key: str, value: Any, depth: int, base: str) -> list[tuple[str, str, bool]]:
-        if not isinstance(value, str):
-            raise self.refuse(f"{key} must be a string, not {self.said(value)}")
+    def _text(self, key: str, value: Any) -> list[tuple[str, str, bool]]:
+        self._must(isinstance(value, str), key, "a string", value)
         self.keep(value)
         return [(key, value, True)]
 
-    def _types(self, key: str, value: Any, depth: int, base: str) -> int:
-        if isinstance(value, str) and value in self.TYPES:
-            return self.TYPES[value]
+    def _types(self, key: str, value: Any) -> int:
         types = value if isinstance(value, list) else [value]
         if not types or not all(isinstance(kind, str) and kind in self.TYPES for kind in types):
             raise self.refuse(f"type {self.said(value)} is unknown")
         return functools.reduce(operator.or_, map(self.TYPES.__getitem__, types))
 
-    def _names(self, key: str, value: Any, depth: int, base: str) -> list[str]:
-        if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
-            raise self.refuse(f"{key} must be a list of names")
+    def _names(self, key: str, value: Any) -> list[str]:
+        self._must(isinstance(value, list) and all(isinstance(name, str) for name in value), key, "a list of names", value)
         self.spend(len(value) // 8)
         self.keep(*value)
         return list(dict.fromkeys(value))
 
-    def _needs(self, key: str, value: Any, depth: int, base: str) -> dict[str, list[str]]:
-        if not isinstance(value, dict):
-            raise self.refuse(f"{key} must be an object, not {self.said(value)}")
-        return {name: self._names(key, names, depth, base) for name, names in value.items()}
+    def _needs(self, key: str, value: Any) -> dict[str, list[str]]:
+        self._must(isinstance(value, dict), key, "an object", value)
+        return {name: self._names(key, names) for name, names in value.items()}
 
-    def _enum(self, key: str, value: Any, depth: int, base: str) -> list[Any]:
-        self.spend(len(self._list(key, value, depth, base)) // 8)
-        return self._constants(value)
+    def _enum(self, key: str, value: Any) -> list[Any]:
+        self.spend(len(self._list(key, value)) // 8)
+        return self._constants(key, value)
 
-    def _const(self, key: str, value: Any, depth: int, base: str) -> list[Any]:
-        return self._constants([value])
-
-    def _constants(self, values: list[Any]) -> list[Any]:
+    def _constants(self, key: str, value: Any) -> Any:
         try:
-            self.keep(json.dumps(values, ensure_ascii=False, allow_nan=False))
+            self.keep(json.dumps(value, ensure_ascii=False, allow_nan=False))
         except ValueError:
             raise self.refuse("a number is too large for JSON") from None
-        return values
+        return value
 
-    def _flag(self, key: str, value: Any, depth: int, base: str) -> bool:
+    def _flag(self, key: str, value: Any) -> bool:
         return value is True
 
-    def _reference(self, key: str, value: Any, depth: int, base: str) -> str:
-        if not isinstance(value, str):
-            raise self.refuse(f"{key} must be a string, not {self.said(value)}")
-        return value if base == self.base else self.joined(base, value)
+    def _reference(self, key: str, value: Any) -> str:
+        self._must(isinstance(value, str), key, "a string", value)
+        if self._has_ids:
+            raise self.refuse(f"$ref {_said(value)} beside an $id inside the schema is not supported")
+        return value  # type: ignore[no-any-return]
 
-    def _discriminator(self, key: str, value: Any, depth: int, base: str) -> str | None:
+    def _discriminator(self, key: str, value: Any) -> str | None:
         name = value.get("propertyName") if isinstance(value, dict) else None
         return name if isinstance(name, str) else None
 
-    def _unsupported(self, key: str, value: Any, depth: int, base: str) -> NoReturn:
+    def _unsupported(self, key: str, value: Any) -> NoReturn:
         raise self.refuse(f"keyword {key} is not supported")
 
     OLDER: ClassVar = {"items", "dependencies", "exclusiveMinimum", "exclusiveMaximum", "$ref"}
-    CONDITIONS: ClassVar = {"if", "then", "else", "dependentRequired", "dependentSchemas", "const", "nullable"}
+    REWRITTEN: ClassVar = {"if", "then", "else", "dependentRequired", "dependentSchemas", "const", "nullable",
+                           "unevaluatedProperties", "unevaluatedItems"}  # fmt: skip
+    EVALUATING: ClassVar = ("$ref", "allOf", "anyOf", "oneOf", "not", "if", "dependentSchemas", "contains")
     KEYWORDS: ClassVar[dict[str, Callable[..., Any]]] = {
         key: reader for keys, reader in {
             ("items", "additionalProperties", "propertyNames", "contains", "not", "if", "then", "else",
@@ -17685,17 +15648,22 @@ class SchemaReader:
              "maxContains"): _count,
             ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"): _bound,
             ("pattern", "format"): _text, ("uniqueItems", "nullable"): _flag, ("multipleOf",): _factor, ("type",): _types,
-            ("required",): _names, ("dependentRequired",): _needs, ("enum",): _enum, ("const",): _const,
+            ("required",): _names, ("dependentRequired",): _needs, ("enum",): _enum, ("const",): _constants,
             ("$ref",): _reference, ("discriminator",): _discriminator,
             ("$dynamicRef", "$recursiveRef", "extends", "disallow", "divisibleBy"): _unsupported,
         }.items() for key in keys}  # fmt: skip
 
     def _rewritten(self, found: dict[str, Any]) -> int:
         """The number of a checked dict in which const is an enum and conditions are alternatives."""
+        for key, plain in (("unevaluatedProperties", "additionalProperties"), ("unevaluatedItems", "items")):
+            if key in found:
+                if beside := next((other for other in self.EVALUATING if other in found), None):
+                    raise self.refuse(f"keyword {key} is not supported beside {beside}")
+                found.setdefault(plain, found.pop(key))
         if "const" in found:
-            (wanted,) = map(comparable, found["const"])
-            found["enum"] = [value for value in found.get("enum", found["const"]) if comparable(value) == wanted]
-            del found["const"]
+            const = found.pop("const")
+            wanted = comparable(const)
+            found["enum"] = [value for value in found.get("enum", [const]) if comparable(value) == wanted]
         also = [self._lacks_or(name, {"required": names}) for name, names in found.pop("dependentRequired", {}).items()]
         also += [self._lacks_or(name, {"allOf": [one]}) for name, one in found.pop("dependentSchemas", {}).items()]
         condition, then, other = (found.pop(key, None) for key in ("if", "then", "else"))
@@ -17709,76 +15677,37 @@ class SchemaReader:
 
     def _lacks_or(self, name: str, schema: dict[str, Any]) -> int:
         """A schema of objects that lack a property, or have it and fit a schema."""
-        needs = {"required": [name, *schema["required"]]} if "required" in schema else {"required": [name], **schema}
-        return self._any({"properties": {name: self.never}, "soft": "if"}, {**needs, "soft": "if"})
+        needs = {**schema, "required": [name, *schema.get("required", ())], "soft": True}
+        return self._any({"properties": {name: self.never}, "soft": True}, needs)
 
     def _any(self, *schemas: dict[str, Any]) -> int:
         return self.number({"anyOf": [self.number(schema) for schema in schemas]})
 
-    # References (RFC 6901, and JSON Schema's $id and $anchor)
-
-    def joined(self, base: str, ref: str) -> str:
-        try:
-            return base + ref if ref.startswith("#") else urllib.parse.urljoin(base, ref)
-        except ValueError:
-            raise self.refuse(f"$ref {_said(ref)} is no reference") from None
-
     def target(self, ref: str) -> int:
-        """The number of the schema that a reference names."""
+        """The number of the schema that a reference within the document names (RFC 6901)."""
         if ref not in self._targets:
-            url, _, pointer = self.joined(self.base, ref).partition("#")
+            url, _, pointer = ref.partition("#")
+            try:
+                inside = not url or urllib.parse.urljoin(self.base, url) == self.base
+            except ValueError:
+                raise self.refuse(f"$ref {_said(ref)} is no reference") from None
             pointer = urllib.parse.unquote(pointer)
-            named = self.resources() if url != self.base or (pointer and not pointer.startswith("/")) else {}
-            place = named.get(url, (self.root, self.base) if url == self.base else None)
-            if pointer and not pointer.startswith("/"):
-                place, pointer = named.get(f"{url}#{pointer}"), ""
-            if place is None:
-                raise self.refuse(f"$ref {_said(ref)} is not inside the schema")
-            self._targets[ref] = self.read(*self._pointed(ref, pointer, *place))
+            if not inside or (pointer and not pointer.startswith("/")):
+                raise self.refuse(f"$ref {_said(ref)} is not inside the schema; $id and $anchor are not supported there")
+            target = self.root
+            for part in pointer.split("/")[1:]:
+                part = part.replace("~1", "/").replace("~0", "~")
+                try:
+                    target = target[int(part)] if isinstance(target, list) and part.isdecimal() else target[part]
+                except (KeyError, IndexError, ValueError, TypeError):
+                    raise self.refuse(f"$ref {_said(ref)} names nothing") from None
+                self._note_id(target)
+            self._targets[ref] = self.read(target, "$ref")
         return self._targets[ref]
 
-    def _pointed(self, ref: str, pointer: str, target: Any, base: str) -> tuple[Any, int, str, str]:
-        """Follows a JSON pointer; returns `read`'s arguments for what it names."""
-        for part in pointer.split("/")[1:]:
-            part = part.replace("~1", "/").replace("~0", "~")
-            try:
-                target = target[int(part)] if isinstance(target, list) and part.isdecimal() else target[part]
-            except (KeyError, IndexError, ValueError, TypeError):
-                raise self.refuse(f"$ref {_said(ref)} names nothing") from None
-        return target, 0, "$ref", base
-
-    def resources(self) -> dict[str, tuple[Any, str]]:
-        """The schemas that have a URL of their own, by $id, id or $anchor."""
-        if self._resources is None:
-            self._resources, todo = {}, [(self.root, self.base)]
-            while todo:
-                schema, base = todo.pop()
-                if isinstance(schema, dict):
-                    self.spend()
-                    base = self._enter(schema, base)
-                    todo += [(inner, base) for key, value in schema.items() for inner in self._schemas_in(key, value)]
-        return self._resources
-
-    def _schemas_in(self, key: str, value: Any) -> Iterable[Any]:
-        """The schemas that a keyword holds; what looks like one in a constant, or beside an unknown word, is none."""
-        reader = self.KEYWORDS.get(key)
-        if isinstance(value, dict) and (reader is SchemaReader._named or key in self.DEFINITIONS):
-            return value.values()
-        if isinstance(value, list) and (reader is SchemaReader._schemas or key == "items"):
-            return value
-        return [value] if reader is SchemaReader._schema or key == "additionalItems" else ()
-
-    def _enter(self, schema: dict[str, Any], base: str) -> str:
-        """Notes a schema's own names; returns the base of references inside."""
-        assert self._resources is not None
-        for key in ("$id", "id"):
-            if isinstance(schema.get(key), str) and schema is not self.root:
-                url = self.joined(base, schema[key]).removesuffix("#")
-                base = url if key == "$id" and "#" not in url else base
-                self._resources.setdefault(url, (schema, base))
-        if isinstance(schema.get("$anchor"), str):
-            self._resources.setdefault(f"{base}#{schema['$anchor']}", (schema, base))
-        return base
+    def both(self, one: Node, two: Node) -> Node:
+        """The schemas of two nodes."""
+        return (self.never,) if (self.never,) in (one, two) else tuple(dict.fromkeys(one + two)) if one and two else one or two
 
     def node(self, numbers: Iterable[int]) -> Node:
         """Schemas that must all hold; one that only points to others is replaced by those."""
@@ -17792,121 +15721,22 @@ class SchemaReader:
         todo, seen = list(reversed(numbers)), set()
         while todo:
             number = todo.pop()
-            schema = self.schemas[number]
-            if number not in seen and len(schema) == 1 and ("$ref" in schema or "allOf" in schema):
-                seen.add(number)
-                todo += [self.target(schema["$ref"])] if "$ref" in schema else schema["allOf"][::-1]
-            elif schema:
+            schema = self.schemas[max(number, ~number)]
+            key = next(iter(schema), "") if len(schema) == 1 and number not in seen else ""
+            seen.add(number)
+            if key == "$ref":
+                target = self.target(schema[key])
+                todo.append(target if number >= 0 else ~target)
+            elif key in ("allOf", "not") and number >= 0:
+                todo += schema[key][::-1] if key == "allOf" else [~schema[key]]
+            elif number in (self.never, ~self.free):
+                return (self.never,)
+            elif number not in (self.free, ~self.never):
                 found[number] = None
-        return (self.never,) if self.never in found else tuple(found)
-
-    # Constants: does a value fit a schema?
-
-    def fits(self, value: Any, number: int, refs: int = 0) -> bool:
-        """True if a value fits a schema."""
-        self.spend()
-        schema = self.schemas[number]
-        if refs > self.MAX_DEPTH:
-            raise self.refuse("a $ref leads back to itself")
-        if not self.bits[number] & type_bit(value):
-            return False
-        if ("enum" in schema or "excluded" in schema) and (comparable(value) in self.listed(number)) != ("enum" in schema):
-            return False
-        if schema.keys() <= self.PLAIN:
-            return True
-        if schema.keys() & self.COMBINED and not self._fits_all(schema, functools.partial(self.fits, value, refs=refs + 1)):
-            return False
-        if schema.keys() & {"unevaluatedProperties", "unevaluatedItems"} and isinstance(value, (dict, list)):
-            raise self.refuse("enum and const beside unevaluatedProperties and unevaluatedItems are not supported")
-        if isinstance(value, str):
-            return self._fits_text(value, schema)
-        if isinstance(value, list):
-            return self._fits_array(value, schema)
-        return self._fits_object(value, schema) if isinstance(value, dict) else self._fits_number(value, schema)
-
-    def listed(self, number: int) -> set[Any]:
-        """The values that a schema lists, to compare with."""
-        if number not in self._listed:
-            schema = self.schemas[number]
-            self._listed[number] = set(map(comparable, schema.get("enum", schema.get("excluded", ()))))
-        return self._listed[number]
-
-    def _fits_all(self, schema: dict[str, Any], holds: Callable[[int], bool]) -> bool:
-        """True if the schemas inside a schema that are about the same value hold."""
-        return (all(map(holds, schema.get("allOf", ())))
-                and ("anyOf" not in schema or any(map(holds, schema["anyOf"])))
-                and ("oneOf" not in schema or sum(map(holds, schema["oneOf"])) == 1)
-                and ("not" not in schema or not holds(schema["not"]))
-                and ("$ref" not in schema or holds(self.target(schema["$ref"]))))  # fmt: skip
-
-    def _fits_text(self, value: str, schema: dict[str, Any]) -> bool:
-        return string_fits(self.string_shape([schema]), value)
-
-    def _fits_number(self, value: Any, schema: dict[str, Any]) -> bool:
-        return not self._is_number(value) or number_fits(number_shape([schema]), value)
-
-    def _fits_array(self, value: list[Any], schema: dict[str, Any]) -> bool:
-        if not schema.get("minItems", 0) <= len(value) <= schema.get("maxItems", len(value)):
-            return False
-        if schema.get("uniqueItems") and len(set(map(comparable, value))) < len(value):
-            return False
-        if "contains" in schema and not self.has_contained(value, [contained(schema)]):
-            return False
-        return all(self.fits(one, number) for i, one in enumerate(value) for number in self.element([schema], i))
-
-    def has_contained(self, value: list[Any], wanted: Iterable[tuple[int, int, int | None]]) -> bool:
-        """True if a list holds as many elements that fit each schema as it must and may."""
-        counts = ((sum(self.fits(one, number) for one in value), least, most) for number, least, most in wanted)
-        return all(least <= count and (most is None or count <= most) for count, least, most in counts)
-
-    def _fits_object(self, value: dict[str, Any], schema: dict[str, Any]) -> bool:
-        if not schema.get("minProperties", 0) <= len(value) <= schema.get("maxProperties", len(value)):
-            return False
-        if not set(schema.get("required", ())) <= set(value):
-            return False
-        if "other" in schema:
-            names, patterns, inner = schema["other"]
-            if not any(self.fits(one, inner) for name, one in value.items() if self.is_other(name, names, patterns)):
-                return False
-        return all(self.fits(name, number) for name in value for number in [schema.get("propertyNames", self.free)]) and all(
-            self.fits(one, number) for name, one in value.items() for number in self.property(schema, name))  # fmt: skip
-
-    @staticmethod
-    def element(schemas: list[dict[str, Any]], index: int) -> Iterator[int]:
-        """The schemas that an array's element must fit."""
-        for schema in schemas:
-            if index < len(schema.get("prefixItems", ())):
-                yield schema["prefixItems"][index]
-            elif "items" in schema:
-                yield schema["items"]
-
-    def property(self, schema: dict[str, Any], name: str) -> list[int]:
-        """The schemas that the value of an object's property must fit."""
-        own = [schema["properties"][name]] if name in schema.get("properties", ()) else []
-        if "patternProperties" in schema:
-            own += [number for pattern, number in schema["patternProperties"].items() if self.matches(pattern, name)]
-        return own or ([schema["additionalProperties"]] if "additionalProperties" in schema else [])
-
-    def matches(self, pattern: str, name: str) -> bool:
-        return string_fits(StringShape(texts=texts_by("pattern", pattern)), name)
-
-    def is_other(self, name: str, names: list[str], patterns: list[str]) -> bool:
-        return name not in names and not any(self.matches(pattern, name) for pattern in patterns)
-
-    def string_shape(self, schemas: list[dict[str, Any]]) -> StringShape:
-        """Joins several schemas' conditions on a string."""
-        lows, highs = ([schema[key] for schema in schemas if key in schema] for key in ("minLength", "maxLength"))
-        rules = [rule for schema in schemas for key in ("pattern", "format") for rule in schema.get(key, ())]
-        shape = StringShape.of(lows, highs, rules)
-        return shape.but_not(text for schema in schemas for text in schema.get("excluded", ()) if isinstance(text, str))
-
-    def string(self, shape: StringShape) -> Symbol | None:
-        """A string; None if there is none of its shape. The search for one is counted."""
-        if is_plainly_alive(shape.texts, shape.low, shape.high) is None:
-            self.spend(2 * find_text(shape.texts, shape.low, shape.high)[1])
-        return string_symbol(shape)
+        return tuple(found)
 
 
+TYPE_BITS = {dict: 1, list: 2, str: 4, int: 8, bool: 32, type(None): 64}
 
 
 def type_bit(value: Any) -> int:
@@ -17916,168 +15746,397 @@ def type_bit(value: Any) -> int:
     return TYPE_BITS[type(value)]
 
 
-TYPE_BITS = {dict: 1, list: 2, str: 4, int: 8, bool: 32, type(None): 64}
+class Fields(dict[str, Any]):
+    """An object's properties, to compare and hash."""
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return hash(frozenset(self.items()))
 
 
 def comparable(value: Any) -> Any:
     """A JSON value that compares and hashes as JSON's values do: 1 is 1.0 and not true."""
     if isinstance(value, dict):
-        return frozenset((name, comparable(one)) for name, one in value.items())
+        return Fields((name, comparable(one)) for name, one in value.items())
     if isinstance(value, list):
         return tuple(map(comparable, value))
     return (type(value), value) if isinstance(value, bool) else value
 
 
-def contained(schema: dict[str, Any]) -> tuple[int, int, int | None]:
-    """The schema that an array's elements must fit, how many at least and at most."""
-    return schema["contains"], schema.get("minContains", 1), schema.get("maxContains")
+def plain(value: Any) -> Any:
+    """The JSON value that a comparable one was made of."""
+    if isinstance(value, Fields):
+        return {name: plain(one) for name, one in value.items()}
+    if isinstance(value, tuple):
+        return value[1] if value[:1] == (bool,) else [plain(one) for one in value]
+    return value
 
 
-def number_shape(schemas: list[dict[str, Any]], whole: bool = False) -> NumberShape:
-    """Joins several schemas' conditions on a number, but for values that they exclude."""
-    lows = [(s[key], key != "minimum") for s in schemas for key in ("minimum", "exclusiveMinimum") if key in s]
-    highs = [(s[key], key == "maximum") for s in schemas for key in ("maximum", "exclusiveMaximum") if key in s]
-    high = min(highs, default=None)
-    factors, others = (tuple(dict.fromkeys(factor for schema in schemas for factor in schema.get(key, ())))
-                       for key in ("multipleOf", "notMultiple"))  # fmt: skip
-    return NumberShape(whole, max(lows, default=None), (high[0], not high[1]) if high else None, factors, others)
+# ── E.2. Shapes ───────────────────────────────────────────────────────────────────────────────────────────────────────
+# A schema in normal form: the shapes that its values may have, of which one must fit; forms are joined, united and denied.
+# Offers: SchemaShapes (a schema as shapes), the shapes. Uses: E.1's schemas, D.3's strings, D.4's numbers.
+
+
+@dataclass(frozen=True)
+class Constant:
+    """One value, as JSON text."""
+
+    text: str
 
 
 @dataclass(frozen=True, eq=False)
-class BranchFacts:
-    """Cheap facts about a branch: types, required properties, and values that are listed for properties, or ruled out."""
+class Listed:
+    """Values that are listed, by what compares as they do; choice() makes Constants of them."""
 
-    bits: int
-    required: set[str]
-    lists: dict[str, list[tuple[frozenset[Any], bool]]]
+    values: dict[Any, Any]
 
 
-class SchemaAlgebra(SchemaReader):
-    """A schema as branches, of which one must hold: schemas without allOf, anyOf, oneOf, not and the like.
+@dataclass(frozen=True)
+class ArrayShape:
+    """Elements with a schema each, then any number of the `rest` (None: no more), `low` to `high` in all.
 
-    `loose` branches allow more: they leave out not, and take oneOf for anyOf.
+    `contains` are schemas, and how many elements at least and at most fit them. A form has how it was said, too: whether
+    some schema speaks of the rest, and of the least length.
     """
 
-    MAX_OPTIONS = 1000  # branches of one value
-    FLIPS: ClassVar = {  # keyword → type, keyword that holds where it does not, how far the number moves
-        "minLength": ("string", "maxLength", -1), "maxLength": ("string", "minLength", 1),
-        "minItems": ("array", "maxItems", -1), "maxItems": ("array", "minItems", 1),
-        "minProperties": ("object", "maxProperties", -1), "maxProperties": ("object", "minProperties", 1),
-        "minimum": ("number", "exclusiveMaximum", 0), "exclusiveMaximum": ("number", "minimum", 0),
-        "maximum": ("number", "exclusiveMinimum", 0), "exclusiveMinimum": ("number", "maximum", 0)}  # fmt: skip
+    first: tuple[Node, ...] = ()
+    rest: Node | None = ()
+    low: int = 0
+    high: int | None = None
+    unique: bool = False
+    contains: tuple[tuple[int, int, int | None], ...] = ()
+    is_rest_said: bool = False
+    is_low_said: bool = False
+    why: str = ""
+
+    def at(self, index: int) -> Node | None:
+        """The schema of one element; None where the array has ended."""
+        if self.high is not None and index >= self.high:
+            return None
+        return self.first[index] if index < len(self.first) else self.rest
+
+
+@dataclass(frozen=True)
+class Property:
+    """A property with a name of its own. `late`: it comes behind those that have a place; `said`: a closed object may have it."""
+
+    name: str
+    node: Node
+    required: bool
+    late: bool = False
+    said: bool = True
+
+
+Others = tuple[tuple[StringShape, Node], ...]  # kinds of properties that have no place of their own: their names, their schema
+
+
+@dataclass(frozen=True)
+class ObjectShape:
+    """Properties in their order, then unnamed ones: names of a shape, and their values' schema. `low` to `high` in all.
+
+    A form has what no schema speaks of apart, as `unsaid`: `closed` objects have none of it. Its `names` fit a schema; of the
+    properties without these names and patterns `some` one must fit a schema; `wanted` ones are required where objects are
+    written. `why` it cannot be honoured, if so.
+    """
+
+    named: tuple[Property, ...] = ()
+    unnamed: Others = ((StringShape(), ()),)
+    low: int = 0
+    high: int | None = None
+    unsaid: Others = ()
+    closed: bool = False
+    names: Node = ()
+    some: tuple[tuple[tuple[str, ...], tuple[str, ...], int], ...] = ()
+    wanted: tuple[str, ...] = ()
+    why: str = ""
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @functools.cached_property
+    def _hash(self) -> int:
+        return hash((self.named, self.unnamed, self.low, self.high, self.unsaid, self.closed, self.names, self.some, self.why))
+
+    @functools.cached_property
+    def places(self) -> dict[str, Property]:
+        return {prop.name: prop for prop in self.named}
+
+    def at(self, name: str) -> Property:
+        """A property that has no place of its own."""
+        for others in (self.unnamed, self.unsaid):
+            for names, node in others:
+                if names == StringShape() or string_fits(names, name):
+                    return Property(name, node, False, True, others is self.unnamed)
+        raise AssertionError("every name has its kind")
+
+
+ANY_OBJECT = ObjectShape(unnamed=(), unsaid=((StringShape(), ()),))
+Shape = Constant | StringShape | NumberShape | ArrayShape | ObjectShape
+Shapes = tuple[Shape, ...]  # a value that has one of these shapes
+Form = list[tuple[Any, int]]  # such values: a shape or Listed, and the types that keywords are about, or TYPED
+TYPED = 128  # a type is said
+
+
+class Forms(SchemaReader):
+    """Brings schemas into normal form: all that they allow, exactly."""
+
+    MAX_OPTIONS = 1000  # cases of one value
+    MAX_PATTERNS = 12  # that an object's unnamed properties may have
+    COMBINED: ClassVar = {"$ref", "allOf", "anyOf", "oneOf", "not", "discriminator"}
+    HINTS: ClassVar = {  # type → keywords about it; the first one counts
+        1: {"properties", "required", "additionalProperties", "patternProperties", "propertyNames", "minProperties",
+            "maxProperties"},
+        2: {"items", "prefixItems", "minItems", "maxItems", "contains", "uniqueItems"},
+        24: {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"},
+        4: {"minLength", "maxLength", "pattern", "format"}}  # fmt: skip
 
     def __init__(self, name: str, root: Any) -> None:
         super().__init__(name, root)
-        self._branches: dict[tuple[int, bool], list[Branch]] = {}
-        self._opposites: dict[int, int] = {}
-        self._lists: dict[int, tuple[frozenset[Any], bool]] = {}
-        self._facts: dict[Branch, BranchFacts] = {}
-        self.doubly_negated = False  # what stands in not says nothing to unevaluatedProperties and unevaluatedItems
-        self._following: list[tuple[int, bool]] = []  # schemas being followed with no bracket between them
+        self.dead_end = ""  # why a form came to nothing
+        self._forms: dict[int, Form] = {}
+        self._following: list[int] = []  # schemas being followed with no bracket between them
+        self._lists: dict[Node, frozenset[Any] | None] = {}
+        self._enums: dict[int, frozenset[Any]] = {}
+        words = Listed({comparable(value): value for value in (None, True, False)})
+        self.everything: Form = [(words, 0), (NumberShape(), 0), (StringShape(), 0), (ArrayShape(), 0), (ANY_OBJECT, 0)]
 
-    def branches(self, number: int, loose: bool) -> list[Branch]:
-        key = (number, loose)
-        if key not in self._branches:
-            if key in self._following:
+    def form(self, number: int) -> Form:
+        """A schema's normal form; that of ~number is all that it does not allow."""
+        if number not in self._forms:
+            if number in self._following:
                 raise self.refuse("a $ref leads back to itself")
             if len(self._following) > self.MAX_DEPTH:
                 raise self.refuse(f"$ref leads to $ref over {self.MAX_DEPTH} times")
-            self._following.append(key)
-            self._branches[key] = self._unfold(self.schemas[number], loose)
-            self._following.pop()
-        return self._branches[key]
+            self._following.append(number)
+            try:
+                schema = self.schemas[max(number, ~number)]
+                self._forms[number] = self._read_form(schema) if number >= 0 else self._denied(schema)
+            finally:
+                self._following.pop()
+        return self._forms[number]
 
-    def _unfold(self, schema: dict[str, Any], loose: bool) -> list[Branch]:
+    def _read_form(self, schema: dict[str, Any]) -> Form:
         plain = {key: value for key, value in schema.items() if key not in self.COMBINED}
-        found: list[Branch] = [(self.number(plain),)] if plain.keys() - {"soft"} else [()]
-        if len(plain) == len(schema):
-            return found
-        for key, number in self._also(schema, loose):
-            found = self.both(found, self.branches(number, loose), key)
-        if "anyOf" in schema:
-            found = self._either([self.both(found, self.branches(number, loose), "anyOf") for number in schema["anyOf"]])
-        if "oneOf" in schema:
-            found = self.both(found, self._exactly_one(schema["oneOf"], loose), "oneOf")
-        for key in ("unevaluatedProperties", "unevaluatedItems"):
-            if key in schema and not loose:
-                found = [self._evaluated(branch, key, schema[key]) for branch in found]
+        found = self._plain(plain)
+        for key, form in self._also(schema) if len(plain) < len(schema) else ():
+            found = self.meet(found, form, key)
+        if name := schema.get("discriminator"):  # OpenAPI's: the property that tells options apart is always written
+            found = [(replace(shape, wanted=(name,)) if isinstance(shape, ObjectShape) else shape, said) for shape, said in found]
         return found
 
-    def _also(self, schema: dict[str, Any], loose: bool) -> Iterator[tuple[str, int]]:
-        """The schemas that must hold beside a schema's own keywords, and the keyword that says so."""
+    def _also(self, schema: dict[str, Any]) -> Iterator[tuple[str, Form]]:
+        """The forms that must fit beside a schema's own keywords, and the keywords that say so."""
         if "$ref" in schema:
-            yield "$ref", self.target(schema["$ref"])
+            yield "$ref", self.form(self.target(schema["$ref"]))
         for number in schema.get("allOf", ()):
-            yield "allOf", number
-        if "not" in schema and not loose:
-            yield "not", self.opposite(schema["not"])
-        if schema.get("discriminator") and not loose:  # OpenAPI's: the property that tells options apart is always there
-            yield "discriminator", self.number({"required": [schema["discriminator"]], "soft": "if"})
+            yield "allOf", self.form(number)
+        if "not" in schema:
+            yield "not", self.form(~schema["not"])
+        if "anyOf" in schema:
+            yield "anyOf", self.union([self.form(number) for number in schema["anyOf"]])
+        if "oneOf" in schema:
+            yield "oneOf", self._exactly_one(schema["oneOf"])
 
-    def _either(self, options: list[list[Branch]]) -> list[Branch]:
-        return list(dict.fromkeys(itertools.chain.from_iterable(options)))
+    def meeting(self, node: Node) -> Form:
+        """The form of a value that fits several schemas."""
+        allowed = self.listed(node) if len(node) > 1 else None
+        if allowed is not None:
+            schemas = {number: self.schemas[max(number, ~number)] for number in node}
+            others = [number for number in node if schemas[number].keys() != {"enum"}]
+            enums = (schemas[number]["enum"] for number in node if number >= 0 and "enum" in schemas[number])
+            values = {key: value for value in min(enums, key=len) if (key := comparable(value)) in allowed}
+            values = {key: value for key, value in values.items() if self.fits(value, others)}
+            return [(Listed(values), TYPED)] if values else []
+        return functools.reduce(lambda found, number: self.meet(found, self.form(number), "allOf"), node, self.everything)
 
-    def both(self, ours: list[Branch], theirs: list[Branch], key: str) -> list[Branch]:
-        """Each of one side with each of the other, but for what can be seen to fit nothing."""
-        if ours == [()]:
-            return theirs
+    def union(self, forms: Iterable[Form]) -> Form:
+        """The values of all forms."""
+        values: dict[int, dict[Any, Any]] = {}
+        found: dict[tuple[Any, int], None] = {}
+        for shape, said in itertools.chain.from_iterable(forms):
+            if isinstance(shape, Listed):
+                values.setdefault(said, {}).update(shape.values)
+            else:
+                found[shape, said] = None
+        return [*((Listed(values[said]), said) for said in values), *found]
+
+    # One schema's own keywords
+
+    def _plain(self, schema: dict[str, Any]) -> Form:
+        if not schema:
+            return self.everything
+        bits, excluded, soft = schema.get("type", self.EVERY_TYPE), schema.get("excluded", ()), "soft" in schema
+        if "enum" in schema:
+            values = {comparable(value): value for value in schema["enum"] if type_bit(value) & bits}
+            if rest := {key: value for key, value in schema.items() if key not in ("enum", "type")}:
+                form = self._plain(rest)
+                values = {key: value for key, value in values.items() if self._fits_form(value, form)}
+            return [(Listed(values), TYPED)] if values else []
+        said = 0 if soft else TYPED
+        if not soft and "type" not in schema:
+            said = sum(bit for bit, about in self.HINTS.items() if about & schema.keys())
+        values = {key: value for key, value in self.everything[0][0].values.items()
+                  if type_bit(value) & bits and not any(value is one for one in excluded)}  # fmt: skip
+        found: Form = [(Listed(values), said)] if values else []
+        if bits & 24:
+            found.append((self._number(schema, bits & 24, excluded), said))
+        if bits & 4:
+            rules = [rule for key in ("pattern", "format") for rule in schema.get(key, ())]
+            low, high = ([schema[key]] if key in schema else [] for key in ("minLength", "maxLength"))
+            texts = StringShape.of(low, high, rules)
+            found.append((texts.but_not(one for one in excluded if isinstance(one, str)) if excluded else texts, said))
+        for kind in (list, dict):
+            if bits & TYPE_BITS[kind]:
+                shape = self._array(schema) if kind is list else self._object(schema)
+                taken = [one for one in excluded if isinstance(one, kind)]
+                why = "keyword not is not supported around a constant object or array" if any(taken) else shape.why
+                found.append((replace(shape, low=max(shape.low, 1), why=why) if taken else shape, said))
+        return found
+
+    def _number(self, schema: dict[str, Any], bits: int, excluded: Seq[Any]) -> NumberShape:
+        lows = [(schema[key], key != "minimum") for key in ("minimum", "exclusiveMinimum") if key in schema]
+        highs = ((schema[key], key != "maximum") for key in ("maximum", "exclusiveMaximum") if key in schema)
+        others = (*schema.get("notMultiple", ()), *((1,) if bits == self.FRACTION else ()))
+        return NumberShape(bits == 8, max(lows, default=None), functools.reduce(lower, highs, None),
+                           tuple(schema.get("multipleOf", ())), others, frozenset(one for one in excluded if type_bit(one) & 24))
+
+    def _array(self, schema: dict[str, Any]) -> ArrayShape:
+        contains = [(schema["contains"], schema.get("minContains", 1), schema.get("maxContains"))] if "contains" in schema else []
+        return ArrayShape(tuple(self.node([one]) for one in schema.get("prefixItems", ())),
+                          self.node([schema["items"]]) if "items" in schema else (), schema.get("minItems", 0),
+                          schema.get("maxItems"), schema.get("uniqueItems", False), tuple(contains), "items" in schema,
+                          "minItems" in schema, schema.get("why", ""))  # fmt: skip
+
+    def _object(self, schema: dict[str, Any]) -> ObjectShape:
+        properties, patterns = schema.get("properties", {}), schema.get("patternProperties", {})
+        self.spend((len(properties) + len(patterns)) // 4)
+        if len(patterns) > self.MAX_PATTERNS:
+            raise self.refuse(f"patternProperties: over {self.MAX_PATTERNS} patterns in one object")
+        is_open = "additionalProperties" in schema
+        rest: Node = self.node([schema["additionalProperties"]]) if is_open else ()
+        kinds: list[tuple[StringShape, tuple[int, ...]]] = [(StringShape(), ())]
+        for pattern, number in patterns.items():
+            texts = texts_by("pattern", pattern)
+            yes = [(names.within(texts), (*matched, number)) for names, matched in kinds]
+            no = [(names.within(complement(texts)), matched) for names, matched in kinds]
+            kinds = [pair for pair in (*yes, *no) if len(patterns) == 1 or self.string(pair[0]) is not None]
+        said = [(names, self.node(matched) if matched else rest) for names, matched in kinds if matched or is_open]
+        unsaid = [(names, rest) for names, matched in kinds if not (matched or is_open)]
+        shape = ObjectShape((), tuple(said), schema.get("minProperties", 0), schema.get("maxProperties"),
+                            tuple(unsaid), "soft" not in schema and bool(schema.keys() & self.CLOSING),
+                            self.node([schema["propertyNames"]]) if "propertyNames" in schema else (),
+                            (schema["other"],) if "other" in schema else (), why=schema.get("why", ""))  # fmt: skip
+        needed = set(schema.get("required", ()))
+        is_said, named = schema.get("soft") != "not", list[Property]()
+        for name, number in properties.items():
+            more = [one for pattern, one in patterns.items() if self.matches(pattern, name)] if patterns else ()
+            named.append(Property(name, self.node([number, *more]), name in needed, False, is_said))
+        named += [replace(shape.at(name), required=True, said=is_said or bool(said)) for name in schema.get("required", ())
+                  if name not in properties]  # fmt: skip
+        return replace(shape, named=tuple(named))
+
+    CLOSING: ClassVar = {"properties", "patternProperties", "required"}
+
+    def matches(self, pattern: str, name: str) -> bool:
+        return string_fits(StringShape(texts=texts_by("pattern", pattern)), name)
+
+    def string(self, shape: StringShape) -> Symbol | None:
+        """A string; None if there is none of its shape. The search for one is counted."""
+        shortest(shape.texts, self.spend)
+        return string_symbol(shape)
+
+    # allOf: the meet of two forms
+
+    def meet(self, ours: Form, theirs: Form, key: str) -> Form:
+        """The values that two forms have both."""
+        if ours is self.everything or theirs is self.everything:
+            return theirs if ours is self.everything else ours
         self.spend(len(ours) * len(theirs))
-        pairs: Iterable[tuple[Branch, Branch]] = itertools.product(ours, theirs)
-        if len(ours) > 1 or len(theirs) > 1:
-            pairs = ((one, two) for one, two in pairs if not self._are_dead(self._facts_of(one), self._facts_of(two)))
-        found = dict.fromkeys(tuple(dict.fromkeys(one + two)) for one, two in pairs)
+        found: dict[tuple[Any, int], None] = {}
+        for (one, said), (two, more) in itertools.product(ours, theirs):
+            shape = self._meet(one, two)
+            if shape is not None:
+                found[shape, said | more] = None
         if len(found) > self.MAX_OPTIONS:
             raise self.refuse(f"{key} multiplies out into over {self.MAX_OPTIONS} alternatives")
-        return list(found) or [(self.never,)]
+        if not found and ours and theirs:
+            kinds = [self._kind(form[0][0]) for form in (ours, theirs)]
+            self.dead_end = f"nothing is both {kinds[0]} and {kinds[1]}" if kinds[0] != kinds[1] else self.dead_end
+        return list(found)
 
-    def _facts_of(self, branch: Branch) -> BranchFacts:
-        """Collects the cheap facts about a branch."""
-        if branch not in self._facts:
-            schemas = [self.schemas[number] for number in branch]
-            lists: dict[str, list[tuple[frozenset[Any], bool]]] = {}
-            for name, number in (pair for schema in schemas for pair in schema.get("properties", {}).items()):
-                listed = self._lists[number] if number in self._lists else self._list_of(number)
-                if listed[0] or listed[1]:
-                    lists.setdefault(name, []).append(listed)
-            bits = functools.reduce(operator.and_, (self.bits[number] for number in branch), self.EVERY_TYPE)
-            required = {name for schema in schemas for name in schema.get("required", ())}
-            self.spend(1 + len(branch) // 8)
-            self._facts[branch] = BranchFacts(bits, required, lists)
-        return self._facts[branch]
+    def _kind(self, shape: Any) -> str:
+        bits = type_bit(next(iter(shape.values.values()))) if isinstance(shape, Listed) else SHAPE_BITS[type(shape)]
+        return next(kind for kind, bit in self.TYPES.items() if bit & bits)
 
-    def _are_dead(self, one: BranchFacts, two: BranchFacts) -> bool:
-        """True if two branches have no type in common, or a required property no constant."""
-        bits = one.bits & two.bits
-        if bits != 1:
-            return not bits
-        for name in (one.required & two.lists.keys()) | (two.required & one.lists.keys()):
-            self.spend()
-            lists = one.lists.get(name, []) + two.lists.get(name, [])
-            allowed = min((values for values, may in lists if may), key=len, default=None)
-            if allowed is not None and not any(all((value in values) == may for values, may in lists) for value in allowed):
-                return True
-        return False
+    def _meet(self, one: Any, two: Any) -> Any:
+        """The shape of what has two shapes; None if that is seen to be nothing."""
+        if isinstance(two, Listed):
+            one, two = two, one
+        if isinstance(one, Listed):
+            values = {key: value for key, value in one.values.items() if self.fits_shape(value, two)}
+            return Listed(values) if values else None
+        if type(one) is not type(two) or one == two:
+            return one if one == two else None
+        if isinstance(one, ObjectShape):
+            return self._meet_objects(one, two)
+        return self._meet_arrays(one, two) if isinstance(one, ArrayShape) else joined_shape(one, two)
 
-    def _list_of(self, number: int) -> tuple[frozenset[Any], bool]:
-        """The values that a schema lists, and whether it allows just those or all others, as far as enum and not say."""
-        schema = self.schemas[number]
-        inside = self.schemas[schema["not"]] if "not" in schema else {}
-        found: tuple[frozenset[Any], bool] = (frozenset(), False)
-        if "enum" in schema or "excluded" in schema:
-            found = frozenset(self.listed(number)), "enum" in schema
-        elif inside.keys() == {"enum"}:
-            found = frozenset(self.listed(schema["not"])), False
-        self._lists[number] = found
-        return found
+    def _meet_arrays(self, one: ArrayShape, two: ArrayShape) -> ArrayShape:
+        longest = max(len(one.first), len(two.first))
+        self.spend(longest)
+        firsts = [[*shape.first, *[shape.rest or ()] * (longest - len(shape.first))] for shape in (one, two)]
+        return replace(joined_shape(one, two), first=tuple(self.both(a, b) for a, b in zip(*firsts, strict=True)),
+                       rest=self.both(one.rest or (), two.rest or ()))  # fmt: skip
 
-    # oneOf, not, unevaluated…
+    def _meet_objects(self, one: ObjectShape, two: ObjectShape) -> ObjectShape | None:
+        named = {prop.name: prop for prop in sorted((*one.named, *two.named), key=operator.attrgetter("late"))}
+        both_say = [name for name in two.places if name in one.places or one.unnamed]
+        both_say += [name for name in one.places if name not in two.places] if two.unnamed else []
+        self.spend(len(both_say) // 8)
+        for name in both_say:
+            mine, yours = (shape.places.get(name) or shape.at(name) for shape in (one, two))
+            named[name] = Property(name, self.both(mine.node, yours.node), mine.required or yours.required,
+                                   mine.late and yours.late, mine.said or yours.said)  # fmt: skip
+            if named[name].required and self._is_never(named[name].node):
+                return None
+        kinds: tuple[list[tuple[StringShape, Node]], ...] = ([], [])  # unnamed, unsaid
+        ours, theirs = ([(*kind, others is shape.unnamed) for others in (shape.unnamed, shape.unsaid) for kind in others]
+                        for shape in (one, two))  # fmt: skip
+        for (names, node, said), (more, other, also) in itertools.product(ours, theirs):
+            both = joined_shape(names, more)
+            if both and (len(ours) == 1 or len(theirs) == 1 or self.string(both) is not None):
+                kinds[not (said or also)].append((both, self.both(node, other)))
+        return replace(joined_shape(one, two), named=tuple(named.values()), unnamed=tuple(kinds[0]), unsaid=tuple(kinds[1]),
+                       names=self.both(one.names, two.names))  # fmt: skip
 
-    def _exactly_one(self, options: list[int], loose: bool) -> list[Branch]:
-        """Each option, without what fits another too."""
-        if loose:
-            return self._either([self.branches(number, loose) for number in options])
-        rivals = self._rivals(options)
-        return self._either([self._alone(number, others) for number, others in zip(options, rivals, strict=True)])
+    def _is_never(self, node: Node) -> bool:
+        """True if schemas list values of which none is left."""
+        return node == (self.never,) or (len(node) > 1 and self.listed(node) == frozenset())
+
+    def listed(self, node: Node) -> frozenset[Any] | None:
+        """The values that schemas leave as far as enum and not of enum tell, to compare with; None if that is no list."""
+        if node not in self._lists:
+            self.spend(len(node) // 8)
+            lists = [self._values(number) for number in node if number >= 0 and "enum" in self.schemas[number]]
+            denied = [self._values(~number) for number in node if number < 0 and self.schemas[~number].keys() == {"enum"}]
+            self._lists[node] = frozenset.intersection(*lists).difference(*denied) if lists else None
+        return self._lists[node]
+
+    def _values(self, number: int) -> frozenset[Any]:
+        if number not in self._enums:
+            self._enums[number] = frozenset(map(comparable, self.schemas[number]["enum"]))
+        return self._enums[number]
+
+    # oneOf: each option, without what fits another too
+
+    def _exactly_one(self, options: list[int]) -> Form:
+        found = []
+        for number, rivals in zip(options, self._rivals(options), strict=True):
+            form = self.form(number)
+            for rival in rivals:
+                if not self.apart(number, rival):
+                    form = self.meet(form, self.form(~rival), "oneOf")
+            found.append(form)
+        return self.union(found)
 
     def _rivals(self, options: list[int]) -> list[list[int]]:
         """The other options that each may share a document with, as far as listed values tell: their own, or those of a
@@ -18100,432 +16159,297 @@ class SchemaAlgebra(SchemaReader):
             found.append([options[j] for j in sorted(near) if j != i])
         return found
 
-    def _marks(self, number: int) -> dict[str | None, set[Any]]:
-        """The values that a schema lists for its documents (None) and, if all are objects, for the properties that they need."""
-        found: dict[str | None, set[Any]] = {}
-        branches = self.branches(number, True)
-        facts = [self._facts_of(branch) for branch in branches]
-        own = [[self.listed(one) for one in branch if "enum" in self.schemas[one]] for branch in branches]
-        if all(own):
-            found[None] = set().union(*(min(lists, key=len) for lists in own))
-        objects = all(fact.bits == self.TYPES["object"] for fact in facts)
-        for name in set.intersection(*(fact.required & fact.lists.keys() for fact in facts)) if objects and facts else ():
-            lists = [[values for values, may in fact.lists[name] if may] for fact in facts]
-            if all(lists):
-                found[name] = set().union(*(min(values, key=len) for values in lists))
-        return found
-
-    def _alone(self, number: int, others: list[int]) -> list[Branch]:
-        found = self.branches(number, False)
-        for other in others:
-            if not self.apart(number, other):
-                try:
-                    found = self.both(found, self.branches(self.opposite(other), False), "oneOf")
-                except InvalidRequest as error:
-                    raise self.refuse("oneOf: a document may fit two of its options; tell them apart by a required constant, "
-                                      f"or write anyOf ({str(error).partition(': ')[2]})") from None  # fmt: skip
-        return found
+    def _marks(self, number: int) -> dict[str | None, frozenset[Any]]:
+        """The values that a schema lists for its documents (None) or, if all are objects, for the properties that they need."""
+        shapes = [shape for shape, _ in self.form(number)]
+        if all(isinstance(shape, Listed) for shape in shapes):
+            return {None: frozenset().union(*(shape.values for shape in shapes if isinstance(shape, Listed)))}
+        if not all(isinstance(shape, ObjectShape) for shape in shapes):
+            return {}
+        lists = [{prop.name: values for prop in shape.named if prop.required and (values := self.listed(prop.node)) is not None}
+                 for shape in shapes if isinstance(shape, ObjectShape)]  # fmt: skip
+        return {name: frozenset().union(*(own[name] for own in lists)) for name in set.intersection(*map(set, lists))}
 
     def apart(self, one: int, two: int) -> bool:
-        raise NotImplementedError
+        """True if nothing fits both schemas, as far as a look 4 levels deep tells."""
+        try:
+            return self._is_empty(self.meet(self.form(one), self.form(two), "oneOf"), 1)
+        except InvalidRequest:
+            return False  # they cannot be told apart so
 
-    def opposite(self, number: int) -> int:
-        """The number of a schema that holds just where another does not. Raises InvalidRequest if it cannot be told."""
-        if number not in self._opposites:
-            schema = self.schemas[number]
-            options = [option for key in schema for option in self._opposites_of(key, schema)]
-            self._opposites[number] = self.never
-            if options:
-                self._opposites[number] = self._any(*({**option, "soft": "not"} for option in options))
-        return self._opposites[number]
+    def _is_empty(self, form: Form, depth: int) -> bool:
+        return all(self._is_impossible(shape, depth) for shape, _ in form)
 
-    def _opposites_of(self, key: str, schema: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    def _is_impossible(self, shape: Any, depth: int) -> bool:
+        self.spend()
+        nodes: Iterable[Node] = ()
+        if isinstance(shape, ArrayShape):
+            nodes = [shape.at(index) or () for index in range(min(shape.low, 8))]
+        elif isinstance(shape, ObjectShape):
+            nodes = [prop.node for prop in shape.named if prop.required]
+        elif isinstance(shape, StringShape):
+            return self.string(shape) is None
+        elif isinstance(shape, NumberShape):
+            return number_symbol(shape) is None
+        return depth < 4 and any(self._holds_nothing(node, depth + 1) for node in nodes)
+
+    def _holds_nothing(self, node: Node, depth: int) -> bool:
+        try:
+            return self._is_never(node) or self._is_empty(self.meeting(node), depth)
+        except InvalidRequest:
+            return False
+
+    # not: what a schema does not allow
+
+    FLIPS: ClassVar = {  # keyword → type, keyword that holds where it does not, how far the number moves
+        "minLength": ("string", "maxLength", -1), "maxLength": ("string", "minLength", 1),
+        "minItems": ("array", "maxItems", -1), "maxItems": ("array", "minItems", 1),
+        "minProperties": ("object", "maxProperties", -1), "maxProperties": ("object", "minProperties", 1),
+        "minimum": ("number", "exclusiveMaximum", 0), "exclusiveMaximum": ("number", "minimum", 0),
+        "maximum": ("number", "exclusiveMinimum", 0), "exclusiveMinimum": ("number", "maximum", 0)}  # fmt: skip
+
+    def _denied(self, schema: dict[str, Any]) -> Form:
+        """All that a schema does not allow. Raises InvalidRequest if it cannot be told."""
+        found: list[Form] = []
+        for key, value in schema.items():
+            if key == "$ref":
+                found.append(self.form(~self.target(value)))
+            elif key == "allOf":
+                found += [self.form(~one) for one in value]
+            elif key in ("anyOf", "oneOf"):
+                found.append(self.meeting(tuple(~one for one in value)))
+                pairs = itertools.combinations(value, 2) if key == "oneOf" else ()
+                found += [self.meet(self.form(one), self.form(two), "not") for one, two in pairs]
+            elif key == "not":
+                found.append(self.form(value))
+            else:
+                found += [self._plain({**option, "soft": "not"}) for option in self._denials(key, value, schema)]
+        return self.union(found)
+
+    def _denials(self, key: str, value: Any, schema: dict[str, Any]) -> Iterator[dict[str, Any]]:
         """Schemas of which one holds where a keyword's demand is not met."""
-        value = schema[key]
+        types = self.TYPES
+        objects, arrays = {"type": types["object"]}, {"type": types["array"]}
         if key in self.FLIPS:
             kind, other, move = self.FLIPS[key]
             if move + 1 or value:  # nothing is shorter than 0
-                yield {"type": self.TYPES[kind], other: value + move}
+                yield {"type": types[kind], other: value + move}
         elif key in ("pattern", "format"):
-            yield from ({"type": self.TYPES["string"], key: [(key, text, not wanted)]} for _, text, wanted in value)
-        elif key in ("multipleOf", "notMultiple"):
-            other = "notMultiple" if key == "multipleOf" else "multipleOf"
-            yield from ({"type": self.TYPES["number"], other: [one]} for one in value)
+            yield from ({"type": types["string"], key: [(key, text, not wanted)]} for _, text, wanted in value)
+        elif key == "multipleOf":
+            yield {"type": types["number"], "notMultiple": value}
         elif key == "type":
             yield {"type": self.EVERY_TYPE & ~value}
-        elif key in ("enum", "excluded"):
-            yield {"excluded" if key == "enum" else "enum": value}
-        elif key == "not":
-            self.doubly_negated = True
-            yield {"allOf": [value]}
-        elif key == "$ref":
-            yield {"not": self.target(value)}
-        elif key == "allOf":
-            yield from ({"not": one} for one in value)
-        elif key == "anyOf":
-            yield {"allOf": [self.number({"not": one}) for one in value]}
-        elif key == "oneOf":
-            yield {"allOf": [self.number({"not": one}) for one in value]}
-            yield from ({"allOf": list(pair)} for pair in itertools.combinations(value, 2))
-        elif value is not False and key not in ("soft", "discriminator", "minContains", "maxContains"):
-            yield from self._opposites_inside(key, value, schema)
-
-    def _opposites_inside(self, key: str, value: Any, schema: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        """The same, for keywords about what an object or array holds."""
-        objects, arrays = {"type": self.TYPES["object"]}, {"type": self.TYPES["array"]}
-        if key == "required":
+        elif key == "enum":
+            yield {"excluded": value}
+        elif key == "required":
             yield from ({**objects, "properties": {name: self.never}} for name in value)
         elif key == "properties":
-            for name, one in value.items():
-                if one != self.free:
-                    yield {**objects, "required": [name], "properties": {name: self.number({"not": one})}}
-        elif key in ("additionalProperties", "patternProperties") and (
-                key == "additionalProperties" or set(value.values()) <= {self.free}):  # fmt: skip
-            if key == "additionalProperties" and value != self.free:
-                outside = (list(schema.get(inner, ())) for inner in ("properties", "patternProperties"))
-                yield {**objects, "other": [*outside, self.number({"not": value})]}
+            yield from ({**objects, "required": [name], "properties": {name: ~one}} for name, one in value.items())
+        elif key == "additionalProperties":
+            outside = (tuple(schema.get(inner, ())) for inner in ("properties", "patternProperties"))
+            yield {**objects, "other": (*outside, ~value)}
         elif key == "prefixItems":
             for i, one in enumerate(value):
-                if one != self.free:
-                    yield {**arrays, "minItems": i + 1, "prefixItems": [self.free] * i + [self.number({"not": one})],
-                           "items": self.free}  # fmt: skip
+                yield {**arrays, "minItems": i + 1, "prefixItems": [self.free] * i + [~one], "items": self.free}
         elif key == "items" and value == self.never and "prefixItems" in schema:
             yield {**arrays, "minItems": len(schema["prefixItems"]) + 1}
         elif key == "items" and (value == self.free or "prefixItems" not in schema):
             if value != self.free:
-                yield {**arrays, "contains": self.number({"not": value})}
+                yield {**arrays, "contains": ~value}
         elif key == "contains":
             least, most = schema.get("minContains", 1), schema.get("maxContains")
             if least:
                 yield {**arrays, "contains": value, "minContains": 0, "maxContains": least - 1}
             if most is not None:
                 yield {**arrays, "contains": value, "minContains": most + 1}
-        else:
-            raise self.refuse(f"keyword not is not supported around {key}")
+        elif not (value is False or key in ("soft", "discriminator", "minContains", "maxContains")
+                  or (key == "patternProperties" and set(value.values()) <= {self.free})):  # fmt: skip
+            of = arrays if key in self.HINTS[2] else objects
+            yield {**of, "why": f"keyword not is not supported around {key}, and oneOf needs it where a document may fit two "
+                                "options: tell them apart by a required constant, or write anyOf"}  # fmt: skip
 
-    def _evaluated(self, branch: Branch, key: str, number: int) -> Branch:
-        """A branch in which what none of its schemas speaks of must fit a schema."""
-        if self.doubly_negated:
-            raise self.refuse(f"keyword {key} is not supported beside not within not")
-        schemas = [schema for schema in (self.schemas[one] for one in branch) if "soft" not in schema]
-        found: dict[str, Any] = {}
-        if key == "unevaluatedProperties" and not any("additionalProperties" in schema for schema in schemas):
-            for inner in ("properties", "patternProperties"):
-                found[inner] = {name: self.free for schema in schemas for name in schema.get(inner, ())}
-            found["additionalProperties"] = number
-        if key == "unevaluatedItems" and not any("items" in schema for schema in schemas):
-            if any("contains" in schema for schema in schemas):
-                raise self.refuse("keyword unevaluatedItems is not supported beside contains")
-            longest = max((len(schema.get("prefixItems", ())) for schema in schemas), default=0)
-            found = {"items": number, **({"prefixItems": [self.free] * longest} if longest else {})}
-        return (*branch, self.number(found)) if found else branch
+    # Constants: does a value fit?
 
+    def fits(self, value: Any, node: Iterable[int]) -> bool:
+        """True if a value fits schemas."""
+        return all(self._fits_form(value, self.form(number)) for number in node)
 
-# ── E.2. Shapes ───────────────────────────────────────────────────────────────────────────────────────────────────────
-# Turns the schemas of a branch, which must all hold, into one constant, object, array …
-# Offers: SchemaShapes (a schema as shapes), the shapes.
-# Uses: E.1's branches.
+    def _fits_form(self, value: Any, form: Form) -> bool:
+        return any(self.fits_shape(value, shape) for shape, _ in form)
 
+    def fits_shape(self, value: Any, shape: Any) -> bool:
+        self.spend()
+        if isinstance(shape, Listed):
+            return comparable(value) in shape.values
+        if not SHAPE_BITS[type(shape)] & type_bit(value):
+            return False
+        if isinstance(shape, StringShape):
+            return string_fits(shape, value)
+        if isinstance(shape, NumberShape):
+            return number_fits(shape, value)
+        if shape.why:
+            raise self.refuse(shape.why)
+        if not shape.low <= len(value) <= (len(value) if shape.high is None else shape.high):
+            return False
+        return self._fits_array(value, shape) if isinstance(shape, ArrayShape) else self._fits_object(value, shape)
 
-@dataclass(frozen=True)
-class Constant:
-    """One value, as JSON text."""
+    def _fits_array(self, value: list[Any], shape: ArrayShape) -> bool:
+        if shape.unique and len(set(map(comparable, value))) < len(value):
+            return False
+        return self.has_contained(value, shape.contains) and all(self.fits(one, shape.at(i) or ()) for i, one in enumerate(value))
 
-    text: str
+    def has_contained(self, value: list[Any], wanted: Iterable[tuple[int, int, int | None]]) -> bool:
+        """True if a list holds as many elements that fit each schema as it must and may."""
+        counts = ((sum(self.fits(one, (number,)) for one in value), least, most) for number, least, most in wanted)
+        return all(least <= count and (most is None or count <= most) for count, least, most in counts)
 
+    def _fits_object(self, value: dict[str, Any], shape: ObjectShape) -> bool:
+        return (all(prop.name in value for prop in shape.named if prop.required)
+                and all(self.fits(one, (shape.places.get(name) or shape.at(name)).node) for name, one in value.items())
+                and all(self.fits(name, shape.names) for name in value)
+                and all(any(self._is_other(name, *outside) and self.fits(one, (number,)) for name, one in value.items())
+                        for *outside, number in shape.some))  # fmt: skip
 
-@dataclass(frozen=True)
-class ArrayShape:
-    """Elements with a schema each, then any number of the `rest` (None: no more), `low` to `high` in all.
-
-    `contains` are schemas, and how many elements at least and at most fit them.
-    """
-
-    first: tuple[Node, ...] = ()
-    rest: Node | None = ()
-    low: int = 0
-    high: int | None = None
-    unique: bool = False
-    contains: tuple[tuple[int, int, int | None], ...] = ()
-
-    def at(self, index: int) -> Node | None:
-        """The schema of one element; None where the array has ended."""
-        if self.high is not None and index >= self.high:
-            return None
-        return self.first[index] if index < len(self.first) else self.rest
+    def _is_other(self, name: str, names: Iterable[str], patterns: Iterable[str]) -> bool:
+        return name not in names and not any(self.matches(pattern, name) for pattern in patterns)
 
 
-@dataclass(frozen=True)
-class Property:
-    """A property with a name of its own."""
-
-    name: str
-    node: Node
-    required: bool
+SHAPE_BITS = {ObjectShape: 1, ArrayShape: 2, StringShape: 4, NumberShape: 24}
 
 
-@dataclass(frozen=True, eq=False)
-class ObjectShape:
-    """Properties in their order, then unnamed ones: names of a shape, and their values' schema. `low` to `high` in all."""
-
-    named: tuple[Property, ...] = ()
-    unnamed: tuple[tuple[StringShape, Node], ...] = ((StringShape(), ()),)
-    low: int = 0
-    high: int | None = None
+def lower(one: Any, two: Any) -> Any:
+    """The lower of two upper bounds, of which each may be None; of a number's equal ones that which is left out itself."""
+    bounds = (bound for bound in (one, two) if bound is not None)
+    return min(bounds, key=lambda bound: (bound[0], not bound[1]) if isinstance(bound, tuple) else bound, default=None)
 
 
-Shape = Constant | StringShape | NumberShape | ArrayShape | ObjectShape
-Shapes = tuple[Shape, ...]  # a value that has one of these shapes
+def higher(one: Any, two: Any) -> Any:
+    return max((bound for bound in (one, two) if bound is not None), default=None)
 
 
-class SchemaShapes(SchemaAlgebra):
-    """Turns a JSON schema into shapes.
+def added(one: tuple[Any, ...], two: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(dict.fromkeys(one + two)) if one and two else one or two
+
+
+JOINS: dict[str, Callable[[Any, Any], Any]] = {
+    "low": higher, "high": lower, "texts": lambda one, two: intersection([one, two]), "excluded": frozenset.union,
+    **dict.fromkeys(("whole", "unique", "closed", "is_rest_said", "is_low_said", "why"), lambda one, two: one or two),
+    **dict.fromkeys(("multiples", "not_multiples", "contains", "some", "wanted"), added)}  # fmt: skip
+
+
+def joined_shape(one: Any, two: Any) -> Any:
+    """Two shapes of a kind as one, as far as their fields tell; None for strings and numbers of which there are none."""
+    found = replace(one, **{key: JOINS[key](getattr(one, key), getattr(two, key)) for key in vars(one) if key in JOINS})
+    if isinstance(found, StringShape) and found.texts is NONE:
+        return None
+    if isinstance(found, NumberShape) and ((found.whole and 1 in found.not_multiples)
+                                           or (found.low and found.high and found.low[0] > found.high[0])):  # fmt: skip
+        return None
+    return found
+
+
+class SchemaShapes(Forms):
+    """Turns a JSON schema into the shapes in which its documents are written.
 
     An object without additionalProperties or patternProperties holds only the properties it names, as with every engine
-    that generates, and a schema without a type allows what its keywords are about; `loose` shapes hold everything that the
-    schema accepts.
+    that generates; a tuple is written whole; and a schema without a type allows what its keywords are about.
     """
 
     MAX_SHAPES = 1500  # of one value: so many a text can begin with at once
-    MAX_PATTERNS = 12  # that an object's unnamed properties may have
-    HINTS: ClassVar = {  # type → keywords about it
-        "object": {"properties", "required", "additionalProperties", "patternProperties", "propertyNames", "minProperties",
-                   "maxProperties"},
-        "array": {"items", "prefixItems", "minItems", "maxItems", "contains", "uniqueItems"},
-        "number": {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"},
-        "string": {"minLength", "maxLength", "pattern", "format"}}  # fmt: skip
 
     def __init__(self, name: str, root: Any) -> None:
         super().__init__(name, root)
-        self.dead_end = ""  # why a branch came to nothing
-        self._choices: dict[tuple[Node, bool], Shapes] = {}
-        self._shapes: dict[tuple[Branch, bool], Shapes] = {}
-        self._objects: dict[tuple[Any, ...], ObjectShape] = {}
-        self.everything: Shapes = (Constant("null"), Constant("true"), Constant("false"), NumberShape(), StringShape(),
-                                   ArrayShape(), self._one_object((), ((StringShape(), ()),), 0, None))  # fmt: skip
+        self._choices: dict[Node, Shapes] = {}
 
-    def choice(self, node: Node, loose: bool = False) -> Shapes:
+    def choice(self, node: Node) -> Shapes:
         """The shapes of a value, without those that others contain."""
-        if (node, loose) not in self._choices:
-            found: list[Branch] = [()]
-            for number in node:
-                found = self.both(found, self.branches(number, loose), "allOf")
-            shapes = dict.fromkeys(shape for branch in found for shape in self.shapes(branch, loose))
-            if not loose and sum(not isinstance(shape, Constant) for shape in shapes) > self.MAX_SHAPES:
+        if node not in self._choices:
+            meant = (shape for shape, said in self.meeting(node) if self._is_meant(shape, said))
+            shapes = [written for shape in meant for written in self._written(shape)]
+            shapes = list(dict.fromkeys(shapes)) if len(shapes) > 1 else shapes
+            if sum(not isinstance(shape, Constant) for shape in shapes) > self.MAX_SHAPES:
                 raise self.refuse(f"anyOf and oneOf leave over {self.MAX_SHAPES} alternatives that are not constants")
-            self._choices[node, loose] = self._simplify(list(shapes))
-        return self._choices[node, loose]
+            free = {type(shape) for shape in shapes if shape in FREE} if len(shapes) > 1 else ()
+            if StringShape in free:
+                shapes = [shape for shape in shapes if not (isinstance(shape, Constant) and shape.text[0] == '"')]
+            self._choices[node] = tuple(shape for shape in shapes if type(shape) not in free or shape in FREE)
+        return self._choices[node]
 
-    def _simplify(self, shapes: list[Shape]) -> Shapes:
-        if all(isinstance(shape, Constant) for shape in shapes) or len(shapes) < 2:
-            return tuple(shapes)
-        if len(shapes) >= len(self.everything) and set(shapes) >= set(self.everything):
-            return self.everything
-        free = {type(shape) for shape in shapes if shape in self.everything and not isinstance(shape, Constant)}
-        if StringShape in free:
-            shapes = [shape for shape in shapes if not (isinstance(shape, Constant) and shape.text[0] == '"')]
-        return tuple(shape for shape in shapes if shape in self.everything or type(shape) not in free)
+    @staticmethod
+    def _is_meant(shape: Any, said: int) -> bool:
+        """True for a type that a schema says, or that its keywords are about."""
+        about = next((bit for bit in (1, 2, 24, 4) if said & bit), 0)
+        return bool(said & TYPED or not about or (not isinstance(shape, Listed) and SHAPE_BITS[type(shape)] == about))
 
-    def shapes(self, branch: Branch, loose: bool) -> Shapes:
-        if (branch, loose) not in self._shapes:
-            self.spend(1 + len(branch))
-            self._shapes[branch, loose] = tuple(self._made([self.schemas[number] for number in branch], branch, loose))
-        return self._shapes[branch, loose]
-
-    def _made(self, schemas: list[dict[str, Any]], branch: Branch, loose: bool) -> Iterator[Shape]:
-        listed = min((schema["enum"] for schema in schemas if "enum" in schema), key=len, default=None)
-        if listed is not None:
-            plain = len(branch) == 1 and schemas[0].keys() <= {"enum", "type"}
-            bits = self.bits[branch[0]] if plain else 0
-            yield from (Constant(self.json(value)) for value in listed
-                        if (bits & type_bit(value) if plain else all(self.fits(value, one) for one in branch)))  # fmt: skip
+    def _written(self, shape: Any) -> Iterator[Shape]:
+        if isinstance(shape, Listed):
+            self.spend(len(shape.values) // 8)
+            yield from (Constant(self.json(value)) for value in shape.values.values())
             return
-        bits = self._kinds(schemas, branch, loose)
-        excluded = [value for schema in schemas for value in schema.get("excluded", ())]
-        for value in (None, True, False):
-            if bits & type_bit(value) and not any(value is one for one in excluded):
-                yield Constant(self.json(value))
-        if bits & 24:
-            yield self._number(schemas, bits, excluded)
-        if bits & 4:
-            yield self.string_shape(schemas)
-        if bits & 2:
-            yield from self._array(schemas, loose, self._size("array", excluded))
-        if bits & 1:
-            yield from self._object(schemas, loose, self._size("object", excluded))
+        if isinstance(shape, (ArrayShape, ObjectShape)):
+            if shape.why:
+                raise self.refuse(shape.why)
+            if shape.high is not None and shape.low > shape.high:
+                what = "Items" if isinstance(shape, ArrayShape) else "Properties"
+                self.dead_end = f"min{what} {shape.low} is more than max{what} {shape.high}"
+                return
+            yield from [self._array_written(shape)] if isinstance(shape, ArrayShape) else self._object_written(shape)
+            return
+        yield shape
 
     json = staticmethod(json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode)
 
-    def _kinds(self, schemas: list[dict[str, Any]], branch: Branch, loose: bool) -> int:
-        """The types that all of them allow; where none says one, what their other keywords are about."""
-        if len(branch) == 1 and "type" in schemas[0] and "soft" not in schemas[0]:
-            return self.bits[branch[0]]
-        bits = functools.reduce(operator.and_, (self.bits[number] for number in branch), self.EVERY_TYPE)
-        said = [schema["type"] for schema in schemas if "type" in schema and "soft" not in schema]
-        if not bits and said:
-            names = [next(kind for kind, bit in self.TYPES.items() if bit & types) for types in (said[0], said[-1])]
-            self.dead_end = f"nothing is both {names[0]} and {names[1]}"
-        if loose or said:
-            return bits
-        keywords = set().union(*(schema for schema in schemas if "soft" not in schema))
-        hinted = next((self.TYPES[kind] for kind, about in self.HINTS.items() if about & keywords), 0)
-        return bits & hinted or bits
-
-    def _number(self, schemas: list[dict[str, Any]], bits: int, excluded: list[Any]) -> NumberShape:
-        shape = number_shape(schemas, bits & 24 == 8)
-        if bits & 24 == self.FRACTION:
-            shape = replace(shape, not_multiples=(*shape.not_multiples, 1))
-        return replace(shape, excluded=frozenset(value for value in excluded if type_bit(value) & 24)) if excluded else shape
-
-    def _size(self, kind: str, excluded: list[Any]) -> int:
-        """How many elements an array or object has at least, because the empty one is excluded."""
-        values = [value for value in excluded if type_bit(value) == self.TYPES[kind]]
-        if any(values):
-            raise self.refuse(f"keyword not is not supported around a constant {kind}")
-        return len(values[:1])
-
-    def _range(self, schemas: list[dict[str, Any]], what: str, least: int) -> tuple[int, int | None]:
-        low = max((schema.get(f"min{what}", 0) for schema in schemas), default=0)
-        high = min((schema[f"max{what}"] for schema in schemas if f"max{what}" in schema), default=None)
-        if high is not None and max(low, least) > high:
-            self.dead_end = f"min{what} {low} is more than max{what} {high}"
-        return max(low, least), high
-
-    def _array(self, schemas: list[dict[str, Any]], loose: bool, least: int) -> Iterator[ArrayShape]:
-        low, high = self._range(schemas, "Items", least)
-        longest = max((len(schema.get("prefixItems", ())) for schema in schemas), default=0)
-        self.spend(longest * len(schemas))
-        first = [self.node(self.element(schemas, index)) for index in range(longest)]
-        said = [schema["items"] for schema in schemas if "items" in schema]
-        rest: Node | None = self.node(said) if said else () if loose or not first else None
-        stops = [index for index, node in enumerate(first) if node == (self.never,)]
+    def _array_written(self, shape: ArrayShape) -> ArrayShape:
+        low, high, longest = shape.low, shape.high, len(shape.first)
+        rest = shape.rest if shape.is_rest_said or not longest else None
+        stops = [index for index, node in enumerate(shape.first) if node == (self.never,)]
         if stops or rest is None or rest == (self.never,):
-            high = min([*stops[:1], longest, *([] if high is None else [high])])
-            rest = None
-        if first and not loose and not any("minItems" in schema for schema in schemas):
-            low = longest if high is None else min(longest, high)  # a tuple is written whole
-        contains = tuple(dict.fromkeys(contained(schema) for schema in schemas if "contains" in schema))
-        if high is None or low <= high:
-            yield ArrayShape(tuple(first), rest, low, high, any(schema.get("uniqueItems") for schema in schemas), contains)
+            high, rest = min([*stops[:1], longest, *([] if high is None else [high])]), None
+        if longest and not shape.is_low_said:
+            low = longest if high is None else min(longest, high)
+        return ArrayShape(shape.first, rest, low, high, shape.unique, shape.contains)
 
-    def _object(self, schemas: list[dict[str, Any]], loose: bool, least: int) -> Iterator[ObjectShape]:
-        others = next((schema for schema in schemas if "other" in schema), None)
-        if others is not None and not loose:
-            yield from self._objects_with(others, schemas, least)
+    def _object_written(self, shape: ObjectShape) -> Iterator[ObjectShape]:
+        if shape.some:
+            yield from self._with_some(shape)
             return
-        low, high = self._range(schemas, "Properties", least)
-        names = dict.fromkeys(name for schema in schemas for name in schema.get("properties", ()))
-        required = dict.fromkeys(name for schema in schemas for name in schema.get("required", ()))
-        named = set().union(*(schema.get(key, ()) for schema in schemas for key in ("properties", "required")
-                              if schema.get("soft") != "not"))  # fmt: skip
-        names |= required
-        patterns = list(dict.fromkeys(one for schema in schemas for one in schema.get("patternProperties", ())))
-        closed = not loose and any(s.keys() & {"properties", "patternProperties", "required"} for s in schemas if "soft" not in s)
-        opened = not closed or any("additionalProperties" in schema for schema in schemas if "soft" not in schema)
-        allowed = self.node(schema["propertyNames"] for schema in schemas if "propertyNames" in schema)
-        self.spend(len(names) + len(patterns) * len(schemas))
-        if opened and allowed:
-            names |= dict.fromkeys(self._listed_names(allowed, loose))
-        if not opened and not named >= set(required):
-            return  # a closed object has no other properties
-        values = self._values(schemas, names)
-        properties = [Property(name, self._property(values[name], name, allowed), name in required) for name in names]
-        shapes = self.choice(allowed, loose) if allowed else (StringShape(),)
-        unnamed = [pair for shape in shapes if isinstance(shape, StringShape) and (opened or patterns)
-                   for pair in self._unnamed(schemas, shape.but_not(names), patterns, opened)]  # fmt: skip
-        if high is None or low <= high:
-            yield self._one_object(tuple(properties), tuple(unnamed), low, high)
+        kinds = shape.unnamed if shape.closed else shape.unnamed + shape.unsaid
+        named = dict(shape.places)
+        choice: Shapes = (StringShape(),)
+        if shape.names:
+            choice = self.choice(shape.names)
+            listed = (json.loads(one.text) for one in choice if isinstance(one, Constant) and one.text[0] == '"')
+            named |= {name: shape.at(name) for name in listed if kinds and name not in named}
+        if shape.closed:
+            if any(prop.required and not prop.said for prop in named.values()):
+                return
+            named = {name: prop for name, prop in named.items() if prop.said}
+        properties = [Property(name, prop.node if self.fits(name, shape.names) else (self.never,),
+                               prop.required or name in shape.wanted) for name, prop in named.items()]  # fmt: skip
+        self.spend(len(properties) // 4)
+        unnamed = list[tuple[StringShape, Node]]()
+        for (names, node), wanted in itertools.product(kinds, choice):
+            both = joined_shape(names, wanted) if isinstance(wanted, StringShape) and node != (self.never,) else None
+            if both:
+                unnamed.append((both.but_not(named) if named else both, node))
+        yield ObjectShape(tuple(properties), tuple(unnamed), shape.low, shape.high)
 
-    def _one_object(self, *parts: Any) -> ObjectShape:
-        """An object's shape; the same one for the same parts."""
-        return self._objects.setdefault(parts, ObjectShape(*parts))
-
-    def _objects_with(self, others: dict[str, Any], schemas: list[dict[str, Any]], least: int) -> Iterator[ObjectShape]:
-        """Objects of which one property, among those that are named, fits what `other` says."""
-        names, patterns, number = others["other"]
-        rest = [schema for schema in schemas if schema is not others]
-        for shape in self._object(rest, False, least):
-            if shape.unnamed and self.choice((number,), True):
+    def _with_some(self, shape: ObjectShape) -> Iterator[ObjectShape]:
+        """Objects of which one property, among those that are named, fits what `some` says."""
+        (names, patterns, number), *more = shape.some
+        rest = replace(shape, some=tuple(more))
+        for inner in self._object_written(rest):
+            if inner.unnamed and self.form(number):
                 raise self.refuse("keyword not is not supported around additionalProperties where objects are open")
-        known = dict.fromkeys(name for schema in rest for key in ("properties", "required") for name in schema.get(key, ()))
-        for name in known:
-            if self.is_other(name, names, patterns):
-                yield from self._object([*rest, {"soft": "if", "required": [name], "properties": {name: number}}], False, least)
-
-    def _listed_names(self, allowed: Node, loose: bool) -> Iterator[str]:
-        """The names that are constants in propertyNames."""
-        for shape in self.choice(allowed, loose):
-            if isinstance(shape, Constant) and shape.text[0] == '"':
-                yield json.loads(shape.text)
-
-    def _values(self, schemas: list[dict[str, Any]], names: Iterable[str]) -> dict[str, list[int]]:
-        """The schemas that each property's value must fit: a schema that speaks only of its own is asked for no others."""
-        found: dict[str, list[int]] = {name: [] for name in names}
-        for schema in schemas:
-            others = schema.keys() & {"patternProperties", "additionalProperties"}
-            about = found if others else schema.get("properties", ())
-            self.spend(len(about) // 4)
-            for name in about:
-                found[name] += self.property(schema, name)
-        return found
-
-    def _property(self, values: list[int], name: str, allowed: Node) -> Node:
-        if allowed and not all(self.fits(name, number) for number in allowed):
-            return (self.never,)
-        return self.node(values)
-
-    def _unnamed(self, schemas: list[dict[str, Any]], names: StringShape, patterns: list[str],
-                 opened: bool) -> Iterator[tuple[StringShape, Node]]:  # fmt: skip
-        """The kinds of unnamed properties, by the patterns that their names match."""
-        if len(patterns) > self.MAX_PATTERNS:
-            raise self.refuse(f"patternProperties: over {self.MAX_PATTERNS} patterns in one object")
-        found: list[tuple[StringShape, tuple[str, ...]]] = [(names, ())]
-        for pattern in patterns:
-            texts = texts_by("pattern", pattern)
-            yes = [(shape.within(texts), (*matched, pattern)) for shape, matched in found]
-            no = [(shape.within(complement(texts)), matched) for shape, matched in found]
-            found = [pair for pair in (*yes, *no) if len(patterns) == 1 or self.string(pair[0]) is not None]
-        for shape, matched in found:
-            node = self.node(self._by_patterns(schemas, matched))
-            if (opened or matched) and node != (self.never,):
-                yield shape, node
-
-    @staticmethod
-    def _by_patterns(schemas: list[dict[str, Any]], matched: tuple[str, ...]) -> Iterator[int]:
-        for schema in schemas:
-            own = [number for pattern, number in schema.get("patternProperties", {}).items() if pattern in matched]
-            yield from own or ([schema["additionalProperties"]] if "additionalProperties" in schema else ())
-
-    # oneOf: can what fits one option fit another?
-
-    def apart(self, one: int, two: int) -> bool:
-        """True if nothing fits both schemas, as far as a look 4 levels deep tells."""
-        try:
-            return self._is_empty(self.node((one, two)), 0)
-        except InvalidRequest:
-            return False  # they cannot be told apart so
-
-    def _is_empty(self, node: Node, depth: int) -> bool:
-        return depth < 4 and all(self._is_impossible(shape, depth + 1) for shape in self.choice(node, True))
-
-    def _is_impossible(self, shape: Shape, depth: int) -> bool:
-        self.spend()
-        if isinstance(shape, ArrayShape):
-            first = (shape.at(index) for index in range(min(shape.low, 8)))
-            return any(node is None or self._is_empty(node, depth) for node in first)
-        if isinstance(shape, ObjectShape):
-            return any(self._is_empty(prop.node, depth) for prop in shape.named if prop.required)
-        if isinstance(shape, StringShape):
-            return self.string(shape) is None
-        return isinstance(shape, NumberShape) and number_symbol(shape) is None
+        for prop in shape.named:
+            if self._is_other(prop.name, names, patterns):
+                needed = replace(ANY_OBJECT, named=(Property(prop.name, self.node([number]), True),))
+                if (found := self._meet_objects(rest, needed)) is not None:
+                    yield from self._object_written(found)
 
 
-def opening_of(shape: Shape) -> str:
-    """The kind of value: what its first character tells."""
-    if isinstance(shape, Constant):
-        return shape.text[0] if shape.text[0] in '{["tfn' else "0"
-    kinds: dict[type, str] = {ObjectShape: "{", ArrayShape: "[", StringShape: '"', NumberShape: "0"}
-    return kinds[type(shape)]
+FREE: Shapes = (NumberShape(), StringShape(), ArrayShape(), ObjectShape())
 
 
 # ── E.3. Grammars ─────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -18553,16 +16477,15 @@ def read_json(text: str, param: str) -> Symbol:
 
 
 Position = tuple[int, tuple[int, ...]]  # of an array: elements read, and how many fit each schema of contains
-Few = dict[Any, Any]  # values, by what compares as they do
-Part = TypeVar("Part", "Members", "Elements")
 
 
 class Documents:
     """Turns shapes into symbols; those that nothing can fit are left out, so that no text comes to a dead end."""
 
-    MAX_KEPT = 10_000  # objects' and arrays' options, as far as texts have reached them
+    MAX_KEPT = 10_000  # values, objects and arrays, as far as texts have reached them
     MAX_PLACES = 20_000  # of an array with contains
-    MAX_FEW = 100  # values that are counted
+    MAX_TAKEN, MAX_EXAMPLE = 100, 10_000  # values that are counted, and their length
+    WIDE = 40  # so many bytes may come only within a string
     MAX_NAMES = 10_000  # names that an object may have, counted
     BLOCK = 256  # named properties that are opened at a time: a millisecond
 
@@ -18570,43 +16493,35 @@ class Documents:
         self.shapes = shapes
         self.possible: set[Node] = set()
         self._leaves: dict[StringShape | NumberShape, Symbol | None] = {}
-        self._values: dict[Node, list[Symbols]] = {}
         self._live: dict[ArrayShape, set[Position]] = {}
-        self._kept: dict[Symbol, list[Symbols]] = {}
-        self._few: dict[Node, Few | None] = {}
-        self._names: dict[ObjectShape, int] = {}
+        self._kept: dict[Part, list[Symbols]] = {}
+        self._scarce: set[ArrayShape] = set()
         self._tails: dict[ObjectShape, list[tuple[int, int]]] = {}
-        self._new: dict[tuple[Node, Elements], Symbol] = {}  # elements unlike those before
-        self._looks_ahead = True
-
-    @functools.cached_property
-    def rough(self) -> Documents:
-        """The same without the check for repeats, for lookaheads: with it they would never end where arrays nest."""
-        rough = copy.copy(self)
-        rough._values, rough._kept, rough._new, rough._looks_ahead = {}, {}, {}, False
-        return rough
 
     def root(self) -> Symbol:
         """The root of the grammar. Raises InvalidRequest naming the keyword at fault."""
         reader = self.shapes
-        root = reader.node([reader.read(reader.root, 0, "the schema", reader.base)])
+        root = reader.node([reader.read(reader.root)])
         self.possible = self._possible(root)
-        for shape in (shape for node in self.possible for shape in reader.choice(node) if isinstance(shape, ArrayShape)):
-            self._is_possible(shape, self.possible)  # may be refused, and not only when a text comes there
+        while scarce := self._scarce_arrays():
+            self._scarce.update(scarce)
+            self._live.clear()
+            self._kept.clear()
+            self.possible = self._possible(root)
         reader.steps = -(10**12)  # from here on texts bound the work
         if root not in self.possible:
             raise reader.refuse(f"no document can fit the schema{': ' if reader.dead_end else ''}{reader.dead_end}")
         return Value(self, root)
 
-    def leaf(self, shape: StringShape | NumberShape) -> Symbol | None:
-        """A string or number; None if there is none of its shape."""
+    def leaf(self, shape: StringShape | NumberShape, taken: Iterable[Any] = ()) -> Symbol | None:
+        """A string or number that is none of those taken; None if there is none."""
+        if isinstance(shape, StringShape) and (texts := [value for value in taken if isinstance(value, str)]):
+            return string_symbol(shape.but_not(texts))
+        if isinstance(shape, NumberShape) and (numbers := [value for value in taken if isinstance(value, (int, float))]):
+            return another_number(shape, numbers)
         if shape not in self._leaves:
             self._leaves[shape] = self.shapes.string(shape) if isinstance(shape, StringShape) else number_symbol(shape)
         return self._leaves[shape]
-
-    def another(self, shape: StringShape, taken: Iterable[str]) -> Symbol | None:
-        """A string that is none of those taken; None if there is none."""
-        return string_symbol(shape.but_not(taken)) if taken else self.leaf(shape)
 
     # What can be written at all: a required property that nothing fits makes its object impossible, and so on.
 
@@ -18620,7 +16535,7 @@ class Documents:
         while before < len(found):  # a list that must hold lists is never finished
             before = len(found)
             for node in reversed(nodes):
-                if node not in found and any(self._is_possible(shape, found) for shape in self.shapes.choice(node)):
+                if node not in found and any(self.is_possible(shape, found) for shape in self.shapes.choice(node)):
                     found.add(node)
         return found
 
@@ -18632,108 +16547,68 @@ class Documents:
                 yield from (node for _, node in shape.unnamed)
             elif isinstance(shape, ArrayShape):
                 for index in range(len(shape.first) + 1):
-                    yield from (node for node, _ in self._elements(shape, index, (0,) * len(shape.contains)))
+                    yield from (node for node, _ in self.elements(shape, index, (0,) * len(shape.contains)))
             elif not isinstance(shape, Constant):
                 self.leaf(shape)  # may be refused
 
-    def _is_possible(self, shape: Shape, possible: set[Node]) -> bool:
+    def _scarce_arrays(self) -> list[ArrayShape]:
+        """Arrays that must hold more different elements than there are."""
+        arrays = [shape for node in self.possible for shape in self.shapes.choice(node) if isinstance(shape, ArrayShape)]
+        return [shape for shape in arrays
+                if self.is_possible(shape, self.possible) and shape.unique and not self._has_enough(shape)]  # fmt: skip
+
+    def is_possible(self, shape: Shape, possible: set[Node]) -> bool:
         self.shapes.spend()
         if isinstance(shape, Constant):
             return True
         if isinstance(shape, ArrayShape):
-            if shape.unique and max(shape.low, *(least for _, least, _ in shape.contains), 0) > 1 and not self._has_enough(shape):
+            if shape in self._scarce:
                 return False
             if shape.contains:
-                return (0, (0,) * len(shape.contains)) in self._alive(shape, possible)
+                return (0, (0,) * len(shape.contains)) in self.alive(shape, possible)
             return all(shape.at(index) in possible for index in range(min(shape.low, len(shape.first) + 1)))
         if not isinstance(shape, ObjectShape):
             return self.leaf(shape) is not None
         if not all(prop.node in possible for prop in shape.named if prop.required):
             return False
-        most = sum(prop.node in possible for prop in shape.named) + self._most_names(shape, possible)
-        return shape.low <= most and not self._needs_too_many(shape)
+        most = sum(prop.node in possible for prop in shape.named) + self.most_names(shape, possible)
+        return shape.low <= most and (shape.high is None or sum(prop.required for prop in shape.named) <= shape.high)
 
     def _has_enough(self, shape: ArrayShape) -> bool:
         """True if an array whose elements are all different can be as long as it must be."""
-        found = [self.few_values(node) for node in (*shape.first[: shape.low], shape.at(len(shape.first))) if node is not None]
-        for number, least, _ in shape.contains:
-            few = self.few_values(self.shapes.node((*(shape.at(len(shape.first)) or ()), number)))
-            if few is not None and len(few) < least and not shape.first:
-                return False
-        scarce = [values for values in found if values is not None and len(values) < shape.low]
-        if scarce and shape.first:
+        rest = shape.at(len(shape.first))
+        wanted = [(node, shape.low) for node in (*shape.first[: shape.low], rest) if node is not None]
+        if not shape.first:
+            wanted += [(self.shapes.node((*(rest or ()), number)), least) for number, least, _ in shape.contains]
+        if all(count < 2 or self._has_different(node, count) for node, count in wanted):
+            return True
+        if shape.first:
             raise self.shapes.refuse("uniqueItems beside prefixItems is not supported where an element has few values")
-        return not scarce
+        return False
 
-    def few_values(self, node: Node) -> Few | None:
-        """All values that fit, to compare with; None if they are many, or it takes more than a look at them to tell."""
-        if node not in self._few:
-            self._few[node] = None  # what holds itself is many
-            found: Few | None = {}
-            for shape in self.shapes.choice(node):
-                values = self._few_of(shape)
-                found = None if values is None or found is None or len(found | values) > self.MAX_FEW else found | values
-            self._few[node] = found
-        return self._few[node]
+    def _has_different(self, node: Node, count: int) -> bool:
+        """True if so many different values fit, as a try tells."""
+        taken = frozenset[Any]()
+        for _ in range(min(count, self.MAX_TAKEN)):
+            if not self.kept(value := Value(self, node, taken)):
+                return False
+            taken |= {comparable(self._example(value))}
+        return True
 
-    def _few_of(self, shape: Shape) -> Few | None:
-        self.shapes.spend()
-        if isinstance(shape, Constant):
-            return {comparable(json.loads(shape.text)): json.loads(shape.text)}
-        if isinstance(shape, (StringShape, NumberShape)):
-            return self._few_leaves(shape)
-        if isinstance(shape, ArrayShape):
-            rest = self.few_values(shape.at(len(shape.first)) or ())
-            ends = [] if shape.high is None else [shape.high]
-            if rest is not None and (shape.unique or not rest):
-                ends.append(len(shape.first) + len(rest))  # as long as it can be
-            return self._few_lists(shape, min(ends)) if ends and min(ends) <= self.MAX_FEW else None
-        if self._needs_too_many(shape):
-            return {}
-        if any(self.few_values(node) != {} and self.leaf(names) is not None for names, node in shape.unnamed):
-            return None
-        return self._few_objects(shape)
+    def _example(self, value: Value) -> Any:
+        """A document, written as chance has it, but ended where it can be."""
+        here, text = Automaton(value).start, b""
+        while not here.ends:
+            may = list(bytes_of(here.bits))
+            ends = [byte for byte in (b']}"' if len(may) < self.WIDE else b'"') if byte in may]
+            byte = ends[0] if ends else may[zlib.crc32(text) % len(may)]
+            text, behind = text + bytes([byte]), here.step(byte)
+            if behind is None or len(text) > self.MAX_EXAMPLE:
+                raise self.shapes.refuse("uniqueItems: the elements are too long to count them")
+            here = behind
+        return json.loads(text)
 
-    @staticmethod
-    def _needs_too_many(shape: ObjectShape) -> bool:
-        """True if more properties are required than there may be."""
-        return shape.high is not None and sum(prop.required for prop in shape.named) > shape.high
-
-    def _few_lists(self, shape: ArrayShape, high: int) -> Few | None:
-        found: Few = {(): []}
-        whole = dict(found) if shape.low == 0 else {}
-        for index in range(high):
-            values = self.few_values(shape.at(index) or ())
-            if values is None or len(found) * len(values) + len(whole) > self.MAX_FEW:
-                return None
-            found = {(*key, one): [*value, more] for key, value in found.items() for one, more in values.items()
-                     if not shape.unique or one not in key}  # fmt: skip
-            whole |= found if index + 1 >= shape.low else {}
-        return {key: value for key, value in whole.items() if self.shapes.has_contained(value, shape.contains)}
-
-    def _few_objects(self, shape: ObjectShape) -> Few | None:
-        found: Few = {frozenset(): {}}
-        for prop in shape.named:
-            values = self.few_values(prop.node)
-            if values is None or len(found) * (len(values) + 1) > self.MAX_FEW:
-                return None
-            more = {key | {(prop.name, one)}: {**value, prop.name: further}
-                    for key, value in found.items() for one, further in values.items()}  # fmt: skip
-            found = more if prop.required else found | more
-        return {key: value for key, value in found.items()
-                if len(value) >= shape.low and (shape.high is None or len(value) <= shape.high)}  # fmt: skip
-
-    def _few_leaves(self, shape: StringShape | NumberShape) -> Few | None:
-        """The strings or numbers of a shape; None if they are many."""
-        found: set[Any] | None = None
-        if isinstance(shape, StringShape):
-            found = few_texts(shape, self.MAX_FEW)
-        else:
-            found = number_machine(replace(shape, excluded=frozenset()), False).every_number(self.MAX_FEW + len(shape.excluded))
-            found = None if found is None else found - shape.excluded
-        return None if found is None else {value: value for value in found}
-
-    def _most_names(self, shape: ObjectShape, possible: set[Node]) -> int:
+    def most_names(self, shape: ObjectShape, possible: set[Node]) -> int:
         """How many unnamed properties an object may have, counted as far as it must have some."""
         found = 0
         for names, node in shape.unnamed:
@@ -18742,80 +16617,27 @@ class Documents:
                 found += shape.low if few is None else len(few)
         return found
 
-    # Symbols
-
-    def value(self, node: Node) -> list[Symbols]:
-        """The alternatives for a value."""
-        if node not in self._values:
-            shapes = [shape for shape in self.shapes.choice(node) if self._is_possible(shape, self.possible)]
-            constants: dict[bytes, Symbols] = {shape.text.encode(): () for shape in shapes if isinstance(shape, Constant)}
-            found: list[Symbols] = [any_text(constants)] if constants else []
-            found += [self._of_shape(shape) for shape in shapes if not isinstance(shape, Constant)]
-            self._values[node] = found
-        return self._values[node]
-
-    def _of_shape(self, shape: StringShape | NumberShape | ObjectShape | ArrayShape) -> Symbols:
-        if isinstance(shape, ObjectShape):
-            return (Word(b"{"), Members(self, shape))
-        if isinstance(shape, ArrayShape):
-            return (Word(b"["), Elements(self, shape, 0, (0,) * len(shape.contains)))
-        leaf = self.leaf(shape)
-        assert leaf is not None, "it is possible"
-        return (leaf,)
-
-    def kept(self, symbol: Part, opened: Callable[[Part], list[Symbols]]) -> list[Symbols]:
-        """Opens a symbol, equal ones once. Raises NotYet."""
-        found = self._kept.get(symbol)
+    def kept(self, part: Part) -> list[Symbols]:
+        """The alternatives for a part, found once. Raises NotYet."""
+        found = self._kept.get(part)
         if found is None:
-            TURN.look()
+            found = part.made()
             if len(self._kept) > self.MAX_KEPT:
                 self._kept.clear()  # other threads may do so too: what is returned is never looked up again
-            found = self._kept[symbol] = opened(symbol)
-            TURN.found()
+            self._kept[part] = found
+            TURN.kept()
         return found
 
-    # Objects
+    # Objects: what is required, and how many properties there must be, must be able to come within the most there may be
 
-    def members(self, here: Members) -> list[Symbols]:
-        """The alternatives within an object: a named property, the end, an unnamed one; a block of named ones at a time."""
-        shape, comma, count = here.shape, "" if here.first else ", ", self._counted(here.shape, here.count)
-        texts: dict[bytes, Symbols] = {}
-        found: list[Symbols] = []
-        next_block = (here.at // self.BLOCK + 1) * self.BLOCK
-        for index in range(here.at, min(next_block, len(shape.named))):
-            prop, after = shape.named[index], Members(self, shape, index + 1, count, False, here.taken)
-            if prop.node in self.possible and self._can_end(after):
-                key = f"{comma}{json.dumps(prop.name, ensure_ascii=False)}: "
-                texts[key.encode()] = (Value(self, prop.node), after)
-            if prop.required:
-                break
-        else:
-            if next_block < len(shape.named):
-                found.append((replace(here, at=next_block),))
-            else:
-                found += self._unnamed(replace(here, at=len(shape.named)), comma)
-                if here.count >= shape.low:
-                    texts[b"}"] = ()
-        return [any_text(texts), *found] if texts else found
-
-    @staticmethod
-    def _counted(shape: ObjectShape, count: int) -> int:
-        """One more property, counted as far as it matters."""
-        return count + 1 if shape.high is not None or count < shape.low else count
-
-    def _can_end(self, here: Members) -> bool:
-        """True if what is still required, and how many properties there must be, can come within the most there may be."""
+    def can_end(self, here: Members) -> bool:
         shape, lacking = here.shape, here.shape.low - here.count
         if lacking <= 0 and shape.high is None:
             return True
         required, possible = self._tail(shape, here.at)
         if shape.high is not None and here.count + required > shape.high:
             return False
-        if lacking <= 0:
-            return True
-        if shape not in self._names:
-            self._names[shape] = self._most_names(shape, self.possible)
-        return possible + self._names[shape] - len(here.taken) >= lacking
+        return possible >= lacking or possible + self.most_names(shape, self.possible) - len(here.taken) >= lacking
 
     def _tail(self, shape: ObjectShape, at: int) -> tuple[int, int]:
         """How many of the named properties from one on are required, and how many can be."""
@@ -18825,88 +16647,14 @@ class Documents:
             self._tails[shape] = list(sums)[::-1]
         return self._tails[shape][at]
 
-    def _unnamed(self, here: Members, comma: str) -> Iterator[Symbols]:
-        """Unnamed properties; where properties are counted, their names are told apart."""
-        shape = here.shape
-        if (shape.high is not None and here.count >= shape.high) or not self._can_end(here):
-            return  # those that are named and left out would be missing
-        counted = shape.low > 0 or shape.high is not None
-        after = replace(here, count=self._counted(shape, here.count), first=False)
-        for names, node in shape.unnamed:
-            key = self.another(names, here.taken)
-            if key is None or node not in self.possible:
-                continue
-            begin = (word(comma),) if comma else ()
-            if counted:
-                yield (*begin, Recorded(Automaton(key).start, Named(after, node)))
-            else:
-                yield (*begin, key, Word(b": "), Value(self, node), after)
-
     # Arrays
 
-    def elements(self, here: Elements) -> list[Symbols]:
-        """The alternatives within an array: the end, or one more element."""
-        shape = here.shape
-        found: list[Symbols] = []
-        if self._is_whole(shape, here.index, here.counts):
-            found.append((Word(b"]"),))
-        live = self._alive(shape, self.possible) if shape.contains else None
-        for node, counts in self._elements(shape, here.index, here.counts):
-            after = replace(here, index=self._next(shape, here.index), counts=counts)
-            if node in self.possible and (live is None or (after.index, counts) in live):
-                comma = (Word(b", "),) if here.index or here.seen else ()
-                found += self._element(node, after, comma)
-        return found
-
-    def _element(self, node: Node, after: Elements, comma: Symbols) -> Iterator[Symbols]:
-        if not after.shape.unique:
-            yield (*comma, Value(self, node), after)
-            return
-        element = self._new.get((node, after))
-        if element is None:  # kept before it is looked at, so that to look again goes on where it was left
-            if len(self._new) > self.MAX_KEPT:
-                self._new.clear()
-            element = self._new[node, after] = self._new_element(node, after)
-        if element.firsts:
-            yield (*comma, element)
-
-    def _new_element(self, node: Node, after: Elements) -> Recorded:
-        """An element that is none of those seen; looks ahead go through one that may be."""
-        ahead = Automaton(AnyOf(tuple(self.rough._others_than(node, after.seen)))).start if self._looks_ahead else None
-        alike = tuple(one for one in after.seen if isinstance(one, (tuple, frozenset)))
-        return Recorded(Automaton(AnyOf(tuple(self._others_than(node, after.seen)))).start, Different(after), ahead, alike=alike)
-
-    def _others_than(self, node: Node, seen: frozenset[Any]) -> list[Symbol]:
-        """The alternatives for a value that is none of those seen; objects and arrays are told apart at their ends."""
-        shapes = [shape for shape in self.shapes.choice(node) if self._is_possible(shape, self.possible)]
-        texts: dict[bytes, Symbols] = {}
-        for shape in list(shapes):  # written as constants, if they are few
-            few = self._few_of(shape) if not isinstance(shape, (StringShape, NumberShape)) else None
-            if few is not None:
-                texts |= {self.shapes.json(value).encode(): () for key, value in few.items() if key not in seen}
-                shapes.remove(shape)
-        found: list[Symbol] = [InOrder(any_text(texts))] if texts else []
-        names = [value for value in seen if isinstance(value, str)]
-        numbers = [value for value in seen if isinstance(value, (int, float))]
-        for shape in shapes:
-            if isinstance(shape, StringShape):
-                text = self.another(shape, names)
-                found += [text] if text else []
-            elif isinstance(shape, NumberShape):
-                bound = shape.low or shape.high or shape.multiples  # else one more digit makes another of any, but for 0e1
-                taken = [one for one in numbers if bound or not one]
-                number = another_number(shape, taken) if taken else self.leaf(shape)
-                found += [number] if number else []
-            elif not isinstance(shape, Constant):
-                found.append(InOrder(self._of_shape(shape)))
-        return found
-
     @staticmethod
-    def _next(shape: ArrayShape, index: int) -> int:
+    def next(shape: ArrayShape, index: int) -> int:
         """The index of the next element, as far as it matters."""
         return index + 1 if shape.high is not None or index < max(len(shape.first), shape.low, 1) else index
 
-    def _elements(self, shape: ArrayShape, index: int, counts: tuple[int, ...]) -> Iterator[tuple[Node, tuple[int, ...]]]:
+    def elements(self, shape: ArrayShape, index: int, counts: tuple[int, ...]) -> Iterator[tuple[Node, tuple[int, ...]]]:
         """The schemas that an element may fit, and how many then have fitted each schema of contains."""
         node = shape.at(index)
         for counted in itertools.product((True, False), repeat=len(shape.contains)) if node is not None else ():
@@ -18914,12 +16662,12 @@ class Documents:
             for fits, count, (number, least, most) in zip(counted, counts, shape.contains, strict=True):
                 if fits and (count == most or (most is None and count >= least)):
                     break  # one more may not be, or need not be told apart
-                inside += [number] if fits else [] if most is None else [self.shapes.number({"not": number})]
+                inside += [number] if fits else [] if most is None else [~number]
                 after.append(count + fits)
             else:
                 yield self.shapes.node(inside), tuple(after)
 
-    def _alive(self, shape: ArrayShape, possible: set[Node]) -> set[Position]:
+    def alive(self, shape: ArrayShape, possible: set[Node]) -> set[Position]:
         """The places of an array, elements read and counts of contains, from which it can be finished."""
         if shape in self._live:
             return self._live[shape]
@@ -18930,64 +16678,190 @@ class Documents:
         found: set[Position] = set()
         for index in range(last, -1, -1):
             for counts in itertools.product(*spans):
-                behind = [more for node, more in self._elements(shape, index, counts) if node in possible]
-                if self._is_whole(shape, index, counts) or any((self._next(shape, index), more) in found for more in behind):
+                behind = [more for node, more in self.elements(shape, index, counts) if node in possible]
+                if self.is_whole(shape, index, counts) or any((self.next(shape, index), more) in found for more in behind):
                     found.add((index, counts))
         if possible is self.possible:
             self._live[shape] = found
         return found
 
     @staticmethod
-    def _is_whole(shape: ArrayShape, index: int, counts: tuple[int, ...]) -> bool:
+    def is_whole(shape: ArrayShape, index: int, counts: tuple[int, ...]) -> bool:
         """True if an array may end here."""
         return index >= shape.low and all(count >= low for count, (_, low, _) in zip(counts, shape.contains, strict=True))
 
+    # uniqueItems: elements that are objects and arrays are told apart part by part
+
+    def unlike(self, node: Node, heads: Mapping[Any, set[Any]], after: Any) -> list[Symbols]:
+        """A value and what follows it, so that the whole is none of those taken: `heads` maps the values that those have here
+        to the rest of them."""
+        unique = isinstance(after, Elements) and after.shape.unique
+        found, seen = list[Symbols](), after.seen if unique else frozenset()
+        for value, rest in heads.items():
+            same = replace(after, alike=frozenset(rest), **({"seen": seen | {value}} if unique else {}))
+            if value not in seen and self.shapes.fits(plain(value), node) and self.kept(same):
+                found.append((word(self.shapes.json(plain(value))), same))
+        other = Value(self, node, seen.union(heads))
+        if not other.but or self.kept(other):
+            found.append((Recorded(Automaton(other).start, after),) if unique else (other, after))
+        return found
+
 
 @dataclass(frozen=True)
-class Value(Symbol):
-    """A value that fits some schemas."""
+class Part(Symbol):
+    """A part of a document whose alternatives are kept."""
 
     documents: Documents
-    node: Node
 
     def opened(self) -> Iterable[Symbols]:
-        return self.documents.value(self.node)
+        return self.documents.kept(self)
+
+    def made(self) -> list[Symbols]:
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
-class Members(Symbol):
+class Value(Part):
+    """A value that fits some schemas, and is none of `but`, to compare with."""
+
+    node: Node
+    but: frozenset[Any] = frozenset()
+
+    def made(self) -> list[Symbols]:
+        constants: dict[bytes, Symbols] = {}
+        found: list[Symbols] = []
+        for shape in self.documents.shapes.choice(self.node):
+            if isinstance(shape, Constant):
+                if not self.but or comparable(json.loads(shape.text)) not in self.but:
+                    constants[shape.text.encode()] = ()
+            elif self.documents.is_possible(shape, self.documents.possible):
+                found += self._of_shape(shape)
+        return [any_text(constants), *found] if constants else found
+
+    def _of_shape(self, shape: StringShape | NumberShape | ObjectShape | ArrayShape) -> list[Symbols]:
+        if isinstance(shape, (StringShape, NumberShape)):
+            leaf = self.documents.leaf(shape, self.but)
+            return [(leaf,)] if leaf else []
+        inside: Members | Elements
+        if isinstance(shape, ObjectShape):
+            begin, inside = b"{", Members(self.documents, shape, alike=frozenset(x for x in self.but if isinstance(x, Fields)))
+        else:
+            begin, inside = b"[", Elements(self.documents, shape, 0, (0,) * len(shape.contains),
+                                           alike=frozenset(x for x in self.but if isinstance(x, tuple) and x[:1] != (bool,)))
+        return [(Word(begin), inside)] if not inside.alike or self.documents.kept(inside) else []
+
+
+@dataclass(frozen=True)
+class Members(Part):
     """The rest of an object: its named properties from `at` on. `count` properties stand there, as far as that matters.
 
-    `taken` are the names of unnamed properties, where they are counted.
+    `taken` are the names of unnamed properties that may not come again; `alike` is the rest of each object that this one must
+    not be and begins as.
     """
 
-    documents: Documents
     shape: ObjectShape
     at: int = 0
     count: int = 0
     first: bool = True
     taken: frozenset[str] = frozenset()
+    alike: frozenset[Fields] = frozenset()
 
-    def opened(self) -> Iterable[Symbols]:
-        return self.documents.kept(self, self.documents.members)
+    def made(self) -> list[Symbols]:
+        """The alternatives: a named property, the end, an unnamed one; a block of named ones at a time."""
+        documents, shape, alike = self.documents, self.shape, self.alike
+        texts: dict[bytes, Symbols] = {}
+        found: list[Symbols] = []
+        next_block = (self.at // documents.BLOCK + 1) * documents.BLOCK
+        for index in range(self.at, min(next_block, len(shape.named))):
+            prop, after = shape.named[index], Members(documents, shape, index + 1, self._counted(), False, self.taken)
+            if prop.node in documents.possible and documents.can_end(after):
+                behind = self._behind(prop.name, prop.node, after, alike)
+                if behind:
+                    texts[self._key(prop.name)] = behind[0] if len(behind) == 1 else (AnyOf(tuple(map(InOrder, behind))),)
+            if prop.required:
+                break
+            alike = frozenset(one for one in alike if prop.name not in one) if alike else alike
+        else:
+            here = replace(self, at=min(next_block, len(shape.named)), alike=alike)
+            if next_block < len(shape.named):
+                found.append((here,))
+            else:
+                found += here._unnamed()
+                if self.count >= shape.low and Fields() not in alike:
+                    texts[b"}"] = ()
+        return [any_text(texts), *found] if texts else found
+
+    def _key(self, name: str) -> bytes:
+        return f"{'' if self.first else ', '}{json.dumps(name, ensure_ascii=False)}: ".encode()
+
+    def _counted(self) -> int:
+        """One more property, counted as far as it matters."""
+        return self.count + 1 if self.shape.high is not None or self.count < self.shape.low else self.count
+
+    def _behind(self, name: str, node: Node, after: Members, alike: Iterable[Fields]) -> list[Symbols]:
+        """The value of a property and the rest."""
+        heads: dict[Any, set[Any]] = {}
+        for one in alike:
+            if name in one:
+                rest = Fields((other, value) for other, value in one.items() if other != name)
+                heads.setdefault(one[name], set()).add(rest)
+        return self.documents.unlike(node, heads, after)
+
+    def _unnamed(self) -> list[Symbols]:
+        """Unnamed properties; where properties are counted, their names are told apart."""
+        shape, documents, found = self.shape, self.documents, list[Symbols]()
+        if (shape.high is not None and self.count >= shape.high) or not documents.can_end(self):
+            return found  # those that are named and left out would be missing
+        after = Members(documents, shape, self.at, self._counted(), False, self.taken)
+        known = sorted({name for one in self.alike for name in one} - self.taken)
+        for names, node in shape.unnamed:
+            if node not in documents.possible:
+                continue
+            for name in known:
+                if string_fits(names, name):
+                    again = replace(after, taken=self.taken | {name})
+                    found += [(Word(self._key(name)), *behind) for behind in self._behind(name, node, again, self.alike)]
+            key = documents.leaf(names, self.taken.union(known))
+            if key is not None:
+                begin = () if self.first else (word(", "),)
+                counted = shape.low > 0 or shape.high is not None
+                found.append((*begin, Recorded(Automaton(key).start, Named(after, node))) if counted
+                             else (*begin, key, Word(b": "), Value(documents, node), after))  # fmt: skip
+        return found
 
 
 @dataclass(frozen=True)
-class Elements(Symbol):
+class Elements(Part):
     """The rest of an array behind `index` elements, of which so many fit what it must contain.
 
-    `seen` are the elements so far, where no two may be the same, and `texts` how those that are objects and arrays were written.
+    `seen` are the elements so far, where no two may be the same; `alike` is the rest of each array that this one must not be
+    and begins as.
     """
 
-    documents: Documents
     shape: ArrayShape
     index: int
     counts: tuple[int, ...]
     seen: frozenset[Any] = frozenset()
-    texts: frozenset[bytes] = frozenset()
+    alike: frozenset[tuple[Any, ...]] = frozenset()
 
-    def opened(self) -> Iterable[Symbols]:
-        return self.documents.kept(self, self.documents.elements)
+    def made(self) -> list[Symbols]:
+        """The alternatives: the end, or one more element."""
+        shape, documents, found = self.shape, self.documents, list[Symbols]()
+        if documents.is_whole(shape, self.index, self.counts) and () not in self.alike:
+            found.append((Word(b"]"),))
+        heads: dict[Any, set[Any]] = {}
+        for one in filter(None, self.alike):
+            heads.setdefault(one[0], set()).add(one[1:])
+        live = documents.alive(shape, documents.possible) if shape.contains else None
+        comma = (Word(b", "),) if self.index else ()
+        for node, counts in documents.elements(shape, self.index, self.counts):
+            after = Elements(documents, shape, documents.next(shape, self.index), counts, self.seen)
+            if node in documents.possible and (live is None or (after.index, counts) in live):
+                found += [(*comma, *behind) for behind in documents.unlike(node, heads, after)]
+        return found
+
+    def follow(self, text: bytes) -> Symbols:
+        return (replace(self, seen=self.seen | {comparable(json.loads(text))}),)
 
 
 @dataclass(frozen=True)
@@ -19003,137 +16877,66 @@ class Named:
 
 
 @dataclass(frozen=True)
-class Different:
-    """Behind an element of an array that holds nothing twice: the rest of it, unless the element is one of those seen."""
-
-    after: Elements
-
-    def follow(self, text: bytes) -> Symbols | None:
-        value, after = comparable(json.loads(text)), self.after
-        if value in after.seen:
-            return None
-        texts = after.texts | {text} if isinstance(value, (tuple, frozenset)) else after.texts
-        return (replace(after, seen=after.seen | {value}, texts=texts),)
-
-
-@dataclass(frozen=True)
 class Recorded(Symbol):
     """A part whose text so far is kept, for what follows depends on it. It is never empty."""
 
     here: State
-    then: Named | Different
-    ahead: State | None = None  # through which to look whether a text can still become another than those seen
+    then: Named | Elements
     text: bytes = b""
-    ends: bool = False
-    alike: tuple[Any, ...] = ()  # arrays and objects that it must not be and begin as it does
-
-    CLOSING: ClassVar = 1 << ord('"') | 1 << ord("]") | 1 << ord("}")
-    WIDE: ClassVar = 16  # that much may come: some of it differs
-    MAX_LOOK: ClassVar = 40  # choices that a look tries
-    MAX_FORCED: ClassVar = 10_000  # bytes of a text in which there is no choice
-
-    @functools.cached_property
-    def firsts(self) -> int:
-        bits, then = self.here.bits, self.then
-        if self.ahead and self.alike and isinstance(then, Different):
-            few = bits if bits.bit_count() <= self.WIDE else bits & (self.CLOSING | self._known(then.after.texts))
-            return bits & ~sum(1 << byte for byte in bytes_of(few) if not self._can_differ(self.ahead, byte))
-        return bits
-
-    def _known(self, texts: Iterable[bytes]) -> int:
-        """The bytes with which texts go on that begin like this one: where much may come, only they and ends take choice away."""
-        at = len(self.text)
-        return functools.reduce(operator.or_, (1 << text[at] for text in texts if text.startswith(self.text)), 0)
-
-    def _can_differ(self, ahead: State, byte: int) -> bool:
-        """False if a byte leaves only texts that may not be."""
-        todo, ended = [(ahead.step(byte), self.text + bytes([byte]))], False
-        for _ in range(self.MAX_LOOK):
-            if not todo:
-                return False
-            here, text = todo.pop()
-            if here is None:
-                continue
-            forced = here.forced(self.MAX_FORCED)
-            here, text = here.read(forced), text + forced
-            assert here is not None, "it is forced"
-            wide = min(self.WIDE, len(self.alike) + 3)  # a number can be written in three ways more
-            if here.bits.bit_count() > wide or (here.ends and self.then.follow(text) is not None):
-                return True
-            ended = ended or here.ends
-            behind = sorted(bytes_of(here.bits), key=lambda byte: (self.CLOSING >> byte & 1, byte == ord(","), byte))
-            todo += [(here.step(one), text + bytes([one])) for one in behind]  # ends first: they tell
-        return not ended
-
-    def _still_alike(self, byte: int) -> tuple[Any, ...]:
-        """Those that still begin as it does: behind a whole element or property, those that have it too."""
-        if byte != ord(",") or not self.alike:
-            return self.alike
-        try:
-            begun = comparable(json.loads(self.text + (b"]" if self.text[:1] == b"[" else b"}")))
-        except ValueError:
-            return self.alike  # the comma stands further inside
-        if isinstance(begun, tuple):
-            return tuple(one for one in self.alike if isinstance(one, tuple) and one[: len(begun)] == begun)
-        return tuple(one for one in self.alike if isinstance(one, frozenset) and begun <= one)
-
-    def step(self, byte: int) -> Symbols | None:
-        here, text = self.here.step(byte), self.text + bytes([byte])
-        if here is None or not self.firsts >> byte & 1:
-            return None
-        follows = self.then.follow(text) if here.ends else None
-        if not here.bits:
-            return follows
-        ahead = self.ahead.step(byte) if self.ahead else None
-        return (Recorded(here, self.then, ahead, text, follows is not None, self._still_alike(byte)),)
-
-    def left(self) -> Symbols:
-        return self.then.follow(self.text) or ()
-
-
-class TextTable:
-    """Texts of which one must come, in byte order, and what follows each."""
-
-    def __init__(self, texts: Mapping[bytes, Symbols]) -> None:
-        self.texts = sorted(texts)
-        self.after = [texts[text] for text in self.texts]
-
-    def between(self, low: int, high: int, at: int) -> Symbols:
-        """The rest of those from low to high, which are alike up to `at`."""
-        if high - low == 1:
-            rest = self.texts[low][at:]
-            return (Word(rest), *self.after[low]) if rest else self.after[low]
-        return (OneText(self, low, high, at, len(self.texts[low]) == at),)
-
-
-@dataclass(frozen=True)
-class OneText(Symbol):
-    """One of several texts: those between `low` and `high` begin with the `at` bytes that stand there already."""
-
-    texts: TextTable
-    low: int
-    high: int
-    at: int
-    ends: bool = False
 
     @property
     def firsts(self) -> int:
-        longer = self.texts.texts[self.low + self.ends : self.high]
-        return functools.reduce(operator.or_, {1 << text[self.at] for text in longer})
+        return self.here.bits
+
+    @property
+    def ends(self) -> bool:  # type: ignore[override]
+        return self.here.ends
 
     def step(self, byte: int) -> Symbols | None:
-        texts, low = self.texts.texts, self.low + self.ends
-        first = bisect.bisect_left(texts, byte, low, self.high, key=lambda text: text[self.at])
-        last = bisect.bisect_right(texts, byte, low, self.high, key=lambda text: text[self.at])
-        return self.texts.between(first, last, self.at + 1) if first < last else None
+        here, text = self.here.step(byte), self.text + bytes([byte])
+        if here is None:
+            return None
+        return (Recorded(here, self.then, text),) if here.bits else self.then.follow(text)
 
     def left(self) -> Symbols:
-        return self.texts.after[self.low]
+        return self.then.follow(self.text)
+
+
+@dataclass(frozen=True, eq=False)
+class OneText(Symbol):
+    """One of several texts, and what follows each."""
+
+    texts: Mapping[bytes, Symbols]
+
+    @functools.cached_property
+    def _after(self) -> dict[int, Symbols]:
+        groups: dict[int, dict[bytes, Symbols]] = {}
+        for text, after in self.texts.items():
+            if text:
+                groups.setdefault(text[0], {})[text[1:]] = after
+        return {byte: any_text(group) for byte, group in groups.items()}
+
+    @functools.cached_property
+    def firsts(self) -> int:
+        return sum(1 << byte for byte in self._after)
+
+    @property
+    def ends(self) -> bool:  # type: ignore[override]
+        return b"" in self.texts
+
+    def step(self, byte: int) -> Symbols | None:
+        return self._after.get(byte)
+
+    def left(self) -> Symbols:
+        return self.texts[b""]
 
 
 def any_text(texts: Mapping[bytes, Symbols]) -> Symbols:
     """One of some texts, and what follows it."""
-    return TextTable(texts).between(0, len(texts), 0)
+    begin = os.path.commonprefix([min(texts), max(texts)])  # noqa: RUF071 - no paths
+    rest = {text[len(begin) :]: after for text, after in texts.items()} if begin else texts
+    behind = (OneText(rest),) if len(texts) > 1 else rest[b""]
+    return (Word(begin), *behind) if begin else behind
 
 
 LETTERS = OneChar(((0x30, 0x39), (0x41, 0x5A), (0x61, 0x7A)))
@@ -19168,7 +16971,7 @@ def one_call(format: CallFormat, where: str, function: dict[str, Any]) -> Symbol
 class SchemaStructure(SchemaReader):
     """Reads no more of a schema than where the others in it stand, which templates and parsers rely on."""
 
-    def _type_names(self, key: str, value: Any, depth: int, base: str) -> int:
+    def _type_names(self, key: str, value: Any) -> int:
         if not isinstance(value, str) and not (isinstance(value, list) and all(isinstance(name, str) for name in value)):
             raise self.refuse(f"{key} must be a type or a list of types, not {self.said(value)}")
         return self.EVERY_TYPE
@@ -19182,7 +16985,7 @@ def check_structure(text: str, where: str) -> None:
     """Raises InvalidRequest, naming the keyword, for a schema that holds something else where a schema or a list must be."""
     reader = SchemaStructure(where, json.loads(text))
     try:
-        reader.read(reader.root, 0, "the schema", reader.base)
+        reader.read(reader.root)
     except RecursionError:
         raise reader.refuse("the schema is nested too deep") from None
 
@@ -19201,7 +17004,7 @@ def argument_types(text: str, key: str) -> int:
 
 def object_shapes(shapes: SchemaShapes) -> list[ObjectShape]:
     """The objects that a schema allows."""
-    root = shapes.node([shapes.read(shapes.root, 0, "the schema", shapes.base)])
+    root = shapes.node([shapes.read(shapes.root)])
     return [shape for shape in shapes.choice(root) if isinstance(shape, ObjectShape)]
 
 
@@ -19265,7 +17068,7 @@ def plain_texts(documents: Documents, shapes: Shapes, marker: str) -> Symbols:
         elif isinstance(shape, StringShape):
             shape = shape.within(apart)
             if documents.leaf(shape) is not None:
-                found.append(PlainText(shape.texts, shape.low, shape.high))
+                found.append(PlainText(shape.texts))
     if not found:
         raise documents.shapes.refuse(f"no string can fit the schema and be written before {_said(marker)}")
     return tuple(found)
@@ -19277,37 +17080,12 @@ def not_before(marker: str) -> str:
     return rf"{first}|\\|\n" if len(marker) == 1 else f"{first}(?:{first}|{second}|$)"
 
 
-class PlainText(RestOfText):
+class PlainText(JsonText):
     """The rest of a text that is written as it is."""
 
-    @property
-    def ends(self) -> bool:  # type: ignore[override]
-        return self.is_whole
-
-    @property
-    def firsts(self) -> int:
-        return plain_firsts(self.opening, self.half)
-
-    def step(self, byte: int) -> Symbols | None:
-        half = spelled_plainly(self.half).get(byte)
-        if half is None or not self.opening.reaches(half[0]):
-            return None
-        if half[1] != "done":
-            return (replace(self, half=half),)
-        return (PlainText(behind(self.at, half[2]), *counted(self.low, self.high)),)
-
-
-def spelled_plainly(half: Half) -> dict[int, Half]:
-    """Maps each byte to the state of a half-written character behind it, without escapes; "done" if it is whole."""
-    if half[1]:
-        return spelled(half)
-    return {byte: _whole(byte) for byte in range(128)} | {byte: more for byte, more in spelled(half).items() if byte >= 128}
-
-
-@functools.lru_cache(maxsize=1000)
-def plain_firsts(opening: Opening, half: Half) -> int:
-    """The bytes that may come where a text may go on in some way."""
-    return sum(1 << byte for byte, more in spelled_plainly(half).items() if opening.reaches(more[0]))
+    def opened(self) -> Iterable[Symbols]:
+        end: list[Symbols] = [()] if self.at.nullable else []
+        return [*end, *((OneChar(ranges), rest) for ranges, rest in self.longer())]
 
 
 @dataclass(frozen=True)
@@ -19328,7 +17106,7 @@ class NamedArguments(Symbol):
         yield ()
 
     @property
-    def parts(self) -> Symbols:
+    def parts(self) -> Symbols:  # type: ignore[override]
         return (self.separator, *(argument for argument, _ in self.options))
 
 
@@ -19355,7 +17133,7 @@ class RestOf(Symbol):
         return [*((Unread(stack),) for stack in state.stacks), *([()] if state.ends else [])]
 
     @property
-    def parts(self) -> Symbols:
+    def parts(self) -> Symbols:  # type: ignore[override]
         return (self.grammar,)
 
 
@@ -19372,10 +17150,12 @@ class Unread(Symbol):
 READING_SECONDS = 0.005  # of a grammar: 95 of 100 schemas take less
 
 
-def read_soon(root: Symbol) -> None:
-    """Checks a grammar for up to 5 ms; a slower one is checked by the engine, where no text waits. Raises InvalidRequest."""
+def read_soon(root: Symbol) -> bool:
+    """Reads a grammar for up to 5 ms; False for a slower one, which is read where no text waits. Raises InvalidRequest."""
     with TURN.limited(READING_SECONDS):
         read_ahead(root)
+        return True
+    return False
 
 
 def anything_but(marker: str) -> Symbol:
@@ -19610,30 +17390,23 @@ def pulled_before(wanted: Wanted) -> str | None:
     return str(snapshot / found.files[0].name) if found else None
 
 
-class FileLock:
-    """A lock between processes, on a file that stays. Where the file system has none, everybody gets it."""
+def lock_file(file: IO[str]) -> bool:
+    """Locks a file between processes and threads, until it is closed. Never waits: False while another has it.
 
-    def __init__(self, path: str) -> None:
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o644)
+    Where the file system has no locks, everybody gets one.
+    """
+    try:
+        if sys.platform == "win32":
+            import msvcrt
 
-    def acquire(self) -> bool:
-        """Never waits; False while another process or thread has it."""
-        try:
-            if sys.platform == "win32":
-                import msvcrt
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
 
-                msvcrt.locking(self._descriptor, msvcrt.LK_NBLCK, 1)
-            else:
-                import fcntl
-
-                fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            return error.errno not in (errno.EAGAIN, errno.EACCES, errno.EDEADLK)
-        return True
-
-    def close(self) -> None:
-        os.close(self._descriptor)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno not in (errno.EAGAIN, errno.EACCES, errno.EDEADLK)
+    return True
 
 
 # Asking for it
@@ -19679,83 +17452,36 @@ class Hub:
         import urllib.request as web
 
         self.url, self._token, self.cancel = hub_address(), hub_token(), cancel
-        self._woken = threading.Event()
-        self._socket: socket.socket | None = None
+        self.host = urllib.parse.urlsplit(self.url).netloc
+        self._woken, self._answers = threading.Event(), queue.SimpleQueue[Any]()
+        self._socket: socket.socket | None = None  # of the last answer
         cancel.on_cancel(self._break_off)
         self._request, self._opener = web.Request, web.OpenerDirector()
         for handler in (web.ProxyHandler, web.HTTPHandler, web.HTTPSHandler):  # statuses and redirects are ours
-            self._opener.add_handler(self._cancellable(handler)())
-
-    def _cancellable(self, handler: Any) -> Any:
-        """A handler of urllib's whose connections are ours, so that a cancel need not wait for a server."""
-        hub = self
-
-        class Cancellable(handler):  # type: ignore[misc]
-            def do_open(self, connection_class: Any, *args: Any, **more: Any) -> Any:
-                class Known(connection_class):  # type: ignore[misc]
-                    def connect(self) -> None:
-                        self._create_connection = hub._connect  # http.client's own hook
-                        super().connect()
-                        hub._watch(self.sock)
-
-                return super().do_open(Known, *args, **more)
-
-        return Cancellable
-
-    def _connect(self, address: tuple[str, int], timeout: float, source: Any = None) -> socket.socket:
-        """As socket.create_connection, but that a cancel ends it: no call does that to a look-up, which may take minutes."""
-        from concurrent.futures import Future
-
-        connected: Future[socket.socket] = Future()
-
-        def connect() -> None:
-            try:
-                connected.set_result(socket.create_connection(address, timeout, source))
-            except Exception as error:  # raised again where it is waited for
-                connected.set_exception(error)
-
-        try:
-            threading.Thread(target=connect, name="connecting", daemon=True).start()
-        except RuntimeError as error:
-            raise OSError(str(error)) from None
-        while not connected.done():
-            self.pause(0.02)
-        self._watch(connected.result().dup())  # TLS makes another socket object of it, and shakes hands first
-        return connected.result()
-
-    def _watch(self, connection: socket.socket) -> None:
-        """From now on a cancel breaks off this connection."""
-        self._socket = connection
-        self.cancel.check()
+            self._opener.add_handler(handler())
 
     def _break_off(self) -> None:
         """Wakes the thread that waits or reads; in the thread that cancels."""
         self._woken.set()
+        self._answers.put(Cancelled())
         if self._socket:
             with contextlib.suppress(OSError):
                 self._socket.shutdown(socket.SHUT_RDWR)
-
-    @property
-    def host(self) -> str:
-        return urllib.parse.urlsplit(self.url).netloc
 
     def pause(self, seconds: float) -> None:
         """Waits; raises Cancelled."""
         self._woken.wait(seconds)
         self.cancel.check()
 
-    def wait(self, seconds: float, tell: Callable[[float], Fetching]) -> Iterator[Fetching]:
-        """Waits, and tells every second how many are left, so that nobody gives us up; raises Cancelled."""
+    def wait(self, seconds: float, why: str) -> Iterator[Fetching]:
+        """Waits to try again, and tells every second how many are left, so that nobody gives us up; raises Cancelled."""
         end = time.monotonic() + seconds
         while (left := end - time.monotonic()) > 0:
-            yield tell(left)
+            yield Fetching(f"{why}, trying again in {left:.0f} s")
             self.pause(min(left, 1.0))
 
     def get(self, url: str, headers: Mapping[str, str]) -> Generator[Fetching, None, http.client.HTTPResponse]:
-        """The answer, whatever its status, once redirects are followed and a busy server was waited for.
-
-        Raises ConnectionLost, PullFailed.
-        """
+        """The answer, behind redirects, once a server is not busy, whatever its status. Raises ConnectionLost, PullFailed."""
         pauses = iter(PULL_RETRY_SECONDS)
         while True:
             response = self._follow(url, headers)
@@ -19766,12 +17492,7 @@ class Hub:
             if pause > MAX_RETRY_AFTER:
                 return response
             response.close()
-            why = f"{printable(urllib.parse.urlsplit(url).netloc)} is busy ({response.status})"
-            yield from self.wait(pause, functools.partial(self._trying_again, why))
-
-    @staticmethod
-    def _trying_again(why: str, left: float) -> Fetching:
-        return Fetching(f"{why}, trying again in {left:.0f} s")
+            yield from self.wait(pause, f"{printable(urllib.parse.urlsplit(url).netloc)} is busy ({response.status})")
 
     def _follow(self, url: str, headers: Mapping[str, str]) -> http.client.HTTPResponse:
         for _ in range(MAX_REDIRECTS):
@@ -19788,14 +17509,27 @@ class Hub:
         raise PullFailed(message=f"{urllib.parse.urlsplit(url).netloc} redirects in circles")
 
     def _send(self, url: str, headers: Mapping[str, str]) -> http.client.HTTPResponse:
+        """Asks in a thread that a cancel leaves behind: nothing else ends a look-up, which may take minutes."""
         known = {"Authorization": f"Bearer {self._token}"} if self._token and origin_of(url) == origin_of(self.url) else {}
         common = {"User-Agent": f"shimmy/{__version__}", "Accept-Encoding": "identity"}
+
+        def ask() -> None:
+            try:
+                request = self._request(url, headers={**common, **headers, **known})
+                self._answers.put(self._opener.open(request, timeout=PULL_SILENCE))
+            except Exception as error:  # raised again where it is waited for
+                self._answers.put(error)
+
         try:
-            answer: http.client.HTTPResponse = self._opener.open(self._request(url, headers={**common, **headers, **known}),
-                                                                 timeout=PULL_SILENCE)  # fmt: skip
-            return answer
-        except (OSError, http.client.HTTPException, ValueError) as error:
+            threading.Thread(target=ask, name="asking", daemon=True).start()
+            answer = self._answers.get()
+            if isinstance(answer, Exception):
+                raise answer
+            self._socket = socket.fromfd(answer.fileno(), socket.AF_INET, socket.SOCK_STREAM)  # of any family: to shut it down
+        except (OSError, RuntimeError, ValueError, http.client.HTTPException) as error:
             raise ConnectionLost(connection_words(error)) from None
+        self.cancel.check()
+        return answer  # type: ignore[no-any-return]
 
     def read(self, response: http.client.HTTPResponse) -> bytes:
         """Some bytes, none at the end. Raises ConnectionLost, Cancelled."""
@@ -19903,8 +17637,8 @@ class Download:
         target, size = self._target, self._file.size
         for path in (target.partial, target.lock):
             os.makedirs(os.path.dirname(path), exist_ok=True)
-        with contextlib.closing(FileLock(target.lock)) as lock:
-            while not lock.acquire():
+        with open(target.lock, "a") as lock:
+            while not lock_file(lock):
                 yield self._event("waiting for another pull of ")
                 self._hub.pause(0.2)
             if not target.holds(size):
@@ -20031,18 +17765,15 @@ class Plan:
         return sum(max(0, file.size - target.begun()) for file, target in self.files if not target.holds(file.size))
 
 
-class Pull:
+class Pull(Hub):
     """One pull: `plan` asks what there is, `run` fetches it. Both yield how far they are."""
-
-    def __init__(self, cancel: Cancellation) -> None:
-        self._hub = Hub(cancel)
 
     def plan(self, wanted: Wanted, folder: str) -> Generator[Fetching, None, Plan]:
         """Raises ModelNotFound, Forbidden, PullFailed; `folder` takes what comes from an address."""
         return (yield from self._plan_repository(wanted) if wanted.repo else self._plan_address(wanted.url, folder))
 
     def _plan_repository(self, wanted: Wanted) -> Generator[Fetching, None, Plan]:
-        commit, files = yield from self._hub.listing(wanted.repo)
+        commit, files = yield from self.listing(wanted.repo)
         offers = offers_of(files)
         chosen = choose_offer(offers, wanted.part)
         if chosen is None:
@@ -20066,9 +17797,9 @@ class Pull:
         if not name.lower().endswith(".gguf") or not is_safe_name(name):
             raise InvalidRequest(f"'{printable(url)}' does not name a .gguf file", "model")
         try:
-            with contextlib.closing((yield from self._hub.get(url, {}))) as response:
+            with contextlib.closing((yield from self.get(url, {}))) as response:
                 if response.status != 200:
-                    raise (yield from self._hub.refusal(response, ""))
+                    raise (yield from self.refusal(response, ""))
                 length, etag = response.headers.get("Content-Length") or "", response.headers.get("ETag") or ""
                 start = response.read(4)
         except (ConnectionLost, OSError, http.client.HTTPException) as error:
@@ -20089,7 +17820,7 @@ class Pull:
             raise DiskFull(message=f"the disk is too small: {need}")
         try:
             for file, target in plan.files:
-                yield from Download(self._hub, plan.repo, file, target).run()
+                yield from Download(self, plan.repo, file, target).run()
             if plan.commit:
                 write_reference(repository_folder(plan.repo), plan.commit)
         except OSError as error:
