@@ -2858,7 +2858,7 @@ def parsed(text: str, pieces: Iterable[str], **options: Any) -> dict[str, Any]:
     events = [e for piece in pieces for e in parser.push(piece)] + list(parser.finish("stop"))
     (choice,) = collected(events).values()
     calls = [(c.name, c.text) for c in choice.calls]
-    return {"text": choice.text, "thought": choice.said("thought"), "calls": calls, "reason": choice.finish_reason}
+    return {"text": choice.said("text"), "thought": choice.said("thought"), "calls": calls, "reason": choice.finish_reason}
 
 
 @pytest.mark.parametrize("whole", [True, False], ids=["whole", "one character at a time"])
@@ -3084,7 +3084,7 @@ def read(format: Any, prompt: str, text: Any, size: int = 1) -> tuple[str, str, 
     pieces = [text[i : i + size] for i in range(0, len(text), size)] if isinstance(text, str) else text
     events = [e for piece in pieces for e in parser.push(piece)] + list(parser.finish("stop"))
     choice = collected(events)[0]
-    return choice.text, choice.said("thought"), [(c.name, json.loads(c.text or "null")) for c in choice.calls], events
+    return choice.said("text"), choice.said("thought"), [(c.name, json.loads(c.text or "null")) for c in choice.calls], events
 
 
 def derived(source: str) -> Any:
@@ -3197,7 +3197,7 @@ def check_forced(source: str) -> None:
         for pieces in ([text], list(text), in_pieces(text, pick)):
             parser = module.ChatParser(0, format, dict.fromkeys(NAMES, REFERRING), "", frozenset(), forced=True)
             choice = collected([*(e for piece in pieces for e in parser.push(piece)), *parser.finish("stop")])[0]
-            assert choice.finish_reason == "tool_calls" and not choice.text, text
+            assert choice.finish_reason == "tool_calls" and not choice.said("text"), text
             for call in choice.calls:
                 Draft202012Validator(REFERRING).validate(json.loads(call.text))
 
@@ -3820,8 +3820,8 @@ def test_forced_calls_hold(box: Any, name: str, choice: str) -> None:
     answers = collected(box.generate(forced, module.Cancellation()))
     for index, written in answers.items():
         parser = talk.parser(request, prompt[-1:], index)
-        (choice_made,) = collected([*parser.push(written.text), *parser.finish(written.finish_reason)]).values()
-        assert choice_made.finish_reason == "tool_calls" and choice_made.text == "", written.text
+        (choice_made,) = collected([*parser.push(written.said("text")), *parser.finish(written.finish_reason)]).values()
+        assert choice_made.finish_reason == "tool_calls" and choice_made.said("text") == "", written.said("text")
         [call] = choice_made.calls
         assert call.name == "add" or choice == "required"
         assert {"get_weather": {"city", "unit"}, "add": {"a"}}[call.name] <= set(json.loads(call.text))
