@@ -1588,8 +1588,10 @@ class Chat:
 
     def prompt(self, request: GenerateRequest) -> tuple[str, ...]:
         """The prompt's segments. Raises InvalidRequest when the template refuses the messages, or runs away."""
-        names = {THOUGHT_FIELDS[0]: self.format.thought_field} if request.messages else {}
-        messages = [{names.get(key, key): value for key, value in m.items()} for m in without_noise(request.messages or ())]
+        messages = without_noise(request.messages or ())
+        for message in messages:
+            if THOUGHT_FIELDS[0] in message:
+                message[self.format.thought_field] = message.pop(THOUGHT_FIELDS[0])
         begun = messages.pop() if continues(request) else None
         said: list[Any] = [list(request.tools), dict(request.template_args)]
         mark = unused_in([messages, said, begun])
