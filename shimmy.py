@@ -1508,12 +1508,6 @@ class ChatFormat:
     drops: tuple[str, ...] = ()
     thought_field: str = THOUGHT_FIELDS[0]  # of a message, in which the template looks for its thought
 
-    @property
-    def literals(self) -> str:
-        """All text that the parser must see, whether or not tokens of it are special."""
-        calls = (f"{c.opens}{c.head} {c.named} {c.again} {c.closes} {c.params}" for c in self.calls)
-        return " ".join([*self.thought, *self.drops, *calls])
-
 
 # Overrides for what cannot be derived, keyed by a text that only this family's templates hold.
 FAMILIES: tuple[tuple[str, dict[str, Any]], ...] = (
@@ -1760,7 +1754,8 @@ class Chat:
     @property
     def markers(self) -> frozenset[str]:
         """Names of the special tokens that the parser must see."""
-        text = self.format.literals
+        calls = (f"{c.opens}{c.head} {c.named} {c.again} {c.closes} {c.params}" for c in self.format.calls)
+        text = " ".join([*self.format.thought, *self.format.drops, *calls])
         return frozenset(text[start:end] for start, end in self._names.spans(text))
 
 
@@ -1857,19 +1852,17 @@ class Helper:
             value, complaint = self._pipe.receive()
             return value, complaint
         except Exception:  # a process's border: it died, or what it says cannot be read
-            raise self._why_ended(timer.finished.is_set()) from None
+            was_late = timer.finished.is_set()
+            with contextlib.suppress(Exception):
+                self.process.wait(1.0)
+            if was_late and PROCESSOR_TIMER is not None:  # the process counts its own time, and ends with that
+                raise Overloaded("The machine is too busy to apply the model's chat template") from None
+            if was_late or self.process.returncode == -getattr(signal, "SIGPROF", 256):
+                raise HelperFailed(f"it takes over {HELPER_SECONDS:g} seconds") from None
+            raise HelperFailed("it ended the process that ran it") from None
         finally:
             timer.cancel()
             timer.join()
-
-    def _why_ended(self, was_late: bool) -> Exception:
-        with contextlib.suppress(Exception):
-            self.process.wait(1.0)
-        if was_late and PROCESSOR_TIMER is not None:  # the process counts its own time, and ends with that
-            return Overloaded("The machine is too busy to apply the model's chat template")
-        if was_late or self.process.returncode == -getattr(signal, "SIGPROF", 256):
-            return HelperFailed(f"it takes over {HELPER_SECONDS:g} seconds")
-        return HelperFailed("it ended the process that ran it")
 
     def end(self) -> None:
         self.process.kill()
@@ -2681,11 +2674,6 @@ def parse_shares(words: str) -> tuple[float, ...]:
     return tuple(map(float, re.split("[,/]", words)))
 
 
-def parse_names(words: str) -> tuple[str, ...]:
-    """--device: names by commas."""
-    return tuple(word.strip() for word in words.split(",") if word.strip())
-
-
 def parse_override(words: str) -> tuple[str, str]:
     """--override-tensor: a regular expression for tensors' names, and the device that they go to."""
     pattern, equals, device = words.rpartition("=")
@@ -2714,7 +2702,8 @@ class EngineOptions:
     override_tensor: tuple[tuple[str, str], ...] = knob((), "tensors whose names match go to a device (repeatable)",
                                                         type=parse_override, metavar="PATTERN=DEVICE")  # fmt: skip
     device: tuple[str, ...] | None = knob(None, "devices to use, by commas, as diag names them; none: the CPU alone",
-                                          type=parse_names, metavar="LIST")  # fmt: skip
+                                          type=lambda words: tuple(filter(None, map(str.strip, words.split(",")))),
+                                          metavar="LIST")  # fmt: skip
     main_gpu: int | None = knob(None, "the GPU to use alone, by its number among those used", type=int)
     tensor_split: tuple[float, ...] | None = knob(None, "how to share the layers out over the GPUs", type=parse_shares,
                                                   metavar="A,B")  # fmt: skip
@@ -13123,14 +13112,6 @@ def as_json(text: str, types: int) -> str:
     return json.dumps(text, ensure_ascii=False)
 
 
-def as_object(text: str) -> str | None:
-    """A call's arguments as a JSON object: they may stand as text in a string, and null is none; None if they are no object."""
-    if text.startswith('"'):
-        text = mended(json.loads(text)) or ""
-    text = "{}" if text == "null" else text
-    return text if text.startswith("{") else None
-
-
 class TextEnded(Exception):
     """More text is needed, and none will come."""
 
@@ -13411,9 +13392,11 @@ class CallReader(Scanner):
         if mender or (first == "{" and self._name):
             self._begin()
             return (yield from self._json(sys.maxsize, mender or JsonMender()))
-        self._early = as_object((yield from self._json(MAX_EARLY))) if first in "{\"'nN" else None
-        if self._early is None:
+        text = yield from self._json(MAX_EARLY)
+        text = mended(json.loads(text)) or "" if text.startswith('"') else text  # they may stand in a string
+        if first not in "{\"'nN" or not (text == "null" or text.startswith("{")):
             raise NoCall
+        self._early = "{}" if text == "null" else text
         self._header += self.at - start
         if self._name:
             self._begin()
@@ -13592,13 +13575,13 @@ class ChatParser(Parser):
         while True:
             found = mark.search(self.buffer)
             held = held_back(self.buffer, marks) if not self.reason or self._drops_a_cut_mark else 0
-            if found and (self.reason or found.start() < len(self.buffer) - held):  # else it may become a longer one
-                tell(self._take(found.start()))
-                return found[0]
-            tell(self._take(len(self.buffer) - held))
-            if self.reason:
-                self.drop(held)
-                return ""
+            if found and not self.reason and found.start() >= len(self.buffer) - held:
+                found = None  # it may become a longer one
+            if text := self._take(found.start() if found else len(self.buffer) - held):
+                tell(text)
+            if found or self.reason:
+                self.drop(0 if found else held)
+                return found[0] if found else ""
             yield
 
     def _thought_begins(self) -> Reading:
@@ -13624,15 +13607,12 @@ class ChatParser(Parser):
         while not self.buffer.strip("\n") and not self.reason:
             yield
         self._take(len(self.buffer) - len(self.buffer.lstrip("\n")))  # a token may go on with text
-        while mark := (yield from self._up_to((closes, *(() if self.calls else self._openings)), self._think)):
+        marks = (closes, *(() if self.calls else self._openings))
+        while mark := (yield from self._up_to(marks, lambda text: self._emit(Thought(self.index, text)))):
             if mark == closes:
                 return self.drop(len(closes))
             if (yield from self._call_in_thought()):
                 return
-
-    def _think(self, text: str) -> None:
-        if text:
-            self._emit(Thought(self.index, text))
 
     def _call_in_thought(self) -> Reading:
         """Takes calls with which the text ends, although the thought that they stand in does not (Qwen 3 and 3.5 do that);
