@@ -6135,19 +6135,13 @@ def test_calculator_knows_pi_and_functions(server: Server) -> None:
     ["1/0", "", "2 +", "__import__('os')", "().__class__", "(1).real", "[1 for _ in 'ab']", "lambda: 1", "x", "'a' * 9",
      "open('/etc/passwd')", "9**9**9", "10**1000000", "factorial(10**6)", "1e308 * 10", "1 << 10**9", "sqrt(-1)",
      "pow(9, 10**9)", "comb(10**6, 5 * 10**5)", "(a := 1)", "'a'.join(['b'])", "f'{1}'", "1; 2",
-     "(-8) ** 0.5", "2 ** 500000", "factorial(-1)"],
+     "(-8) ** 0.5", "2 ** 500000", "factorial(-1)", "round(5, -3000000)", "round(1.5, 10**9)"],
     ids=lambda expression: expression or "nothing",
 )  # fmt: skip
 def test_calculator_rejects(expression: str, server: Server) -> None:
     reply = execute(server, "calculator", expression)
     if expression or reply.status != 400:
         assert_tool_failed(reply)
-
-
-@pytest.mark.parametrize("expression", ["round(5, -3000000)", "round(1.5, 10**9)", "2**100000", "9**9**9"])
-def test_calculator_rejects_expensive_expressions(expression: str, server: Server) -> None:
-    reply = server.post("/api/tools/calculator/execute", {"expression": expression})
-    assert reply.status == 200 and reply.json()["success"] is False
 
 
 @pytest.mark.parametrize("long", ["parentheses", "sum", "minuses", "digits"])
