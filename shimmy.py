@@ -1508,12 +1508,6 @@ class ChatFormat:
     drops: tuple[str, ...] = ()
     thought_field: str = THOUGHT_FIELDS[0]  # of a message, in which the template looks for its thought
 
-    @property
-    def literals(self) -> str:
-        """All text that the parser must see, whether or not tokens of it are special."""
-        calls = (f"{c.opens}{c.head} {c.named} {c.again} {c.closes} {c.params}" for c in self.calls)
-        return " ".join([*self.thought, *self.drops, *calls])
-
 
 # Overrides for what cannot be derived, keyed by a text that only this family's templates hold.
 FAMILIES: tuple[tuple[str, dict[str, Any]], ...] = (
@@ -1588,25 +1582,21 @@ class Chat:
 
     def prompt(self, request: GenerateRequest) -> tuple[str, ...]:
         """The prompt's segments. Raises InvalidRequest when the template refuses the messages, or runs away."""
-        messages = [self._with_thought(m) for m in without_noise(request.messages or ())]
+        messages = without_noise(request.messages or ())
+        for message in messages:
+            if THOUGHT_FIELDS[0] in message:
+                message[self.format.thought_field] = message.pop(THOUGHT_FIELDS[0])
         begun = messages.pop() if continues(request) else None
         said: list[Any] = [list(request.tools), dict(request.template_args)]
-        mark = self._mark([messages, said, begun])
-        if mark:
-            messages, said = [self._guard(m, mark, m["role"] == "assistant") for m in messages], self._guard(said, mark)
-            begun = begun and self._guard(begun, mark, True)
+        mark = unused_in([messages, said, begun])
+        messages, said = [self._guard(m, mark, m["role"] == "assistant") for m in messages], self._guard(said, mark)
+        begun = begun and self._guard(begun, mark, True)
         rendering = Rendering(self._templates, self.facts.bos, self.facts.eos, messages, *said)
         rendered = self._render(rendering)
         segments = self._continued(rendering, rendered, begun) if begun else [rendered]
         if self.facts.adds_bos and self.facts.bos and segments[0].startswith(self.facts.bos):
             segments[0] = segments[0][len(self.facts.bos) :]  # the tokenizer adds it, once
-        return tuple(part for s in segments for part in (s.split(mark) if mark else (s,)))
-
-    def _with_thought(self, message: dict[str, Any]) -> dict[str, Any]:
-        """The message with its thought in the field in which the template looks for it."""
-        name = THOUGHT_FIELDS[0]
-        return {self.format.thought_field if key == name else key: value for key, value in message.items()} \
-            if name in message else message
+        return tuple(part for segment in segments for part in segment.split(mark))
 
     def _continued(self, rendering: Rendering, rendered: str, begun: dict[str, Any]) -> list[str]:
         """The segments of a prompt that ends with an answer that has begun.
@@ -1619,8 +1609,7 @@ class Chat:
         if begins_thought(content, self.format):  # whether it ends or not
             behind = content.lstrip().removeprefix(opens)
             return [rendered, content if not is_open else behind.lstrip("\n") if rendered.endswith("\n") else behind]
-        texts = "".join(texts_in([rendering.messages, begun]))
-        place = next((c for c in reversed(NONCHARACTERS) if c not in texts), ID)
+        place = unused_in([rendering.messages, begun, rendered])
         turn, thought = {**begun, "content": place}, begun.get(self.format.thought_field)
         with contextlib.suppress(InvalidRequest):  # some templates take no such turn at the end
             whole = self._render(replace(rendering, messages=[*rendering.messages, turn], generation=False))
@@ -1639,19 +1628,19 @@ class Chat:
         fim = self.facts.fim
         if not {"pre", "suf", "mid"} <= fim.keys():
             raise InvalidRequest("model: it has no tokens for a prefix and a suffix, so it cannot fill a gap", "model")
-        mark = self._mark([gap.prefix, gap.suffix, *(text for pair in gap.extra for text in pair)])
+        mark = unused_in([gap.prefix, gap.suffix, gap.extra])
         extra = [("rep", "myproject\n")] if "rep" in fim and gap.extra else []
         extra += [("sep", f"{name}\n{text}" if "sep" in fim else f"\n\n--- snippet ---\n\n{text}") for name, text in gap.extra]
         extra += [("sep", "filename\n")] if "sep" in fim and gap.extra else []
         first = self._apart(extra, mark)
         return (*first, *self._apart([("pre", gap.prefix), ("suf", gap.suffix), ("mid", "")], mark)), len(first)
 
-    def _apart(self, parts: Seq[tuple[str, str]], mark: str | None) -> list[str]:
+    def _apart(self, parts: Seq[tuple[str, str]], mark: str) -> list[str]:
         """Tokens that mark a gap, each with a client's text behind it, in which names of special tokens are split."""
         segments: list[str] = []
         for token, text in parts:
             segments += [self.facts.fim[token]] if token in self.facts.fim else []
-            segments += self._guard(text, mark).split(mark) if mark else [text]
+            segments += self._guard(text, mark).split(mark)
         return [segment for segment in segments if segment]
 
     def _render(self, rendering: Rendering) -> str:
@@ -1659,16 +1648,6 @@ class Chat:
             return str(self._helpers.run(rendering))
         except HelperFailed as error:
             raise InvalidRequest(f"messages do not fit the model's chat template: {error}", "messages") from None
-
-    def _mark(self, said: list[Any]) -> str | None:
-        """A character that stands nowhere in the client's text, if that text names a special token at all."""
-        texts = list(texts_in(said))
-        if not any(map(self._names.found_in, texts)):
-            return None
-        mark = next((c for c in NONCHARACTERS if not any(c in t for t in texts)), None)
-        if mark is None:
-            raise InvalidRequest("messages may not hold every Unicode noncharacter (U+FDD0 to U+FDEF)", "messages")
-        return mark
 
     def _guard(self, value: Any, mark: str, assistant: bool = False) -> Any:
         """The value with every special token's name split by `mark`; an assistant's own thought markers stay whole."""
@@ -1714,13 +1693,15 @@ class Chat:
         one = not request.parallel_tool_calls and request.sampling.constraint is None
         if not tools or request.tool_choice == "none" or not (forced or one):
             return self._schema(request, str(last[0]))
-        grammar, mark = CallsGrammar(calls, tools), calls.marks[0]
+        mark = calls.marks[0]
         if not forced:  # the first call is the only one
-            return Constraint(grammar.symbol(mark, False), "parallel_tool_calls", mark, self.markers) if mark else None
+            symbol = calls_symbol(calls, tools, mark, False)
+            return Constraint(symbol, "parallel_tool_calls", mark, self.markers) if mark else None
         opened = calls.opens if calls.opens.strip() and str(last[0]).endswith(calls.opens) else ""
         thought, after = self._thought_first(request, str(last[0]))
         many = request.parallel_tool_calls and named is None
-        return Constraint(InOrder((*thought, grammar.symbol(opened, many))), "tool_choice", after, self.markers)
+        symbol = calls_symbol(calls, tools, opened, many)
+        return Constraint(InOrder((*thought, symbol)), "tool_choice", after, self.markers)
 
     def _schema(self, request: GenerateRequest, last: str) -> Constraint | None:
         """The schema or grammar that was asked for: behind the thought, and where functions are offered a call instead.
@@ -1732,17 +1713,16 @@ class Chat:
             return wanted and replace(wanted, after=after, markers=self.markers | wanted.markers)
         grammar = wanted.grammar
         if continues(request) and after is None and (request.messages or ())[-1]["content"]:
-            grammar = RestOf(grammar, self._behind_thought((request.messages or ())[-1]["content"]).encode(), wanted.param)
+            begun = (request.messages or ())[-1]["content"]
+            if begins_thought(begun, self.format):
+                begun = begun.partition(self.format.thought[1])[2].lstrip()
+            grammar = RestOf(grammar, begun.encode(), wanted.param)
             read_soon(grammar)
             return replace(wanted, markers=self.markers, grammar=grammar)
         if request.tools and request.tool_choice != "none":
-            calls = CallsGrammar(self.format.calls[0], request.tools)
-            grammar = AnyOf((calls.symbol("", request.parallel_tool_calls), grammar))
+            calls = calls_symbol(self.format.calls[0], request.tools, "", request.parallel_tool_calls)
+            grammar = AnyOf((calls, grammar))
         return replace(wanted, after=after, markers=self.markers, grammar=InOrder((*thought, grammar)))
-
-    def _behind_thought(self, content: str) -> str:
-        """An answer without the thought that it begins with."""
-        return content.partition(self.format.thought[1])[2].lstrip() if begins_thought(content, self.format) else content
 
     def _thought_first(self, request: GenerateRequest, last: str) -> tuple[Symbols, str | None]:
         """Symbols of a thought before the text that a grammar wants, and the marker behind which the grammar begins."""
@@ -1774,7 +1754,8 @@ class Chat:
     @property
     def markers(self) -> frozenset[str]:
         """Names of the special tokens that the parser must see."""
-        text = self.format.literals
+        calls = (f"{c.opens}{c.head} {c.named} {c.again} {c.closes} {c.params}" for c in self.format.calls)
+        text = " ".join([*self.format.thought, *self.format.drops, *calls])
         return frozenset(text[start:end] for start, end in self._names.spans(text))
 
 
@@ -1798,17 +1779,13 @@ def without_noise(messages: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     return kept
 
 
-def texts_in(value: Any) -> Iterator[str]:
-    """Every string inside lists and dicts, keys too."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict):
-        for key, item in value.items():
-            yield key
-            yield from texts_in(item)
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from texts_in(item)
+def unused_in(said: Any) -> str:
+    """A character that stands nowhere in what a client said. Raises InvalidRequest where there is none."""
+    text = json.dumps(said, ensure_ascii=False)
+    mark = next((c for c in NONCHARACTERS if c not in text), None)
+    if mark is None:
+        raise InvalidRequest("messages may not hold every Unicode noncharacter (U+FDD0 to U+FDEF)", "messages")
+    return mark
 
 
 class SpecialNames:
@@ -1834,9 +1811,6 @@ class SpecialNames:
                 end = at + length
                 yield at, end
 
-    def found_in(self, text: str) -> bool:
-        return next(self.spans(text), None) is not None
-
     def split(self, text: str, mark: str, keep: Seq[str] = ()) -> str:
         """The text with `mark` behind the first character of each name that is not to be kept."""
         parts, done = [], 0
@@ -1854,14 +1828,6 @@ class HelperFailed(Exception):
     """A helper's task failed, or broke its bounds: the message says why."""
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """A helper process's answer: the task's value, or why it has none."""
-
-    value: Any = None
-    error: str | None = None
-
-
 PROCESSOR_TIMER = getattr(signal, "ITIMER_PROF", None)  # its signal ends a helper though the server may be dead; not on Windows
 
 
@@ -1872,8 +1838,9 @@ class Helper:
         self.process, reader, writer = start_child("helper_main")
         self._pipe = Pipe(reader, writer)
 
-    def run(self, task: Any) -> Outcome:
-        """The task's outcome. Raises HelperFailed when it ended or outlived the process, Overloaded when it had no time."""
+    def run(self, task: Any) -> tuple[Any, str | None]:
+        """The task's value, or why it has none. Raises HelperFailed when it ended or outlived the process, Overloaded when it
+        had no time."""
         timer = threading.Timer(HELPER_SECONDS * (HELPER_PATIENCE if PROCESSOR_TIMER is not None else 1), self.process.kill)
         timer.daemon = True
         try:
@@ -1882,22 +1849,20 @@ class Helper:
             raise Overloaded(f"The system starts no more threads ({error})") from None
         try:
             self._pipe.send(task)
-            outcome: Outcome = self._pipe.receive()
-            return outcome
+            value, complaint = self._pipe.receive()
+            return value, complaint
         except Exception:  # a process's border: it died, or what it says cannot be read
-            raise self._why_ended(timer.finished.is_set()) from None
+            was_late = timer.finished.is_set()
+            with contextlib.suppress(Exception):
+                self.process.wait(1.0)
+            if was_late and PROCESSOR_TIMER is not None:  # the process counts its own time, and ends with that
+                raise Overloaded("The machine is too busy to apply the model's chat template") from None
+            if was_late or self.process.returncode == -getattr(signal, "SIGPROF", 256):
+                raise HelperFailed(f"it takes over {HELPER_SECONDS:g} seconds") from None
+            raise HelperFailed("it ended the process that ran it") from None
         finally:
             timer.cancel()
             timer.join()
-
-    def _why_ended(self, was_late: bool) -> Exception:
-        with contextlib.suppress(Exception):
-            self.process.wait(1.0)
-        if was_late and PROCESSOR_TIMER is not None:  # the process counts its own time, and ends with that
-            return Overloaded("The machine is too busy to apply the model's chat template")
-        if was_late or self.process.returncode == -getattr(signal, "SIGPROF", 256):
-            return HelperFailed(f"it takes over {HELPER_SECONDS:g} seconds")
-        return HelperFailed("it ended the process that ran it")
 
     def end(self) -> None:
         self.process.kill()
@@ -1929,16 +1894,16 @@ class Helpers:
         try:
             helper = self._take()
             try:
-                outcome = helper.run(task)
+                value, complaint = helper.run(task)
             except BaseException:
                 helper.end()
                 raise
             self._keep(helper)
         finally:
             self._free.release()
-        if outcome.error is not None:
-            raise HelperFailed(outcome.error)
-        return outcome.value
+        if complaint is not None:
+            raise HelperFailed(complaint)
+        return value
 
     def _take(self) -> Helper:
         """A process that waits, if it still lives, or a new one."""
@@ -1984,21 +1949,22 @@ def helper_main() -> None:
             task = pipe.receive()
             if PROCESSOR_TIMER is not None:
                 signal.setitimer(PROCESSOR_TIMER, HELPER_SECONDS)
-            outcome = _outcome_of(task)
+            outcome = outcome_of(task)
             if PROCESSOR_TIMER is not None:
                 signal.setitimer(PROCESSOR_TIMER, 0)
             pipe.send(outcome)
 
 
-def _outcome_of(task: Any) -> Outcome:
+def outcome_of(task: Any) -> tuple[Any, str | None]:
+    """A task's value, or why it has none."""
     try:
-        return Outcome(task.run())
+        return task.run(), None
     except MemoryError:
-        return Outcome(error=f"it needs over {human_bytes(HELPER_BYTES)} of memory")
+        return None, f"it needs over {human_bytes(HELPER_BYTES)} of memory"
     except RecursionError:
-        return Outcome(error="it recurses without end")
+        return None, "it recurses without end"
     except Exception as error:  # the process's border: a template may raise anything
-        return Outcome(error=" ".join(str(error).split())[:500] or type(error).__name__)
+        return None, " ".join(str(error).split())[:500] or type(error).__name__
 
 
 @dataclass(frozen=True)
@@ -2090,26 +2056,15 @@ def _position(word: str, text: str, start: int) -> int:
 
 @functools.lru_cache(maxsize=16)
 def compiled_template(source: str) -> Any:
-    """A template ready to render; the last few are kept."""
-    return chat_environment().from_string(source)
+    """A template ready to render; the last few are kept. `{% generation %}` marks training spans, and is its body here."""
+    source = re.sub(r"(\{%[-+]?\s*)generation\b", r"\1if true", source)
+    return chat_environment().from_string(re.sub(r"(\{%[-+]?\s*)endgeneration\b", r"\1endif", source))
 
 
 @functools.cache
 def chat_environment() -> Any:
     """The sandboxed jinja2 environment chat templates are written for: Hugging Face's renderer (apply_chat_template)."""
-    import jinja2.ext
-    import jinja2.nodes
     import jinja2.sandbox
-
-    class Generation(jinja2.ext.Extension):
-        """`{% generation %}` marks training spans; when rendering it is its body."""
-
-        tags = {"generation"}
-
-        def parse(self, parser: Any) -> Any:
-            next(parser.stream)
-            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            return jinja2.nodes.Scope(body)
 
     def tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None,
                sort_keys: bool = False) -> str:  # fmt: skip
@@ -2124,9 +2079,7 @@ def chat_environment() -> Any:
         def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
             return (type(obj) is list and attr in ("append", "pop")) or super().is_safe_attribute(obj, attr, value)
 
-    environment = Sandbox(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", Generation]
-    )
+    environment = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
     environment.filters["tojson"] = tojson
     environment.globals["raise_exception"] = raise_exception
     environment.globals["strftime_now"] = lambda form: time.strftime(form)
@@ -2721,11 +2674,6 @@ def parse_shares(words: str) -> tuple[float, ...]:
     return tuple(map(float, re.split("[,/]", words)))
 
 
-def parse_names(words: str) -> tuple[str, ...]:
-    """--device: names by commas."""
-    return tuple(word.strip() for word in words.split(",") if word.strip())
-
-
 def parse_override(words: str) -> tuple[str, str]:
     """--override-tensor: a regular expression for tensors' names, and the device that they go to."""
     pattern, equals, device = words.rpartition("=")
@@ -2754,7 +2702,8 @@ class EngineOptions:
     override_tensor: tuple[tuple[str, str], ...] = knob((), "tensors whose names match go to a device (repeatable)",
                                                         type=parse_override, metavar="PATTERN=DEVICE")  # fmt: skip
     device: tuple[str, ...] | None = knob(None, "devices to use, by commas, as diag names them; none: the CPU alone",
-                                          type=parse_names, metavar="LIST")  # fmt: skip
+                                          type=lambda words: tuple(filter(None, map(str.strip, words.split(",")))),
+                                          metavar="LIST")  # fmt: skip
     main_gpu: int | None = knob(None, "the GPU to use alone, by its number among those used", type=int)
     tensor_split: tuple[float, ...] | None = knob(None, "how to share the layers out over the GPUs", type=parse_shares,
                                                   metavar="A,B")  # fmt: skip
@@ -3005,7 +2954,7 @@ KINDS: dict[str, tuple[type, ...]] = {
 def sendable() -> dict[type, int]:
     """The types that a child may send, and their numbers."""
     types = (Progress, Loaded, LoadFailed, Alive, Accepted, Stepped, Piece, TokenLogprob, Vectors, Tokens, Finished, Failed,
-             ChatFacts, Outcome, ChatFormat, CallFormat, Params)  # fmt: skip
+             ChatFacts, ChatFormat, CallFormat, Params)  # fmt: skip
     return {kind: number for number, kind in enumerate(types)}
 
 
@@ -12792,21 +12741,15 @@ class Derivation:
     ends: tuple[str, ...]  # names of the tokens that end a turn
 
     def run(self) -> ChatFormat:
-        found: dict[str, Any] = {}
+        found = self._thought()
         for mark, row in FAMILIES:
             if any(mark in t for t in self.templates.values()):
                 found |= row | ({"calls": (*row["calls"], HERMES)} if "calls" in row else {})
-        if field := self._thought_field():
-            found["thought_field"] = field
-            with contextlib.suppress(Exception):
-                found.setdefault("thought", self._thought(field))
         with contextlib.suppress(Exception):
             found.setdefault("calls", self._calls(found.get("thought") or ChatFormat.thought))
         return ChatFormat(**{k: v for k, v in found.items() if v})
 
-    def _turn(
-        self, offered: bool = True, native: bool = False, generation: bool = False, **said: Any
-    ) -> str:
+    def _turn(self, offered: bool = True, native: bool = False, generation: bool = False, **said: Any) -> str:
         """Renders a turn of the assistant's: the text behind the user's turn."""
         parameters = {"type": "object", "properties": {k: {"type": "string", "description": k} for k in self.ARGUMENTS[0]}}
         tools = [{"type": "function", "function": {"name": n, "description": n, "parameters": parameters}} for n in self.NAMES]
@@ -12815,23 +12758,21 @@ class Derivation:
         text = Rendering(self.templates, self.bos, self.eos, messages, tools, {}, generation, native).run()
         return text[text.rindex(self.USER) + len(self.USER) :]
 
-    def _thought_field(self) -> str | None:
-        """The field of a message in which the template looks for its thought."""
+    def _thought(self) -> dict[str, Any]:
+        """The field of a message in which the template looks for its thought; the markers around it, from the last one before
+        it up to the first one behind."""
         for name in THOUGHT_FIELDS:
             with contextlib.suppress(Exception):  # a template may raise anything
                 said: dict[str, Any] = {"content": self.CONTENT, name: self.THOUGHT}
-                if self.THOUGHT in self._turn(**said):
-                    return name
-        return None
-
-    def _thought(self, field: str) -> tuple[str, str] | None:
-        """The markers around a thought: from the last one before it, up to the first one behind."""
-        said: dict[str, Any] = {"content": self.CONTENT, field: self.THOUGHT}
-        before, _, rest = self._turn(**said).partition(self.THOUGHT)
-        between, content, _ = rest.partition(self.CONTENT)
-        opens = [m.start() for m in MARKER.finditer(before) if m[0][0] in "<[" and len(m[0]) > 2]
-        closes = [m.end() for m in MARKER.finditer(between) if m[0][0] in "<[" and len(m[0]) > 2]
-        return (before[opens[-1] :].strip(), between[: closes[0]].strip()) if content and opens and closes else None
+                before, thought, rest = self._turn(**said).partition(self.THOUGHT)
+                if thought:
+                    between, content, _ = rest.partition(self.CONTENT)
+                    opens = [m.start() for m in MARKER.finditer(before) if m[0][0] in "<[" and len(m[0]) > 2]
+                    closes = [m.end() for m in MARKER.finditer(between) if m[0][0] in "<[" and len(m[0]) > 2]
+                    is_marked = content and opens and closes
+                    return {"thought_field": name,
+                            "thought": is_marked and (before[opens[-1] :].strip(), between[: closes[0]].strip())}
+        return {}
 
     def _calls(self, thought: tuple[str, str]) -> tuple[CallFormat, ...]:
         """As the template writes calls; where it does not show all there is to show, also as our own words for it do."""
@@ -12856,20 +12797,17 @@ class Derivation:
         with contextlib.suppress(Exception):  # some want it
             alone = self._turn(offered, native, tool_calls=calls)
             texts.append(alone[max(len(common_prefix(alone, header)), len(common_prefix(alone, begin))) :])
-        texts = [self._without_end(self._behind_thought(t, thought[1]), end) for t in texts if self.NAMES[0] in t]
+        texts = [self._calls_in(text, thought[1], end) for text in texts if self.NAMES[0] in text]
         opens = [t[: t.index(self.NAMES[0])] for t in texts]
         text = texts[min(range(len(texts)), key=lambda i: (not opens[i].strip(), len(opens[i])))]
         if ids[0].startswith("functions."):
             return text
         return functools.reduce(lambda t, id: t.replace(id, ID), ids, text)
 
-    def _behind_thought(self, text: str, closes: str) -> str:
-        """The text behind a thought that stands before the calls: some templates write an empty one."""
+    def _calls_in(self, text: str, closes: str, end: str) -> str:
+        """The text behind a thought before the calls (some templates write an empty one), without what ends every turn."""
         at = text.rfind(closes, 0, text.index(self.NAMES[0]))
-        return text[at + len(closes) :] if at >= 0 else text
-
-    def _without_end(self, text: str, end: str) -> str:
-        """The text without what ends every turn."""
+        text = text[at + len(closes) :] if at >= 0 else text
         last = text.rindex("value ")
         cuts = [at for mark in (*self.ends, self.eos) if mark and (at := text.find(mark, last)) >= 0]
         return text[: min(cuts, default=len(text))].removesuffix(common_suffix(text, end))
@@ -12884,7 +12822,7 @@ class Derivation:
             if not object or not re.match(r'key_a"\s*:', text[key:]):
                 return self._with_params(text, starts)
             named.append(text[at + len(name) : object.start()])
-            ends.append(json_end(text, object.start()))
+            ends.append(json.JSONDecoder().raw_decode(text, object.start())[1])
         again = text[ends[0] : starts[1]] if len(starts) == 2 else ""
         format = CallFormat(text[: starts[0]], differing(named), text[ends[-1] :], again)
         for brace in re.finditer(r"\{", format.opens):
@@ -12937,11 +12875,6 @@ def differing(texts: Seq[str]) -> str:
     begin = common_prefix(first, last)
     end = common_suffix(first[len(begin) :], last[len(begin) :])
     return begin + ANY + end
-
-
-def json_end(text: str, start: int) -> int:
-    """Where the JSON value that begins at `start` ends. Raises ValueError when it does not."""
-    return json.JSONDecoder().raw_decode(text, start)[1]
 
 
 class Parser:
@@ -12999,8 +12932,7 @@ class JsonMender:
 
     def __init__(self, quotes: Seq[str] = ("'",), closes: str = "") -> None:
         self._quotes = quotes
-        self._closes = [closes] if closes else []  # of each bracket that is open
-        self._objects = [True] if closes else []  # whether it is an object
+        self._open = [(closes, "}")] if closes else []  # what ends each open bracket, here and in JSON
         self._wants = "key" if closes else "value"  # or "element", ":", ","
         self._quote = ""  # of the string that is being read
         self._word: list[str] = []  # that is being read
@@ -13042,7 +12974,7 @@ class JsonMender:
         elif kind == "blank":
             self._comma += piece if self._comma else ""
             self._written.append("" if self._comma else piece)
-        elif self._wants not in self.WANTED[kind] or (kind == "close" and piece != self._closes[-1]):
+        elif self._wants not in self.WANTED[kind] or (kind == "close" and piece != self._open[-1][0]):
             self.failed = True
         elif found.lastgroup is None and self.STRING.match(text, at) is None:
             return self._begin_string(text, at)
@@ -13053,14 +12985,12 @@ class JsonMender:
     def _take_over(self, kind: str, piece: str) -> None:
         """A piece that is wanted. The comma before it was none too many, unless a bracket closes."""
         if kind == "close":
-            self._closes.pop()
-            self._written += [self._comma[1:], "}" if self._objects.pop() else "]"]
+            self._written += [self._comma[1:], self._open.pop()[1]]
         else:
             self._written += [self._comma, {"(": "[", "=": ":"}.get(piece, piece)]
         self._comma = ""
         if kind == "open":
-            self._closes.append(self.BRACKETS[piece])
-            self._objects.append(piece == "{")
+            self._open.append((self.BRACKETS[piece], "}" if piece == "{" else "]"))
             self._wants = "key" if piece == "{" else "element"
         elif kind == "equals":
             self._wants = "value"
@@ -13073,7 +13003,7 @@ class JsonMender:
         while end < len(text) and text[end] in " \n\r\t":
             end += 1
         if self._wants == ",":
-            self._comma, self._wants = text[at:end], "key" if self._objects[-1] else "element"
+            self._comma, self._wants = text[at:end], "key" if self._open[-1][1] == "}" else "element"
         else:
             self._written.append(text[at:end])
             self._wants = "value"
@@ -13081,7 +13011,7 @@ class JsonMender:
 
     def _end_value(self, is_key: bool) -> None:
         self._wants = ":" if is_key else ","
-        self.done = not self._closes
+        self.done = not self._open
 
     def _begin_string(self, text: str, at: int) -> int:
         quote = next((q for q in ('"', *self._quotes) if q.startswith(text[at : at + len(q)])), "")
@@ -13145,16 +13075,11 @@ class JsonMender:
         escape = text[at : at + size]
         if len(escape) < size:
             return at
-        if self.ESCAPE.fullmatch(escape):
-            self._written.append(escape)
-        elif re.fullmatch(r"\\x[0-9a-fA-F]{2}", escape):
-            self._written.append(rf"\u00{escape[2:]}")
-        elif escape == "\\'":
-            self._written.append("'")
-        else:
-            self._written.append("\\\\")
-            return at + 1
-        return at + size
+        hexadecimal = re.fullmatch(r"\\x([0-9a-fA-F]{2})", escape)
+        meant = rf"\u00{hexadecimal[1]}" if hexadecimal else {"\\'": "'"}.get(escape, escape)
+        is_known = meant != escape or self.ESCAPE.fullmatch(escape)
+        self._written.append(meant if is_known else "\\\\")
+        return at + (size if is_known else 1)
 
     def _raw(self, text: str, at: int) -> int:
         """More of a string in a family's own quotes: nothing in it is an escape."""
@@ -13187,14 +13112,6 @@ def as_json(text: str, types: int) -> str:
     return json.dumps(text, ensure_ascii=False)
 
 
-def as_object(text: str) -> str | None:
-    """A call's arguments as a JSON object: they may stand as text in a string, and null is none; None if they are no object."""
-    if text.startswith('"'):
-        text = mended(json.loads(text)) or ""
-    text = "{}" if text == "null" else text
-    return text if text.startswith("{") else None
-
-
 class TextEnded(Exception):
     """More text is needed, and none will come."""
 
@@ -13203,39 +13120,16 @@ class NoCall(Exception):
     """The text only looks like a call."""
 
 
-class CallReader:
-    """Reads one section of calls from a parser's buffer, in the forms of its formats, with white space, order and extra keys
-    at will.
-
-    Text that certainly belongs to a call is dropped from the buffer as it is read; other text stays there. Each method reads
-    on at `at`, waits until there is enough text to tell, and raises NoCall if that does not fit.
-    """
+class Scanner:
+    """Reads pieces of text from a parser's buffer: each method reads on at `at`, waits until there is enough text to tell,
+    and raises NoCall if that does not fit."""
 
     BLANKS = re.compile(r"\s*")
-    NAME_CHAR = re.compile(r"[\w.-]")
-    PLAIN_KEY = re.compile(r'[^\n<>"/][^\n<>"]*')
 
-    def __init__(self, parser: ChatParser, formats: Seq[CallFormat], names: Iterable[str]) -> None:
-        self._parser, self._formats, self._names = parser, formats, frozenset(names)
+    def __init__(self, parser: ChatParser) -> None:
+        self._parser = parser
         self.at = self.furthest = 0  # how far the buffer has been read, now and in ways that did not fit
         self._header = 0  # from where on what is read counts as a call's header
-        self._name = self._id = ""  # of the call that is being read
-        self._early: str | None = None  # arguments that stood before the name
-        self._begun = False  # the client has been told of the call
-        self._rest: str | None = None  # of its arguments if it ends here; None where it cannot
-        self._found = False  # a call, at all
-
-    def read(self, marked: bool) -> Reading:
-        """True if calls were found; else the text, all of it still in the buffer, only looks like one. `marked`: nothing but
-        a call begins so."""
-        try:
-            yield from self._either(*(self._section(format, opens) for format in self._formats for opens in format.beginnings))
-        except TextEnded:
-            return self._end_of_text(marked)
-        except NoCall:  # in a call that has begun
-            pass
-        self._close()
-        return self._found
 
     def _either(self, *readings: Reading) -> Reading:
         """True if the text goes on in one of some ways; if not, it is read no further."""
@@ -13255,56 +13149,9 @@ class CallReader:
             raise TextEnded
         yield
 
-    def _end_of_text(self, marked: bool) -> bool:
-        """Drops the rest of a text that ends inside a section, if it certainly belongs to calls."""
-        cut = self._parser.reason != "stop"
-        if cut and self._name:
-            self._begin()
-        self._close()
-        if self._found or (cut and marked):
-            self._parser.drop(len(self._parser.buffer))
-        return self._found or (cut and marked)
-
-    # The call that is being read
-
-    def _named(self, name: str) -> None:
-        if name not in self._names:
-            raise NoCall
-        self._close()
-        self._name = name
-        self._tell()
-
-    def _begin(self) -> None:
-        if not self._begun:
-            self._parser.begin_call(self._id, self._name)
-            self._begun = self._found = True
-            self._id = ""
-        self._drop()
-
     def _drop(self) -> None:
         self._parser.drop(self.at)
         self.at = self._header = 0
-
-    def _tell(self) -> None:
-        """Tells arguments that are all there, once the name is too."""
-        if self._name and self._early is not None:
-            self._begin()
-            self._parser.write_arguments(self._early)
-
-    def _may_end(self, rest: str) -> None:
-        """Nothing must follow any more, though more may."""
-        self._begin()
-        self._rest = rest
-
-    def _close(self) -> None:
-        """Ends the call that was being read, if there is one."""
-        if self._rest is not None:
-            self._parser.write_arguments(self._rest)
-        elif self._begun:
-            self._parser.is_broken = True
-        self._begun, self._rest = False, None
-
-    # Pieces of text
 
     def _next(self, size: int) -> str:
         return self._parser.buffer[self.at : self.at + size]
@@ -13314,11 +13161,6 @@ class CallReader:
         if self.at - self._header > MAX_HEADER:
             self.at = self._header + MAX_HEADER
             raise NoCall
-
-    def _char(self) -> Reading:
-        while not self._next(1):
-            yield from self._more()
-        return self._next(1)
 
     def _blanks(self) -> Reading:
         """The next character that is no white space."""
@@ -13353,18 +13195,6 @@ class CallReader:
         self._advance(size + len(closes))
         return found
 
-    def _text(self, text: str) -> Reading:
-        """A format's text: any white space where it has some, and its open places up to the piece of text behind them."""
-        pieces = iter(MARKER.findall(text))
-        for piece in pieces:
-            if piece.isspace():
-                yield from self._blanks()
-            elif piece not in (ID, ANY):
-                yield from self._one_of([piece])
-            elif closes := next(pieces, ""):
-                found = yield from self._up_to(closes, 64)
-                self._id = found if piece == ID else self._id
-
     def _json(self, most: int = MAX_HEADER, told: JsonMender | None = None) -> Reading:
         """A JSON value, or what looks like one; `told`: the call's arguments, which are told as they come."""
         mender, until = told or JsonMender(), self.at + most
@@ -13389,12 +13219,91 @@ class CallReader:
             return found[0][1:-1]
         return json.loads((yield from self._json()))
 
+
+class CallReader(Scanner):
+    """Reads one section of calls in the forms of their formats, with white space, order and extra keys at will.
+
+    Text that certainly belongs to a call is dropped from the buffer as it is read; other text stays there.
+    """
+
+    PLAIN_KEY = re.compile(r'[^\n<>"/][^\n<>"]*')
+
+    def __init__(self, parser: ChatParser, formats: Seq[CallFormat], names: Iterable[str]) -> None:
+        super().__init__(parser)
+        self._formats, self._names = formats, frozenset(names)
+        self._name = self._id = ""  # of the call that is being read
+        self._early: str | None = None  # arguments that stood before the name
+        self._begun = False  # the client has been told of the call
+        self._rest: str | None = None  # of its arguments if it ends here; None where it cannot
+        self._found = False  # a call, at all
+
+    def read(self, marked: bool) -> Reading:
+        """True if calls were found; else the text, all of it still in the buffer, only looks like one. `marked`: nothing but
+        a call begins so."""
+        try:
+            yield from self._either(*(self._section(format, opens) for format in self._formats for opens in format.beginnings))
+        except TextEnded:
+            return self._end_of_text(marked)
+        except NoCall:  # in a call that has begun
+            pass
+        self._close()
+        return self._found
+
+    def _end_of_text(self, marked: bool) -> bool:
+        """Drops the rest of a text that ends inside a section, if it certainly belongs to calls."""
+        cut = self._parser.reason != "stop"
+        if cut and self._name:
+            self._begin()
+        self._close()
+        if self._found or (cut and marked):
+            self._parser.drop(len(self._parser.buffer))
+        return self._found or (cut and marked)
+
+    def _named(self, name: str) -> None:
+        if name not in self._names:
+            raise NoCall
+        self._close()
+        self._name = name
+        if self._early is not None:
+            self._begin()
+            self._parser.write_arguments(self._early)
+
+    def _begin(self) -> None:
+        if not self._begun:
+            self._parser.begin_call(self._id, self._name)
+            self._begun = self._found = True
+            self._id = ""
+        self._drop()
+
+    def _may_end(self, rest: str) -> None:
+        """Nothing must follow any more, though more may."""
+        self._begin()
+        self._rest = rest
+
+    def _close(self) -> None:
+        """Ends the call that was being read, if there is one."""
+        if self._rest is not None:
+            self._parser.write_arguments(self._rest)
+        elif self._begun:
+            self._parser.is_broken = True
+        self._begun, self._rest = False, None
+
+    def _text(self, text: str) -> Reading:
+        """A format's text: any white space where it has some, and its open places up to the piece of text behind them."""
+        pieces = iter(MARKER.findall(text))
+        for piece in pieces:
+            if piece.isspace():
+                yield from self._blanks()
+            elif piece not in (ID, ANY):
+                yield from self._one_of([piece])
+            elif closes := next(pieces, ""):
+                found = yield from self._up_to(closes, 64)
+                self._id = found if piece == ID else self._id
+
     def _key(self) -> Reading:
         key = yield from self._string()
         yield from self._behind_blanks(":")
         return key
-
-    # Calls
 
     def _section(self, format: CallFormat, opens: str) -> Reading:
         """Calls, each followed by pieces of its ending, then perhaps by the next one, with its marker or without."""
@@ -13455,7 +13364,9 @@ class CallReader:
     def _behind_name(self, format: CallFormat) -> Reading:
         """A call whose name stands by itself; without arguments there must be what ends it."""
         name = yield from self._one_of(self._names)
-        if self.NAME_CHAR.match((yield from self._char())):
+        while not (behind := self._next(1)):
+            yield from self._more()
+        if re.match(r"[\w.-]", behind):
             raise NoCall  # a longer name
         self._named(name)
         yield from self._text(format.named)
@@ -13481,11 +13392,15 @@ class CallReader:
         if mender or (first == "{" and self._name):
             self._begin()
             return (yield from self._json(sys.maxsize, mender or JsonMender()))
-        self._early = as_object((yield from self._json(MAX_EARLY))) if first in "{\"'nN" else None
-        if self._early is None:
+        text = yield from self._json(MAX_EARLY)
+        text = mended(json.loads(text)) or "" if text.startswith('"') else text  # they may stand in a string
+        if first not in "{\"'nN" or not (text == "null" or text.startswith("{")):
             raise NoCall
+        self._early = "{}" if text == "null" else text
         self._header += self.at - start
-        self._tell()
+        if self._name:
+            self._begin()
+            self._parser.write_arguments(self._early)
 
     def _argument(self, format: CallFormat, params: Params, separator: str) -> Reading:
         """One argument of those that stand one by one."""
@@ -13570,8 +13485,6 @@ class ChatParser(Parser):
         self._format, self._schemas, self._hidden = format, schemas, hidden
         openings = [mark for call in format.calls for mark in call.marks] if schemas else []
         self._openings = tuple(filter(None, openings))
-        self._marks = tuple(sorted({*self._openings, *format.drops}, key=len, reverse=True))
-        self._mark = re.compile("|".join(map(re.escape, self._marks)) or r"(?!)")
         self._unmarked = "" in openings  # Llama 3: an answer that is a call has no marker
         self._logprobs = Alignment(hidden)
         self.buffer = ""
@@ -13647,7 +13560,7 @@ class ChatParser(Parser):
     # From here on generators: each `yield` waits for more text
 
     def _answer(self) -> Reading:
-        if self._thinking or (yield from self._thought_begins(self._continued)):
+        if self._thinking or (not self._continued and (yield from self._thought_begins())):
             yield from self._thought()
         if self._unmarked and not self._continued:
             while not self.buffer.strip() and not self.reason:
@@ -13656,11 +13569,25 @@ class ChatParser(Parser):
         while self.buffer or not self.reason:
             yield from self._content()
 
-    def _thought_begins(self, begun: bool = False) -> Reading:
-        """Whether a thought's opening marker comes next, where nothing else has `begun`; takes that and the white space
-        before it."""
+    def _up_to(self, marks: Seq[str], tell: Callable[[str], None]) -> Reading:
+        """Tells text up to the first of some marks, which it returns; "" at the end of the text."""
+        mark = re.compile("|".join(map(re.escape, sorted(marks, key=len, reverse=True))) or r"(?!)")
+        while True:
+            found = mark.search(self.buffer)
+            held = held_back(self.buffer, marks) if not self.reason or self._drops_a_cut_mark else 0
+            if found and not self.reason and found.start() >= len(self.buffer) - held:
+                found = None  # it may become a longer one
+            if text := self._take(found.start() if found else len(self.buffer) - held):
+                tell(text)
+            if found or self.reason:
+                self.drop(0 if found else held)
+                return found[0] if found else ""
+            yield
+
+    def _thought_begins(self) -> Reading:
+        """Whether a thought's opening marker comes next; takes that and the white space before it."""
         opens, closes = self._format.thought
-        while not begun:
+        while True:
             first = self.buffer.lstrip()
             found = next((m for m in (opens, closes) if first.startswith(m)), "")
             if found:
@@ -13670,9 +13597,8 @@ class ChatParser(Parser):
             is_half = any(m.startswith(first) for m in self._format.thought)
             if self.reason or not is_half:
                 self.drop(len(self.buffer) if is_half and self._drops_a_cut_mark else 0)
-                break
+                return False
             yield
-        return False
 
     def _thought(self) -> Reading:
         """A thought up to its closing marker, without the line breaks before it."""
@@ -13681,19 +13607,11 @@ class ChatParser(Parser):
         while not self.buffer.strip("\n") and not self.reason:
             yield
         self._take(len(self.buffer) - len(self.buffer.lstrip("\n")))  # a token may go on with text
-        while True:
-            marks = (closes, *(() if self.calls else self._openings))
-            at, mark = min(((at, mark) for mark in marks if (at := self.buffer.find(mark)) >= 0), default=(-1, ""))
-            size = at if at >= 0 else len(self.buffer) - (0 if self.reason else held_back(self.buffer, marks))
-            if size:
-                self._emit(Thought(self.index, self._take(size)))
+        marks = (closes, *(() if self.calls else self._openings))
+        while mark := (yield from self._up_to(marks, lambda text: self._emit(Thought(self.index, text)))):
             if mark == closes:
-                self.drop(len(closes))
-            if mark == closes or (self.reason and not mark):
-                return
-            if not mark:
-                yield
-            elif (yield from self._call_in_thought()):
+                return self.drop(len(closes))
+            if (yield from self._call_in_thought()):
                 return
 
     def _call_in_thought(self) -> Reading:
@@ -13722,18 +13640,8 @@ class ChatParser(Parser):
 
     def _content(self) -> Reading:
         """Content up to the next marker, and the call that it begins."""
-        found = self._mark.search(self.buffer)
-        at, mark = (found.start(), found[0]) if found else (-1, "")
-        held = held_back(self.buffer, self._marks) if not self.reason or self._drops_a_cut_mark else 0
-        if at < 0 or (at >= len(self.buffer) - held and not self.reason):  # none yet, or one that may become a longer one
-            self._say(self._take(len(self.buffer) - held))
-            if self.reason:
-                self.drop(held)
-            else:
-                yield
-            return
-        self._say(self._take(at))
-        if mark in self._openings and ((yield from self._call(mark)) or mark not in self._format.drops):
+        mark = yield from self._up_to((*self._openings, *self._format.drops), self._say)
+        if not mark or (mark in self._openings and ((yield from self._call(mark)) or mark not in self._format.drops)):
             return
         self.drop(len(mark))
         self._trim = self._trim or not self._begun
@@ -16437,7 +16345,7 @@ FREE: Shapes = (NumberShape(), StringShape(), ArrayShape(), ObjectShape())
 
 # ── E.3. Grammars ─────────────────────────────────────────────────────────────────────────────────────────────────────
 # A schema's documents as symbols that open as a text reaches them, and calls of functions.
-# Offers: json_symbol, read_json, read_soon, CallsGrammar, anything_but. Uses: D.1's automata, E.2's shapes, C's CallFormat.
+# Offers: json_symbol, read_json, read_soon, calls_symbol, anything_but. Uses: D.1's automata, E.2's shapes, C's CallFormat.
 
 
 @dataclass(frozen=True)
@@ -16936,29 +16844,24 @@ def format_text(text: str) -> Symbol:
     return InOrder(tuple(LEFT_OPEN.get(piece) or word(piece) for piece in re.split(f"([{ID}{ANY}])", text) if piece))
 
 
-class CallsGrammar:
-    """Calls of the offered functions as their model writes them. Raises InvalidRequest where a schema cannot be."""
+def calls_symbol(format: CallFormat, tools: Seq[dict[str, Any]], opened: str, many: bool) -> Symbol:
+    """One call or several of the offered functions as their model writes them; `opened`, the first one's beginning, stands
+    there already. Raises InvalidRequest where a schema cannot be."""
+    call = AnyOf(tuple(one_call(format, f"tools[{i}].function.parameters", t["function"]) for i, t in enumerate(tools)))
+    first, again = (o + format.head for o in (format.opens.lstrip(), format.again))
+    behind = Repeated(InOrder((format_text(again), call)), 0, 7 if many and format.again else 0)
+    return InOrder((format_text(first.removeprefix(opened)), call, behind, format_text(format.closes.rstrip())))
 
-    def __init__(self, format: CallFormat, tools: Seq[dict[str, Any]]) -> None:
-        self._format = format
-        self._call = AnyOf(tuple(self._one(f"tools[{i}].function.parameters", t["function"]) for i, t in enumerate(tools)))
 
-    def symbol(self, opened: str, many: bool) -> Symbol:
-        """One call or several; `opened`, the first one's beginning, stands there already."""
-        first, again = (o + self._format.head for o in (self._format.opens.lstrip(), self._format.again))
-        more = 7 if many and self._format.again else 0
-        behind = Repeated(InOrder((format_text(again), self._call)), 0, more)
-        return InOrder((format_text(first.removeprefix(opened)), self._call, behind, format_text(self._format.closes.rstrip())))
-
-    def _one(self, where: str, function: dict[str, Any]) -> Symbol:
-        schema = function.get("parameters") or {}
-        schema = schema if "type" in schema or "properties" in schema else {"type": "object", **schema}
-        name = function["name"] if self._format.keys is None else json.dumps(function["name"], ensure_ascii=False)[1:-1]
-        params = self._format.params
-        text = json.dumps(schema)
-        arguments = ArgumentList(text, where, params) if params else Json(text, where)
-        read_soon(arguments)
-        return InOrder((word(name), format_text(self._format.named), arguments))
+def one_call(format: CallFormat, where: str, function: dict[str, Any]) -> Symbol:
+    """A function's name and arguments."""
+    schema = function.get("parameters") or {}
+    schema = schema if "type" in schema or "properties" in schema else {"type": "object", **schema}
+    name = function["name"] if format.keys is None else json.dumps(function["name"], ensure_ascii=False)[1:-1]
+    text = json.dumps(schema)
+    arguments = ArgumentList(text, where, format.params) if format.params else Json(text, where)
+    read_soon(arguments)
+    return InOrder((word(name), format_text(format.named), arguments))
 
 
 class SchemaStructure(SchemaReader):
@@ -16989,7 +16892,8 @@ def argument_types(text: str, key: str) -> int:
     shapes, found = SchemaShapes("parameters", json.loads(text)), 0
     with contextlib.suppress(InvalidRequest, RecursionError):
         for shape in object_shapes(shapes):
-            for node in values_of(shape, key):
+            named = [prop.node for prop in shape.named if prop.name == key]
+            for node in named or [node for names, node in shape.unnamed if string_fits(names, key)][:1]:
                 found |= types_of(shapes.choice(node))
     return found or SchemaReader.EVERY_TYPE
 
@@ -17000,23 +16904,15 @@ def object_shapes(shapes: SchemaShapes) -> list[ObjectShape]:
     return [shape for shape in shapes.choice(root) if isinstance(shape, ObjectShape)]
 
 
-def values_of(shape: ObjectShape, name: str) -> Iterator[Node]:
-    """The schema of the property of this name, if an object may have it."""
-    named = [prop.node for prop in shape.named if prop.name == name]
-    yield from named or [node for names, node in shape.unnamed if string_fits(names, name)][:1]
-
-
 def types_of(shapes: Shapes) -> int:
     """The types of values of these shapes, as SchemaReader's bits."""
-    return functools.reduce(operator.or_, map(_types_of, shapes), 0)
-
-
-def _types_of(shape: Shape) -> int:
-    if isinstance(shape, Constant):
-        return type_bit(json.loads(shape.text))
-    if isinstance(shape, NumberShape):
-        return SchemaReader.TYPES["integer" if shape.whole else "number"]
-    return SchemaReader.TYPES[{StringShape: "string", ArrayShape: "array"}.get(type(shape), "object")]
+    found, kinds = 0, {NumberShape: "number", StringShape: "string", ArrayShape: "array", ObjectShape: "object"}
+    for shape in shapes:
+        if isinstance(shape, Constant):
+            found |= type_bit(json.loads(shape.text))
+        else:
+            found |= SchemaReader.TYPES["integer" if isinstance(shape, NumberShape) and shape.whole else kinds[type(shape)]]
+    return found
 
 
 @dataclass(frozen=True)

@@ -80,7 +80,6 @@ from shimmy import (
     TURN,
     Automaton,
     CallFormat,
-    CallsGrammar,
     Cancellation,
     Catalog,
     GenerationFailed,
@@ -94,6 +93,7 @@ from shimmy import (
     TableOptions,
     Watcher,
     bytes_of,
+    calls_symbol,
     number_fits,
     number_symbol,
     read_ahead,
@@ -2785,7 +2785,7 @@ def test_hostile_chat_template_is_its_requests_error_and_nobody_elses(name: str,
 
 
 def test_template_whose_process_gets_no_time_is_the_machines_fault(serve: Callable[..., Server], tmp_path: Path) -> None:
-    script = altered(tmp_path, ("HELPER_SECONDS = 1.5 ", "HELPER_SECONDS = 0.2 "), ("= _outcome_of(task)", "= time.sleep(60)"))
+    script = altered(tmp_path, ("HELPER_SECONDS = 1.5 ", "HELPER_SECONDS = 0.2 "), ("= outcome_of(task)", "= time.sleep(60)"))
     write_recital(tmp_path / "starved.gguf")
     own = serve("--models-dir", tmp_path, "--model", "starved", script=script)
     refused = own.chat("hi", "starved")
@@ -3163,7 +3163,7 @@ def check_forced(source: str) -> None:
     """What the grammar of forced calls writes in a template's form comes back, in any cutting, and fits its schema."""
     format, pick = derived_once(source), random.Random(1)
     tools = [{"type": "function", "function": {"name": name, "parameters": REFERRING}} for name in NAMES]
-    start = Automaton(read_ahead(CallsGrammar(format.calls[0], tools).symbol("", True))).start
+    start = Automaton(read_ahead(calls_symbol(format.calls[0], tools, "", True))).start
     for _ in range(10):
         state, data = start, b""
         while state.bits and len(data) < 2000 and not (state.ends and pick.random() < 0.5):
@@ -3798,8 +3798,8 @@ def test_forced_calls_hold(box: Any, name: str, choice: str) -> None:
     answers = collected(box.generate(forced, module.Cancellation()))
     for index, written in answers.items():
         parser = talk.parser(request, prompt[-1:], index)
-        (choice_made,) = collected([*parser.push(written.text), *parser.finish(written.finish_reason)]).values()
-        assert choice_made.finish_reason == "tool_calls" and choice_made.text == "", written.text
+        (choice_made,) = collected([*parser.push(written.said("text")), *parser.finish(written.finish_reason)]).values()
+        assert choice_made.finish_reason == "tool_calls" and choice_made.said("text") == "", written.said("text")
         [call] = choice_made.calls
         assert call.name == "add" or choice == "required"
         assert {"get_weather": {"city", "unit"}, "add": {"a"}}[call.name] <= set(json.loads(call.text))
@@ -3827,7 +3827,7 @@ def test_special_tokens_are_found_in_time_linear_in_the_text() -> None:
     """Gemma 3 names 6,000 tokens `<unused…>`: an alternation of them all took 5 s for this text."""
     names = module.SpecialNames([f"<unused{i}>" for i in range(6000)] + ["<bos>", "[INST]"])
     began = time.monotonic()
-    assert not names.found_in("<unused" * 32_000)
+    assert not list(names.spans("<unused" * 32_000))
     assert names.split("a<unused77>b<bos>", "|") == "a<|unused77>b<|bos>"
     assert time.monotonic() - began < 2
 
@@ -3965,7 +3965,7 @@ CHILDS_MESSAGES = [
     module.Stepped((module.Piece(3, "é\n", (module.TokenLogprob(b"\xc3", -math.inf, (b"a", b"\xff"), (-0.5, -1.0)),), 1),
                     module.Vectors(4, (b"\0" * 9, b"")), module.Tokens(5, (1, 2), ()),
                     module.Finished(3, "stop", 1, 2, 0, 0.1, 0.2), module.Failed(6, "server_error", "d", None, (1, 2))), 2, 7),
-    module.Outcome(module.ChatFormat(), None), module.Outcome("text"), module.Outcome(None, "error"),
+    module.ChatFormat(),
 ]  # fmt: skip
 
 
@@ -5545,7 +5545,7 @@ TAGS = CallFormat("<call>", "\n", "</call>", params=Params("<p=", ">", "</p>"))
 def written(parameters, seed):
     """A call as a random walk through its grammar writes it, at most 300 bytes of it."""
     tools = [{"type": "function", "function": {"name": "f", "parameters": parameters}}]
-    state, text, chance = Automaton(read_ahead(CallsGrammar(TAGS, tools).symbol("", False))).start, b"", random.Random(seed)
+    state, text, chance = Automaton(read_ahead(calls_symbol(TAGS, tools, "", False))).start, b"", random.Random(seed)
     while state.bits and len(text) < 300:
         text += bytes([chance.choice(list(bytes_of(state.bits)))])
         state = state.read(text[-1:])
@@ -5994,19 +5994,13 @@ def test_calculator_knows_pi_and_functions(server: Server) -> None:
     ["1/0", "", "2 +", "__import__('os')", "().__class__", "(1).real", "[1 for _ in 'ab']", "lambda: 1", "x", "'a' * 9",
      "open('/etc/passwd')", "9**9**9", "10**1000000", "factorial(10**6)", "1e308 * 10", "1 << 10**9", "sqrt(-1)",
      "pow(9, 10**9)", "comb(10**6, 5 * 10**5)", "(a := 1)", "'a'.join(['b'])", "f'{1}'", "1; 2",
-     "(-8) ** 0.5", "2 ** 500000", "factorial(-1)"],
+     "(-8) ** 0.5", "2 ** 500000", "factorial(-1)", "round(5, -3000000)", "round(1.5, 10**9)"],
     ids=lambda expression: expression or "nothing",
 )  # fmt: skip
 def test_calculator_rejects(expression: str, server: Server) -> None:
     reply = execute(server, "calculator", expression)
     if expression or reply.status != 400:
         assert_tool_failed(reply)
-
-
-@pytest.mark.parametrize("expression", ["round(5, -3000000)", "round(1.5, 10**9)", "2**100000", "9**9**9"])
-def test_calculator_rejects_expensive_expressions(expression: str, server: Server) -> None:
-    reply = server.post("/api/tools/calculator/execute", {"expression": expression})
-    assert reply.status == 200 and reply.json()["success"] is False
 
 
 @pytest.mark.parametrize("long", ["parentheses", "sum", "minuses", "digits"])
@@ -15105,7 +15099,7 @@ def test_machine_that_sleeps_and_wakes_loses_no_stream(serve: Callable[..., Serv
 def test_machine_that_sleeps_while_a_template_is_rendered_loses_no_request(
     serve: Callable[..., Server], models: Path, tmp_path: Path
 ) -> None:
-    slow = "        return Outcome(task.run())\n"
+    slow = "        return task.run(), None\n"
     waits = f"        while os.path.exists('hold'):\n            time.sleep(0.02)\n{slow}"
     own = serve("--models-dir", models, script=altered(tmp_path, (slow, waits), ("HELPER_SECONDS = 1.5", "HELPER_SECONDS = 0.5")))
     assert own.chat().status == 200  # what is asked of a new template once has been asked
