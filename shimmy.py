@@ -77,8 +77,7 @@ def child_command(entry: str, *arguments: str) -> list[str]:
     PYTHONDONTWRITEBYTECODE (as in many containers) wants no file there.
     """
     path = os.path.realpath(__file__)
-    flags = ["-B"] if sys.dont_write_bytecode else []
-    return [sys.executable, *flags, "-c", STARTER, _bytecode_prefix(path), entry, path, *arguments]
+    return [sys.executable, "-c", STARTER, _bytecode_prefix(path), entry, path, *arguments]
 
 
 def _bytecode_prefix(path: str) -> str:
@@ -175,7 +174,7 @@ from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import IO, TYPE_CHECKING, Any, BinaryIO, ClassVar, NoReturn, Protocol, TypeVar
+from typing import IO, TYPE_CHECKING, Any, BinaryIO, ClassVar, NoReturn, TypeVar
 
 if TYPE_CHECKING:
     import ast
@@ -280,8 +279,8 @@ class ApiError(Exception):
 class InvalidRequest(ApiError, code="invalid_request", message="The request is invalid"):
     """The request is wrong; message says what to change, param names the field."""
 
-    def __init__(self, message: str, param: str | None = None, details: str = "", status: int = 400) -> None:
-        super().__init__(details or (f"Field '{param}' is at fault" if param else message), message, param)
+    def __init__(self, message: str, param: str | None = None, status: int = 400) -> None:
+        super().__init__(f"Field '{param}' is at fault" if param else message, message, param)
         self.status = status
 
     def __str__(self) -> str:
@@ -676,14 +675,12 @@ def newest_turn(messages: Seq[Any]) -> Any:
 def read_message(where: str, message: Any, newest: bool) -> dict[str, Any]:
     """One message of a chat as templates want it: content is always a string, tool arguments are objects."""
     message = an_object(where, message)
-    role = message.get("role")
-    if role not in ROLES:
-        raise InvalidRequest(f"{where}.role must be one of {', '.join(ROLES)}, not {_said(role)}", f"{where}.role")
+    role = one_of(f"{where}.role", message.get("role"), ROLES)
     content = message.get("content")
     if content is None and role != "assistant":
         raise InvalidRequest(f"{where}.content is required", f"{where}.content")
     text = flat_content(f"{where}.content", "" if content is None else content, newest=newest)
-    read = {"role": "system" if role == "developer" else role, "content": text}
+    read: dict[str, Any] = {"role": "system" if role == "developer" else role, "content": text}
     for name in ("name", "tool_call_id", *reversed(THOUGHT_FIELDS)):
         if message.get(name) is not None:
             kept = THOUGHT_FIELDS[0] if name in THOUGHT_FIELDS else name
@@ -759,16 +756,14 @@ def read_tools(body: Mapping[str, Any]) -> tuple[tuple[dict[str, Any], ...], tup
     check_length("tools", one_type(list, "a list")("tools", tools), MAX_TOOLS)
     functions, builtins = [], []
     for where, tool in listed("tools", tools):
-        if tool.get("type") == "builtin":
+        if one_of(f"{where}.type", tool.get("type"), ("function", "builtin")) == "builtin":
             builtins.append(a_string(f"{where}.name", tool.get("name")))
-        elif tool.get("type") == "function":
+        else:
             function = an_object(f"{where}.function", tool.get("function"))
             a_string(f"{where}.function.name", function.get("name"))
             parameters = an_object(f"{where}.function.parameters", function.get("parameters") or NO_PARAMETERS)
             check_structure(json.dumps(parameters), f"{where}.function.parameters")
             functions.append({**tool, "function": {**function, "parameters": parameters}})
-        else:
-            raise InvalidRequest(f"{where}.type must be function or builtin, not {_said(tool.get('type'))}", f"{where}.type")
     return ((), ()) if body.get("tool_choice") == "none" else (tuple(functions), tuple(builtins))
 
 
@@ -912,15 +907,13 @@ class Usage:
 
     def timings(self) -> dict[str, float]:
         """Speeds in llama-server's shape: milliseconds, and tokens per second; of our own, how many a grammar forced."""
-        read = self.prompt_tokens - self.cached_tokens
-        return {"cache_n": self.cached_tokens} | _timing("prompt", read, self.prompt_seconds) | _timing(
-            "predicted", self.completion_tokens, self.decode_seconds) | {"forced_n": self.forced_tokens}  # fmt: skip
-
-
-def _timing(name: str, tokens: int, seconds: float) -> dict[str, float]:
-    each, rate = (seconds * 1000 / tokens, tokens / seconds) if tokens and seconds > 0 else (0.0, 0.0)
-    return {f"{name}_n": tokens, f"{name}_ms": round(seconds * 1000, 3), f"{name}_per_token_ms": round(each, 3),
-            f"{name}_per_second": round(rate, 2)}  # fmt: skip
+        told: dict[str, float] = {"cache_n": self.cached_tokens, "forced_n": self.forced_tokens}
+        for name, tokens, seconds in (("prompt", self.prompt_tokens - self.cached_tokens, self.prompt_seconds),
+                                      ("predicted", self.completion_tokens, self.decode_seconds)):  # fmt: skip
+            each, rate = (seconds * 1000 / tokens, tokens / seconds) if tokens and seconds > 0 else (0.0, 0.0)
+            told |= {f"{name}_n": tokens, f"{name}_ms": round(seconds * 1000, 3), f"{name}_per_token_ms": round(each, 3),
+                     f"{name}_per_second": round(rate, 2)}  # fmt: skip
+        return told
 
 
 @dataclass(frozen=True)
@@ -1076,7 +1069,7 @@ class ModelInfo:
 
     def document(self) -> dict[str, Any]:
         """The model as `/api/models` lists it, without its state."""
-        shown = {k: v for k, v in asdict(self).items() if k not in ("architecture", "path", "source", "kv", "stored")}
+        shown = {k: v for k, v in vars(self).items() if k not in ("architecture", "path", "source", "kv", "stored")}
         return shown | {"model_type": self.architecture}
 
 
@@ -1099,8 +1092,7 @@ def describe(header: GgufHeader, path: str, id: str, source: str, size: int) -> 
 
 
 def _in_name(pattern: re.Pattern[str], stem: str) -> str | None:
-    found = pattern.search(stem)
-    return found[1].upper() if found else None
+    return next(iter(pattern.findall(stem)), "").upper() or None
 
 
 def _parameter_count(header: GgufHeader) -> str | None:
@@ -1235,16 +1227,15 @@ def _walk_ollama(root: SearchRoot, notes: list[str]) -> Iterator[tuple[str, str,
     for manifest in sorted(itertools.islice(store.glob("manifests/*/*/*/*"), MAX_SCAN_ENTRIES)):
         try:
             model, stored = read_manifest(manifest, store / "blobs")
-        except (GgufError, OSError, ValueError, TypeError, AttributeError, RecursionError, ApiError) as error:
-            notes.append(f"{manifest}: {error}")  # JSON of any shape
+        except (GgufError, OSError, ValueError, ApiError) as error:
+            notes.append(f"{manifest}: {error}")
             continue
         if model:
             yield model, f"{manifest.parent.name}:{manifest.name}", stored
 
 
-# Ollama's names of what is decided at a model's load, and of sampling parameters that are called otherwise here
+# Ollama's names of what is decided at a model's load
 OLLAMA_ENGINE = {"num_ctx": "ctx", "num_gpu": "gpu_layers", "num_thread": "threads", "num_batch": "batch"}
-OLLAMA_SAMPLING = {"num_predict": "max_tokens"}
 
 
 def read_manifest(manifest: pathlib.Path, blobs: pathlib.Path) -> tuple[str | None, Stored]:
@@ -1254,7 +1245,7 @@ def read_manifest(manifest: pathlib.Path, blobs: pathlib.Path) -> tuple[str | No
     for files and parameters that make no sense.
     """
     paths: dict[str, list[str]] = {}  # by the last word of a layer's type: model, params, system, adapter …
-    for layer in json.loads(read_blob(str(manifest))).get("layers", []):
+    for _, layer in listed("layers", parse_object(read_blob(str(manifest)), "the manifest").get("layers") or []):
         kind, digest = str(layer.get("mediaType")), re.fullmatch(r"sha256:([0-9a-f]{64})", str(layer.get("digest")))
         if kind.startswith("application/vnd.ollama.image."):
             if not digest:
@@ -1263,11 +1254,7 @@ def read_manifest(manifest: pathlib.Path, blobs: pathlib.Path) -> tuple[str | No
     params: dict[str, Any] = {}
     for path in paths.get("params", ()):
         params |= parse_object(read_blob(path), "the parameters")
-    named = {OLLAMA_SAMPLING.get(name, name): value for name, value in params.items()}
-    sampling = Sampling.from_json({**named, "json_schema": None, "grammar": None})
-    engine = {
-        field: whole(-1 if k == "num_gpu" else 1, 1 << 24)(k, params[k]) for k, field in OLLAMA_ENGINE.items() if k in params
-    }
+    sampling, engine = ollama_sampling({"options": params}), ollama_engine({"options": params})
     if "adapter" in paths:
         engine["lora"] = tuple(paths["adapter"])
     system = "".join(read_blob(path).decode("utf-8", "replace") for path in paths.get("system", ())[-1:])
@@ -1340,9 +1327,9 @@ class Catalog:
                                 "models": len(models) - before,
                                 "notes": list(dict.fromkeys(printable(note, 400) for note in notes))})  # fmt: skip
         # the model that comes with shimmy stands last, unless it was asked for by path
-        listed = sorted(models.values(), key=lambda m: is_boxed(m) and m.source != "--model")
+        ordered = sorted(models.values(), key=lambda m: is_boxed(m) and m.source != "--model")
         reasons = ({"path": path, "reason": reason} for path, reason in skipped.items())
-        return ScanReport(tuple(listed), tuple(reasons), tuple(directories[len(self.files) :]), began)
+        return ScanReport(tuple(ordered), tuple(reasons), tuple(directories[len(self.files) :]), began)
 
     def _examine(self, path: str, source: str, label: str, whole_header: bool, anew: bool = False) -> ModelInfo | str:
         """The file's ModelInfo, or why it is none; remembered while it and the others of its set stay as they are."""
@@ -1381,16 +1368,12 @@ class Catalog:
             self._ids[path] = id
         return self._ids[path]
 
-    def why_skipped(self, name: str) -> str:
-        """": " and the reason, if a file of that name was skipped; else nothing."""
-        reasons = (s["reason"] for s in self.report.skipped if plain_id(pathlib.Path(s["path"]).stem) == plain_id(name))
-        return next((f": {reason}" for reason in reasons), "")
-
-    def why_path_skipped(self, path: str) -> str:
-        """The same for a path that the operator gave."""
-        wanted = os.path.realpath(os.path.expanduser(path))
-        reasons = (s["reason"] for s in self.report.skipped if os.path.realpath(s["path"]) == wanted)
-        return next((f": {reason}" for reason in reasons), "") or self.why_skipped(path)
+    def why_skipped(self, name: str, may_be_path: bool = False) -> str:
+        """": " and the reason, if a file of that name, or at that path, was skipped; else nothing."""
+        skipped, path = self.report.skipped, os.path.realpath(os.path.expanduser(name)) if may_be_path else None
+        found = [s["reason"] for s in skipped if path and os.path.realpath(s["path"]) == path]
+        found += [s["reason"] for s in skipped if plain_id(pathlib.Path(s["path"]).stem) == plain_id(name)]
+        return f": {found[0]}" if found else ""
 
     def whole(self, model: ModelInfo) -> ModelInfo:
         """The model with all its header tells; what could not be read stays as it was."""
@@ -2881,7 +2864,7 @@ class Tokenize:
     pieces: bool = False  # tell what each token stands for
 
 
-Job = Generate | Embed | Tokenize  # everything an engine computes; Intake.JOBS says what computes the first two
+Job = Generate | Embed | Tokenize  # everything an engine computes; Intake makes Sequence, Embedding and Tokens of them
 
 
 @dataclass(frozen=True)
@@ -2974,9 +2957,9 @@ class Finished:
     finish_reason: str
     prompt_tokens: int
     completion_tokens: int
-    cached_tokens: int
-    prompt_seconds: float  # from its first step to its first token
-    decode_seconds: float  # from there to its last
+    cached_tokens: int = 0
+    prompt_seconds: float = 0.0  # from its first step to its first token
+    decode_seconds: float = 0.0  # from there to its last
     stopped_by: str = ""  # the stop string that ended it
     forced_tokens: int = 0  # of those, the ones that a grammar left no choice about, which the model did not pick
 
@@ -3146,10 +3129,6 @@ class Device:
     total: int
     handle: Any = field(default=None, compare=False)  # where it is, in the process that asked
 
-    @property
-    def is_gpu(self) -> bool:
-        return self.kind in ("GPU", "IGPU")
-
 
 class Ggml:
     """The functions of libggml that llama_cpp does not bind: devices, and the CPU's special kernels (ggml-backend.h).
@@ -3188,9 +3167,9 @@ class Ggml:
             found.append(Device(name.decode(), about.decode("utf-8", "replace"), kind, free.value, total.value, handle))
         return found
 
-    def buffer_type(self, device: Device) -> int:
+    def buffer_type(self, device: int) -> int:
         """Where tensors go that are meant for a device."""
-        return int(self.call("ggml_backend_dev_buffer_type", self._ctypes.c_void_p, device.handle))
+        return int(self.call("ggml_backend_dev_buffer_type", self._ctypes.c_void_p, device))
 
     @functools.cached_property
     def cpu(self) -> int:
@@ -3204,71 +3183,68 @@ class Ggml:
 
     def kernels(self) -> dict[str, int]:
         """The CPU's extra buffer types by name, in the order in which weights are offered to them."""
-        return {self.call("ggml_backend_buft_name", self._ctypes.c_char_p, kind).decode(): kind for kind in self._listed()}
-
-    def _listed(self) -> list[int]:
-        found: list[int] = []
-        while (array := self._array) and array[len(found)]:
-            found.append(array[len(found)])
-        return found
+        kinds = itertools.takewhile(bool, self._extra or ())
+        return {self.call("ggml_backend_buft_name", self._ctypes.c_char_p, kind).decode(): kind for kind in kinds}
 
     @functools.cached_property
-    def _array(self) -> Any:
+    def _extra(self) -> Any:
+        """llama.cpp's list of them, ended by a null; None if there is none."""
         c = self._ctypes
         ask = self._cpu_function(b"ggml_backend_dev_get_extra_bufts", c.POINTER(c.c_void_p), c.c_void_p)
         return ask(self.cpu) if ask else None
 
     def leave_out(self, names: Seq[str]) -> None:
         """Takes kernels out of the list, before a model is loaded."""
-        left = [kind for name, kind in self.kernels().items() if name not in names]
-        for index, kind in enumerate([*left, None] if self._array else ()):
-            self._array[index] = kind
+        if self._extra:
+            for index, kind in enumerate([*(kind for name, kind in self.kernels().items() if name not in names), None]):
+                self._extra[index] = kind
 
     SIDE = 64  # of the matrix that a kernel is tried on
     ROWS = (1, 2, 33)  # as a generated token has, a pair of them, a prompt
 
     def try_kernel(self, kind: int) -> str:
         """Multiplies a small 4-bit matrix in a buffer of this type: "" or what is wrong. What crashes does so here."""
+        import numpy as np
+
         c, pointer, side = self._ctypes, self._ctypes.c_void_p, self.SIDE
         held, weights = self._tensor(2, side)  # GGML_TYPE_Q4_0
         buffer = self.call("ggml_backend_alloc_ctx_tensors_from_buft", pointer, held, kind)
         if not buffer:
             return ""  # it takes no such matrix
         self.call("ggml_backend_buffer_set_usage", None, buffer, c.c_int(1))  # GGML_BACKEND_BUFFER_USAGE_WEIGHTS
-        # a block holds 32 numbers: the scale 0.5, then 4 bits each, which mean that number less 8
-        numbers = [[(row + block) % 7 + 5 for block in range(side // 32)] for row in range(side)]
-        data = b"".join(struct.pack("<e16B", 0.5, *[n * 17] * 16) for row in numbers for n in row)
-        self.call("ggml_backend_tensor_set", None, weights, data, 0, len(data))
+        # a block holds 32 numbers, here equal ones: the scale 0.5, then 4 bits each, which mean that number less 8
+        numbers = (np.arange(side)[:, None] + np.arange(side // 32)) % 7 - 3
+        blocks = np.zeros(numbers.shape, [("scale", "<f2"), ("bits", "u1", 16)])
+        blocks["scale"], blocks["bits"] = 0.5, (numbers[..., None] + 8) * 17
+        self.call("ggml_backend_tensor_set", None, weights, blocks.tobytes(), 0, blocks.nbytes)
         backend = self.call("ggml_backend_dev_init", pointer, self.cpu, None)
         self._cpu_function(b"ggml_backend_set_n_threads", None, pointer, c.c_int)(backend, min(2, len(processors())))
-        return "" if all(self._multiplies(backend, weights, numbers, rows) for rows in self.ROWS) else "wrong results"
+        matrix = np.repeat(numbers / 2, 32, axis=1)
+        for rows in self.ROWS:
+            values = ((np.arange(rows)[:, None] * 3 + np.arange(side)) % 5 / 2 - 1).astype("<f4")
+            if not np.allclose(self._product(backend, weights, values), values @ matrix.T, rtol=0, atol=0.5):  # 8-bit rounding
+                return "wrong results"
+        return ""
 
-    def _tensor(self, kind: int, rows: int, size: int = 1 << 20) -> tuple[int, int]:
+    def _tensor(self, kind: int, rows: int) -> tuple[int, int]:
         """A graph's memory without data (ggml_init_params), and a matrix in it."""
         c = self._ctypes
         params = type("Params", (c.Structure,), {"_fields_": [("size", c.c_size_t), ("at", c.c_void_p), ("bare", c.c_bool)]})
-        held = self.call("ggml_init", c.c_void_p, params(size, None, True))
+        held = self.call("ggml_init", c.c_void_p, params(1 << 20, None, True))
         return held, self.call("ggml_new_tensor_2d", c.c_void_p, held, c.c_int(kind), c.c_int64(self.SIDE), c.c_int64(rows))
 
-    def _multiplies(self, backend: int, weights: int, numbers: list[list[int]], rows: int) -> bool:
-        """Whether so many rows times the matrix are what they should be, within what 8-bit rounding costs."""
-        c, pointer, side = self._ctypes, self._ctypes.c_void_p, self.SIDE
-        held, input = self._tensor(0, rows)  # GGML_TYPE_F32
+    def _product(self, backend: int, weights: int, values: Any) -> Any:
+        """Rows times the matrix of `weights`; not a number where that fails."""
+        c, pointer, found = self._ctypes, self._ctypes.c_void_p, values * math.nan
+        held, input = self._tensor(0, len(values))  # GGML_TYPE_F32
         result = self.call("ggml_mul_mat", pointer, held, weights, input)
         graph = self.call("ggml_new_graph", pointer, held)
         self.call("ggml_build_forward_expand", None, graph, result)
-        usual = self.call("ggml_backend_dev_buffer_type", pointer, self.cpu)
-        self.call("ggml_backend_alloc_ctx_tensors_from_buft", pointer, held, usual)
-        values = [[(row * 3 + column) % 5 / 2 - 1 for column in range(side)] for row in range(rows)]
-        data = struct.pack(f"<{rows * side}f", *itertools.chain(*values))
-        self.call("ggml_backend_tensor_set", None, input, data, 0, len(data))
-        if self.call("ggml_backend_graph_compute", c.c_int, backend, graph):
-            return False
-        output = c.create_string_buffer(4 * rows * side)
-        self.call("ggml_backend_tensor_get", None, result, output, 0, len(output))
-        found = struct.unpack(f"<{rows * side}f", output.raw)
-        right = (sum((numbers[n][k // 32] - 8) * x for k, x in enumerate(row)) / 2 for row in values for n in range(side))
-        return all(abs(f - r) < 0.5 for f, r in zip(found, right, strict=True))
+        self.call("ggml_backend_alloc_ctx_tensors_from_buft", pointer, held, self.buffer_type(self.cpu))
+        self.call("ggml_backend_tensor_set", None, input, values.tobytes(), 0, values.nbytes)
+        if not self.call("ggml_backend_graph_compute", c.c_int, backend, graph):
+            self.call("ggml_backend_tensor_get", None, result, found.ctypes.data, 0, found.nbytes)
+        return found
 
 
 def build_main() -> None:
@@ -3304,7 +3280,7 @@ class LoadPlan:
 
     ctx: int  # tokens of one sequence
     pool: int  # cells that all share; 0: the model keeps nothing of a text
-    sequences: int  # in the context at once, idle ones included
+    sequences: int  # in the context at once, and prefixes of ended ones
     gpu_layers: int = 0
     cpu_moe: int = 0
     memory_need: int = 0  # bytes of RAM that it takes when the pool is full
@@ -3314,7 +3290,7 @@ def plan_load(model: ModelInfo, setup: Setup, free: int | None, gpus: Seq[int] =
     """Plans a load into `free` bytes of RAM (None: nobody knows) and of each GPU. LoadError, with numbers, if it cannot fit."""
     options, rung, own = setup.options, setup.rung, model.context_length or 8192
     kv, ctx = model.kv or KvShape(), min(options.ctx or min(own, 8192), own)
-    spare = 2 if any(kv.states) else options.parallel + 8  # idle sequences kept for their prefix; a state takes megabytes
+    spare = 2 if any(kv.states) else options.parallel + 8  # rows for prefixes; a state takes megabytes
     sequences = min(options.parallel + spare, 256)  # llama.cpp's LLAMA_MAX_SEQ
     pool = 0 if kv == KvShape() and model.kv else ctx if rung.small_pool or model.embedding else options.kv_pool or 4 * ctx
     placed = Placement(0, 0, pool)
@@ -3372,6 +3348,9 @@ class Vocabulary:
         self.size, self.kind = c.llama_vocab_n_tokens(self.handle), c.llama_vocab_type(self.handle)
         self.eog = frozenset(t for t in range(self.size) if c.llama_vocab_is_eog(self.handle, t))
         self.eog_array = np.array(sorted(self.eog), dtype=np.int64)
+        template = c.llama_model_chat_template(model, b"rerank")
+        self.rerank_template = template.decode("utf-8", "replace") if template else ""
+        self.nothing = np.array([max(c.llama_vocab_bos(self.handle), 0)], np.int32)  # what an empty text is read as
         self._pieces: dict[int, bytes] = {}
         self.marker_pieces: dict[int, str] = {}  # names of control tokens: a chat shows those of its format
         self.specials = tuple(self._read_specials())
@@ -3406,8 +3385,12 @@ class Vocabulary:
 
         `first` and `last` add the tokens that the model wants before and behind a text (BOS, CLS; EOS, SEP).
         """
-        before, _, behind = self._ends
-        parts = [self._inner(part, at > 0, special) for text in texts for at, part in enumerate(self._cut(text))]
+        parts, (before, _, behind) = list[Any](), self._ends
+        for text in texts:
+            for at, part in enumerate(self._cut(text)):
+                # within a text SentencePiece puts no space before a part, as it does not behind a line break
+                left = b"\n" if at and self.kind == self.c.LLAMA_VOCAB_TYPE_SPM else b""
+                parts.append(self._call(left + part.encode("utf-8", "replace"), special)[len(self._call(left, special)) :])
         return self.np.concatenate([before[: len(before) * first], *parts, behind[: len(behind) * last]])
 
     def _cut(self, text: str) -> Iterator[str]:
@@ -3427,13 +3410,6 @@ class Vocabulary:
             yield text[start:at]
             start = at
         yield text[start:]
-
-    def _inner(self, text: str, inside: bool, special: bool) -> Any:
-        """The tokens of a text; inside another one SentencePiece puts no space before it, as it does not behind a line break."""
-        data = text.encode("utf-8", "replace")
-        if inside and self.kind == self.c.LLAMA_VOCAB_TYPE_SPM:
-            return self._call(b"\n" + data, special)[len(self._call(b"\n", special)) :]
-        return self._call(data, special)
 
     def _call(self, data: bytes, special: bool) -> Any:
         """Usually fewer tokens than bytes; an unknown space takes three."""
@@ -3466,11 +3442,6 @@ class Vocabulary:
         return self.tokens("".join(texts.get(part, part) for part in parts))  # in one piece: a space belongs to its word
 
     @functools.cached_property
-    def rerank_template(self) -> str:
-        source = self.c.llama_model_chat_template(self.model, b"rerank")
-        return source.decode("utf-8", "replace") if source else ""
-
-    @functools.cached_property
     def _ends(self) -> list[Any]:
         """The tokens before a text, between two texts, and behind the last one, as the model wants them."""
         c, vocab = self.c, self.handle
@@ -3486,10 +3457,6 @@ class Vocabulary:
         if found is None:
             found = self._pieces[token] = self._render(token, False)
         return found
-
-    def tokens_named(self, names: frozenset[str]) -> dict[int, bytes]:
-        """Control tokens by their names, and these as bytes."""
-        return {token: name.encode() for token, name in self.marker_pieces.items() if name in names} if names else {}
 
     def shown(self, token: int) -> bytes:
         """The bytes in which a marker is looked for: a control token's name, any other's piece."""
@@ -3550,18 +3517,22 @@ class Llama:
         self.ggml.leave_out(self.setup.rung.without)
         self.devices = self._devices()
         self.plan = self._plan()
-        self.ctx, self.pool = self.plan.ctx, self.plan.pool
+        self.ctx, self.pool, self.on_cpu = self.plan.ctx, self.plan.pool, self.plan.gpu_layers == 0
+        self.threads = self.options.threads or (1 if self.size_bytes < self.SMALL else physical_cores())  # of a step
+        self.kv_bytes = (self.info.kv or KvShape()).token_bytes(self.options.kv_type)  # of a token's KV cache
+        # what other threads of the engine wait at while it computes, if that takes all processors
+        self.gate = Gate() if self.on_cpu and self.threads >= len(processors()) else None
         self._load_model(progress)
+        kind = self.metadata("general.architecture")  # where every token attends to all, an input is computed in one piece
+        self.looks_both_ways = kind in EMBEDDERS or self.metadata(f"{kind}.attention.causal") == "false"
         self.vocab = Vocabulary(self.c, self.model, numpy)
         self.machines = Machines(self.vocab)
         self.cuttable = not (self.c.llama_model_is_recurrent(self.model) or self.c.llama_model_is_hybrid(self.model))
         self.n_swa = int(self.c.llama_model_n_swa(self.model))
-        self.adapters = self._load_adapters(self.options.lora)
+        self.adapters = [self._adapter(file) for file in self.options.lora]
         n_batch = max(self.options.batch, self.options.parallel)
         with zero_pages_returned():
-            self.main: Context = (
-                EmbeddingContext(self) if self.embedding else Context(self, self.pool, n_batch, self.plan.sequences)
-            )
+            self.main = EmbeddingContext(self) if self.embedding else Context(self, self.pool, n_batch, self.plan.sequences)
 
     def _on_log(self, level: int, line: bytes, _: Any) -> None:
         if level >= 3:  # GGML_LOG_LEVEL_WARN and ERROR
@@ -3569,22 +3540,19 @@ class Llama:
 
     def _devices(self) -> list[Device]:
         """The devices beside the CPU that the options name; all GPUs if they name none. LoadError for one that is not there."""
-        found, wanted = [d for d in self.ggml.devices() if d.kind != "CPU"], self.options.device
+        known = {d.name: d for d in self.ggml.devices() if d.kind != "CPU"}
+        wanted, main = self.options.device, self.options.main_gpu
         if self.setup.rung.cpu or wanted in (("none",), ()):
             return []
-        known = {d.name: d for d in found}
-        for name in wanted or ():
-            if name not in known:
-                raise LoadError(f"there is no device {name}; there are {', '.join(known) or 'none but the CPU'}")
-        used = [known[name] for name in wanted] if wanted else [d for d in found if d.is_gpu]
-        if self.options.main_gpu is not None:
-            if self.options.main_gpu >= len(used):
-                raise LoadError(f"--main-gpu {self.options.main_gpu}: there are {len(used)} GPUs, the first one is 0")
-            used = [used[self.options.main_gpu]]
-        return used
+        if unknown := set(wanted or ()) - set(known):
+            raise LoadError(f"there is no device {min(unknown)}; there are {', '.join(known) or 'none but the CPU'}")
+        used = [known[name] for name in wanted] if wanted else [d for d in known.values() if d.kind in ("GPU", "IGPU")]
+        if main is not None and main >= len(used):
+            raise LoadError(f"--main-gpu {main}: there are {len(used)} GPUs, the first one is 0")
+        return used if main is None else [used[main]]
 
     def _plan(self) -> LoadPlan:
-        """Where the model goes. Raises LoadError when it does not fit."""
+        """Raises LoadError when the model does not fit."""
         free, weights, own = available_memory(), None, self.info.context_length
         if self.devices:
             with contextlib.suppress(GgufError, OSError):
@@ -3595,17 +3563,16 @@ class Llama:
         return plan_load(self.info, self.setup, free, [d.free for d in self.devices], weights)
 
     def _load_model(self, progress: Callable[[float], None]) -> None:
-        params = self._model_params()
-        last = [0.0]
+        said = [0.0]
 
         def on_progress(fraction: float, _: Any) -> bool:
-            if fraction - last[0] >= 0.01 or fraction >= 1:
-                last[0] = fraction
+            if fraction - said[0] >= 0.01 or fraction >= 1:
+                said[0] = fraction
                 progress(fraction)
             return True
 
-        callback = self.c.llama_progress_callback(on_progress)
-        params.progress_callback = callback
+        params = self._model_params()
+        params.progress_callback = self.c.llama_progress_callback(on_progress)
         self.model = self.c.llama_model_load_from_file(os.fsencode(self.info.path), params)
         if not self.model:
             raise self.refusal("llama.cpp cannot load the file")
@@ -3634,67 +3601,47 @@ class Llama:
 
     def _overrides(self) -> list[tuple[bytes, int]]:
         """Patterns of tensors' names, and the buffer types that these go to: as asked, and experts that stay on the CPU."""
-        devices = {d.name: d for d in self.ggml.devices()}
+        devices, rules = {d.name: d.handle for d in self.ggml.devices()}, list[tuple[str, int]]()
         for pattern, name in self.options.override_tensor:
             if name not in devices:
                 raise LoadError(f"--override-tensor {pattern}={name}: there is no device {name}, only {', '.join(devices)}")
-        rules = [(p.encode(), self.ggml.buffer_type(devices[name])) for p, name in self.options.override_tensor]
-        layers = "|".join(map(str, range(self.plan.cpu_moe)))
-        experts = [(rf"blk\.({layers}){EXPERTS}".encode(), self.ggml.buffer_type(devices["CPU"]))] if layers else []
-        return [*rules, *experts]
+            rules.append((pattern, devices[name]))
+        if layers := "|".join(map(str, range(self.plan.cpu_moe))):
+            rules.append((rf"blk\.({layers}){EXPERTS}", self.ggml.cpu))
+        return [(pattern.encode(), self.ggml.buffer_type(device)) for pattern, device in rules]
 
     def refusal(self, what: str) -> LoadError:
-        """The error for something that llama.cpp refuses, with the reason that it logged."""
+        """The error for something that llama.cpp refuses, with the first error that it logged, or else the first warning."""
         wants_memory = any(re.search(r"alloc|out of memory|insufficient", line, re.I) for _, line in self.log_lines)
-        return LoadError(self.reason(what), "memory" if wants_memory else "")
-
-    def reason(self, what: str) -> str:
-        """`what`, with the first error that llama.cpp logged, or else the first warning."""
         words = [line.split(": ", 1)[-1] for _, line in sorted(self.log_lines, key=lambda logged: -logged[0]) if line]
-        return f"{what}: {words[0]}" if words else what
-
-    @property
-    def on_cpu(self) -> bool:
-        return self.plan.gpu_layers == 0
+        return LoadError(": ".join([what, *words[:1]]), "memory" if wants_memory else "")
 
     @property
     def placed(self) -> str:
         """Where the layers are; "" where there is only the CPU."""
-        if not self.devices:
-            return ""
         layers, names = int(self.c.llama_model_n_layer(self.model)), ", ".join(d.name for d in self.devices)
+        if self.on_cpu:
+            return f"on the CPU, not on {names}" if names else ""
         moe = f", experts of {self.plan.cpu_moe} layers on the CPU" if self.plan.cpu_moe else ""
-        count = "all" if self.plan.gpu_layers > layers else self.plan.gpu_layers
-        return f"{count} of {layers} layers on {names}{moe}" if self.plan.gpu_layers else f"on the CPU, not on {names}"
-
-    @property
-    def threads(self) -> int:
-        """How many compute a step."""
-        return self.options.threads or (1 if self.size_bytes < self.SMALL else physical_cores())
+        return f"{'all' if self.plan.gpu_layers > layers else self.plan.gpu_layers} of {layers} layers on {names}{moe}"
 
     @functools.cached_property
-    def gate(self) -> Gate | None:
-        """What other threads of the engine wait at while it computes, if that takes all processors."""
-        return Gate() if self.on_cpu and self.threads >= len(processors()) else None
-
-    @functools.cached_property
-    def looks_both_ways(self) -> bool:
-        """Whether every token attends to all others, so that an input must be computed in one piece."""
-        architecture = self.metadata("general.architecture")
-        return architecture in EMBEDDERS or self.metadata(f"{architecture}.attention.causal") == "false"
-
-    @functools.cached_property
-    def kv_bytes(self) -> float:
-        """Bytes of KV cache that a token takes."""
-        return (self.info.kv or KvShape()).token_bytes(self.options.kv_type)
+    def candidate_rows(self) -> Any:
+        """A llama_token_data of each token, without its logit."""
+        rows = self.np.zeros(self.vocab.size, [("id", "i4"), ("logit", "f4"), ("p", "f4")])
+        rows["id"] = self.np.arange(self.vocab.size)
+        return rows
 
     def trial(self) -> None:
         """Decodes a few tokens and then one, as steps do: what cannot work on this machine shows before it counts as loaded."""
         count = min(4, self.main.n_batch, max(1, self.ctx - 2))
-        tokens = self.np.full(count + 1, max(self.c.llama_vocab_bos(self.vocab.handle), 0), self.np.int32)
-        for rows in (TrialRows(tokens, count), TrialRows(tokens, count + 1, count)):
-            if status := self.main.decode([(rows, rows.n_tokens - rows.n_computed)]):
+        rows = Rows(self.vocab.nothing.repeat(count + 1), 0)
+        rows.row = 0
+        for more in (count, 1):
+            rows.n_tokens += more
+            if status := self.main.decode([(rows, more)]):
                 raise self.refusal(f"llama.cpp cannot compute: llama_decode returned {status}")
+            rows.n_computed += more
         self.main.clear(False)
 
     def metadata(self, key: str) -> str:
@@ -3722,12 +3669,18 @@ class Llama:
         return Loaded(self.ctx, self.pool, options.parallel, chat, tuple(self.notes), int(self.pool * self.kv_bytes),
                       self.plan.memory_need, self.placed, not self.on_cpu)  # fmt: skip
 
-    def _load_adapters(self, files: Seq[str]) -> list[Any]:
-        adapters = [self.c.llama_adapter_lora_init(self.model, os.fsencode(f)) for f in files]
-        for file, adapter in zip(files, adapters, strict=True):
+    def _load_adapters(self) -> Iterator[Any]:
+        for file in self.options.lora:
+            adapter = self.c.llama_adapter_lora_init(self.model, os.fsencode(file))
             if not adapter:
                 raise self.refusal(f"the LoRA adapter {file} cannot be applied")
-        return adapters
+            yield adapter
+
+    def _adapter(self, file: str) -> Any:
+        adapter = self.c.llama_adapter_lora_init(self.model, os.fsencode(file))
+        if not adapter:
+            raise self.refusal(f"the LoRA adapter {file} cannot be applied")
+        return adapter
 
 
 ZERO_BLOCK = 4 * MIB  # bytes looked at together by zero_pages_returned
@@ -3768,39 +3721,18 @@ def _anonymous_blocks(outward: bool) -> set[int]:
     return found
 
 
-class Rows(Protocol):
-    """What a decode reads of a sequence."""
+class Rows:
+    """Tokens on their way through a context: how many have their cells there, and in which of its rows."""
+
+    def __init__(self, tokens: Any, n_tokens: int) -> None:
+        self.tokens, self.n_tokens = tokens, n_tokens  # int32, at least n_tokens of them
+        self.n_computed = 0  # so many of the first ones have cells
+        self.row = -1
 
     @property
-    def tokens(self) -> Any:
-        """int32, at least n_tokens of them."""
-        ...
-
-    @property
-    def n_tokens(self) -> int: ...
-
-    @property
-    def n_computed(self) -> int:
-        """So many of the first ones have their cells in the context."""
-        ...
-
-    @property
-    def row(self) -> int:
-        """The sequence's number in the context."""
-        ...
-
-
-@dataclass(frozen=True)
-class TrialRows:
-    """The sequence of a trial."""
-
-    tokens: Any
-    n_tokens: int
-    n_computed: int = 0
-
-    @property
-    def row(self) -> int:
-        return 0
+    def pending(self) -> int:
+        """Tokens not yet evaluated: 1 while decoding, more while a prompt is read."""
+        return self.n_tokens - self.n_computed
 
 
 class Context:
@@ -3818,7 +3750,11 @@ class Context:
         self.cells, self.n_batch, self.n_seq = cells, n_batch, n_seq
         self.pause_every = self.PAUSE_EVERY
         self._abort = self.ctypes.create_string_buffer(2)
-        self._callback = self._eval_callback(pause) if pause else None  # kept: llama.cpp calls it
+        asked = itertools.count(1)
+        # llama.cpp asks before each operation whether its result is wanted, and calls again when it is there
+        self._callback = self.c.ggml_backend_sched_eval_callback(  # kept: llama.cpp calls it
+            lambda _tensor, asks, _data: next(asked) % self.pause_every == 0 if asks else pause()
+        ) if pause else None
         llama.log_lines.clear()
         self.handle = self.c.llama_init_from_model(llama.model, self._params())
         if not self.handle:
@@ -3828,8 +3764,6 @@ class Context:
             adapters = (self.c.llama_adapter_lora_p_ctypes * count)(*llama.adapters)
             self.c.llama_set_adapters_lora(self.handle, adapters, count, (self.ctypes.c_float * count)(*[1.0] * count))
         self.memory = self.c.llama_get_memory(self.handle)
-        self._logits: Any = None
-        self._logits_at: int | None = None
         self._make_batch()
 
     def _params(self) -> Any:
@@ -3841,23 +3775,13 @@ class Context:
         params.flash_attn_type = {"auto": -1, "on": 1, "off": 0}[options.flash_attn]
         params.type_k = params.type_v = getattr(self.c, f"GGML_TYPE_{options.kv_type.upper()}")
         params.no_perf = True
-        params.abort_callback, params.abort_callback_data = self._abort_callback()
+        # in C, so that no step pays for the interpreter: strlen of a buffer, non-zero aborts the decode
+        strlen = self.ctypes.CDLL("msvcrt" if sys.platform == "win32" else None).strlen
+        params.abort_callback = self.ctypes.cast(strlen, self.c.ggml_abort_callback)
+        params.abort_callback_data = self.ctypes.cast(self._abort, self.ctypes.c_void_p)
         if self._callback:
             params.cb_eval = self._callback
         return params
-
-    def _eval_callback(self, pause: Callable[[], bool]) -> Any:
-        """llama.cpp asks before each operation whether its result is wanted, and calls again when it is there."""
-        asked = itertools.count(1)
-        return self.c.ggml_backend_sched_eval_callback(
-            lambda _tensor, asks, _data: next(asked) % self.pause_every == 0 if asks else pause()
-        )
-
-    def _abort_callback(self) -> tuple[Any, Any]:
-        """A callback in C, so that no step pays for the interpreter: strlen of a buffer, non-zero aborts the decode."""
-        library = self.ctypes.CDLL("msvcrt" if sys.platform == "win32" else None)
-        callback = self.ctypes.cast(library.strlen, self.c.ggml_abort_callback)
-        return callback, self.ctypes.cast(self._abort, self.ctypes.c_void_p)
 
     def abort(self, wanted: bool) -> None:
         """Makes a decode that another thread runs return 2 soon; False takes that back."""
@@ -3898,18 +3822,16 @@ class Context:
 
     def logits(self, rows: int) -> Any:
         """The logits of the last decode, shape (rows, n_vocab), float32; a view that the next decode overwrites."""
-        pointer = self.c.llama_get_logits(self.handle)
-        address = self.ctypes.cast(pointer, self.ctypes.c_void_p).value
-        if address != self._logits_at:
-            self._logits = self.np.ctypeslib.as_array(pointer, (self.n_seq, self.llama.vocab.size))
-            self._logits_at = address
-        return self._logits[:rows]
+        address = self.ctypes.cast(self.c.llama_get_logits(self.handle), self.ctypes.c_void_p).value
+        row = self.ctypes.c_float * self.llama.vocab.size
+        return self.np.frombuffer((row * rows).from_address(address), self.np.float32).reshape(rows, -1)
 
     # KV cache. Cutting needs `cuttable`; whole sequences can always be dropped and copied.
 
     def drop(self, row: int, start: int = -1) -> None:
         """Frees a sequence's cells from position `start` on."""
-        self.c.llama_memory_seq_rm(self.memory, row, start, -1)
+        if self.memory:  # a model that looks both ways has none
+            self.c.llama_memory_seq_rm(self.memory, row, start, -1)
 
     def share(self, source: int, target: int, count: int) -> None:
         """Lets `target` begin with the first `count` cells of `source`: metadata only, nothing is copied."""
@@ -3933,7 +3855,8 @@ class Context:
 
     def clear(self, data: bool) -> None:
         """Frees all cells, so that the next ones are the first again; with `data`, wipes what they held."""
-        self.c.llama_memory_clear(self.memory, data)
+        if self.memory:
+            self.c.llama_memory_clear(self.memory, data)
 
 
 class EmbeddingContext(Context):
@@ -3962,7 +3885,6 @@ class EmbeddingContext(Context):
 
     @classmethod
     def batch_size(cls, llama: Llama) -> int:
-        """Tokens of a batch."""
         most = min(cls.BATCH, llama.options.batch)
         if not llama.looks_both_ways:
             most = min(most, cls.LOGITS // (2 * 4 * llama.vocab.size), llama.ctx)
@@ -3980,14 +3902,6 @@ class EmbeddingContext(Context):
         params.pooling_type = rules[self.pooling] if self.whole or self.pooling == "rank" else 0  # LLAMA_POOLING_TYPE_NONE
         params.n_outputs_max = 0  # every token of a batch
         return params
-
-    def drop(self, row: int, start: int = -1) -> None:
-        if self.memory:
-            super().drop(row, start)
-
-    def clear(self, data: bool) -> None:
-        if self.memory:
-            super().clear(data)
 
     def take(self, input: Rows, at: int, count: int, pooled: Any) -> Any:
         """What an input's vector is after the last decode, where `count` of its tokens stood from row `at` on.
@@ -4029,36 +3943,37 @@ class EmbeddingContext(Context):
 class Sampler:
     """Picks one sequence's tokens: greedy straight from the logits, else with llama.cpp's chain and its defaults.
 
-    With a grammar the chain picks among all tokens first; where that one is refused, among those that the grammar allows.
-    Of these it is shown the likeliest ones, as many as it might keep, which gives the same as if it were shown all.
+    With a grammar the chain picks among all tokens. One that is refused is banned, and the chain picks again; where few
+    tokens may come, or TRIES were refused, it picks among those that the grammar allows.
     """
 
     KEYS: ClassVar = {"temperature": "temp", "repeat_penalty": "penalty_repeat", "repeat_last_n": "penalty_last_n"}
     COLDEST = 1e-4  # temperatures below are 0: logits divided by less would leave float32, and infinities have no softmax
     LEAST = 1e-30  # of the likeliest token's probability; typical and Mirostat take the logarithm, and 0 has none
-    CHUNKS = (64, 512, 4096)  # so many of the likeliest tokens are tried one by one, before all that the grammar allows
-    NEAR_TOP = 10  # below the likeliest one's logit: mostly some hundred tokens
-    NEAR = 1e-4  # llama.cpp computes with 24 bits: what lies so near to a limit may fall on either side of it
+    TRIES = 64  # each costs what the chain costs, and a grammar's first list of what it allows as much as some hundred
 
     def __init__(self, llama: Llama, sampling: Sampling, prompt: Any) -> None:
         """Raises InvalidRequest for a bias of a token that does not exist, and for a grammar that cannot be read."""
         self.llama, self.sampling = llama, sampling
-        self.never = self._banned()
+        self.banned = self._banned()
         self._picked: int | None = None  # what was picked before it was tried, until that is done
+        self._refused = 0  # tokens, before that one
         self.grammar = Grammar(llama, sampling.constraint) if sampling.constraint else None
         self.chain: Any = None
         seed = 0xFFFFFFFF if sampling.seed is None else sampling.seed & 0xFFFFFFFF  # LLAMA_DEFAULT_SEED: a random one
         v: Any = replace(sampling, **dict(self._values()), seed=seed)
-        self.values, self.greedy = v, v.temperature < self.COLDEST
-        self.bends = [*self._biases(v), *([] if self._aims else self._penalties(v))]  # the chain's first samplers, and the rest
-        self.links = self._links(v)
-        if not self.links:
-            return
-        c = llama.c
+        self._greedy = v.temperature < self.COLDEST
+        self._aims = bool(v.mirostat) and not self._greedy  # Mirostat picks: it replaces all but the bias and the temperature
+        links, c = list(self._links(v)), llama.c
+        if not links:
+            return  # the likeliest token is taken
+        if self._greedy:
+            links.append(c.llama_sampler_init_greedy())
         self.chain = c.llama_sampler_chain_init(c.llama_sampler_chain_default_params())
-        for link in (*self.bends, *self.links):
+        for link in links:
             c.llama_sampler_chain_add(self.chain, link)
-        for token in prompt[max(0, len(prompt) - self._looks_back(v)) :]:
+        windows = (v.repeat_last_n if self._penalizes(v) else 0, v.dry_penalty_last_n if v.dry_multiplier else 0)
+        for token in prompt[max(0, len(prompt) - max(map(self._window, windows))) :]:
             c.llama_sampler_accept(self.chain, int(token))
 
     def _values(self) -> Iterator[tuple[str, Any]]:
@@ -4080,65 +3995,40 @@ class Sampler:
         banned = frozenset(token for token, bias in self.sampling.logit_bias if bias == -math.inf)
         return banned | (self.llama.vocab.eog if self.sampling.ignore_eos else frozenset())
 
-    @property
-    def _aims(self) -> bool:
-        """Whether Mirostat picks, by itself: it replaces all but the bias and the temperature."""
-        return bool(self.values.mirostat) and not self.greedy
-
-    @property
-    def _filters_too(self) -> bool:
-        """Whether filters matter: the others never drop the likeliest token."""
-        return not self.greedy or self.values.typical_p < 1 or self.values.xtc_probability > 0
-
-    def _links(self, v: Any) -> list[Any]:
-        """The chain's samplers behind `bends`, in llama.cpp's order (common/sampling.cpp); none: the likeliest is taken."""
-        c = self.llama.c
-        if self._aims:
-            return list(self._mirostat(v))
-        links = list(self._filters(v)) if self._filters_too else []
-        if self.greedy:
-            return [*links, c.llama_sampler_init_greedy()] if links or self.bends else []
-        temperature = c.llama_sampler_init_temp_ext(v.temperature, v.dynatemp_range, v.dynatemp_exponent)
-        return [*links, temperature, c.llama_sampler_init_dist(v.seed)]
-
-    def _biases(self, v: Any) -> Iterator[Any]:
-        c, biases = self.llama.c, v.logit_bias
-        if biases:
-            rows = (c.llama_logit_bias * len(biases))(*(c.llama_logit_bias(t, b) for t, b in biases))
-            yield c.llama_sampler_init_logit_bias(self.llama.vocab.size, len(biases), rows)
-
-    def _penalties(self, v: Any) -> Iterator[Any]:
-        """What looks back on the text."""
+    def _links(self, v: Any) -> Iterator[Any]:
+        """The chain's samplers, in llama.cpp's order (common/sampling.cpp), but for one that takes the likeliest token."""
         c, vocab = self.llama.c, self.llama.vocab
+        if v.logit_bias:
+            biases = (c.llama_logit_bias * len(v.logit_bias))(*(c.llama_logit_bias(t, b) for t, b in v.logit_bias))
+            yield c.llama_sampler_init_logit_bias(vocab.size, len(biases), biases)
+        if self._aims:
+            yield c.llama_sampler_init_min_p(self.LEAST, 1)
+            yield c.llama_sampler_init_temp(v.temperature)
+            if v.mirostat == 1:
+                yield c.llama_sampler_init_mirostat(vocab.size, v.seed, v.mirostat_tau, v.mirostat_eta, 100)
+            else:
+                yield c.llama_sampler_init_mirostat_v2(v.seed, v.mirostat_tau, v.mirostat_eta)
+            return
         if self._penalizes(v):
-            size, last_n = vocab.size, self._window(v.repeat_last_n)
-            yield c.llama_sampler_init_penalties(size, last_n, v.repeat_penalty, v.frequency_penalty, v.presence_penalty)
+            last_n = self._window(v.repeat_last_n)
+            yield c.llama_sampler_init_penalties(vocab.size, last_n, v.repeat_penalty, v.frequency_penalty, v.presence_penalty)
         if v.dry_multiplier:
             words = [s.encode() for s in v.dry_sequence_breakers]
             rows = (self.llama.ctypes.c_char_p * len(words))(*words)
             allowed, last_n = self._window(v.dry_allowed_length), self._window(v.dry_penalty_last_n)
             yield c.llama_sampler_init_dry(vocab.handle, v.dry_multiplier, v.dry_base, allowed, last_n, rows, len(words))
-
-    def _filters(self, v: Any) -> Iterator[Any]:
-        """What drops tokens; llama.cpp makes nothing of those that are off."""
-        c = self.llama.c
-        yield c.llama_sampler_init_top_n_sigma(v.top_n_sigma)
-        yield c.llama_sampler_init_top_k(min(v.top_k, self.llama.vocab.size))
-        if v.typical_p < 1:
-            yield c.llama_sampler_init_min_p(self.LEAST, 1)
-            yield c.llama_sampler_init_typical(v.typical_p, 1)
-        yield c.llama_sampler_init_top_p(v.top_p, 1)
-        yield c.llama_sampler_init_min_p(v.min_p, 1)
-        yield c.llama_sampler_init_xtc(v.xtc_probability, v.xtc_threshold, 1, v.seed)
-
-    def _mirostat(self, v: Any) -> Iterator[Any]:
-        c = self.llama.c
-        yield c.llama_sampler_init_min_p(self.LEAST, 1)
-        yield c.llama_sampler_init_temp(v.temperature)
-        if v.mirostat == 1:
-            yield c.llama_sampler_init_mirostat(self.llama.vocab.size, v.seed, v.mirostat_tau, v.mirostat_eta, 100)
-        else:
-            yield c.llama_sampler_init_mirostat_v2(v.seed, v.mirostat_tau, v.mirostat_eta)
+        if not self._greedy or v.typical_p < 1 or v.xtc_probability > 0:  # the other filters never drop the likeliest
+            yield c.llama_sampler_init_top_n_sigma(v.top_n_sigma)  # llama.cpp makes nothing of those that are off
+            yield c.llama_sampler_init_top_k(min(v.top_k, vocab.size))
+            if v.typical_p < 1:
+                yield c.llama_sampler_init_min_p(self.LEAST, 1)
+                yield c.llama_sampler_init_typical(v.typical_p, 1)
+            yield c.llama_sampler_init_top_p(v.top_p, 1)
+            yield c.llama_sampler_init_min_p(v.min_p, 1)
+            yield c.llama_sampler_init_xtc(v.xtc_probability, v.xtc_threshold, 1, v.seed)
+        if not self._greedy:
+            yield c.llama_sampler_init_temp_ext(v.temperature, v.dynatemp_range, v.dynatemp_exponent)
+            yield c.llama_sampler_init_dist(v.seed)
 
     @staticmethod
     def _penalizes(v: Any) -> bool:
@@ -4148,22 +4038,20 @@ class Sampler:
         """A number of tokens, at most the context: llama.cpp sets memory aside for all of them."""
         return self.llama.ctx if tokens < 0 else min(tokens, self.llama.ctx)
 
-    def _looks_back(self, v: Any) -> int:
-        """The last tokens of the prompt that a penalty sees."""
-        penalties = self._window(v.repeat_last_n) if self._penalizes(v) else 0
-        return max(penalties, self._window(v.dry_penalty_last_n) if v.dry_multiplier else 0)
-
     def pick(self, logits: Any, row: int) -> int:
-        """The next token, -1 when nothing may follow. `logits` is its row of the last decode, `row` its batch index."""
+        """The next token, -1 when nothing may follow. `logits` is its row of the last decode, `row` its batch index.
+
+        Raises NotYet, from its grammar: called again with the same logits it goes on where it was.
+        """
         if self.sampling.ignore_eos:
             logits[self.llama.vocab.eog_array] = -math.inf
         if self.grammar:
-            return self._pick_with(self.grammar, logits, row)
+            return self._pick_with(self.grammar, logits)
         if self.chain:
             token = int(self.llama.c.llama_sampler_sample(self.chain, self.llama.main.handle, row))
         else:
             token = int(logits.argmax())
-        return -1 if token in self.never else token
+        return -1 if token in self.banned else token
 
     def closing(self, token: int) -> Seq[int]:
         """The tokens that close a thought in which the model would end its text, although the grammar's begins behind it."""
@@ -4177,118 +4065,46 @@ class Sampler:
         if self.grammar:
             self.grammar.follow(token)
 
-    def _pick_with(self, grammar: Grammar, logits: Any, row: int) -> int:
-        """Accepts only what the grammar admits, and what has a finite logit, as all have unless they are banned.
-
-        After NotYet it goes on where it was, with the same logits.
-        """
-        if self._picked is None:
-            self._picked = self._pick_freely(logits, row)
-        while (token := self._picked) >= 0 and grammar.after(token) is None:
-            if not grammar.is_awaited:
-                token = self._pick_allowed(grammar, logits)
-                break
-            logits[token] = -math.inf
-            self._picked = self._pick_freely(logits, row)
-        self._picked = None
+    def _pick_with(self, grammar: Grammar, logits: Any) -> int:
+        while (token := self._picked) is None or (token >= 0 and grammar.after(token) is None):
+            if token is not None:
+                logits[token] = -math.inf
+                self._refused += 1
+            few = self._aims or self._refused >= self.TRIES or grammar.is_quick  # Mirostat learns from each pick
+            among = grammar.allowed() if self._refused and few and not grammar.is_awaited else None
+            self._picked = self._choose(logits, among)
+        self._picked, self._refused = None, 0
         if token < 0:
             return -1  # all that may follow is banned, or has no token
-        grammar.accept(token)
-        if self.chain:
-            self.llama.c.llama_sampler_accept(self.chain, token)
+        self.force(token)
         return token
 
-    def _pick_freely(self, logits: Any, row: int) -> int:
-        """What is picked without a grammar; −1 if all is banned. `row` is −1 for logits that were kept."""
-        if not self.chain:
-            token = int(logits.argmax())
-        elif row < 0 or self._looks_back(self.values):  # what follows makes the chain take a token that may be refused
-            return self._choose(Candidates(self.llama, logits), (*self.bends, *self.links))
-        else:
-            token = int(self.llama.c.llama_sampler_sample(self.chain, self.llama.main.handle, row))
-        return token if logits[token] > -math.inf and token not in self.never else -1
-
-    def _pick_allowed(self, grammar: Grammar, logits: Any) -> int:
-        """What is picked among the tokens that the grammar allows; −1 if none is left."""
-        scores = self._bent(logits)
-        tokens = self._allowed(grammar, scores)
-        tokens = tokens[scores[tokens] > -math.inf]
-        if not len(tokens):
+    def _choose(self, logits: Any, tokens: Any) -> int:
+        """The token that is picked among some, or all (None); −1 if all are banned."""
+        scores = logits if tokens is None else logits[tokens]
+        if not len(scores) or scores.max() == -math.inf:
             return -1
         if not self.chain:
-            return int(tokens[scores[tokens].argmax()])
-        return self._choose(Candidates(self.llama, scores[tokens], tokens), self.links)
-
-    def _choose(self, candidates: Candidates, links: Iterable[Any]) -> int:
-        """The token that samplers select; −1 if all are banned."""
-        for link in links:
-            self.llama.c.llama_sampler_apply(link, candidates.pointer)
-        array = candidates.array
+            at = int(scores.argmax())
+            return at if tokens is None else int(tokens[at])
+        rows, c = self.llama.candidate_rows[: len(scores)].copy(), self.llama.c
+        rows["logit"] = scores
+        if tokens is not None:
+            rows["id"] = tokens
+        data = self.llama.ctypes.cast(rows.ctypes.data, c.llama_token_data_p)
+        array = c.llama_token_data_array(data, len(scores), -1, False)
+        c.llama_sampler_apply(self.chain, self.llama.ctypes.byref(array))
         if not 0 <= array.selected < array.size:
             return -1
         chosen = array.data[array.selected]
         return int(chosen.id) if math.isfinite(chosen.logit) else -1
-
-    def _bent(self, logits: Any) -> Any:
-        """The logits after biases and penalties."""
-        if not self.bends:
-            return logits
-        candidates = Candidates(self.llama, logits)
-        for link in self.bends:
-            self.llama.c.llama_sampler_apply(link, candidates.pointer)
-        return candidates.rows["logit"].copy()
-
-    def _allowed(self, grammar: Grammar, scores: Any) -> Any:
-        """The tokens that the grammar allows, in their order; of these at least all that the chain might keep."""
-        if (few := grammar.few_allowed()) is not None:
-            return few
-        np, tried, found = self.llama.np, 0, list[int]()
-        for size in [size for size in self.CHUNKS if size < len(scores)]:
-            best = self._likeliest(scores, size)
-            found += [token for token in best[tried:].tolist() if grammar.after(token) is not None]
-            tried = size
-            if found and self._are_enough(scores, scores[found], scores[best]):
-                return np.sort(np.array(found, np.int32))
-        return grammar.allowed()
-
-    def _likeliest(self, scores: Any, count: int) -> Any:
-        """So many tokens, the likeliest first. To sort only those near the top takes a tenth of the time."""
-        np = self.llama.np
-        near = np.flatnonzero(scores > scores.max() - self.NEAR_TOP)
-        if len(near) < count:
-            near = np.argpartition(scores, -count)[-count:]
-        return near[np.argsort(-scores[near], kind="stable")][:count]
-
-    def _are_enough(self, scores: Any, found: Any, tried: Any) -> bool:
-        """Whether no token below those `tried` would be kept: all three are logits, the last two falling ones."""
-        v, np = self.values, self.llama.np
-        if not self._filters_too:
-            return True
-        if self._aims or v.top_n_sigma > 0:
-            return False  # all that is allowed counts
-        if 0 < v.top_k <= len(found):
-            return True
-        if v.typical_p < 1:
-            return False
-        least = found[0] + math.log(v.min_p) if v.min_p > 0 else -math.inf
-        kept = int((found >= least).sum()) if tried[-1] < least - self.NEAR else math.inf
-        if kept < math.inf and v.top_p >= 1:
-            return True
-        if v.top_p >= 1:
-            return False
-        # top_p keeps the first so many, of a total that lies between what was found and that with all that was not tried
-        sums = np.exp((found - found[0]).astype(np.float64)).cumsum()
-        rest = np.exp((scores - found[0]).astype(np.float64)).sum() - np.exp((tried - found[0]).astype(np.float64)).sum()
-        low = int(np.searchsorted(sums, v.top_p * sums[-1] * (1 - self.NEAR)))
-        high = int(np.searchsorted(sums, v.top_p * (sums[-1] + max(rest, 0.0)) * (1 + self.NEAR)))
-        return kept <= low + 1 or (low == high < len(found))
 
     def jump(self, most: int) -> Seq[int]:
         """At most so many tokens that must come next, whatever the model says; they are taken. Raises NotYet."""
         grammar = self.grammar
         if not grammar or grammar.is_awaited or self.sampling.logprobs is not None or most <= 0:
             return ()
-        tokens = list(itertools.takewhile(lambda token: token not in self.never, grammar.jump()[:most]))
+        tokens = list(itertools.takewhile(lambda token: token not in self.banned, grammar.jump()[:most]))
         for token in tokens:
             self.force(token)
         return tokens
@@ -4320,17 +4136,18 @@ class Grammar:
         try:
             self._machine = llama.machines.of(constraint.grammar)
         except InvalidRequest as error:
-            raise InvalidRequest(self.said(error), error.param or self.param) from None
+            raise self.named(error) from None
         self._state = self._machine.automaton.start
         self._marker, self._seen = (constraint.after or "").encode(), b""  # no marker once the grammar has begun
-        self._markers = self._vocab.tokens_named(constraint.markers)
+        self._markers = {t: name.encode() for t, name in llama.vocab.marker_pieces.items()
+                         if name in constraint.markers}  # fmt: skip
         self.closing: Seq[int] = ()
         if self._marker and constraint.param != "parallel_tool_calls":  # that one lets a text end without any call
             self.closing = self._vocab.tokens(f"\n{(constraint.after or '').strip()}\n\n").tolist()
 
-    def said(self, error: InvalidRequest) -> str:
-        """An error's message with the request's field, if it knows none."""
-        return error.message if error.param else f"{self.param}: {error.message}"
+    def named(self, error: InvalidRequest) -> InvalidRequest:
+        """An error with the request's field, if it knows none."""
+        return error if error.param else InvalidRequest(f"{self.param}: {error.message}", self.param)
 
     @property
     def is_awaited(self) -> bool:
@@ -4356,29 +4173,25 @@ class Grammar:
         data = self._markers.get(token) or self._vocab.piece(token)
         return self._state.read(data) if data else None
 
-    def accept(self, token: int) -> None:
-        """Takes a token that is admitted."""
-        state = self.after(token)
-        assert state
+    def follow(self, token: int) -> None:
+        """Takes a token; one that does not fit leaves the grammar where it is."""
+        if (state := self.after(token)) is None:
+            return
         if self._marker:
             begun = self._behind_marker(token) is not None
             self._seen = (self._seen + self._vocab.shown(token))[-len(self._marker) :]
             self._marker = b"" if begun else self._marker
         self._state = state
 
-    def follow(self, token: int) -> None:
-        """Takes a forced token; one that does not fit leaves the grammar where it is."""
-        if self.after(token):
-            self.accept(token)
-
     def _behind_marker(self, token: int) -> bytes | None:
         """What would stand behind the marker after this token; None if the marker is not there yet."""
         _, found, rest = (self._seen + self._vocab.shown(token)).partition(self._marker)
         return rest if found else None
 
-    def few_allowed(self) -> Any:
-        """As `allowed`, if that is quick; else None."""
-        return self.allowed() if self._machine.is_quick(self._state) else None
+    @property
+    def is_quick(self) -> bool:
+        """Whether `allowed` takes little time."""
+        return self._machine.is_quick(self._state)
 
     def allowed(self) -> Any:
         """All tokens that may come next, an int32 array in their order."""
@@ -4453,9 +4266,8 @@ class Machine:
         self._kept = 0
 
     def is_quick(self, state: State) -> bool:
-        """Whether `allowed` takes no time, or was begun."""
-        bits, begun = state.bits, state in self._allowed or state in self._found
-        return begun or bits.bit_count() <= self.FEW or self.vocab.spelling.count(bits) <= self.FEW_TOKENS
+        """Whether `allowed` takes little time, found before or not: else what a seed gives would depend on earlier texts."""
+        return state.bits.bit_count() <= self.FEW or self.vocab.spelling.count(state.bits) <= self.FEW_TOKENS
 
     def allowed(self, state: State) -> Any:
         """The tokens with text that may come next, an int32 array in their order."""
@@ -4473,23 +4285,21 @@ class Machine:
 
     def jump(self, state: State) -> Seq[int]:
         """The tokens of the text that must come next: all if it ends the document, else all but the last."""
-        if not state.ends and not state.bits & (state.bits - 1) and state not in self._jumps:
-            tokens = self._jumped(state)
+        if state.ends or state.bits & (state.bits - 1):
+            return ()
+        if state not in self._jumps:
+            data = state.forced(self.MOST_JUMPED)
+            behind = state.read(data)
+            assert behind
+            done = behind.ends and not behind.bits
+            try:
+                data.decode()
+            except UnicodeDecodeError as error:
+                data, done = data[: error.start], False
+            tokens = self.vocab.tokens_inside(data)
             self._make_room(len(tokens))
-            self._jumps[state] = tokens
-        return self._jumps.get(state, ())
-
-    def _jumped(self, state: State) -> Seq[int]:
-        data = state.forced(self.MOST_JUMPED)
-        behind = state.read(data)
-        assert behind
-        done = behind.ends and not behind.bits
-        try:
-            data.decode()
-        except UnicodeDecodeError as error:
-            data, done = data[: error.start], False
-        tokens = self.vocab.tokens_inside(data)
-        return tokens if done else tokens[:-1]
+            self._jumps[state] = tokens if done else tokens[:-1]
+        return self._jumps[state]
 
     def _make_room(self, tokens: int) -> None:
         self._kept += 16 + tokens
@@ -4539,32 +4349,16 @@ class LogProbs:
     def __init__(self, vocab: Vocabulary, logits: Any) -> None:
         wide = logits.astype(vocab.np.float64)
         wide -= wide.max()
-        self.vocab, self.values = vocab, wide - math.log(vocab.np.exp(wide).sum())
+        self.vocab = vocab
+        self.values = vocab.np.maximum(wide - math.log(vocab.np.exp(wide).sum()), self.LEAST)
 
     def of(self, token: int, alternatives: int) -> TokenLogprob:
         """A token's own, and those of the likeliest ones."""
-        values, name = self.values, self.vocab.name
-        if alternatives:
-            best = self.vocab.np.argpartition(-values, min(alternatives, len(values) - 1))[:alternatives]
-        top = sorted(((self._said(t), name(int(t)), int(t)) for t in best), reverse=True) if alternatives else ()
+        values, name, np = self.values, self.vocab.name, self.vocab.np
+        best = np.argpartition(-values, min(alternatives, len(values) - 1))[:alternatives].tolist() if alternatives else []
+        top = sorted(((float(values[t]), name(t), t) for t in best), reverse=True)
         said, names, ids = zip(*top, strict=True) if top else ((), (), ())
-        return TokenLogprob(name(token), self._said(token), names, said, token, ids)
-
-    def _said(self, token: int) -> float:
-        value = float(self.values[token])
-        return value if value > self.LEAST else self.LEAST
-
-
-class Candidates:
-    """A llama_token_data_array over numpy rows (id, logit, p), for samplers applied by hand: of all tokens, or of some."""
-
-    def __init__(self, llama: Llama, logits: Any, tokens: Any = None) -> None:
-        self.rows = llama.np.zeros(len(logits), [("id", "i4"), ("logit", "f4"), ("p", "f4")])
-        self.rows["id"] = llama.np.arange(len(logits)) if tokens is None else tokens
-        self.rows["logit"] = logits
-        data = llama.ctypes.cast(self.rows.ctypes.data, llama.c.llama_token_data_p)
-        self.array = llama.c.llama_token_data_array(data, len(logits), -1, False)
-        self.pointer = llama.ctypes.byref(self.array)
+        return TokenLogprob(name(token), float(values[token]), names, said, token, ids)
 
 
 class TextStream:
@@ -4621,7 +4415,7 @@ class TextStream:
 
 
 # ── 9. Scheduling (child) ─────────────────────────────────────────────────────────────────────────────────────────────
-# Which sequences run, which wait, where their cells are, and what the next step computes.
+# Which sequences run, which wait, where their cells are, what stays of them, and what the next step computes.
 
 
 class Submission:
@@ -4629,14 +4423,6 @@ class Submission:
 
     def __init__(self, submit: Submit) -> None:
         self.id, self.job, self.cancelled = submit.id, submit.job, False
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a sequence's cells are: which context, and its row there."""
-
-    context: Context
-    row: int
 
 
 BORDERS = 3  # turns at a prompt's end, where the state of a model whose memory cannot be cut is kept
@@ -4664,21 +4450,16 @@ class ThoughtMeter:
         """Takes the bytes of one token."""
         if self._over:
             return
+        self.tokens += self._inside
         self._text += piece
-        if self._inside:
-            self.tokens += 1
-        else:
-            self._begin()
+        if not self._inside:
+            text = self._text = self._text.lstrip()
+            self._inside = text.startswith(self._opens)
+            self._over = not self._opens.startswith(text[: len(self._opens)])
+            self._text = text.removeprefix(self._opens)
         if self._inside:
             self._over = self._closes in self._text
             self._text = self._text[-len(self._closes) :]
-
-    def _begin(self) -> None:
-        """Looks whether the text begins with the opening marker."""
-        self._text = self._text.lstrip()
-        self._inside = self._text.startswith(self._opens)
-        self._over = not self._opens.startswith(self._text[: len(self._opens)])
-        self._text = self._text[len(self._opens) :] if self._inside else self._text
 
     def is_spent(self, whole: bool) -> bool:
         """True once: when the budget is used up, if possible not within a character."""
@@ -4688,19 +4469,18 @@ class ThoughtMeter:
         return spent
 
 
-class Sequence:
+class Sequence(Rows):
     """One text in the making. Owned by the step loop."""
 
     def __init__(self, submission: Submission, prompt: Seq[int], llama: Llama) -> None:
         self.submission, job = submission, submission.job
         assert isinstance(job, Generate)
+        self.n_prompt = len(prompt)
+        self.limit = min(llama.ctx, self.n_prompt + (job.sampling.max_tokens or llama.ctx))  # tokens: it ends with length
+        super().__init__(llama.np.empty(self.limit, llama.np.int32), self.n_prompt)
+        self.tokens[: self.n_prompt] = prompt
         self.borders = () if llama.cuttable else turn_borders(prompt, llama.vocab)
         self.id, self.sampling, self.markers, self.owner = submission.id, job.sampling, job.markers, job.owner
-        self.n_prompt = self.n_tokens = len(prompt)
-        room = job.sampling.max_tokens or llama.ctx
-        self.limit = min(llama.ctx, self.n_prompt + room)  # tokens at which it ends with length
-        self.tokens = llama.np.empty(self.limit, llama.np.int32)
-        self.tokens[: self.n_prompt] = prompt
         self.text = TextStream(job.sampling.stop)
         self.thought = ThoughtMeter(job.thought) if job.thought else None
         self._ending = llama.vocab.tokens(job.thought.ending).tolist() if job.thought else ()
@@ -4710,40 +4490,18 @@ class Sequence:
         self.jumps = False  # while that takes more than a step to say what must come next
         self.sought = 0.0  # seconds in which its grammar was asked, beyond what its tokens allow for
         self.forced: deque[int] = deque()  # tokens that come next, whatever the model says
-        self.sampler: Sampler | None = Sampler(llama, job.sampling, prompt)  # kept through steps back
-        self.place: Place | None = None  # None: it waits
-        self._main = llama.main
-        self.n_computed = 0  # tokens whose keys and values are in the cache
-        self.lender: Sequence | None = None  # a running sequence
-        self.n_shared = 0  # of those tokens, the ones whose cells are the lender's
+        self.sampler = Sampler(llama, job.sampling, prompt)  # kept through steps back
+        self.stretches: Stretches = []
         self.n_cached = 0  # prompt tokens that were not evaluated
         self.done = False
-        self.last_used = self.started = self.first_token = 0.0
+        self.started = self.first_token = 0.0
         self.unsent = ""  # text since the last message
-        self._n_told = self.n_prompt  # tokens of which the messages have told
+        self.n_told = self.n_prompt  # tokens of which the messages have told
         self.logprobs: list[TokenLogprob] = []  # of its tokens
-        self._unshown: deque[tuple[int, TokenLogprob]] = deque()  # of later tokens, by the character they begin with
+        self.unshown: deque[TokenLogprob] = deque()  # of later tokens
+        self._ends: deque[int] = deque()  # the characters behind these tokens, as far as they were read
         self._waiting = ""  # text that may be shown, but is a part of a token
         self.watch_thought(b"")
-
-    @property
-    def cancelled(self) -> bool:
-        return self.submission.cancelled
-
-    @property
-    def row(self) -> int:
-        assert self.place
-        return self.place.row
-
-    @property
-    def aside(self) -> bool:
-        """Whether its prompt is being read in the prompt reader's context."""
-        return self.place is not None and self.place.context is not self._main
-
-    @property
-    def pending(self) -> int:
-        """Tokens not yet evaluated: 1 while decoding, more while its prompt is read."""
-        return self.n_tokens - self.n_computed
 
     @property
     def unread(self) -> int:
@@ -4753,11 +4511,11 @@ class Sequence:
     @property
     def jumping(self) -> bool:
         """Whether what is pending is text that had to come behind its last pick, computed together with that."""
-        return self.pending > 1 and bool(self.first_token) and self.n_computed >= self._jumped_at and not self.aside
+        return self.pending > 1 and bool(self.first_token) and self.n_computed >= self._jumped_at
 
     @property
     def is_stream(self) -> bool:
-        """Whether its client waits for the next step of the main context: its prompt is read, and it is known what must come."""
+        """True if the next main step gives it a token."""
         return (self.pending == 1 or self.jumping) and not self.jumps
 
     def append(self, token: int) -> None:
@@ -4767,7 +4525,7 @@ class Sequence:
     def jump(self) -> int:
         """Appends the text that must come next: nothing needs to be picked there. Returns the number of its tokens; raises
         NotYet and InvalidRequest, from its grammar."""
-        if not self.sampler or self.forced:
+        if self.forced:
             return 0
         tokens, self._jumped_at = self.sampler.jump(self.limit - 1 - self.n_tokens), self.n_tokens - 1
         for token in tokens:
@@ -4777,7 +4535,6 @@ class Sequence:
 
     def next_token(self, logits: Any, row: int) -> int:
         """The forced token whose turn it is, else what the sampler picks; -1 when nothing may follow."""
-        assert self.sampler
         if not self.forced:
             token = self.sampler.pick(logits, row)
             self.forced.extend(self.sampler.closing(token))
@@ -4794,44 +4551,36 @@ class Sequence:
         if self.thought and self.thought.is_spent(self.text.is_whole):
             self.forced.extend(self._ending)
 
-    def note(self, logprob: TokenLogprob) -> None:
-        """Keeps the log probability of the token whose text comes next, until that text is sent."""
-        self._unshown.append((self.text.position, logprob))
+    def show(self, piece: bytes) -> str:
+        """Takes the bytes of the next token that is shown; the text that may be sent now."""
+        text = self.text.push(piece)
+        if self.sampling.logprobs is not None:
+            self._ends.append(self.text.position)
+        return self.ready(text)
 
     def ready(self, text: str) -> str:
         """What may be sent now that `text` may be shown: all, or whole tokens if their log probabilities go with them."""
         if self.sampling.logprobs is None:
             return text
-        stopped, shown, at = self.text.stopped, self.text.shown, self.text.shown - len(self._waiting) - len(text)
         self._waiting += text
-        sent = at
-        while self._unshown and (start := self._unshown[0][0]) < shown:
-            end = self._unshown[1][0] if len(self._unshown) > 1 else self.text.position
-            if end > shown and not stopped:
-                break
-            logprob = self._unshown.popleft()[1]
-            self.logprobs.append(logprob.cut(shown - start) if stopped else logprob)
+        stopped, shown, sent = self.text.stopped, self.text.shown, self.text.shown - len(self._waiting)
+        while self._ends and (self._ends[0] <= shown or stopped):
+            logprob, end = self.unshown.popleft(), self._ends.popleft()
+            if not stopped:
+                self.logprobs.append(logprob)
+            elif sent < shown:  # else it is the stop string's
+                self.logprobs.append(logprob.cut(shown - sent))
             sent = min(end, shown)
-        ready, self._waiting = self._waiting[: sent - at], self._waiting[sent - at :]
-        return ready
-
-    def untold(self) -> int:
-        """Tokens generated since this was last asked."""
-        told, self._n_told = self._n_told, self.n_tokens
-        return self.n_tokens - told
-
-    def release_rest(self) -> None:
-        """Hands out the log probabilities of tokens without text, at the end; not of a stop string's."""
-        if not self.text.stopped:
-            self.logprobs += [logprob for _, logprob in self._unshown]
-            self._unshown.clear()
+        size = len(self._waiting) - (shown - sent)
+        text, self._waiting = self._waiting[:size], self._waiting[size:]
+        return text
 
     @property
     def to_border(self) -> int:
         """Tokens up to where the next copy of its state is to be kept; more than it has if nowhere."""
         return next((at - self.n_computed for at in self.borders if at > self.n_computed), self.n_tokens)
 
-    def common(self, other: Sequence | Prefix, limit: int) -> int:
+    def common(self, other: Rows, limit: int) -> int:
         """How many tokens both begin with, among the other's first `limit` and all of this one's but the last."""
         size = min(self.n_tokens - 1, limit)
         different = self.tokens[:size] != other.tokens[:size]
@@ -4839,60 +4588,55 @@ class Sequence:
         return first if size and different[first] else size
 
 
-class Prefix:
-    """A beginning of texts, kept as bytes outside the cache: its tokens, and what the model remembers of them."""
-
-    place = None
-    done = True
-
-    def __init__(self, sequence: Sequence, saved: Any, oldest: int) -> None:
-        self.tokens = sequence.tokens[: sequence.n_computed].copy()
-        self.n_computed = self.n_tokens = sequence.n_computed
-        self.owner, self.saved, self.oldest, self.last_used = sequence.owner, saved, oldest, time.monotonic()
+Stretches = list[tuple[object, float]]  # whose cells a sequence has, up to which token each; its own are the last, without end
 
 
-class Input:
+def held_cells(sequences: Iterable[Sequence]) -> int:
+    """How many cells sequences need; what several share counts once."""
+    sizes: dict[object, float] = {}
+    for sequence in sequences:
+        start = 0.0
+        for owner, end in sequence.stretches:
+            end = min(end, sequence.n_tokens)
+            sizes[owner], start = max(sizes.get(owner, 0), end - start), end
+    return int(sum(sizes.values()))
+
+
+class Prefix(Rows):
+    """The beginning of a text that ended, for prompts that begin alike: its cells are in a row, or saved as bytes."""
+
+    def __init__(self, sequence: Sequence, oldest: int) -> None:
+        super().__init__(sequence.tokens[: sequence.n_computed].copy(), sequence.n_computed)
+        self.n_computed, self.row = sequence.n_computed, sequence.row
+        self.owner, self.stretches, self.oldest = sequence.owner, sequence.stretches, oldest
+        self.saved: Any = None
+
+
+class Input(Rows):
     """One text of an Embed job on its way through an embedding context."""
 
     def __init__(self, job: Embedding, index: int, tokens: Any) -> None:
-        self.job, self.index, self.tokens, self.n_tokens = job, index, tokens, len(tokens)
-        self.n_computed, self.row = 0, -1
+        super().__init__(tokens, len(tokens))
+        self.job, self.index, self.turn = job, index, 0
         self.pooled: Any = None  # what its vector is so far
-
-    @property
-    def pending(self) -> int:
-        return self.n_tokens - self.n_computed
 
 
 class Embedding:
     """An Embed job in the making: its inputs, and the vectors that are done. Owned by the step loop."""
 
-    sampler = None
-
-    def __init__(self, submission: Submission, texts: Seq[Any], llama: Llama) -> None:
+    def __init__(self, submission: Submission, texts: Seq[Any]) -> None:
         assert isinstance(submission.job, Embed)
         self.submission, self.id, self.dimensions = submission, submission.id, submission.job.dimensions
         self.n_prompt = sum(len(tokens) for tokens in texts)
-        self.unread = deque(Input(self, i, tokens) for i, tokens in enumerate(texts))  # not in the context yet
+        self.inputs = [Input(self, i, tokens) for i, tokens in enumerate(texts)]
         self.vectors: list[bytes] = [b""] * len(texts)
         self.missing = len(texts)
-        self.error = ""
+        self.error: ApiError | None = None
         self.started = 0.0
 
     @property
-    def cancelled(self) -> bool:
-        return self.submission.cancelled
-
-    @property
-    def ended(self) -> bool:
-        return bool(self.error) or not self.missing
-
-    def keep(self, index: int, vector: bytes | None) -> None:
-        """Takes an input's vector; None, which is not a number, ends the job."""
-        if vector is None:
-            self.error = "the model's output is not a number"
-        else:
-            self.vectors[index], self.missing = vector, self.missing - 1
+    def is_over(self) -> bool:
+        return self.submission.cancelled or not self.missing or self.error is not None
 
 
 def fair_slices(prompts: list[Sequence], rows: int) -> list[tuple[Sequence, int]]:
@@ -4944,11 +4688,6 @@ class Pace:
             return 0.0
         return self._usual[min(self._usual, key=lambda n: abs(n - decoding))]
 
-    def interval(self, decoding: int) -> float:
-        """Seconds that the reader may compute between two steps of so many decoding sequences."""
-        usual = self.usual(decoding)
-        return self.ASIDE * max(usual, FLUSH_SECONDS) - usual
-
     def prompt_rows(self, decoding: int, target: float = TARGET) -> int:
         """How many prompt tokens the next step may take beside so many decoding sequences. Faster than messages are sent, no
         client sees a step."""
@@ -4964,80 +4703,63 @@ class Pace:
 class Cache:
     """Tracks which sequence owns which cells of the main context. Used by the step loop alone.
 
-    A finished sequence stays, idle: a later prompt with the same beginning starts behind it. A running one lends its
-    beginning too. Every step looks at every cell in the cache, whoever's it is: on two cores 1,000 idle ones cost a 1 MB
-    model a third of its speed, 2,600 doubled the reading of a prompt with half a billion parameters. So idle sequences are
-    parked: saved as bytes outside the cache, and lend from there. (Not on a GPU, which hardly feels them, and where
-    fetching cells that lie scattered is slow.)
+    What a finished sequence leaves is a prefix: a later prompt with the same beginning starts behind it, as it does behind
+    what a running one has. Every step looks at every cell in the cache, whoever's it is: on two cores 1,000 idle ones cost
+    a 1 MB model a third of its speed, 2,600 doubled the reading of a prompt with half a billion parameters. So prefixes
+    are saved as bytes outside the cache, and lend from there. (Not on a GPU, which hardly feels them, and where fetching
+    cells that lie scattered is slow.)
     """
 
-    PARKED, PARKED_BYTES = 64, 256 * MIB  # most idle sequences outside the cache, and their bytes where the pool has fewer
-    SPARE_BYTES = 256 * MIB  # of the machine's memory, that parked sequences leave free
+    SAVED, SAVED_BYTES = 64, 256 * MIB  # most prefixes outside the cache, and their bytes where the pool has fewer
+    SPARE_BYTES = 256 * MIB  # of the machine's memory, that saved prefixes leave free
 
     def __init__(self, llama: Llama) -> None:
         self.llama, self.main = llama, llama.main
-        self.rows: list[Sequence | None] = [None] * llama.main.n_seq
-        self.parked: list[Prefix] = []
+        self.rows: list[Sequence | Prefix | None] = [None] * llama.main.n_seq
+        self.prefixes: list[Prefix] = []  # the one used least recently first
 
     def best_prefix(self, sequence: Sequence) -> tuple[Sequence | Prefix | None, int]:
         """Whose cells begin as this prompt does, and for how many tokens; at least one token stays to be evaluated."""
         best: Sequence | Prefix | None = None
         longest = 0
-        for other in (s for s in (*self.rows, *self.parked) if s and s.n_computed and s.owner == sequence.owner):
-            length = sequence.common(other, other.n_computed)
-            whole = self.llama.cuttable or length == other.n_computed
-            if length > longest and whole and self._oldest(other) <= max(0, length - self.llama.n_swa):
+        others: list[Sequence | Prefix] = [*(s for s in self.rows if isinstance(s, Sequence)), *self.prefixes]
+        for other in others:
+            length = sequence.common(other, other.n_computed) if other.owner == sequence.owner else 0
+            if length > longest and self._can_lend(other, length):
                 best, longest = other, length
         return best, longest
 
-    def _oldest(self, prefix: Sequence | Prefix) -> int:
-        return prefix.oldest if isinstance(prefix, Prefix) else self.main.oldest(prefix.row)
+    def _can_lend(self, other: Sequence | Prefix, length: int) -> bool:
+        """Whether all of its first cells are there, and can be had without the others."""
+        oldest = other.oldest if isinstance(other, Prefix) else self.main.oldest(other.row)
+        return (self.llama.cuttable or length == other.n_computed) and oldest <= max(0, length - self.llama.n_swa)
 
     def settle(self, sequence: Sequence, donor: Sequence | Prefix | None, shared: int) -> None:
-        """Gives the sequence a row that begins with so many of the donor's cells."""
-        row = self._row_for(donor, shared)
-        if not isinstance(donor, Sequence) or row != donor.row:
-            self.empty(row)
-        self._assign(row, sequence)
-        sequence.n_computed = self._lend(donor, row, shared) if donor else 0
-
-    def _assign(self, row: int, sequence: Sequence) -> None:
-        self.rows[row], sequence.place = sequence, Place(self.main, row)
-
-    def _row_for(self, donor: Sequence | Prefix | None, shared: int) -> int:
-        """The donor's own row when nothing in it is lost, else an empty one, made by parking if need be."""
-        if isinstance(donor, Sequence) and donor.done and donor.n_computed == shared:
-            return donor.row
+        """Gives the sequence a row that begins with so many of the donor's cells, or none if there is no room for saved ones."""
         if None not in self.rows:
-            others = [s for s in self._idle() if s is not donor]
-            if isinstance(donor, Sequence) and not others:
-                return donor.row
-            self._park(others[0])
-        return self.rows.index(None)
-
-    def _lend(self, donor: Sequence | Prefix, row: int, shared: int) -> int:
-        """Lets a row begin with so many cells of the donor; returns how many it got. A parked donor lends from its bytes."""
-        donor.last_used = time.monotonic()
-        if isinstance(donor, Sequence) and donor.row != row:
+            self.save_oldest()  # rows are more than sequences that run
+        row, lent = self.rows.index(None), Stretches()
+        if isinstance(donor, Prefix) and donor in self.prefixes:
+            self.prefixes.remove(donor)
+            self.prefixes.append(donor)
+        if isinstance(donor, Prefix) and donor.saved is not None:
+            shared = shared if self._restore(row, donor.saved) else 0
+            if shared < donor.n_computed:
+                self.main.drop(row, shared)
+        elif donor and donor.n_computed:
             self.main.share(donor.row, row, shared)
-            return shared
-        if isinstance(donor, Prefix) and not self._restore(row, donor.saved):
-            return 0
-        if donor.n_computed > shared:
-            self.main.drop(row, shared)
-        return shared
-
-    def settle_saved(self, sequence: Sequence, data: Any) -> bool:
-        """Gives the sequence a row with saved cells; False, and an empty row, without any, or without room for them."""
-        row = self._row_for(None, 0)
-        self._assign(row, sequence)
-        return data is not None and self._restore(row, data)
+            starts = [0.0, *(end for _, end in donor.stretches)]
+            lent += [(o, min(end, shared)) for start, (o, end) in zip(starts, donor.stretches, strict=False) if start < shared]
+        else:
+            shared = 0
+        self.rows[row], sequence.row, sequence.n_computed = sequence, row, shared
+        sequence.stretches = [*lent, (object(), math.inf)]
 
     def _restore(self, row: int, data: Any) -> bool:
-        """Puts saved cells into an empty row; idle sequences make room."""
+        """Puts saved cells into an empty row; prefixes make room."""
         while not self.main.restore(row, data):
             self.main.drop(row)
-            if not self.park_oldest():
+            if not self.save_oldest():
                 return False
         return True
 
@@ -5048,64 +4770,69 @@ class Cache:
 
     def undo(self, in_step: Seq[Sequence]) -> None:
         """After an aborted decode: drops what it was to add, and every recurrent state, for it has moved them."""
-        if self.llama.cuttable:
-            for sequence in in_step:
-                self.main.drop(sequence.row, sequence.n_computed)
-            return
-        for sequence in filter(None, self.rows):
-            self.main.drop(sequence.row)
-            sequence.lender, sequence.n_shared, sequence.n_computed = None, 0, 0
+        for sequence in in_step if self.llama.cuttable else ():
+            self.main.drop(sequence.row, sequence.n_computed)
+        if not self.llama.cuttable:
+            self.clear(False)
 
-    def clear(self) -> None:
-        """After a failed step nothing in the cache can be trusted."""
-        self.main.clear(True)
-        self.rows = [None] * len(self.rows)
+    def clear(self, data: bool) -> None:
+        """Frees all cells, also of sequences that run; with `data`, wipes what they held."""
+        self.main.clear(data)
+        self.prefixes = [p for p in self.prefixes if p.saved is not None]
+        for row, sequence in enumerate(self.rows):
+            if isinstance(sequence, Sequence):
+                sequence.n_computed, sequence.stretches = 0, [(object(), math.inf)]
+            else:
+                self.rows[row] = None
 
-    def _idle(self) -> list[Sequence]:
-        """Finished sequences in the cache, the one used least recently first."""
-        return sorted((s for s in self.rows if s and s.done), key=lambda s: s.last_used)
+    def leave(self, sequence: Sequence) -> None:
+        """Makes what a sequence has in the cache a prefix, which stays in its row."""
+        if sequence.n_computed:
+            prefix = self.rows[sequence.row] = Prefix(sequence, self.main.oldest(sequence.row))
+            self.add(prefix)
+        else:
+            self.empty(sequence.row)
 
-    def park_oldest(self) -> bool:
-        """Parks the idle sequence used least recently; False when there is none."""
-        idle = self._idle()
-        if idle:
-            self._park(idle[0])
-        return bool(idle)
+    def save_oldest(self) -> bool:
+        """Moves the prefix used least recently out of the cache; False when none is in it."""
+        prefix = next((p for p in self.prefixes if p.saved is None), None)
+        if prefix:
+            self.prefixes.remove(prefix)
+            self.save(prefix)
+            self.empty(prefix.row)
+            if self.llama.cuttable and not any(self.rows):
+                self.main.clear(False)  # to begin at the first cell again: the order of cells shows in the last bits of sums
+        return prefix is not None
 
-    def _park(self, sequence: Sequence) -> None:
-        """Moves an idle sequence out of the cache; the parked ones used least recently make room."""
-        self.keep(sequence)
-        self.empty(sequence.row)
-        sequence.place = None
-        if self.llama.cuttable and not any(self.rows):
-            self.main.clear(False)  # to begin at the first cell again: the order of cells shows in the last bits of sums
+    def save(self, prefix: Prefix) -> None:
+        """Saves the cells of its row as bytes; the saved prefixes used least recently make room."""
+        prefix.saved = self.main.save(prefix.row)
+        if prefix.saved is None:
+            prefix.n_computed = 0  # nothing to lend
+        else:
+            self.add(prefix)
+        while (saved := [p for p in self.prefixes if p.saved is not None]) and self._are_too_many(saved):
+            self.prefixes.remove(saved[0])
 
-    def keep(self, sequence: Sequence) -> None:
-        """Keeps what a sequence has in the cache now as bytes, for prompts that begin alike."""
-        saved = self.main.save(sequence.row) if sequence.n_computed else None
-        if saved is not None:
-            kept = Prefix(sequence, saved, self.main.oldest(sequence.row))
-            self.parked = [other for other in self.parked if not self._covers(kept, other)] + [kept]
-        while self._too_much_parked():
-            self.parked.remove(min(self.parked, key=lambda p: p.last_used))
+    def add(self, prefix: Prefix) -> None:
+        """Takes a prefix in; those go for which it can lend all that they have."""
+        for other in list(self.prefixes):
+            size = other.n_computed
+            if (size <= prefix.n_computed and other.owner == prefix.owner and self._can_lend(prefix, size)
+                    and bool((prefix.tokens[:size] == other.tokens).all())):  # fmt: skip
+                self.prefixes.remove(other)
+                if other.saved is None:
+                    self.empty(other.row)
+        self.prefixes.append(prefix)
 
-    def _too_much_parked(self) -> bool:
+    def _are_too_many(self, saved: Seq[Prefix]) -> bool:
         """Counts tokens where memory can be cut, else bytes: a state is large for the shortest text, and kept several times."""
-        if not self.parked:
-            return False
         free = available_memory()
         if free is not None and free - self.llama.setup.reserved < self.SPARE_BYTES:
             return True
-        tokens, size = sum(s.n_computed for s in self.parked), sum(len(s.saved) for s in self.parked)
-        most = max(self.llama.pool * self.llama.kv_bytes, self.PARKED_BYTES)
-        return size > most or len(self.parked) > self.PARKED or (self.llama.cuttable and tokens > self.llama.pool)
-
-    def _covers(self, prefix: Prefix, other: Prefix) -> bool:
-        """Whether this one begins with all of the other's cells, and can be cut to them; or is the same."""
-        size, cut = other.n_computed, self.llama.cuttable and prefix.oldest <= max(0, other.n_computed - self.llama.n_swa)
-        if size > prefix.n_computed or not (cut or size == prefix.n_computed) or prefix.owner != other.owner:
-            return False
-        return bool((prefix.tokens[:size] == other.tokens).all())
+        tokens, size = sum(p.n_computed for p in saved), sum(len(p.saved) for p in saved)
+        most = max(self.llama.pool * self.llama.kv_bytes, self.SAVED_BYTES)
+        return size > most or len(saved) > self.SAVED or (self.llama.cuttable and tokens > self.llama.pool)
 
 
 class Aside:
@@ -5141,11 +4868,10 @@ class Aside:
 
     def _decode(self, context: Context, plan: Seq[tuple[Rows, int]]) -> int:
         """Decodes one batch; llama_decode's status. Raises what `step` raised."""
-        self._aborted, self._resumed_at = False, time.perf_counter()
+        self._aborted, self._error, self._resumed_at = False, None, time.perf_counter()
         status = context.decode(plan)
-        error, self._error = self._error, None
-        if error:
-            raise error
+        if self._error:
+            raise self._error
         return status
 
 
@@ -5153,8 +4879,8 @@ class PromptReader(Aside):
     """Reads long prompts while streams run: in a context of its own, whose batches stop for the streams' steps.
 
     In slices behind the streams' rows a prompt is read at half speed, for the kernels are made for whole batches, and
-    larger slices make longer gaps. Here whole batches are read. A prompt's last token is left to the main context, where
-    the sequence goes on.
+    larger slices make longer gaps. Here whole batches are read. What was read becomes a prefix, behind which the sequence
+    goes on in the main context with its prompt's last token.
     """
 
     BATCH = 256  # tokens: nearly full speed, and the next prompt need not wait long for its turn
@@ -5167,32 +4893,30 @@ class PromptReader(Aside):
         self.rows: list[Sequence | None] = [None] * self.TOGETHER
 
     def unwanted(self) -> bool:
-        return all(s.cancelled for s in self.reading)
+        return all(s.submission.cancelled for s in self.reading)
 
     @property
     def reading(self) -> list[Sequence]:
         return [s for s in self.rows if s and not s.done]
 
+    def _leave(self, row: int) -> None:
+        self.context.drop(row)
+        self.rows[row] = None
+
     def take(self, sequence: Sequence) -> bool:
         """Takes a sequence over from the main context, with its cells; False while there is no room."""
-        self._drop_done()
-        held = sum(s.n_tokens for s in self.reading)
-        if None not in self.rows or held + sequence.n_tokens > self.context.cells:
+        for row, other in enumerate(self.rows):
+            if other and other.done:  # cancelled, or failed
+                self._leave(row)
+        if None not in self.rows or sum(s.n_tokens for s in (*self.reading, sequence)) > self.context.cells:
             return False
         row = self.rows.index(None)
         data = self.context.llama.main.save(sequence.row) if sequence.n_computed else None
         if data is None or not self.context.restore(row, data):
             self.context.drop(row)
             sequence.n_computed = 0
-        self.rows[row], sequence.place = sequence, Place(self.context, row)
+        self.rows[row], sequence.row = sequence, row
         return True
-
-    def _drop_done(self) -> None:
-        """Frees the rows of sequences that were cancelled or failed."""
-        for row, sequence in enumerate(self.rows):
-            if sequence and sequence.done:
-                self.context.drop(row)
-                self.rows[row] = None
 
     def read(self) -> int:
         """Reads one batch, a fair slice of each prompt; llama_decode's status. Raises what `step` raised."""
@@ -5205,13 +4929,13 @@ class PromptReader(Aside):
                 sequence.n_computed = 0
         return status
 
-    def give_back(self) -> Iterator[tuple[Sequence, Any]]:
-        """The sequences that are read, all but their last token, and their cells as bytes; they leave."""
-        for row, sequence in enumerate(self.rows):
-            if sequence and not sequence.done and sequence.pending == 1:
-                yield sequence, self.context.save(row)
-                self.context.drop(row)
-                self.rows[row] = None
+    def give_back(self) -> Iterator[tuple[Sequence, Prefix]]:
+        """The sequences that are read, all but their last token, and what they have read; they leave."""
+        for sequence in [s for s in self.reading if s.pending == 1]:
+            prefix = Prefix(sequence, 0)
+            prefix.saved = self.context.save(sequence.row)
+            self._leave(sequence.row)
+            yield sequence, prefix
 
 
 class Embedder(Aside):
@@ -5225,23 +4949,33 @@ class Embedder(Aside):
     def __init__(self, llama: Llama, scheduler: Scheduler, step: Callable[[], None]) -> None:
         super().__init__(scheduler.due, step)
         self.llama, self.scheduler = llama, scheduler
-        self.context = llama.main if isinstance(llama.main, EmbeddingContext) else None
-        self.jobs: deque[Embedding] = deque()
+        self.jobs: list[Embedding] = []
+        self.unread: deque[Input] = deque()  # in the order of their turns: an input of each job, then the next of each
         self.reading: list[Input] = []  # those in the context
-        self._free: list[int] = list(range(self.context.n_seq)) if self.context else []
+        self._turn = 0  # of the input that was begun last
 
-    def open(self) -> EmbeddingContext:
-        """The context, made at the first call. Raises Overloaded without memory for it, LoadError when llama.cpp refuses."""
-        if self.context is None:
-            need, free = EmbeddingContext.memory_need(self.llama), available_memory()
-            if free is not None and free < need and self.llama.on_cpu:
-                raise Overloaded(f"The context for embeddings needs {human_bytes(need)}, {human_bytes(free)} are available")
-            self.context = EmbeddingContext(self.llama, self._pause if self.llama.on_cpu else None)
-            self._free = list(range(self.context.n_seq))
-        return self.context
+    @functools.cached_property
+    def context(self) -> EmbeddingContext:
+        """Raises Overloaded without memory for it, LoadError when llama.cpp refuses."""
+        if isinstance(self.llama.main, EmbeddingContext):
+            return self.llama.main
+        need, free = EmbeddingContext.memory_need(self.llama), available_memory()
+        if free is not None and free < need and self.llama.on_cpu:
+            raise Overloaded(f"The context for embeddings needs {human_bytes(need)}, {human_bytes(free)} are available")
+        return EmbeddingContext(self.llama, self._pause if self.llama.on_cpu else None)
+
+    @functools.cached_property
+    def _free(self) -> list[int]:
+        return list(range(self.context.n_seq))
+
+    def add(self, job: Embedding) -> None:
+        self.jobs.append(job)
+        for input in job.inputs:
+            input.turn = self._turn + 1 + input.index
+        self.unread = deque(sorted([*self.unread, *job.inputs], key=lambda input: input.turn))
 
     def unwanted(self) -> bool:
-        return all(i.job.cancelled for i in self.reading)
+        return all(i.job.submission.cancelled for i in self.reading)
 
     def _pause(self) -> bool:
         going = super()._pause()
@@ -5250,55 +4984,35 @@ class Embedder(Aside):
 
     def _pace(self) -> None:
         """Pauses often only beside streams."""
-        if self.context:
-            self.context.pause_every = self.context.PAUSE_EVERY if self.scheduler.running else self.ALONE
+        self.context.pause_every = self.context.PAUSE_EVERY if self.scheduler.running else self.ALONE
 
     def plan(self) -> list[tuple[Input, int]]:
-        """The next batch: what is being read, then an input of each job in turn; the next one begins with another job."""
-        context = self.open()
-        plan: list[tuple[Input, int]] = []
+        """The next batch: what is being read, then other inputs in turn, as far as there is room."""
+        context, plan = self.context, list[tuple[Input, int]]()
         room = context.batch_tokens
         for input in self.reading:
-            count = min(input.pending, room)
-            if count:
+            if count := min(input.pending, room):
                 plan.append((input, count))
                 room -= count
-        turns = deque(job for job in self.jobs if job.unread)
-        while turns and room > 0 and self._free:
-            job = turns.popleft()
-            if not self._fits(context, job.unread[0], room, alone=not plan):
-                self.jobs.remove(job)
-                self.jobs.appendleft(job)  # it waits for room, so it comes first next time
-                return plan
-            input = self._begin(job)
+        while self.unread and room > 0 and self._free:
+            input = self.unread[0]
+            held = sum(i.n_tokens for i in self.reading) + input.n_tokens
+            if not (not plan or input.n_tokens <= room if context.whole else held <= context.cells):
+                break
+            self.reading.append(self.unread.popleft())
+            self._turn, input.row, input.job.started = input.turn, self._free.pop(), input.job.started or time.perf_counter()
             count = input.n_tokens if context.whole else min(input.n_tokens, room)
             plan.append((input, count))
             room -= count
-            if job.unread:
-                turns.append(job)
-        self.jobs.rotate(-1)
         return plan
 
-    def _begin(self, job: Embedding) -> Input:
-        """Gives the job's next input a row."""
-        input = job.unread.popleft()
-        input.row, job.started = self._free.pop(), job.started or time.perf_counter()
-        self.reading.append(input)
-        return input
-
-    def _fits(self, context: EmbeddingContext, input: Input, room: int, alone: bool) -> bool:
-        """Whether an input can go into the batch: all of it, or its cells beside those of the inputs that are being read."""
-        if context.whole:
-            return alone or input.n_tokens <= room
-        return sum(i.n_tokens for i in self.reading) + input.n_tokens <= context.cells
-
-    def step(self, plan: Seq[tuple[Input, int]]) -> list[Embedding]:
-        """Decodes a batch; the jobs that have come to an end. Raises GenerationFailed, and what the streams' step raised."""
-        context = self.open()
+    def step(self, plan: Seq[tuple[Input, int]]) -> None:
+        """Decodes a batch. Raises GenerationFailed, and what the streams' step raised."""
+        context = self.context
         self._pace()
         status = self._decode(context, plan)
         if status == 2 or self._aborted:  # nobody waits for it
-            return []
+            return
         if status:
             context.clear(True)
             raise GenerationFailed(f"llama_decode returned {status}")
@@ -5309,30 +5023,30 @@ class Embedder(Aside):
             at += count
         for input in [i for i, _ in plan if not i.pending]:
             self._leave(input)
-            input.job.keep(input.index, context.finished(input.pooled, input.job.dimensions))
-        ended = [job for job in self.jobs if job.ended]
-        self.drop(ended)
-        return ended
+            if (vector := context.finished(input.pooled, input.job.dimensions)) is None:
+                input.job.error = GenerationFailed("the model's output is not a number")
+            else:
+                input.job.vectors[input.index] = vector
+                input.job.missing -= 1
 
     def _leave(self, input: Input) -> None:
         self.reading.remove(input)
         self._free.append(input.row)
-        if self.context:
-            self.context.drop(input.row)
+        self.context.drop(input.row)
 
-    def drop(self, jobs: Iterable[Embedding]) -> None:
-        """Takes jobs out that have ended or were cancelled."""
-        for job in jobs:
-            self.jobs.remove(job)
-            for input in [i for i in self.reading if i.job is job]:
-                self._leave(input)
+    def drop(self, job: Embedding) -> None:
+        """Takes a job out that is over."""
+        self.jobs.remove(job)
+        self.unread = deque(i for i in self.unread if i.job is not job)
+        for input in [i for i in self.reading if i.job is job]:
+            self._leave(input)
 
 
 class Scheduler:
     """Decides who runs, who waits, and what the next step computes. Used by the step loop alone.
 
-    The pool is shared. When it runs out, idle sequences leave first; then the youngest running one steps back to the head
-    of the queue, keeping its tokens and sampler.
+    The pool is shared. When it runs out, prefixes leave first; then the youngest running sequence steps back to the head
+    of the queue, keeping its tokens and sampler, and what it has in the cache becomes a prefix.
     """
 
     WORTH_WAITING = 32  # tokens another prompt is just computing that are worth waiting for
@@ -5344,50 +5058,54 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # in order of admission
         self.cache, self.pace = Cache(llama), Pace(llama.main.n_batch)
+        self.reader: PromptReader | None = None
         self.stepped_at = 0.0  # when the main context's last step ended (perf_counter)
+
+    @property
+    def aside(self) -> list[Sequence]:
+        """Sequences whose prompts the reader reads; they have no cells in the main context."""
+        return self.reader.reading if self.reader else []
+
+    @property
+    def active(self) -> list[Sequence]:
+        return [*self.running, *self.aside]
 
     def admit(self) -> None:
         """Moves waiting sequences into the batch while there is room, in order; one that waits for a prefix lets others by."""
         for sequence in list(itertools.islice(self.waiting, self.parallel)):
-            if len(self.running) >= self.parallel:
+            if len(self.active) >= self.parallel:
                 return
             donor, shared = self.cache.best_prefix(sequence)
             if self._better_soon(sequence, shared):
                 continue
-            borrowed = shared if donor and not donor.done else 0
+            borrowed = shared if isinstance(donor, Sequence) else 0
             if self.running and not self._fits(sequence.n_tokens - borrowed):
                 return
             self.waiting.remove(sequence)
             self.cache.settle(sequence, donor, shared)
             if not sequence.started:
                 sequence.n_cached, sequence.started = min(sequence.n_computed, sequence.n_prompt), time.perf_counter()
-            sequence.lender, sequence.n_shared = (donor, borrowed) if borrowed and isinstance(donor, Sequence) else (None, 0)
             self.running.append(sequence)
 
     def _better_soon(self, sequence: Sequence, shared: int) -> bool:
         """Whether a prompt being read now will soon lend a much longer beginning."""
         if not self.llama.cuttable:
             return False
-        reading = [s for s in self.running if s.pending > 1 and s.owner == sequence.owner]
-        have = [max(shared, 0 if s.aside else s.n_computed) for s in reading]  # one that is read aside lends when it is back
-        lent = [sequence.common(s, s.n_prompt) for s in reading]
-        return any(soon >= now + self.WORTH_WAITING for soon, now in zip(lent, have, strict=True))
+        reading = [(s, s.n_computed) for s in self.running if s.pending > 1]
+        reading += [(s, 0) for s in self.aside]  # these lend when they are back
+        return any(sequence.common(s, s.n_prompt) >= max(shared, have) + self.WORTH_WAITING
+                   for s, have in reading if s.owner == sequence.owner)  # fmt: skip
 
     def _fits(self, cells: int) -> bool:
-        used = sum(s.n_tokens - s.n_shared for s in self.running)
-        return used + cells + self.GROWTH * (len(self.running) + 1) <= self.llama.pool
+        return held_cells(self.running) + cells + self.GROWTH * (len(self.running) + 1) <= self.llama.pool
 
-    def tidy(self) -> bool:
-        """Parks an idle sequence, between steps that nobody waits for; False when there is none."""
-        return self.llama.on_cpu and self.cache.park_oldest()
-
-    def schedule(self, reader: bool = False) -> list[tuple[Sequence, int]]:
+    def schedule(self) -> list[tuple[Sequence, int]]:
         """The next step: one row of each decoding sequence, the rest of what some jump over, then slices of prompts being read.
 
-        With a prompt reader at work, long prompts are left to it.
+        Long prompts wait for the reader, if there is one.
         """
-        streams, long = [s for s in self.running if s.is_stream], self.long_prompts() if reader else ()
-        prompts = [s for s in self.running if s.pending > 1 and not s.is_stream and not s.aside and s not in long]
+        streams, long = [s for s in self.running if s.is_stream], self._long_prompts()
+        prompts = [s for s in self.running if s.pending > 1 and not s.is_stream and s not in long]
         jumping = [s for s in streams if s.jumping]
         plan = [(s, 1) for s in streams if not s.jumping]
         if not jumping and not prompts:
@@ -5401,83 +5119,60 @@ class Scheduler:
             rows -= more
         return plan + fair_slices(prompts, rows)
 
-    def long_prompts(self) -> list[Sequence]:
-        """Prompts in the main context that would take many slices to read beside the streams there.
-
-        When they come back no cell of theirs is shared any more; where the pool has no room for that, they stay.
-        """
-        prompts = [s for s in self.running if not s.is_stream and not s.aside]
+    def _long_prompts(self) -> list[Sequence]:
+        """Prompts for the reader: in the main context they would take many slices beside the streams there."""
+        prompts = [s for s in self.running if not s.is_stream] if self.reader else []
         decoding = sum(1 for s in self.running if s.is_stream) if prompts else 0
         most = self.SLICES * self.pace.prompt_rows(decoding) if decoding else math.inf
-        return [s for s in prompts if s.unread > most and self._may_leave(s)]
-
-    def _may_leave(self, sequence: Sequence) -> bool:
-        """Whether the pool has room for what will be there twice when the sequence comes back with a copy of its cells."""
-        twice = sequence.n_shared + max((s.n_shared for s in self._borrowers(sequence)), default=0)
-        return not twice or self._fits(twice)
+        return [s for s in prompts if s.unread > most]
 
     def due(self) -> float:
         """When the streams' next step should begin while a prompt is read aside (perf_counter)."""
-        return self.stepped_at + self.pace.interval(sum(1 for s in self.running if s.is_stream and not s.aside))
+        usual = self.pace.usual(sum(1 for s in self.running if s.is_stream))
+        return self.stepped_at + Pace.ASIDE * max(usual, FLUSH_SECONDS) - usual
 
-    def move_aside(self, sequence: Sequence, reader: PromptReader) -> bool:
-        """Moves a sequence from the main context to the prompt reader, with its cells; False while there is no room."""
-        row = sequence.row
-        taken = reader.take(sequence)
-        if taken:
+    def move_aside(self) -> None:
+        """Hands long prompts to the reader, with their cells, in order: else shorter ones might keep the first out for ever."""
+        while long := self._long_prompts():
+            row = long[0].row
+            if not (self.reader and self.reader.take(long[0])):
+                return
+            self.running.remove(long[0])
             self.cache.empty(row)
-            self._bequeath(sequence)
-        return taken
 
-    def _borrowers(self, sequence: Sequence) -> list[Sequence]:
-        """The sequences that run with cells of this one, the largest borrower first."""
-        return sorted((s for s in self.running if s.lender is sequence), key=lambda s: -s.n_shared)
-
-    def _bequeath(self, sequence: Sequence) -> None:
-        """Transfers the cells that a leaving sequence lent to the largest borrower, who lends them on."""
-        borrowers = self._borrowers(sequence)
-        for other in borrowers[1:]:
-            other.lender = borrowers[0]
-        for heir in borrowers[:1]:
-            heir.lender, heir.n_shared = sequence.lender, min(heir.n_shared, sequence.n_shared)
-        sequence.lender, sequence.n_shared = None, 0
-
-    def bring_back(self, sequence: Sequence, data: Any) -> None:
-        """Moves a read prompt to the main context; without room there it waits at the head of the queue, to be read again."""
-        if not self.cache.settle_saved(sequence, data):
-            self._step_back(sequence)
-
-    def reading_seconds(self) -> float:
-        """How long the admitted prompts will take to read."""
-        return self.pace.row * sum(s.pending for s in self.running)
+    def bring_back(self) -> None:
+        """Lets sequences that the reader has read go on, as soon as there is room."""
+        for sequence, prefix in self.reader.give_back() if self.reader else ():
+            if prefix.saved is not None:
+                self.cache.add(prefix)
+            self._wait(sequence)
 
     def cells(self) -> int:
-        """How many cells the running sequences hold; one that several share counts once, and idle ones' are free to be had."""
-        return sum(s.n_computed - s.n_shared for s in self.running if not s.aside)
+        """How many cells the running sequences hold; those of prefixes are free to be had."""
+        return min(self.llama.pool, held_cells(self.running))
 
     def make_room(self) -> Sequence | None:
-        """After a step found no free cells: parks an idle sequence (None), or steps the youngest back and returns it."""
-        if self.cache.park_oldest():
+        """After a step found no free cells: saves a prefix (None), or steps the youngest back and returns it."""
+        if self.cache.save_oldest():
             return None
-        youngest = [s for s in self.running if not s.aside][-1]
-        self._step_back(youngest)
+        youngest = self.running.pop()
+        self.cache.leave(youngest)
+        self._wait(youngest)
         return youngest
 
-    def _step_back(self, sequence: Sequence) -> None:
-        self.running.remove(sequence)
-        self._bequeath(sequence)
-        self.cache.empty(sequence.row)
-        sequence.place, sequence.n_computed = None, 0
+    def _wait(self, sequence: Sequence) -> None:
+        """Puts a sequence without cells at the head of the queue."""
+        sequence.row, sequence.n_computed = -1, 0
         self.waiting.appendleft(sequence)
 
     def retire(self, sequence: Sequence) -> None:
-        """Takes a sequence out; its row stays, idle, for a prompt that begins alike."""
-        sequence.done, sequence.last_used = True, time.monotonic()
-        if sequence in self.running:
-            self.running.remove(sequence)
-            self._bequeath(sequence)
-        elif sequence in self.waiting:
+        """Takes a sequence out; what it has in the cache stays for prompts that begin alike."""
+        sequence.done = True
+        if sequence in self.waiting:
             self.waiting.remove(sequence)
+        elif sequence in self.running:
+            self.running.remove(sequence)
+            self.cache.leave(sequence)
 
 
 # ── 10. Engine (child) ────────────────────────────────────────────────────────────────────────────────────────────────
@@ -5509,6 +5204,12 @@ class Pulse:
         return f"'{task}' did not come to an end within {limit:.0f} s" if self._beats * BEAT_SECONDS > limit else ""
 
 
+def failure(id: int, error: ApiError) -> Failed:
+    """Why a job cannot go on, or never began."""
+    details = error.message if isinstance(error, InvalidRequest) else error.details
+    return Failed(id, error.code, details, error.param, error.sizes)
+
+
 class Outbox:
     """What the step loop has to say, gathered until a message is due. Any thread may call what sends at once."""
 
@@ -5520,7 +5221,6 @@ class Outbox:
         self.running = 0  # sequences in the batch, as the parent was told last
 
     def text(self, sequence: Sequence, text: str) -> None:
-        text = sequence.ready(text)
         if text:
             if not sequence.unsent:
                 self._unsent.append(sequence)
@@ -5528,48 +5228,33 @@ class Outbox:
 
     def finished(self, sequence: Sequence, reason: str) -> None:
         """The end of a sequence, behind the text it held back and the log probabilities of tokens without text."""
-        self.text(sequence, sequence.text.finish())
-        sequence.release_rest()
+        self.text(sequence, sequence.ready(sequence.text.finish()))
         if sequence.logprobs and sequence not in self._unsent:
             self._unsent.append(sequence)
         now = time.perf_counter()
         started, first = sequence.started or now, sequence.first_token or now
         generated = sequence.n_shown - sequence.n_prompt
-        spent = (first - started, now - first)
-        end = Finished(sequence.id, reason, sequence.n_prompt, generated, sequence.n_cached, *spent, sequence.text.stopped,
-                       min(sequence.n_jumped, generated))  # fmt: skip
-        self._events.append(end)
+        self._events.append(Finished(
+            sequence.id, reason, sequence.n_prompt, generated, sequence.n_cached, first - started, now - first,
+            sequence.text.stopped, min(sequence.n_jumped, generated)))  # fmt: skip
 
-    def failed(self, work: Sequence | Embedding, details: str, code: str = GenerationFailed.code,
-               param: str | None = None) -> None:  # fmt: skip
-        self._events.append(Failed(work.id, code, details, param))
-
-    def embedded(self, job: Embedding, reason: str = "stop") -> None:
-        """The end of an Embed job, with its vectors unless it was cancelled."""
-        if reason == "stop":
+    def embedded(self, job: Embedding) -> None:
+        """The end of an Embed job, with its vectors if it came so far."""
+        if job.error:
+            self.failed(job.id, job.error)
+            return
+        if not job.missing:
             self._events.append(Vectors(job.id, tuple(job.vectors)))
         spent = time.perf_counter() - job.started if job.started else 0.0
-        self._events.append(Finished(job.id, reason, job.n_prompt, 0, 0, spent, 0.0))
+        self._events.append(Finished(job.id, "cancelled" if job.missing else "stop", job.n_prompt, 0, prompt_seconds=spent))
 
-    def refuse(self, id: int, error: ApiError) -> None:
-        """Sends at once why a job never began. Any thread."""
-        details = error.message if isinstance(error, InvalidRequest) else error.details
-        self._send(Stepped((Failed(id, error.code, details, error.param, error.sizes),), self.running))
+    def failed(self, id: int, error: ApiError) -> None:
+        self._events.append(failure(id, error))
 
-    def accept(self, id: int, prompt_tokens: int) -> None:
-        """Sends at once that a job waits for its first step. Any thread."""
-        self._send(Accepted(id, prompt_tokens))
-
-    def tokenized(self, id: int, ids: tuple[int, ...], pieces: tuple[bytes, ...]) -> None:
-        """Sends at once what a Tokenize job found. Any thread."""
-        self.accept(id, len(ids))
-        end = Finished(id, "stop", len(ids), 0, 0, 0.0, 0.0)
-        self._send(Stepped((Tokens(id, ids, pieces), end), self.running))
-
-    def never_began(self, id: int) -> None:
-        """Sends at once that a job was cancelled before its prompt was tokenized. Any thread."""
-        self.accept(id, 0)
-        self._send(Stepped((Finished(id, "cancelled", 0, 0, 0, 0.0, 0.0),), self.running))
+    def at_once(self, *events: Accepted | Tokens | Finished | Failed) -> None:
+        """Sends what the step loop has no part in. Any thread."""
+        for event in events:
+            self._send(event if isinstance(event, Accepted) else Stepped((event,), self.running))
 
     def due(self) -> bool:
         """Whether a message should go out now: something ended, or the last one was FLUSH_SECONDS ago."""
@@ -5579,13 +5264,12 @@ class Outbox:
         """Sends one message for all that the last steps made."""
         pieces = []
         for sequence in self._unsent:
-            pieces.append(Piece(sequence.id, sequence.unsent, tuple(sequence.logprobs), sequence.untold()))
-            sequence.unsent = ""
+            pieces.append(Piece(sequence.id, sequence.unsent, tuple(sequence.logprobs), sequence.n_tokens - sequence.n_told))
+            sequence.unsent, sequence.n_told = "", sequence.n_tokens
             sequence.logprobs.clear()
-        message = Stepped((*pieces, *self._events), running, cells)
-        self._unsent, self._events, self.running = [], [], running
+        events, self._events, self._unsent, self.running = (*pieces, *self._events), [], [], running
         self._sent_at = time.perf_counter()
-        self._send(message)
+        self._send(Stepped(events, running, cells))
 
     def _send(self, message: Any) -> None:
         """With the parent gone the process ends."""
@@ -5601,9 +5285,6 @@ class Intake:
     `receive` runs in the receiving thread. `tokenize` and `read_grammars` have one each: a newcomer waits for one input of each
     job that is being tokenized, and only one whose own grammar takes long waits for such grammars.
     """
-
-    JOBS: ClassVar[dict[type, Callable[[Submission, Seq[Any], Llama], Sequence | Embedding]]] = {
-        Generate: Sequence, Embed: Embedding}  # fmt: skip
 
     def __init__(self, llama: Llama, outbox: Outbox) -> None:
         self.llama, self.outbox = llama, outbox
@@ -5624,11 +5305,11 @@ class Intake:
         for submission in filter(None, map(self._known.get, message.ids)):
             submission.cancelled = True
             if self._arriving.pop(submission.id, None):  # its text may be in the tokenizer, for seconds
-                self._known.pop(submission.id, None)
-                self.outbox.never_began(submission.id)
+                self.ended(submission.id)
+                self.outbox.at_once(Accepted(submission.id, 0), Finished(submission.id, "cancelled", 0, 0))
         self.inbox.put(None)
         in_step = self.in_step
-        if in_step and all(s.cancelled for s in in_step):  # nobody waits for what is being decoded
+        if in_step and all(s.submission.cancelled for s in in_step):  # nobody waits for what is being decoded
             self.llama.main.abort(True)
 
     def ended(self, id: int) -> None:
@@ -5642,7 +5323,7 @@ class Intake:
             self.tokenizing.begin("rest")
             with contextlib.suppress(queue.Empty):
                 while True:
-                    turns.append(self._tokenized_by_turns(self._submits.get(block=not turns)))
+                    turns.append(self._admit(self._submits.get(block=not turns)))
             self.tokenizing.begin("tokenize")
             job = turns.popleft()
             if next(job, "ended") is None:
@@ -5652,75 +5333,84 @@ class Intake:
         """The thread of grammars that take long: reads them one after another, while others' prompts go on."""
         while True:
             self.reading.begin("rest")
-            submission, tokens = self._grammars.get()
+            submission, prompt = self._grammars.get()
             self.reading.begin("tokenize")
             with self._answering(submission):
-                self._begin(submission, tokens)
+                self._begin(submission, prompt)
 
-    def _tokenized_by_turns(self, submission: Submission) -> Iterator[None]:
+    def _admit(self, submission: Submission) -> Iterator[None]:
         """Tokenizes a job and hands it on; yields where others may have their turn."""
         job = submission.job
         with self._answering(submission):
             if isinstance(job, Tokenize):
-                return self._answer(submission, *self._tokenized(job))
-            if isinstance(job, Embed):
-                return self._begin(submission, (yield from self._inputs(job, submission)))
-            prompt, constraint = self._prompt(job), job.sampling.constraint
-            if constraint is None or self.llama.machines.are_quick_to_make(constraint.grammar):
-                self._begin(submission, prompt)
+                self._hand_on(self._tokenized(submission.id, job))
+            elif isinstance(job, Embed):
+                self._hand_on(Embedding(submission, (yield from self._inputs(job, submission))))
             else:
-                self._grammars.put((submission, prompt))
+                prompt, constraint = self._prompt(job), job.sampling.constraint
+                if constraint is None or self.llama.machines.are_quick_to_make(constraint.grammar):
+                    self._begin(submission, prompt)
+                else:
+                    self._grammars.put((submission, prompt))
 
     @contextlib.contextmanager
     def _answering(self, submission: Submission) -> Iterator[None]:
-        """Refuses the job for what is raised within: an error must not end the others."""
+        """Answers the job with the error that is raised within: it must not end the others."""
         try:
             yield
         except Cancelled:
             log.debug("a grammar was left unread: its client is gone")
         except ApiError as error:
-            self._refuse(submission, error)
+            self._hand_on(failure(submission.id, error))
         except Exception as error:
             log.exception("a job cannot begin")
-            self._refuse(submission, GenerationFailed(f"{type(error).__name__}: {error}"))
+            self._hand_on(failure(submission.id, GenerationFailed(f"{type(error).__name__}: {error}")))
 
-    def _begin(self, submission: Submission, tokens: Seq[Any]) -> None:
-        """Hands a job to the step loop; its grammar is read first."""
+    def _begin(self, submission: Submission, prompt: Seq[int]) -> None:
+        """Hands a text to the step loop; its grammar is read first."""
         with TURN.behind(self.llama.gate, submission):
-            work = self.JOBS[type(submission.job)](submission, tokens, self.llama)
-        if self._arriving.pop(submission.id, None):
-            self.outbox.accept(submission.id, work.n_prompt)
+            sequence = Sequence(submission, prompt, self.llama)
+        self._hand_on(sequence)
+
+    def _hand_on(self, work: Sequence | Embedding | Tokens | Failed) -> None:
+        """Hands work to the step loop, or sends what needs no step; unless the job was cancelled meanwhile."""
+        if not self._arriving.pop(work.id, None):
+            if isinstance(work, Sequence):
+                work.sampler.close()
+        elif isinstance(work, (Sequence, Embedding)):
+            self.outbox.at_once(Accepted(work.id, work.n_prompt))
             self.inbox.put(work)
-        elif work.sampler:
-            work.sampler.close()
+        else:
+            self.ended(work.id)
+            count = len(work.ids) if isinstance(work, Tokens) else 0
+            answer = (Accepted(work.id, count), work, Finished(work.id, "stop", count, 0))
+            self.outbox.at_once(*(answer if isinstance(work, Tokens) else (work,)))
 
-    def _answer(self, submission: Submission, ids: tuple[int, ...], pieces: tuple[bytes, ...]) -> None:
-        """Ends a job that needs the tokenizer only."""
-        if self._arriving.pop(submission.id, None):
-            self.ended(submission.id)
-            self.outbox.tokenized(submission.id, ids, pieces)
-
-    def _tokenized(self, job: Tokenize) -> tuple[tuple[int, ...], tuple[bytes, ...]]:
+    def _tokenized(self, id: int, job: Tokenize) -> Tokens:
         """Tokens, and what they stand for if that was asked. Raises InvalidRequest for ids outside the vocabulary."""
         vocab, content = self.llama.vocab, job.content
         if isinstance(content, str):
             ends, special = job.add_special, job.parse_special
             content = tuple(vocab.tokens(content, first=ends, last=ends, special=special).tolist())
-        elif not all(0 <= t < vocab.size for t in content):
-            raise InvalidRequest(f"tokens holds an id outside 0…{vocab.size - 1}", "tokens")
-        return content, tuple(vocab.name(t) for t in content) if job.pieces else ()
+        else:
+            self._check(content, "tokens")
+        return Tokens(id, content, tuple(vocab.name(t) for t in content) if job.pieces else ())
 
-    def _refuse(self, submission: Submission, error: ApiError) -> None:
-        if self._arriving.pop(submission.id, None):
-            self.ended(submission.id)
-            self.outbox.refuse(submission.id, error)
+    def _check(self, ids: Seq[int], name: str) -> None:
+        """Raises InvalidRequest for token ids outside the vocabulary."""
+        size = self.llama.vocab.size
+        if (outside := next((t for t in ids if not 0 <= t < size), None)) is not None:
+            raise InvalidRequest(f"{name} holds token id {outside}, the model's tokens are 0…{size - 1}: send text; the ids of "
+                                 "another tokenizer (tiktoken) mean nothing here", name.partition("[")[0])  # fmt: skip
 
     def _prompt(self, job: Generate) -> Seq[int]:
         """The prompt's token ids; of its spare segments only the last ones, as many as fit beside the rest and an answer."""
         if not job.spare:
             return self._tokens(job.prompt)
-        rest: Seq[Any] = job.prompt[job.spare :]
-        room, first = self.llama.ctx - len(self._tokens(rest)) - self._answer_tokens(job.sampling), job.spare
+        limit, ctx = job.sampling.max_tokens, self.llama.ctx
+        room, first = ctx - len(self._tokens(job.prompt[job.spare :])), job.spare
+        if limit is not None and limit < ctx:  # the answer was promised so many
+            room -= limit
         for segment in reversed(job.prompt[: job.spare]):
             room -= len(self.llama.vocab.tokens(str(segment)))
             if room <= 0:
@@ -5728,23 +5418,24 @@ class Intake:
             first -= 1
         return self._tokens(job.prompt[first:])
 
-    def _answer_tokens(self, sampling: Sampling) -> int:
-        """How many the answer was promised; none if it has no limit."""
-        return 0 if sampling.max_tokens is None or sampling.max_tokens >= self.llama.ctx else sampling.max_tokens
-
     def _tokens(self, prompt: Seq[Any]) -> Seq[int]:
         """The prompt's token ids. Raises ContextLengthExceeded, or InvalidRequest for ids outside the vocabulary."""
-        vocab = self.llama.vocab
-        given = bool(prompt) and isinstance(prompt[0], int)
-        if given and not all(0 <= t < vocab.size for t in prompt):
-            raise InvalidRequest(f"prompt holds a token id outside 0…{vocab.size - 1}", "prompt")
-        least = len(prompt) if given else vocab.least_tokens(prompt, self.llama.ctx)
-        if least >= self.llama.ctx:  # not tokenized to say exactly: megabytes take seconds
-            self._too_long(least, "" if given else "at least ")
-        tokens = prompt if given else vocab.tokens(*prompt, first=True)
-        if len(tokens) >= self.llama.ctx:
-            self._too_long(len(tokens))
-        return tokens if len(tokens) else [max(self.llama.c.llama_vocab_bos(vocab.handle), 0)]
+        vocab, ctx, tokens = self.llama.vocab, self.llama.ctx, prompt
+        least = 0  # tokens of a text that is not tokenized to say exactly: megabytes take seconds
+        if prompt and isinstance(prompt[0], int):
+            self._check(prompt, "prompt")
+        else:
+            least = vocab.least_tokens(prompt, ctx)
+            tokens = vocab.tokens(*prompt, first=True) if least < ctx else ()
+        count, about = len(tokens) or least, "" if len(tokens) else "at least "
+        if count >= ctx:
+            error = ContextLengthExceeded(
+                f"The prompt has {about}{count} tokens; this model's maximum context length is {ctx}, at least one of them for "
+                "the answer"  # OpenAI's words, by which clients know the error
+            )
+            error.sizes = (count, ctx - 1)
+            raise error
+        return tokens if len(tokens) else self.llama.vocab.nothing
 
     def _inputs(self, job: Embed, submission: Submission) -> Generator[None, None, list[Any]]:
         """The token ids of each input, all int32 arrays; yields between them. Raises ContextLengthExceeded, or InvalidRequest."""
@@ -5764,43 +5455,27 @@ class Intake:
         vocab, ctx = self.llama.vocab, self.llama.ctx
         if job.truncate and len(input) > vocab.COUNTED:  # no token stands for more than the longest piece
             input = input[: ctx * vocab.longest]
-        name = f"input[{index}]" if job.query is None else f"documents[{index}] with the query"
+        name, tokens, least = f"input[{index}]", (), 0
         if isinstance(input, tuple):
-            if outside := next((t for t in input if not 0 <= t < vocab.size), None):
-                raise InvalidRequest(f"{name} holds token id {outside}, the model's tokens are 0…{vocab.size - 1}: send text; "
-                                     "the ids of another tokenizer (tiktoken) mean nothing here", "input")  # fmt: skip
-            tokens: Any = self.llama.np.array(input, self.llama.np.int32)
-        elif not job.truncate and (least := vocab.least_tokens((input, job.query or ""), ctx + 1)) > ctx:
-            raise self._input_too_long(name, f"at least {least}")
-        else:
+            self._check(input, name)
+            tokens = self.llama.np.array(input, self.llama.np.int32)
+        elif job.truncate or (least := vocab.least_tokens((input, job.query or ""), ctx + 1)) <= ctx:
             tokens = vocab.tokens(input, first=True, last=True) if job.query is None else vocab.pair(job.query, input)
         if len(tokens) > ctx and job.truncate:
             tokens = self.llama.np.concatenate([tokens[: ctx - 1], tokens[-1:]])  # the last one may be the model's own end
-        if len(tokens) > ctx:
-            raise self._input_too_long(name, str(len(tokens)))
-        return tokens if len(tokens) else self.llama.np.array([max(self.llama.c.llama_vocab_bos(vocab.handle), 0)], "int32")
-
-    def _input_too_long(self, name: str, count: str) -> ApiError:
-        """Refused, as OpenAI does: no search would find what was cut off."""
-        details = f"{name} has {count} tokens; the model reads up to {self.llama.ctx} (split the text)"
-        return ContextLengthExceeded(details, param=name.partition("[")[0])
-
-    def _too_long(self, count: int, about: str = "") -> None:
-        error = ContextLengthExceeded(
-            f"The prompt has {about}{count} tokens; this model's maximum context length is {self.llama.ctx}, at least one of "
-            "them for the answer"  # OpenAI's words, by which clients know the error
-        )
-        error.sizes = (count, self.llama.ctx - 1)
-        raise error
+        count, about = len(tokens) or least, "" if len(tokens) else "at least "
+        if count > ctx:  # refused, as OpenAI does: no search would find what was cut off
+            name, param = (name, "input") if job.query is None else (f"documents[{index}] with the query", "documents")
+            raise ContextLengthExceeded(f"{name} has {about}{count} tokens; the model reads up to {ctx} (split the text)",
+                                        param=param)  # fmt: skip
+        return tokens if len(tokens) else self.llama.vocab.nothing
 
 
 class Engine:
     """The step loop of one model, in the child's main thread. Intake, Scheduler, PromptReader and Outbox do the rest."""
 
-    GATHER = 0.02  # of the time that reading a prompt takes, how much to wait for another to be read with it
     PATIENCE = 0.01  # seconds of each step in which grammars are asked what comes next
     SEEKING, SEEKING_EACH = 5.0, 0.1  # seconds in which one may be asked for a text, and more for each token
-    GATHER_LEAST, GATHER_MOST = 0.0002, 0.002  # seconds; a shorter sleep would last as long
     GARBAGE, MOST_GARBAGE = 10, 1000  # collections of young objects before all are looked at: while idle, and while text runs
 
     def __init__(self, llama: Llama, pipe: Pipe, pulse: Pulse) -> None:
@@ -5810,7 +5485,6 @@ class Engine:
         self.inbox = self.intake.inbox
         self.scheduler = Scheduler(llama, llama.options.parallel)
         self.embedder = Embedder(llama, self.scheduler, self._step_streams)
-        self.reader: PromptReader | None = None
         self._aside = llama.on_cpu  # whether to make a prompt reader: a GPU is quick with slices
         self._several = False  # whether several sequences have run at once, since that was last asked
         self._sought = 0.0  # seconds of this step in which grammars were asked
@@ -5818,36 +5492,26 @@ class Engine:
     def run(self) -> None:
         """For ever: takes what came, steps while anything runs, sleeps when nothing does."""
         while True:
-            if self.scheduler.running or self.scheduler.waiting or self.embedder.jobs:
+            if self.scheduler.active or self.scheduler.waiting or self.embedder.jobs:
                 self._take_all()
                 self.step()
             else:
                 self._rest()
                 self.pulse.begin("rest")
                 self._take(self.inbox.get())
-                self._gather()
 
     def _rest(self) -> None:
-        """Idle work: parks finished sequences, makes the prompt reader where several ran at once, frees what leads in rings."""
-        while self.inbox.empty() and self.scheduler.tidy():
+        """Idle work: saves prefixes, makes the prompt reader where several sequences ran at once, runs the cycle collector."""
+        while self.inbox.empty() and self._tidy():
             pass
-        if self._several and self._aside and not self.reader and self.inbox.empty():
+        if self._several and self._aside and not self.scheduler.reader and self.inbox.empty():
             self._make_reader()
         if gc.get_count()[2] >= self.GARBAGE and self.inbox.empty():
             gc.collect()
 
-    def _gather(self) -> None:
-        """Before an idle engine's first step: prompts that arrive together are read together, at twice the speed."""
-        scheduler = self.scheduler
-        while 0 < len(scheduler.running) + len(scheduler.waiting) < scheduler.parallel:
-            scheduler.admit()
-            patience = min(self.GATHER * scheduler.reading_seconds(), self.GATHER_MOST)
-            if patience >= self.GATHER_LEAST:
-                # not inbox.get(timeout=…): one that is over before the wait begins never ends (CPython 3.11, _queue.c)
-                time.sleep(patience)
-            if self.inbox.empty():
-                return
-            self._take_all()
+    def _tidy(self) -> bool:
+        """Moves a prefix out of the cache, between steps that nobody waits for; False when there is none."""
+        return self.llama.on_cpu and self.scheduler.cache.save_oldest()
 
     def _take_all(self) -> None:
         while not self.inbox.empty():
@@ -5855,14 +5519,14 @@ class Engine:
 
     def _take(self, work: Sequence | Embedding | None) -> None:
         if isinstance(work, Embedding):
-            self.embedder.jobs.append(work)
+            self.embedder.add(work)
         elif work is not None:
             self.scheduler.waiting.append(work)
             self._jump(work)
             if work.n_jumped or work.done:
                 self._flush()
-        if work is None or work.cancelled:
-            for gone in [s for s in (*self.scheduler.running, *self.scheduler.waiting) if s.cancelled]:
+        if work is None or work.submission.cancelled:
+            for gone in [s for s in (*self.scheduler.active, *self.scheduler.waiting) if s.submission.cancelled]:
                 self._finish(gone, "cancelled")
             self._flush()
 
@@ -5870,12 +5534,9 @@ class Engine:
         """A step of the main context, or a batch of the prompt reader with the main context's steps in between."""
         self.scheduler.admit()
         self._several = self._several or len(self.scheduler.running) > 1
-        reader = self.reader
-        if reader:
-            while (long := self.scheduler.long_prompts()) and self.scheduler.move_aside(long[0], reader):
-                pass  # in order: else a stream of shorter ones would keep the first out
-        if reader and reader.reading:
-            self._read_aside(reader)
+        self.scheduler.move_aside()
+        if self.scheduler.aside:
+            self._read_aside()
         else:
             self._decode()
         if self.embedder.jobs:
@@ -5884,35 +5545,28 @@ class Engine:
     def _embed(self) -> None:
         """One batch of inputs that become vectors; running streams step in the middle of it."""
         embedder = self.embedder
-        for job in [j for j in embedder.jobs if j.cancelled]:  # not in the middle of a batch, whose cells cannot be dropped
-            self.outbox.embedded(job, "cancelled")
-            self._forget(job)
+        self._end_embeddings()
         self.main.abort(False)
+        self.pulse.begin("decode")
         try:
-            plan = embedder.plan()
-            if embedder.context is self.main:
-                self.intake.in_step = [i.job for i, _ in plan]
-            self.pulse.begin("decode")
-            done = embedder.step(plan) if plan else []
+            if plan := embedder.plan():
+                if embedder.context is self.main:
+                    self.intake.in_step = [i.job for i, _ in plan]
+                embedder.step(plan)
         except (ApiError, LoadError) as error:
-            done = []
-            details, code = (error.details, error.code) if isinstance(error, ApiError) else (str(error), GenerationFailed.code)
-            for job in list(embedder.jobs):
-                self.outbox.failed(job, details, code)
-                self._forget(job)
+            for job in embedder.jobs:
+                job.error = error if isinstance(error, ApiError) else GenerationFailed(str(error))
         self.intake.in_step = ()
-        for job in done:
-            if job.error:
-                self.outbox.failed(job, job.error)
-            else:
-                self.outbox.embedded(job)
-            self.intake.ended(job.id)
+        self._end_embeddings()
         if self.outbox.due():
             self._flush()
 
-    def _forget(self, job: Embedding) -> None:
-        self.embedder.drop([job])
-        self.intake.ended(job.id)
+    def _end_embeddings(self) -> None:
+        """Lets go of jobs that are over; not in the middle of a batch, whose cells cannot be dropped."""
+        for job in [j for j in self.embedder.jobs if j.is_over]:
+            self.outbox.embedded(job)
+            self.embedder.drop(job)
+            self.intake.ended(job.id)
 
     def _make_reader(self) -> None:
         """Makes the prompt reader. Clearing its memory takes as long as many steps, so it is made when none runs."""
@@ -5920,21 +5574,21 @@ class Engine:
         free, need = available_memory(), self.llama.kv_bytes * self.llama.ctx + 64 * MIB
         try:
             if free is None or free > 2 * need:
-                self.reader = PromptReader(self.llama, self.scheduler.due, self._step_streams)
+                self.scheduler.reader = PromptReader(self.llama, self.scheduler.due, self._step_streams)
         except LoadError as error:
             self._aside = False
             log.warning("long prompts are read in slices: %s", error)
 
-    def _read_aside(self, reader: PromptReader) -> None:
-        """Reads one batch of the prompts aside; those that are read go on in the main context."""
+    def _read_aside(self) -> None:
+        """Reads one batch of the prompts aside."""
+        reader = self.scheduler.reader
+        assert reader
         self.pulse.begin("decode")
-        status = reader.read()
-        if status:
+        if status := reader.read():
             for sequence in reader.reading:
                 self._fail(sequence, f"llama_decode returned {status}")
             self._flush()
-        for sequence, data in reader.give_back():
-            self.scheduler.bring_back(sequence, data)
+        self.scheduler.bring_back()
 
     def _step_streams(self) -> None:
         """In the middle of the prompt reader's batch: lets newcomers in and streams step."""
@@ -5949,12 +5603,12 @@ class Engine:
         if self._running() != self.outbox.running:
             self._flush()
         self._ask_again()
-        plan = scheduler.schedule(self.reader is not None)
+        plan = scheduler.schedule()
         if not plan:
             scheduler.stepped_at = time.perf_counter()
             return
         if all(count == 1 for _, count in plan):
-            scheduler.tidy()  # takes as long as a short step; beside a prompt it would add to the gap
+            self._tidy()  # takes as long as a short step; beside a prompt it would add to the gap
         decoding = sum(1 for s, _ in plan if s.is_stream)
         self.main.abort(False)
         self.intake.in_step = [s for s, _ in plan]
@@ -5987,14 +5641,14 @@ class Engine:
         """After a decode that did not do its work (llama.h): 1 no free cells, 2 aborted, below zero an error."""
         if status == 1:
             back = self.scheduler.make_room()
-            if back and all(s.aside for s in self.scheduler.running):  # alone, and the pool holds a whole context
+            if back and not self.scheduler.running:  # it was alone, and the pool holds a whole context
                 self._fail(back, "the KV cache is full")
         elif status == 2:
             self.scheduler.cache.undo([s for s, _ in plan])
         else:
             for sequence in list(self.scheduler.running):
                 self._fail(sequence, f"llama_decode returned {status}")
-            self.scheduler.cache.clear()
+            self.scheduler.cache.clear(True)
         self._flush()
 
     def _sample(self, plan: Seq[tuple[Sequence, int]]) -> bool:
@@ -6006,7 +5660,7 @@ class Engine:
             if sequence.n_computed == sequence.n_tokens:
                 ready.append((sequence, row))
             elif sequence.n_computed in sequence.borders:
-                self.scheduler.cache.keep(sequence)
+                self.scheduler.cache.save(Prefix(sequence, self.main.oldest(sequence.row)))
         if not ready:
             return False
         logits = self.main.logits(len(ready))
@@ -6023,7 +5677,7 @@ class Engine:
     def _ask_again(self) -> None:
         """Asks the grammars that needed more time in the step before, the one that was asked least first."""
         self._sought = 0.0
-        for sequence in sorted((s for s in self.scheduler.running if not s.aside), key=lambda s: s.sought):
+        for sequence in sorted(self.scheduler.running, key=lambda s: s.sought):
             if sequence.jumps:
                 self._jump(sequence)
             elif sequence.logits is not None and not sequence.pending:
@@ -6034,20 +5688,21 @@ class Engine:
     def _ask(self, sequence: Sequence, question: Callable[[], Result]) -> Result | None:
         """What a sequence's grammar answers; None if it needs more time, or cannot be followed, which ends the sequence."""
         share = self.PATIENCE / max(1, len(self.scheduler.running))
-        began = time.thread_time()
+        fault, began = None, time.thread_time()
         TURN.begin(max(self.PATIENCE - self._sought, share))
         try:
             return question()
         except NotYet:
             if sequence.sought > self.SEEKING:
-                what = "the grammar is too intricate: what may come next is not found in time"
-                self._refuse(sequence, InvalidRequest(what))
+                fault = InvalidRequest("the grammar is too intricate: what may come next is not found in time")
         except InvalidRequest as error:
-            self._refuse(sequence, error)
+            fault = error
         finally:
             spent = time.thread_time() - began
             self._sought += spent
             sequence.sought += spent
+        if fault and sequence.sampler.grammar:
+            self._fail(sequence, sequence.sampler.grammar.named(fault))
         return None
 
     def _pick(self, sequence: Sequence, scores: Any, row: int) -> None:
@@ -6060,7 +5715,7 @@ class Engine:
         if token is None:
             return
         sequence.sought = max(0.0, sequence.sought - self.SEEKING_EACH)
-        if token < 0 and sequence.sampler and sequence.sampler.is_stuck:
+        if token < 0 and sequence.sampler.is_stuck:
             self._fail(sequence, "The document cannot go on: no token that may follow is allowed or in the vocabulary")
             return
         if token < 0 or (token in vocab.eog and not sampling.ignore_eos and not forced):
@@ -6068,7 +5723,7 @@ class Engine:
             return
         sequence.append(token)
         if known:
-            sequence.note(known.of(token, sampling.logprobs or 0))
+            sequence.unshown.append(known.of(token, sampling.logprobs or 0))
         self._jump(sequence)
 
     def _jump(self, sequence: Sequence) -> None:
@@ -6077,9 +5732,13 @@ class Engine:
         So where a text is cut into tokens does not depend on the time, nor what the model says behind it.
         """
         sequence.jumps = self._ask(sequence, sequence.jump) is None
-        if not sequence.done:
-            self._show(sequence)
-            self._end(sequence)
+        if sequence.done:
+            return
+        self._show(sequence)
+        if sequence.text.stopped or sequence.sampler.is_done:
+            self._finish(sequence, "stop")
+        elif sequence.n_tokens >= sequence.limit:
+            self._finish(sequence, "length")
 
     def _show(self, sequence: Sequence) -> None:
         """Gives out the text of tokens that were not shown yet, up to a stop string."""
@@ -6089,41 +5748,26 @@ class Engine:
             sequence.n_shown += 1
             marker = vocab.marker_pieces.get(token) if sequence.markers else None
             piece = marker.encode() if marker in sequence.markers else vocab.piece(token)
-            self.outbox.text(sequence, sequence.text.push(piece))
+            self.outbox.text(sequence, sequence.show(piece))
             if sequence.thought:
                 sequence.watch_thought(vocab.shown(token))
-
-    def _end(self, sequence: Sequence) -> None:
-        """Ends a sequence whose last token has come."""
-        if sequence.text.stopped or (sequence.sampler and sequence.sampler.is_done):
-            self._finish(sequence, "stop")
-        elif sequence.n_tokens >= sequence.limit:
-            self._finish(sequence, "length")
 
     def _finish(self, sequence: Sequence, reason: str) -> None:
         self.outbox.finished(sequence, reason)
         self._retire(sequence)
 
-    def _fail(self, sequence: Sequence, details: str, code: str = GenerationFailed.code) -> None:
-        self.outbox.failed(sequence, details, code)
-        self._retire(sequence)
-
-    def _refuse(self, sequence: Sequence, error: InvalidRequest) -> None:
-        """Ends a text whose grammar cannot be followed: the request is at fault, in the field that holds the grammar."""
-        assert sequence.sampler and sequence.sampler.grammar
-        grammar = sequence.sampler.grammar
-        self.outbox.failed(sequence, grammar.said(error), error.code, error.param or grammar.param)
+    def _fail(self, sequence: Sequence, error: ApiError | str) -> None:
+        self.outbox.failed(sequence.id, GenerationFailed(error) if isinstance(error, str) else error)
         self._retire(sequence)
 
     def _retire(self, sequence: Sequence) -> None:
         self.scheduler.retire(sequence)
         self.intake.ended(sequence.id)
         sequence.logits = None
-        if sequence.sampler:
-            sequence.sampler.close()
+        sequence.sampler.close()
 
     def _running(self) -> int:
-        return len(self.scheduler.running) + len(self.embedder.jobs)
+        return len(self.scheduler.active) + len(self.embedder.jobs)
 
     def _flush(self) -> None:
         self.outbox.flush(self._running(), self.scheduler.cells())
@@ -6253,7 +5897,7 @@ class Timing:
 
 
 class Meter:
-    """What a model has done since the server began. Counters only rise, however often the model is unloaded.
+    """Counts what a model has done since the server began. Counters only rise, however often the model is unloaded.
 
     Any thread may count; a lock, about a microsecond, is taken for each piece of text and each end, never for a token.
     """
@@ -6328,7 +5972,7 @@ class Meter:
 
 
 class Metrics:
-    """What the server counts beside what its parts tell when asked. Any thread may count."""
+    """Counters of the whole server, and a Meter for each model. Any thread may count."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -6412,10 +6056,8 @@ class Generation:
         return message
 
 
-class LoadFailure(GenerationFailed):
+class LoadFailure(GenerationFailed, message="The model could not be loaded"):
     """An engine could not load its model; `cause` as LoadFailed has it."""
-
-    message = "The model could not be loaded"
 
     def __init__(self, details: str = "", cause: str = "") -> None:
         super().__init__(details)
@@ -6655,14 +6297,13 @@ class Ladder:
     """Finds a way in which models load on this machine: as configured, else a rung down, and another (Rung.below).
 
     A rung that a crash or a hang led to is remembered for models of that kind, in KnownFaults: the next start does not
-    crash again. What want of memory led to is not: the memory may be there next time. Any thread may call.
+    crash again. What want of memory led to is not: the memory may be there next time. `died` may come from any thread.
     """
 
     YOUNG = 300.0  # seconds behind a load, in which a crash is likely to come from how the model was loaded
 
     def __init__(self, faults: KnownFaults, report: Callable[[str], None]) -> None:
         self.faults, self.report = faults, report
-        self._lock = threading.Lock()
         self._said: set[str] = set()
         self._crashes = Counter[str]()  # young engines that crashed, by model
         self._lowered: dict[str, Rung] = {}  # where to begin, by model
@@ -6727,11 +6368,9 @@ class Ladder:
 
     def _say(self, words: str, new: bool) -> None:
         """Says something once; what is new to this machine also where only warnings are shown."""
-        with self._lock:
-            if words in self._said:
-                return
+        if words not in self._said:
             self._said.add(words)
-        (log.warning if new else self.report)(words)
+            (log.warning if new else self.report)(words)
 
     @staticmethod
     def _uses_gpu(options: EngineOptions) -> bool:
@@ -6743,11 +6382,9 @@ class Ladder:
         model, cause = worker.info, worker.cause
         if not cause or time.monotonic() - worker.loaded_at > self.YOUNG:
             return
-        with self._lock:
-            self._crashes[model.id] += 1
-            second = self._crashes[model.id] % 2 == 0
+        self._crashes[model.id] += 1
         lower = worker.setup.rung.below(cause, worker.loaded.on_gpu)
-        if second and lower:
+        if lower and self._crashes[model.id] % 2 == 0:
             self._lowered[model.id] = lower
             self._say(f"{printable(model.id)} crashed twice soon after it was loaded; it goes on {lower.words()}", True)
             if cause != "memory":
@@ -6762,7 +6399,7 @@ MakeWorker = Callable[[ModelInfo, Setup, Callable[[Worker, str], None]], Worker]
 
 @dataclass(frozen=True)
 class ModelSettings:
-    """What holds for one model: how it is loaded, and what its requests mean where they say nothing."""
+    """One model's settings: how it is loaded, and the defaults of its requests."""
 
     engine: EngineOptions = EngineOptions()
     sampling: Mapping[str, Any] = field(default_factory=dict)  # by field of Sampling
@@ -6772,7 +6409,7 @@ class ModelSettings:
 
 @dataclass(frozen=True)
 class Preset:
-    """What a section of a preset file says of the models that its name, the beginning of one, or a shell pattern means."""
+    """A section of a preset file: settings of the models that its name, the beginning of one, or a shell pattern means."""
 
     pattern: str
     engine: Mapping[str, Any] = field(default_factory=dict)  # by field of EngineOptions
@@ -6810,7 +6447,7 @@ class Settings:
         return ModelSettings(EngineOptions(**engine), sampling, system, keep[-1] if keep else None)
 
     def of(self, model: ModelInfo, is_default: bool, asked: Mapping[str, Any] | None = None) -> ModelSettings:
-        """What holds for a model; `asked` are fields of EngineOptions that a request for its load gave."""
+        """The settings of a model; `asked` are fields of EngineOptions that a request for its load gave."""
         stored = Preset("", model.stored.engine, model.stored.sampling)
         flags = {k: v for k, v in self._flags.items() if is_default or self._one or k not in self.DEFAULT_ONLY}
         own = [p for p in self.presets if p.pattern != "*" and p.means(model.id)]
@@ -6839,7 +6476,7 @@ class Entry:
     worker: Worker | None = None  # while loaded and unloading
     starting: Worker | None = None  # while loading
     load: PendingLoad | None = None
-    asked: Mapping[str, Any] = field(default_factory=dict)  # the same, that it was loaded with last
+    asked: Mapping[str, Any] = field(default_factory=dict)  # fields of EngineOptions that requests gave for its last load
     crowded: str = ""  # why it did not fit beside the other models, until one of them is gone
     departures: int = 0  # times that it has left the memory
     failures: int = 0  # loads in a row that failed on every rung
@@ -7185,7 +6822,7 @@ def some_of(names: Seq[str], most: int = 5) -> str:
 
 
 class Names:
-    """What the names in requests mean, after one scan. Never changes."""
+    """Maps the names in requests to the models that one scan found. Never changes."""
 
     def __init__(self, options: TableOptions, models: dict[str, ModelInfo], default: str | None = None) -> None:
         """`default` stays what it was while that is there."""
@@ -7226,7 +6863,7 @@ class Names:
         return [id for id in self._models if id.startswith(plain_id(name))]
 
     def wanted(self, name: str) -> str:
-        """What was asked for by `default`, else the name itself."""
+        """The operator's --model for `default`, else the name itself."""
         return self._wanted if name == "default" and self._wanted else name
 
     def not_found(self, name: str, reason: str = "") -> ModelNotFound:
@@ -7262,7 +6899,7 @@ class Names:
         for setting, value, found in named:
             if len(found) != 1 and value != "default":
                 near = f"; did you mean {' or '.join(self.near(value))}?" if self.near(value) else ""
-                yield setting, value, f"{catalog.why_path_skipped(value)}{near}"
+                yield setting, value, f"{catalog.why_skipped(value, True)}{near}"
 
 
 class ModelTable:
@@ -7331,7 +6968,7 @@ class ModelTable:
             return [e.info for e in self._residents.entries.values()]
 
     def names(self, cancel: Cancellation | None = None) -> Names:
-        """What names mean; waits for the first scan."""
+        """The names of what the last scan found; waits for the first one."""
         with self._changed:
             while not self._scanned and not self._residents.closed:
                 (cancel or Cancellation()).check()
@@ -7349,8 +6986,7 @@ class ModelTable:
             self._refresh(0.25)
             found = self._names.resolve(name)
         if len(found) != 1:  # only `default` may be a path: the operator named it, a request never does
-            why = self.catalog.why_path_skipped if name == "default" else self.catalog.why_skipped
-            raise self._names.not_found(name, why(self._names.wanted(name)))
+            raise self._names.not_found(name, self.catalog.why_skipped(self._names.wanted(name), name == "default"))
         return found[0]
 
     def _find(self, name: str, cancel: Cancellation | None = None) -> Entry:
@@ -7378,7 +7014,7 @@ class ModelTable:
         return self._settings.of(entry.info, entry.info.id == self._names.default, asked)
 
     def settings(self, id: str) -> ModelSettings:
-        """What holds for a model, or will when it is loaded."""
+        """The settings that the model is loaded with, or will be."""
         with self._changed:
             entry = self._entry(id)
             return self._settings_of(entry, entry.asked)
@@ -7564,7 +7200,7 @@ class Service:
 
     @staticmethod
     def _jobs(request: GenerateRequest, chat: Chat) -> tuple[list[Generate], list[Parser]]:
-        """What goes to the engine, every prompt n times, and what reads the text that comes back."""
+        """Makes the engine's jobs, every prompt n times, and a parser for the text of each."""
         prompts: list[Any] = [p if isinstance(p, tuple) else (p,) for p in request.prompts]
         sampling, budget, spare = request.sampling, None, 0
         if request.infill is not None:
@@ -7624,7 +7260,7 @@ class Service:
         return {"models": first + models}
 
     def diag(self) -> dict[str, Any]:
-        """What `diag` and `GET /diag` tell: versions, engine, memory, where models were looked for."""
+        """Versions, engine, memory, and where models were looked for: `diag` and `GET /diag`."""
         self.table.models()  # waits for the first scan
         report = self.table.catalog.report
         return versions() | engine_build() | {
@@ -7635,7 +7271,7 @@ class Service:
         }  # fmt: skip
 
     def known_faults(self) -> dict[str, Any]:
-        """What native code cannot do on this machine, as far as that was found out, and the file that remembers it."""
+        """The kernels and rungs that KnownFaults remembers, and its file."""
         known = self.faults.read()
         return {"file": self.faults.path, "kernels": known.get("kernels", {}), "rungs": known.get("rungs", {})}
 
@@ -7931,14 +7567,15 @@ class Choice:
         for event in events:
             self.add(event)
 
-    def add(self, event: Text | Thought | CallBegan | CallArguments | ToolResult | ChoiceEnd) -> None:
-        """Takes an event."""
+    def add(self, event: Text | Thought | CallBegan | CallArguments | ToolResult | ChoiceEnd, words: bool = True) -> None:
+        """Takes an event; without `words` neither text nor log probabilities, of which a stream may tell megabytes."""
         if isinstance(event, (Text, Thought)):
-            self.logprobs += event.logprobs
             kind = "text" if isinstance(event, Text) else "thought"
             if event.text and not (self.blocks and self.blocks[-1].kind == kind):
                 self.blocks.append(Block(kind, len(self.blocks)))
-            if event.text:
+            if words:
+                self.logprobs += event.logprobs
+            if words and event.text:
                 self.blocks[-1].parts.append(event.text)
         elif isinstance(event, CallBegan):
             self.blocks.append(Block("call", len(self.blocks), event.id, event.name))
@@ -7964,6 +7601,7 @@ class Dialect:
     streamed_errors: ClassVar[frozenset[str]] = frozenset()  # codes sent as events even before the stream began
     api = "shimmy"  # whose API this is: a key of ERROR_SHAPES
     streams: ClassVar[bool | None] = False  # unless told otherwise; None: never
+    recalls: ClassVar[bool] = False  # whether a stream's last document tells all of it again
 
     def __init__(self, body: Mapping[str, Any]) -> None:
         """Reads the body. Raises InvalidRequest naming the field at fault."""
@@ -7995,7 +7633,7 @@ class Dialect:
         elif isinstance(event, Vectors):
             self.rows = event.rows
         elif isinstance(event, (Text, Thought, CallBegan, CallArguments, ToolResult, ChoiceEnd)):
-            self.choices[event.index].add(event)
+            self.choices[event.index].add(event, self.recalls or not self.stream)
         if self.first is None and isinstance(event, (Text, Thought, CallBegan)):
             self.first = time.monotonic()
 
@@ -8761,7 +8399,7 @@ def without_oldest(messages: tuple[dict[str, Any], ...], sizes: tuple[int, ...])
 class Responses(BlockDialect):
     """`/v1/responses`, OpenAI's; keeps no state."""
 
-    api = "openai"
+    api, recalls = "openai", True
     streamed_errors = frozenset({"context_length_exceeded"})  # Codex looks for it among the events only, and compacts
     ECHOED: ClassVar[dict[str, Any]] = {  # what a response repeats of its request
         "instructions": None, "max_output_tokens": None, "max_tool_calls": None, "metadata": {}, "parallel_tool_calls": True,
@@ -9483,7 +9121,9 @@ class Access:
         name = host_name(host)
         if name is None or is_loopback(name) or {"*", name, host} & set(self.hosts):
             return name is not None
-        return not self.loopback and (bool(self.api_keys) or "." not in name or is_ip(name) or name in own_names())
+        own = socket.gethostname().lower()
+        ours = "." not in name or is_ip(name) or name in (own, f"{own.partition('.')[0]}.local")
+        return not self.loopback and (bool(self.api_keys) or ours)
 
     def _embedded(self, headers: Any) -> bool:
         """True for an image, frame or script of a foreign page: browsers send no Origin with those."""
@@ -9543,17 +9183,9 @@ def is_loopback(host: str) -> bool:
     return host == "localhost" or host.endswith(".localhost")
 
 
-@functools.lru_cache(maxsize=1)
-def own_names() -> frozenset[str]:
-    """This machine's name, alone and as the local network has it."""
-    name = socket.gethostname().lower()
-    return frozenset((name, f"{name.partition('.')[0]}.local"))
-
-
 TOKEN = re.compile(rb"[!#$%&'*+.^_`|~\w-]+")  # a header's name (RFC 9110, 5.6.2)
 HEAD_FAULT = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|\r(?!\n)|\n[ \t]")  # the last one: a folded line (RFC 9112, 5.2)
 MAX_HEADERS = 100
-LARGE_BODIES = threading.BoundedSemaphore(8)  # bodies over TURN_BYTES that arrive, or wait to be parsed
 MAX_AHEAD = 1 << 16  # bytes that a client may send before its request is answered
 
 
@@ -9609,12 +9241,33 @@ class Headers:
         return next(iter(self.get_all(name)), default)
 
 
+LARGE_BODIES = threading.BoundedSemaphore(8)
+
+
+class BodyTurn:
+    """A body's turn among LARGE_BODIES, from when TURN_BYTES of it have come until it is parsed."""
+
+    def __init__(self) -> None:
+        self._taken = False
+
+    def take(self, seconds: float = TURN_SECONDS) -> None:
+        """Raises Overloaded when none is free within `seconds`. Idempotent, as `release` is."""
+        self._taken = self._taken or LARGE_BODIES.acquire(timeout=seconds)
+        if not self._taken:
+            raise Overloaded("Too many large bodies are being read already")
+
+    def release(self) -> None:
+        taken, self._taken = self._taken, False
+        if taken:
+            LARGE_BODIES.release()
+
+
 class RequestReader:
-    """Reads requests: every size is bounded. A body over TURN_BYTES holds a place in LARGE_BODIES until `release`."""
+    """Reads requests: every size is bounded. `turn` is a large body's; who parses the body releases it."""
 
     def __init__(self, connection: socket.socket) -> None:
-        self.incoming = Incoming(connection)
-        self._bytes, self._placed = io.BufferedReader(self.incoming), False
+        self.incoming, self.turn = Incoming(connection), BodyTurn()
+        self._bytes = io.BufferedReader(self.incoming)
 
     def begin(self) -> None:
         """Waits for a request's first byte, then starts its clock. Empty lines before it are fine (RFC 9112, 2.2)."""
@@ -9656,14 +9309,8 @@ class RequestReader:
         end = len(body) + size
         while len(body) < end:
             if len(body) >= TURN_BYTES:
-                self.take_place()
+                self.turn.take()
             body += self._bytes.read(min(end - len(body), TURN_BYTES))
-
-    def take_place(self) -> None:
-        """Waits for one among the large bodies. Raises Overloaded when there is none within TURN_SECONDS."""
-        self._placed = self._placed or LARGE_BODIES.acquire(timeout=TURN_SECONDS)
-        if not self._placed:
-            raise Overloaded("Too many large bodies are being read already")
 
     def _read_chunks(self, body: bytearray) -> None:
         """RFC 9112, 7.1; trailers are read and dropped."""
@@ -9690,19 +9337,12 @@ class RequestReader:
             raise InvalidRequest("A line between chunks is too long, or does not end with CR and LF")
         return line[:-2]
 
-    def release(self) -> None:
-        """The body has been parsed, or the connection ends."""
-        if self._placed:
-            self._placed = False
-            LARGE_BODIES.release()
-
     def unread(self) -> bytes:
-        """Takes the bytes that have come behind the request."""
-        data, self.incoming.deadline = b"", 0.0
+        """Takes the bytes that were read behind the request."""
+        self.incoming.deadline = 0.0
         with contextlib.suppress(ClientGone):
-            while len(data) < TURN_BYTES:
-                data += self._bytes.read1(MAX_AHEAD)
-        return data
+            return self._bytes.read1(MAX_AHEAD)
+        return b""
 
     def drain(self) -> None:
         """Reads on for a moment before closing: to close over unread bytes would destroy the answer on its way (RST)."""
@@ -9732,56 +9372,49 @@ def uncompressed(data: bytes, encoding: str) -> bytes:
     return plain
 
 
+WATCH_SECONDS = 0.01  # less than a step takes
+
+
 class Watcher:
-    """Notices clients that leave while their request runs: one thread over the sockets of all running requests."""
+    """Notices clients that leave while their request runs: one thread looks at the sockets of all running requests."""
 
     def __init__(self) -> None:
-        self._selector, self._lock = selectors.DefaultSelector(), threading.Lock()
-        self._here, self._there = socket.socketpair()  # select() and poll() look at a new socket only when called anew
-        self._selector.register(self._here, selectors.EVENT_READ)
+        self._selector, self._changed = selectors.DefaultSelector(), threading.Condition()
         self._started = False
 
     @contextlib.contextmanager
     def watching(self, incoming: Incoming, cancel: Cancellation) -> Iterator[None]:
         """Cancels when the client leaves. Nobody else may read the connection while the block runs."""
-        with self._lock:
+        with self._changed:
             if not self._started:
                 threading.Thread(target=self._run, name="watcher", daemon=True).start()
                 self._started = True
             self._selector.register(incoming.connection, selectors.EVENT_READ, (incoming, cancel))
-        if not hasattr(selectors, "EpollSelector"):
-            self._there.send(b"\0")
+            self._changed.notify()
         try:
             yield
         finally:
-            with self._lock, contextlib.suppress(KeyError, ValueError, OSError):
+            with self._changed, contextlib.suppress(KeyError, ValueError, OSError):
                 self._selector.unregister(incoming.connection)
 
     def _run(self) -> None:
+        """Asks under the lock, where no socket comes or goes; to read from one of which another has the number would wait."""
         while True:
-            with contextlib.suppress(OSError, ValueError):  # Windows' select(), of a socket closed meanwhile
-                self._selector.select()
-            for cancel in self._left():
+            with self._changed:
+                self._changed.wait_for(self._selector.get_map)
+                left = list(self._left())
+            for cancel in left:
                 cancel.cancel()
+            time.sleep(WATCH_SECONDS)
 
-    def _left(self) -> list[Cancellation]:
-        """The cancellations of clients that left.
-
-        Asked anew under the lock, where no socket comes or goes: what the waiting call told may be of one closed since, whose
-        number another has now, and to read from that would wait.
-        """
-        left = []
-        with self._lock:
-            for key, _ in self._selector.select(0):
-                if key.fileobj is self._here:
-                    self._here.recv(4096)
-                    continue
-                incoming, cancel = key.data
-                gone, done = incoming.read_ahead()
-                if done:
-                    self._selector.unregister(incoming.connection)
-                left += [cancel] * gone
-        return left
+    def _left(self) -> Iterator[Cancellation]:
+        for key, _ in self._selector.select(0):
+            incoming, cancel = key.data
+            gone, done = incoming.read_ahead()
+            if done:
+                self._selector.unregister(incoming.connection)
+            if gone:
+                yield cancel
 
 
 # ── 15.2. Wires ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -10290,10 +9923,7 @@ class Handler(socketserver.BaseRequestHandler):
 
     def setup(self) -> None:
         self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
-        self.service, self.reader = self.server.service, RequestReader(self.request)
-
-    def finish(self) -> None:
-        self.reader.release()
+        self.service, self.reader, self.upgraded = self.server.service, RequestReader(self.request), False
 
     def handle(self) -> None:
         closes = False
@@ -10301,6 +9931,9 @@ class Handler(socketserver.BaseRequestHandler):
             while not closes:
                 self.reader.begin()
                 closes = self._handle_request()
+            if self.upgraded:
+                owner = self.server.access.owner(self.out.head.headers)
+                self.server.sockets.serve(self.request, self.reader.unread(), self.out.line.id, owner)
 
     def _handle_request(self) -> bool:
         """Answers one request; true if the connection ends behind it."""
@@ -10308,17 +9941,13 @@ class Handler(socketserver.BaseRequestHandler):
         self.route: Route | None = None
         self.wire = HttpWire(self.out)
         run_request(self._answer_request, self.out.line, self.fail, self.leave)
-        self.reader.release()
-        self._count()
+        self.reader.turn.release()
+        known, route = ("GET", "HEAD", "POST", "OPTIONS"), self.route.label() if self.route else "other"
+        method = self.out.head.method if self.out.head.method in known else "other"  # a client's words are without number
+        self.service.metrics.answered(method, route, self._api(), self.out.line.status)
         if self.out.closes and self.out.unread:
             self.reader.drain()
         return self.out.closes
-
-    def _count(self) -> None:
-        """Counts the request by words that are ours: a client's are without number."""
-        method = self.out.head.method if self.out.head.method in ("GET", "HEAD", "POST", "OPTIONS") else "other"
-        route = self.route.label() if self.route else "other"
-        self.service.metrics.answered(method, route, self._api(), self.out.line.status)
 
     def _answer_request(self) -> None:
         out = self.out
@@ -10328,8 +9957,9 @@ class Handler(socketserver.BaseRequestHandler):
         head.read(line)
         out.closes, out.unread = head.closes, bool(head.length)
         out.line.what = f"{head.method} {head.path.partition('?')[0]}"
-        with self.server.busy():
-            self._answer(head)
+        cancel = Cancellation()
+        with self.server.running(cancel):
+            self._answer(head, cancel)
 
     def _body(self) -> bytes:
         """The request's body, at most MAX_BODY bytes; read even if unasked for, or it would become the next request."""
@@ -10342,10 +9972,10 @@ class Handler(socketserver.BaseRequestHandler):
         data = self.reader.body(size)
         self.out.unread = False
         if data and encoding:
-            self.reader.take_place()  # for whatever size it has unpacked
+            self.reader.turn.take()  # for whatever size it has unpacked
         return uncompressed(data, encoding) if data else data
 
-    def _answer(self, head: Head) -> None:
+    def _answer(self, head: Head, cancel: Cancellation) -> None:
         if self.server.stopping:
             self.out.closes = True
             raise Overloaded("The server is shutting down")
@@ -10356,17 +9986,19 @@ class Handler(socketserver.BaseRequestHandler):
         if self.route.needs_body and head.length is None:
             self.out.unread = True  # whatever follows is no request
             raise InvalidRequest("The request needs a Content-Length, or a chunked body", status=411)
-        answer, cancel = self.route.answer, Cancellation()
+        answer, watching = self.route.answer, self.server.watcher.watching(self.reader.incoming, cancel)
         if isinstance(answer, type):
             dialect = self.out.line.dialect = self._dialect(parse_object(self._body()))  # nobody keeps the bytes while it runs
-            self.reader.release()
-            with self._watched(cancel):
-                self._generate(dialect, cancel)
+            self.reader.turn.release()
+            self.wire = HttpWire(self.out, self.route.framing) if dialect.stream else self.wire
+            dialect.owner = self.server.access.owner(head.headers)
+            with watching:
+                deliver(dialect, dialect.events(self.service, cancel), self.wire)
         elif answer is answer_upgrade and head.is_handshake():
             self._upgrade(head)
         else:
             call = Call(self.service, names, head.query, self._body(), cancel, head.headers.get("Accept", ""))
-            with self._watched(cancel):
+            with watching:
                 told = answer(call)
                 self.out.respond(told if isinstance(told, Answer) else Answer(told))
 
@@ -10377,12 +10009,6 @@ class Handler(socketserver.BaseRequestHandler):
             self.route = self.route.ollamas
         assert isinstance(self.route.answer, type)
         return self.route.answer(body)
-
-    @contextlib.contextmanager
-    def _watched(self, cancel: Cancellation) -> Iterator[None]:
-        """Cancels when the client leaves, or the server ends."""
-        with self.server.watcher.watching(self.reader.incoming, cancel), self.server.cancellable(cancel):
-            yield
 
     def _find_route(self, head: Head) -> tuple[Route, tuple[str, ...]]:
         """The row for this request, and the names in its path; the access checks come before any answer."""
@@ -10400,23 +10026,15 @@ class Handler(socketserver.BaseRequestHandler):
             raise MethodNotAllowed(head.method, allowed | ({"HEAD"} if "GET" in allowed else set()) | {"OPTIONS"})
         return found
 
-    def _generate(self, dialect: Dialect, cancel: Cancellation) -> None:
-        assert self.route
-        self.wire = HttpWire(self.out, self.route.framing) if dialect.stream else self.wire
-        dialect.owner = self.server.access.owner(self.out.head.headers)
-        deliver(dialect, dialect.events(self.service, cancel), self.wire)
-
     def _upgrade(self, head: Head) -> None:
-        """Answers the handshake, and hands the connection over: here it ends."""
+        """Answers the handshake: the connection speaks HTTP no more."""
         import hashlib
 
         key = head.headers.get("Sec-WebSocket-Key") + "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # RFC 6455, 4.2.2
         accept = base64.b64encode(hashlib.sha1(key.encode(), usedforsecurity=False).digest()).decode()
         self.out.closes = False  # whatever the client said of its connection besides
         self.out.begin(101, {"Upgrade": "websocket", "Connection": "Upgrade", "Sec-WebSocket-Accept": accept})
-        self.out.closes = True
-        owner = self.server.access.owner(head.headers)
-        self.server.sockets.hand_over(self.request, self.reader.unread(), self.out.line.id, owner)
+        self.out.closes = self.upgraded = True
 
     def _preflight(self, head: Head) -> None:
         """CORS: what a page of an allowed origin may send. Needs no key."""
@@ -10454,32 +10072,21 @@ class Handler(socketserver.BaseRequestHandler):
         return "openai" if first == "v1" else "ollama" if first == "api" and second in OLLAMA_UNSERVED else "shimmy"
 
 
-RESERVED_DESCRIPTORS = 128  # for pipes of engines (3 each), model files, sockets of tools, refused connections
-_OUT_OF_DESCRIPTORS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+RESERVED_DESCRIPTORS = 160  # for what is open at the start, pipes of engines (3 each), model files, sockets of tools
 
 
 def raise_descriptor_limit() -> int:
-    """Raises the soft limit of open descriptors to the hard one; how many there may be then."""
-    try:
+    """Raises the soft limit of open descriptors as far as it may go and helps; how many there may be then."""
+    limit = 10_240  # macOS says "unlimited" and takes no more than this
+    with contextlib.suppress(ImportError, OSError, ValueError):  # Windows counts none
         import resource
-    except ImportError:  # Windows counts no descriptors
-        return sys.maxsize
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    for limit in (hard, 10240):  # macOS says "unlimited" and takes no more than OPEN_MAX
-        if soft == resource.RLIM_INFINITY or 0 <= limit <= soft:
-            break
-        with contextlib.suppress(OSError, ValueError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
-            soft = limit
-    return soft if soft != resource.RLIM_INFINITY else sys.maxsize
 
-
-def connection_bound(limit: int) -> int:
-    """The connections that fit `limit` descriptors: a tenth of them at least."""
-    opened = 32
-    with contextlib.suppress(OSError):
-        opened = len(os.listdir("/proc/self/fd" if sys.platform == "linux" else "/dev/fd"))
-    return max(1, limit // 10, min(MAX_CONNECTIONS, limit - opened - RESERVED_DESCRIPTORS))
+        soft, hard = (limit if n == resource.RLIM_INFINITY else n for n in resource.getrlimit(resource.RLIMIT_NOFILE))
+        limit = soft
+        if soft < hard:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+            limit = hard
+    return limit
 
 
 class Server(socketserver.ThreadingTCPServer):
@@ -10492,69 +10099,49 @@ class Server(socketserver.ThreadingTCPServer):
     def __init__(self, address: tuple[str, int], service: Service, access: Access) -> None:
         self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
         self.service, self.access = service, access
-        self.max_connections = min(MAX_CONNECTIONS, connection_bound(raise_descriptor_limit()))
+        descriptors = raise_descriptor_limit()
+        self.max_connections = min(MAX_CONNECTIONS, max(descriptors // 10, descriptors - RESERVED_DESCRIPTORS))
         self.watcher, self.sockets = Watcher(), SocketListener(self)
         self.stopping = False
         self._changed = threading.Condition()
-        self._busy = 0
-        self._cancels: set[Cancellation] = set()
-        self._spare: int | None = os.open(os.devnull, os.O_RDONLY)  # given up for a moment when descriptors run out
+        self._running: set[Cancellation] = set()
         super().__init__(address, Handler)
 
     @property
     def url(self) -> str:
-        host, port = str(self.server_address[0]), self.server_address[1]
-        return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        return url_of(str(self.server_address[0]), self.server_address[1])
 
-    def connection_opened(self) -> None:
+    def count_connection(self, change: int) -> None:
         with self._changed:
-            self.service.metrics.connections += 1
-
-    def connection_closed(self) -> None:
-        with self._changed:
-            self.service.metrics.connections -= 1
+            self.service.metrics.connections += change
 
     def get_request(self) -> tuple[Any, Any]:
-        """Accepts a connection. Without a descriptor for it, it is refused with the spare one: left alone, it would spin us."""
+        """Accepts a connection. Where it cannot (no descriptor is left), it waits a moment: at once it would be asked again."""
         try:
             return super().get_request()
-        except OSError as error:
-            if error.errno in _OUT_OF_DESCRIPTORS:
-                self._refuse_with_spare()
-            raise
-
-    def _refuse_with_spare(self) -> None:
-        if self._spare is not None:
-            os.close(self._spare)
-            self._spare = None
-        try:
-            self._refuse(self.socket.accept()[0], "No descriptor is left for another connection")
-        except OSError:  # a thread took the descriptor first
+        except OSError:
             time.sleep(0.05)
-        with contextlib.suppress(OSError):
-            self._spare = os.open(os.devnull, os.O_RDONLY)
+            raise
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Starts the connection's thread, or answers 503 where it would be one too many."""
         if self.service.metrics.connections >= self.max_connections:
             return self._refuse(request, f"{self.max_connections} connections are open")
-        self.connection_opened()
+        self.count_connection(1)
         self.service.metrics.accepted += 1
         try:
             super().process_request(request, client_address)
         except RuntimeError:  # can't start new thread
-            self.connection_closed()
+            self.count_connection(-1)
             self._refuse(request, "No thread can be started for another connection")
 
     def _refuse(self, connection: socket.socket, why: str) -> None:
         """503. To close over a request that is on its way would destroy the answer (RST): so it is awaited for a moment."""
         self.service.metrics.refused += 1
-        body = json.dumps(Overloaded(why).document()).encode()
-        head = b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nConnection: close\r\nRetry-After: 2\r\n"
-        head += "".join(f"{name}: {id}\r\n" for name, id in zip(ID_HEADERS, [request_id(None)] * 2, strict=True)).encode()
-        with contextlib.closing(connection), contextlib.suppress(OSError):
+        error = Overloaded(why)
+        with contextlib.closing(connection), contextlib.suppress(OSError, ClientGone):
+            Responder(connection, self.access).respond(Answer(error.document(), error.status, error.headers))
             connection.settimeout(0.1)
-            connection.sendall(head + b"Content-Length: %d\r\n\r\n" % len(body) + body)
             connection.shutdown(socket.SHUT_WR)
             connection.recv(1 << 16)
 
@@ -10562,31 +10149,22 @@ class Server(socketserver.ThreadingTCPServer):
         try:
             super().process_request_thread(request, client_address)
         finally:
-            self.connection_closed()
+            self.count_connection(-1)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         log.debug("connection failed", exc_info=True)
 
     @contextlib.contextmanager
-    def busy(self) -> Iterator[None]:
-        """Counts a request that runs: `stop` waits for it."""
+    def running(self, cancel: Cancellation) -> Iterator[None]:
+        """`stop` waits for a request that runs, and calls it off when the grace time is over."""
         with self._changed:
-            self._busy += 1
+            self._running.add(cancel)
         try:
             yield
         finally:
             with self._changed:
-                self._busy -= 1
+                self._running.discard(cancel)
                 self._changed.notify_all()
-
-    @contextlib.contextmanager
-    def cancellable(self, cancel: Cancellation) -> Iterator[None]:
-        """`stop` calls the request off when the grace time is over."""
-        self._cancels.add(cancel)
-        try:
-            yield
-        finally:
-            self._cancels.discard(cancel)
 
     def stop(self, grace: float = GRACE_SECONDS) -> None:
         """Stop accepting, let requests finish within `grace` seconds, call the rest off, end the engines."""
@@ -10599,22 +10177,19 @@ class Server(socketserver.ThreadingTCPServer):
         self._await_quiet(grace)
         for worker in self.service.table.workers():
             worker.fail_all(Overloaded("The server is shutting down"))
-        for cancel in list(self._cancels) if self._await_quiet(1.0) else ():
+        for cancel in () if self._await_quiet(1.0) else list(self._running):
             cancel.cancel()
         self.sockets.stop()
         self.service.close()
 
     def _await_quiet(self, seconds: float) -> bool:
-        """Wait until no request runs; whether one still does after so many seconds."""
-        deadline = time.monotonic() + seconds
+        """Waits until no request runs; false if one still does after so many seconds."""
         with self._changed:
-            while self._busy and time.monotonic() < deadline:
-                self._changed.wait(deadline - time.monotonic())
-            return bool(self._busy)
+            return self._changed.wait_for(lambda: not self._running, seconds)
 
 
 # ── 16. WebSocket, lifecycle ──────────────────────────────────────────────────────────────────────────────────────────
-# asyncio on its side thread, started by the first upgrade; the HTTP side answers handshakes and hands it the connections.
+# asyncio on its side thread, started by the first upgrade, reads and writes; a connection's HTTP thread answers its requests.
 
 MAX_UNTAKEN = MIB  # bytes of answers to pings that a client does not take
 SOCKET_PING_SECONDS = 20.0  # a client that has not been heard for two of these is gone
@@ -10627,7 +10202,7 @@ class SocketRequest:
     """A request on a WebSocket: its message until that is parsed, and the way to cancel it."""
 
     message: bytes
-    placed: bool  # among LARGE_BODIES
+    turn: BodyTurn
     cancel: Cancellation = field(default_factory=Cancellation)
 
     def body(self) -> dict[str, Any]:
@@ -10636,23 +10211,135 @@ class SocketRequest:
             return parse_object(self.message, "The message")
         finally:
             self.message = b""
-            self.release()
+            self.turn.release()
 
-    def release(self) -> None:
-        """Gives the place back; idempotent."""
-        placed, self.placed = self.placed, False
-        if placed:
-            LARGE_BODIES.release()
+    def is_cancel(self) -> bool:
+        """True for `{"cancel": true}`, which is no request but ends one."""
+        with contextlib.suppress(InvalidRequest):
+            return len(self.message) <= 256 and parse_object(self.message).get("cancel") is True
+        return False
 
 
-class SocketWire(Wire):
-    """Documents as WebSocket messages; the request's thread waits until each is sent."""
+class SocketConnection(Wire):
+    """One WebSocket, around websockets' parser. The loop's thread reads and flushes, another one answers."""
 
-    def __init__(self, say: Callable[[dict[str, Any]], None]) -> None:
-        self._say = say
+    PENDING = 32  # requests that may wait on one connection
+    reading: asyncio.Task[None]
 
-    def send(self, document: dict[str, Any]) -> None:
-        self._say(document)
+    def __init__(self, server: Server, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, id: str, owner: str) -> None:
+        import asyncio
+
+        from websockets.protocol import SERVER, Protocol
+
+        self._server, self._reader, self._writer, self._id, self._owner = server, reader, writer, id, owner
+        self._loop = asyncio.get_running_loop()
+        self._protocol = Protocol(SERVER, max_size=MAX_BODY, logger=logging.getLogger("websockets"))
+        self._requests: deque[SocketRequest] = deque()  # the first one is running
+        self._queue: queue.SimpleQueue[SocketRequest | None] = queue.SimpleQueue()  # the same; None: the connection has ended
+        self._fragments, self._turn = bytearray(), BodyTurn()  # of the message that arrives
+        self._since: float | None = None  # when its first byte came
+        self._used = time.monotonic()
+
+    async def read_all(self, data: bytes) -> None:
+        """Reads to the connection's end, beginning with what came already. The requests end with it."""
+        try:
+            self._take(data)
+            while data := await self._read():
+                self._take(data)
+        except OSError:  # the client broke off
+            pass
+        finally:
+            self._writer.close()
+            self._loop.call_later(SOCKET_CLOSE_SECONDS, self._writer.transport.abort)
+            self._turn.release()
+            for request in list(self._requests):
+                self._cancel(request)
+            self._queue.put(None)
+
+    async def _read(self) -> bytes:
+        """The next bytes; none when the client has left, or answers no ping."""
+        import asyncio
+
+        for pinged in itertools.chain([False], itertools.repeat(True)):
+            if not self._requests and time.monotonic() - self._used > SOCKET_IDLE_SECONDS:
+                self.close(1000, f"no request for {SOCKET_IDLE_SECONDS:g} seconds")
+            with contextlib.suppress(asyncio.TimeoutError):
+                return await asyncio.wait_for(self._reader.read(1 << 16), SOCKET_PING_SECONDS)
+            if pinged and not self._writer.transport.get_write_buffer_size():
+                break
+            if self._protocol.state.name == "OPEN":
+                self._protocol.send_ping(b"")
+                self._flush()
+        return b""
+
+    def _take(self, data: bytes) -> None:
+        """Feeds the parser, which itself answers pings, and ends the connection behind a frame that is malformed."""
+        self._protocol.receive_data(data)
+        frame: Any
+        for frame in self._protocol.events_received():
+            if frame.opcode.name not in ("TEXT", "BINARY", "CONT"):
+                continue
+            self._fragments += frame.data
+            if frame.fin:
+                request = SocketRequest(bytes(self._fragments), self._turn)
+                self._fragments, self._turn, self._since = bytearray(), BodyTurn(), None
+                self._receive(request)
+        self._bound(len(self._fragments) + len(self._protocol.reader.buffer))
+        self._flush()
+        if self._writer.transport.get_write_buffer_size() > MAX_UNTAKEN:
+            self._writer.transport.abort()
+
+    def _bound(self, size: int) -> None:
+        """Bounds a message that is not whole: its time from its first byte on, and how many large ones there are."""
+        now = time.monotonic()
+        self._since = (self._since or now) if size else None
+        if self._since and now - self._since > REQUEST_SECONDS:
+            self.close(1008, f"a message took over {REQUEST_SECONDS:g} seconds")
+        if size > TURN_BYTES:
+            try:
+                self._turn.take(0)
+            except Overloaded:
+                self.close(1013, "too many large messages arrive already")
+
+    def _receive(self, request: SocketRequest) -> None:
+        """Queues a request, or cancels the running one."""
+        waiting = len(self._requests)
+        if request.is_cancel():
+            with contextlib.suppress(IndexError):
+                self._cancel(self._requests[0], gently=True)
+        elif self._server.stopping or waiting >= self.PENDING:
+            request.turn.release()
+            full = f"{waiting} requests wait on this connection already"
+            error = Overloaded("The server is shutting down" if self._server.stopping else full)
+            self._protocol.send_text(to_json(ERROR_SHAPES["shimmy"](error)))
+        else:
+            self._requests.append(request)
+            self._queue.put(request)
+
+    def _cancel(self, request: SocketRequest, gently: bool = False) -> None:
+        """In a thread: telling the engine may block on its pipe, which must not stop the loop."""
+        self._loop.run_in_executor(None, request.cancel.cancel, gently)
+
+    def answer_all(self) -> None:
+        """Answers the requests one after another, until the connection ends."""
+        while request := self._queue.get():
+            self._answer(request)
+            self._requests.popleft()
+            self._used = time.monotonic()
+
+    def _answer(self, request: SocketRequest) -> None:
+        line = RequestLog("WS /ws/generate", self._id)
+
+        def work() -> None:
+            dialect = line.dialect = NativeSocket(request.body() | {"stream": True})
+            dialect.owner, line.status = self._owner, 200
+            deliver(dialect, dialect.events(self._server.service, request.cancel), self)
+
+        with self._server.running(request.cancel):
+            run_request(work, line, self.fail, self.leave)
+            self._server.service.metrics.answered("WS", "/ws/generate", NativeSocket.api, line.status)
+
+    # The wire, used by a request's thread
 
     def fail(self, error: ApiError, document: dict[str, Any] | None = None) -> None:
         with contextlib.suppress(ClientGone):
@@ -10662,272 +10349,102 @@ class SocketWire(Wire):
         with contextlib.suppress(ClientGone):
             self.send(NativeSocket.done("cancelled", Usage(0, 0, 0, 0, 0)))
 
-
-class SocketConnection:
-    """One WebSocket: an asyncio protocol around websockets' parser. All but `say` and `_answer` runs in the loop's thread."""
-
-    PENDING = 32  # requests that may wait on one connection
-
-    def __init__(self, listener: SocketListener, early: bytes, id: str, owner: str) -> None:
-        from websockets.protocol import SERVER, Protocol
-
-        self._listener, self._server, self._early, self._id, self._owner = listener, listener.server, early, id, owner
-        self._protocol = Protocol(SERVER, max_size=MAX_BODY, logger=logging.getLogger("websockets"))
-        self._requests: deque[SocketRequest] = deque()  # the first one is running
-        self._fragments, self._placed = bytearray(), False  # of a message that is not whole, and whether it has a place
-        self._cut: asyncio.TimerHandle | None = None  # ends such a message
-        self._heard, self._used, self._open = True, time.monotonic(), True
-
-    # What asyncio calls
-
-    def connection_made(self, transport: asyncio.Transport) -> None:
-        import asyncio
-
-        self._transport, self._writable = transport, asyncio.Event()
-        self._writable.set()
-        self._listener.connections.add(self)
-        self._ticking = self._listener.loop.call_later(SOCKET_PING_SECONDS, self._tick)
-        if self._early:
-            self.data_received(self._early)
-
-    def data_received(self, data: bytes) -> None:
-        self._heard = True
-        self._protocol.receive_data(data)
-        for frame in self._protocol.events_received():
-            self._take(frame)
-        self._bound()
-        self._flush()
-        if self._transport.get_write_buffer_size() > MAX_UNTAKEN:
-            self._transport.abort()
-
-    def eof_received(self) -> None:
-        self._protocol.receive_eof()
-        self._flush()
-
-    def pause_writing(self) -> None:
-        self._writable.clear()
-
-    def resume_writing(self) -> None:
-        self._writable.set()
-
-    def connection_lost(self, _: Exception | None) -> None:
-        self._open = False
-        self._writable.set()
-        for timer in filter(None, (self._cut, self._ticking)):
-            timer.cancel()
-        self._place(False)
-        for request in self._requests:
-            request.release()
-            self._listener.in_thread(request.cancel.cancel)
-        self._listener.lost(self)
-
-    # Reading
-
-    def _take(self, frame: Any) -> None:
-        """One frame; the parser itself answers those of other kinds."""
-        if frame.opcode.name not in ("TEXT", "BINARY", "CONT"):
-            return
-        self._fragments += frame.data
-        if frame.fin:
-            message, self._fragments = bytes(self._fragments), bytearray()
-            self._receive(message)
-
-    def _bound(self) -> None:
-        """Bounds a message that is not whole: its time from its first byte on, and how many large ones there are."""
-        size = len(self._fragments) + len(self._protocol.reader.buffer)
-        if size and not self._cut:
-            reason = f"a message took over {REQUEST_SECONDS:g} seconds"
-            self._cut = self._listener.loop.call_later(REQUEST_SECONDS, self.close, 1008, reason)
-        elif not size and self._cut:
-            self._cut.cancel()
-            self._cut = None
-        if size > TURN_BYTES and not self._place(True):
-            self.close(1013, "too many large messages arrive already")
-
-    def _place(self, wanted: bool) -> bool:
-        """Takes a place among LARGE_BODIES for the message that arrives, or gives it back."""
-        if wanted and not self._placed:
-            self._placed = LARGE_BODIES.acquire(blocking=False)
-        elif self._placed and not wanted:
-            self._placed = False
-            LARGE_BODIES.release()
-        return self._placed
-
-    def _receive(self, message: bytes) -> None:
-        """Queues a request, or cancels the running one."""
-        if len(message) <= 256 and self._is_cancel(message):
-            if self._requests:  # telling the engine may block on its pipe, which must not stop this loop
-                self._listener.in_thread(self._requests[0].cancel.cancel, True)
-            return
-        request, self._placed = SocketRequest(message, self._placed or (len(message) > TURN_BYTES and self._place(True))), False
-        try:
-            if self._server.stopping:
-                raise Overloaded("The server is shutting down")
-            waiting = len(self._requests), sum(len(r.message) for r in self._requests)
-            if waiting[0] >= self.PENDING or waiting[1] + len(message) > 2 * MAX_BODY:
-                raise Overloaded(f"{waiting[0]} requests wait on this connection already")
-            if len(message) > TURN_BYTES and not request.placed:
-                raise Overloaded("Too many large messages are being read already")
-        except ApiError as error:
-            request.release()
-            self._protocol.send_text(to_json(ERROR_SHAPES["shimmy"](error)))
-            return
-        self._requests.append(request)
-        if len(self._requests) == 1:
-            self._listener.in_thread(self._answer, request).add_done_callback(self._next)
-
-    @staticmethod
-    def _is_cancel(message: bytes) -> bool:
-        try:
-            return parse_object(message).get("cancel") is True
-        except InvalidRequest:
-            return False
-
-    def _next(self, _: Any) -> None:
-        self._requests.popleft()
-        self._used = time.monotonic()
-        if self._requests and self._open:
-            self._listener.in_thread(self._answer, self._requests[0]).add_done_callback(self._next)
-
-    # Answering
-
-    def _answer(self, request: SocketRequest) -> None:
-        """One request, in a thread of its own."""
-        line, wire = RequestLog("WS /ws/generate", self._id), SocketWire(self.say)
-
-        def work() -> None:
-            dialect = line.dialect = NativeSocket(request.body() | {"stream": True})
-            dialect.owner, line.status = self._owner, 200
-            deliver(dialect, dialect.events(self._server.service, request.cancel), wire)
-
-        with self._server.busy(), self._server.cancellable(request.cancel):
-            run_request(work, line, wire.fail, wire.leave)
-            self._server.service.metrics.answered("WS", "/ws/generate", NativeSocket.api, line.status)
-
-    def say(self, document: dict[str, Any]) -> None:
-        """Sends a document from another thread. Raises ClientGone when the client takes none for WRITE_SECONDS."""
+    def send(self, document: dict[str, Any]) -> None:
+        """Waits until the document is sent. Raises ClientGone when the client takes none for WRITE_SECONDS."""
         import asyncio
         from concurrent.futures import CancelledError
         from concurrent.futures import TimeoutError as Late
 
-        if not self._open:
-            raise ClientGone
         sending = self._send(document)
         try:
-            asyncio.run_coroutine_threadsafe(sending, self._listener.loop).result(WRITE_SECONDS)
-        except (Late, CancelledError):
+            asyncio.run_coroutine_threadsafe(sending, self._loop).result(WRITE_SECONDS)
+        except (Late, CancelledError, OSError):
             with contextlib.suppress(RuntimeError):
-                self._listener.loop.call_soon_threadsafe(self._transport.abort)  # which ends _send
+                self._loop.call_soon_threadsafe(self._writer.transport.abort)  # which ends _send
             raise ClientGone from None
         except RuntimeError:  # the loop has ended
             sending.close()
             raise ClientGone from None
 
     async def _send(self, document: dict[str, Any]) -> None:
-        await self._writable.wait()
-        if not self._open or self._protocol.state.name != "OPEN":
+        if self._protocol.state.name != "OPEN":
             raise ClientGone
         self._protocol.send_text(to_json(document))
         self._flush()
+        await self._writer.drain()
 
     def _flush(self) -> None:
         for data in self._protocol.data_to_send():
             if data:
-                self._transport.write(data)
+                self._writer.write(data)
             else:  # what still comes is dropped: to close over it would destroy what was sent (RST)
-                self._transport.write_eof()
-                self._listener.loop.call_later(SOCKET_CLOSE_SECONDS, self._transport.abort)
-
-    # Ending
+                self._writer.write_eof()
+                self._loop.call_later(SOCKET_CLOSE_SECONDS, self._writer.transport.abort)
 
     def close(self, code: int, reason: str, seconds: float = SOCKET_CLOSE_SECONDS) -> None:
         """Ends the connection as RFC 6455, 7 has it, at the latest after so many seconds."""
         if self._protocol.state.name == "OPEN":
             self._protocol.send_close(code, reason)
             self._flush()
-        self._listener.loop.call_later(seconds, self._transport.abort)
-
-    def _tick(self) -> None:
-        """Looks whether the client is still there, and for what it is."""
-        if not self._heard and self._writable.is_set():
-            self._transport.abort()
-        elif not self._requests and time.monotonic() - self._used > SOCKET_IDLE_SECONDS:
-            self.close(1000, f"no request for {SOCKET_IDLE_SECONDS:g} seconds")
-        elif self._protocol.state.name == "OPEN":
-            self._heard = False
-            self._protocol.send_ping(b"")
-            self._flush()
-        self._ticking = self._listener.loop.call_later(SOCKET_PING_SECONDS, self._tick)
+            self._loop.call_later(seconds, self._writer.transport.abort)
 
 
 class SocketListener:
-    """Serves `/ws/generate`: asyncio in one side thread, one worker thread a running request."""
+    """Serves `/ws/generate`: asyncio in one side thread."""
 
-    loop: asyncio.AbstractEventLoop
+    _loop: asyncio.AbstractEventLoop
+    _stopped: asyncio.Event
 
     def __init__(self, server: Server) -> None:
-        self.server = server
-        self._lock = threading.Lock()
-        self._thread: threading.Thread | None = None
-        self.connections: set[SocketConnection] = set()  # the loop's
+        self._server = server
+        self._lock, self._ready = threading.Lock(), threading.Event()
+        self._thread = threading.Thread(target=self._run, name="websocket", daemon=True)
+        self._connections: set[SocketConnection] = set()
 
-    def hand_over(self, connection: socket.socket, early: bytes, id: str, owner: str) -> None:
-        """Takes an HTTP connection over, whose handshake has been answered; `early` came behind it."""
+    def serve(self, connection: socket.socket, early: bytes, id: str, owner: str) -> None:
+        """Serves a connection whose handshake has been answered, to its end; `early` came behind the handshake."""
         import asyncio
 
         with self._lock:
-            if self._thread is None:
-                self.loop = asyncio.new_event_loop()
-                self._thread = threading.Thread(target=self._run, name="websocket", daemon=True)
+            if not self._ready.is_set():
                 self._thread.start()
+                self._ready.wait()
         taken = socket.socket(fileno=connection.detach())
         taken.setblocking(False)
-        self.server.connection_opened()  # the HTTP thread's end gives its own count back
+        served = asyncio.run_coroutine_threadsafe(self._open(taken, early, id, owner), self._loop).result()
+        served.answer_all()
+        self._connections.discard(served)
 
-        async def serve() -> None:
-            made = SocketConnection(self, early, id, owner)
-            try:
-                await self.loop.connect_accepted_socket(lambda: made, taken)  # type: ignore[type-var, return-value]
-            except OSError:
-                self.lost(made)
+    async def _open(self, taken: socket.socket, early: bytes, id: str, owner: str) -> SocketConnection:
+        import asyncio
 
-        asyncio.run_coroutine_threadsafe(serve(), self.loop)
-
-    def lost(self, connection: SocketConnection) -> None:
-        self.connections.discard(connection)
-        self.server.connection_closed()
-
-    def in_thread(self, work: Callable[..., None], *arguments: Any) -> asyncio.Future[None]:
-        """Runs what may block."""
-        return self.loop.run_in_executor(None, work, *arguments)
+        served = SocketConnection(self._server, *await asyncio.open_connection(sock=taken), id, owner)
+        self._connections.add(served)
+        served.reading = asyncio.create_task(served.read_all(early))
+        return served
 
     def _run(self) -> None:
         import asyncio
-        from concurrent.futures import ThreadPoolExecutor
 
         logging.getLogger("websockets").setLevel(logging.CRITICAL)  # requests are logged here
-        asyncio.set_event_loop(self.loop)
-        self.loop.set_default_executor(ThreadPoolExecutor(MAX_CONNECTIONS, "ws request"))
-        self.loop.run_forever()
-        left = asyncio.all_tasks(self.loop)  # threads wait for them
-        for task in left:
-            task.cancel()
-        self.loop.run_until_complete(asyncio.gather(*left, return_exceptions=True))
-        self.loop.close()
+        asyncio.run(self._main())
+
+    async def _main(self) -> None:
+        import asyncio
+
+        self._loop, self._stopped = asyncio.get_running_loop(), asyncio.Event()
+        self._ready.set()
+        await self._stopped.wait()
+        for connection in list(self._connections):
+            connection.close(1001, "the server is shutting down", 0.3)  # its threads end with it
+        await asyncio.sleep(0.5)
 
     def stop(self) -> None:
         """Closes the connections and ends the loop."""
-        if self._thread is None:
-            return
-
-        def end() -> None:
-            for connection in list(self.connections):
-                connection.close(1001, "the server is shutting down", 0.3)  # its threads end with it
-            self.loop.call_later(0.5, self.loop.stop)
-
-        with contextlib.suppress(RuntimeError):
-            self.loop.call_soon_threadsafe(end)
-        self._thread.join(1.0)
+        if self._ready.is_set():
+            with contextlib.suppress(RuntimeError):
+                self._loop.call_soon_threadsafe(self._stopped.set)
+            self._thread.join(1.0)
 
 
 # ── 17.1. Command line ────────────────────────────────────────────────────────────────────────────────────────────────
@@ -10959,15 +10476,19 @@ def duration(words: str) -> float:
     return float(found[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[found[2] or "s"]
 
 
-def count(least: int) -> Callable[[str], int]:
-    """An argparse type: a whole number, at least `least`."""
+def count(least: int, most: int | None = None) -> Callable[[str], int]:
+    """An argparse type: a whole number from `least` to `most`, or on."""
 
     def check(words: str) -> int:
-        if not re.fullmatch(r"-?\d+", words) or int(words) < least:
-            raise argparse.ArgumentTypeError(f"{words!r} is no whole number from {least} on")
+        if not re.fullmatch(r"-?\d{1,18}", words) or not least <= int(words) <= (most or int(words)):
+            raise argparse.ArgumentTypeError(f"{words!r} is no whole number from {least} {f'to {most}' if most else 'on'}")
         return int(words)
 
     return check
+
+
+ENGINE_BOUNDS = {"ctx": (1, 1 << 24), "parallel": (1, 200), "kv_pool": (1, 1 << 26), "threads": (1, 1024), "batch": (1, 65536),
+                 "n_cpu_moe": (0, 4096), "main_gpu": (0, 64)}  # fmt: skip
 
 
 def alias(words: str) -> tuple[str, str]:
@@ -10987,8 +10508,9 @@ examples:
   python shimmy.py generate --prompt "Who are you?"
   python shimmy.py pull {SUGGESTED}
 
-SHIMMY_BASE_GGUF, SHIMMY_MODEL_PATHS, SHIMMY_BIND_ADDRESS, SHIMMY_PORT,
-SHIMMY_API_KEY and SHIMMY_MAX_CTX in the environment stand for flags.
+The environment may stand for flags: SHIMMY_BASE_GGUF for --model,
+SHIMMY_MODEL_PATHS for --models-dir, SHIMMY_BIND_ADDRESS for --bind,
+SHIMMY_PORT, SHIMMY_API_KEY, and SHIMMY_MAX_CTX for --ctx.
 COMMAND --help tells more."""),
     "serve": ("", """\
 Starts the server. Models load when the first request names them. Prints its address on stdout, and on stderr what it found
@@ -10997,15 +10519,7 @@ examples:
   python shimmy.py serve --port 8080 --preload
   python shimmy.py serve --model {SUGGESTED}:Q4_K_M
   python shimmy.py serve --alias 'gpt-*=default' --alias 'claude-*=default'
-  SHIMMY_API_KEY=secret python shimmy.py serve --bind 0.0.0.0
-
-environment:
-  SHIMMY_BASE_GGUF       --model
-  SHIMMY_MODEL_PATHS     --models-dir, several with ; or the system's separator
-  SHIMMY_BIND_ADDRESS    --bind
-  SHIMMY_PORT            --port
-  SHIMMY_API_KEY         --api-key
-  SHIMMY_MAX_CTX         --ctx"""),
+  SHIMMY_API_KEY=secret python shimmy.py serve --bind 0.0.0.0"""),
     "generate": ("[MODEL] [PROMPT]", """\
 Streams a model's answer to standard output. A running server does the work if it knows the model, else the model is loaded
 for this command. --chat without a prompt is a conversation at the terminal.""", """\
@@ -11123,7 +10637,7 @@ def _model_arguments(sub: argparse.ArgumentParser) -> None:
 def _address_flags(sub: argparse.ArgumentParser) -> None:
     group = sub.add_argument_group("address")
     group.add_argument("--bind", metavar="HOST[:PORT]", help="address (default: 127.0.0.1:11435)")
-    group.add_argument("--port", type=int, metavar="N", help="port; wins over the one in --bind; 0 picks one")
+    group.add_argument("--port", type=count(0, 65535), metavar="N", help="port; wins over the one in --bind; 0 picks one")
 
 
 def _engine_flags(sub: argparse.ArgumentParser) -> None:
@@ -11138,8 +10652,8 @@ def _engine_flags(sub: argparse.ArgumentParser) -> None:
         elif f.default == ():
             group.add_argument(flag, action="append", default=None, **more)
         else:
-            if more.get("type") is int:
-                more["metavar"] = "N"
+            if f.name in ENGINE_BOUNDS:
+                more |= {"type": count(*ENGINE_BOUNDS[f.name]), "metavar": "N"}
             group.add_argument(flag, default=None, **more)
 
 
@@ -11220,45 +10734,26 @@ def listen_address(args: argparse.Namespace) -> tuple[str, int]:
     # a port flag wins over --bind's, and both over the environment's
     port = args.port if args.port is not None else named if args.bind and named else os.environ.get("SHIMMY_PORT") or named
     try:
-        number = int(DEFAULT_PORT if port is None else port)
-    except ValueError:
-        raise UsageError(f"SHIMMY_PORT {port} is no port number") from None
-    if not 0 <= number <= 65535:
-        raise UsageError(f"port {number} is outside 0…65535")
-    return host, number
-
-
-ENGINE_BOUNDS = {"ctx": (1, 1 << 24), "parallel": (1, 200), "kv_pool": (1, 1 << 26), "threads": (1, 1024), "batch": (1, 65536),
-                 "n_cpu_moe": (0, 4096), "main_gpu": (0, 64)}  # fmt: skip
+        return host, count(0, 65535)(str(DEFAULT_PORT if port is None else port))
+    except argparse.ArgumentTypeError as error:
+        raise UsageError(f"{'--bind' if port == named else 'SHIMMY_PORT'}: {error}") from None
 
 
 def engine_fields(args: argparse.Namespace) -> dict[str, Any]:
     """The fields of EngineOptions that the flags give. Raises UsageError for values that make no sense."""
     given = {f.name: getattr(args, f.name, None) for f in fields(EngineOptions)}
     found: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items() if v is not None}
-    for name, (least, most) in ENGINE_BOUNDS.items():
-        if not least <= found.get(name, least) <= most:
-            raise UsageError(f"--{name.replace('_', '-')} must be from {least} to {most}, not {found[name]}")
     if found.get("flash_attn") == "off" and found.get("kv_type", "f16") != "f16":
         raise UsageError(f"--kv-type {found['kv_type']} needs flash attention, which --flash-attn off forbids")
     for file in found.get("lora", ()):
         if not os.path.isfile(file):
             raise UsageError(f"--lora {file}: there is no such file")
     if "chat_template" in found:
-        try:
-            found["chat_template"] = pathlib.Path(found["chat_template"]).read_text(encoding="utf-8")
-        except (OSError, ValueError) as error:
-            raise UsageError(f"--chat-template {found['chat_template']}: {getattr(error, 'strerror', None) or error}") from None
-    check_devices(found)
-    return found
-
-
-def check_devices(found: Mapping[str, Any]) -> None:
-    """Raises UsageError for devices that are not there; a helper process is asked, but only if any are named."""
+        found["chat_template"] = read_file("--chat-template", found["chat_template"])
     named = {"--device": found.get("device") or (), "--override-tensor": [d for _, d in found.get("override_tensor", ())]}
     if not any(named.values()) and "main_gpu" not in found:
-        return
-    devices = engine_build()["devices"]
+        return found
+    devices = engine_build()["devices"]  # a helper process is asked
     there = [d["name"] for d in devices]
     for flag, names in named.items():
         if absent := [name for name in names if name not in there and not (flag == "--device" and names == ("none",))]:
@@ -11266,20 +10761,35 @@ def check_devices(found: Mapping[str, Any]) -> None:
     gpus = [d for d in devices if d["kind"] in ("GPU", "IGPU")]
     if found.get("main_gpu", -1) >= len(found.get("device") or gpus):
         raise UsageError(f"--main-gpu {found['main_gpu']}: there are {len(gpus)} GPUs, the first one is 0")
+    return found
+
+
+def read_file(flag: str, file: str) -> str:
+    """The text file that a flag names. Raises UsageError."""
+    try:
+        return pathlib.Path(file).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{flag} {file}: {getattr(error, 'strerror', None) or error}") from None
 
 
 def engine_flags(args: argparse.Namespace) -> dict[str, Any]:
     """The same of a command line, with SHIMMY_MAX_CTX."""
-    found = engine_fields(args)
-    if "ctx" not in found and os.environ.get("SHIMMY_MAX_CTX"):
-        try:
-            found["ctx"] = int(os.environ["SHIMMY_MAX_CTX"])
-        except ValueError:
-            raise UsageError(f"SHIMMY_MAX_CTX {os.environ['SHIMMY_MAX_CTX']} is no whole number") from None
-        least, most = ENGINE_BOUNDS["ctx"]
-        if not least <= found["ctx"] <= most:
-            raise UsageError(f"SHIMMY_MAX_CTX must be from {least} to {most}, not {found['ctx']}")
-    return found
+    found, most = engine_fields(args), os.environ.get("SHIMMY_MAX_CTX")
+    try:
+        return found if "ctx" in found or not most else found | {"ctx": count(*ENGINE_BOUNDS["ctx"])(most)}
+    except argparse.ArgumentTypeError as error:
+        raise UsageError(f"SHIMMY_MAX_CTX: {error}") from None
+
+
+def given_sampling(args: argparse.Namespace, **more: Any) -> tuple[dict[str, Any], Sampling]:
+    """The sampling flags that are given and `more`, as fields of a body, and checked. Raises UsageError naming the flag."""
+    given = {f.name: getattr(args, f.name, None) for f in fields(Sampling) if f.metadata.get("help")} | more
+    given = {name: value for name, value in given.items() if value is not None}
+    try:
+        return given, Sampling.from_json(given)
+    except InvalidRequest as error:
+        name = error.param or ""
+        raise UsageError(f"--{name.replace('_', '-')}{str(error).removeprefix(name)}") from None
 
 
 # Settings of single models
@@ -11298,7 +10808,7 @@ class PresetParser(Arguments):
     """Reads the keys of a preset or of a load's body as the flags that they are; says what is wrong as a UsageError."""
 
     def __init__(self) -> None:
-        super().__init__(add_help=False, allow_abbrev=False)
+        super().__init__(add_help=False)
         _engine_flags(self)
         _sampling_flags(self)
         self.add_argument("--alias", action="append", default=[])
@@ -11306,38 +10816,34 @@ class PresetParser(Arguments):
         self.add_argument("--keep-alive", type=duration)
 
     def error(self, message: str) -> NoReturn:
-        raise UsageError(message)
+        raise UsageError(message.partition(": ")[2] or message)  # without the flag's name, which may be a synonym
 
     def read(self, pairs: Mapping[str, Any]) -> argparse.Namespace:
         """The flags that the pairs stand for. Raises UsageError, which begins with the key."""
         result = argparse.Namespace()
         for key, value in pairs.items():
-            flag = key.strip().replace("_", "-")
-            flag = SYNONYMS.get(flag, flag)
-            action = self._option_string_actions.get(f"--{flag}")
-            if action is None:
-                raise UsageError(f"{printable(key)}: there is no such setting")
             try:
-                self.parse_args(self._words(flag, action, value), result)
+                self.parse_args(self._words(key.strip().replace("_", "-"), value), result)
             except UsageError as error:
-                raise UsageError(f"{printable(key)}: {str(error).partition(': ')[2] or error}") from None
+                raise UsageError(f"{printable(key)}: {error}") from None
         return self.parse_args([], result)
 
-    @staticmethod
-    def _words(flag: str, action: argparse.Action, value: Any) -> list[str]:
+    def _words(self, flag: str, value: Any) -> list[str]:
         """A pair as words of a command line."""
+        flag = SYNONYMS.get(flag, flag)
+        action = self._option_string_actions.get(f"--{flag}")
+        if action is None:
+            raise UsageError("there is no such setting")
         if action.nargs == 0:
             switch = SWITCHES.get(str(value).lower())
             if switch is None:
-                raise UsageError(f"--{flag}: {printable(str(value))} is neither true nor false")
-            off = f"--no-{flag}" if isinstance(action, argparse.BooleanOptionalAction) else None
-            return [f"--{flag}"] if switch else [off] if off else []
-        values = value if isinstance(value, list) else [value]
+                raise UsageError(f"{printable(str(value))} is neither true nor false")
+            return [f"--{flag}"] if switch else [o for o in action.option_strings if o == f"--no-{flag}"]
         if not isinstance(action, argparse._AppendAction):
-            values = [",".join(map(str, values))]
+            value = ",".join(map(str, value)) if isinstance(value, list) else value
         elif flag != "override-tensor" and not isinstance(value, list):
-            values = str(value).split(",")
-        return [f"--{flag}={str(v).strip()}" for v in values]
+            value = str(value).split(",")
+        return [f"--{flag}={str(v).strip()}" for v in (value if isinstance(value, list) else [value])]
 
 
 def read_preset(file: str) -> list[Preset]:
@@ -11347,9 +10853,7 @@ def read_preset(file: str) -> list[Preset]:
     ini = configparser.ConfigParser(interpolation=None, delimiters=("=",), default_section="\0", comment_prefixes=("#", ";"))
     ini.optionxform = str  # type: ignore[assignment, method-assign]
     try:
-        ini.read_string("[\1]\n" + pathlib.Path(file).read_text(encoding="utf-8"), file)
-    except (OSError, ValueError) as error:
-        raise UsageError(f"--preset {file}: {getattr(error, 'strerror', None) or error}") from None
+        ini.read_string("[\1]\n" + read_file("--preset", file), file)
     except configparser.Error as error:
         raise UsageError(f"--preset {file}: {' '.join(error.message.split())}") from None
     presets = []
@@ -11371,13 +10875,9 @@ def read_preset(file: str) -> list[Preset]:
 def preset_of(pattern: str, pairs: Mapping[str, Any]) -> Preset:
     """What pairs of key and value say of the models that a pattern means. Raises UsageError."""
     args = PresetParser().read(pairs)
-    sampling = {f.name: getattr(args, f.name, None) for f in fields(Sampling) if f.metadata.get("help")}
-    try:
-        checked = Sampling.from_json({k: v for k, v in sampling.items() if v is not None})
-    except InvalidRequest as error:
-        raise UsageError(str(error)) from None
-    given = {k: getattr(checked, k) for k, v in sampling.items() if v is not None}
-    return Preset(pattern, engine_fields(args), given, tuple(args.alias), args.preload, args.keep_alive)
+    given, checked = given_sampling(args)
+    sampling = {name: getattr(checked, name) for name in given}
+    return Preset(pattern, engine_fields(args), sampling, tuple(args.alias), args.preload, args.keep_alive)
 
 
 FILE_SETTINGS = ("lora", "chat-template", "chat-template-file")  # a request names no file: presets and the command line do
@@ -11427,17 +10927,11 @@ def is_path(model: str) -> bool:
 
 
 class StopSignals:
-    """SIGINT, SIGTERM and SIGHUP ask `serve` to stop; a second one ends the process at once.
-
-    The handler takes no lock, so it cannot wait for code that it interrupts: the interpreter itself writes a byte to a
-    socket, and the main thread waits for that.
-    """
+    """SIGINT, SIGTERM and SIGHUP ask `serve` to stop; a second one ends the process at once."""
 
     def __init__(self) -> None:
-        self.asked, self._code = False, 0
-        self._reader, self._writer = socket.socketpair()
-        self._writer.setblocking(False)
-        signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
+        self.asked = False
+        self._codes: queue.SimpleQueue[int] = queue.SimpleQueue()  # whose put() may interrupt whatever code
         for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK"):
             number = getattr(signal, name, None)
             if number is None or (name in ("SIGINT", "SIGHUP") and signal.getsignal(number) is signal.SIG_IGN):
@@ -11448,20 +10942,22 @@ class StopSignals:
         if self.asked:
             os._exit(0)
         self.asked = True
+        self.stop(0)
 
     def stop(self, code: int) -> None:
-        """Ends `wait` from another thread."""
-        self._code = code
-        self._writer.send(b"\0")
+        """Ends `wait`, from any thread."""
+        self._codes.put(code)
 
     def wait(self) -> int:
         """Blocks until a signal or `stop`; returns the exit code."""
-        self._reader.recv(1)
-        return self._code
+        while True:
+            with contextlib.suppress(queue.Empty):
+                return self._codes.get(timeout=1.0)  # Windows runs signal handlers between waits only
 
 
 def command_serve(args: argparse.Namespace) -> int:
     """Listens, then waits for a signal; models load on demand. Exits with 2 if a model named by a flag is not found."""
+    check_packages()
     args.model = fetch_named(args.model)
     signals = StopSignals()
     address = listen_address(args)
@@ -11472,12 +10968,11 @@ def command_serve(args: argparse.Namespace) -> int:
             log.warning("--models-dir %s: there is no such directory", directory)
     service = make_service(args, args.model, tools=tools, max_queue=args.max_queue, allow_pull=args.allow_pull,
                            report=log.warning)  # fmt: skip
-    if sys.stderr.isatty():
-        threading.Thread(target=draw_loads, args=(service.table,), name="loads", daemon=True).start()
     try:
         server = Server(address, service, access)
     except OSError as error:
-        raise OSError(f"cannot listen on {address[0]}:{address[1]}: {error.strerror or error}{port_advice(error)}") from None
+        advice = "; --port N listens on another, 0 on any" if error.errno == errno.EADDRINUSE else ""
+        raise OSError(f"cannot listen on {address[0]}:{address[1]}: {error.strerror or error}{advice}") from None
     threading.Thread(target=server.serve_forever, args=(0.1,), name="accept", daemon=True).start()
     print(f"shimmy {__version__} is listening on {server.url}", flush=True)
     service.table.start()
@@ -11485,31 +10980,14 @@ def command_serve(args: argparse.Namespace) -> int:
     if args.open:
         threading.Thread(target=open_page, args=(server.url,), name="browser", daemon=True).start()
     threading.Thread(target=_after_scan, args=(args, service, signals, server.url), name="names", daemon=True).start()
-    code = signals.wait()
+    with WaitingLine(lambda: ", ".join(loading_stage(s) for s in service.table.statuses() if s["status"] == "loading")):
+        code = signals.wait()
     if not code:
-        log.warning("shutting down%s", _waited_for(service))
+        busy = [(s["model"], s["requests_running"] + s["requests_waiting"]) for s in service.table.statuses()]
+        who = ", ".join(f"{printable(model)} ({requests})" for model, requests in busy if requests)
+        log.warning("shutting down%s", f": waiting up to {GRACE_SECONDS:.0f} s for the requests of {who}" if who else "")
     server.stop()
     return code
-
-
-def port_advice(error: OSError) -> str:
-    """Advice where another program has the port."""
-    return "; --port N listens on another, 0 on any" if error.errno == errno.EADDRINUSE else ""
-
-
-def draw_loads(table: ModelTable) -> None:
-    """The thread that shows on a terminal how far loads are."""
-    while True:
-        time.sleep(0.2)
-        if stages_of_loads(table):
-            with WaitingLine(lambda: stages_of_loads(table), 0.2):
-                while stages_of_loads(table):
-                    time.sleep(0.2)
-
-
-def stages_of_loads(table: ModelTable) -> str:
-    """What each load is doing; "" while nothing loads."""
-    return ", ".join(loading_stage(status) for status in table.statuses() if status["status"] == "loading")
 
 
 def serve_access(args: argparse.Namespace, host: str) -> Access:
@@ -11525,10 +11003,8 @@ def serve_access(args: argparse.Namespace, host: str) -> Access:
 def checked_key(setting: str, words: str) -> str:
     """A key, without the blanks and line ends around it. Raises UsageError for one that no header carries."""
     key = words.strip()
-    if not key:
-        raise UsageError(f"{setting} is empty: give a key, or leave it out")
-    if not (key.isascii() and key.isprintable()):
-        raise UsageError(f"{setting} must be printable ASCII, as headers are")
+    if not (key and key.isascii() and key.isprintable()):
+        raise UsageError(f"{setting} must be printable ASCII, as headers are, and not empty")
     return key
 
 
@@ -11574,72 +11050,29 @@ def tell_serving(args: argparse.Namespace, service: Service, url: str) -> None:
         log.warning("%s: get a real one with\n  %s pull %s", "only the model in the box is here, a demonstration" if models
                     else "no model is here", own_command(), SUGGESTED)  # fmt: skip
     log.warning("default model: %s; %d model%s found", printable(default or "none"), len(models), "s" * (len(models) != 1))
-    rows = [("found", words) for words in found_words(service.table.catalog.report)]
+    report, engine, gpu = service.table.catalog.report, service.settings.engine, machine_gpu()
+    rows = [("found", f"{place['models']} in {place['path']}") for place in report.directories if place["models"]]
+    if report.skipped:
+        rows.append(("found", f"{len(report.skipped)} files are no models to serve: list -v says why"))
     if default:
-        rows.append(("memory", serving_memory(service.table.info(default), service.table.settings(default).engine)))
-    rows += [("engine", words) for words in engine_words(service.settings.engine)]
+        info, kv_type = service.table.info(default), service.table.settings(default).engine.kv_type
+        words = memory_words(info.size_bytes, None if info.embedding else info.largest_context(kv_type))
+        rows.append(("memory", f"{printable(info.id)}, {human_bytes(info.size_bytes)}, {words}"))
+    threads = engine.threads or physical_cores()
+    rows.append(("engine", f"{threads} thread{'s' * (threads != 1)}"))
+    if gpu and engine.gpu_layers != 0 and not engine_build()["gpu_offload"]:
+        build = f"CMAKE_ARGS=-DGGML_{gpu[1]}=on pip install --force-reinstall --no-cache-dir llama-cpp-python"
+        rows.append(("engine", f"no GPU in this build of llama-cpp-python, although the machine has {gpu[0]} one: {build}"))
     key = ' -H "Authorization: Bearer KEY"' if args.api_key or os.environ.get("SHIMMY_API_KEY") else ""
     body = '{"messages":[{"role":"user","content":"Hello!"}]}'
     rows += [("page", f"{url}/"), ("try", f"curl {url}/v1/chat/completions{key} -d '{body}'")]
-    print_rows(rows)
+    print_rows([(f"  {label}", words) for label, words in rows], sys.stderr)
 
 
-def print_rows(rows: Iterable[tuple[str, str]]) -> None:
-    """Labelled lines on stderr; on a terminal they keep to its width, but for the command that is to be copied."""
-    import textwrap
-
-    width = terminal_width() if sys.stderr.isatty() else 10_000
-    lines = [f"  {label:8}{text}" if label == "try" else textwrap.fill(
-        text, width, initial_indent=f"  {label:8}", subsequent_indent=" " * 10, break_long_words=False, break_on_hyphens=False,
-    ) for label, text in rows]  # fmt: skip
-    print("\n".join(lines), file=sys.stderr, flush=True)
-
-
-def found_words(report: ScanReport) -> Iterator[str]:
-    """Lists the directories that hold models."""
-    home = os.path.expanduser("~")
-    gave = [(d["models"], str(d["path"])) for d in report.directories if d["models"]]
-    places = [f"{n} in {printable('~' + path.removeprefix(home) if path.startswith(home + os.sep) else path, 100)}"
-              for n, path in gave]  # fmt: skip
-    named = len(report.models) - sum(n for n, _ in gave)
-    if report.models:
-        yield ", ".join([*([f"{named} by its path"] if named else []), *places])
-    if report.skipped:
-        yield f"{len(report.skipped)} files are no models to serve: list -v says why"
-
-
-def serving_memory(model: ModelInfo, engine: EngineOptions) -> str:
-    """Says if the default model fits the memory, and with which context."""
-    free, most = available_memory(), model.largest_context(engine.kv_type)
-    if free is None:
-        return "free memory unknown"
-    told = f"{human_bytes(free)} free, {printable(model.id)} takes"
-    if most is None or model.embedding:
-        return f"{told} {human_bytes(model.size_bytes)}"
-    usual = min(engine.ctx or 8192, model.context_length or 8192)
-    if most < usual:
-        advice = f"only {most:,} fit, say --ctx {most}" if most else "none fits"
-        return f"{told} {human_bytes(model.size_bytes)}; {usual:,} tokens of context do not fit: {advice}"
-    with contextlib.suppress(LoadError):  # memory that was taken since
-        need = plan_load(model, Setup(engine), free).memory_need - GRAPH_BYTES
-        return f"{told} about {human_bytes(need)}; {usual:,} tokens of context, up to {most:,} fit (--ctx)"
-    return f"{told} {human_bytes(model.size_bytes)}"
-
-
-def engine_words(engine: EngineOptions) -> Iterator[str]:
-    """The threads, and a GPU that lies idle."""
-    threads, gpu = engine.threads or physical_cores(), machine_gpu()
-    yield f"{threads} thread{'s' * (threads != 1)}"
-    if gpu and engine.gpu_layers != 0 and not engine_build()["gpu_offload"]:
-        build = f"CMAKE_ARGS=-DGGML_{gpu[1]}=on pip install --force-reinstall --no-cache-dir llama-cpp-python"
-        yield f"no GPU in this build of llama-cpp-python, although the machine has {gpu[0]} one: {build}"
-
-
-def _waited_for(service: Service) -> str:
-    """": waiting …" with the requests of each model, or nothing when none runs."""
-    busy = [(s["model"], s["requests_running"] + s["requests_waiting"]) for s in service.table.statuses()]
-    who = ", ".join(f"{printable(model)} ({requests})" for model, requests in busy if requests)
-    return f": waiting up to {GRACE_SECONDS:.0f} s for the requests of {who}" if who else ""
+def print_rows(rows: Iterable[tuple[str, Any]], stream: IO[str] | None = None) -> None:
+    """Labelled lines, on stdout or the stream."""
+    for label, value in rows:
+        print(f"{label:12} {printable(str(value), MAX_SHOWN_PATH)}", file=stream, flush=True)
 
 
 def command_list(args: argparse.Namespace) -> int:
@@ -11656,12 +11089,15 @@ def command_list(args: argparse.Namespace) -> int:
         for model in report.models:
             print(printable(model.id))
     else:
-        print_models(report.models)
+        cells = [(m.id, m.parameter_count, m.quantization, human_bytes(m.size_bytes), m.context_length, fit_word(m),
+                  m.path) for m in report.models]  # fmt: skip
+        print_table(["NAME", "PARAMS", "QUANT", "SIZE", "CONTEXT", "FITS", "WHERE"],
+                    [[printable(str(cell or "-"), MAX_SHOWN_PATH) for cell in row] for row in cells])  # fmt: skip
+        if not report.models:
+            print("No GGUF model was found; put one into ./models or name its directory with --models-dir.", file=sys.stderr)
     if args.verbose and not args.json:
-        for skipped in report.skipped:
-            print(f"skipped {printable(skipped['path'], MAX_SHOWN_PATH)}: {printable(skipped['reason'])}", file=sys.stderr)
-        for note in (note for d in report.directories for note in d["notes"]):
-            print(f"note: {printable(note, MAX_SHOWN_PATH)}", file=sys.stderr)
+        print_rows([("skipped", f"{each['path']}: {each['reason']}") for each in report.skipped], sys.stderr)
+        print_rows([("note", note) for place in report.directories for note in place["notes"]], sys.stderr)
     return 0
 
 
@@ -11674,22 +11110,21 @@ def fits_memory(size_bytes: int) -> bool | None:
     return None if free is None else size_bytes + 64 * MIB <= free
 
 
+def memory_words(size: int, most: int | None = None) -> str:
+    """Says if weights of that size fit the free memory, and with how many tokens of context if that is known."""
+    free = available_memory()
+    if free is None:
+        return "free memory unknown"
+    context = "" if most is None else f"; up to {most:,} tokens of context fit (--ctx)"
+    return f"{'fits' if fits_memory(size) else 'does not fit'} the memory: {human_bytes(free)} free{context}"
+
+
 def fit_word(model: ModelInfo) -> str | None:
     """yes, no, or the context that fits the free memory where the usual one does not."""
-    fits, usual, most = fits_memory(model.size_bytes), min(model.context_length or 8192, 8192), model.largest_context("f16")
-    if not fits or most is None or most >= usual:
-        return {True: "yes", False: "no", None: None}[fits]
-    return f"ctx {most}" if most else "no"
-
-
-def print_models(models: Seq[ModelInfo]) -> None:
-    """The table of `list`."""
-    cells = [(m.id, m.parameter_count, m.quantization, human_bytes(m.size_bytes), m.context_length,
-              fit_word(m), m.path) for m in models]  # fmt: skip
-    rows = [[printable(str(cell or "-"), MAX_SHOWN_PATH if cell is row[-1] else 200) for cell in row] for row in cells]
-    print_table(["NAME", "PARAMS", "QUANT", "SIZE", "CONTEXT", "FITS", "WHERE"], rows)
-    if not models:
-        print("No GGUF model was found; put one into ./models or name its directory with --models-dir.", file=sys.stderr)
+    fits, most = fits_memory(model.size_bytes), model.largest_context("f16")
+    if fits and most is not None and most < min(model.context_length or 8192, 8192):
+        return f"ctx {most}" if most else "no"
+    return {True: "yes", False: "no", None: None}[fits]
 
 
 def print_json(document: Any) -> None:
@@ -11698,23 +11133,15 @@ def print_json(document: Any) -> None:
 
 
 def print_table(header: list[str], rows: list[list[str]]) -> None:
-    """Columns as wide as their widest cell; on a terminal too narrow for them, a paragraph for each row.
-
-    There the last cell, a path, has a line of its own, which the terminal may wrap: so it can be copied whole.
-    """
+    """Columns as wide as their widest cell; on a terminal too narrow for them, each row's cells below one another."""
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    room = terminal_width(sys.stdout) if sys.stdout.isatty() else sys.maxsize
-    if sum(widths) + 2 * len(widths) - 2 <= room:
-        for row in [header, *rows]:
-            print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    if sys.stdout.isatty() and sum(widths) + 2 * len(widths) - 2 > terminal_width(sys.stdout):
+        for name, *cells in rows:
+            print(name)
+            print_rows((f"  {label.lower()}", cell) for label, cell in zip(header[1:], cells, strict=True))
         return
-    import textwrap
-
-    hard = "\xa0"  # textwrap parts no words at it, so that a label stays beside its value
-    for name, *cells, path in rows:
-        text = ", ".join(f"{label.lower()} {cell}".replace(" ", hard) for label, cell in zip(header[1:-1], cells, strict=True))
-        about = textwrap.fill(text, room, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False)
-        print(f"{name}\n{about.replace(hard, ' ')}\n  {path}")
+    for row in [header, *rows]:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
 class WaitingLine:
@@ -11723,14 +11150,14 @@ class WaitingLine:
     A thread redraws it. The cursor stays at the line's beginning, so that log messages overwrite it.
     """
 
-    def __init__(self, what: Callable[[], str], seconds: float, timed: bool = True) -> None:
-        self._what, self._seconds, self._timed = what, seconds, timed
-        self._began, self._lock, self._cleared = time.monotonic(), threading.Lock(), threading.Event()
+    def __init__(self, what: Callable[[], str]) -> None:
+        self._what = what
+        self._lock, self._cleared = threading.Lock(), threading.Event()
         if not sys.stderr.isatty():
             self._cleared.set()
 
     def __enter__(self) -> WaitingLine:
-        if not self._cleared.is_set():
+        if self.shown:
             threading.Thread(target=self._redraw, name="waiting line", daemon=True).start()
         return self
 
@@ -11738,22 +11165,20 @@ class WaitingLine:
         self.clear()
 
     def _redraw(self) -> None:
-        drawn = None
-        while not self._cleared.wait(self._seconds if drawn is not None else 0):
+        began, drawn = 0.0, ""
+        while self.shown:
             try:
                 text = self._what()
             except Exception:  # a thread's border: the command itself tells what went wrong
                 text = ""
-            seconds = int(time.monotonic() - self._began)
-            text = f"{text} ({seconds} s)" if text and seconds >= 2 and self._timed else text
-            if text != drawn:
-                self._draw(text)
+            began = began or time.monotonic() if text else 0.0
+            seconds = int(time.monotonic() - began)
+            text += f" ({seconds} s)" if text and seconds >= 2 else ""
+            with self._lock:
+                if text != drawn and self.shown:
+                    print(f"\r{text[: terminal_width() - 1]}\033[K\r", end="", file=sys.stderr, flush=True)
             drawn = text
-
-    def _draw(self, text: str) -> None:
-        with self._lock:
-            if self.shown:
-                print(f"\r{text[: terminal_width() - 1]}\033[K\r", end="", file=sys.stderr, flush=True)
+            self._cleared.wait(0.2)
 
     @property
     def shown(self) -> bool:
@@ -11762,7 +11187,7 @@ class WaitingLine:
     def clear(self) -> None:
         """Removes the line for good; idempotent."""
         with self._lock:
-            if not self._cleared.is_set():
+            if self.shown:
                 self._cleared.set()
                 print("\r\033[K", end="", file=sys.stderr, flush=True)
 
@@ -11791,15 +11216,10 @@ PULL_LINE_SECONDS = 5.0  # between lines about a pull where there is no terminal
 
 def command_pull(args: argparse.Namespace) -> int:
     """Fetches a model; prints where it lies. With --dry-run, prints what would be fetched."""
-    wanted = read_wanted(args.name)
-    pull, folder = Pull(Cancellation()), os.path.expanduser(args.models_dir[0] if args.models_dir else "~/models")
-    with PullView() as view:
-        plan = view.watch(pull.plan(wanted, folder))
-        if args.dry_run:
-            view.close()
-            print("\n".join(plan_words(plan)))
-            return 0
-        path = fetch_plan(pull, plan, view)
+    folder = os.path.expanduser(args.models_dir[0] if args.models_dir else "~/models")
+    path = fetch(read_wanted(args.name), folder, args.dry_run)
+    if args.dry_run:
+        return 0
     print(printable(path, MAX_SHOWN_PATH))
     import shlex
 
@@ -11808,32 +11228,29 @@ def command_pull(args: argparse.Namespace) -> int:
     return 0
 
 
-def fetch_plan(pull: Pull, plan: Plan, view: PullView) -> str:
-    """Fetches what is not here yet, and says what; the model's path."""
-    if not plan.left:
-        view.say(f"{plan.title} is here already")
-    else:
-        for line in plan_words(plan):
+def fetch(wanted: Wanted, folder: str, dry_run: bool = False) -> str:
+    """Fetches what is not here yet, and says what; the model's path. A dry run prints what would be fetched."""
+    pull, view = Pull(Cancellation()), PullView()
+    with view:
+        plan = view.watch(pull.plan(wanted, folder))
+        left, began = plan.left, time.monotonic()
+        if dry_run:
+            view.clear()
+            print("\n".join(plan_words(plan)))
+            return str(plan.path)
+        for line in plan_words(plan) if left else [f"{plan.title} is here already"]:
             view.say(line)
-    began = time.monotonic()
-    left = plan.left
-    view.watch(pull.run(plan))
-    view.close()
-    if left:
-        view.say(f"fetched {human_bytes(left)} in {clock(time.monotonic() - began)}, and checked")
-    return plan.path
+        view.watch(pull.run(plan))
+        view.clear()
+        if left:
+            view.say(f"fetched {human_bytes(left)} in {clock(time.monotonic() - began)}, and checked")
+    return str(plan.path)
 
 
 def fetch_named(model: str | None) -> str | None:
     """MODEL, or the path of the file that it means if it names a hub's repository: fetched now unless it is here."""
     wanted = repository(model) if model and (":" in model or not is_path(model)) and not os.path.exists(model) else None
-    if wanted is None:
-        return model
-    if path := pulled_before(wanted):
-        return path
-    pull = Pull(Cancellation())
-    with PullView() as view:
-        return fetch_plan(pull, view.watch(pull.plan(wanted, "")), view)
+    return model if wanted is None else pulled_before(wanted) or fetch(wanted, "")
 
 
 def plan_words(plan: Plan) -> list[str]:
@@ -11853,14 +11270,6 @@ def plan_words(plan: Plan) -> list[str]:
     return lines
 
 
-def memory_words(size: int) -> str:
-    """Says if weights of that size fit the free memory."""
-    free, fits = available_memory(), fits_memory(size)
-    if free is None:
-        return "free memory unknown"
-    return f"{'fits' if fits else 'does not fit'} the memory: {human_bytes(free)} {'are' if fits else 'is all that is'} free"
-
-
 def clock(seconds: float) -> str:
     """95 seconds as 1:35."""
     minutes, rest = divmod(round(seconds), 60)
@@ -11868,30 +11277,17 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
-class PullView:
+class PullView(WaitingLine):
     """Shows a pull on stderr: a line that is redrawn on a terminal, else a line every few seconds."""
 
     def __init__(self) -> None:
-        self._event = Fetching("asking what there is")
-        self._line = WaitingLine(self._drawn, 0.2, timed=False)
-        self._printed = time.monotonic()
-        self._seen: deque[tuple[float, int]] = deque()  # when so many bytes were here, over the last ten seconds
-
-    def __enter__(self) -> PullView:
-        self._line.__enter__()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Removes the line."""
-        self._line.clear()
+        super().__init__(lambda: self._text(terminal_width() - 1))
+        self._event, self._printed = Fetching("asking what there is"), time.monotonic()
+        self._start = 0.0, 0  # when so many bytes of the file were here
 
     def say(self, line: str) -> None:
         """A line that stays."""
-        erase = "\033[K" if self._line.shown else ""
-        print(f"{erase}{line}", file=sys.stderr, flush=True)
+        print(("\033[K" if self.shown else "") + line, file=sys.stderr, flush=True)
 
     def watch(self, work: Generator[Fetching, None, Any]) -> Any:
         """Runs the work to its end; returns what it returns."""
@@ -11900,32 +11296,23 @@ class PullView:
                 event = next(work)
             except StopIteration as end:
                 return end.value
-            self._take(event)
-
-    def _take(self, event: Fetching) -> None:
-        now, same = time.monotonic(), event.digest == self._event.digest and event.completed >= self._event.completed
-        if not same:
-            self._seen.clear()
-        self._event = event
-        self._seen.append((now, event.completed))
-        while self._seen[-1][0] - self._seen[0][0] > 10.0:
-            self._seen.popleft()
-        if not self._line.shown and now - self._printed >= PULL_LINE_SECONDS:
-            self._printed = now
-            self.say(self._text(math.inf))
-
-    def _drawn(self) -> str:
-        return self._text(terminal_width() - 1)
+            now = time.monotonic()
+            if event.digest != self._event.digest or event.completed < self._event.completed:
+                self._start = now, event.completed
+            self._event = event
+            if not self.shown and now - self._printed >= PULL_LINE_SECONDS:
+                self._printed = now
+                self.say(self._text(math.inf))
 
     def _text(self, width: float) -> str:
         """Describes the progress: the most important first, the rest as far as the width goes."""
-        event, seen = self._event, list(self._seen)
+        event, (began, before) = self._event, self._start
         if not event.total:
             return event.status
         text = f"{event.completed / event.total:.0%} {human_bytes(event.completed)} of {human_bytes(event.total)}"
-        seconds = time.monotonic() - seen[0][0] if seen else 0.0
-        speed = (seen[-1][1] - seen[0][1]) / seconds if seconds > 0.5 else 0.0
-        if speed > 0 and event.completed < event.total:
+        seconds = time.monotonic() - began
+        if seconds > 0.5 and before < event.completed < event.total:
+            speed = (event.completed - before) / seconds
             text += f" {human_bytes(speed)}/s {clock((event.total - event.completed) / speed)} left"
         bar = int(12 * event.completed / event.total)
         for more in (event.status, f"[{'#' * bar}{'.' * (12 - bar)}]"):
@@ -11936,17 +11323,8 @@ class PullView:
 def own_command() -> str:
     """The command that calls this program from here."""
     import shlex
-    import shutil
 
-    found = next((name for name in ("python", "python3") if shutil.which(name) == sys.executable), sys.executable)
-    return " ".join(shlex.quote(min(path, _relative(path), key=len)) for path in (found, sys.argv[0]))
-
-
-def _relative(path: str) -> str:
-    try:
-        return os.path.relpath(path) if os.path.isabs(path) else path
-    except (OSError, ValueError):  # another drive; a working directory that is gone
-        return path
+    return shlex.join((sys.executable, sys.argv[0]))
 
 
 PROBE_PROMPT = "Once upon a time there was a small server that could tell stories, and every day somebody asked for one. " * 8
@@ -11954,25 +11332,28 @@ PROBE_PROMPT = "Once upon a time there was a small server that could tell storie
 
 def command_probe(args: argparse.Namespace) -> int:
     """Loads a model, generates, and says how it went."""
+    check_packages()
     args.model = fetch_named(args.model)
     path = args.model if args.model and is_path(args.model) else None
     service = make_service(args, path)
     service.table.start()
     with contextlib.closing(service):
         name = service.table.resolve("default" if path or args.model is None else args.model)
-        with WaitingLine(lambda: loading_stage(service.table.status(name)) or "measuring", 0.1):
+        with WaitingLine(lambda: loading_stage(service.table.status(name)) or "measuring"):
             result = probe(service, name)
     if args.json:
         print_json(result)
         return 0
     most = result["largest_context"]
-    print(f"{printable(result['model'])}\n"
-          f"loaded in    {result['load_seconds']:.2f} s\n"
-          f"memory       {human_bytes(result['memory_bytes'])}, {human_bytes(result['available_bytes'] or 0)} are left\n"
-          f"context      {result['context_length']:,} tokens{f', up to {most:,} would fit' if most else ''}\n"
-          + "".join(f"{key:12} {result[key]}\n" for key in ("devices", "fallback") if result[key])
-          + f"prompt       {result['prompt_tokens_per_second']:,.0f} tokens/s\n"
-          f"generated    {result['generated_tokens_per_second']:,.0f} tokens/s")  # fmt: skip
+    print(printable(result["model"]))
+    print_rows([
+        ("loaded in", f"{result['load_seconds']:.2f} s"),
+        ("memory", f"{human_bytes(result['memory_bytes'])}, {human_bytes(result['available_bytes'] or 0)} are left"),
+        ("context", f"{result['context_length']:,} tokens{f', up to {most:,} would fit' if most else ''}"),
+        *((key, result[key]) for key in ("devices", "fallback") if result[key]),
+        ("prompt", f"{result['prompt_tokens_per_second']:,.0f} tokens/s"),
+        ("generated", f"{result['generated_tokens_per_second']:,.0f} tokens/s"),
+    ])  # fmt: skip
     return 0
 
 
@@ -12054,96 +11435,80 @@ def fish_lines(flags: dict[str, list[argparse.Action]]) -> Iterator[str]:
             yield f"complete -c shimmy.py -n '__fish_seen_subcommand_from {name}'{names}{value} -d '{said}'"
 
 
-def server_url(args: argparse.Namespace) -> str:
-    """The configured address as a URL."""
-    host, port = listen_address(args)
+def url_of(host: str, port: int) -> str:
+    """An address as a URL."""
     return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
 
-def connect_to_server(args: argparse.Namespace, timeout: float | None) -> http.client.HTTPConnection:
-    """A connection to the configured address, not opened yet."""
-    import http.client
+class Neighbour:
+    """The server at the configured address, if one runs there."""
 
-    host, port = listen_address(args)
-    with contextlib.suppress(ValueError):  # a name
-        if ipaddress.ip_address(host).is_unspecified:  # a server bound to every address; we connect to one
+    def __init__(self, args: argparse.Namespace) -> None:
+        self._host, self._port = listen_address(args)
+        self.url = url_of(self._host, self._port)
+
+    def connect(self, timeout: float | None) -> http.client.HTTPConnection:
+        """A connection, not opened yet."""
+        import http.client
+
+        host = self._host
+        if is_ip(host) and ipaddress.ip_address(host).is_unspecified:  # a server bound to every address; we connect to one
             host = "::1" if ":" in host else "127.0.0.1"
-    return http.client.HTTPConnection(host, port, timeout=timeout)
+        return http.client.HTTPConnection(host, self._port, timeout=timeout)
 
+    def headers(self) -> dict[str, str]:
+        """The key from SHIMMY_API_KEY, if one is set."""
+        key = os.environ.get("SHIMMY_API_KEY")
+        return {"Authorization": f"Bearer {checked_key('SHIMMY_API_KEY', key)}"} if key else {}
 
-def server_headers() -> dict[str, str]:
-    """The key from SHIMMY_API_KEY, if one is set."""
-    key = os.environ.get("SHIMMY_API_KEY")
-    return {"Authorization": f"Bearer {checked_key('SHIMMY_API_KEY', key)}"} if key else {}
+    def refusal(self) -> str:
+        """Why the server answered 401."""
+        if os.environ.get("SHIMMY_API_KEY"):
+            return "refused the key in SHIMMY_API_KEY"
+        return "asks for a key: set SHIMMY_API_KEY"
 
-
-def _key_refusal() -> str:
-    if os.environ.get("SHIMMY_API_KEY"):
-        return "refused the key in SHIMMY_API_KEY"
-    return "asks for a key: set SHIMMY_API_KEY"
-
-
-def ask_server(args: argparse.Namespace, path: str, timeout: float) -> tuple[int, Any]:
-    """GETs a path from the configured address: status and document. Raises OSError when nobody answers."""
-    connection = connect_to_server(args, timeout)
-    try:
-        connection.request("GET", path, headers=server_headers())
-        response = connection.getresponse()
-        return response.status, json.loads(response.read(MAX_BODY))
-    finally:
-        connection.close()
+    def get(self, path: str, timeout: float) -> tuple[int, Any]:
+        """Status and document. Raises OSError when nobody answers, HTTPException or ValueError for what is no HTTP or JSON."""
+        with contextlib.closing(self.connect(timeout)) as connection:
+            connection.request("GET", path, headers=self.headers())
+            response = connection.getresponse()
+            return response.status, json.loads(response.read(MAX_BODY))
 
 
 def command_diag(args: argparse.Namespace) -> int:
-    """Shows what a report of a problem should contain."""
+    """Shows what a report of a problem should contain: of a server its health, and if it takes our key."""
+    import http.client
+
     service = make_service(args)
     service.table.models(0.0)
-    document = service.diag() | {"server": server_state(args)}
+    server = Neighbour(args)
+    state: dict[str, Any] = {"running": False, "url": server.url}
+    with contextlib.suppress(OSError, http.client.HTTPException, ValueError):
+        status, health = server.get("/api/health", timeout=2.0)
+        state |= {"running": status == 200, "health": health}
+        state["key_accepted"] = server.get("/api/tools", timeout=2.0)[0] != 401
+    document = service.diag() | {"server": state}
     if args.json:
         print_json(document)
         return 0
-    for key in [*versions(), "engine", "gpu_offload"]:
-        print(f"{key:12} {printable(str(document[key]))}")
+    rows = [(key, document[key]) for key in [*versions(), "engine", "gpu_offload"]]
     for device in document["devices"]:
         room = f", {human_bytes(device['free'])} free" if device["kind"] != "CPU" else ""
-        words = f"{device['name']}: {device['description']}{room}"
-        print(f"{'device':12} {printable(words)}")
-    print(f"{'known faults':12} {printable(_fault_words(document['known_faults']), MAX_SHOWN_PATH)}")
-    free = document["memory"]["available_bytes"]
-    print(f"{'memory':12} {human_bytes(free) + ' available' if free is not None else 'unknown'}")
-    print(f"{'server':12} {document['server']['url']}: {_server_words(document['server'])}")
-    for directory in document["directories"]:
-        found = f"{directory['models']} model{'s' * (directory['models'] != 1)}" if directory["exists"] else "not there"
-        where, said = f"{directory['path']} ({directory['source']})", "; ".join([found, *directory["notes"]])
-        print(f"{'searched':12} {printable(where, MAX_SHOWN_PATH)}: {printable(said, MAX_SHOWN_PATH)}")
-    for skipped in document["skipped"]:
-        print(f"{'skipped':12} {printable(skipped['path'], MAX_SHOWN_PATH)}: {printable(skipped['reason'])}")
-    return 0
-
-
-def _fault_words(known: Mapping[str, Any]) -> str:
-    """What native code cannot do here, and how to forget that."""
+        rows.append(("device", f"{device['name']}: {device['description']}{room}"))
+    known = document["known_faults"]  # what native code cannot do here
     broken = [f"{name} kernels ({fault})" for name, fault in known["kernels"].items() if fault]
     broken += [f"{kind} ({said.get('reason')})" for kind, said in known["rungs"].items() if isinstance(said, dict)]
-    return f"{', '.join(broken)}; to forget them, delete {known['file']}" if broken else f"none (in {known['file']})"
-
-
-def server_state(args: argparse.Namespace) -> dict[str, Any]:
-    """Asks the configured address for a server: its health, and if it takes our key."""
-    import http.client
-
-    state: dict[str, Any] = {"running": False, "url": server_url(args)}
-    with contextlib.suppress(OSError, http.client.HTTPException, ValueError):
-        status, document = ask_server(args, "/api/health", timeout=2.0)
-        state |= {"running": status == 200, "health": document}
-        state["key_accepted"] = ask_server(args, "/api/tools", timeout=2.0)[0] != 401
-    return state
-
-
-def _server_words(state: dict[str, Any]) -> str:
-    if not state["running"]:
-        return "no answer"
-    return "answers" if state.get("key_accepted", True) else f"answers, but {_key_refusal()}"
+    rows.append(("known faults", f"{', '.join(broken)}; to forget them, delete {known['file']}" if broken
+                 else f"none (in {known['file']})"))  # fmt: skip
+    free = document["memory"]["available_bytes"]
+    rows.append(("memory", f"{human_bytes(free)} available" if free is not None else "unknown"))
+    answers = "answers" if state.get("key_accepted", True) else f"answers, but {server.refusal()}"
+    rows.append(("server", f"{server.url}: {answers if state['running'] else 'no answer'}"))
+    for place in document["directories"]:
+        found = f"{place['models']} model{'s' * (place['models'] != 1)}" if place["exists"] else "not there"
+        rows.append(("searched", f"{place['path']} ({place['source']}): {'; '.join([found, *place['notes']])}"))
+    print_rows(rows + [("skipped", f"{each['path']}: {each['reason']}") for each in document["skipped"]])
+    return 0
 
 
 def check_packages() -> None:
@@ -12174,57 +11539,38 @@ class NoServer(Exception):
     """No running server can do the work; the message says why, for -v."""
 
 
-def choose_generator(args: argparse.Namespace) -> TextSource:
+def choose_source(args: argparse.Namespace) -> TextSource:
     """The running server if it knows the model, else an engine of our own; -v says which and why."""
     try:
-        why = why_own(args)
-        if why:
-            raise NoServer(why)
         server = RunningServer(args)
     except NoServer as reason:
         log.info("an engine of its own does the work: %s", reason)
-        return own_engine(args)
+        return OwnEngine(args)
     log.info("the server at %s does the work, with %s", server.url, printable(server.model))
     return server
-
-
-def own_engine(args: argparse.Namespace) -> OwnEngine:
-    """Raises UsageError for a MODEL that looks like the prompt, as `generate "Tell me a joke"` has it."""
-    try:
-        return OwnEngine(args)
-    except ModelNotFound as error:
-        if args.model and args.prompt is None:
-            there = error.hint.partition(";")[0].rstrip(")") + ")" if error.hint else ""
-            called, advice = printable(args.model, 60), "say --prompt TEXT, or name the model before it"
-            raise UsageError(f"no model is called '{called}'{there}; if that is the prompt, {advice}") from None
-        raise
-
-
-def why_own(args: argparse.Namespace) -> str | None:
-    """Reason the running server cannot be used, or None."""
-    if args.local:
-        return "--local"
-    for f in fields(EngineOptions):
-        if getattr(args, f.name) is not None:
-            return f"--{f.name.replace('_', '-')} sets up an engine"
-    return "MODEL is a file" if args.model is not None and is_path(args.model) else None
 
 
 class OwnEngine:
     """Generates with an engine that lives as long as the command."""
 
-    poll_seconds = 0.1  # how often to ask for the status
+    queued: Queued | None = None  # since the request passed its checks
+    cached_tokens = 0  # of the last prompt
 
     def __init__(self, args: argparse.Namespace) -> None:
-        """Finds the model; the first generation loads it. Raises ModelNotFound, ImportError."""
+        """Finds the model; `warm` or the first answer loads it. Raises ImportError, ModelNotFound, UsageError."""
         check_packages()
         path = args.model if args.model and is_path(args.model) else None
         self._service = make_service(args, path)
         self._service.table.start()
-        self.model = self._service.table.resolve("default" if path else args.model or "default")
-        self.queued: Queued | None = None
-        self.status()  # reads the whole header
-        self.has_template = next(m["chat_template"] for m in self._service.table.models() if m["id"] == self.model)
+        try:
+            info = self._service.table.info("default" if path else args.model or "default")
+        except ModelNotFound as error:
+            if args.model is None or args.prompt is not None:
+                raise
+            there = error.hint.partition(";")[0].rstrip(")") + ")" if error.hint else ""
+            called, advice = printable(args.model, 60), "say --prompt TEXT, or name the model before it"
+            raise UsageError(f"no model is called '{called}'{there}; if that is the prompt, {advice}") from None
+        self.model, self.has_template = info.id, info.chat_template
 
     def warm(self) -> None:
         """Has the model loaded, without waiting for it."""
@@ -12234,13 +11580,16 @@ class OwnEngine:
         """The model's status, as the status route tells it."""
         return self._service.table.status(self.model)
 
-    def events(self, body: dict[str, Any]) -> Iterator[Event]:
-        """Generates what a body of /api/generate asks for; `queued` tells that the request passed its checks."""
-        with contextlib.closing(self._service.generate(Native(body).request, Cancellation())) as events:  # type: ignore[type-var]
+    def documents(self, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """The documents of a stream that a body of /api/generate asks for. Raises ApiError."""
+        dialect = Native(body | {"stream": True})
+        with contextlib.closing(dialect.events(self._service, Cancellation())) as events:  # type: ignore[type-var]
             for event in events:
                 if isinstance(event, Queued):
                     self.queued = event
-                yield event
+                elif isinstance(event, Usage):
+                    self.cached_tokens = event.cached_tokens
+                yield from dialect.documents(event)
 
     def close(self) -> None:
         self._service.close()
@@ -12249,20 +11598,23 @@ class OwnEngine:
 class RunningServer:
     """Generates with the server at the configured address."""
 
-    poll_seconds = 0.5
+    queued: Queued | None = None
+    cached_tokens = 0  # not told
 
     def __init__(self, args: argparse.Namespace) -> None:
         """Has the server resolve the model's name. Raises NoServer; ApiError when the server refuses the key."""
-        self._args, self.url = args, server_url(args)
-        self._open: set[http.client.HTTPConnection] = set()
-        self.queued: Queued | None = None
+        engine = [f.name.replace("_", "-") for f in fields(EngineOptions) if getattr(args, f.name) is not None]
+        if args.local or engine or (args.model is not None and is_path(args.model)):
+            raise NoServer("--local" if args.local else f"--{engine[0]} sets up an engine" if engine else "MODEL is a file")
+        self._server = Neighbour(args)
+        self.url = self._server.url
         self.model, size = named_model(args)
         try:
             self.model = self.status()["model"]
             found = next(m for m in self._ask("/api/models")["models"] if m["id"] == self.model)
             theirs: int | None = found["size_bytes"]
-            self.has_template: bool | None = found["chat_template"]  # None: not known
-        except (KeyError, TypeError, StopIteration):
+            self.has_template = found["chat_template"]
+        except (LookupError, TypeError, AttributeError, StopIteration):
             raise NoServer(f"what answers at {self.url} is no shimmy server of this version") from None
         if size not in (None, theirs):
             raise NoServer(f"--models-dir holds another {printable(self.model)} than the server at {self.url}")
@@ -12271,81 +11623,57 @@ class RunningServer:
         import http.client
 
         try:
-            status, document = ask_server(self._args, path, timeout=5.0)
+            status, document = self._server.get(path, timeout=5.0)
         except (OSError, http.client.HTTPException, ValueError):
             raise NoServer(f"no server answers at {self.url}") from None
-        if status == 200 and isinstance(document, dict):
-            return document
-        error = document.get("error") if isinstance(document, dict) else None
-        if not isinstance(error, dict) or not {"code", "message", "details"} <= error.keys():
-            raise NoServer(f"what answers at {self.url} is no shimmy server")
-        if error["code"] == "model_not_found":
+        if status == 200:
+            return dict(document)
+        error = self._error(document)
+        if error.code == "model_not_found":
             raise NoServer(f"the server at {self.url} knows no model {printable(self.model)}")
-        raise self._error(document)
+        raise error
 
-    def warm(self) -> None:
-        """Left to the first message: the server may have better to do."""
-
-    def _error(self, document: Any) -> ApiError:
+    def _error(self, document: dict[str, Any]) -> ApiError:
         """The server's error object as an exception."""
-        said = document.get("error", {})
-        if said.get("code") == "unauthorized":
-            return ApiError(message=f"the server at {self.url} {_key_refusal()}")
-        error = ApiError(str(said.get("details", "")), str(said.get("message", "The server failed")))
-        error.code = str(said.get("code", error.code))
+        said = document["error"]
+        if said["code"] == "unauthorized":
+            return ApiError(message=f"the server at {self.url} {self._server.refusal()}")
+        error = ApiError(str(said["details"]), str(said["message"]))
+        error.code = said["code"]
         return error
+
+    def close(self) -> None:
+        """A connection lasts for one answer."""
 
     def status(self) -> dict[str, Any]:
         return self._ask(f"/api/models/{urllib.parse.quote(self.model, safe='', errors='surrogateescape')}/status")
 
-    def events(self, body: dict[str, Any]) -> Iterator[Event]:
+    def documents(self, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
         import http.client
 
-        connection = connect_to_server(self._args, None)
-        self._open.add(connection)
+        headers = {"Content-Type": "application/json", **self._server.headers()}
         try:
-            response = self._post(connection, to_json(body | {"stream": True}))
-            self.queued = Queued(self.model)
-            yield self.queued
-            for line in response:
-                if line.strip() == b"data: [DONE]":
-                    return
-                if line.startswith(b"data: "):
-                    yield from self._events_of(json.loads(line[6:]))
-            raise GenerationFailed("The server closed the connection in mid-answer")
+            with contextlib.closing(self._server.connect(None)) as connection:
+                connection.connect()
+                with contextlib.suppress(ConnectionError):  # it answers 413 before it has read a body that is too large
+                    connection.request("POST", "/api/generate", to_json(body | {"stream": True}), headers)
+                response = connection.getresponse()
+                if response.status != 200:
+                    raise self._error(json.loads(response.read(MAX_BODY)))
+                self.queued = Queued(self.model)
+                for line in response:
+                    if line.startswith(b"data: {"):
+                        document = json.loads(line[6:])
+                        if "error" in document:
+                            raise self._error(document)
+                        yield document
+                    elif line.startswith(b"data: [DONE]"):
+                        return
+                raise GenerationFailed("The server closed the connection in mid-answer")
         except (OSError, http.client.HTTPException) as error:
             raise GenerationFailed(f"The connection to the server at {self.url} broke: {error}") from None
-        except (ValueError, LookupError, TypeError, AttributeError):
+        except (ValueError, LookupError, TypeError):
             raise GenerationFailed(f"What the server at {self.url} answers is no stream of shimmy's") from None
-        finally:
-            self._open.discard(connection)
-            connection.close()
-
-    def _post(self, connection: http.client.HTTPConnection, body: bytes) -> http.client.HTTPResponse:
-        """The head of a stream. Raises the server's error."""
-        headers = {"Content-Type": "application/json", **server_headers()}
-        connection.connect()
-        with contextlib.suppress(ConnectionError):  # it answers 413 before it has read a body that is too large
-            connection.request("POST", "/api/generate", body, headers)
-        response = connection.getresponse()
-        if response.status != 200:
-            raise self._error(json.loads(response.read(MAX_BODY)))
-        return response
-
-    def _events_of(self, chunk: dict[str, Any]) -> Iterator[Event]:
-        """The events that a chunk of a native stream was made from."""
-        if "error" in chunk:
-            raise self._error(chunk)
-        choice = chunk["choices"][0]
-        yield Text(0, choice["text"])
-        if "usage" in chunk:
-            yield ChoiceEnd(0, choice["finish_reason"])
-            yield Usage(chunk["usage"]["prompt_tokens"], chunk["usage"]["completion_tokens"], 0, 0.0, 0.0)
-
-    def close(self) -> None:
-        for connection in list(self._open):
-            with contextlib.suppress(OSError, AttributeError):  # AttributeError: not connected yet
-                connection.sock.shutdown(socket.SHUT_RDWR)
 
 
 TextSource = OwnEngine | RunningServer
@@ -12371,64 +11699,70 @@ def command_generate(args: argparse.Namespace) -> int:
     if args.text is not None and args.prompt is not None:
         raise UsageError("the prompt is given twice: behind MODEL, and with --prompt")
     args.prompt = args.text if args.prompt is None else args.prompt
-    sampling = sampling_fields(args)
-    args.model = generating_model(args.model)
-    with contextlib.closing(choose_generator(args)) as generator:
-        if converses(args):
-            return Conversation(args, generator, sampling).run()
+    schema = args.schema and parse_json(read_file("--schema", args.schema).encode(), f"--schema {args.schema}:")
+    sampling, _ = given_sampling(args, json_schema=schema)
+    path = fetch_named(args.model)
+    if path != args.model:  # a hub's repository, by the id of its file: a running server may be asked for that
+        args.model = plain_id(pathlib.Path(str(path)).stem)
+    with contextlib.closing(choose_source(args)) as source:
+        asks = args.prompt is None and not (args.lines or args.json or args.stdin)
+        if args.chat and asks and sys.stdin.isatty() and sys.stdout.isatty():
+            return converse(args, source, {"max_tokens": -1} | sampling)  # an answer ends where the model ends it
         if args.lines:
-            return generate_lines(args, generator, sampling)
-        body = generate_body(args, generator, read_prompt(args), sampling)
-        with WaitingLine(lambda: waiting_for(generator), generator.poll_seconds) as line:
-            wire, dialect, began = Printed(line, args.raw, args.json), Native(body | {"stream": not args.json}), time.monotonic()
-            try:
-                deliver(dialect, generator.events(body), wire)
-            except ApiError:
-                wire.end()  # the message gets a line of its own
-                raise
-    report_speed(dialect, began)
-    return report_cut(args, wire, sampling.get("max_tokens", NATIVE_DEFAULTS["max_tokens"]))
+            return generate_lines(args, source, sampling)
+        answer = Collected(source, generate_body(args, source, read_prompt(args), sampling))
+        with waiting_line(source) as line:
+            if args.json:
+                document = answer.document()
+                line.clear()
+                print_json(document)
+            else:
+                print_answer(answer, line, args.raw)
+    answer.report_speed()
+    return report_cut(args, answer.last, sampling.get("max_tokens", NATIVE_DEFAULTS["max_tokens"]))
 
 
-def report_speed(dialect: Native, began: float) -> None:
-    """Logs tokens, time to first token (a load counts) and speed, for -v; a server tells only how many tokens there were."""
-    if dialect.usage and dialect.first:
-        seconds = dialect.usage.decode_seconds or time.monotonic() - dialect.first
-        log.info("%s", replace(dialect.usage, decode_seconds=seconds).words(dialect.first - began))
+class Collected:
+    """An answer as its stream's documents come: its text so far, its last document, and when its first words came."""
+
+    def __init__(self, source: TextSource, body: dict[str, Any]) -> None:
+        self._source, self._body = source, body
+        self.text, self.last = "", dict[str, Any]()
+        self._began, self._first = time.monotonic(), 0.0
+
+    def texts(self) -> Iterator[str]:
+        """The pieces of text, as they come. Raises ApiError."""
+        self._source.queued = None
+        with contextlib.closing(self._source.documents(self._body)) as documents:  # type: ignore[type-var]
+            for self.last in documents:
+                if text := self.last["choices"][0]["text"]:
+                    self._first = self._first or time.monotonic()
+                    self.text += text
+                    yield text
+
+    def document(self) -> dict[str, Any]:
+        """The whole answer as one document of /api/generate."""
+        for _ in self.texts():
+            pass
+        return {"choices": [self.last["choices"][0] | {"text": self.text}], "usage": self.last["usage"]}
+
+    def report_speed(self) -> None:
+        """Logs tokens, time to first token (a load counts) and speed, for -v."""
+        if usage := self.last.get("usage"):
+            seconds = time.monotonic() - self._first
+            told = Usage(usage["prompt_tokens"], usage["completion_tokens"], self._source.cached_tokens, 0.0, seconds)
+            log.info("%s", told.words(self._first - self._began if self._first else None))
 
 
-def generating_model(model: str | None) -> str | None:
-    """MODEL; a hub's repository by the id of its file, so that a running server may be asked for it."""
-    path = fetch_named(model)
-    return path if path is None or path == model else plain_id(pathlib.Path(path).stem)
-
-
-def sampling_fields(args: argparse.Namespace) -> dict[str, Any]:
-    """The sampling flags as fields of a body. Raises UsageError naming the flag at fault."""
-    given = {f.name: getattr(args, f.name) for f in fields(Sampling) if f.metadata.get("help")}
-    given = {name: value for name, value in given.items() if value is not None}
-    if args.schema:
-        try:
-            given["json_schema"] = parse_json(pathlib.Path(args.schema).read_bytes(), f"--schema {args.schema}:")
-        except OSError as error:
-            raise OSError(f"--schema {args.schema}: {error.strerror or error}") from None
-    try:
-        Native({"model": "default", "prompt": ""} | given)
-    except InvalidRequest as error:
-        name = error.param or ""
-        raise UsageError(f"--{name.replace('_', '-')}{str(error).removeprefix(name)}") from None
-    return given
-
-
-def generate_body(args: argparse.Namespace, generator: TextSource, prompt: str, sampling: dict[str, Any]) -> dict[str, Any]:
+def generate_body(args: argparse.Namespace, source: TextSource, prompt: str, sampling: dict[str, Any]) -> dict[str, Any]:
     """The /api/generate body: a chat where the model has a template, unless --raw or --chat decide."""
-    chat = args.chat or (not args.raw and (generator.has_template is not False or args.chat_template is not None))
+    chat = args.chat or (not args.raw and (source.has_template is not False or args.chat_template is not None))
     if args.tool and not chat:
         raise UsageError("--tool needs a chat: give --chat, and no --raw")
     said: dict[str, Any] = {"messages": [{"role": "user", "content": prompt}]} if chat else {"prompt": prompt}
     if args.tool:
         said["tools"] = [{"type": "builtin", "name": name} for name in args.tool]
-    return {"model": generator.model} | said | sampling
+    return {"model": source.model} | said | sampling
 
 
 def read_prompt(args: argparse.Namespace) -> str:
@@ -12437,8 +11771,7 @@ def read_prompt(args: argparse.Namespace) -> str:
     if given is not None and not args.stdin:
         note_ignored_input()
         return given
-    if sys.stdin.isatty():
-        note_keyboard()
+    note_keyboard()
     data = sys.stdin.buffer.read(MAX_BODY + 1)
     if len(data) > MAX_BODY:
         raise PayloadTooLarge(f"standard input is over {human_bytes(MAX_BODY)}, the most that a request may have")
@@ -12449,8 +11782,9 @@ def read_prompt(args: argparse.Namespace) -> str:
 
 
 def note_keyboard() -> None:
-    """Says that the prompt is read from the keyboard: the command would seem to hang."""
-    print(f"reading standard input, end with {'Ctrl-Z and Enter' if os.name == 'nt' else 'Ctrl-D'}", file=sys.stderr)
+    """Says that the prompt is read from the keyboard, if it is: the command would seem to hang."""
+    if sys.stdin.isatty():
+        print(f"reading standard input, end with {'Ctrl-Z and Enter' if os.name == 'nt' else 'Ctrl-D'}", file=sys.stderr)
 
 
 def decoded(data: bytes, what: str) -> str:
@@ -12464,75 +11798,59 @@ def decoded(data: bytes, what: str) -> str:
 
 def note_ignored_input() -> None:
     """Says so when data waits in a pipe that nobody reads. It is never read: it may be the file list of a loop around us."""
-    with contextlib.suppress(ImportError, AttributeError, OSError):  # no POSIX, or nothing that can be asked
+    with contextlib.suppress(ImportError, OSError):  # no POSIX, or nothing that can be asked
         import fcntl
         import termios
 
-        waiting = fcntl.ioctl(0, termios.FIONREAD, bytes(4))  # bytes; a pipe at its end has none
-        if stat.S_ISFIFO(os.fstat(0).st_mode) and any(waiting):
+        if stat.S_ISFIFO(os.fstat(0).st_mode) and any(fcntl.ioctl(0, termios.FIONREAD, bytes(4))):  # none at a pipe's end
             print("shimmy: standard input is ignored; --stdin appends it to the prompt", file=sys.stderr)
 
 
-def waiting_for(generator: TextSource) -> str:
+def waiting_line(source: TextSource) -> WaitingLine:
     """Describes the wait for a generation's first word."""
-    if generator.queued is None:
-        return loading_stage(generator.status()) or "reading the prompt"
-    tokens = generator.queued.prompt_tokens
-    return f"reading {tokens:,} tokens" if tokens else "reading the prompt"
+
+    def stage() -> str:
+        if source.queued is None:
+            return loading_stage(source.status()) or "reading the prompt"
+        tokens = source.queued.prompt_tokens
+        return f"reading {tokens:,} tokens" if tokens else "reading the prompt"
+
+    return WaitingLine(stage)
 
 
-class Printed(Wire):
-    """A native answer on standard output: its document, or the text alone, each piece flushed, and kept in `said`."""
+def print_answer(answer: Collected, line: WaitingLine, raw: bool = False) -> None:
+    """Each piece flushed; the last line gets its newline, with --raw on a terminal only. Raises ApiError."""
+    terminal = sys.stdout.isatty()
 
-    finish_reason: str | None = None
-    completion_tokens = 0
-
-    def __init__(self, line: WaitingLine, raw: bool = False, as_json: bool = False) -> None:
-        self._line, self._raw, self._as_json = line, raw, as_json
-        self.said: list[str] = []
-
-    def send(self, document: dict[str, Any]) -> None:
-        (choice,) = document["choices"]
-        self.finish_reason = choice.get("finish_reason")
-        self.completion_tokens = document.get("usage", {}).get("completion_tokens", 0)
-        if self._as_json:
-            self._line.clear()
-            print_json(document)
-        elif choice["text"]:
-            self._line.clear()
-            self.said.append(choice["text"])
-            self._write(choice["text"])
-
-    def _write(self, text: str) -> None:
+    def write(text: str) -> None:
         """A terminal would obey what a model writes; a pipe gets it byte for byte."""
-        text = harmless(text) if sys.stdout.isatty() else text
-        sys.stdout.buffer.write(text.encode("utf-8", "replace"))
+        line.clear()
+        sys.stdout.buffer.write((harmless(text) if terminal else text).encode("utf-8", "replace"))
         sys.stdout.buffer.flush()
 
-    def end(self) -> None:
-        """The last line gets its newline; only a terminal gets it with --raw."""
-        self._line.clear()
-        if self.said and not self.said[-1].endswith("\n") and (not self._raw or sys.stdout.isatty()):
-            self._write("\n")
+    failure = None
+    try:
+        for text in answer.texts():
+            write(text)
+    except ApiError as error:
+        failure = error  # whose message gets a line of its own
+    if answer.text and not answer.text.endswith("\n") and (terminal or not raw):
+        write("\n")
+    if failure:
+        raise failure
 
 
-def report_cut(args: argparse.Namespace, wire: Printed, most: int) -> int:
+def report_cut(args: argparse.Namespace, last: Mapping[str, Any], most: int) -> int:
     """Says so on stderr when the text was cut, and where; the exit code: a document that was cut is a failure."""
-    if wire.finish_reason != "length":
+    if not last or last["choices"][0].get("finish_reason") != "length":
         return 0
-    limit = f"--max-tokens {most}" if 0 <= most <= wire.completion_tokens else "the end of the context, see --ctx"
+    limit = f"--max-tokens {most}" if 0 <= most <= last["usage"]["completion_tokens"] else "the end of the context, see --ctx"
     what = "the JSON document is not whole: it" if args.schema else "the text"
     print(f"shimmy: {what} was cut at {limit}", file=sys.stderr)
     return 1 if args.schema else 0
 
 
 # --chat without a prompt, on a terminal
-
-
-def converses(args: argparse.Namespace) -> bool:
-    """True if somebody sits at a keyboard and wants to chat."""
-    asks = args.prompt is None and not (args.lines or args.json or args.stdin)
-    return bool(args.chat and asks and sys.stdin.isatty() and sys.stdout.isatty())
 
 
 CHAT_HELP = """\
@@ -12543,110 +11861,92 @@ CHAT_HELP = """\
 Ctrl-C stops an answer, Ctrl-D ends."""
 
 
-class Conversation:
-    """A chat at the keyboard: its turns so far, and the commands between them."""
-
-    def __init__(self, args: argparse.Namespace, generator: TextSource, sampling: dict[str, Any]) -> None:
-        self._args, self._generator = args, generator
-        self._sampling = {"max_tokens": -1} | sampling  # an answer ends where the model ends it
-        self._turns: list[dict[str, Any]] = []
-        self._commands = {"/reset": self._reset, "/system": self._system, "/help": lambda _: print(CHAT_HELP)}
-
-    def run(self) -> int:
-        """Asks and answers until Ctrl-D."""
-        print(f"{printable(self._generator.model)}: /help shows commands, Ctrl-D ends", file=sys.stderr)
-        self._generator.warm()
-        with line_history():
-            while (text := self._read()) is not None:
-                command, _, rest = text.strip().partition(" ")
-                if command.startswith("/") and command[1:].isalpha():
-                    self._commands.get(command, lambda _: print("there is no such command; /help shows those there are"))(rest)
-                elif text.strip():
-                    self._answer(text)
-        return 0
-
-    def _reset(self, _: str) -> None:
-        self._turns = [turn for turn in self._turns if turn["role"] == "system"]
-
-    def _system(self, text: str) -> None:
-        self._turns = [{"role": "system", "content": text}] if text.strip() else []
-
-    def _read(self) -> str | None:
-        '''What was typed, perhaps several lines between """; None at the end.'''
-        lines: list[str] = []
-        while True:
-            try:
-                lines.append(input(".. " if lines else "> "))
-            except KeyboardInterrupt:
-                print()
-                lines = []
-                continue
-            except EOFError:
-                print()
-                return None
-            text = "\n".join(lines)
-            if not text.startswith('"""'):
-                return text
-            if len(text) >= 6 and text.rstrip().endswith('"""'):
-                return text.rstrip()[3:-3]
-
-    def _answer(self, text: str) -> None:
-        """Asks the model; what it has said counts even if it was stopped."""
-        args, generator, asked = self._args, self._generator, {"role": "user", "content": decoded(os.fsencode(text), "the text")}
-        body = generate_body(args, generator, "", self._sampling) | {"messages": [*self._turns, asked], "stream": True}
-        generator.queued = None
-        dialect, began = Native(body), time.monotonic()
-        with WaitingLine(lambda: waiting_for(generator), generator.poll_seconds) as line:
-            wire = Printed(line)
-            try:
-                deliver(dialect, generator.events(body), wire)
-            except KeyboardInterrupt:
-                print()
-            except ApiError as error:
-                line.clear()
-                complain(error, 1)
-                if error.code == ContextLengthExceeded.code:  # a server's has another class
-                    print("/reset begins anew", file=sys.stderr)
-        if wire.said:
-            self._turns += [asked, {"role": "assistant", "content": "".join(wire.said)}]
-        report_speed(dialect, began)
-        report_cut(args, wire, self._sampling["max_tokens"])
+def converse(args: argparse.Namespace, source: TextSource, sampling: dict[str, Any]) -> int:
+    """A chat at the keyboard, until Ctrl-D."""
+    print(f"{printable(source.model)}: /help shows commands, Ctrl-D ends", file=sys.stderr)
+    if isinstance(source, OwnEngine):  # a server may have better to do
+        source.warm()
+    use_history()
+    turns: list[dict[str, Any]] = []
+    while (text := read_turn()) is not None:
+        command, _, rest = text.strip().partition(" ")
+        if command == "/reset":
+            turns = [turn for turn in turns if turn["role"] == "system"]
+        elif command == "/system":
+            turns = [{"role": "system", "content": rest}] if rest.strip() else []
+        elif command.startswith("/") and command[1:].isalpha():
+            print(CHAT_HELP if command == "/help" else "there is no such command; /help shows those there are")
+        elif text.strip():
+            asked = {"role": "user", "content": decoded(os.fsencode(text), "the text")}
+            answer = Collected(source, generate_body(args, source, "", sampling) | {"messages": [*turns, asked]})
+            answer_turn(answer, source)
+            if answer.text:  # it counts even if it was stopped
+                turns += [asked, {"role": "assistant", "content": answer.text}]
+            answer.report_speed()
+            report_cut(args, answer.last, sampling["max_tokens"])
+    return 0
 
 
-@contextlib.contextmanager
-def line_history() -> Iterator[None]:
+def read_turn() -> str | None:
+    '''What was typed, perhaps several lines between """; None at the end.'''
+    lines: list[str] = []
+    while True:
+        try:
+            lines.append(input(".. " if lines else "> "))
+        except KeyboardInterrupt:
+            print()
+            lines = []
+            continue
+        except EOFError:
+            print()
+            return None
+        text = "\n".join(lines)
+        if not text.startswith('"""'):
+            return text
+        if len(text) >= 6 and text.rstrip().endswith('"""'):
+            return text.rstrip()[3:-3]
+
+
+def answer_turn(answer: Collected, source: TextSource) -> None:
+    """Prints the answer; Ctrl-C stops it, and an error ends no more than it."""
+    with waiting_line(source) as line:
+        try:
+            print_answer(answer, line)
+        except KeyboardInterrupt:
+            print()
+        except ApiError as error:
+            line.clear()
+            complain(error, 1)
+            if error.code == ContextLengthExceeded.code:  # a server's has another class
+                print("/reset begins anew", file=sys.stderr)
+
+
+def use_history() -> None:
     """Editing and history for input(), where Python has readline; the file is for its owner alone."""
-    try:
-        import readline
-    except ImportError:  # Windows' console has its own
-        yield
-        return
     path = os.path.expanduser("~/.shimmy_history")
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(ImportError, OSError):  # Windows' console has its own
+        import atexit
+        import readline
+
         os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
         readline.read_history_file(path)
-    readline.set_history_length(1000)
-    try:
-        yield
-    finally:
-        with contextlib.suppress(OSError):
-            readline.write_history_file(path)
-            os.chmod(path, 0o600)
+        readline.set_history_length(1000)
+        atexit.register(readline.write_history_file, path)
 
 
 # --lines
 
 
-def generate_lines(args: argparse.Namespace, generator: TextSource, sampling: dict[str, Any]) -> int:
+def generate_lines(args: argparse.Namespace, source: TextSource, sampling: dict[str, Any]) -> int:
     """Answers every line of standard input in order, each with one line of JSON; 1 if any failed."""
     failed = cut = tokens = 0
     began = time.monotonic()
-    line = WaitingLine(lambda: waiting_for(generator), generator.poll_seconds)
+    line = waiting_line(source)
     if sys.stdin.isatty():
         line.clear()  # it would be drawn over what is being typed
-        note_keyboard()
+    note_keyboard()
     with line:
-        for document in line_documents(args, generator, sampling):
+        for document in line_documents(args, source, sampling):
             line.clear()
             print(json.dumps(document), flush=True)
             cut += document.get("choices", [{}])[0].get("finish_reason") == "length"
@@ -12660,46 +11960,31 @@ def generate_lines(args: argparse.Namespace, generator: TextSource, sampling: di
     return int(failed > 0 or (cut > 0 and bool(args.schema)))
 
 
-def line_documents(args: argparse.Namespace, generator: TextSource, sampling: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """The lines' documents in order, made as many at once as the engine batches."""
-    parallel = Settings(engine_flags(args)).engine.parallel
-    answers: queue.Queue[queue.SimpleQueue[dict[str, Any]] | None] = queue.Queue(2 * parallel)  # reads ahead so far
-    jobs: queue.SimpleQueue[tuple[str | ApiError, queue.SimpleQueue[dict[str, Any]]]] = queue.SimpleQueue()
+def line_documents(args: argparse.Namespace, source: TextSource, sampling: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The lines' documents in order, or error objects, made as many at once as the engine batches."""
+    answers: queue.Queue[queue.SimpleQueue[dict[str, Any]] | None] = queue.Queue(2 * Settings(engine_flags(args)).engine.parallel)
 
     def read() -> None:
         for line in prompt_lines(args):
             answer: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
             answers.put(answer)
-            jobs.put((line, answer))
+            threading.Thread(target=work, args=(line, answer), daemon=True).start()
         answers.put(None)
 
-    def work() -> None:
-        while True:
-            line, answer = jobs.get()
-            answer.put(answer_line(args, generator, line, sampling))
+    def work(line: str | ApiError, answer: queue.SimpleQueue[dict[str, Any]]) -> None:
+        try:
+            if isinstance(line, ApiError):
+                raise line
+            answer.put(Collected(source, generate_body(args, source, line, sampling)).document())
+        except ApiError as error:
+            answer.put(error.document())
+        except Exception as error:  # a thread's border: the line's reader must hear something
+            log.debug("a line failed", exc_info=True)
+            answer.put(ApiError(f"{type(error).__name__}: {error}").document())
 
-    for target in (read, *[work] * parallel):  # daemons: one may be waiting for input that never comes
-        threading.Thread(target=target, daemon=True).start()
+    threading.Thread(target=read, daemon=True).start()  # it may be waiting for input that never comes
     while (answer := answers.get()) is not None:
         yield answer.get()
-
-
-def answer_line(
-    args: argparse.Namespace, generator: TextSource, line: str | ApiError, sampling: dict[str, Any]
-) -> dict[str, Any]:
-    """One line's /api/generate document, or its error object."""
-    try:
-        if isinstance(line, ApiError):
-            raise line
-        body = generate_body(args, generator, line, sampling)
-        dialect = Native(body)
-        *_, document = (document for event in generator.events(body) for document in dialect.documents(event))
-        return document
-    except ApiError as error:
-        return error.document()
-    except Exception as error:  # a thread's border: the line's reader must hear something
-        log.debug("a line failed", exc_info=True)
-        return ApiError(f"{type(error).__name__}: {error}").document()
 
 
 def prompt_lines(args: argparse.Namespace) -> Iterator[str | ApiError]:
@@ -12762,13 +12047,15 @@ def main(argv: Seq[str] | None = None) -> int:
         if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # a shell's background jobs ignore it, and so do we
             signal.signal(signal.SIGINT, signal.default_int_handler)
         args = parse(argv)
-        clear = "\033[K" if sys.stderr.isatty() else ""  # over what WaitingLine says
-        shown = logging.StreamHandler()
-        shown.setFormatter(HarmlessFormatter(clear))
+        shown, lines = logging.StreamHandler(), HarmlessFormatter("%(asctime)s %(message)s", "%H:%M:%S")
+        lines.clear = "\033[K" if sys.stderr.isatty() else ""  # over what WaitingLine says
+        shown.setFormatter(lines)
         logging.basicConfig(handlers=[shown], level=logging.INFO if args.verbose else logging.WARNING)
         if no_stdout and args.command != "serve":
             raise OSError("standard output is closed")
-        return run_command(args)
+        code = int(args.run(args))
+        sys.stdout.flush()
+        return code
     except KeyboardInterrupt:
         return end_interrupted()
     except BrokenPipeError:  # `| head` has seen enough
@@ -12777,18 +12064,11 @@ def main(argv: Seq[str] | None = None) -> int:
         code = complain(error, 2)
     except (ApiError, OSError, ImportError) as error:
         code = complain(error, 1)
-    if not _flushed():  # keeps the interpreter from complaining at exit
+    try:
+        sys.stdout.flush()
+    except OSError:  # keeps the interpreter from complaining at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     return code
-
-
-def run_command(args: argparse.Namespace) -> int:
-    """Runs the command that was parsed, once the packages it needs are there."""
-    if args.command in ("serve", "probe"):
-        check_packages()
-    code = args.run(args)
-    sys.stdout.flush()
-    return int(code)
 
 
 def complain(error: Exception, code: int) -> int:
@@ -12796,14 +12076,6 @@ def complain(error: Exception, code: int) -> int:
     with contextlib.suppress(OSError):  # 2>&1 into a pipe that is closed
         print(f"shimmy: {harmless(' '.join(str(error).split()))}", file=sys.stderr)
     return code
-
-
-def _flushed() -> bool:
-    try:
-        sys.stdout.flush()
-    except OSError:
-        return False
-    return True
 
 
 # ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
@@ -12852,17 +12124,12 @@ def harmless(text: str) -> str:
 
 
 class HarmlessFormatter(logging.Formatter):
-    """Log lines without control characters, later lines of one indented: a traceback may quote a file or a client.
+    """Log lines without control characters, later lines of one indented: a traceback may quote a file or a client."""
 
-    `clear` comes before each.
-    """
-
-    def __init__(self, clear: str = "") -> None:
-        super().__init__("%(asctime)s %(message)s", "%H:%M:%S")
-        self._clear = clear
+    clear = ""  # comes before each
 
     def format(self, record: logging.LogRecord) -> str:
-        return self._clear + harmless(super().format(record)).replace("\n", "\n  ")
+        return self.clear + harmless(super().format(record)).replace("\n", "\n  ")
 
 
 OWN_CGROUPS = "/proc/self/cgroup"
@@ -12979,10 +12246,7 @@ def die_with_parent() -> None:
         import ctypes
 
         with contextlib.suppress(OSError, AttributeError):
-            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, ctypes.c_ulong(signal.SIGKILL))
-
-
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
+            ctypes.CDLL(None).prctl(1, ctypes.c_ulong(signal.SIGKILL))  # PR_SET_PDEATHSIG, linux/prctl.h
 
 
 def mapped_bytes(pids: Iterable[int]) -> int:
@@ -14129,10 +13393,13 @@ class CallReader:
     def _section(self, format: CallFormat, opens: str) -> Reading:
         """Calls, each followed by pieces of its ending, then perhaps by the next one, with its marker or without."""
         yield from self._call(format, opens)
+        last = next((p for p in reversed(MARKER.findall(format.closes)) if not p.isspace() and p not in "}]"), "")
         again = {format.beginnings[-1], "" if format.keys else format.call_opens.lstrip()}
-        while (yield from self._either(self._behind_blanks(format.closers), self._other_pair(format),
-                                       *(self._call(format, opens, ",;") for opens in again))):  # fmt: skip
+        while (yield from self._either(*(self._call(format, opens, ",;") for opens in again), self._other_pair(format),
+                                       self._behind_blanks(format.closers - {last}))):  # fmt: skip
             self._drop()
+        yield from self._either(self._behind_blanks([last]))
+        self._drop()
 
     def _other_pair(self, format: CallFormat) -> Reading:
         """A pair behind the name and the arguments in a call's object."""
@@ -14186,19 +13453,20 @@ class CallReader:
             raise NoCall  # a longer name
         self._named(name)
         yield from self._text(format.named)
-        start, params = self.at, format.params
+        start, params, separator = self.at, format.params, "{"
         if params and params.quote:
             yield from self._arguments(JsonMender((params.quote,), format.closes.strip()[0]))
-        elif (yield from self._either(self._behind_blanks(format.closers))):
+            return ""
+        while params and (yield from self._either(self._argument(format, params, separator))):
+            separator = ", "
+        if separator == ", ":
+            return "}"
+        if (yield from self._either(self._behind_blanks(format.closers))):
             self.at = start
             return "{}"
-        elif params:
-            yield from self._argument(format, params, "{")
-            while (yield from self._either(self._argument(format, params, ", "))):
-                pass
-            return "}"
-        else:
-            yield from self._arguments()
+        if params:
+            raise NoCall
+        yield from self._arguments()
         return ""
 
     def _arguments(self, mender: JsonMender | None = None) -> Reading:
@@ -14520,6 +13788,7 @@ class Symbol:
     """
 
     ends = False  # a symbol that reads bytes may be left here, though it could read on
+    parts: Symbols = ()  # the symbols that it is made of, as far as they stand there already
 
     def opened(self) -> Iterable[Symbols] | None:
         """The alternatives that may stand in its place; None if it reads bytes."""
@@ -14543,11 +13812,6 @@ class Symbol:
         """The symbols that must follow when it is left although it could read on."""
         return ()
 
-    @property
-    def parts(self) -> Symbols:
-        """The symbols that it is made of, as far as they stand there already."""
-        return ()
-
     @functools.cached_property
     def looks(self) -> bool:
         """True if it depends on the text around it: anchors and lookaheads, in regular expressions only."""
@@ -14564,17 +13828,19 @@ class Word(Symbol):
     data: bytes
     at: int = 0
 
-    def opened(self) -> Iterable[Symbols] | None:
-        return None if self.data else ((),)
+    @property
+    def firsts(self) -> int:  # type: ignore[override]
+        return 1 << self.data[self.at]
 
-    @functools.cached_property
-    def after(self) -> Mapping[int, Symbols]:
-        return {self.data[self.at]: (Word(self.data, self.at + 1),) if self.at + 1 < len(self.data) else ()}
+    def step(self, byte: int) -> Symbols | None:
+        if byte != self.data[self.at]:
+            return None
+        return (Word(self.data, self.at + 1),) if self.at + 1 < len(self.data) else ()
 
 
-def word(text: str) -> Word:
+def word(text: str) -> Symbol:
     """The symbol of a text that must stand there."""
-    return Word(text.encode())
+    return Word(text.encode()) if text else InOrder(())
 
 
 @dataclass(frozen=True)
@@ -14653,28 +13919,20 @@ def written(ranges: tuple[tuple[int, int], ...], script: str) -> list[Numeral]:
 class AnyOf(Symbol):
     """One of several symbols."""
 
-    options: Symbols
+    parts: Symbols
 
     def opened(self) -> Iterable[Symbols]:
-        return [(option,) for option in self.options]
-
-    @property
-    def parts(self) -> Symbols:
-        return self.options
+        return [(part,) for part in self.parts]
 
 
 @dataclass(frozen=True, eq=False)
 class InOrder(Symbol):
     """Symbols one after another."""
 
-    symbols: Symbols
+    parts: Symbols
 
     def opened(self) -> Iterable[Symbols]:
-        return (self.symbols,)
-
-    @property
-    def parts(self) -> Symbols:
-        return self.symbols
+        return (self.parts,)
 
 
 @dataclass(frozen=True)
@@ -14692,7 +13950,7 @@ class Repeated(Symbol):
         return ((self.symbol, again),) if self.low else ((), (self.symbol, again))
 
     @property
-    def parts(self) -> Symbols:
+    def parts(self) -> Symbols:  # type: ignore[override]
         return (self.symbol,)
 
 
@@ -14768,13 +14026,6 @@ class NotYet(Exception):
     """The time slice is over before it is known what may come next. What was found is kept: ask again."""
 
 
-class Client(Protocol):
-    """Who waits for work on a grammar."""
-
-    @property
-    def cancelled(self) -> bool: ...
-
-
 class Turn(threading.local):
     """The time slice in which this thread may work on grammars; without end unless the step loop says so.
 
@@ -14784,7 +14035,7 @@ class Turn(threading.local):
     _ends = math.inf
     _is_limited = False
     _gate: Gate | None = None
-    _client: Client | None = None
+    _client: Any = None  # nobody waits for the work any more where it is `cancelled`
 
     def begin(self, seconds: float) -> None:
         """Starts a time slice of `seconds`."""
@@ -14817,7 +14068,7 @@ class Turn(threading.local):
             self._is_limited = False
 
     @contextlib.contextmanager
-    def behind(self, gate: Gate | None, client: Client) -> Iterator[None]:
+    def behind(self, gate: Gate | None, client: Any) -> Iterator[None]:
         """Lets work go on only while a gate is open and its client waits for it."""
         self._gate, self._client = gate, client
         if gate:
@@ -14965,11 +14216,6 @@ def others(ranges: Ranges) -> Ranges:
     return merged([(one[1] + 1, two[0] - 1) for one, two in itertools.pairwise(edges)])
 
 
-def common(one: Ranges, two: Ranges) -> Ranges:
-    """The characters that are in both."""
-    return others(merged((*others(one), *others(two))))
-
-
 @dataclass(frozen=True, eq=False)
 class Edge(Symbol):
     """A regular expression's anchor: the text's beginning, or its end."""
@@ -14997,18 +14243,24 @@ class Reader:
     TOKEN: ClassVar[re.Pattern[str]]
     SIGNS: ClassVar[dict[str | None, tuple[int, int | None]]] = {"*": (0, None), "+": (1, None), "?": (0, 1)}
     REPEATS_REPEATS = True  # a** is (a*)*
+    DOT = EVERY_CHAR
 
     def __init__(self, text: str) -> None:
         self.text, self.at = text, 0
         self.token: re.Match[str] | None = None
         self.kind: str | None = None  # of the token; None: the end
+        if len(text) > self.MAX_TEXT:
+            raise self.refuse(f"over {self.MAX_TEXT} characters")
+        self.advance()
 
     def refuse(self, what: str) -> InvalidRequest:
         raise NotImplementedError
 
     def part(self, depth: int) -> Symbol:
         """Reads the part that the token begins, up to its last token."""
-        raise NotImplementedError
+        if self.kind == "class":
+            return OneChar(self.characters())
+        return OneChar(self.DOT) if self.kind == "dot" else self.inside(depth)
 
     def member(self) -> Ranges:
         """Reads a character of a class, or a named class, at `at`."""
@@ -15103,7 +14355,7 @@ class PatternReader(Reader):
                      (0x205F, 0x205F), (0x3000, 0x3000), (0xFEFF, 0xFEFF)])  # fmt: skip
     CLASSES: ClassVar = {"d": ((48, 57),), "w": ((48, 57), (65, 90), (95, 95), (97, 122)), "s": SPACES}
     NAMED: ClassVar = {"t": 9, "n": 10, "v": 11, "f": 12, "r": 13, "0": 0, "b": 8}
-    DOT = OneChar(others(((10, 10), (13, 13), (0x2028, 0x2029))))
+    DOT = others(((10, 10), (13, 13), (0x2028, 0x2029)))
     TOKEN = re.compile(
         r"(?P<blank>\(\?\#[^)]*\))|(?P<open>\((?:\?(?::|(?P<ahead>[=!])|P?<[^\W\d][\w$]*>|(?P<other>)))?)|(?P<close>\))"
         r"|(?P<or>\|)|(?P<repeat>(?:(?P<sign>[*+?])|\{(?:(?P<low>[0-9]{1,4000})(?P<comma>,)?|,(?=[0-9]))(?P<high>(?<=,)[0-9]{1,4000})?\})\??)"
@@ -15117,9 +14369,6 @@ class PatternReader(Reader):
         return InvalidRequest(f"pattern {_said(self.text)}: {what}")
 
     def read(self) -> Symbol:
-        if len(self.text) > self.MAX_TEXT:
-            raise self.refuse(f"over {self.MAX_TEXT} characters")
-        self.advance()
         found = self.choice(0)
         if self.kind is not None:
             raise self.refuse("a bracket is closed that was not opened")
@@ -15135,10 +14384,8 @@ class PatternReader(Reader):
             return Ahead(inside, ahead == "=") if ahead else inside
         if self.kind == "edge":
             return Edge(self.word() not in ("^", "\\A"))
-        if self.kind == "class":
-            return OneChar(self.characters())
-        if self.kind == "dot":
-            return self.DOT
+        if self.kind != "char":
+            return super().part(depth)
         if self.text.startswith(("\\b", "\\B"), self.token.start()):
             raise self.refuse(f"{self.text[self.token.start() :][:2]} (a word's border) cannot be honoured")
         self.at = self.token.start()
@@ -15273,15 +14520,17 @@ class GbnfReader(Reader):
         self.used: dict[str, int] = {}  # name → place
 
     def refuse(self, what: str, place: int | None = None) -> InvalidRequest:
-        place = (self.token.start() if self.token else len(self.text)) if place is None else place
+        place = (self.token.start() if self.token else self.at) if place is None else place
         return InvalidRequest(f"grammar: line {self.text.count(chr(10), 0, place) + 1}: {what}", "grammar")
 
     def read(self) -> Symbol:
-        if len(self.text) > self.MAX_TEXT:
-            raise InvalidRequest(f"grammar: over {self.MAX_TEXT} characters", "grammar")
-        self.advance()
-        while self.kind is not None:
-            self._rule()
+        while self.token is not None:
+            if self.kind != "rule":
+                wrong = "{} is not expected here" if self.rules else "a rule must begin here (name ::= …), not {}"
+                raise self.refuse(wrong.format(_said(self.word())))
+            name = self.token["rule"]
+            self.advance()
+            self.rules[name] = self.choice(0)
         missing = next((name for name in self.used if name not in self.rules), None)
         if missing is not None:
             raise self.refuse(f"the rule {_said(missing)} is used but not written", self.used[missing])
@@ -15290,16 +14539,6 @@ class GbnfReader(Reader):
         self._check_left_recursion()
         return self.rules["root"]
 
-    def _rule(self) -> None:
-        if self.kind != "rule":
-            raise self.refuse(f"a rule must begin here (name ::= …), not {_said(self.word())}")
-        assert self.token is not None
-        name = self.token["rule"]
-        self.advance()
-        self.rules[name] = self.choice(0)
-        if self.kind not in ("rule", None):
-            raise self.refuse(f"{_said(self.word())} is not expected here")
-
     def part(self, depth: int) -> Symbol:
         assert self.token is not None
         if self.kind == "name":
@@ -15307,16 +14546,14 @@ class GbnfReader(Reader):
             return RuleName(self.word(), self.rules)
         if self.kind == "literal":
             return word(self._literal())
-        if self.kind == "class":
-            ranges = self.characters()
-            if not ranges:
-                raise self.refuse("a class without characters matches nothing")
-            return OneChar(ranges)
         if self.kind == "token":
             return word(self.word())
         if self.kind == "no_text":
             raise self.refuse("tokens by number, and all tokens but one, cannot be honoured: write <name>, or a text")
-        return OneChar(EVERY_CHAR) if self.kind == "dot" else self.inside(depth)
+        found = super().part(depth)
+        if found == OneChar(()):
+            raise self.refuse("a class without characters matches nothing")
+        return found
 
     def _literal(self) -> str:
         codes = []
@@ -15360,7 +14597,7 @@ class GbnfReader(Reader):
 
     def _first_parts(self, symbol: Symbol, empty: dict[Symbol, bool]) -> Iterator[Symbol]:
         """The parts that may be met before anything is read; says at the end whether the whole may be empty."""
-        is_empty = isinstance(symbol, InOrder) or symbol == Word(b"") or (isinstance(symbol, Repeated) and not symbol.low)
+        is_empty = isinstance(symbol, InOrder) or (isinstance(symbol, Repeated) and not symbol.low)
         for part in (self.rules[symbol.name],) if isinstance(symbol, RuleName) else symbol.parts:
             yield part
             if not isinstance(symbol, InOrder):
@@ -15373,8 +14610,8 @@ class GbnfReader(Reader):
 
 # ── D.3. Strings ──────────────────────────────────────────────────────────────────────────────────────────────────────
 # Sets of texts, with and, or and not, and the JSON strings of such a set: symbols that know what can still come.
-# Offers: Texts and its algebra (union, intersection, complement, word_texts, texts_by); StringShape, string_symbol, string_fits,
-# few_texts; FORMATS. Uses: D.1's symbols, D.2's patterns.
+# Offers: Texts and its algebra (union, intersection, complement, word_texts, texts_by); shortest; StringShape, string_symbol,
+# string_fits, few_texts; JsonText; FORMATS. Uses: D.1's symbols, D.2's patterns.
 
 
 class Texts:
@@ -15460,10 +14697,6 @@ def then(one: Texts, two: Texts) -> Texts:
     return two
 
 
-def _counted(texts: Texts) -> tuple[Texts, int, float]:
-    return (texts.parts[0], *texts.data) if texts.kind == "repeat" else (texts, 1, 1)
-
-
 def repeat(part: Texts, low: int, high: float) -> Texts:
     """So many texts of a set, joined."""
     if high == 0 or part is EMPTY or part is NONE:
@@ -15507,7 +14740,7 @@ def _merged_counts(parts: dict[Texts, None]) -> dict[Texts, None]:
     counts: dict[tuple[Texts, Texts], list[tuple[int, float]]] = {}
     for texts in parts:
         head, rest = texts.parts if texts.kind == "then" else (texts, EMPTY)
-        part, low, high = _counted(head)
+        part, low, high = (head.parts[0], *head.data) if head.kind == "repeat" else (head, 1, 1)
         counts.setdefault((part, rest), []).append((low, high))
     if len(counts) == len(parts):
         return parts
@@ -15629,7 +14862,7 @@ def _combined(options: Iterable[Iterable[tuple[Ranges, Texts]]], join: Callable[
                 known[key] = join(here)
             found.setdefault(known[key], []).append((low, after - 1))
     found.pop(NONE, None)
-    return tuple((merged(ranges), behind) for behind, ranges in found.items())
+    return tuple((tuple(touching(ranges)), behind) for behind, ranges in found.items())
 
 
 # Patterns
@@ -15658,11 +14891,11 @@ class Matching:
             ends = tuple(EMPTY if texts.nullable else NONE for texts in rest)
             return (ends[0], ends[1]) if pattern.at_end else (first, NONE)
         if isinstance(pattern, InOrder):
-            for part in reversed(pattern.symbols):
+            for part in reversed(pattern.parts):
                 rest = self.before(part, rest)
             return rest
         if isinstance(pattern, AnyOf):
-            options = [self.before(part, rest) for part in pattern.options]
+            options = [self.before(part, rest) for part in pattern.parts]
             return union(option[0] for option in options), union(option[1] for option in options)
         if isinstance(pattern, Ahead):
             one, two = self.before(pattern.inside, (ALL, ALL))
@@ -15676,11 +14909,11 @@ class Matching:
         if isinstance(pattern, OneChar):
             return char_texts(pattern.ranges)
         if isinstance(pattern, AnyOf):
-            return union([self.alone(part) for part in pattern.options])
+            return union([self.alone(part) for part in pattern.parts])
         if isinstance(pattern, Repeated):
             return repeat(self.alone(pattern.symbol), pattern.low, math.inf if pattern.high is None else pattern.high)
         if isinstance(pattern, InOrder):
-            return functools.reduce(lambda later, one: then(self.alone(one), later), reversed(pattern.symbols), EMPTY)
+            return functools.reduce(lambda later, one: then(self.alone(one), later), reversed(pattern.parts), EMPTY)
         return NONE  # an Edge
 
     @staticmethod
@@ -15788,8 +15021,8 @@ def shortest(at: Texts, spend: Callable[[int], None] = lambda steps: None) -> fl
                 longer += fresh
             elif length + known < found:
                 found, rest, last = length + known, known, one
-        if len(before) > MAX_SEARCH:
-            raise InvalidRequest("the string's patterns and formats together are too complex to tell what fits them")
+            if len(before) > MAX_SEARCH:
+                raise InvalidRequest("the string's patterns and formats together are too complex to tell what fits them")
         layer, length = longer, length + 1
     if last is None:
         for one in before:
@@ -15978,7 +15211,7 @@ PARTIAL_FORMATS = ("email", "idn-email", "regex", "hostname")  # the rule leaves
 
 # ── D.4. Numbers ──────────────────────────────────────────────────────────────────────────────────────────────────────
 # JSON numbers by bounds and multiples, digit by digit.
-# Offers: NumberShape, number_symbol, another_number, number_fits, number_machine. Uses: D.1's symbols.
+# Offers: NumberShape, number_symbol, another_number, number_fits. Uses: D.1's symbols.
 
 
 @dataclass(frozen=True)
@@ -16065,13 +15298,6 @@ class NumberMachine:
     def _is_right(self, value: int) -> bool:
         """True for a number of units that is a multiple of what it must be, and of nothing that it must not be."""
         return value % self.unit == 0 and all(value % one for one in self.unlike)
-
-    def every_number(self, most: int) -> set[int | float] | None:
-        """The numbers, if there are at most so many."""
-        if self.high - self.low > most * self.unit:
-            return None
-        found = filter(self._is_right, range(-(-int(self.low) // self.unit) * self.unit, int(self.high) + 1, self.unit))
-        return {value // self.scale if value % self.scale == 0 else value / self.scale for value in found}
 
     def symbol(self, excluded: Iterable[int | float]) -> Symbol | None:
         """A JSON number that is none of those excluded; None if there is none."""
@@ -16213,11 +15439,9 @@ def number_fits(shape: NumberShape, value: int | float) -> bool:
 # ── E.1. JSON schemas ─────────────────────────────────────────────────────────────────────────────────────────────────
 # A client's JSON schema, read: keywords checked, older drafts in the words of the newest, references followed; what can
 # be said in fewer keywords is, and what cannot be honoured is refused by name.
-# Offers: SchemaAlgebra (a schema as branches), SchemaReader.KEYWORDS, comparable, type_bit.
-# Uses: D.3's strings, D.4's numbers.
+# Offers: SchemaReader, Node, comparable, type_bit. Uses: nothing.
 
-Node = tuple[int, ...]  # schemas that must all hold for one value, by their number in SchemaReader; () allows everything
-Branch = tuple[int, ...]  # like a Node, of schemas that hold no others for the same value
+Node = tuple[int, ...]  # schemas that must all hold, by their number in SchemaReader, ~number: must not hold; () allows all
 Result = TypeVar("Result")
 
 
@@ -16225,33 +15449,26 @@ class SchemaReader:
     """A client's JSON schema as checked dicts with a number each, equal ones once.
 
     A checked dict holds numbers where the client's holds schemas, and only keywords that are honoured; `type` is a bit for
-    each type, const an enum, multipleOf a list. Some are our own. `soft`: derived by us; ignored when deciding whether an
-    object is open ("not": and which names it has). `excluded` lists values that may not be, `notMultiple` what a number may
-    not be a multiple of; pattern and format are lists of texts_by's arguments. `other` says that some property outside of
-    names and patterns must fit a schema.
+    each type, const an enum, multipleOf a list; pattern and format are lists of texts_by's arguments. `soft` is our own: the
+    schema was derived, and does not close an object.
     """
 
-    MAX_STEPS = 60_000  # schemas read, merged and compared, some 10 µs each
+    MAX_STEPS = 60_000  # schemas read, joined and compared, some 10 µs each
     MAX_TEXT = 2_000_000  # characters of names and constants
     MAX_DEPTH = 64
     MAX_COUNT = 10**9
     MAX_BOUND = 2**1024  # a number beyond is no bound
     TYPES: ClassVar = {"object": 1, "array": 2, "string": 4, "number": 24, "integer": 8, "boolean": 32, "null": 64}
     FRACTION, EVERY_TYPE = 16, 127  # a number that is no integer; all
-    COMBINED: ClassVar = {"$ref", "allOf", "anyOf", "oneOf", "not", "discriminator", "unevaluatedProperties", "unevaluatedItems"}
-    PLAIN: ClassVar = {"type", "enum", "excluded", "soft"}
-    DEFINITIONS: ClassVar = {"$defs", "definitions", "dependencies"}  # that hold schemas by name, beside KEYWORDS
 
     def __init__(self, name: str, root: Any) -> None:
-        self.name, self.root, self.steps, self.size = name, root, 0, 0
+        self.name, self.root, self.steps, self.size, self.depth = name, root, 0, 0, 0
         self.schemas: list[dict[str, Any]] = []
-        self.bits: list[int] = []  # the types that each schema leaves
         self.numbers: dict[str, int] = {}  # JSON text → number
         self._read: dict[int, int] = {}  # id of a client's dict → number
         self._targets: dict[str, int] = {}
-        self._listed: dict[int, set[Any]] = {}
         self._nodes: dict[tuple[int, ...], Node] = {}
-        self._resources: dict[str, tuple[Any, str]] | None = None  # URL → what it names, and the base of references there
+        self._has_ids = False  # of schemas inside: references are relative to those
         said = root if isinstance(root, dict) else {}
         self.base = next((said[key] for key in ("$id", "id") if isinstance(said.get(key), str)), "").partition("#")[0]
         draft = re.search(r"draft-0?(\d)\b", str(said.get("$schema")))
@@ -16291,39 +15508,42 @@ class SchemaReader:
         if text not in self.numbers:
             self.numbers[text] = len(self.schemas)
             self.schemas.append(schema)
-            listed = functools.reduce(operator.or_, map(type_bit, schema["enum"]), 0) if "enum" in schema else self.EVERY_TYPE
-            self.bits.append(schema.get("type", self.EVERY_TYPE) & listed)
         return self.numbers[text]
 
-    def read(self, schema: Any, depth: int, where: str, base: str) -> int:
-        """The number of a client's schema; references in it are relative to `base`."""
+    def read(self, schema: Any, where: str = "the schema") -> int:
+        """The number of a client's schema."""
         self.spend()
         if not isinstance(schema, dict):
             if not isinstance(schema, bool):
                 raise self.refuse(f"{where} holds {self.said(schema)}, which is not a schema")
             return self.free if schema else self.never
-        if depth > self.MAX_DEPTH:
+        if self.depth > self.MAX_DEPTH:
             raise self.refuse(f"the schema is nested over {self.MAX_DEPTH} levels deep")
         number = self._read.get(id(schema))
         if number is None:
-            number = self._read[id(schema)] = self._tidy(schema, depth + 1, base)
+            self.depth += 1
+            number = self._read[id(schema)] = self._checked(schema)
+            self.depth -= 1
         return number
 
     def said(self, value: Any) -> str:
         """A client's value for a message."""
         return ("an object" if isinstance(value, dict) else "a list") if isinstance(value, (dict, list)) else _said(value)
 
-    def _tidy(self, schema: dict[str, Any], depth: int, base: str) -> int:
+    def _checked(self, schema: dict[str, Any]) -> int:
         """The number of a schema's checked dict."""
         given = schema if self.OLDER.isdisjoint(schema) and None not in schema.values() else self._renewed(schema)
-        if "$id" in given and isinstance(given["$id"], str) and not given["$id"].startswith("#"):
-            base = self.joined(base, given["$id"]).partition("#")[0]
+        self._note_id(given)
         found: dict[str, Any] = {}
         readers = self.KEYWORDS
         for key, value in given.items():
             if (reader := readers.get(key)) is not None:
-                found[key] = reader(self, key, value, depth, base)
-        return self.number(found) if self.CONDITIONS.isdisjoint(found) else self._rewritten(found)
+                found[key] = reader(self, key, value)
+        return self.number(found) if self.REWRITTEN.isdisjoint(found) else self._rewritten(found)
+
+    def _note_id(self, schema: Any) -> None:
+        url = schema.get("$id") if isinstance(schema, dict) else None
+        self._has_ids = self._has_ids or (isinstance(url, str) and not url.startswith("#") and url.rstrip("#") != self.base)
 
     def _renewed(self, schema: dict[str, Any]) -> dict[str, Any]:
         """Keywords of older drafts in the words of the newest; those that are null are left out."""
@@ -16351,101 +15571,93 @@ class SchemaReader:
 
     # Keywords: a method checks each one's value.
 
-    def _schema(self, key: str, value: Any, depth: int, base: str) -> int:
-        return self.read(value, depth, key, base)
+    def _must(self, fits: bool, key: str, what: str, value: Any) -> None:
+        if not fits:
+            raise self.refuse(f"{key} must be {what}, not {self.said(value)}")
 
-    def _schemas(self, key: str, value: Any, depth: int, base: str) -> list[int]:
-        return [self.read(one, depth, key, base) for one in self._list(key, value, depth, base)]
+    def _schema(self, key: str, value: Any) -> int:
+        return self.read(value, key)
 
-    def _named(self, key: str, value: Any, depth: int, base: str) -> dict[str, int]:
-        if not isinstance(value, dict):
-            raise self.refuse(f"{key} must be an object, not {self.said(value)}")
+    def _schemas(self, key: str, value: Any) -> list[int]:
+        return [self.read(one, key) for one in self._list(key, value)]
+
+    def _named(self, key: str, value: Any) -> dict[str, int]:
+        self._must(isinstance(value, dict), key, "an object", value)
         self.keep(*value)
-        return {name: self.read(schema, depth, key, base) for name, schema in value.items()}
+        return {name: self.read(schema, key) for name, schema in value.items()}
 
-    def _list(self, key: str, value: Any, depth: int, base: str) -> list[Any]:
-        if not isinstance(value, list) or not value:
-            raise self.refuse(f"{key} must be a list of at least one element")
-        return value
+    def _list(self, key: str, value: Any) -> list[Any]:
+        self._must(isinstance(value, list) and bool(value), key, "a list of at least one element", value)
+        return value  # type: ignore[no-any-return]
 
-    def _count(self, key: str, value: Any, depth: int, base: str) -> int:
-        if not self._is_number(value) or not 0 <= value <= self.MAX_COUNT or value != int(value):
-            raise self.refuse(f"{key} must be a whole number from 0 to {self.MAX_COUNT}, not {self.said(value)}")
+    def _count(self, key: str, value: Any) -> int:
+        whole = type_bit(value) == self.TYPES["integer"] and 0 <= value <= self.MAX_COUNT
+        self._must(whole, key, f"a whole number from 0 to {self.MAX_COUNT}", value)
         return int(value)
 
-    @staticmethod
-    def _is_number(value: Any) -> bool:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-    def _bound(self, key: str, value: Any, depth: int, base: str) -> int | float:
-        if not self._is_number(value):
-            raise self.refuse(f"{key} must be a number, not {self.said(value)}")
+    def _bound(self, key: str, value: Any) -> int | float:
+        self._must(bool(type_bit(value) & self.TYPES["number"]), key, "a number", value)
         if not -self.MAX_BOUND <= value <= self.MAX_BOUND:
             raise self.refuse(f"{key} must lie within the bounds of a double")
         return value  # type: ignore[no-any-return]
 
-    def _factor(self, key: str, value: Any, depth: int, base: str) -> list[int | float]:
-        if self._bound(key, value, depth, base) <= 0:
+    def _factor(self, key: str, value: Any) -> list[int | float]:
+        if self._bound(key, value) <= 0:
             raise self.refuse(f"{key} must be above 0")
         return [value]
 
-    def _text(self, key: str, value: Any, depth: int, base: str) -> list[tuple[str, str, bool]]:
-        if not isinstance(value, str):
-            raise self.refuse(f"{key} must be a string, not {self.said(value)}")
+    def _text(self, key: str, value: Any) -> list[tuple[str, str, bool]]:
+        self._must(isinstance(value, str), key, "a string", value)
         self.keep(value)
         return [(key, value, True)]
 
-    def _types(self, key: str, value: Any, depth: int, base: str) -> int:
-        if isinstance(value, str) and value in self.TYPES:
-            return self.TYPES[value]
+    def _types(self, key: str, value: Any) -> int:
         types = value if isinstance(value, list) else [value]
         if not types or not all(isinstance(kind, str) and kind in self.TYPES for kind in types):
             raise self.refuse(f"type {self.said(value)} is unknown")
         return functools.reduce(operator.or_, map(self.TYPES.__getitem__, types))
 
-    def _names(self, key: str, value: Any, depth: int, base: str) -> list[str]:
-        if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
-            raise self.refuse(f"{key} must be a list of names")
+    def _names(self, key: str, value: Any) -> list[str]:
+        self._must(isinstance(value, list) and all(isinstance(name, str) for name in value), key, "a list of names", value)
         self.spend(len(value) // 8)
         self.keep(*value)
         return list(dict.fromkeys(value))
 
-    def _needs(self, key: str, value: Any, depth: int, base: str) -> dict[str, list[str]]:
-        if not isinstance(value, dict):
-            raise self.refuse(f"{key} must be an object, not {self.said(value)}")
-        return {name: self._names(key, names, depth, base) for name, names in value.items()}
+    def _needs(self, key: str, value: Any) -> dict[str, list[str]]:
+        self._must(isinstance(value, dict), key, "an object", value)
+        return {name: self._names(key, names) for name, names in value.items()}
 
-    def _enum(self, key: str, value: Any, depth: int, base: str) -> list[Any]:
-        self.spend(len(self._list(key, value, depth, base)) // 8)
-        return self._constants(value)
+    def _enum(self, key: str, value: Any) -> list[Any]:
+        self.spend(len(self._list(key, value)) // 8)
+        return self._constants(key, value)
 
-    def _const(self, key: str, value: Any, depth: int, base: str) -> list[Any]:
-        return self._constants([value])
-
-    def _constants(self, values: list[Any]) -> list[Any]:
+    def _constants(self, key: str, value: Any) -> Any:
         try:
-            self.keep(json.dumps(values, ensure_ascii=False, allow_nan=False))
+            self.keep(json.dumps(value, ensure_ascii=False, allow_nan=False))
         except ValueError:
             raise self.refuse("a number is too large for JSON") from None
-        return values
+        return value
 
-    def _flag(self, key: str, value: Any, depth: int, base: str) -> bool:
+    def _flag(self, key: str, value: Any) -> bool:
         return value is True
 
-    def _reference(self, key: str, value: Any, depth: int, base: str) -> str:
-        if not isinstance(value, str):
-            raise self.refuse(f"{key} must be a string, not {self.said(value)}")
-        return value if base == self.base else self.joined(base, value)
+    def _reference(self, key: str, value: Any) -> str:
+        self._must(isinstance(value, str), key, "a string", value)
+        if self._has_ids:
+            raise self.refuse(f"$ref {_said(value)} beside an $id inside the schema is not supported")
+        return value  # type: ignore[no-any-return]
 
-    def _discriminator(self, key: str, value: Any, depth: int, base: str) -> str | None:
+    def _discriminator(self, key: str, value: Any) -> str | None:
         name = value.get("propertyName") if isinstance(value, dict) else None
         return name if isinstance(name, str) else None
 
-    def _unsupported(self, key: str, value: Any, depth: int, base: str) -> NoReturn:
+    def _unsupported(self, key: str, value: Any) -> NoReturn:
         raise self.refuse(f"keyword {key} is not supported")
 
     OLDER: ClassVar = {"items", "dependencies", "exclusiveMinimum", "exclusiveMaximum", "$ref"}
-    CONDITIONS: ClassVar = {"if", "then", "else", "dependentRequired", "dependentSchemas", "const", "nullable"}
+    REWRITTEN: ClassVar = {"if", "then", "else", "dependentRequired", "dependentSchemas", "const", "nullable",
+                           "unevaluatedProperties", "unevaluatedItems"}  # fmt: skip
+    EVALUATING: ClassVar = ("$ref", "allOf", "anyOf", "oneOf", "not", "if", "dependentSchemas", "contains")
     KEYWORDS: ClassVar[dict[str, Callable[..., Any]]] = {
         key: reader for keys, reader in {
             ("items", "additionalProperties", "propertyNames", "contains", "not", "if", "then", "else",
@@ -16456,17 +15668,22 @@ class SchemaReader:
              "maxContains"): _count,
             ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"): _bound,
             ("pattern", "format"): _text, ("uniqueItems", "nullable"): _flag, ("multipleOf",): _factor, ("type",): _types,
-            ("required",): _names, ("dependentRequired",): _needs, ("enum",): _enum, ("const",): _const,
+            ("required",): _names, ("dependentRequired",): _needs, ("enum",): _enum, ("const",): _constants,
             ("$ref",): _reference, ("discriminator",): _discriminator,
             ("$dynamicRef", "$recursiveRef", "extends", "disallow", "divisibleBy"): _unsupported,
         }.items() for key in keys}  # fmt: skip
 
     def _rewritten(self, found: dict[str, Any]) -> int:
         """The number of a checked dict in which const is an enum and conditions are alternatives."""
+        for key, plain in (("unevaluatedProperties", "additionalProperties"), ("unevaluatedItems", "items")):
+            if key in found:
+                if beside := next((other for other in self.EVALUATING if other in found), None):
+                    raise self.refuse(f"keyword {key} is not supported beside {beside}")
+                found.setdefault(plain, found.pop(key))
         if "const" in found:
-            (wanted,) = map(comparable, found["const"])
-            found["enum"] = [value for value in found.get("enum", found["const"]) if comparable(value) == wanted]
-            del found["const"]
+            const = found.pop("const")
+            wanted = comparable(const)
+            found["enum"] = [value for value in found.get("enum", [const]) if comparable(value) == wanted]
         also = [self._lacks_or(name, {"required": names}) for name, names in found.pop("dependentRequired", {}).items()]
         also += [self._lacks_or(name, {"allOf": [one]}) for name, one in found.pop("dependentSchemas", {}).items()]
         condition, then, other = (found.pop(key, None) for key in ("if", "then", "else"))
@@ -16480,76 +15697,37 @@ class SchemaReader:
 
     def _lacks_or(self, name: str, schema: dict[str, Any]) -> int:
         """A schema of objects that lack a property, or have it and fit a schema."""
-        needs = {"required": [name, *schema["required"]]} if "required" in schema else {"required": [name], **schema}
-        return self._any({"properties": {name: self.never}, "soft": "if"}, {**needs, "soft": "if"})
+        needs = {**schema, "required": [name, *schema.get("required", ())], "soft": True}
+        return self._any({"properties": {name: self.never}, "soft": True}, needs)
 
     def _any(self, *schemas: dict[str, Any]) -> int:
         return self.number({"anyOf": [self.number(schema) for schema in schemas]})
 
-    # References (RFC 6901, and JSON Schema's $id and $anchor)
-
-    def joined(self, base: str, ref: str) -> str:
-        try:
-            return base + ref if ref.startswith("#") else urllib.parse.urljoin(base, ref)
-        except ValueError:
-            raise self.refuse(f"$ref {_said(ref)} is no reference") from None
-
     def target(self, ref: str) -> int:
-        """The number of the schema that a reference names."""
+        """The number of the schema that a reference within the document names (RFC 6901)."""
         if ref not in self._targets:
-            url, _, pointer = self.joined(self.base, ref).partition("#")
+            url, _, pointer = ref.partition("#")
+            try:
+                inside = not url or urllib.parse.urljoin(self.base, url) == self.base
+            except ValueError:
+                raise self.refuse(f"$ref {_said(ref)} is no reference") from None
             pointer = urllib.parse.unquote(pointer)
-            named = self.resources() if url != self.base or (pointer and not pointer.startswith("/")) else {}
-            place = named.get(url, (self.root, self.base) if url == self.base else None)
-            if pointer and not pointer.startswith("/"):
-                place, pointer = named.get(f"{url}#{pointer}"), ""
-            if place is None:
-                raise self.refuse(f"$ref {_said(ref)} is not inside the schema")
-            self._targets[ref] = self.read(*self._pointed(ref, pointer, *place))
+            if not inside or (pointer and not pointer.startswith("/")):
+                raise self.refuse(f"$ref {_said(ref)} is not inside the schema; $id and $anchor are not supported there")
+            target = self.root
+            for part in pointer.split("/")[1:]:
+                part = part.replace("~1", "/").replace("~0", "~")
+                try:
+                    target = target[int(part)] if isinstance(target, list) and part.isdecimal() else target[part]
+                except (KeyError, IndexError, ValueError, TypeError):
+                    raise self.refuse(f"$ref {_said(ref)} names nothing") from None
+                self._note_id(target)
+            self._targets[ref] = self.read(target, "$ref")
         return self._targets[ref]
 
-    def _pointed(self, ref: str, pointer: str, target: Any, base: str) -> tuple[Any, int, str, str]:
-        """Follows a JSON pointer; returns `read`'s arguments for what it names."""
-        for part in pointer.split("/")[1:]:
-            part = part.replace("~1", "/").replace("~0", "~")
-            try:
-                target = target[int(part)] if isinstance(target, list) and part.isdecimal() else target[part]
-            except (KeyError, IndexError, ValueError, TypeError):
-                raise self.refuse(f"$ref {_said(ref)} names nothing") from None
-        return target, 0, "$ref", base
-
-    def resources(self) -> dict[str, tuple[Any, str]]:
-        """The schemas that have a URL of their own, by $id, id or $anchor."""
-        if self._resources is None:
-            self._resources, todo = {}, [(self.root, self.base)]
-            while todo:
-                schema, base = todo.pop()
-                if isinstance(schema, dict):
-                    self.spend()
-                    base = self._enter(schema, base)
-                    todo += [(inner, base) for key, value in schema.items() for inner in self._schemas_in(key, value)]
-        return self._resources
-
-    def _schemas_in(self, key: str, value: Any) -> Iterable[Any]:
-        """The schemas that a keyword holds; what looks like one in a constant, or beside an unknown word, is none."""
-        reader = self.KEYWORDS.get(key)
-        if isinstance(value, dict) and (reader is SchemaReader._named or key in self.DEFINITIONS):
-            return value.values()
-        if isinstance(value, list) and (reader is SchemaReader._schemas or key == "items"):
-            return value
-        return [value] if reader is SchemaReader._schema or key == "additionalItems" else ()
-
-    def _enter(self, schema: dict[str, Any], base: str) -> str:
-        """Notes a schema's own names; returns the base of references inside."""
-        assert self._resources is not None
-        for key in ("$id", "id"):
-            if isinstance(schema.get(key), str) and schema is not self.root:
-                url = self.joined(base, schema[key]).removesuffix("#")
-                base = url if key == "$id" and "#" not in url else base
-                self._resources.setdefault(url, (schema, base))
-        if isinstance(schema.get("$anchor"), str):
-            self._resources.setdefault(f"{base}#{schema['$anchor']}", (schema, base))
-        return base
+    def both(self, one: Node, two: Node) -> Node:
+        """The schemas of two nodes."""
+        return (self.never,) if (self.never,) in (one, two) else tuple(dict.fromkeys(one + two)) if one and two else one or two
 
     def node(self, numbers: Iterable[int]) -> Node:
         """Schemas that must all hold; one that only points to others is replaced by those."""
@@ -16563,120 +15741,22 @@ class SchemaReader:
         todo, seen = list(reversed(numbers)), set()
         while todo:
             number = todo.pop()
-            schema = self.schemas[number]
-            if number not in seen and len(schema) == 1 and ("$ref" in schema or "allOf" in schema):
-                seen.add(number)
-                todo += [self.target(schema["$ref"])] if "$ref" in schema else schema["allOf"][::-1]
-            elif schema:
+            schema = self.schemas[max(number, ~number)]
+            key = next(iter(schema), "") if len(schema) == 1 and number not in seen else ""
+            seen.add(number)
+            if key == "$ref":
+                target = self.target(schema[key])
+                todo.append(target if number >= 0 else ~target)
+            elif key in ("allOf", "not") and number >= 0:
+                todo += schema[key][::-1] if key == "allOf" else [~schema[key]]
+            elif number in (self.never, ~self.free):
+                return (self.never,)
+            elif number not in (self.free, ~self.never):
                 found[number] = None
-        return (self.never,) if self.never in found else tuple(found)
-
-    # Constants: does a value fit a schema?
-
-    def fits(self, value: Any, number: int, refs: int = 0) -> bool:
-        """True if a value fits a schema."""
-        self.spend()
-        schema = self.schemas[number]
-        if refs > self.MAX_DEPTH:
-            raise self.refuse("a $ref leads back to itself")
-        if not self.bits[number] & type_bit(value):
-            return False
-        if ("enum" in schema or "excluded" in schema) and (comparable(value) in self.listed(number)) != ("enum" in schema):
-            return False
-        if schema.keys() <= self.PLAIN:
-            return True
-        if schema.keys() & self.COMBINED and not self._fits_all(schema, functools.partial(self.fits, value, refs=refs + 1)):
-            return False
-        if schema.keys() & {"unevaluatedProperties", "unevaluatedItems"} and isinstance(value, (dict, list)):
-            raise self.refuse("enum and const beside unevaluatedProperties and unevaluatedItems are not supported")
-        if isinstance(value, str):
-            return self._fits_text(value, schema)
-        if isinstance(value, list):
-            return self._fits_array(value, schema)
-        return self._fits_object(value, schema) if isinstance(value, dict) else self._fits_number(value, schema)
-
-    def listed(self, number: int) -> set[Any]:
-        """The values that a schema lists, to compare with."""
-        if number not in self._listed:
-            schema = self.schemas[number]
-            self._listed[number] = set(map(comparable, schema.get("enum", schema.get("excluded", ()))))
-        return self._listed[number]
-
-    def _fits_all(self, schema: dict[str, Any], holds: Callable[[int], bool]) -> bool:
-        """True if the schemas inside a schema that are about the same value hold."""
-        return (all(map(holds, schema.get("allOf", ())))
-                and ("anyOf" not in schema or any(map(holds, schema["anyOf"])))
-                and ("oneOf" not in schema or sum(map(holds, schema["oneOf"])) == 1)
-                and ("not" not in schema or not holds(schema["not"]))
-                and ("$ref" not in schema or holds(self.target(schema["$ref"]))))  # fmt: skip
-
-    def _fits_text(self, value: str, schema: dict[str, Any]) -> bool:
-        return string_fits(self.string_shape([schema]), value)
-
-    def _fits_number(self, value: Any, schema: dict[str, Any]) -> bool:
-        return not self._is_number(value) or number_fits(number_shape([schema]), value)
-
-    def _fits_array(self, value: list[Any], schema: dict[str, Any]) -> bool:
-        if not schema.get("minItems", 0) <= len(value) <= schema.get("maxItems", len(value)):
-            return False
-        if schema.get("uniqueItems") and len(set(map(comparable, value))) < len(value):
-            return False
-        if "contains" in schema and not self.has_contained(value, [contained(schema)]):
-            return False
-        return all(self.fits(one, number) for i, one in enumerate(value) for number in self.element([schema], i))
-
-    def has_contained(self, value: list[Any], wanted: Iterable[tuple[int, int, int | None]]) -> bool:
-        """True if a list holds as many elements that fit each schema as it must and may."""
-        counts = ((sum(self.fits(one, number) for one in value), least, most) for number, least, most in wanted)
-        return all(least <= count and (most is None or count <= most) for count, least, most in counts)
-
-    def _fits_object(self, value: dict[str, Any], schema: dict[str, Any]) -> bool:
-        if not schema.get("minProperties", 0) <= len(value) <= schema.get("maxProperties", len(value)):
-            return False
-        if not set(schema.get("required", ())) <= set(value):
-            return False
-        if "other" in schema:
-            names, patterns, inner = schema["other"]
-            if not any(self.fits(one, inner) for name, one in value.items() if self.is_other(name, names, patterns)):
-                return False
-        return all(self.fits(name, number) for name in value for number in [schema.get("propertyNames", self.free)]) and all(
-            self.fits(one, number) for name, one in value.items() for number in self.property(schema, name))  # fmt: skip
-
-    @staticmethod
-    def element(schemas: list[dict[str, Any]], index: int) -> Iterator[int]:
-        """The schemas that an array's element must fit."""
-        for schema in schemas:
-            if index < len(schema.get("prefixItems", ())):
-                yield schema["prefixItems"][index]
-            elif "items" in schema:
-                yield schema["items"]
-
-    def property(self, schema: dict[str, Any], name: str) -> list[int]:
-        """The schemas that the value of an object's property must fit."""
-        own = [schema["properties"][name]] if name in schema.get("properties", ()) else []
-        if "patternProperties" in schema:
-            own += [number for pattern, number in schema["patternProperties"].items() if self.matches(pattern, name)]
-        return own or ([schema["additionalProperties"]] if "additionalProperties" in schema else [])
-
-    def matches(self, pattern: str, name: str) -> bool:
-        return string_fits(StringShape(texts=texts_by("pattern", pattern)), name)
-
-    def is_other(self, name: str, names: list[str], patterns: list[str]) -> bool:
-        return name not in names and not any(self.matches(pattern, name) for pattern in patterns)
-
-    def string_shape(self, schemas: list[dict[str, Any]]) -> StringShape:
-        """Joins several schemas' conditions on a string."""
-        lows, highs = ([schema[key] for schema in schemas if key in schema] for key in ("minLength", "maxLength"))
-        rules = [rule for schema in schemas for key in ("pattern", "format") for rule in schema.get(key, ())]
-        shape = StringShape.of(lows, highs, rules)
-        return shape.but_not(text for schema in schemas for text in schema.get("excluded", ()) if isinstance(text, str))
-
-    def string(self, shape: StringShape) -> Symbol | None:
-        """A string; None if there is none of its shape. The search for one is counted."""
-        shortest(shape.texts, self.spend)
-        return string_symbol(shape)
+        return tuple(found)
 
 
+TYPE_BITS = {dict: 1, list: 2, str: 4, int: 8, bool: 32, type(None): 64}
 
 
 def type_bit(value: Any) -> int:
@@ -16686,168 +15766,397 @@ def type_bit(value: Any) -> int:
     return TYPE_BITS[type(value)]
 
 
-TYPE_BITS = {dict: 1, list: 2, str: 4, int: 8, bool: 32, type(None): 64}
+class Fields(dict[str, Any]):
+    """An object's properties, to compare and hash."""
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return hash(frozenset(self.items()))
 
 
 def comparable(value: Any) -> Any:
     """A JSON value that compares and hashes as JSON's values do: 1 is 1.0 and not true."""
     if isinstance(value, dict):
-        return frozenset((name, comparable(one)) for name, one in value.items())
+        return Fields((name, comparable(one)) for name, one in value.items())
     if isinstance(value, list):
         return tuple(map(comparable, value))
     return (type(value), value) if isinstance(value, bool) else value
 
 
-def contained(schema: dict[str, Any]) -> tuple[int, int, int | None]:
-    """The schema that an array's elements must fit, how many at least and at most."""
-    return schema["contains"], schema.get("minContains", 1), schema.get("maxContains")
+def plain(value: Any) -> Any:
+    """The JSON value that a comparable one was made of."""
+    if isinstance(value, Fields):
+        return {name: plain(one) for name, one in value.items()}
+    if isinstance(value, tuple):
+        return value[1] if value[:1] == (bool,) else [plain(one) for one in value]
+    return value
 
 
-def number_shape(schemas: list[dict[str, Any]], whole: bool = False) -> NumberShape:
-    """Joins several schemas' conditions on a number, but for values that they exclude."""
-    lows = [(s[key], key != "minimum") for s in schemas for key in ("minimum", "exclusiveMinimum") if key in s]
-    highs = [(s[key], key == "maximum") for s in schemas for key in ("maximum", "exclusiveMaximum") if key in s]
-    high = min(highs, default=None)
-    factors, others = (tuple(dict.fromkeys(factor for schema in schemas for factor in schema.get(key, ())))
-                       for key in ("multipleOf", "notMultiple"))  # fmt: skip
-    return NumberShape(whole, max(lows, default=None), (high[0], not high[1]) if high else None, factors, others)
+# ── E.2. Shapes ───────────────────────────────────────────────────────────────────────────────────────────────────────
+# A schema in normal form: the shapes that its values may have, of which one must fit; forms are joined, united and denied.
+# Offers: SchemaShapes (a schema as shapes), the shapes. Uses: E.1's schemas, D.3's strings, D.4's numbers.
+
+
+@dataclass(frozen=True)
+class Constant:
+    """One value, as JSON text."""
+
+    text: str
 
 
 @dataclass(frozen=True, eq=False)
-class BranchFacts:
-    """Cheap facts about a branch: types, required properties, and values that are listed for properties, or ruled out."""
+class Listed:
+    """Values that are listed, by what compares as they do; choice() makes Constants of them."""
 
-    bits: int
-    required: set[str]
-    lists: dict[str, list[tuple[frozenset[Any], bool]]]
+    values: dict[Any, Any]
 
 
-class SchemaAlgebra(SchemaReader):
-    """A schema as branches, of which one must hold: schemas without allOf, anyOf, oneOf, not and the like.
+@dataclass(frozen=True)
+class ArrayShape:
+    """Elements with a schema each, then any number of the `rest` (None: no more), `low` to `high` in all.
 
-    `loose` branches allow more: they leave out not, and take oneOf for anyOf.
+    `contains` are schemas, and how many elements at least and at most fit them. A form has how it was said, too: whether
+    some schema speaks of the rest, and of the least length.
     """
 
-    MAX_OPTIONS = 1000  # branches of one value
-    FLIPS: ClassVar = {  # keyword → type, keyword that holds where it does not, how far the number moves
-        "minLength": ("string", "maxLength", -1), "maxLength": ("string", "minLength", 1),
-        "minItems": ("array", "maxItems", -1), "maxItems": ("array", "minItems", 1),
-        "minProperties": ("object", "maxProperties", -1), "maxProperties": ("object", "minProperties", 1),
-        "minimum": ("number", "exclusiveMaximum", 0), "exclusiveMaximum": ("number", "minimum", 0),
-        "maximum": ("number", "exclusiveMinimum", 0), "exclusiveMinimum": ("number", "maximum", 0)}  # fmt: skip
+    first: tuple[Node, ...] = ()
+    rest: Node | None = ()
+    low: int = 0
+    high: int | None = None
+    unique: bool = False
+    contains: tuple[tuple[int, int, int | None], ...] = ()
+    is_rest_said: bool = False
+    is_low_said: bool = False
+    why: str = ""
+
+    def at(self, index: int) -> Node | None:
+        """The schema of one element; None where the array has ended."""
+        if self.high is not None and index >= self.high:
+            return None
+        return self.first[index] if index < len(self.first) else self.rest
+
+
+@dataclass(frozen=True)
+class Property:
+    """A property with a name of its own. `late`: it comes behind those that have a place; `said`: a closed object may have it."""
+
+    name: str
+    node: Node
+    required: bool
+    late: bool = False
+    said: bool = True
+
+
+Others = tuple[tuple[StringShape, Node], ...]  # kinds of properties that have no place of their own: their names, their schema
+
+
+@dataclass(frozen=True)
+class ObjectShape:
+    """Properties in their order, then unnamed ones: names of a shape, and their values' schema. `low` to `high` in all.
+
+    A form has what no schema speaks of apart, as `unsaid`: `closed` objects have none of it. Its `names` fit a schema; of the
+    properties without these names and patterns `some` one must fit a schema; `wanted` ones are required where objects are
+    written. `why` it cannot be honoured, if so.
+    """
+
+    named: tuple[Property, ...] = ()
+    unnamed: Others = ((StringShape(), ()),)
+    low: int = 0
+    high: int | None = None
+    unsaid: Others = ()
+    closed: bool = False
+    names: Node = ()
+    some: tuple[tuple[tuple[str, ...], tuple[str, ...], int], ...] = ()
+    wanted: tuple[str, ...] = ()
+    why: str = ""
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @functools.cached_property
+    def _hash(self) -> int:
+        return hash((self.named, self.unnamed, self.low, self.high, self.unsaid, self.closed, self.names, self.some, self.why))
+
+    @functools.cached_property
+    def places(self) -> dict[str, Property]:
+        return {prop.name: prop for prop in self.named}
+
+    def at(self, name: str) -> Property:
+        """A property that has no place of its own."""
+        for others in (self.unnamed, self.unsaid):
+            for names, node in others:
+                if names == StringShape() or string_fits(names, name):
+                    return Property(name, node, False, True, others is self.unnamed)
+        raise AssertionError("every name has its kind")
+
+
+ANY_OBJECT = ObjectShape(unnamed=(), unsaid=((StringShape(), ()),))
+Shape = Constant | StringShape | NumberShape | ArrayShape | ObjectShape
+Shapes = tuple[Shape, ...]  # a value that has one of these shapes
+Form = list[tuple[Any, int]]  # such values: a shape or Listed, and the types that keywords are about, or TYPED
+TYPED = 128  # a type is said
+
+
+class Forms(SchemaReader):
+    """Brings schemas into normal form: all that they allow, exactly."""
+
+    MAX_OPTIONS = 1000  # cases of one value
+    MAX_PATTERNS = 12  # that an object's unnamed properties may have
+    COMBINED: ClassVar = {"$ref", "allOf", "anyOf", "oneOf", "not", "discriminator"}
+    HINTS: ClassVar = {  # type → keywords about it; the first one counts
+        1: {"properties", "required", "additionalProperties", "patternProperties", "propertyNames", "minProperties",
+            "maxProperties"},
+        2: {"items", "prefixItems", "minItems", "maxItems", "contains", "uniqueItems"},
+        24: {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"},
+        4: {"minLength", "maxLength", "pattern", "format"}}  # fmt: skip
 
     def __init__(self, name: str, root: Any) -> None:
         super().__init__(name, root)
-        self._branches: dict[tuple[int, bool], list[Branch]] = {}
-        self._opposites: dict[int, int] = {}
-        self._lists: dict[int, tuple[frozenset[Any], bool]] = {}
-        self._facts: dict[Branch, BranchFacts] = {}
-        self.doubly_negated = False  # what stands in not says nothing to unevaluatedProperties and unevaluatedItems
-        self._following: list[tuple[int, bool]] = []  # schemas being followed with no bracket between them
+        self.dead_end = ""  # why a form came to nothing
+        self._forms: dict[int, Form] = {}
+        self._following: list[int] = []  # schemas being followed with no bracket between them
+        self._lists: dict[Node, frozenset[Any] | None] = {}
+        self._enums: dict[int, frozenset[Any]] = {}
+        words = Listed({comparable(value): value for value in (None, True, False)})
+        self.everything: Form = [(words, 0), (NumberShape(), 0), (StringShape(), 0), (ArrayShape(), 0), (ANY_OBJECT, 0)]
 
-    def branches(self, number: int, loose: bool) -> list[Branch]:
-        key = (number, loose)
-        if key not in self._branches:
-            if key in self._following:
+    def form(self, number: int) -> Form:
+        """A schema's normal form; that of ~number is all that it does not allow."""
+        if number not in self._forms:
+            if number in self._following:
                 raise self.refuse("a $ref leads back to itself")
             if len(self._following) > self.MAX_DEPTH:
                 raise self.refuse(f"$ref leads to $ref over {self.MAX_DEPTH} times")
-            self._following.append(key)
-            self._branches[key] = self._unfold(self.schemas[number], loose)
-            self._following.pop()
-        return self._branches[key]
+            self._following.append(number)
+            try:
+                schema = self.schemas[max(number, ~number)]
+                self._forms[number] = self._read_form(schema) if number >= 0 else self._denied(schema)
+            finally:
+                self._following.pop()
+        return self._forms[number]
 
-    def _unfold(self, schema: dict[str, Any], loose: bool) -> list[Branch]:
+    def _read_form(self, schema: dict[str, Any]) -> Form:
         plain = {key: value for key, value in schema.items() if key not in self.COMBINED}
-        found: list[Branch] = [(self.number(plain),)] if plain.keys() - {"soft"} else [()]
-        if len(plain) == len(schema):
-            return found
-        for key, number in self._also(schema, loose):
-            found = self.both(found, self.branches(number, loose), key)
-        if "anyOf" in schema:
-            found = self._either([self.both(found, self.branches(number, loose), "anyOf") for number in schema["anyOf"]])
-        if "oneOf" in schema:
-            found = self.both(found, self._exactly_one(schema["oneOf"], loose), "oneOf")
-        for key in ("unevaluatedProperties", "unevaluatedItems"):
-            if key in schema and not loose:
-                found = [self._evaluated(branch, key, schema[key]) for branch in found]
+        found = self._plain(plain)
+        for key, form in self._also(schema) if len(plain) < len(schema) else ():
+            found = self.meet(found, form, key)
+        if name := schema.get("discriminator"):  # OpenAPI's: the property that tells options apart is always written
+            found = [(replace(shape, wanted=(name,)) if isinstance(shape, ObjectShape) else shape, said) for shape, said in found]
         return found
 
-    def _also(self, schema: dict[str, Any], loose: bool) -> Iterator[tuple[str, int]]:
-        """The schemas that must hold beside a schema's own keywords, and the keyword that says so."""
+    def _also(self, schema: dict[str, Any]) -> Iterator[tuple[str, Form]]:
+        """The forms that must fit beside a schema's own keywords, and the keywords that say so."""
         if "$ref" in schema:
-            yield "$ref", self.target(schema["$ref"])
+            yield "$ref", self.form(self.target(schema["$ref"]))
         for number in schema.get("allOf", ()):
-            yield "allOf", number
-        if "not" in schema and not loose:
-            yield "not", self.opposite(schema["not"])
-        if schema.get("discriminator") and not loose:  # OpenAPI's: the property that tells options apart is always there
-            yield "discriminator", self.number({"required": [schema["discriminator"]], "soft": "if"})
+            yield "allOf", self.form(number)
+        if "not" in schema:
+            yield "not", self.form(~schema["not"])
+        if "anyOf" in schema:
+            yield "anyOf", self.union([self.form(number) for number in schema["anyOf"]])
+        if "oneOf" in schema:
+            yield "oneOf", self._exactly_one(schema["oneOf"])
 
-    def _either(self, options: list[list[Branch]]) -> list[Branch]:
-        return list(dict.fromkeys(itertools.chain.from_iterable(options)))
+    def meeting(self, node: Node) -> Form:
+        """The form of a value that fits several schemas."""
+        allowed = self.listed(node) if len(node) > 1 else None
+        if allowed is not None:
+            schemas = {number: self.schemas[max(number, ~number)] for number in node}
+            others = [number for number in node if schemas[number].keys() != {"enum"}]
+            enums = (schemas[number]["enum"] for number in node if number >= 0 and "enum" in schemas[number])
+            values = {key: value for value in min(enums, key=len) if (key := comparable(value)) in allowed}
+            values = {key: value for key, value in values.items() if self.fits(value, others)}
+            return [(Listed(values), TYPED)] if values else []
+        return functools.reduce(lambda found, number: self.meet(found, self.form(number), "allOf"), node, self.everything)
 
-    def both(self, ours: list[Branch], theirs: list[Branch], key: str) -> list[Branch]:
-        """Each of one side with each of the other, but for what can be seen to fit nothing."""
-        if ours == [()]:
-            return theirs
+    def union(self, forms: Iterable[Form]) -> Form:
+        """The values of all forms."""
+        values: dict[int, dict[Any, Any]] = {}
+        found: dict[tuple[Any, int], None] = {}
+        for shape, said in itertools.chain.from_iterable(forms):
+            if isinstance(shape, Listed):
+                values.setdefault(said, {}).update(shape.values)
+            else:
+                found[shape, said] = None
+        return [*((Listed(values[said]), said) for said in values), *found]
+
+    # One schema's own keywords
+
+    def _plain(self, schema: dict[str, Any]) -> Form:
+        if not schema:
+            return self.everything
+        bits, excluded, soft = schema.get("type", self.EVERY_TYPE), schema.get("excluded", ()), "soft" in schema
+        if "enum" in schema:
+            values = {comparable(value): value for value in schema["enum"] if type_bit(value) & bits}
+            if rest := {key: value for key, value in schema.items() if key not in ("enum", "type")}:
+                form = self._plain(rest)
+                values = {key: value for key, value in values.items() if self._fits_form(value, form)}
+            return [(Listed(values), TYPED)] if values else []
+        said = 0 if soft else TYPED
+        if not soft and "type" not in schema:
+            said = sum(bit for bit, about in self.HINTS.items() if about & schema.keys())
+        values = {key: value for key, value in self.everything[0][0].values.items()
+                  if type_bit(value) & bits and not any(value is one for one in excluded)}  # fmt: skip
+        found: Form = [(Listed(values), said)] if values else []
+        if bits & 24:
+            found.append((self._number(schema, bits & 24, excluded), said))
+        if bits & 4:
+            rules = [rule for key in ("pattern", "format") for rule in schema.get(key, ())]
+            low, high = ([schema[key]] if key in schema else [] for key in ("minLength", "maxLength"))
+            texts = StringShape.of(low, high, rules)
+            found.append((texts.but_not(one for one in excluded if isinstance(one, str)) if excluded else texts, said))
+        for kind in (list, dict):
+            if bits & TYPE_BITS[kind]:
+                shape = self._array(schema) if kind is list else self._object(schema)
+                taken = [one for one in excluded if isinstance(one, kind)]
+                why = "keyword not is not supported around a constant object or array" if any(taken) else shape.why
+                found.append((replace(shape, low=max(shape.low, 1), why=why) if taken else shape, said))
+        return found
+
+    def _number(self, schema: dict[str, Any], bits: int, excluded: Seq[Any]) -> NumberShape:
+        lows = [(schema[key], key != "minimum") for key in ("minimum", "exclusiveMinimum") if key in schema]
+        highs = ((schema[key], key != "maximum") for key in ("maximum", "exclusiveMaximum") if key in schema)
+        others = (*schema.get("notMultiple", ()), *((1,) if bits == self.FRACTION else ()))
+        return NumberShape(bits == 8, max(lows, default=None), functools.reduce(lower, highs, None),
+                           tuple(schema.get("multipleOf", ())), others, frozenset(one for one in excluded if type_bit(one) & 24))
+
+    def _array(self, schema: dict[str, Any]) -> ArrayShape:
+        contains = [(schema["contains"], schema.get("minContains", 1), schema.get("maxContains"))] if "contains" in schema else []
+        return ArrayShape(tuple(self.node([one]) for one in schema.get("prefixItems", ())),
+                          self.node([schema["items"]]) if "items" in schema else (), schema.get("minItems", 0),
+                          schema.get("maxItems"), schema.get("uniqueItems", False), tuple(contains), "items" in schema,
+                          "minItems" in schema, schema.get("why", ""))  # fmt: skip
+
+    def _object(self, schema: dict[str, Any]) -> ObjectShape:
+        properties, patterns = schema.get("properties", {}), schema.get("patternProperties", {})
+        self.spend((len(properties) + len(patterns)) // 4)
+        if len(patterns) > self.MAX_PATTERNS:
+            raise self.refuse(f"patternProperties: over {self.MAX_PATTERNS} patterns in one object")
+        is_open = "additionalProperties" in schema
+        rest: Node = self.node([schema["additionalProperties"]]) if is_open else ()
+        kinds: list[tuple[StringShape, tuple[int, ...]]] = [(StringShape(), ())]
+        for pattern, number in patterns.items():
+            texts = texts_by("pattern", pattern)
+            yes = [(names.within(texts), (*matched, number)) for names, matched in kinds]
+            no = [(names.within(complement(texts)), matched) for names, matched in kinds]
+            kinds = [pair for pair in (*yes, *no) if len(patterns) == 1 or self.string(pair[0]) is not None]
+        said = [(names, self.node(matched) if matched else rest) for names, matched in kinds if matched or is_open]
+        unsaid = [(names, rest) for names, matched in kinds if not (matched or is_open)]
+        shape = ObjectShape((), tuple(said), schema.get("minProperties", 0), schema.get("maxProperties"),
+                            tuple(unsaid), "soft" not in schema and bool(schema.keys() & self.CLOSING),
+                            self.node([schema["propertyNames"]]) if "propertyNames" in schema else (),
+                            (schema["other"],) if "other" in schema else (), why=schema.get("why", ""))  # fmt: skip
+        needed = set(schema.get("required", ()))
+        is_said, named = schema.get("soft") != "not", list[Property]()
+        for name, number in properties.items():
+            more = [one for pattern, one in patterns.items() if self.matches(pattern, name)] if patterns else ()
+            named.append(Property(name, self.node([number, *more]), name in needed, False, is_said))
+        named += [replace(shape.at(name), required=True, said=is_said or bool(said)) for name in schema.get("required", ())
+                  if name not in properties]  # fmt: skip
+        return replace(shape, named=tuple(named))
+
+    CLOSING: ClassVar = {"properties", "patternProperties", "required"}
+
+    def matches(self, pattern: str, name: str) -> bool:
+        return string_fits(StringShape(texts=texts_by("pattern", pattern)), name)
+
+    def string(self, shape: StringShape) -> Symbol | None:
+        """A string; None if there is none of its shape. The search for one is counted."""
+        shortest(shape.texts, self.spend)
+        return string_symbol(shape)
+
+    # allOf: the meet of two forms
+
+    def meet(self, ours: Form, theirs: Form, key: str) -> Form:
+        """The values that two forms have both."""
+        if ours is self.everything or theirs is self.everything:
+            return theirs if ours is self.everything else ours
         self.spend(len(ours) * len(theirs))
-        pairs: Iterable[tuple[Branch, Branch]] = itertools.product(ours, theirs)
-        if len(ours) > 1 or len(theirs) > 1:
-            pairs = ((one, two) for one, two in pairs if not self._are_dead(self._facts_of(one), self._facts_of(two)))
-        found = dict.fromkeys(tuple(dict.fromkeys(one + two)) for one, two in pairs)
+        found: dict[tuple[Any, int], None] = {}
+        for (one, said), (two, more) in itertools.product(ours, theirs):
+            shape = self._meet(one, two)
+            if shape is not None:
+                found[shape, said | more] = None
         if len(found) > self.MAX_OPTIONS:
             raise self.refuse(f"{key} multiplies out into over {self.MAX_OPTIONS} alternatives")
-        return list(found) or [(self.never,)]
+        if not found and ours and theirs:
+            kinds = [self._kind(form[0][0]) for form in (ours, theirs)]
+            self.dead_end = f"nothing is both {kinds[0]} and {kinds[1]}" if kinds[0] != kinds[1] else self.dead_end
+        return list(found)
 
-    def _facts_of(self, branch: Branch) -> BranchFacts:
-        """Collects the cheap facts about a branch."""
-        if branch not in self._facts:
-            schemas = [self.schemas[number] for number in branch]
-            lists: dict[str, list[tuple[frozenset[Any], bool]]] = {}
-            for name, number in (pair for schema in schemas for pair in schema.get("properties", {}).items()):
-                listed = self._lists[number] if number in self._lists else self._list_of(number)
-                if listed[0] or listed[1]:
-                    lists.setdefault(name, []).append(listed)
-            bits = functools.reduce(operator.and_, (self.bits[number] for number in branch), self.EVERY_TYPE)
-            required = {name for schema in schemas for name in schema.get("required", ())}
-            self.spend(1 + len(branch) // 8)
-            self._facts[branch] = BranchFacts(bits, required, lists)
-        return self._facts[branch]
+    def _kind(self, shape: Any) -> str:
+        bits = type_bit(next(iter(shape.values.values()))) if isinstance(shape, Listed) else SHAPE_BITS[type(shape)]
+        return next(kind for kind, bit in self.TYPES.items() if bit & bits)
 
-    def _are_dead(self, one: BranchFacts, two: BranchFacts) -> bool:
-        """True if two branches have no type in common, or a required property no constant."""
-        bits = one.bits & two.bits
-        if bits != 1:
-            return not bits
-        for name in (one.required & two.lists.keys()) | (two.required & one.lists.keys()):
-            self.spend()
-            lists = one.lists.get(name, []) + two.lists.get(name, [])
-            allowed = min((values for values, may in lists if may), key=len, default=None)
-            if allowed is not None and not any(all((value in values) == may for values, may in lists) for value in allowed):
-                return True
-        return False
+    def _meet(self, one: Any, two: Any) -> Any:
+        """The shape of what has two shapes; None if that is seen to be nothing."""
+        if isinstance(two, Listed):
+            one, two = two, one
+        if isinstance(one, Listed):
+            values = {key: value for key, value in one.values.items() if self.fits_shape(value, two)}
+            return Listed(values) if values else None
+        if type(one) is not type(two) or one == two:
+            return one if one == two else None
+        if isinstance(one, ObjectShape):
+            return self._meet_objects(one, two)
+        return self._meet_arrays(one, two) if isinstance(one, ArrayShape) else joined_shape(one, two)
 
-    def _list_of(self, number: int) -> tuple[frozenset[Any], bool]:
-        """The values that a schema lists, and whether it allows just those or all others, as far as enum and not say."""
-        schema = self.schemas[number]
-        inside = self.schemas[schema["not"]] if "not" in schema else {}
-        found: tuple[frozenset[Any], bool] = (frozenset(), False)
-        if "enum" in schema or "excluded" in schema:
-            found = frozenset(self.listed(number)), "enum" in schema
-        elif inside.keys() == {"enum"}:
-            found = frozenset(self.listed(schema["not"])), False
-        self._lists[number] = found
-        return found
+    def _meet_arrays(self, one: ArrayShape, two: ArrayShape) -> ArrayShape:
+        longest = max(len(one.first), len(two.first))
+        self.spend(longest)
+        firsts = [[*shape.first, *[shape.rest or ()] * (longest - len(shape.first))] for shape in (one, two)]
+        return replace(joined_shape(one, two), first=tuple(self.both(a, b) for a, b in zip(*firsts, strict=True)),
+                       rest=self.both(one.rest or (), two.rest or ()))  # fmt: skip
 
-    # oneOf, not, unevaluated…
+    def _meet_objects(self, one: ObjectShape, two: ObjectShape) -> ObjectShape | None:
+        named = {prop.name: prop for prop in sorted((*one.named, *two.named), key=operator.attrgetter("late"))}
+        both_say = [name for name in two.places if name in one.places or one.unnamed]
+        both_say += [name for name in one.places if name not in two.places] if two.unnamed else []
+        self.spend(len(both_say) // 8)
+        for name in both_say:
+            mine, yours = (shape.places.get(name) or shape.at(name) for shape in (one, two))
+            named[name] = Property(name, self.both(mine.node, yours.node), mine.required or yours.required,
+                                   mine.late and yours.late, mine.said or yours.said)  # fmt: skip
+            if named[name].required and self._is_never(named[name].node):
+                return None
+        kinds: tuple[list[tuple[StringShape, Node]], ...] = ([], [])  # unnamed, unsaid
+        ours, theirs = ([(*kind, others is shape.unnamed) for others in (shape.unnamed, shape.unsaid) for kind in others]
+                        for shape in (one, two))  # fmt: skip
+        for (names, node, said), (more, other, also) in itertools.product(ours, theirs):
+            both = joined_shape(names, more)
+            if both and (len(ours) == 1 or len(theirs) == 1 or self.string(both) is not None):
+                kinds[not (said or also)].append((both, self.both(node, other)))
+        return replace(joined_shape(one, two), named=tuple(named.values()), unnamed=tuple(kinds[0]), unsaid=tuple(kinds[1]),
+                       names=self.both(one.names, two.names))  # fmt: skip
 
-    def _exactly_one(self, options: list[int], loose: bool) -> list[Branch]:
-        """Each option, without what fits another too."""
-        if loose:
-            return self._either([self.branches(number, loose) for number in options])
-        rivals = self._rivals(options)
-        return self._either([self._alone(number, others) for number, others in zip(options, rivals, strict=True)])
+    def _is_never(self, node: Node) -> bool:
+        """True if schemas list values of which none is left."""
+        return node == (self.never,) or (len(node) > 1 and self.listed(node) == frozenset())
+
+    def listed(self, node: Node) -> frozenset[Any] | None:
+        """The values that schemas leave as far as enum and not of enum tell, to compare with; None if that is no list."""
+        if node not in self._lists:
+            self.spend(len(node) // 8)
+            lists = [self._values(number) for number in node if number >= 0 and "enum" in self.schemas[number]]
+            denied = [self._values(~number) for number in node if number < 0 and self.schemas[~number].keys() == {"enum"}]
+            self._lists[node] = frozenset.intersection(*lists).difference(*denied) if lists else None
+        return self._lists[node]
+
+    def _values(self, number: int) -> frozenset[Any]:
+        if number not in self._enums:
+            self._enums[number] = frozenset(map(comparable, self.schemas[number]["enum"]))
+        return self._enums[number]
+
+    # oneOf: each option, without what fits another too
+
+    def _exactly_one(self, options: list[int]) -> Form:
+        found = []
+        for number, rivals in zip(options, self._rivals(options), strict=True):
+            form = self.form(number)
+            for rival in rivals:
+                if not self.apart(number, rival):
+                    form = self.meet(form, self.form(~rival), "oneOf")
+            found.append(form)
+        return self.union(found)
 
     def _rivals(self, options: list[int]) -> list[list[int]]:
         """The other options that each may share a document with, as far as listed values tell: their own, or those of a
@@ -16870,432 +16179,297 @@ class SchemaAlgebra(SchemaReader):
             found.append([options[j] for j in sorted(near) if j != i])
         return found
 
-    def _marks(self, number: int) -> dict[str | None, set[Any]]:
-        """The values that a schema lists for its documents (None) and, if all are objects, for the properties that they need."""
-        found: dict[str | None, set[Any]] = {}
-        branches = self.branches(number, True)
-        facts = [self._facts_of(branch) for branch in branches]
-        own = [[self.listed(one) for one in branch if "enum" in self.schemas[one]] for branch in branches]
-        if all(own):
-            found[None] = set().union(*(min(lists, key=len) for lists in own))
-        objects = all(fact.bits == self.TYPES["object"] for fact in facts)
-        for name in set.intersection(*(fact.required & fact.lists.keys() for fact in facts)) if objects and facts else ():
-            lists = [[values for values, may in fact.lists[name] if may] for fact in facts]
-            if all(lists):
-                found[name] = set().union(*(min(values, key=len) for values in lists))
-        return found
-
-    def _alone(self, number: int, others: list[int]) -> list[Branch]:
-        found = self.branches(number, False)
-        for other in others:
-            if not self.apart(number, other):
-                try:
-                    found = self.both(found, self.branches(self.opposite(other), False), "oneOf")
-                except InvalidRequest as error:
-                    raise self.refuse("oneOf: a document may fit two of its options; tell them apart by a required constant, "
-                                      f"or write anyOf ({str(error).partition(': ')[2]})") from None  # fmt: skip
-        return found
+    def _marks(self, number: int) -> dict[str | None, frozenset[Any]]:
+        """The values that a schema lists for its documents (None) or, if all are objects, for the properties that they need."""
+        shapes = [shape for shape, _ in self.form(number)]
+        if all(isinstance(shape, Listed) for shape in shapes):
+            return {None: frozenset().union(*(shape.values for shape in shapes if isinstance(shape, Listed)))}
+        if not all(isinstance(shape, ObjectShape) for shape in shapes):
+            return {}
+        lists = [{prop.name: values for prop in shape.named if prop.required and (values := self.listed(prop.node)) is not None}
+                 for shape in shapes if isinstance(shape, ObjectShape)]  # fmt: skip
+        return {name: frozenset().union(*(own[name] for own in lists)) for name in set.intersection(*map(set, lists))}
 
     def apart(self, one: int, two: int) -> bool:
-        raise NotImplementedError
+        """True if nothing fits both schemas, as far as a look 4 levels deep tells."""
+        try:
+            return self._is_empty(self.meet(self.form(one), self.form(two), "oneOf"), 1)
+        except InvalidRequest:
+            return False  # they cannot be told apart so
 
-    def opposite(self, number: int) -> int:
-        """The number of a schema that holds just where another does not. Raises InvalidRequest if it cannot be told."""
-        if number not in self._opposites:
-            schema = self.schemas[number]
-            options = [option for key in schema for option in self._opposites_of(key, schema)]
-            self._opposites[number] = self.never
-            if options:
-                self._opposites[number] = self._any(*({**option, "soft": "not"} for option in options))
-        return self._opposites[number]
+    def _is_empty(self, form: Form, depth: int) -> bool:
+        return all(self._is_impossible(shape, depth) for shape, _ in form)
 
-    def _opposites_of(self, key: str, schema: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    def _is_impossible(self, shape: Any, depth: int) -> bool:
+        self.spend()
+        nodes: Iterable[Node] = ()
+        if isinstance(shape, ArrayShape):
+            nodes = [shape.at(index) or () for index in range(min(shape.low, 8))]
+        elif isinstance(shape, ObjectShape):
+            nodes = [prop.node for prop in shape.named if prop.required]
+        elif isinstance(shape, StringShape):
+            return self.string(shape) is None
+        elif isinstance(shape, NumberShape):
+            return number_symbol(shape) is None
+        return depth < 4 and any(self._holds_nothing(node, depth + 1) for node in nodes)
+
+    def _holds_nothing(self, node: Node, depth: int) -> bool:
+        try:
+            return self._is_never(node) or self._is_empty(self.meeting(node), depth)
+        except InvalidRequest:
+            return False
+
+    # not: what a schema does not allow
+
+    FLIPS: ClassVar = {  # keyword → type, keyword that holds where it does not, how far the number moves
+        "minLength": ("string", "maxLength", -1), "maxLength": ("string", "minLength", 1),
+        "minItems": ("array", "maxItems", -1), "maxItems": ("array", "minItems", 1),
+        "minProperties": ("object", "maxProperties", -1), "maxProperties": ("object", "minProperties", 1),
+        "minimum": ("number", "exclusiveMaximum", 0), "exclusiveMaximum": ("number", "minimum", 0),
+        "maximum": ("number", "exclusiveMinimum", 0), "exclusiveMinimum": ("number", "maximum", 0)}  # fmt: skip
+
+    def _denied(self, schema: dict[str, Any]) -> Form:
+        """All that a schema does not allow. Raises InvalidRequest if it cannot be told."""
+        found: list[Form] = []
+        for key, value in schema.items():
+            if key == "$ref":
+                found.append(self.form(~self.target(value)))
+            elif key == "allOf":
+                found += [self.form(~one) for one in value]
+            elif key in ("anyOf", "oneOf"):
+                found.append(self.meeting(tuple(~one for one in value)))
+                pairs = itertools.combinations(value, 2) if key == "oneOf" else ()
+                found += [self.meet(self.form(one), self.form(two), "not") for one, two in pairs]
+            elif key == "not":
+                found.append(self.form(value))
+            else:
+                found += [self._plain({**option, "soft": "not"}) for option in self._denials(key, value, schema)]
+        return self.union(found)
+
+    def _denials(self, key: str, value: Any, schema: dict[str, Any]) -> Iterator[dict[str, Any]]:
         """Schemas of which one holds where a keyword's demand is not met."""
-        value = schema[key]
+        types = self.TYPES
+        objects, arrays = {"type": types["object"]}, {"type": types["array"]}
         if key in self.FLIPS:
             kind, other, move = self.FLIPS[key]
             if move + 1 or value:  # nothing is shorter than 0
-                yield {"type": self.TYPES[kind], other: value + move}
+                yield {"type": types[kind], other: value + move}
         elif key in ("pattern", "format"):
-            yield from ({"type": self.TYPES["string"], key: [(key, text, not wanted)]} for _, text, wanted in value)
-        elif key in ("multipleOf", "notMultiple"):
-            other = "notMultiple" if key == "multipleOf" else "multipleOf"
-            yield from ({"type": self.TYPES["number"], other: [one]} for one in value)
+            yield from ({"type": types["string"], key: [(key, text, not wanted)]} for _, text, wanted in value)
+        elif key == "multipleOf":
+            yield {"type": types["number"], "notMultiple": value}
         elif key == "type":
             yield {"type": self.EVERY_TYPE & ~value}
-        elif key in ("enum", "excluded"):
-            yield {"excluded" if key == "enum" else "enum": value}
-        elif key == "not":
-            self.doubly_negated = True
-            yield {"allOf": [value]}
-        elif key == "$ref":
-            yield {"not": self.target(value)}
-        elif key == "allOf":
-            yield from ({"not": one} for one in value)
-        elif key == "anyOf":
-            yield {"allOf": [self.number({"not": one}) for one in value]}
-        elif key == "oneOf":
-            yield {"allOf": [self.number({"not": one}) for one in value]}
-            yield from ({"allOf": list(pair)} for pair in itertools.combinations(value, 2))
-        elif value is not False and key not in ("soft", "discriminator", "minContains", "maxContains"):
-            yield from self._opposites_inside(key, value, schema)
-
-    def _opposites_inside(self, key: str, value: Any, schema: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        """The same, for keywords about what an object or array holds."""
-        objects, arrays = {"type": self.TYPES["object"]}, {"type": self.TYPES["array"]}
-        if key == "required":
+        elif key == "enum":
+            yield {"excluded": value}
+        elif key == "required":
             yield from ({**objects, "properties": {name: self.never}} for name in value)
         elif key == "properties":
-            for name, one in value.items():
-                if one != self.free:
-                    yield {**objects, "required": [name], "properties": {name: self.number({"not": one})}}
-        elif key in ("additionalProperties", "patternProperties") and (
-                key == "additionalProperties" or set(value.values()) <= {self.free}):  # fmt: skip
-            if key == "additionalProperties" and value != self.free:
-                outside = (list(schema.get(inner, ())) for inner in ("properties", "patternProperties"))
-                yield {**objects, "other": [*outside, self.number({"not": value})]}
+            yield from ({**objects, "required": [name], "properties": {name: ~one}} for name, one in value.items())
+        elif key == "additionalProperties":
+            outside = (tuple(schema.get(inner, ())) for inner in ("properties", "patternProperties"))
+            yield {**objects, "other": (*outside, ~value)}
         elif key == "prefixItems":
             for i, one in enumerate(value):
-                if one != self.free:
-                    yield {**arrays, "minItems": i + 1, "prefixItems": [self.free] * i + [self.number({"not": one})],
-                           "items": self.free}  # fmt: skip
+                yield {**arrays, "minItems": i + 1, "prefixItems": [self.free] * i + [~one], "items": self.free}
         elif key == "items" and value == self.never and "prefixItems" in schema:
             yield {**arrays, "minItems": len(schema["prefixItems"]) + 1}
         elif key == "items" and (value == self.free or "prefixItems" not in schema):
             if value != self.free:
-                yield {**arrays, "contains": self.number({"not": value})}
+                yield {**arrays, "contains": ~value}
         elif key == "contains":
             least, most = schema.get("minContains", 1), schema.get("maxContains")
             if least:
                 yield {**arrays, "contains": value, "minContains": 0, "maxContains": least - 1}
             if most is not None:
                 yield {**arrays, "contains": value, "minContains": most + 1}
-        else:
-            raise self.refuse(f"keyword not is not supported around {key}")
+        elif not (value is False or key in ("soft", "discriminator", "minContains", "maxContains")
+                  or (key == "patternProperties" and set(value.values()) <= {self.free})):  # fmt: skip
+            of = arrays if key in self.HINTS[2] else objects
+            yield {**of, "why": f"keyword not is not supported around {key}, and oneOf needs it where a document may fit two "
+                                "options: tell them apart by a required constant, or write anyOf"}  # fmt: skip
 
-    def _evaluated(self, branch: Branch, key: str, number: int) -> Branch:
-        """A branch in which what none of its schemas speaks of must fit a schema."""
-        if self.doubly_negated:
-            raise self.refuse(f"keyword {key} is not supported beside not within not")
-        schemas = [schema for schema in (self.schemas[one] for one in branch) if "soft" not in schema]
-        found: dict[str, Any] = {}
-        if key == "unevaluatedProperties" and not any("additionalProperties" in schema for schema in schemas):
-            for inner in ("properties", "patternProperties"):
-                found[inner] = {name: self.free for schema in schemas for name in schema.get(inner, ())}
-            found["additionalProperties"] = number
-        if key == "unevaluatedItems" and not any("items" in schema for schema in schemas):
-            if any("contains" in schema for schema in schemas):
-                raise self.refuse("keyword unevaluatedItems is not supported beside contains")
-            longest = max((len(schema.get("prefixItems", ())) for schema in schemas), default=0)
-            found = {"items": number, **({"prefixItems": [self.free] * longest} if longest else {})}
-        return (*branch, self.number(found)) if found else branch
+    # Constants: does a value fit?
 
+    def fits(self, value: Any, node: Iterable[int]) -> bool:
+        """True if a value fits schemas."""
+        return all(self._fits_form(value, self.form(number)) for number in node)
 
-# ── E.2. Shapes ───────────────────────────────────────────────────────────────────────────────────────────────────────
-# Turns the schemas of a branch, which must all hold, into one constant, object, array …
-# Offers: SchemaShapes (a schema as shapes), the shapes.
-# Uses: E.1's branches.
+    def _fits_form(self, value: Any, form: Form) -> bool:
+        return any(self.fits_shape(value, shape) for shape, _ in form)
 
+    def fits_shape(self, value: Any, shape: Any) -> bool:
+        self.spend()
+        if isinstance(shape, Listed):
+            return comparable(value) in shape.values
+        if not SHAPE_BITS[type(shape)] & type_bit(value):
+            return False
+        if isinstance(shape, StringShape):
+            return string_fits(shape, value)
+        if isinstance(shape, NumberShape):
+            return number_fits(shape, value)
+        if shape.why:
+            raise self.refuse(shape.why)
+        if not shape.low <= len(value) <= (len(value) if shape.high is None else shape.high):
+            return False
+        return self._fits_array(value, shape) if isinstance(shape, ArrayShape) else self._fits_object(value, shape)
 
-@dataclass(frozen=True)
-class Constant:
-    """One value, as JSON text."""
+    def _fits_array(self, value: list[Any], shape: ArrayShape) -> bool:
+        if shape.unique and len(set(map(comparable, value))) < len(value):
+            return False
+        return self.has_contained(value, shape.contains) and all(self.fits(one, shape.at(i) or ()) for i, one in enumerate(value))
 
-    text: str
+    def has_contained(self, value: list[Any], wanted: Iterable[tuple[int, int, int | None]]) -> bool:
+        """True if a list holds as many elements that fit each schema as it must and may."""
+        counts = ((sum(self.fits(one, (number,)) for one in value), least, most) for number, least, most in wanted)
+        return all(least <= count and (most is None or count <= most) for count, least, most in counts)
 
+    def _fits_object(self, value: dict[str, Any], shape: ObjectShape) -> bool:
+        return (all(prop.name in value for prop in shape.named if prop.required)
+                and all(self.fits(one, (shape.places.get(name) or shape.at(name)).node) for name, one in value.items())
+                and all(self.fits(name, shape.names) for name in value)
+                and all(any(self._is_other(name, *outside) and self.fits(one, (number,)) for name, one in value.items())
+                        for *outside, number in shape.some))  # fmt: skip
 
-@dataclass(frozen=True)
-class ArrayShape:
-    """Elements with a schema each, then any number of the `rest` (None: no more), `low` to `high` in all.
-
-    `contains` are schemas, and how many elements at least and at most fit them.
-    """
-
-    first: tuple[Node, ...] = ()
-    rest: Node | None = ()
-    low: int = 0
-    high: int | None = None
-    unique: bool = False
-    contains: tuple[tuple[int, int, int | None], ...] = ()
-
-    def at(self, index: int) -> Node | None:
-        """The schema of one element; None where the array has ended."""
-        if self.high is not None and index >= self.high:
-            return None
-        return self.first[index] if index < len(self.first) else self.rest
+    def _is_other(self, name: str, names: Iterable[str], patterns: Iterable[str]) -> bool:
+        return name not in names and not any(self.matches(pattern, name) for pattern in patterns)
 
 
-@dataclass(frozen=True)
-class Property:
-    """A property with a name of its own."""
-
-    name: str
-    node: Node
-    required: bool
+SHAPE_BITS = {ObjectShape: 1, ArrayShape: 2, StringShape: 4, NumberShape: 24}
 
 
-@dataclass(frozen=True, eq=False)
-class ObjectShape:
-    """Properties in their order, then unnamed ones: names of a shape, and their values' schema. `low` to `high` in all."""
-
-    named: tuple[Property, ...] = ()
-    unnamed: tuple[tuple[StringShape, Node], ...] = ((StringShape(), ()),)
-    low: int = 0
-    high: int | None = None
+def lower(one: Any, two: Any) -> Any:
+    """The lower of two upper bounds, of which each may be None; of a number's equal ones that which is left out itself."""
+    bounds = (bound for bound in (one, two) if bound is not None)
+    return min(bounds, key=lambda bound: (bound[0], not bound[1]) if isinstance(bound, tuple) else bound, default=None)
 
 
-Shape = Constant | StringShape | NumberShape | ArrayShape | ObjectShape
-Shapes = tuple[Shape, ...]  # a value that has one of these shapes
+def higher(one: Any, two: Any) -> Any:
+    return max((bound for bound in (one, two) if bound is not None), default=None)
 
 
-class SchemaShapes(SchemaAlgebra):
-    """Turns a JSON schema into shapes.
+def added(one: tuple[Any, ...], two: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(dict.fromkeys(one + two)) if one and two else one or two
+
+
+JOINS: dict[str, Callable[[Any, Any], Any]] = {
+    "low": higher, "high": lower, "texts": lambda one, two: intersection([one, two]), "excluded": frozenset.union,
+    **dict.fromkeys(("whole", "unique", "closed", "is_rest_said", "is_low_said", "why"), lambda one, two: one or two),
+    **dict.fromkeys(("multiples", "not_multiples", "contains", "some", "wanted"), added)}  # fmt: skip
+
+
+def joined_shape(one: Any, two: Any) -> Any:
+    """Two shapes of a kind as one, as far as their fields tell; None for strings and numbers of which there are none."""
+    found = replace(one, **{key: JOINS[key](getattr(one, key), getattr(two, key)) for key in vars(one) if key in JOINS})
+    if isinstance(found, StringShape) and found.texts is NONE:
+        return None
+    if isinstance(found, NumberShape) and ((found.whole and 1 in found.not_multiples)
+                                           or (found.low and found.high and found.low[0] > found.high[0])):  # fmt: skip
+        return None
+    return found
+
+
+class SchemaShapes(Forms):
+    """Turns a JSON schema into the shapes in which its documents are written.
 
     An object without additionalProperties or patternProperties holds only the properties it names, as with every engine
-    that generates, and a schema without a type allows what its keywords are about; `loose` shapes hold everything that the
-    schema accepts.
+    that generates; a tuple is written whole; and a schema without a type allows what its keywords are about.
     """
 
     MAX_SHAPES = 1500  # of one value: so many a text can begin with at once
-    MAX_PATTERNS = 12  # that an object's unnamed properties may have
-    HINTS: ClassVar = {  # type → keywords about it
-        "object": {"properties", "required", "additionalProperties", "patternProperties", "propertyNames", "minProperties",
-                   "maxProperties"},
-        "array": {"items", "prefixItems", "minItems", "maxItems", "contains", "uniqueItems"},
-        "number": {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"},
-        "string": {"minLength", "maxLength", "pattern", "format"}}  # fmt: skip
 
     def __init__(self, name: str, root: Any) -> None:
         super().__init__(name, root)
-        self.dead_end = ""  # why a branch came to nothing
-        self._choices: dict[tuple[Node, bool], Shapes] = {}
-        self._shapes: dict[tuple[Branch, bool], Shapes] = {}
-        self._objects: dict[tuple[Any, ...], ObjectShape] = {}
-        self.everything: Shapes = (Constant("null"), Constant("true"), Constant("false"), NumberShape(), StringShape(),
-                                   ArrayShape(), self._one_object((), ((StringShape(), ()),), 0, None))  # fmt: skip
+        self._choices: dict[Node, Shapes] = {}
 
-    def choice(self, node: Node, loose: bool = False) -> Shapes:
+    def choice(self, node: Node) -> Shapes:
         """The shapes of a value, without those that others contain."""
-        if (node, loose) not in self._choices:
-            found: list[Branch] = [()]
-            for number in node:
-                found = self.both(found, self.branches(number, loose), "allOf")
-            shapes = dict.fromkeys(shape for branch in found for shape in self.shapes(branch, loose))
-            if not loose and sum(not isinstance(shape, Constant) for shape in shapes) > self.MAX_SHAPES:
+        if node not in self._choices:
+            meant = (shape for shape, said in self.meeting(node) if self._is_meant(shape, said))
+            shapes = [written for shape in meant for written in self._written(shape)]
+            shapes = list(dict.fromkeys(shapes)) if len(shapes) > 1 else shapes
+            if sum(not isinstance(shape, Constant) for shape in shapes) > self.MAX_SHAPES:
                 raise self.refuse(f"anyOf and oneOf leave over {self.MAX_SHAPES} alternatives that are not constants")
-            self._choices[node, loose] = self._simplify(list(shapes))
-        return self._choices[node, loose]
+            free = {type(shape) for shape in shapes if shape in FREE} if len(shapes) > 1 else ()
+            if StringShape in free:
+                shapes = [shape for shape in shapes if not (isinstance(shape, Constant) and shape.text[0] == '"')]
+            self._choices[node] = tuple(shape for shape in shapes if type(shape) not in free or shape in FREE)
+        return self._choices[node]
 
-    def _simplify(self, shapes: list[Shape]) -> Shapes:
-        if all(isinstance(shape, Constant) for shape in shapes) or len(shapes) < 2:
-            return tuple(shapes)
-        if len(shapes) >= len(self.everything) and set(shapes) >= set(self.everything):
-            return self.everything
-        free = {type(shape) for shape in shapes if shape in self.everything and not isinstance(shape, Constant)}
-        if StringShape in free:
-            shapes = [shape for shape in shapes if not (isinstance(shape, Constant) and shape.text[0] == '"')]
-        return tuple(shape for shape in shapes if shape in self.everything or type(shape) not in free)
+    @staticmethod
+    def _is_meant(shape: Any, said: int) -> bool:
+        """True for a type that a schema says, or that its keywords are about."""
+        about = next((bit for bit in (1, 2, 24, 4) if said & bit), 0)
+        return bool(said & TYPED or not about or (not isinstance(shape, Listed) and SHAPE_BITS[type(shape)] == about))
 
-    def shapes(self, branch: Branch, loose: bool) -> Shapes:
-        if (branch, loose) not in self._shapes:
-            self.spend(1 + len(branch))
-            self._shapes[branch, loose] = tuple(self._made([self.schemas[number] for number in branch], branch, loose))
-        return self._shapes[branch, loose]
-
-    def _made(self, schemas: list[dict[str, Any]], branch: Branch, loose: bool) -> Iterator[Shape]:
-        listed = min((schema["enum"] for schema in schemas if "enum" in schema), key=len, default=None)
-        if listed is not None:
-            plain = len(branch) == 1 and schemas[0].keys() <= {"enum", "type"}
-            bits = self.bits[branch[0]] if plain else 0
-            yield from (Constant(self.json(value)) for value in listed
-                        if (bits & type_bit(value) if plain else all(self.fits(value, one) for one in branch)))  # fmt: skip
+    def _written(self, shape: Any) -> Iterator[Shape]:
+        if isinstance(shape, Listed):
+            self.spend(len(shape.values) // 8)
+            yield from (Constant(self.json(value)) for value in shape.values.values())
             return
-        bits = self._kinds(schemas, branch, loose)
-        excluded = [value for schema in schemas for value in schema.get("excluded", ())]
-        for value in (None, True, False):
-            if bits & type_bit(value) and not any(value is one for one in excluded):
-                yield Constant(self.json(value))
-        if bits & 24:
-            yield self._number(schemas, bits, excluded)
-        if bits & 4:
-            yield self.string_shape(schemas)
-        if bits & 2:
-            yield from self._array(schemas, loose, self._size("array", excluded))
-        if bits & 1:
-            yield from self._object(schemas, loose, self._size("object", excluded))
+        if isinstance(shape, (ArrayShape, ObjectShape)):
+            if shape.why:
+                raise self.refuse(shape.why)
+            if shape.high is not None and shape.low > shape.high:
+                what = "Items" if isinstance(shape, ArrayShape) else "Properties"
+                self.dead_end = f"min{what} {shape.low} is more than max{what} {shape.high}"
+                return
+            yield from [self._array_written(shape)] if isinstance(shape, ArrayShape) else self._object_written(shape)
+            return
+        yield shape
 
     json = staticmethod(json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode)
 
-    def _kinds(self, schemas: list[dict[str, Any]], branch: Branch, loose: bool) -> int:
-        """The types that all of them allow; where none says one, what their other keywords are about."""
-        if len(branch) == 1 and "type" in schemas[0] and "soft" not in schemas[0]:
-            return self.bits[branch[0]]
-        bits = functools.reduce(operator.and_, (self.bits[number] for number in branch), self.EVERY_TYPE)
-        said = [schema["type"] for schema in schemas if "type" in schema and "soft" not in schema]
-        if not bits and said:
-            names = [next(kind for kind, bit in self.TYPES.items() if bit & types) for types in (said[0], said[-1])]
-            self.dead_end = f"nothing is both {names[0]} and {names[1]}"
-        if loose or said:
-            return bits
-        keywords = set().union(*(schema for schema in schemas if "soft" not in schema))
-        hinted = next((self.TYPES[kind] for kind, about in self.HINTS.items() if about & keywords), 0)
-        return bits & hinted or bits
-
-    def _number(self, schemas: list[dict[str, Any]], bits: int, excluded: list[Any]) -> NumberShape:
-        shape = number_shape(schemas, bits & 24 == 8)
-        if bits & 24 == self.FRACTION:
-            shape = replace(shape, not_multiples=(*shape.not_multiples, 1))
-        return replace(shape, excluded=frozenset(value for value in excluded if type_bit(value) & 24)) if excluded else shape
-
-    def _size(self, kind: str, excluded: list[Any]) -> int:
-        """How many elements an array or object has at least, because the empty one is excluded."""
-        values = [value for value in excluded if type_bit(value) == self.TYPES[kind]]
-        if any(values):
-            raise self.refuse(f"keyword not is not supported around a constant {kind}")
-        return len(values[:1])
-
-    def _range(self, schemas: list[dict[str, Any]], what: str, least: int) -> tuple[int, int | None]:
-        low = max((schema.get(f"min{what}", 0) for schema in schemas), default=0)
-        high = min((schema[f"max{what}"] for schema in schemas if f"max{what}" in schema), default=None)
-        if high is not None and max(low, least) > high:
-            self.dead_end = f"min{what} {low} is more than max{what} {high}"
-        return max(low, least), high
-
-    def _array(self, schemas: list[dict[str, Any]], loose: bool, least: int) -> Iterator[ArrayShape]:
-        low, high = self._range(schemas, "Items", least)
-        longest = max((len(schema.get("prefixItems", ())) for schema in schemas), default=0)
-        self.spend(longest * len(schemas))
-        first = [self.node(self.element(schemas, index)) for index in range(longest)]
-        said = [schema["items"] for schema in schemas if "items" in schema]
-        rest: Node | None = self.node(said) if said else () if loose or not first else None
-        stops = [index for index, node in enumerate(first) if node == (self.never,)]
+    def _array_written(self, shape: ArrayShape) -> ArrayShape:
+        low, high, longest = shape.low, shape.high, len(shape.first)
+        rest = shape.rest if shape.is_rest_said or not longest else None
+        stops = [index for index, node in enumerate(shape.first) if node == (self.never,)]
         if stops or rest is None or rest == (self.never,):
-            high = min([*stops[:1], longest, *([] if high is None else [high])])
-            rest = None
-        if first and not loose and not any("minItems" in schema for schema in schemas):
-            low = longest if high is None else min(longest, high)  # a tuple is written whole
-        contains = tuple(dict.fromkeys(contained(schema) for schema in schemas if "contains" in schema))
-        if high is None or low <= high:
-            yield ArrayShape(tuple(first), rest, low, high, any(schema.get("uniqueItems") for schema in schemas), contains)
+            high, rest = min([*stops[:1], longest, *([] if high is None else [high])]), None
+        if longest and not shape.is_low_said:
+            low = longest if high is None else min(longest, high)
+        return ArrayShape(shape.first, rest, low, high, shape.unique, shape.contains)
 
-    def _object(self, schemas: list[dict[str, Any]], loose: bool, least: int) -> Iterator[ObjectShape]:
-        others = next((schema for schema in schemas if "other" in schema), None)
-        if others is not None and not loose:
-            yield from self._objects_with(others, schemas, least)
+    def _object_written(self, shape: ObjectShape) -> Iterator[ObjectShape]:
+        if shape.some:
+            yield from self._with_some(shape)
             return
-        low, high = self._range(schemas, "Properties", least)
-        names = dict.fromkeys(name for schema in schemas for name in schema.get("properties", ()))
-        required = dict.fromkeys(name for schema in schemas for name in schema.get("required", ()))
-        named = set().union(*(schema.get(key, ()) for schema in schemas for key in ("properties", "required")
-                              if schema.get("soft") != "not"))  # fmt: skip
-        names |= required
-        patterns = list(dict.fromkeys(one for schema in schemas for one in schema.get("patternProperties", ())))
-        closed = not loose and any(s.keys() & {"properties", "patternProperties", "required"} for s in schemas if "soft" not in s)
-        opened = not closed or any("additionalProperties" in schema for schema in schemas if "soft" not in schema)
-        allowed = self.node(schema["propertyNames"] for schema in schemas if "propertyNames" in schema)
-        self.spend(len(names) + len(patterns) * len(schemas))
-        if opened and allowed:
-            names |= dict.fromkeys(self._listed_names(allowed, loose))
-        if not opened and not named >= set(required):
-            return  # a closed object has no other properties
-        values = self._values(schemas, names)
-        properties = [Property(name, self._property(values[name], name, allowed), name in required) for name in names]
-        shapes = self.choice(allowed, loose) if allowed else (StringShape(),)
-        unnamed = [pair for shape in shapes if isinstance(shape, StringShape) and (opened or patterns)
-                   for pair in self._unnamed(schemas, shape.but_not(names), patterns, opened)]  # fmt: skip
-        if high is None or low <= high:
-            yield self._one_object(tuple(properties), tuple(unnamed), low, high)
+        kinds = shape.unnamed if shape.closed else shape.unnamed + shape.unsaid
+        named = dict(shape.places)
+        choice: Shapes = (StringShape(),)
+        if shape.names:
+            choice = self.choice(shape.names)
+            listed = (json.loads(one.text) for one in choice if isinstance(one, Constant) and one.text[0] == '"')
+            named |= {name: shape.at(name) for name in listed if kinds and name not in named}
+        if shape.closed:
+            if any(prop.required and not prop.said for prop in named.values()):
+                return
+            named = {name: prop for name, prop in named.items() if prop.said}
+        properties = [Property(name, prop.node if self.fits(name, shape.names) else (self.never,),
+                               prop.required or name in shape.wanted) for name, prop in named.items()]  # fmt: skip
+        self.spend(len(properties) // 4)
+        unnamed = list[tuple[StringShape, Node]]()
+        for (names, node), wanted in itertools.product(kinds, choice):
+            both = joined_shape(names, wanted) if isinstance(wanted, StringShape) and node != (self.never,) else None
+            if both:
+                unnamed.append((both.but_not(named) if named else both, node))
+        yield ObjectShape(tuple(properties), tuple(unnamed), shape.low, shape.high)
 
-    def _one_object(self, *parts: Any) -> ObjectShape:
-        """An object's shape; the same one for the same parts."""
-        return self._objects.setdefault(parts, ObjectShape(*parts))
-
-    def _objects_with(self, others: dict[str, Any], schemas: list[dict[str, Any]], least: int) -> Iterator[ObjectShape]:
-        """Objects of which one property, among those that are named, fits what `other` says."""
-        names, patterns, number = others["other"]
-        rest = [schema for schema in schemas if schema is not others]
-        for shape in self._object(rest, False, least):
-            if shape.unnamed and self.choice((number,), True):
+    def _with_some(self, shape: ObjectShape) -> Iterator[ObjectShape]:
+        """Objects of which one property, among those that are named, fits what `some` says."""
+        (names, patterns, number), *more = shape.some
+        rest = replace(shape, some=tuple(more))
+        for inner in self._object_written(rest):
+            if inner.unnamed and self.form(number):
                 raise self.refuse("keyword not is not supported around additionalProperties where objects are open")
-        known = dict.fromkeys(name for schema in rest for key in ("properties", "required") for name in schema.get(key, ()))
-        for name in known:
-            if self.is_other(name, names, patterns):
-                yield from self._object([*rest, {"soft": "if", "required": [name], "properties": {name: number}}], False, least)
-
-    def _listed_names(self, allowed: Node, loose: bool) -> Iterator[str]:
-        """The names that are constants in propertyNames."""
-        for shape in self.choice(allowed, loose):
-            if isinstance(shape, Constant) and shape.text[0] == '"':
-                yield json.loads(shape.text)
-
-    def _values(self, schemas: list[dict[str, Any]], names: Iterable[str]) -> dict[str, list[int]]:
-        """The schemas that each property's value must fit: a schema that speaks only of its own is asked for no others."""
-        found: dict[str, list[int]] = {name: [] for name in names}
-        for schema in schemas:
-            others = schema.keys() & {"patternProperties", "additionalProperties"}
-            about = found if others else schema.get("properties", ())
-            self.spend(len(about) // 4)
-            for name in about:
-                found[name] += self.property(schema, name)
-        return found
-
-    def _property(self, values: list[int], name: str, allowed: Node) -> Node:
-        if allowed and not all(self.fits(name, number) for number in allowed):
-            return (self.never,)
-        return self.node(values)
-
-    def _unnamed(self, schemas: list[dict[str, Any]], names: StringShape, patterns: list[str],
-                 opened: bool) -> Iterator[tuple[StringShape, Node]]:  # fmt: skip
-        """The kinds of unnamed properties, by the patterns that their names match."""
-        if len(patterns) > self.MAX_PATTERNS:
-            raise self.refuse(f"patternProperties: over {self.MAX_PATTERNS} patterns in one object")
-        found: list[tuple[StringShape, tuple[str, ...]]] = [(names, ())]
-        for pattern in patterns:
-            texts = texts_by("pattern", pattern)
-            yes = [(shape.within(texts), (*matched, pattern)) for shape, matched in found]
-            no = [(shape.within(complement(texts)), matched) for shape, matched in found]
-            found = [pair for pair in (*yes, *no) if len(patterns) == 1 or self.string(pair[0]) is not None]
-        for shape, matched in found:
-            node = self.node(self._by_patterns(schemas, matched))
-            if (opened or matched) and node != (self.never,):
-                yield shape, node
-
-    @staticmethod
-    def _by_patterns(schemas: list[dict[str, Any]], matched: tuple[str, ...]) -> Iterator[int]:
-        for schema in schemas:
-            own = [number for pattern, number in schema.get("patternProperties", {}).items() if pattern in matched]
-            yield from own or ([schema["additionalProperties"]] if "additionalProperties" in schema else ())
-
-    # oneOf: can what fits one option fit another?
-
-    def apart(self, one: int, two: int) -> bool:
-        """True if nothing fits both schemas, as far as a look 4 levels deep tells."""
-        try:
-            return self._is_empty(self.node((one, two)), 0)
-        except InvalidRequest:
-            return False  # they cannot be told apart so
-
-    def _is_empty(self, node: Node, depth: int) -> bool:
-        return depth < 4 and all(self._is_impossible(shape, depth + 1) for shape in self.choice(node, True))
-
-    def _is_impossible(self, shape: Shape, depth: int) -> bool:
-        self.spend()
-        if isinstance(shape, ArrayShape):
-            first = (shape.at(index) for index in range(min(shape.low, 8)))
-            return any(node is None or self._is_empty(node, depth) for node in first)
-        if isinstance(shape, ObjectShape):
-            return any(self._is_empty(prop.node, depth) for prop in shape.named if prop.required)
-        if isinstance(shape, StringShape):
-            return self.string(shape) is None
-        return isinstance(shape, NumberShape) and number_symbol(shape) is None
+        for prop in shape.named:
+            if self._is_other(prop.name, names, patterns):
+                needed = replace(ANY_OBJECT, named=(Property(prop.name, self.node([number]), True),))
+                if (found := self._meet_objects(rest, needed)) is not None:
+                    yield from self._object_written(found)
 
 
-def opening_of(shape: Shape) -> str:
-    """The kind of value: what its first character tells."""
-    if isinstance(shape, Constant):
-        return shape.text[0] if shape.text[0] in '{["tfn' else "0"
-    kinds: dict[type, str] = {ObjectShape: "{", ArrayShape: "[", StringShape: '"', NumberShape: "0"}
-    return kinds[type(shape)]
+FREE: Shapes = (NumberShape(), StringShape(), ArrayShape(), ObjectShape())
 
 
 # ── E.3. Grammars ─────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -17323,16 +16497,15 @@ def read_json(text: str, param: str) -> Symbol:
 
 
 Position = tuple[int, tuple[int, ...]]  # of an array: elements read, and how many fit each schema of contains
-Few = dict[Any, Any]  # values, by what compares as they do
-Part = TypeVar("Part", "Members", "Elements")
 
 
 class Documents:
     """Turns shapes into symbols; those that nothing can fit are left out, so that no text comes to a dead end."""
 
-    MAX_KEPT = 10_000  # objects' and arrays' options, as far as texts have reached them
+    MAX_KEPT = 10_000  # values, objects and arrays, as far as texts have reached them
     MAX_PLACES = 20_000  # of an array with contains
-    MAX_FEW = 100  # values that are counted
+    MAX_TAKEN, MAX_EXAMPLE = 100, 10_000  # values that are counted, and their length
+    WIDE = 40  # so many bytes may come only within a string
     MAX_NAMES = 10_000  # names that an object may have, counted
     BLOCK = 256  # named properties that are opened at a time: a millisecond
 
@@ -17340,43 +16513,35 @@ class Documents:
         self.shapes = shapes
         self.possible: set[Node] = set()
         self._leaves: dict[StringShape | NumberShape, Symbol | None] = {}
-        self._values: dict[Node, list[Symbols]] = {}
         self._live: dict[ArrayShape, set[Position]] = {}
-        self._kept: dict[Symbol, list[Symbols]] = {}
-        self._few: dict[Node, Few | None] = {}
-        self._names: dict[ObjectShape, int] = {}
+        self._kept: dict[Part, list[Symbols]] = {}
+        self._scarce: set[ArrayShape] = set()
         self._tails: dict[ObjectShape, list[tuple[int, int]]] = {}
-        self._new: dict[tuple[Node, Elements], Symbol] = {}  # elements unlike those before
-        self._looks_ahead = True
-
-    @functools.cached_property
-    def rough(self) -> Documents:
-        """The same without the check for repeats, for lookaheads: with it they would never end where arrays nest."""
-        rough = copy.copy(self)
-        rough._values, rough._kept, rough._new, rough._looks_ahead = {}, {}, {}, False
-        return rough
 
     def root(self) -> Symbol:
         """The root of the grammar. Raises InvalidRequest naming the keyword at fault."""
         reader = self.shapes
-        root = reader.node([reader.read(reader.root, 0, "the schema", reader.base)])
+        root = reader.node([reader.read(reader.root)])
         self.possible = self._possible(root)
-        for shape in (shape for node in self.possible for shape in reader.choice(node) if isinstance(shape, ArrayShape)):
-            self._is_possible(shape, self.possible)  # may be refused, and not only when a text comes there
+        while scarce := self._scarce_arrays():
+            self._scarce.update(scarce)
+            self._live.clear()
+            self._kept.clear()
+            self.possible = self._possible(root)
         reader.steps = -(10**12)  # from here on texts bound the work
         if root not in self.possible:
             raise reader.refuse(f"no document can fit the schema{': ' if reader.dead_end else ''}{reader.dead_end}")
         return Value(self, root)
 
-    def leaf(self, shape: StringShape | NumberShape) -> Symbol | None:
-        """A string or number; None if there is none of its shape."""
+    def leaf(self, shape: StringShape | NumberShape, taken: Iterable[Any] = ()) -> Symbol | None:
+        """A string or number that is none of those taken; None if there is none."""
+        if isinstance(shape, StringShape) and (texts := [value for value in taken if isinstance(value, str)]):
+            return string_symbol(shape.but_not(texts))
+        if isinstance(shape, NumberShape) and (numbers := [value for value in taken if isinstance(value, (int, float))]):
+            return another_number(shape, numbers)
         if shape not in self._leaves:
             self._leaves[shape] = self.shapes.string(shape) if isinstance(shape, StringShape) else number_symbol(shape)
         return self._leaves[shape]
-
-    def another(self, shape: StringShape, taken: Iterable[str]) -> Symbol | None:
-        """A string that is none of those taken; None if there is none."""
-        return string_symbol(shape.but_not(taken)) if taken else self.leaf(shape)
 
     # What can be written at all: a required property that nothing fits makes its object impossible, and so on.
 
@@ -17390,7 +16555,7 @@ class Documents:
         while before < len(found):  # a list that must hold lists is never finished
             before = len(found)
             for node in reversed(nodes):
-                if node not in found and any(self._is_possible(shape, found) for shape in self.shapes.choice(node)):
+                if node not in found and any(self.is_possible(shape, found) for shape in self.shapes.choice(node)):
                     found.add(node)
         return found
 
@@ -17402,108 +16567,68 @@ class Documents:
                 yield from (node for _, node in shape.unnamed)
             elif isinstance(shape, ArrayShape):
                 for index in range(len(shape.first) + 1):
-                    yield from (node for node, _ in self._elements(shape, index, (0,) * len(shape.contains)))
+                    yield from (node for node, _ in self.elements(shape, index, (0,) * len(shape.contains)))
             elif not isinstance(shape, Constant):
                 self.leaf(shape)  # may be refused
 
-    def _is_possible(self, shape: Shape, possible: set[Node]) -> bool:
+    def _scarce_arrays(self) -> list[ArrayShape]:
+        """Arrays that must hold more different elements than there are."""
+        arrays = [shape for node in self.possible for shape in self.shapes.choice(node) if isinstance(shape, ArrayShape)]
+        return [shape for shape in arrays
+                if self.is_possible(shape, self.possible) and shape.unique and not self._has_enough(shape)]  # fmt: skip
+
+    def is_possible(self, shape: Shape, possible: set[Node]) -> bool:
         self.shapes.spend()
         if isinstance(shape, Constant):
             return True
         if isinstance(shape, ArrayShape):
-            if shape.unique and max(shape.low, *(least for _, least, _ in shape.contains), 0) > 1 and not self._has_enough(shape):
+            if shape in self._scarce:
                 return False
             if shape.contains:
-                return (0, (0,) * len(shape.contains)) in self._alive(shape, possible)
+                return (0, (0,) * len(shape.contains)) in self.alive(shape, possible)
             return all(shape.at(index) in possible for index in range(min(shape.low, len(shape.first) + 1)))
         if not isinstance(shape, ObjectShape):
             return self.leaf(shape) is not None
         if not all(prop.node in possible for prop in shape.named if prop.required):
             return False
-        most = sum(prop.node in possible for prop in shape.named) + self._most_names(shape, possible)
-        return shape.low <= most and not self._needs_too_many(shape)
+        most = sum(prop.node in possible for prop in shape.named) + self.most_names(shape, possible)
+        return shape.low <= most and (shape.high is None or sum(prop.required for prop in shape.named) <= shape.high)
 
     def _has_enough(self, shape: ArrayShape) -> bool:
         """True if an array whose elements are all different can be as long as it must be."""
-        found = [self.few_values(node) for node in (*shape.first[: shape.low], shape.at(len(shape.first))) if node is not None]
-        for number, least, _ in shape.contains:
-            few = self.few_values(self.shapes.node((*(shape.at(len(shape.first)) or ()), number)))
-            if few is not None and len(few) < least and not shape.first:
-                return False
-        scarce = [values for values in found if values is not None and len(values) < shape.low]
-        if scarce and shape.first:
+        rest = shape.at(len(shape.first))
+        wanted = [(node, shape.low) for node in (*shape.first[: shape.low], rest) if node is not None]
+        if not shape.first:
+            wanted += [(self.shapes.node((*(rest or ()), number)), least) for number, least, _ in shape.contains]
+        if all(count < 2 or self._has_different(node, count) for node, count in wanted):
+            return True
+        if shape.first:
             raise self.shapes.refuse("uniqueItems beside prefixItems is not supported where an element has few values")
-        return not scarce
+        return False
 
-    def few_values(self, node: Node) -> Few | None:
-        """All values that fit, to compare with; None if they are many, or it takes more than a look at them to tell."""
-        if node not in self._few:
-            self._few[node] = None  # what holds itself is many
-            found: Few | None = {}
-            for shape in self.shapes.choice(node):
-                values = self._few_of(shape)
-                found = None if values is None or found is None or len(found | values) > self.MAX_FEW else found | values
-            self._few[node] = found
-        return self._few[node]
+    def _has_different(self, node: Node, count: int) -> bool:
+        """True if so many different values fit, as a try tells."""
+        taken = frozenset[Any]()
+        for _ in range(min(count, self.MAX_TAKEN)):
+            if not self.kept(value := Value(self, node, taken)):
+                return False
+            taken |= {comparable(self._example(value))}
+        return True
 
-    def _few_of(self, shape: Shape) -> Few | None:
-        self.shapes.spend()
-        if isinstance(shape, Constant):
-            return {comparable(json.loads(shape.text)): json.loads(shape.text)}
-        if isinstance(shape, (StringShape, NumberShape)):
-            return self._few_leaves(shape)
-        if isinstance(shape, ArrayShape):
-            rest = self.few_values(shape.at(len(shape.first)) or ())
-            ends = [] if shape.high is None else [shape.high]
-            if rest is not None and (shape.unique or not rest):
-                ends.append(len(shape.first) + len(rest))  # as long as it can be
-            return self._few_lists(shape, min(ends)) if ends and min(ends) <= self.MAX_FEW else None
-        if self._needs_too_many(shape):
-            return {}
-        if any(self.few_values(node) != {} and self.leaf(names) is not None for names, node in shape.unnamed):
-            return None
-        return self._few_objects(shape)
+    def _example(self, value: Value) -> Any:
+        """A document, written as chance has it, but ended where it can be."""
+        here, text = Automaton(value).start, b""
+        while not here.ends:
+            may = list(bytes_of(here.bits))
+            ends = [byte for byte in (b']}"' if len(may) < self.WIDE else b'"') if byte in may]
+            byte = ends[0] if ends else may[zlib.crc32(text) % len(may)]
+            text, behind = text + bytes([byte]), here.step(byte)
+            if behind is None or len(text) > self.MAX_EXAMPLE:
+                raise self.shapes.refuse("uniqueItems: the elements are too long to count them")
+            here = behind
+        return json.loads(text)
 
-    @staticmethod
-    def _needs_too_many(shape: ObjectShape) -> bool:
-        """True if more properties are required than there may be."""
-        return shape.high is not None and sum(prop.required for prop in shape.named) > shape.high
-
-    def _few_lists(self, shape: ArrayShape, high: int) -> Few | None:
-        found: Few = {(): []}
-        whole = dict(found) if shape.low == 0 else {}
-        for index in range(high):
-            values = self.few_values(shape.at(index) or ())
-            if values is None or len(found) * len(values) + len(whole) > self.MAX_FEW:
-                return None
-            found = {(*key, one): [*value, more] for key, value in found.items() for one, more in values.items()
-                     if not shape.unique or one not in key}  # fmt: skip
-            whole |= found if index + 1 >= shape.low else {}
-        return {key: value for key, value in whole.items() if self.shapes.has_contained(value, shape.contains)}
-
-    def _few_objects(self, shape: ObjectShape) -> Few | None:
-        found: Few = {frozenset(): {}}
-        for prop in shape.named:
-            values = self.few_values(prop.node)
-            if values is None or len(found) * (len(values) + 1) > self.MAX_FEW:
-                return None
-            more = {key | {(prop.name, one)}: {**value, prop.name: further}
-                    for key, value in found.items() for one, further in values.items()}  # fmt: skip
-            found = more if prop.required else found | more
-        return {key: value for key, value in found.items()
-                if len(value) >= shape.low and (shape.high is None or len(value) <= shape.high)}  # fmt: skip
-
-    def _few_leaves(self, shape: StringShape | NumberShape) -> Few | None:
-        """The strings or numbers of a shape; None if they are many."""
-        found: set[Any] | None = None
-        if isinstance(shape, StringShape):
-            found = few_texts(shape, self.MAX_FEW)
-        else:
-            found = number_machine(replace(shape, excluded=frozenset()), False).every_number(self.MAX_FEW + len(shape.excluded))
-            found = None if found is None else found - shape.excluded
-        return None if found is None else {value: value for value in found}
-
-    def _most_names(self, shape: ObjectShape, possible: set[Node]) -> int:
+    def most_names(self, shape: ObjectShape, possible: set[Node]) -> int:
         """How many unnamed properties an object may have, counted as far as it must have some."""
         found = 0
         for names, node in shape.unnamed:
@@ -17512,79 +16637,27 @@ class Documents:
                 found += shape.low if few is None else len(few)
         return found
 
-    # Symbols
-
-    def value(self, node: Node) -> list[Symbols]:
-        """The alternatives for a value."""
-        if node not in self._values:
-            shapes = [shape for shape in self.shapes.choice(node) if self._is_possible(shape, self.possible)]
-            constants: dict[bytes, Symbols] = {shape.text.encode(): () for shape in shapes if isinstance(shape, Constant)}
-            found: list[Symbols] = [any_text(constants)] if constants else []
-            found += [self._of_shape(shape) for shape in shapes if not isinstance(shape, Constant)]
-            self._values[node] = found
-        return self._values[node]
-
-    def _of_shape(self, shape: StringShape | NumberShape | ObjectShape | ArrayShape) -> Symbols:
-        if isinstance(shape, ObjectShape):
-            return (Word(b"{"), Members(self, shape))
-        if isinstance(shape, ArrayShape):
-            return (Word(b"["), Elements(self, shape, 0, (0,) * len(shape.contains)))
-        leaf = self.leaf(shape)
-        assert leaf is not None, "it is possible"
-        return (leaf,)
-
-    def kept(self, symbol: Part, opened: Callable[[Part], list[Symbols]]) -> list[Symbols]:
-        """Opens a symbol, equal ones once. Raises NotYet."""
-        found = self._kept.get(symbol)
+    def kept(self, part: Part) -> list[Symbols]:
+        """The alternatives for a part, found once. Raises NotYet."""
+        found = self._kept.get(part)
         if found is None:
+            found = part.made()
             if len(self._kept) > self.MAX_KEPT:
                 self._kept.clear()  # other threads may do so too: what is returned is never looked up again
-            found = self._kept[symbol] = opened(symbol)
+            self._kept[part] = found
             TURN.kept()
         return found
 
-    # Objects
+    # Objects: what is required, and how many properties there must be, must be able to come within the most there may be
 
-    def members(self, here: Members) -> list[Symbols]:
-        """The alternatives within an object: a named property, the end, an unnamed one; a block of named ones at a time."""
-        shape, comma, count = here.shape, "" if here.first else ", ", self._counted(here.shape, here.count)
-        texts: dict[bytes, Symbols] = {}
-        found: list[Symbols] = []
-        next_block = (here.at // self.BLOCK + 1) * self.BLOCK
-        for index in range(here.at, min(next_block, len(shape.named))):
-            prop, after = shape.named[index], Members(self, shape, index + 1, count, False, here.taken)
-            if prop.node in self.possible and self._can_end(after):
-                key = f"{comma}{json.dumps(prop.name, ensure_ascii=False)}: "
-                texts[key.encode()] = (Value(self, prop.node), after)
-            if prop.required:
-                break
-        else:
-            if next_block < len(shape.named):
-                found.append((replace(here, at=next_block),))
-            else:
-                found += self._unnamed(replace(here, at=len(shape.named)), comma)
-                if here.count >= shape.low:
-                    texts[b"}"] = ()
-        return [any_text(texts), *found] if texts else found
-
-    @staticmethod
-    def _counted(shape: ObjectShape, count: int) -> int:
-        """One more property, counted as far as it matters."""
-        return count + 1 if shape.high is not None or count < shape.low else count
-
-    def _can_end(self, here: Members) -> bool:
-        """True if what is still required, and how many properties there must be, can come within the most there may be."""
+    def can_end(self, here: Members) -> bool:
         shape, lacking = here.shape, here.shape.low - here.count
         if lacking <= 0 and shape.high is None:
             return True
         required, possible = self._tail(shape, here.at)
         if shape.high is not None and here.count + required > shape.high:
             return False
-        if lacking <= 0:
-            return True
-        if shape not in self._names:
-            self._names[shape] = self._most_names(shape, self.possible)
-        return possible + self._names[shape] - len(here.taken) >= lacking
+        return possible >= lacking or possible + self.most_names(shape, self.possible) - len(here.taken) >= lacking
 
     def _tail(self, shape: ObjectShape, at: int) -> tuple[int, int]:
         """How many of the named properties from one on are required, and how many can be."""
@@ -17594,88 +16667,14 @@ class Documents:
             self._tails[shape] = list(sums)[::-1]
         return self._tails[shape][at]
 
-    def _unnamed(self, here: Members, comma: str) -> Iterator[Symbols]:
-        """Unnamed properties; where properties are counted, their names are told apart."""
-        shape = here.shape
-        if (shape.high is not None and here.count >= shape.high) or not self._can_end(here):
-            return  # those that are named and left out would be missing
-        counted = shape.low > 0 or shape.high is not None
-        after = replace(here, count=self._counted(shape, here.count), first=False)
-        for names, node in shape.unnamed:
-            key = self.another(names, here.taken)
-            if key is None or node not in self.possible:
-                continue
-            begin = (word(comma),) if comma else ()
-            if counted:
-                yield (*begin, Recorded(Automaton(key).start, Named(after, node)))
-            else:
-                yield (*begin, key, Word(b": "), Value(self, node), after)
-
     # Arrays
 
-    def elements(self, here: Elements) -> list[Symbols]:
-        """The alternatives within an array: the end, or one more element."""
-        shape = here.shape
-        found: list[Symbols] = []
-        if self._is_whole(shape, here.index, here.counts):
-            found.append((Word(b"]"),))
-        live = self._alive(shape, self.possible) if shape.contains else None
-        for node, counts in self._elements(shape, here.index, here.counts):
-            after = replace(here, index=self._next(shape, here.index), counts=counts)
-            if node in self.possible and (live is None or (after.index, counts) in live):
-                comma = (Word(b", "),) if here.index or here.seen else ()
-                found += self._element(node, after, comma)
-        return found
-
-    def _element(self, node: Node, after: Elements, comma: Symbols) -> Iterator[Symbols]:
-        if not after.shape.unique:
-            yield (*comma, Value(self, node), after)
-            return
-        element = self._new.get((node, after))
-        if element is None:  # kept before it is looked at, so that to look again goes on where it was left
-            if len(self._new) > self.MAX_KEPT:
-                self._new.clear()
-            element = self._new[node, after] = self._new_element(node, after)
-        if element.firsts:
-            yield (*comma, element)
-
-    def _new_element(self, node: Node, after: Elements) -> Recorded:
-        """An element that is none of those seen; looks ahead go through one that may be."""
-        ahead = Automaton(AnyOf(tuple(self.rough._others_than(node, after.seen)))).start if self._looks_ahead else None
-        alike = tuple(one for one in after.seen if isinstance(one, (tuple, frozenset)))
-        return Recorded(Automaton(AnyOf(tuple(self._others_than(node, after.seen)))).start, Different(after), ahead, alike=alike)
-
-    def _others_than(self, node: Node, seen: frozenset[Any]) -> list[Symbol]:
-        """The alternatives for a value that is none of those seen; objects and arrays are told apart at their ends."""
-        shapes = [shape for shape in self.shapes.choice(node) if self._is_possible(shape, self.possible)]
-        texts: dict[bytes, Symbols] = {}
-        for shape in list(shapes):  # written as constants, if they are few
-            few = self._few_of(shape) if not isinstance(shape, (StringShape, NumberShape)) else None
-            if few is not None:
-                texts |= {self.shapes.json(value).encode(): () for key, value in few.items() if key not in seen}
-                shapes.remove(shape)
-        found: list[Symbol] = [InOrder(any_text(texts))] if texts else []
-        names = [value for value in seen if isinstance(value, str)]
-        numbers = [value for value in seen if isinstance(value, (int, float))]
-        for shape in shapes:
-            if isinstance(shape, StringShape):
-                text = self.another(shape, names)
-                found += [text] if text else []
-            elif isinstance(shape, NumberShape):
-                bound = shape.low or shape.high or shape.multiples  # else one more digit makes another of any, but for 0e1
-                taken = [one for one in numbers if bound or not one]
-                number = another_number(shape, taken) if taken else self.leaf(shape)
-                found += [number] if number else []
-            elif not isinstance(shape, Constant):
-                found.append(InOrder(self._of_shape(shape)))
-        return found
-
     @staticmethod
-    def _next(shape: ArrayShape, index: int) -> int:
+    def next(shape: ArrayShape, index: int) -> int:
         """The index of the next element, as far as it matters."""
         return index + 1 if shape.high is not None or index < max(len(shape.first), shape.low, 1) else index
 
-    def _elements(self, shape: ArrayShape, index: int, counts: tuple[int, ...]) -> Iterator[tuple[Node, tuple[int, ...]]]:
+    def elements(self, shape: ArrayShape, index: int, counts: tuple[int, ...]) -> Iterator[tuple[Node, tuple[int, ...]]]:
         """The schemas that an element may fit, and how many then have fitted each schema of contains."""
         node = shape.at(index)
         for counted in itertools.product((True, False), repeat=len(shape.contains)) if node is not None else ():
@@ -17683,12 +16682,12 @@ class Documents:
             for fits, count, (number, least, most) in zip(counted, counts, shape.contains, strict=True):
                 if fits and (count == most or (most is None and count >= least)):
                     break  # one more may not be, or need not be told apart
-                inside += [number] if fits else [] if most is None else [self.shapes.number({"not": number})]
+                inside += [number] if fits else [] if most is None else [~number]
                 after.append(count + fits)
             else:
                 yield self.shapes.node(inside), tuple(after)
 
-    def _alive(self, shape: ArrayShape, possible: set[Node]) -> set[Position]:
+    def alive(self, shape: ArrayShape, possible: set[Node]) -> set[Position]:
         """The places of an array, elements read and counts of contains, from which it can be finished."""
         if shape in self._live:
             return self._live[shape]
@@ -17699,64 +16698,190 @@ class Documents:
         found: set[Position] = set()
         for index in range(last, -1, -1):
             for counts in itertools.product(*spans):
-                behind = [more for node, more in self._elements(shape, index, counts) if node in possible]
-                if self._is_whole(shape, index, counts) or any((self._next(shape, index), more) in found for more in behind):
+                behind = [more for node, more in self.elements(shape, index, counts) if node in possible]
+                if self.is_whole(shape, index, counts) or any((self.next(shape, index), more) in found for more in behind):
                     found.add((index, counts))
         if possible is self.possible:
             self._live[shape] = found
         return found
 
     @staticmethod
-    def _is_whole(shape: ArrayShape, index: int, counts: tuple[int, ...]) -> bool:
+    def is_whole(shape: ArrayShape, index: int, counts: tuple[int, ...]) -> bool:
         """True if an array may end here."""
         return index >= shape.low and all(count >= low for count, (_, low, _) in zip(counts, shape.contains, strict=True))
 
+    # uniqueItems: elements that are objects and arrays are told apart part by part
+
+    def unlike(self, node: Node, heads: Mapping[Any, set[Any]], after: Any) -> list[Symbols]:
+        """A value and what follows it, so that the whole is none of those taken: `heads` maps the values that those have here
+        to the rest of them."""
+        unique = isinstance(after, Elements) and after.shape.unique
+        found, seen = list[Symbols](), after.seen if unique else frozenset()
+        for value, rest in heads.items():
+            same = replace(after, alike=frozenset(rest), **({"seen": seen | {value}} if unique else {}))
+            if value not in seen and self.shapes.fits(plain(value), node) and self.kept(same):
+                found.append((word(self.shapes.json(plain(value))), same))
+        other = Value(self, node, seen.union(heads))
+        if not other.but or self.kept(other):
+            found.append((Recorded(Automaton(other).start, after),) if unique else (other, after))
+        return found
+
 
 @dataclass(frozen=True)
-class Value(Symbol):
-    """A value that fits some schemas."""
+class Part(Symbol):
+    """A part of a document whose alternatives are kept."""
 
     documents: Documents
-    node: Node
 
     def opened(self) -> Iterable[Symbols]:
-        return self.documents.value(self.node)
+        return self.documents.kept(self)
+
+    def made(self) -> list[Symbols]:
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
-class Members(Symbol):
+class Value(Part):
+    """A value that fits some schemas, and is none of `but`, to compare with."""
+
+    node: Node
+    but: frozenset[Any] = frozenset()
+
+    def made(self) -> list[Symbols]:
+        constants: dict[bytes, Symbols] = {}
+        found: list[Symbols] = []
+        for shape in self.documents.shapes.choice(self.node):
+            if isinstance(shape, Constant):
+                if not self.but or comparable(json.loads(shape.text)) not in self.but:
+                    constants[shape.text.encode()] = ()
+            elif self.documents.is_possible(shape, self.documents.possible):
+                found += self._of_shape(shape)
+        return [any_text(constants), *found] if constants else found
+
+    def _of_shape(self, shape: StringShape | NumberShape | ObjectShape | ArrayShape) -> list[Symbols]:
+        if isinstance(shape, (StringShape, NumberShape)):
+            leaf = self.documents.leaf(shape, self.but)
+            return [(leaf,)] if leaf else []
+        inside: Members | Elements
+        if isinstance(shape, ObjectShape):
+            begin, inside = b"{", Members(self.documents, shape, alike=frozenset(x for x in self.but if isinstance(x, Fields)))
+        else:
+            begin, inside = b"[", Elements(self.documents, shape, 0, (0,) * len(shape.contains),
+                                           alike=frozenset(x for x in self.but if isinstance(x, tuple) and x[:1] != (bool,)))
+        return [(Word(begin), inside)] if not inside.alike or self.documents.kept(inside) else []
+
+
+@dataclass(frozen=True)
+class Members(Part):
     """The rest of an object: its named properties from `at` on. `count` properties stand there, as far as that matters.
 
-    `taken` are the names of unnamed properties, where they are counted.
+    `taken` are the names of unnamed properties that may not come again; `alike` is the rest of each object that this one must
+    not be and begins as.
     """
 
-    documents: Documents
     shape: ObjectShape
     at: int = 0
     count: int = 0
     first: bool = True
     taken: frozenset[str] = frozenset()
+    alike: frozenset[Fields] = frozenset()
 
-    def opened(self) -> Iterable[Symbols]:
-        return self.documents.kept(self, self.documents.members)
+    def made(self) -> list[Symbols]:
+        """The alternatives: a named property, the end, an unnamed one; a block of named ones at a time."""
+        documents, shape, alike = self.documents, self.shape, self.alike
+        texts: dict[bytes, Symbols] = {}
+        found: list[Symbols] = []
+        next_block = (self.at // documents.BLOCK + 1) * documents.BLOCK
+        for index in range(self.at, min(next_block, len(shape.named))):
+            prop, after = shape.named[index], Members(documents, shape, index + 1, self._counted(), False, self.taken)
+            if prop.node in documents.possible and documents.can_end(after):
+                behind = self._behind(prop.name, prop.node, after, alike)
+                if behind:
+                    texts[self._key(prop.name)] = behind[0] if len(behind) == 1 else (AnyOf(tuple(map(InOrder, behind))),)
+            if prop.required:
+                break
+            alike = frozenset(one for one in alike if prop.name not in one) if alike else alike
+        else:
+            here = replace(self, at=min(next_block, len(shape.named)), alike=alike)
+            if next_block < len(shape.named):
+                found.append((here,))
+            else:
+                found += here._unnamed()
+                if self.count >= shape.low and Fields() not in alike:
+                    texts[b"}"] = ()
+        return [any_text(texts), *found] if texts else found
+
+    def _key(self, name: str) -> bytes:
+        return f"{'' if self.first else ', '}{json.dumps(name, ensure_ascii=False)}: ".encode()
+
+    def _counted(self) -> int:
+        """One more property, counted as far as it matters."""
+        return self.count + 1 if self.shape.high is not None or self.count < self.shape.low else self.count
+
+    def _behind(self, name: str, node: Node, after: Members, alike: Iterable[Fields]) -> list[Symbols]:
+        """The value of a property and the rest."""
+        heads: dict[Any, set[Any]] = {}
+        for one in alike:
+            if name in one:
+                rest = Fields((other, value) for other, value in one.items() if other != name)
+                heads.setdefault(one[name], set()).add(rest)
+        return self.documents.unlike(node, heads, after)
+
+    def _unnamed(self) -> list[Symbols]:
+        """Unnamed properties; where properties are counted, their names are told apart."""
+        shape, documents, found = self.shape, self.documents, list[Symbols]()
+        if (shape.high is not None and self.count >= shape.high) or not documents.can_end(self):
+            return found  # those that are named and left out would be missing
+        after = Members(documents, shape, self.at, self._counted(), False, self.taken)
+        known = sorted({name for one in self.alike for name in one} - self.taken)
+        for names, node in shape.unnamed:
+            if node not in documents.possible:
+                continue
+            for name in known:
+                if string_fits(names, name):
+                    again = replace(after, taken=self.taken | {name})
+                    found += [(Word(self._key(name)), *behind) for behind in self._behind(name, node, again, self.alike)]
+            key = documents.leaf(names, self.taken.union(known))
+            if key is not None:
+                begin = () if self.first else (word(", "),)
+                counted = shape.low > 0 or shape.high is not None
+                found.append((*begin, Recorded(Automaton(key).start, Named(after, node))) if counted
+                             else (*begin, key, Word(b": "), Value(documents, node), after))  # fmt: skip
+        return found
 
 
 @dataclass(frozen=True)
-class Elements(Symbol):
+class Elements(Part):
     """The rest of an array behind `index` elements, of which so many fit what it must contain.
 
-    `seen` are the elements so far, where no two may be the same, and `texts` how those that are objects and arrays were written.
+    `seen` are the elements so far, where no two may be the same; `alike` is the rest of each array that this one must not be
+    and begins as.
     """
 
-    documents: Documents
     shape: ArrayShape
     index: int
     counts: tuple[int, ...]
     seen: frozenset[Any] = frozenset()
-    texts: frozenset[bytes] = frozenset()
+    alike: frozenset[tuple[Any, ...]] = frozenset()
 
-    def opened(self) -> Iterable[Symbols]:
-        return self.documents.kept(self, self.documents.elements)
+    def made(self) -> list[Symbols]:
+        """The alternatives: the end, or one more element."""
+        shape, documents, found = self.shape, self.documents, list[Symbols]()
+        if documents.is_whole(shape, self.index, self.counts) and () not in self.alike:
+            found.append((Word(b"]"),))
+        heads: dict[Any, set[Any]] = {}
+        for one in filter(None, self.alike):
+            heads.setdefault(one[0], set()).add(one[1:])
+        live = documents.alive(shape, documents.possible) if shape.contains else None
+        comma = (Word(b", "),) if self.index else ()
+        for node, counts in documents.elements(shape, self.index, self.counts):
+            after = Elements(documents, shape, documents.next(shape, self.index), counts, self.seen)
+            if node in documents.possible and (live is None or (after.index, counts) in live):
+                found += [(*comma, *behind) for behind in documents.unlike(node, heads, after)]
+        return found
+
+    def follow(self, text: bytes) -> Symbols:
+        return (replace(self, seen=self.seen | {comparable(json.loads(text))}),)
 
 
 @dataclass(frozen=True)
@@ -17772,137 +16897,66 @@ class Named:
 
 
 @dataclass(frozen=True)
-class Different:
-    """Behind an element of an array that holds nothing twice: the rest of it, unless the element is one of those seen."""
-
-    after: Elements
-
-    def follow(self, text: bytes) -> Symbols | None:
-        value, after = comparable(json.loads(text)), self.after
-        if value in after.seen:
-            return None
-        texts = after.texts | {text} if isinstance(value, (tuple, frozenset)) else after.texts
-        return (replace(after, seen=after.seen | {value}, texts=texts),)
-
-
-@dataclass(frozen=True)
 class Recorded(Symbol):
     """A part whose text so far is kept, for what follows depends on it. It is never empty."""
 
     here: State
-    then: Named | Different
-    ahead: State | None = None  # through which to look whether a text can still become another than those seen
+    then: Named | Elements
     text: bytes = b""
-    ends: bool = False
-    alike: tuple[Any, ...] = ()  # arrays and objects that it must not be and begin as it does
-
-    CLOSING: ClassVar = 1 << ord('"') | 1 << ord("]") | 1 << ord("}")
-    WIDE: ClassVar = 16  # that much may come: some of it differs
-    MAX_LOOK: ClassVar = 40  # choices that a look tries
-    MAX_FORCED: ClassVar = 10_000  # bytes of a text in which there is no choice
-
-    @functools.cached_property
-    def firsts(self) -> int:
-        bits, then = self.here.bits, self.then
-        if self.ahead and self.alike and isinstance(then, Different):
-            few = bits if bits.bit_count() <= self.WIDE else bits & (self.CLOSING | self._known(then.after.texts))
-            return bits & ~sum(1 << byte for byte in bytes_of(few) if not self._can_differ(self.ahead, byte))
-        return bits
-
-    def _known(self, texts: Iterable[bytes]) -> int:
-        """The bytes with which texts go on that begin like this one: where much may come, only they and ends take choice away."""
-        at = len(self.text)
-        return functools.reduce(operator.or_, (1 << text[at] for text in texts if text.startswith(self.text)), 0)
-
-    def _can_differ(self, ahead: State, byte: int) -> bool:
-        """False if a byte leaves only texts that may not be."""
-        todo, ended = [(ahead.step(byte), self.text + bytes([byte]))], False
-        for _ in range(self.MAX_LOOK):
-            if not todo:
-                return False
-            here, text = todo.pop()
-            if here is None:
-                continue
-            forced = here.forced(self.MAX_FORCED)
-            here, text = here.read(forced), text + forced
-            assert here is not None, "it is forced"
-            wide = min(self.WIDE, len(self.alike) + 3)  # a number can be written in three ways more
-            if here.bits.bit_count() > wide or (here.ends and self.then.follow(text) is not None):
-                return True
-            ended = ended or here.ends
-            behind = sorted(bytes_of(here.bits), key=lambda byte: (self.CLOSING >> byte & 1, byte == ord(","), byte))
-            todo += [(here.step(one), text + bytes([one])) for one in behind]  # ends first: they tell
-        return not ended
-
-    def _still_alike(self, byte: int) -> tuple[Any, ...]:
-        """Those that still begin as it does: behind a whole element or property, those that have it too."""
-        if byte != ord(",") or not self.alike:
-            return self.alike
-        try:
-            begun = comparable(json.loads(self.text + (b"]" if self.text[:1] == b"[" else b"}")))
-        except ValueError:
-            return self.alike  # the comma stands further inside
-        if isinstance(begun, tuple):
-            return tuple(one for one in self.alike if isinstance(one, tuple) and one[: len(begun)] == begun)
-        return tuple(one for one in self.alike if isinstance(one, frozenset) and begun <= one)
-
-    def step(self, byte: int) -> Symbols | None:
-        here, text = self.here.step(byte), self.text + bytes([byte])
-        if here is None or not self.firsts >> byte & 1:
-            return None
-        follows = self.then.follow(text) if here.ends else None
-        if not here.bits:
-            return follows
-        ahead = self.ahead.step(byte) if self.ahead else None
-        return (Recorded(here, self.then, ahead, text, follows is not None, self._still_alike(byte)),)
-
-    def left(self) -> Symbols:
-        return self.then.follow(self.text) or ()
-
-
-class TextTable:
-    """Texts of which one must come, in byte order, and what follows each."""
-
-    def __init__(self, texts: Mapping[bytes, Symbols]) -> None:
-        self.texts = sorted(texts)
-        self.after = [texts[text] for text in self.texts]
-
-    def between(self, low: int, high: int, at: int) -> Symbols:
-        """The rest of those from low to high, which are alike up to `at`."""
-        if high - low == 1:
-            rest = self.texts[low][at:]
-            return (Word(rest), *self.after[low]) if rest else self.after[low]
-        return (OneText(self, low, high, at, len(self.texts[low]) == at),)
-
-
-@dataclass(frozen=True)
-class OneText(Symbol):
-    """One of several texts: those between `low` and `high` begin with the `at` bytes that stand there already."""
-
-    texts: TextTable
-    low: int
-    high: int
-    at: int
-    ends: bool = False
 
     @property
     def firsts(self) -> int:
-        longer = self.texts.texts[self.low + self.ends : self.high]
-        return functools.reduce(operator.or_, {1 << text[self.at] for text in longer})
+        return self.here.bits
+
+    @property
+    def ends(self) -> bool:  # type: ignore[override]
+        return self.here.ends
 
     def step(self, byte: int) -> Symbols | None:
-        texts, low = self.texts.texts, self.low + self.ends
-        first = bisect.bisect_left(texts, byte, low, self.high, key=lambda text: text[self.at])
-        last = bisect.bisect_right(texts, byte, low, self.high, key=lambda text: text[self.at])
-        return self.texts.between(first, last, self.at + 1) if first < last else None
+        here, text = self.here.step(byte), self.text + bytes([byte])
+        if here is None:
+            return None
+        return (Recorded(here, self.then, text),) if here.bits else self.then.follow(text)
 
     def left(self) -> Symbols:
-        return self.texts.after[self.low]
+        return self.then.follow(self.text)
+
+
+@dataclass(frozen=True, eq=False)
+class OneText(Symbol):
+    """One of several texts, and what follows each."""
+
+    texts: Mapping[bytes, Symbols]
+
+    @functools.cached_property
+    def _after(self) -> dict[int, Symbols]:
+        groups: dict[int, dict[bytes, Symbols]] = {}
+        for text, after in self.texts.items():
+            if text:
+                groups.setdefault(text[0], {})[text[1:]] = after
+        return {byte: any_text(group) for byte, group in groups.items()}
+
+    @functools.cached_property
+    def firsts(self) -> int:
+        return sum(1 << byte for byte in self._after)
+
+    @property
+    def ends(self) -> bool:  # type: ignore[override]
+        return b"" in self.texts
+
+    def step(self, byte: int) -> Symbols | None:
+        return self._after.get(byte)
+
+    def left(self) -> Symbols:
+        return self.texts[b""]
 
 
 def any_text(texts: Mapping[bytes, Symbols]) -> Symbols:
     """One of some texts, and what follows it."""
-    return TextTable(texts).between(0, len(texts), 0)
+    begin = os.path.commonprefix([min(texts), max(texts)])  # noqa: RUF071 - no paths
+    rest = {text[len(begin) :]: after for text, after in texts.items()} if begin else texts
+    behind = (OneText(rest),) if len(texts) > 1 else rest[b""]
+    return (Word(begin), *behind) if begin else behind
 
 
 LETTERS = OneChar(((0x30, 0x39), (0x41, 0x5A), (0x61, 0x7A)))
@@ -17942,7 +16996,7 @@ class CallsGrammar:
 class SchemaStructure(SchemaReader):
     """Reads no more of a schema than where the others in it stand, which templates and parsers rely on."""
 
-    def _type_names(self, key: str, value: Any, depth: int, base: str) -> int:
+    def _type_names(self, key: str, value: Any) -> int:
         if not isinstance(value, str) and not (isinstance(value, list) and all(isinstance(name, str) for name in value)):
             raise self.refuse(f"{key} must be a type or a list of types, not {self.said(value)}")
         return self.EVERY_TYPE
@@ -17956,7 +17010,7 @@ def check_structure(text: str, where: str) -> None:
     """Raises InvalidRequest, naming the keyword, for a schema that holds something else where a schema or a list must be."""
     reader = SchemaStructure(where, json.loads(text))
     try:
-        reader.read(reader.root, 0, "the schema", reader.base)
+        reader.read(reader.root)
     except RecursionError:
         raise reader.refuse("the schema is nested too deep") from None
 
@@ -17974,7 +17028,7 @@ def argument_types(text: str, key: str) -> int:
 
 def object_shapes(shapes: SchemaShapes) -> list[ObjectShape]:
     """The objects that a schema allows."""
-    root = shapes.node([shapes.read(shapes.root, 0, "the schema", shapes.base)])
+    root = shapes.node([shapes.read(shapes.root)])
     return [shape for shape in shapes.choice(root) if isinstance(shape, ObjectShape)]
 
 
@@ -18084,7 +17138,7 @@ class NamedArguments(Symbol):
         yield ()
 
     @property
-    def parts(self) -> Symbols:
+    def parts(self) -> Symbols:  # type: ignore[override]
         return (self.separator, *(argument for argument, _ in self.options))
 
 
@@ -18111,7 +17165,7 @@ class RestOf(Symbol):
         return [*((Unread(stack),) for stack in state.stacks), *([()] if state.ends else [])]
 
     @property
-    def parts(self) -> Symbols:
+    def parts(self) -> Symbols:  # type: ignore[override]
         return (self.grammar,)
 
 
@@ -18150,6 +17204,7 @@ def char_but(chars: str) -> OneChar:
 
 # ── F. Pull ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 # Fetches models: from a Hugging Face hub into its cache, where every other tool finds them, or from any address.
+# Offers: Pull, Plan, read_wanted, repository, pulled_before. Uses: hub_home, hub_caches (3), some_of (12), user_cache.
 
 MAX_LISTING = 32 * MIB  # a repository's files as JSON; the largest have some 10,000
 PULL_CHUNK = MIB
@@ -18160,16 +17215,12 @@ MAX_RETRY_AFTER = 300.0  # seconds that a busy server may have us wait
 MAX_REDIRECTS = 8
 
 
-class PullFailed(ApiError):
+class PullFailed(ApiError, status=502, message="The model could not be fetched"):
     """The model could not be fetched; the message says why, and what helps."""
 
-    status, message = 502, "The model could not be fetched"
 
-
-class DiskFull(PullFailed):
+class DiskFull(PullFailed, status=507):
     """The model does not fit the disk; the message says how much is missing, and what helps."""
-
-    status = 507
 
 
 class ConnectionLost(Exception):
@@ -18214,7 +17265,7 @@ def repository(name: str) -> Wanted | None:
 
 
 def read_wanted(name: str) -> Wanted:
-    """What a NAME on the command line means; an address of the hub's pages is a repository. Raises InvalidRequest."""
+    """Reads a NAME of the command line; an address of the hub's pages means a repository. Raises InvalidRequest."""
     named = name
     for site in (hub_address(), HUB, "https://hf.co"):
         if name.startswith(site + "/"):
@@ -18293,7 +17344,7 @@ def choose_offer(offers: Seq[Offer], part: str) -> Offer | None:
 
 
 def offered_names(offers: Iterable[Offer]) -> list[str]:
-    """What can be had, smallest first, each with its size, for a message."""
+    """Lists models for a message, smallest first, each with its size."""
     return [f"{printable(o.label, 60)} ({human_bytes(o.size)})" for o in sorted(offers, key=lambda o: o.size)]
 
 
@@ -18720,7 +17771,7 @@ class Download:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a pull will fetch, and where it goes."""
+    """The files that a pull will fetch, and where they go."""
 
     title: str  # as one would ask for it
     files: tuple[tuple[RemoteFile, Target], ...]

@@ -1243,11 +1243,20 @@ def test_script_runs_from_a_copy_anywhere(models: Path, tmp_path: Path) -> None:
 # Cached bytecode
 
 
-def settled_copy(folder: Path, name: str = "shimmy.py", age: float = 100, source: str | None = None) -> Path:
-    """A copy of shimmy.py that was changed `age` seconds ago."""
+START = SHIMMY.read_text().partition("\nif __name__ ==")[0] + """
+def entry():
+    import ctypes, importlib.util, json, numpy
+    print("started")
+if __name__ == "__main__":
+    os.execv(sys.executable, child_command("entry"))
+"""  # our file's beginning, which starts helper processes, with a helper that is quick to compile
+
+
+def settled_copy(folder: Path, name: str = "shimmy.py", age: float = 100, source: str = START) -> Path:
+    """A script that was changed `age` seconds ago."""
     folder.mkdir(exist_ok=True)
     script = folder / name
-    script.write_text(source or SHIMMY.read_text())
+    script.write_text(source)
     os.utime(script, (time.time() - age,) * 2)
     return script
 
@@ -1256,38 +1265,38 @@ def bytecode_below(folder: Path) -> list[Path]:
     return sorted(folder.rglob("*.pyc"))
 
 
-def build_of(script: Path, home: Path, env: dict[str, str] | None = None) -> str:
-    """What a helper process started by this script says of the engine library."""
-    return json.loads(shimmy("diag", "--json", home=home, script=script, env=env).stdout)["engine"]
+def helper_of(script: Path, home: Path) -> str:
+    """What a helper process started by this script prints."""
+    done = subprocess.run([sys.executable, script], cwd=home, env=environment(home), capture_output=True, timeout=HANG)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.decode().strip()
 
 
 @pytest.mark.parametrize("name", ["shimmy.py", "my server", "a.b.py"])
 def test_helper_processes_start_from_bytecode_beside_the_file(name: str, tmp_path: Path) -> None:
     script = settled_copy(tmp_path / "some folder", name)
-    said = build_of(script, tmp_path)
+    assert helper_of(script, tmp_path) == "started"
     (bytecode,) = bytecode_below(script.parent)
     made = bytecode.stat().st_mtime_ns
-    assert "=" in said and build_of(script, tmp_path) == said and bytecode.stat().st_mtime_ns == made
+    assert helper_of(script, tmp_path) == "started" and bytecode.stat().st_mtime_ns == made
 
 
 def test_bytecode_of_a_file_in_a_folder_for_all_is_kept_in_the_users_cache(tmp_path: Path) -> None:
     script = settled_copy(tmp_path / "open")
     script.parent.chmod(0o777)
-    assert "=" in build_of(script, tmp_path)
+    assert helper_of(script, tmp_path) == "started"
     assert bytecode_below(script.parent) == [] and bytecode_below(tmp_path / ".cache" / "shimmy")
 
 
 def test_file_that_changed_is_compiled_anew(tmp_path: Path) -> None:
-    script = settled_copy(tmp_path / "copy", age=200)
-    assert "of another kind" not in build_of(script, tmp_path)
-    changed = SHIMMY.read_text().replace('.decode().strip(" |\\n"),', '.decode()*0 + "of another kind",')
-    settled_copy(tmp_path / "copy", age=100, source=changed)
-    assert build_of(script, tmp_path) == "of another kind"
+    assert helper_of(settled_copy(tmp_path / "copy", age=200), tmp_path) == "started"
+    changed = settled_copy(tmp_path / "copy", age=100, source=START.replace('"started"', '"changed"'))
+    assert helper_of(changed, tmp_path) == "changed"
 
 
 def test_file_changed_this_second_leaves_no_bytecode(tmp_path: Path) -> None:
     script = settled_copy(tmp_path / "copy", age=-HANG)  # of this second still when a busy machine comes to start it
-    assert "=" in build_of(script, tmp_path) and bytecode_below(tmp_path) == []
+    assert helper_of(script, tmp_path) == "started" and bytecode_below(tmp_path) == []
 
 
 def test_bytecode_that_a_stranger_could_have_left_is_not_run(tmp_path: Path) -> None:
@@ -1295,19 +1304,22 @@ def test_bytecode_that_a_stranger_could_have_left_is_not_run(tmp_path: Path) -> 
     planted = Path(importlib.util.cache_from_source(str(script)))
     planted.parent.mkdir()
     stat = script.stat()
-    code = compile("def build_main(): print('{\"engine\": \"planted\"}')", "planted", "exec")
+    code = compile("def entry(): print('planted')", "planted", "exec")
     head = importlib.util.MAGIC_NUMBER + struct.pack("<III", 0, int(stat.st_mtime), stat.st_size)
     planted.write_bytes(head + marshal.dumps(code))
-    assert build_of(script, tmp_path) == "planted"  # as for every import: the folder is ours
-    planted.parent.chmod(0o777)
-    assert build_of(script, tmp_path) != "planted"
+    assert helper_of(script, tmp_path) == "planted"  # as for every import: the folder is ours
+    for open_to_all in (planted, planted.parent):
+        before = open_to_all.stat().st_mode
+        open_to_all.chmod(0o777)
+        assert helper_of(script, tmp_path) == "started"
+        open_to_all.chmod(before)
 
 
 def test_modules_in_the_working_directory_are_not_imported_by_helpers(tmp_path: Path) -> None:
     (tmp_path / "importlib").mkdir()
     for name in ("numpy.py", "ctypes.py", "json.py", "importlib/__init__.py"):
         (tmp_path / name).write_text("raise SystemExit('from the working directory')")
-    assert "=" in build_of(settled_copy(tmp_path / "copy"), tmp_path)
+    assert helper_of(settled_copy(tmp_path / "copy"), tmp_path) == "started"
 
 
 def test_serve_runs_as_a_module_too(tmp_path: Path) -> None:
@@ -1427,18 +1439,19 @@ CGROUPS: dict[str, tuple[str, dict[str, dict[str, str]]]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", CGROUPS)
+@cases("own, groups", CGROUPS)
 @linux
-def test_free_memory_within_a_container(case: str, tmp_path: Path) -> None:
-    own, groups = CGROUPS[case]
+def test_free_memory_within_a_container(
+    own: str, groups: dict[str, dict[str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "own").write_text(own)
     for folder, files in groups.items():
+        (tmp_path / "groups" / folder).mkdir(parents=True, exist_ok=True)
         for name, text in files.items():
-            (tmp_path / "groups" / folder).mkdir(parents=True, exist_ok=True)
             (tmp_path / "groups" / folder / name).write_text(text)
-    script = altered(tmp_path, ('"/proc/self/cgroup"', '"own"'), ('"/sys/fs/cgroup"', '"groups"'))
-    done = shimmy("diag", "--json", home=tmp_path, script=script)
-    assert json.loads(done.stdout)["memory"]["available_bytes"] == 1_600_000
+    monkeypatch.setattr(module, "OWN_CGROUPS", str(tmp_path / "own"))
+    monkeypatch.setattr(module, "CGROUPS", str(tmp_path / "groups"))
+    assert module.available_memory() == 1_600_000
 
 
 COUNT_BUILDS = """
@@ -1809,7 +1822,8 @@ def write_skipped(folder: Path) -> None:
 SKIPPED = {"mmproj-tiny": "projector", "adapter": "LoRA adapter", "vocab-only": "vocabulary only", "garbage": "not a GGUF",
            "empty": "truncated", "ancient": "version 1", "many-keys": "metadata pairs", "many-tensors": "tensors",
            "long-key": "truncated|MiB of text", "cut-in-header": "truncated", "cut-in-data": "truncated: \\d+ of",
-           "swapped": "big-endian", "dangling": "No such file"}  # fmt: skip
+           "swapped": "big-endian", "dangling": "No such file",
+           "lonely-00001-of-00003": "incomplete shard set: lonely-00002-of-00003.gguf missing"}  # fmt: skip
 
 
 def write_oddities(folder: Path) -> None:
@@ -1898,44 +1912,31 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Listing:
     return listing_of(home, done.stdout)
 
 
-@pytest.mark.parametrize(
-    "path",
-    ["models/homely.gguf", "cwd/models/nearby.gguf", "box/models/boxed.gguf", "extra/deep/er/extra-one.gguf",
-     "more/extra-two.gguf", "base/base.gguf", "base/sibling.gguf", "path-one/path-one.gguf", "path-two/path-two.gguf",
-     ".cache/llama.cpp/org_repo_cached.gguf", ".lmstudio/models/org/repo/studio.gguf",
-     ".cache/lm-studio/models/org/repo/old-studio.gguf"],
-)  # fmt: skip
-def test_list_finds_models_in(path: str, found: Listing) -> None:
-    stem = Path(path).stem.replace("_", "-")
-    assert found.at(path) == [stem]
+FOUND = {  # path by id, in the order of the list
+    "base": "base/base.gguf", "extra-one": "extra/deep/er/extra-one.gguf", "extra-two": "more/extra-two.gguf",
+    "my-model-q4": "odd/My_Model Q4.gguf", "upper": "odd/UPPER.GGUF", "bert": "odd/bert.gguf", "sized": "odd/sized.gguf",
+    "summed": "odd/summed.gguf", "version-two": "odd/version-two.gguf", "only": "odd/left/only.gguf",
+    "twin": "odd/left/twin.gguf", "twin-HASH": "odd/right/twin.gguf", "split": "odd/whole/split-00001-of-00003.gguf",
+    "path-one": "path-one/path-one.gguf", "path-two": "path-two/path-two.gguf", "sibling": "base/sibling.gguf",
+    "nearby": "cwd/models/nearby.gguf", "homely": "models/homely.gguf",
+    "from-hub": ".cache/huggingface/hub/models--org--Repo/snapshots/HASH/from-hub.gguf",
+    "hub-split": ".cache/huggingface/hub/models--org--Split/snapshots/HASH/hub-split-00001-of-00003.gguf",
+    "org-repo-cached": ".cache/llama.cpp/org_repo_cached.gguf", "studio": ".lmstudio/models/org/repo/studio.gguf",
+    "old-studio": ".cache/lm-studio/models/org/repo/old-studio.gguf", "tiny:latest": ".ollama/models/blobs/sha256-HASH",
+    "boxed": "box/models/boxed.gguf",
+}  # fmt: skip
 
 
-def test_list_finds_hugging_face_snapshots_once(found: Listing) -> None:
-    (model,) = [model for key, model in found.models.items() if "from-hub" in key]
-    assert Path(model["path"]).name == "from-hub.gguf"
-    assert not [model for model in found.models.values() if "/hub/" in model["path"] and "/blobs/" in model["path"]]
-
-
-def test_list_names_ollama_models_by_model_and_tag(found: Listing) -> None:
-    assert re.search(r"sha256-[0-9a-f]{64}$", found.models["tiny:latest"]["path"])
-    assert not [key for key in found.models if key.startswith(("evil", "short"))]  # whose digests are malformed
-    assert len(found.at("base", "base.gguf")) == 1
-
-
-def test_list_does_not_search_below_the_base_files_folder(found: Listing) -> None:
-    assert "beneath" not in found.models
+def test_list_finds_each_model_once_and_names_it_after_its_file(found: Listing) -> None:
+    paths = {re.sub(r"-[0-9a-f]{6}$", "-HASH", id): str(Path(model["path"]).relative_to(found.home))
+             for id, model in found.models.items()}  # fmt: skip
+    assert [(id, re.sub("[0-9a-f]{40,}", "HASH", path)) for id, path in paths.items()] == list(FOUND.items())
 
 
 @cases("stem, reason", {stem: (stem, reason) for stem, reason in SKIPPED.items()})
 def test_list_skips_with_a_reason(stem: str, reason: str, found: Listing) -> None:
     assert stem not in found.models
     assert re.search(reason, found.reason(f"{stem}.gguf"))
-
-
-def test_list_skips_an_incomplete_shard_set(found: Listing) -> None:
-    assert not [key for key in found.models if "lonely" in key]
-    reasons = [reason for path, reason in found.skipped.items() if "lonely" in Path(path).name]
-    assert any("2" in reason or "incomplete" in reason or "missing" in reason for reason in reasons)
 
 
 def test_list_shows_a_complete_shard_set_as_one_model(found: Listing) -> None:
@@ -1945,19 +1946,9 @@ def test_list_shows_a_complete_shard_set_as_one_model(found: Listing) -> None:
     assert model["size_bytes"] == total
 
 
-def test_list_ids_are_lower_case_stems_with_dashes(found: Listing) -> None:
-    assert found.at("odd", "My_Model Q4.gguf") == ["my-model-q4"]
-    assert found.at("odd", "UPPER.GGUF") == ["upper"]
-
-
-def test_list_gives_equal_stems_different_ids_that_are_stable(found: Listing) -> None:
-    twins, again = ([key for side in ("left", "right") for key in listed.at("odd", side, "twin.gguf")]
-                    for listed in (found, listing(found.home, "--models-dir", found.home / "odd")))  # fmt: skip
-    assert len(set(twins)) == 2 and all(key.startswith("twin") for key in twins) and twins == again
-
-
-def test_list_shows_a_file_found_twice_only_once(found: Listing) -> None:
-    assert len([key for key in found.models if key in ("only", "same")]) == 1
+def test_list_gives_equal_stems_ids_that_are_stable(found: Listing) -> None:
+    again = listing(found.home, "--models-dir", found.home / "odd")
+    assert found.at("odd", "right", "twin.gguf") == again.at("odd", "right", "twin.gguf")
 
 
 @cases("id, shown", {
@@ -2065,8 +2056,7 @@ def test_list_survives_link_loops_and_malformed_manifests(tmp_path: Path) -> Non
         path = store / "manifests" / "host" / "library" / name / "latest"
         path.parent.mkdir(parents=True)
         path.write_text(manifest)
-    done = shimmy("list", "--short", "--models-dir", folder, home=tmp_path, env={"OLLAMA_MODELS": str(store)})
-    assert done.returncode == 0 and "dice" in done.stdout.decode().split()
+    assert "dice" in listing(tmp_path, "--models-dir", folder, env={"OLLAMA_MODELS": str(store)}).models
 
 
 @pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may read everything")
@@ -2465,7 +2455,7 @@ def loadable(data: bytes, header: int, pick: random.Random, path: Path) -> None:
 def test_changed_file_that_is_loaded_is_one_error_and_the_server_goes_on(
     serve: Callable[..., Server], models: Path, tmp_path: Path
 ) -> None:
-    pick, count = random.Random(SOAK), 600 if SOAK else 12
+    pick, count = random.Random(SOAK), 600 if SOAK else 6
     data = {name: (models / f"{name}.gguf").read_bytes() for name in ("recital", "dice")}
     folder = tmp_path / "changed"
     folder.mkdir()
@@ -2846,7 +2836,7 @@ def parsed(text: str, pieces: Iterable[str], **options: Any) -> dict[str, Any]:
     events = [e for piece in pieces for e in parser.push(piece)] + list(parser.finish("stop"))
     (choice,) = collected(events).values()
     calls = [(c.name, c.text) for c in choice.calls]
-    return {"text": choice.text, "thought": choice.said("thought"), "calls": calls, "reason": choice.finish_reason}
+    return {"text": choice.said(), "thought": choice.said("thought"), "calls": calls, "reason": choice.finish_reason}
 
 
 @pytest.mark.parametrize("whole", [True, False], ids=["whole", "one character at a time"])
@@ -3072,7 +3062,7 @@ def read(format: Any, prompt: str, text: Any, size: int = 1) -> tuple[str, str, 
     pieces = [text[i : i + size] for i in range(0, len(text), size)] if isinstance(text, str) else text
     events = [e for piece in pieces for e in parser.push(piece)] + list(parser.finish("stop"))
     choice = collected(events)[0]
-    return choice.text, choice.said("thought"), [(c.name, json.loads(c.text or "null")) for c in choice.calls], events
+    return choice.said(), choice.said("thought"), [(c.name, json.loads(c.text or "null")) for c in choice.calls], events
 
 
 def derived(source: str) -> Any:
@@ -3185,7 +3175,7 @@ def check_forced(source: str) -> None:
         for pieces in ([text], list(text), in_pieces(text, pick)):
             parser = module.ChatParser(0, format, dict.fromkeys(NAMES, REFERRING), "", frozenset(), forced=True)
             choice = collected([*(e for piece in pieces for e in parser.push(piece)), *parser.finish("stop")])[0]
-            assert choice.finish_reason == "tool_calls" and not choice.text, text
+            assert choice.finish_reason == "tool_calls" and not choice.said(), text
             for call in choice.calls:
                 Draft202012Validator(REFERRING).validate(json.loads(call.text))
 
@@ -4098,7 +4088,7 @@ def random_text(shape: Strings | NumberShape, seed: int, patience: int = 40) -> 
     """A JSON text, byte by byte at random; after some of them it ends where it may. None where chance led nowhere near an end."""
     chance, state, text = random.Random(seed), first_state(shape), b""
     while not (state.ends and (not state.bits or chance.random() < 0.3)):
-        options = [byte for byte in range(256) if state.bits >> byte & 1]
+        options = list(bytes_of(state.bits))
         assert options, f"{shape} leads into a dead end behind {text!r}"
         quote = 34 in options and len(text) > 1 and (len(text) > patience or chance.random() < 0.2)
         text += bytes([34 if quote else chance.choice(options)])
@@ -4728,6 +4718,14 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "a look behind": ({"pattern": "(?<!a)b"}, "pattern"),
     "$ref to another document": ({"$ref": "https://json-schema.org/draft/2020-12/schema"}, "$ref"),
     "unevaluatedItems beside contains": ({"type": "array", "contains": FLAG, "unevaluatedItems": False}, "unevaluatedItems"),
+    "unevaluatedProperties beside allOf": (
+        {"allOf": [{"properties": {"a": FLAG}}], "unevaluatedProperties": False}, "unevaluatedProperties"),
+    "$ref by an $anchor": ({"$defs": {"n": {"$anchor": "n", **FLAG}}, "$ref": "#n"}, "$anchor"),
+    "$ref by an $id inside": ({"$defs": {"n": {"$id": "https://x.org/a", **FLAG}}, "$ref": "https://x.org/a"}, "$ref"),
+    "$ref within a schema that has an $id": ({"$defs": {"n": {"$id": "b", "properties": {"a": {"$ref": "#/$defs/m"}}}, "m": FLAG},
+                                             "properties": {"c": {"$ref": "#/$defs/m"}, "d": {"$ref": "#/$defs/n"}}}, "$id"),
+    "$ref into a schema that has an $id": ({"$defs": {"n": {"$id": "b", "not": {"$ref": "#/$defs/m"}}, "m": FLAG},
+                                           "$ref": "#/$defs/n/not"}, "$id"),
     "required names nobody may give": ({"required": ["a"], "additionalProperties": False}, "no document"),
 }  # fmt: skip
 
@@ -4929,13 +4927,6 @@ def llama() -> Any:
     return module.Llama(module.Load(model_info(file), module.Setup(options)), lambda fraction: None)
 
 
-class WholeWalk(module.Sampler):
-    """Shows the chain all tokens that the grammar allows."""
-
-    def _allowed(self, grammar: Any, scores: Any) -> Any:
-        return grammar.allowed()
-
-
 class Rows:
     """A text that is decoded by hand."""
 
@@ -4958,9 +4949,9 @@ class Rows:
         self.n_tokens += 1
 
 
-def sampler(llama: Any, grammar: str, kind: type[Any] = module.Sampler, prompt: Any = (), **fields: Any) -> Any:
+def sampler(llama: Any, grammar: str, prompt: Any = (), **fields: Any) -> Any:
     constraint = module.Constraint(module.Gbnf(grammar), "grammar")
-    return kind(llama, module.Sampling(constraint=constraint, **fields), prompt)
+    return module.Sampler(llama, module.Sampling(constraint=constraint, **fields), prompt)
 
 
 GRAMMARS = {
@@ -4994,16 +4985,18 @@ GRAMMARS = {
     "Mirostat": {"mirostat": 1},
     "Mirostat 2": {"mirostat": 2},
 })  # fmt: skip
-def test_pick_among_the_likeliest_is_the_pick_among_all(grammar: str, fields: dict[str, Any], llama: Any) -> None:
+def test_picks_are_what_the_grammar_allows_and_the_likeliest_of_all(grammar: str, fields: dict[str, Any], llama: Any) -> None:
+    """Shown all that is allowed from the first refused token on, a greedy sampler picks the same."""
     rows = Rows(llama, "Here is the record of a customer: ")
-    prompt = list(rows.tokens[: rows.n_tokens])
-    quick, whole = (sampler(llama, grammar, kind, prompt, seed=7, **fields) for kind in (module.Sampler, WholeWalk))
+    prompt, greedy = list(rows.tokens[: rows.n_tokens]), fields.get("temperature") == 0.0 and "xtc_probability" not in fields
+    quick, whole = (sampler(llama, grammar, prompt, seed=7, **fields) for _ in range(2))
+    whole.TRIES = 0
     for _ in range(16):
         logits, row = rows.logits()
-        before = logits.copy()
+        before, allowed = logits.copy(), set(quick.grammar.allowed())
         token = quick.pick(logits, row)
         logits[:] = before
-        assert token == whole.pick(logits, row)
+        assert (token in allowed or token < 0) and (not greedy or token == whole.pick(logits, row))
         if token < 0 or token in llama.vocab.eog:
             break
         rows.append(token)
@@ -5013,16 +5006,16 @@ def test_picks_under_a_grammar_have_the_probabilities_that_all_allowed_tokens_gi
     logits, row = Rows(llama, "The number is ").logits()
     kept = logits.copy()
     whole = module.Grammar(llama, module.Constraint(module.Gbnf("root ::= [0-9]+"), "grammar")).allowed()
-    best = max(kept[whole])
-    wanted = {int(t): math.exp(kept[t] - best) for t in whole if math.exp(kept[t] - best) >= 0.05}
+    wanted = {int(t): math.exp(kept[t] - max(kept[whole])) for t in whole}
     counts: dict[int, int] = dict.fromkeys(wanted, 0)
     for seed in range(2000):
-        picking = sampler(llama, "root ::= [0-9]+", seed=seed, temperature=1.0, top_k=0, top_p=1.0, min_p=0.05)
+        picking = sampler(llama, "root ::= [0-9]+", seed=seed, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0)
         logits[:] = kept
         counts[picking.pick(logits, row)] += 1
         picking.close()
-    total = sum(wanted.values())
-    assert sum((counts[t] - 2000 * p / total) ** 2 / (2000 * p / total) for t, p in wanted.items()) < 3 * len(wanted) + 10
+    expected = {t: 2000 * p / sum(wanted.values()) for t, p in wanted.items()}
+    often = [t for t in wanted if expected[t] >= 10]
+    assert sum((counts[t] - expected[t]) ** 2 / expected[t] for t in often) < 3 * len(often) + 10
 
 
 @pytest.mark.parametrize("grammar", GRAMMARS.values(), ids=GRAMMARS)
@@ -5036,17 +5029,17 @@ def test_allowed_tokens_are_those_whose_bytes_may_follow(grammar: str, llama: An
 
 def test_allowed_tokens_within_a_character_are_found_at_once(llama: Any) -> None:
     started = module.Grammar(llama, module.Constraint(module.Json('{"type": "string", "minLength": 600}', "x"), "x"))
-    assert started.few_allowed() is not None, "a quote must come"
+    assert started.is_quick, "a quote must come"
     for token in llama.vocab.tokens_inside('"é'.encode())[:2]:
         assert started.after(token)
-        started.accept(token)
-    assert started._state.bits.bit_count() == 64 and started.few_allowed() is not None
+        started.follow(token)
+    assert started._state.bits.bit_count() == 64 and started.is_quick and len(started.allowed())
 
 
 def test_allowed_tokens_hold_the_end_only_where_the_text_may_end(llama: Any) -> None:
     started = module.Grammar(llama, module.Constraint(module.Gbnf('root ::= "a" "b"?'), "grammar"))
     assert not set(started.allowed()) & llama.vocab.eog
-    started.accept(llama.vocab.tokens_inside(b"a")[0])
+    started.follow(llama.vocab.tokens_inside(b"a")[0])
     assert llama.vocab.eog <= set(started.allowed())
 
 
@@ -5476,8 +5469,8 @@ KEYWORDS: dict[str, tuple[Any, list[Any], list[Any]]] = {
     "minProperties": ({**NAMED_SCHEMAS, "minProperties": 2}, [{"a": 1, "c": 1}], [{}, {"b": 1}]),
     "maxProperties": ({**NAMED_SCHEMAS, "maxProperties": 1}, [{}, {"c": 1}], [{"a": 1, "b": 1}]),
     "counts of unnamed properties": ({**OBJECT, "minProperties": 2, "maxProperties": 2}, [{"x": 1, "y": 2}], [{"x": 1}, {}]),
-    "unevaluatedProperties": ({"allOf": [{"properties": {"a": {}}}], "properties": {"b": {}},
-                               "unevaluatedProperties": {"type": "null"}}, [{"b": 1, "a": 1, "x": None}], [{"x": 1}]),
+    "unevaluatedProperties": ({"properties": {"b": {}}, "unevaluatedProperties": {"type": "null"}}, [{"b": 1, "x": None}],
+                              [{"x": 1}]),
     "contains": ({**ANY_ARRAY, "contains": {"const": 1}}, [[1], [0, 1, 0]], [[], [0]]),
     "minContains and maxContains": ({**ANY_ARRAY, "contains": {"const": 1}, "minContains": 2, "maxContains": 2},
                                     [[1, 1], [1, 0, 1]],
@@ -5492,8 +5485,7 @@ KEYWORDS: dict[str, tuple[Any, list[Any], list[Any]]] = {
     "nullable": ({"type": "integer", "nullable": True}, [1, None], ["a"]),
     "const of an object": ({"const": {"b": [1, None], "a": "é"}}, [{"b": [1, None], "a": "é"}], [{"b": [1]}]),
     "enum that shares beginnings": ({"enum": ["a", "ab", 1, 12, {"a": 1}]}, ["a", "ab", 1, 12, {"a": 1}], ["b", 2, {}]),
-    "$ref by $id and $anchor": ({"$id": "https://x.org/a", "$defs": {"i": {"$id": "b", "$defs": {"n": {"$anchor": "n", **ONE}}}},
-                                 "$ref": "b#n"}, [1], [2]),
+    "$ref by the schema's own $id": ({"$id": "https://x.org/a", "$defs": {"n": ONE}, "$ref": "a#/$defs/n"}, [1], [2]),
     "$ref alone in draft 7": ({"$schema": "http://json-schema.org/draft-07/schema#", "definitions": {"a": {"const": 1}},
                                "$ref": "#/definitions/a", "not": {}}, [1], [2]),
     "closed objects": ({"properties": {"a": {}}}, [{}, {"a": 1}], [{"b": 1}, {"a": 1, "b": 1}]),
@@ -5541,13 +5533,6 @@ def test_schema_with_many_kinds_is_read_soon(schema: Any, fitting: Any, others: 
 def test_schema_with_too_many_alternatives_says_so() -> None:
     with pytest.raises(InvalidRequest, match="anyOf and oneOf leave over 1500 alternatives"):
         begin({"anyOf": told_apart(2000)["oneOf"]})
-
-
-def test_id_in_an_unknown_keyword_names_nothing() -> None:
-    named = {"$id": "https://x.org/a", "type": "null"}
-    with pytest.raises(InvalidRequest, match="not inside the schema"):
-        begin({"unknown": {"a": named}, "$ref": "https://x.org/a"})
-    assert accepts({"$defs": {"a": {"allOf": [named]}}, "$ref": "https://x.org/a"}, None)
 
 
 def test_six_patterns_of_names_that_overlap_are_told_apart() -> None:
@@ -6722,14 +6707,6 @@ def test_stop_string_split_across_pieces_never_leaks(stop: Any, stream: bool, se
         assert (reply.text, reply.finish_reason) == ("alpha ", "stop")
 
 
-def test_unfinished_stop_string_is_flushed_at_the_end(server: Server) -> None:
-    assert server.generate("|", stop=["omegaX", "STOPPX"]).text == TEXTS["|"]
-
-
-def test_earliest_stop_string_wins(server: Server) -> None:
-    assert server.generate("|", stop=["TOPP", "ha S"]).text == "alp"
-
-
 @cases(
     "stop, said",
     {
@@ -7822,25 +7799,10 @@ def test_full_queue_answers_503_with_retry_after(tight: Server) -> None:
             waiting = pool.submit(tight.generate, ":")
             eventually(lambda: tight.status("recital")["requests_waiting"] == 1, "one waits")
             reply = tight.generate(":")
-            assert_error(reply, 503, "overloaded")
-            assert int(reply.headers["Retry-After"]) > 0
+            assert_error(reply, 503, "overloaded", "--max-queue 1")
+            assert int(reply.headers["Retry-After"]) > 0 and tight.status("recital")["requests_running"] == 2
             assert tight.chat().json()["error"]["type"] == "overloaded_error"
         assert waiting.result().text == "Hello wide world"
-
-
-def test_full_queue_error_names_its_limit(serve: Callable[..., Server], models: Path) -> None:
-    small = serve("--models-dir", models, "--parallel", "1", "--max-queue", "2", "--ctx", str(LONG_CTX))
-    with contextlib.ExitStack() as stack:
-        next(stack.enter_context(small.endless()))
-        for _ in range(2):
-            stack.enter_context(small.endless())
-        status = eventually(lambda: small.status("recital")["requests_waiting"] == 2 and small.status("recital"), "two wait")
-        assert status["requests_running"] == 1
-        refused = small.generate()
-        assert_error(refused, 503, "overloaded", "--max-queue 2")
-        assert int(refused.headers["Retry-After"]) >= 1
-    eventually(lambda: small.status("recital")["requests_waiting"] == 0, "the queue is empty")
-    assert small.generate().text == TEXTS[":"]
 
 
 def test_client_that_leaves_while_queued_frees_its_place(tight: Server) -> None:
@@ -7904,37 +7866,11 @@ def test_every_choice_finishes_when_some_start_before_the_last_is_queued(server:
         assert sum(e["choices"][0]["finish_reason"] is not None for e in stream if e != "[DONE]") == 8
 
 
-@pytest.mark.parametrize("path", ["/api/generate", "/v1/completions"])
-def test_leaving_a_stream_cancels_its_generation(path: str, server: Server) -> None:
-    with server.stream(path, {"model": "recital", "prompt": "#", "max_tokens": LONG_CTX}) as stream:
-        next(stream)
-        assert server.status("recital")["requests_running"] == 1
-    eventually(lambda: server.status("recital")["requests_running"] == 0, "the generation is cancelled")
-
-
-def test_leaving_a_plain_request_cancels_its_generation(server: Server) -> None:
-    server.load("recital")
-    body = json.dumps({"model": "recital", "prompt": "#", "max_tokens": LONG_CTX}).encode()
-    with socket.create_connection((server.host, server.port)) as sock:
-        sock.sendall(raw_post("/api/generate", body))
-        eventually(lambda: server.status("recital")["requests_running"] == 1, "it runs")
-    eventually(lambda: server.status("recital")["requests_running"] == 0, "the generation is cancelled")
-
-
 def test_closing_a_websocket_cancels_its_generation(server: Server) -> None:
     with server.ws() as ws:
         ws.send(json.dumps({"model": "recital", "prompt": "#", "max_tokens": LONG_CTX}))
         assert json.loads(ws.recv(HANG))["token"].startswith("Tick ")
     eventually(lambda: server.status("recital")["requests_running"] == 0, "the generation is cancelled")
-
-
-def test_leaving_while_the_prompt_is_read_cancels_the_request(server: Server) -> None:
-    connection = server.connect()
-    connection.request("POST", "/api/generate", encoded({"model": "recital", "prompt": "y" * 60_000, "max_tokens": 5}))
-    eventually(lambda: server.status("recital")["requests_running"] == 1, "the prompt is being read")
-    connection.sock.close()
-    eventually(lambda: server.status("recital")["requests_running"] == 0, "the engine let go")
-    assert server.generate().text == TEXTS[":"]
 
 
 def test_dropped_streams_leave_the_engine_idle(server: Server) -> None:
@@ -8183,14 +8119,20 @@ def test_newcomers_wait_for_no_inputs_that_are_tokenized(server: Server) -> None
 # Engines that crash, fail to start or are unloaded: the server notices, reports it and cleans up.
 
 
+LOST = cases("number, words", {"killed": (signal.SIGKILL, "the engine process ended"),
+                               "stopped": (signal.SIGSTOP, "said nothing for 2 s")})  # fmt: skip
+
+
 @linux
-def test_killed_engine_ends_its_stream_with_generation_failed_and_reloads(server: Server) -> None:
-    with server.endless() as stream:
+@LOST
+def test_engine_lost_in_a_stream_ends_it_with_the_reason_and_reloads(number: int, words: str, breakable: Server) -> None:
+    with breakable.endless() as stream:
         next(stream)
-        os.kill(server.engine("recital.gguf"), signal.SIGKILL)
+        os.kill(breakable.engine("recital.gguf"), number)
         rest = [event for event in stream if event != "[DONE]"]
-    assert rest[-1]["error"]["code"] == "generation_failed" and rest[-1]["error"]["message"]
-    assert server.generate("=").text == TEXTS["="]
+    error = rest[-1]["error"]
+    assert error["code"] == "generation_failed" and error["message"] and words in error["details"]
+    assert breakable.generate("=").text == TEXTS["="]
 
 
 @linux
@@ -8210,11 +8152,14 @@ def test_killed_engine_fails_plain_and_websocket_requests(server: Server) -> Non
 
 
 @linux
-def test_engine_killed_while_idle_reloads_on_the_next_request(server: Server) -> None:
-    server.load("dice")
-    os.kill(server.engine("dice.gguf"), signal.SIGKILL)
-    eventually(lambda: not server.status("dice")["loaded"], "the death is noticed")
-    assert server.generate("Once", "dice", max_tokens=3, ignore_eos=True).status == 200
+@LOST
+def test_engine_lost_while_idle_is_replaced(number: int, words: str, breakable: Server) -> None:
+    breakable.load("recital")
+    engine = breakable.engine("recital.gguf")
+    os.kill(engine, number)
+    assert words in eventually(lambda: breakable.status("recital")["error"], "it is noticed")
+    eventually(lambda: not alive(engine), "the engine is gone")
+    assert breakable.generate("=").text == TEXTS["="]
 
 
 def test_corrupt_tensor_type_fails_only_the_load(serve: Callable[..., Server], tmp_path: Path) -> None:
@@ -8276,26 +8221,6 @@ def test_ended_and_failed_engines_leak_no_descriptors(server: Server) -> None:
 # Children that hang
 
 HURRY = (("SILENCE = 30 ", "SILENCE = 2 "), ("STARTING = 180 ", "STARTING = 3 "))
-
-
-@linux
-def test_engine_that_hangs_ends_its_stream_with_the_reason_and_reloads(breakable: Server) -> None:
-    with breakable.endless() as stream:
-        next(stream)
-        os.kill(breakable.engine("recital.gguf"), signal.SIGSTOP)
-        rest = [event for event in stream if event != "[DONE]"]
-    assert rest[-1]["error"]["code"] == "generation_failed" and "said nothing for 2 s" in rest[-1]["error"]["details"]
-    assert breakable.generate("=").text == TEXTS["="]
-
-
-@linux
-def test_engine_that_hangs_while_idle_is_replaced(breakable: Server) -> None:
-    breakable.load("recital")
-    engine = breakable.engine("recital.gguf")
-    os.kill(engine, signal.SIGSTOP)
-    assert "said nothing" in eventually(lambda: breakable.status("recital")["error"], "it is noticed")
-    eventually(lambda: not alive(engine), "the engine is gone")
-    assert breakable.generate("=").text == TEXTS["="]
 
 
 @linux
@@ -8364,7 +8289,7 @@ def test_load_that_hangs_does_not_keep_the_server_or_the_engine_alive(stopped: C
 @pytest.mark.parametrize("task", ["decode", "sample", "tokenize"])
 def test_engine_that_does_not_come_back_from(task: str, serve: Callable[..., Server], models: Path, tmp_path: Path) -> None:
     bounds = {"decode": ("900", "status = self.main.decode(plan)"), "sample": ("120", "urgent = self._sample(plan)"),
-              "tokenize": ("300", "tokens = self._inputs(job, submission) if")}  # fmt: skip
+              "tokenize": ("300", "job = submission.job\n        with self._answering(submission):")}  # fmt: skip
     bound, line = bounds[task]
     hang = f"\n        os.path.exists('hang') and time.sleep(1000)\n        {line}".strip()
     script = altered(tmp_path, (line, hang), (f'"{task}": {bound},', f'"{task}": 1,'))
@@ -8382,7 +8307,7 @@ def test_engine_that_does_not_come_back_from(task: str, serve: Callable[..., Ser
 
 
 def test_cancel_does_not_wait_for_the_tokenizer(serve: Callable[..., Server], models: Path, tmp_path: Path) -> None:
-    line = "tokens = self._inputs(job, submission) if"
+    line = "job = submission.job\n        with self._answering(submission):"
     slow = altered(tmp_path, (line, f"time.sleep(20)\n        {line}"))
     own = serve("--models-dir", models, script=slow)
     own.load("recital")
@@ -8419,7 +8344,6 @@ def test_server_that_was_stopped_for_a_while_finds_its_engine_alive(breakable: S
     assert breakable.status("recital")["loaded"] and engine_of(breakable) == engine
 
 
-# Worker.
 # Engines that are killed, stopped, starved or robbed of their file, at every stage.
 
 
@@ -8471,20 +8395,17 @@ def test_engine_killed_while_it_reads_a_prompt_fails_all_that_run_and_wait(strea
 
 
 @linux
-def test_engine_that_hangs_while_it_reads_a_prompt_is_replaced(
-    serve: Callable[..., Server], models: Path, tmp_path: Path
-) -> None:
-    own = serve("--models-dir", models, "--ctx", str(LONG_CTX), "--parallel", "1", script=altered(tmp_path, *HURRY))
-    own.load("recital")
+def test_engine_that_hangs_while_it_reads_a_prompt_is_replaced(breakable: Server) -> None:
+    breakable.load("recital")
     with ThreadPoolExecutor(len(TONGUES)) as pool:
-        waiters = [pool.submit(own.post, t.path, t.body("hi", pad="i" * 40_000, stream=False)) for t in TONGUES.values()]
-        eventually(lambda: requests_of(own) == (1, len(TONGUES) - 1), "one runs, the others wait")
-        engine = engine_of(own)
+        waiters = [pool.submit(breakable.post, t.path, t.body("hi", pad="i" * 40_000, stream=False)) for t in TONGUES.values()]
+        eventually(lambda: requests_of(breakable) == (1, len(TONGUES) - 1), "one runs, the others wait")
+        engine = engine_of(breakable)
         os.kill(engine, signal.SIGSTOP)
         replies = [waiter.result() for waiter in waiters]
     assert all(r.status == 500 and "said nothing" in r.body.decode() for r in replies)
     eventually(lambda: not alive(engine), "the engine is gone")
-    assert own.generate().text == TEXTS[":"]
+    assert breakable.generate().text == TEXTS[":"]
 
 
 @linux
@@ -8507,8 +8428,9 @@ def test_engine_out_of_memory_fails_requests_and_is_replaced(serve: Callable[...
 def test_engine_whose_thread_has_no_memory_to_say_why_it_fails_is_replaced(
     serve: Callable[..., Server], models: Path, tmp_path: Path
 ) -> None:
-    faults = [(old, "raise MemoryError") for old in ("self._admit(submission)", 'log.exception("a job cannot begin")',
-                                                     'log.exception("the engine fails")')]  # fmt: skip
+    places = ("prompt, constraint = self._prompt(job), job.sampling.constraint", 'log.exception("a job cannot begin")',
+              'log.exception("the engine fails")')  # fmt: skip
+    faults = [(old, "raise MemoryError") for old in places]
     own = serve("--models-dir", models, script=altered(tmp_path, *faults))
     reply = own.generate()
     assert_error(reply, 500, "generation_failed")
@@ -8537,7 +8459,8 @@ def breakable(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     lines = ("if os.path.exists('break'):", "    os.rename('break', 'broken')", "    exec(open('broken').read())")
     breaks = "".join(f"            {line}\n" for line in lines)
     script = altered(folder, (beat, breaks + beat), *HURRY)
-    running = Server(folder / "home", "--port", "0", "--models-dir", models, "--ctx", str(LONG_CTX), script=script)
+    flags: list[str | Path] = ["--port", "0", "--models-dir", models, "--ctx", str(LONG_CTX), "--parallel", "1"]
+    running = Server(folder / "home", *flags, script=script)
     yield running
     running.stop()
 
@@ -8779,9 +8702,8 @@ def test_kernel_that_crashes_is_found_before_any_model_loads_and_left_out(
     serve: Callable[..., Server], models: Path, tmp_path: Path
 ) -> None:
     """Each kernel is tried in a process without a model."""
-    crash = ("        c, pointer, side = self._ctypes, self._ctypes.c_void_p, self.SIDE\n        held, weights",
-             "        os.kill(os.getpid(), signal.SIGILL)\n"
-             "        c, pointer, side = self._ctypes, self._ctypes.c_void_p, self.SIDE\n        held, weights")  # fmt: skip
+    crash = ("        import numpy as np\n\n        c, pointer, side", "        os.kill(os.getpid(), signal.SIGILL)\n"
+             "        import numpy as np\n\n        c, pointer, side")  # fmt: skip
     own = serve("--models-dir", models, script=altered(tmp_path, crash), seeded=False)
     assert own.generate().text == TEXTS[":"]
     kernels = own.get("/diag").json()["known_faults"]["kernels"]
@@ -8803,11 +8725,10 @@ def test_kernels_of_this_machine_are_tried() -> None:
 
 def test_kernel_with_wrong_results_is_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     ggml = module.Ggml(module.import_llama())
-    usual = ggml.buffer_type(ggml.devices()[0])
+    usual = ggml.buffer_type(ggml.cpu)
     assert ggml.try_kernel(usual) == ""
-    monkeypatch.setattr(module.Ggml, "ROWS", (1,))
-    real = module.struct.pack
-    monkeypatch.setattr(module.struct, "pack", lambda form, *v: real(form, *([0.25, *v[1:]] if form == "<e16B" else v)))
+    real = module.Ggml._product
+    monkeypatch.setattr(module.Ggml, "_product", lambda *arguments: real(*arguments) / 2)
     assert ggml.try_kernel(usual) == "wrong results"
 
 
@@ -8923,10 +8844,12 @@ def loaded(server: Server) -> set[str]:
     return {model["id"] for model in server.get("/api/models").json()["models"] if model["loaded"]} - {"default"}
 
 
-@pytest.mark.parametrize("name", ["recital", "Recital", "RECITAL", "reci", "default", "gpt-4o", "die"])
+@pytest.mark.parametrize("name", [
+    "recital", "Recital", "RECITAL", "reci", "default", "gpt-4o", "die",
+    "recital.gguf", "Recital.GGUF", "recital:latest", "RECITAL:latest",  # as other servers call it
+])  # fmt: skip
 def test_request_may_name_a_model_as(name: str, server: Server) -> None:
-    reply = server.generate(model=name, max_tokens=1)
-    assert reply.status == 200
+    assert server.generate(model=name, max_tokens=1).status == 200
 
 
 def test_request_by_file_stem_finds_the_model(serve: Callable[..., Server], tmp_path: Path) -> None:
@@ -9217,11 +9140,6 @@ def test_name_of_a_mile_is_not_found_at_once(server: Server) -> None:
     assert len(reply.body) < 500
 
 
-@pytest.mark.parametrize("name", ["recital.gguf", "Recital.GGUF", "recital:latest", "RECITAL:latest"])
-def test_request_may_name_a_model_as_other_servers_do(name: str, server: Server) -> None:
-    assert server.generate(model=name, max_tokens=1).status == 200
-
-
 @pytest.mark.parametrize("name", ["reci:latest", ".gguf", ":latest", "recital.gguf.gguf", " ", "\0"])
 def test_request_by_half_a_name_is_not_found(name: str, server: Server) -> None:
     assert_error(server.generate(model=name, max_tokens=1), 404, "model_not_found")
@@ -9453,9 +9371,9 @@ def test_preset_gives_each_model_its_own_settings(serve: Callable[..., Server], 
 @cases(
     "text, words",
     {"no such key": ("[a]\nctx = 5\nspeed = 9\n", "[a] speed: there is no such setting"),
-     "no number": ("[a]\nctx = many\n", "[a] ctx: invalid int value: 'many'"),
-     "out of range": ("[a]\nparallel = 900\n", "[a] --parallel must be from 1 to 200, not 900"),
-     "sampling out of range": ("[a]\ntemperature = 9\n", "[a] temperature must be a number from 0 to 5, not 9"),
+     "no number": ("[a]\nctx = many\n", "[a] ctx: 'many' is no whole number from 1 to 16777216"),
+     "out of range": ("[a]\nparallel = 900\n", "[a] parallel: '900' is no whole number from 1 to 200"),
+     "sampling out of range": ("[a]\ntemperature = 9\n", "[a] --temperature must be a number from 0 to 5, not 9"),
      "no device": ("[a]\ndevice = CUDA7\n", "[a] --device CUDA7: there is no such device"),
      "no section": ("ctx = 5\n", "ctx stands in no section"),
      "neither true nor false": ("[a]\nmmap = perhaps\n", "[a] mmap: perhaps is neither true nor false"),
@@ -9501,8 +9419,9 @@ def test_load_with_other_settings_that_does_not_wait_is_answered_at_once_by_a_bu
 
 @cases(
     "body, words",
-    {"no such key": ({"speed": 1}, "speed: there is no such setting"), "no number": ({"ctx": "x"}, "ctx: invalid int"),
-     "out of range": ({"ctx": 0}, "--ctx must be from 1"), "sampling": ({"temperature": 1}, "a load takes the engine's settings"),
+    {"no such key": ({"speed": 1}, "speed: there is no such setting"), "no number": ({"ctx": "x"}, "ctx: 'x' is no whole number"),
+     "out of range": ({"ctx": 0}, "ctx: '0' is no whole number from 1"),
+         "sampling": ({"temperature": 1}, "a load takes the engine's settings"),
      "a file": ({"chat_template": "/etc/passwd"}, "chat_template names a file"),
      "another": ({"lora": ["x"]}, "lora names a file"),
      "no such device": ({"device": "CUDA9"}, "there is no such device"), "no object": ([1], "must be a JSON object")},
@@ -12927,7 +12846,7 @@ def test_request_sent_one_byte_at_a_time_is_answered(server: Server) -> None:
     body = json.dumps({"model": "recital", "prompt": ":"}).encode()
     with socket.create_connection((server.host, server.port), timeout=HANG) as sock:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        for index, byte in enumerate(raw_post("/api/generate", body)):
+        for index, byte in enumerate(b"\r\n\r\n" + raw_post("/api/generate", body)):
             sock.sendall(bytes([byte]))
             if index in (0, 10, 30):
                 time.sleep(0.05)  # so that the server reads these first bytes alone
@@ -12940,37 +12859,6 @@ def test_chunked_body_is_accepted(server: Server) -> None:
     request = head_of("POST", "/api/generate", "Transfer-Encoding: chunked") + chunks + b"0\r\nTrailer: x\r\n\r\n"
     replies = exchange(server, request, head_of("GET", "/health"))
     assert replies[0].text == "Hello wide world" and replies[1].status == 200
-
-
-@cases(
-    "chunks",
-    {
-        "a size that is not a number": b"zz\r\nhello\r\n0\r\n\r\n",
-        "a negative size": b"-5\r\nhello\r\n0\r\n\r\n",
-        "no line end after the data": b"5\r\nhelloXX0\r\n\r\n",
-        "no size": b"\r\n\r\n",
-    },
-)
-def test_malformed_chunks_are_400(chunks: bytes, server: Server) -> None:
-    (reply,) = exchange(server, head_of("POST", "/api/generate", "Transfer-Encoding: chunked") + chunks)
-    assert_error(reply, 400, "invalid_request")
-
-
-@cases(
-    "lines",
-    {
-        "a length and chunks": ("Content-Length: 5", "Transfer-Encoding: chunked"),
-        "a negative length": ("Content-Length: -1",),
-        "a length that is not a number": ("Content-Length: five",),
-        "two lengths": ("Content-Length: 5", "Content-Length: 6"),
-        "a length with a sign": ("Content-Length: +5",),
-        "an encoding that is not chunked": ("Transfer-Encoding: gzip",),
-    },
-)
-def test_ambiguous_body_length_is_rejected(lines: tuple[str, ...], server: Server) -> None:
-    (reply,) = exchange(server, head_of("POST", "/api/generate", *lines))
-    assert 400 <= reply.status < 500 or reply.status == 501
-    assert reply.json()["error"]["code"]
 
 
 def test_body_over_16_mib_is_413_before_it_is_sent(server: Server) -> None:
@@ -13001,63 +12889,6 @@ def test_body_of_15_mib_is_accepted(server: Server) -> None:
     assert server.post("/api/generate", body).text == "Hello wide world"
 
 
-def test_oversized_headers_are_431(server: Server) -> None:
-    reply = server.get("/health", **{"X-Large": "x" * 100_000})
-    assert_error(reply, 431, "invalid_request")
-
-
-def test_too_many_headers_are_431(server: Server) -> None:
-    reply = server.get("/health", **{f"X-{i}": "x" for i in range(500)})
-    assert reply.status in (400, 431) and reply.json()["error"]["code"]
-
-
-def test_overlong_path_is_an_error_object(server: Server) -> None:
-    reply = server.get("/" + "a" * 100_000)
-    assert reply.status in (404, 414, 431) and reply.json()["error"]["code"]
-
-
-@cases(
-    "line",
-    {
-        "one word": b"GARBAGE\r\n\r\n",
-        "no version": b"GET /health\r\n\r\n",
-        "no path": b"GET  HTTP/1.1\r\n\r\n",
-        "version 9.9": b"GET /health HTTP/9.9\r\n\r\n",
-        "a header without a colon": b"GET /health HTTP/1.1\r\nno colon here\r\n\r\n",
-        "a TLS handshake": b"\x16\x03\x01\x02\x00\x01\r\n\r\n",
-    },
-)
-def test_malformed_request_gets_a_status_line_and_an_error_object(line: bytes, server: Server) -> None:
-    (reply,) = exchange(server, line)
-    assert 400 <= reply.status < 600 and reply.json()["error"]["code"]
-
-
-@cases(
-    "line",
-    {
-        "a space in its name": "A B: 1",
-        "a space before the colon": "Content-Length : 5",
-        "a second Host": "Host: localhost",
-        "two Origins": "Origin: http://evil.example\r\nOrigin: x",
-    },
-)
-def test_ambiguous_header_is_rejected(line: str, server: Server) -> None:
-    (reply,) = exchange(server, head_of("GET", "/health", line, "Connection: close"))
-    assert reply.status in (400, 403) and reply.json()["error"]["code"]
-
-
-@cases(
-    "head",
-    {
-        "in Host": "GET /health HTTP/1.1\r\nHost: [\r\n\r\n",
-        "in the request line": "GET http://[x/ HTTP/1.1\r\nHost: localhost\r\n\r\n",
-    },
-)
-def test_malformed_address_is_a_client_error(head: str, server: Server) -> None:
-    (reply,) = exchange(server, head.encode())
-    assert reply.status in (400, 403) and reply.json()["error"]["code"]
-
-
 def test_slow_clients_do_not_block_others(server: Server) -> None:
     with contextlib.ExitStack() as stack:
         for _ in range(20):
@@ -13077,28 +12908,6 @@ def test_client_that_does_not_read_does_not_block_others(server: Server) -> None
         for _ in range(3):
             assert server.generate("=").text == TEXTS["="]
     eventually(lambda: server.status("recital")["requests_running"] == 0, "the generation is cancelled")
-
-
-def test_watcher_ignores_a_stale_event_for_a_reused_descriptor() -> None:
-    """What select() returned may be stale, and reading from the new socket would block."""
-    watcher, cancel, (ours, theirs) = Watcher(), Cancellation(), socket.socketpair()
-    ours.settimeout(1.0)
-    incoming = module.Incoming(ours)
-    told, select = threading.Event(), watcher._selector.select
-
-    def stale_select(timeout: float | None = None) -> list[tuple[Any, int]]:
-        if timeout is not None or told.is_set():
-            return select(timeout)
-        eventually(lambda: ours in watcher._selector.get_map(), "the socket is watched")
-        told.set()
-        return [(watcher._selector.get_key(ours), 1)]
-
-    watcher._selector.select = stale_select  # type: ignore[method-assign]
-    with contextlib.closing(ours), contextlib.closing(theirs), watcher.watching(incoming, cancel):
-        assert told.wait(HANG)
-        time.sleep(0.1)
-    time.sleep(0.1)
-    assert not cancel.cancelled
 
 
 SENT = json.dumps({"model": "recital", "prompt": ":"}).encode()
@@ -13221,12 +13030,6 @@ def test_keys_and_prompts_are_never_logged(serve: Callable[..., Server], models:
     assert not [word for word in ("hush-hush", "wrong-key", "private words") if word in log]
 
 
-@pytest.mark.parametrize("host", ["evil.example", "evil.example:{port}", "127.0.0.1.evil.example", "10.0.0.1", "localhost.evil"])
-def test_foreign_host_is_rejected(host: str, server: Server) -> None:
-    reply = server.get("/api/models", Host=host.format(port=server.port))
-    assert_error(reply, 403, "forbidden")
-
-
 @pytest.mark.parametrize("host", ["localhost", "LOCALHOST:{port}", "127.0.0.1:{port}", "[::1]:{port}", "127.0.0.2"])
 def test_loopback_host_is_accepted(host: str, server: Server) -> None:
     assert server.get("/api/models", Host=host.format(port=server.port)).status == 200
@@ -13321,14 +13124,6 @@ def test_control_character_or_folded_line_in_a_head_is_400(line: str, path: str,
     assert_error(reply, 400, "invalid_request")
 
 
-def test_head_sent_byte_by_byte_is_read(server: Server) -> None:
-    with socket.create_connection((server.host, server.port), timeout=HANG) as sock:
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        for byte in b"\r\n\r\n" + head_of("GET", "/health", "X: " + "y" * 500):
-            sock.sendall(bytes([byte]))
-        assert read_reply(sock).status == 200
-
-
 def test_ws_upgrade_whose_head_is_too_large_is_431(server: Server) -> None:
     lines = [f"{name}: {value}" for name, value in {**UPGRADE, "X-Large": "x" * 100_000}.items()]
     (reply,) = exchange(server, head_of("GET", "/ws/generate", *lines))
@@ -13365,7 +13160,6 @@ def test_ws_path_is_read_as_any_other(path: str, server: Server) -> None:
 # Clients that leave, and clients that only end their side
 
 ENDLESS = json.dumps({"model": "recital", "prompt": "#", "max_tokens": LONG_CTX}).encode()
-COUNTED = json.dumps({"model": "recital", "prompt": "#", "max_tokens": 3000}).encode()
 
 
 def is_idle(server: Server) -> bool:
@@ -13439,9 +13233,11 @@ def test_origin_of_an_app_passes(origin: str, server: Server) -> None:
     assert server.get("/api/models", Origin=origin).headers["Access-Control-Allow-Origin"] == origin
 
 
-@pytest.mark.parametrize("host", ["", "user@127.0.0.1", "127.0.0.1.", "localhost.", "localhost:", "localhost:x",
-                                  "127.0.0.1:80.evil", "localhost:99999", "[127.0.0.1", "[::1", "::1", "[::1]evil", "[]",
-                                  "localhost/x", "[::1%25lo]"])  # fmt: skip
+@pytest.mark.parametrize("host", [
+    "evil.example", "127.0.0.1.evil.example", "10.0.0.1", "localhost.evil", "", "user@127.0.0.1", "127.0.0.1.", "localhost.",
+    "localhost:", "localhost:x", "127.0.0.1:80.evil", "localhost:99999", "[127.0.0.1", "[::1", "::1", "[::1]evil", "[]",
+    "localhost/x", "[::1%25lo]",
+])  # fmt: skip
 def test_strange_host_is_refused(host: str, server: Server) -> None:
     assert_error(server.get("/api/models", Host=host), 403, "forbidden")
 
@@ -13494,7 +13290,7 @@ def test_connections_are_bounded_by_the_descriptors_there_are(serve: Callable[..
 
 
 @linux
-def test_connections_without_a_descriptor_are_refused_without_spinning(serve: Callable[..., Server]) -> None:
+def test_connections_without_a_descriptor_wait_without_spinning(serve: Callable[..., Server]) -> None:
     import resource
 
     server = serve()
@@ -13505,11 +13301,13 @@ def test_connections_without_a_descriptor_are_refused_without_spinning(serve: Ca
         socks = [stack.enter_context(socket.create_connection((server.host, server.port), timeout=HANG)) for _ in range(8)]
         for sock in socks:
             sock.sendall(head_of("GET", "/health"))
-        statuses = [read_reply(sock).status for sock in socks]
-        assert 503 in statuses and set(statuses) <= {200, 503}
+        assert read_reply(socks[0]).status == 200
+        assert not select.select(socks[-1:], [], [], 0.5)[0], "the last one waits"
         before = processor_seconds(server)
         time.sleep(1.0)
         assert processor_seconds(server) - before < 0.3
+        for sock in socks:
+            sock.close()
     eventually(lambda: server.get("/health").status == 200, "there is room again")
 
 
@@ -13705,7 +13503,7 @@ def test_preflight_repeats_no_header_that_is_none(asked: str, opened: Server) ->
 @pytest.mark.parametrize("bind", ["0.0.0.0", "::", "[::]:0", "192.0.2.1"])
 def test_bind_beyond_loopback_without_a_key_is_refused(bind: str, tmp_path: Path) -> None:
     done = shimmy("serve", "--port", "0", "--bind", bind, home=tmp_path)
-    assert done.returncode in (1, 2) and b"--insecure" in done.stderr and done.stdout == b""
+    assert_failed(done, 2, "--api-key", "--insecure")
 
 
 # HTTP abuse.
@@ -13714,6 +13512,12 @@ def test_bind_beyond_loopback_without_a_key_is_refused(bind: str, tmp_path: Path
 @cases(
     "lines, status",
     {
+        "a length and chunks": (("Content-Length: 5", "Transfer-Encoding: chunked"), 400),
+        "two lengths": (("Content-Length: 5", "Content-Length: 6"), 400),
+        "a negative length": (("Content-Length: -1",), 400),
+        "a length that is not a number": (("Content-Length: five",), 400),
+        "a length with a sign": (("Content-Length: +5",), 400),
+        "an encoding that is not chunked": (("Transfer-Encoding: gzip",), 400),
         "a length of 30 digits": (("Content-Length: " + "9" * 30,), 400),
         "a length of 15 digits": (("Content-Length: " + "9" * 15,), 413),
         "a length in hexadecimal": (("Content-Length: 0x10",), 400),
@@ -13767,6 +13571,10 @@ def test_chunks_in_http_1_0_are_refused(server: Server) -> None:
 @cases(
     "chunks",
     {
+        "a size that is not a number": b"zz\r\nhello\r\n0\r\n\r\n",
+        "a negative size": b"-5\r\nhello\r\n0\r\n\r\n",
+        "no line end after the data": b"5\r\nhelloXX0\r\n\r\n",
+        "no size": b"\r\n\r\n",
         "a size beyond 64 bits": b"ffffffffffffffff\r\nx",
         "a size of 17 digits": b"00000000000000005\r\nhello\r\n0\r\n\r\n",
         "a size with a prefix": b"0x5\r\nhello\r\n0\r\n\r\n",
@@ -13786,16 +13594,30 @@ def test_bad_chunks_are_refused_and_end_the_connection(chunks: bytes, server: Se
     with socket.create_connection((server.host, server.port), timeout=HANG) as sock:
         sock.sendall(head_of("POST", "/api/generate", "Transfer-Encoding: chunked") + chunks)
         reply = read_reply(sock)
-        assert reply.status in (400, 413) and reply.headers["Connection"] == "close"
+        assert_error(reply, 400, "invalid_request")
+        assert reply.headers["Connection"] == "close"
 
 
 @cases(
     "head, statuses",
     {
+        "101 headers": (b"GET /health HTTP/1.1\r\nHost: localhost\r\n" + b"A:b\r\n" * 100 + b"\r\n", {431}),
         "20,000 headers": (b"GET /health HTTP/1.1\r\n" + b"A:b\r\n" * 20_000 + b"\r\n", {431}),
         "a header of 100 KB": (b"GET /health HTTP/1.1\r\nA: " + b"b" * 100_000 + b"\r\n\r\n", {431}),
         "a line of 100 KB": (b"GET /" + b"a" * 100_000 + b" HTTP/1.1\r\n\r\n", {414, 431}),
         "bytes without a line": (b"\x80" * 100_000, {414}),
+        "one word": (b"GARBAGE\r\n\r\n", {400}),
+        "no version": (b"GET /health\r\n\r\n", {400}),
+        "no path": (b"GET  HTTP/1.1\r\n\r\n", {400}),
+        "version 9.9": (b"GET /health HTTP/9.9\r\n\r\n", {400}),
+        "a TLS handshake": (b"\x16\x03\x01\x02\x00\x01\r\n\r\n", {400}),
+        "a header without a colon": (b"GET /health HTTP/1.1\r\nno colon here\r\n\r\n", {400}),
+        "a space in a header's name": (b"GET /health HTTP/1.1\r\nHost: localhost\r\nA B: 1\r\n\r\n", {400}),
+        "a space before the colon": (b"GET /health HTTP/1.1\r\nHost: localhost\r\nContent-Length : 5\r\n\r\n", {400}),
+        "a second Host": (b"GET /health HTTP/1.1\r\nHost: localhost\r\nHost: localhost\r\n\r\n", {400}),
+        "two Origins": (b"GET /health HTTP/1.1\r\nHost: localhost\r\nOrigin: http://evil.example\r\nOrigin: x\r\n\r\n", {400}),
+        "half an address as its host": (b"GET /health HTTP/1.1\r\nHost: [\r\n\r\n", {403}),
+        "half an address in its line": (b"GET http://[x/ HTTP/1.1\r\nHost: localhost\r\n\r\n", {400}),
         "HTTP/2's preface": (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", {400, 405}),
         "version 2": (b"GET /health HTTP/2.0\r\nHost: localhost\r\n\r\n", {400}),
         "version 1.1.1": (b"GET /health HTTP/1.1.1\r\nHost: localhost\r\n\r\n", {400}),
@@ -13873,16 +13695,26 @@ def test_a_hundred_slow_heads_and_twenty_slow_bodies_keep_nobody_waiting(server:
         assert read_reply(slow[-1]).text == TEXTS[":"]
 
 
-def test_slow_head_and_slow_body_end_after_their_time(serve: Callable[..., Server], tmp_path: Path) -> None:
-    own = serve(script=altered(tmp_path, ("REQUEST_SECONDS = 30.0", "REQUEST_SECONDS = 0.5")))
+@pytest.fixture(scope="module")
+def hasty(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server that waits a second for a request, asks WebSockets for a sign of life, and ends those that are idle."""
+    folder = tmp_path_factory.mktemp("hasty")
+    script = altered(folder, ("REQUEST_SECONDS = 30.0", "REQUEST_SECONDS = 1.0"),
+                     ("SOCKET_PING_SECONDS = 20.0", "SOCKET_PING_SECONDS = 0.3"),
+                     ("SOCKET_IDLE_SECONDS = 3600.0", "SOCKET_IDLE_SECONDS = 3.0"))  # fmt: skip
+    with shared(folder / "home", "--models-dir", models, script=script) as running:
+        yield running
+
+
+def test_slow_head_and_slow_body_end_after_their_time(hasty: Server) -> None:
     with contextlib.ExitStack() as stack:
         for start in (b"GET /hea", head_of("POST", "/api/generate", "Content-Length: 9") + b"{", b"GET /ws/gen"):
-            sock = stack.enter_context(socket.create_connection((own.host, own.port), timeout=HANG))
+            sock = stack.enter_context(socket.create_connection((hasty.host, hasty.port), timeout=HANG))
             sock.sendall(start)
             with contextlib.suppress(ConnectionError):
                 while sock.recv(4096):
                     pass
-    assert own.get("/health").status == 200
+    assert hasty.get("/health").status == 200
 
 
 @linux
@@ -14497,7 +14329,6 @@ def test_ws_upgrade_sent_one_byte_at_a_time_is_accepted(server: Server) -> None:
         "no Connection": {"Connection": None},
         "another protocol": {"Upgrade": "h2c"},
         "a header with a space in its name": {"Bad Name": "x"},
-        "a header of 100000 characters": {"X-Large": "x" * 100_000},
     },
 )
 def test_ws_malformed_upgrade_is_an_error_object(wrong: dict[str, str | None], server: Server) -> None:
@@ -14536,13 +14367,6 @@ def test_ws_key_is_required(guarded: Server) -> None:
         assert ws_answer(ws)[0] == "Hello wide world"
 
 
-@pytest.mark.parametrize("origin", FOREIGN[:3])
-def test_ws_foreign_origin_is_rejected(origin: str, server: Server) -> None:
-    with pytest.raises(InvalidStatus) as refused:
-        server.ws(additional_headers={"Origin": origin})
-    assert refused.value.response.status_code == 403
-
-
 @pytest.mark.parametrize("origin", FRIENDLY[:2] + FRIENDLY[-1:])
 def test_ws_friendly_origin_is_accepted(origin: str, server: Server) -> None:
     with server.ws(additional_headers={"Origin": origin}) as ws:
@@ -14550,16 +14374,8 @@ def test_ws_friendly_origin_is_accepted(origin: str, server: Server) -> None:
         assert ws_answer(ws)[0] == "Hello wide world"
 
 
-def test_ws_foreign_host_is_rejected(server: Server) -> None:
-    lines = b"Upgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\n"
-    request = b"GET /ws/generate HTTP/1.1\r\nHost: evil.example\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n"
-    (reply,) = exchange(server, request + lines + b"\r\n")
-    assert_error(reply, 403, "forbidden")
-
-
-def test_ws_message_whose_fragments_never_end_closes_the_connection(serve: Callable[..., Server], tmp_path: Path) -> None:
-    server = serve(script=altered(tmp_path, ("REQUEST_SECONDS = 30.0", "REQUEST_SECONDS = 1.0")))
-    with server.ws() as ws:
+def test_ws_message_whose_fragments_never_end_closes_the_connection(hasty: Server) -> None:
+    with hasty.ws() as ws:
 
         def fragments() -> Iterator[str]:
             yield '{"model": '
@@ -14592,31 +14408,27 @@ def test_ws_request_during_shutdown_is_refused(serve: Callable[..., Server], mod
     assert own.process.wait(HANG) == 0
 
 
-def test_ws_frame_that_never_ends_closes_the_connection(serve: Callable[..., Server], tmp_path: Path) -> None:
-    server = serve(script=altered(tmp_path, ("REQUEST_SECONDS = 30.0", "REQUEST_SECONDS = 1.0")))
-    with raw_ws(server, b"\x81\xff" + struct.pack(">Q", 2 << 20) + bytes(4) + b" " * 100) as sock, quickly(10.0):
-        for _ in range(5):
+def test_ws_frame_that_never_ends_closes_the_connection(hasty: Server) -> None:
+    with raw_ws(hasty, b"\x81\xff" + struct.pack(">Q", 2 << 20) + bytes(4) + b" " * 100) as sock, quickly(10.0):
+        for _ in range(20):
             sock.sendall(b" " * 100)
             time.sleep(0.1)
         answer = read_until(sock, b"seconds")
-    assert answer[:1] == b"\x88" and struct.unpack(">H", answer[2:4])[0] == 1008
+    assert struct.pack(">H", 1008) in answer
 
 
-def test_ws_without_a_request_ends(serve: Callable[..., Server], tmp_path: Path) -> None:
-    changed = altered(tmp_path, ("SOCKET_IDLE_SECONDS = 3600.0", "SOCKET_IDLE_SECONDS = 0.5"),
-                      ("SOCKET_PING_SECONDS = 20.0", "SOCKET_PING_SECONDS = 0.2"))  # fmt: skip
-    with serve(script=changed).ws() as ws, quickly(10.0), pytest.raises(ConnectionClosed):
+def test_ws_without_a_request_ends(hasty: Server) -> None:
+    with hasty.ws() as ws, quickly(10.0), pytest.raises(ConnectionClosed):
         ws.recv(timeout=HANG)
     assert ws.close_code == 1000
 
 
-def test_ws_client_that_answers_no_ping_is_gone(serve: Callable[..., Server], tmp_path: Path) -> None:
-    own = serve(script=altered(tmp_path, ("SOCKET_PING_SECONDS = 20.0", "SOCKET_PING_SECONDS = 0.3")))
-    with raw_ws(own) as sock, quickly(10.0):
+def test_ws_client_that_answers_no_ping_is_gone(hasty: Server) -> None:
+    with raw_ws(hasty) as sock, quickly(10.0):
         assert read_until(sock, b"\x89\x00")
         with contextlib.suppress(ConnectionError):
             assert sock.recv(1) == b""
-    with own.ws() as ws:
+    with hasty.ws() as ws:
         time.sleep(1.5)
         ws.ping().wait(HANG)
 
@@ -15230,7 +15042,7 @@ def test_stop_with_an_open_websocket_logs_no_error(serve: Callable[..., Server],
 def test_stuck_engine_does_not_block_shutdown(
     serve: Callable[..., Server], models: Path, tmp_path: Path
 ) -> None:
-    hurry = ("GRACE_SECONDS = 5.0", "GRACE_SECONDS = 0.5"), ("self.process.wait(3.0)", "self.process.wait(0.3)")
+    hurry = ("GRACE_SECONDS = 5.0", "GRACE_SECONDS = 0.5"), ("self._ended.wait(3.0)", "self._ended.wait(0.3)")
     own = serve("--models-dir", models, "--ctx", str(LONG_CTX), script=altered(tmp_path, *hurry))
     own.generate()
     engine = own.engine("recital.gguf")
@@ -15683,7 +15495,7 @@ def test_page_lists_models_with_their_size_and_not_the_default_twice(tab: Callab
 def test_page_shows_that_a_model_loads(
     tab: Callable[..., Tab], serve: Callable[..., Server], models: Path, tmp_path: Path
 ) -> None:
-    load = '        pulses[0].begin("load")\n        llama ='
+    load = '        pulse.begin("load")\n        llama ='
     script = altered(tmp_path, (load, "        time.sleep(3)\n" + load))
     it = tab(serve("--models-dir", models, "--model", "recital", script=script))
     it.wait("#state", "not loaded")
@@ -16263,7 +16075,6 @@ def test_page_scrolls_with_an_answer_only_from_its_end(tab: Callable[..., Tab], 
 
 # ── Pull ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-# Pull.
 # Fetches from a hub in this process: its own port answers the API and redirects, another port has the files.
 
 COMMIT = "c0ffee" * 6 + "c0ff"
@@ -16916,23 +16727,25 @@ def test_client_that_leaves_while_a_pull_connects_ends_it(
 # Options, output, exit codes and pipes of every command.
 
 
+def run_here(capsys: pytest.CaptureFixture[str], *args: str) -> tuple[Any, str, str]:
+    """Exit code, stdout and stderr of a command that ends before it does anything, run in this process."""
+    try:
+        code: Any = module.main(args)
+    except SystemExit as end:
+        code = end.code
+    return code, *capsys.readouterr()
+
+
 @pytest.mark.parametrize("args", [["--version"], ["-V"], ["list", "--version"], ["serve", "-V"]], ids=" ".join)
-def test_version_before_and_after_the_command(args: list[str], tmp_path: Path) -> None:
-    done = shimmy(*args, home=tmp_path)
-    assert done.returncode == 0
-    assert re.fullmatch(rb"shimmy \d+\.\d+\.\d+\n", done.stdout)
+def test_version_before_and_after_the_command(args: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    code, stdout, _ = run_here(capsys, *args)
+    assert code == 0 and re.fullmatch(r"shimmy \d+\.\d+\.\d+\n", stdout)
 
 
-@pytest.mark.parametrize("args", [["-h"], ["--help"], ["generate", "-h"], ["serve", "--help"]], ids=" ".join)
-def test_help_goes_to_stdout_with_exit_0(args: list[str], tmp_path: Path) -> None:
-    done = shimmy(*args, home=tmp_path)
-    assert done.returncode == 0 and b"--verbose" in done.stdout
-    assert done.stderr == b""
-
-
-def test_help_lists_every_command(tmp_path: Path) -> None:
-    text = shimmy("--help", home=tmp_path).stdout.decode()
-    assert all(command in text for command in ("serve", "generate", "list", "probe", "diag"))
+def test_help_lists_every_command_on_stdout(tmp_path: Path) -> None:
+    done = shimmy("-h", home=tmp_path)
+    assert done.returncode == 0 and done.stderr == b""
+    assert all(word in done.stdout.decode() for word in ("--verbose", "serve", "generate", "list", "probe", "diag"))
 
 
 def test_no_command_shows_usage_and_exits_2(tmp_path: Path) -> None:
@@ -16941,24 +16754,32 @@ def test_no_command_shows_usage_and_exits_2(tmp_path: Path) -> None:
     assert b"usage" in done.stdout + done.stderr
 
 
-@pytest.mark.parametrize(  # CHANGED: a second positional is the prompt, a third one is too many
-    "args",
-    [["bogus"], ["list", "--bogus"], ["serve", "--port", "many"], ["serve", "--port", "70000"],
-     ["serve", "--keep-alive", "soon"], ["serve", "--max-loaded", "none"], ["serve", "--kv-type", "f13"],
-     ["serve", "--alias", "nothing"], ["generate", "--max-tokens", "many"], ["generate", "a", "b", "c"]],
-)  # fmt: skip
-def test_usage_error_exits_2_without_a_traceback(args: list[str], tmp_path: Path) -> None:
-    done = shimmy(*args, home=tmp_path)
-    assert done.returncode == 2 and done.stdout == b""
-    assert done.stderr and b"Traceback" not in done.stderr
+WRONG_USE = {  # a command line, and what is wrong with it
+    "bogus": "bogus", "list --bogus": "--bogus", "serve --bogus": "--bogus", "serve --port many": "--port",
+    "serve --port 70000": "--port",
+    "serve --keep-alive soon": "--keep-alive", "serve --max-loaded none": "--max-loaded", "serve --max-loaded 0": "--max-loaded",
+    "serve --max-queue -5": "--max-queue", "serve --kv-type f13": "--kv-type", "serve --alias nothing": "--alias",
+    "serve --ctx 0": "--ctx", "generate --max-tokens many": "--max-tokens", "generate a b c": "arguments: c",
+    "generate --chat --raw": "--raw",
+    # flags are never abbreviated
+    "serve --model-dir": "arguments: --model-dir", "generate --models": "arguments: --models",
+    "probe --thread": "arguments: --thread", "list --sho": "arguments: --sho", "diag --js": "arguments: --js",
+    "pull a/b --dry": "arguments: --dry", "completion bash --verb": "arguments: --verb",
+}  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "flags", [["--max-loaded", "0"], ["--max-queue", "-5"], ["--keep-alive", "soon"], ["--alias", "nothing"]], ids=" ".join
-)
-def test_invalid_serve_flag_is_a_usage_error(flags: list[str], tmp_path: Path) -> None:
-    done = shimmy("serve", "--port", "0", *flags, home=tmp_path)
-    assert done.returncode == 2 and flags[0].encode() in done.stderr and b"Traceback" not in done.stderr
+@pytest.mark.parametrize("line", WRONG_USE)
+def test_flag_error_says_what_is_wrong_first(line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code, stdout, stderr = run_here(capsys, *line.split())
+    error, hint = stderr.splitlines()
+    command = "" if line == "bogus" else f" {line.split()[0]}"
+    assert (code, stdout) == (2, "")
+    assert error.startswith(f"shimmy{command}: error: ") and WRONG_USE[line] in error
+    assert hint == f"try: shimmy{command} --help"
+
+
+def test_usage_error_exits_2_without_a_traceback(tmp_path: Path) -> None:
+    assert_failed(shimmy("serve", "--bind", "127.0.0.1:70000", home=tmp_path), 2, "--bind: '70000' is no whole number")
 
 
 @cases(
@@ -16995,12 +16816,6 @@ def free_port() -> int:
 def test_serve_prints_one_line_with_its_url(server: Server) -> None:
     assert server.first_line.count("\n") == 1
     assert f"http://127.0.0.1:{server.port}" in server.first_line
-
-
-def test_serve_on_a_taken_port_exits_1_with_one_line(tmp_path: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = str(taken.getsockname()[1])
-        assert_failed(shimmy("serve", "--port", port, home=tmp_path), 1, port)
 
 
 def test_serve_port_overrides_bind(serve: Callable[..., Server]) -> None:
@@ -17063,12 +16878,6 @@ def test_serve_bind_address_variable_may_include_the_port(serve: Callable[..., S
     assert server.port == port
 
 
-def test_serve_beyond_loopback_without_a_key_is_refused(tmp_path: Path) -> None:
-    done = shimmy("serve", "--bind", "0.0.0.0", "--port", "0", home=tmp_path)
-    assert done.returncode in (1, 2) and b"Traceback" not in done.stderr
-    assert b"--api-key" in done.stderr and b"--insecure" in done.stderr
-
-
 @cases("flags, host, status", {
     "insecure, an address": (["--insecure"], "192.168.7.7:80", 200),
     "insecure, a container's name": (["--insecure"], "shimmy:11435", 200),
@@ -17121,13 +16930,6 @@ def test_list_short_prints_names_only(models: Path, tmp_path: Path) -> None:
     assert {"recital", "dice", "hollow"} <= set(done.stdout.decode().splitlines())
 
 
-def test_list_prints_a_table(models: Path, tmp_path: Path) -> None:
-    text = shimmy("list", "--models-dir", models, home=tmp_path).stdout.decode()
-    (line,) = [line for line in text.splitlines() if re.search(r"\brecital\b", line)]
-    assert "F16" in line and str(LONG_CTX) in line.replace(",", "")
-    assert str(models) in text
-
-
 def test_list_without_models_says_so_and_exits_0(tmp_path: Path) -> None:
     script = shutil.copy(SHIMMY, tmp_path / "shimmy.py")
     done = shimmy("list", home=tmp_path, script=Path(script))
@@ -17145,13 +16947,7 @@ def test_list_into_a_closed_pipe_prints_no_error(models: Path, tmp_path: Path) -
 
 def test_generate_prints_only_the_text(models: Path, tmp_path: Path) -> None:
     done = shimmy("generate", "recital", "--prompt", "Say :", "--models-dir", models, home=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.decode().removesuffix("\n") == "Hello wide world"
-
-
-def test_generate_prints_unicode(models: Path, tmp_path: Path) -> None:
-    done = shimmy("generate", "recital", "--raw", "--prompt", "~", "--models-dir", models, home=tmp_path)
-    assert done.stdout.decode() == TEXTS["~"]
+    assert (done.returncode, done.stdout) == (0, b"Hello wide world\n"), done.stderr
 
 
 @pytest.mark.parametrize("args", [[], ["--prompt", "-"]])
@@ -17194,15 +16990,10 @@ def test_generate_options_reach_the_sampler(models: Path, tmp_path: Path) -> Non
     assert (choice["text"], choice["finish_reason"]) == ("w00 w01 w02 ", "stop")
 
 
-OUT_OF_RANGE = {"--temperature": "9", "--top-p": "1.5", "--max-tokens": "0", "--ctx": "0"}
-
-
-@cases("option, value", {f"{option} {value}": (option, value) for option, value in OUT_OF_RANGE.items()})
-def test_generate_option_out_of_range_is_named(option: str, value: str, models: Path, tmp_path: Path) -> None:
-    done = shimmy("generate", "recital", "--prompt", ":", option, value, "--models-dir", models, home=tmp_path)
-    assert done.returncode in (1, 2) and done.stdout == b""
-    assert option.strip("-").replace("-", "_") in done.stderr.decode().replace("-", "_")
-    assert b"Traceback" not in done.stderr
+@pytest.mark.parametrize("flags", [["--temperature", "9"], ["--top-p", "1.5"], ["--max-tokens", "0"]], ids=" ".join)
+def test_generate_option_out_of_range_is_named(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    code, stdout, stderr = run_here(capsys, "generate", "--prompt", ":", *flags)
+    assert (code, stdout) == (2, "") and stderr.startswith(f"shimmy: {flags[0]} must be") and stderr.count("\n") == 1
 
 
 def test_generate_with_a_seed_repeats(models: Path, tmp_path: Path) -> None:
@@ -17387,91 +17178,54 @@ def test_generate_through_a_server_into_a_closed_pipe_cancels(server: Server, mo
     eventually(lambda: server.status("recital")["requests_running"] == 0, "the server stops generating")
 
 
-def test_probe_json_reports_what_it_measured(models: Path, tmp_path: Path) -> None:
-    done = shimmy("probe", "recital", "--json", "--models-dir", models, home=tmp_path)
+def test_probe_prints_a_report_and_no_progress_bar_into_a_pipe(models: Path, tmp_path: Path) -> None:
+    done = shimmy("probe", "recital", "--models-dir", models, home=tmp_path)
+    assert done.returncode == 0 and b"tokens/s" in done.stdout
+    assert re.search(rb"context +8,192 tokens, up to 65,536 would fit\n", done.stdout)
+    assert b"\r" not in done.stderr
+
+
+@pytest.mark.skipif(not hasattr(os, "openpty"), reason="no terminals here")
+def test_probe_draws_a_progress_bar_on_a_terminal_and_reports_what_it_measured(models: Path, tmp_path: Path) -> None:
+    mine, its = os.openpty()
+    command = [*command_of(), "probe", "recital", "--json", "--models-dir", str(models)]
+    done = subprocess.run(command, env=environment(tmp_path), stdout=subprocess.PIPE, stderr=its, timeout=HANG, check=True)
+    os.close(its)
+    assert b"\r" in os.read(mine, 65536)
+    os.close(mine)
     report = json.loads(done.stdout)
     assert report["model"] == "recital" and report["context_length"] > 0
     for figure in ("load_seconds", "memory_bytes", "prompt_tokens_per_second", "generated_tokens_per_second"):
         assert report[figure] > 0, figure
 
 
-def test_probe_prints_a_report_and_no_progress_bar_into_a_pipe(models: Path, tmp_path: Path) -> None:
-    done = shimmy("probe", "dice", "--models-dir", models, home=tmp_path)
-    assert done.returncode == 0 and b"tokens/s" in done.stdout
-    assert b"\r" not in done.stderr
-
-
-@pytest.mark.skipif(not hasattr(os, "openpty"), reason="no terminals here")
-def test_probe_draws_a_progress_bar_on_a_terminal(models: Path, tmp_path: Path) -> None:
-    mine, its = os.openpty()
-    command = [*command_of(), "probe", "recital", "--json", "--models-dir", str(models)]
-    done = subprocess.run(command, env=environment(tmp_path), stdout=subprocess.PIPE, stderr=its, timeout=HANG, check=True)
-    os.close(its)
-    assert b"\r" in os.read(mine, 65536) and json.loads(done.stdout)["model"] == "recital"
-    os.close(mine)
-
-
 def test_probe_of_a_broken_model_exits_1_with_the_reason(models: Path, tmp_path: Path) -> None:
     assert_failed(shimmy("probe", "hollow", "--models-dir", models, home=tmp_path), 1, "load")
 
 
-def test_diag_json_reports_versions_memory_and_directories(models: Path, tmp_path: Path) -> None:
-    done = shimmy("diag", "--json", "--models-dir", models, home=tmp_path)
-    report = json.loads(done.stdout)
-    assert {"version", "python", "llama_cpp", "websockets", "memory", "skipped", "server"} <= set(report)
-    assert str(models) in [entry["path"] for entry in report["directories"]]
-
-
-def test_diag_prints_text_and_whether_a_server_is_running(server: Server, tmp_path: Path) -> None:
+def test_diag_reports_versions_memory_directories_and_whether_a_server_is_running(
+    server: Server, models: Path, tmp_path: Path
+) -> None:
     here = shimmy("diag", home=tmp_path, env={"SHIMMY_PORT": str(server.port)})
-    away = shimmy("diag", home=tmp_path)
-    assert here.returncode == away.returncode == 0
-    assert b"llama" in here.stdout and here.stdout != away.stdout
+    away = json.loads(shimmy("diag", "--json", "--models-dir", models, home=tmp_path).stdout)
+    assert here.returncode == 0 and b"llama" in here.stdout and b": answers\n" in here.stdout
+    assert {"version", "python", "llama_cpp", "websockets", "memory", "skipped", "server"} <= set(away)
+    assert str(models) in [entry["path"] for entry in away["directories"]] and away["server"]["running"] is False
 
 
-@pytest.mark.parametrize(
-    ("args", "word"),
-    [(["serve", "--bogus"], "--bogus"), (["list", "--bogus"], "--bogus"), (["serve", "--port", "many"], "--port"),
-     (["generate", "a", "b", "c"], "c"), (["generate", "--chat", "--raw"], "--raw")],
-    ids=lambda value: "-".join(value) if isinstance(value, list) else "",
-)  # fmt: skip
-def test_flag_error_says_what_is_wrong_first(args: list[str], word: str, tmp_path: Path) -> None:
-    done = shimmy(*args, home=tmp_path)
-    error, hint = done.stderr.decode().splitlines()
-    assert done.returncode == 2
-    assert error.startswith(f"shimmy {args[0]}: error: ") and word in error
-    assert hint == f"try: shimmy {args[0]} --help"
-
-
-@pytest.mark.parametrize(
-    "args",
-    [["recital", "please count"], ["recital", "--temperature", "0", "please count"], ["--json", "recital", "please count"]],
-    ids=["behind-the-model", "behind-an-option", "options-first"],
-)
-def test_generate_takes_the_prompt_behind_the_model(args: list[str], models: Path, tmp_path: Path) -> None:
-    done = shimmy("generate", *args, "--models-dir", models, home=tmp_path)
-    assert "w00 w01 w02" in done.stdout.decode(), done.stderr
+@pytest.mark.parametrize("line", ["MODEL PROMPT", "MODEL --temperature 0 PROMPT", "--json MODEL PROMPT", "--model MODEL PROMPT",
+                                  "PROMPT --model MODEL"])  # fmt: skip
+def test_generate_takes_a_model_and_a_prompt(line: str) -> None:
+    args = module.parse(["generate", *line.split()])
+    assert (args.model, args.text) == ("MODEL", "PROMPT")
 
 
 def test_generate_with_a_prompt_in_the_models_place_says_where_it_goes(tmp_path: Path) -> None:
     assert_failed(shimmy("generate", "Tell me a joke", home=tmp_path), 2, "Tell me a joke", "--prompt")
 
 
-ABBREVIATED = {"serve": "--model-dir", "generate": "--models", "probe": "--thread", "list": "--sho", "diag": "--js",
-               "pull": "--dry", "completion": "--verb"}  # fmt: skip
-
-
-@pytest.mark.parametrize("command", ABBREVIATED)
-def test_flags_are_never_abbreviated(command: str, tmp_path: Path) -> None:
-    flag, more = ABBREVIATED[command], {"pull": ["a/b"], "completion": ["bash"]}.get(command, [])
-    done = shimmy(command, *more, flag, home=tmp_path)
-    assert done.returncode == 2 and f"unrecognized arguments: {flag}" in done.stderr.decode()
-
-
-@cases("args", {"the prompt behind it": ["--model", "recital", "hi"], "the prompt before it": ["hi", "--model", "recital"],
-                "a flag": ["--model", "recital", "--prompt", "hi"]})  # fmt: skip
-def test_generate_takes_the_model_as_a_flag(args: list[str], models: Path, tmp_path: Path) -> None:
-    done = shimmy("generate", *args, "--models-dir", models, home=tmp_path)
+def test_generate_takes_the_model_as_a_flag(models: Path, tmp_path: Path) -> None:
+    done = shimmy("generate", "--model", "recital", "hi", "--models-dir", models, home=tmp_path)
     assert done.stdout == b"Hello wide world\n", done.stderr
 
 
@@ -17510,19 +17264,6 @@ def test_generate_completes_with_a_model_that_has_no_template(where: str, server
     env = through(server, models) if where != "here" else {"SHIMMY_MODEL_PATHS": str(models)}
     done = shimmy("generate", "dice", "roll", "--json", "--max-tokens", "3", home=tmp_path, env=env)
     assert usage_of(done) == len("roll")
-
-
-def test_generate_raw_completes(models: Path, tmp_path: Path) -> None:
-    done = shimmy("generate", "recital", "count:", "--raw", "--json", "--models-dir", models, home=tmp_path)
-    assert usage_of(done) == 1 + len("count:")
-
-
-@pytest.mark.parametrize(("flags", "end"), [([], b"\n"), (["--raw"], b"")], ids=["text", "raw"])
-def test_generate_into_a_pipe_ends_its_text_with_a_newline_unless_raw(
-    flags: list[str], end: bytes, models: Path, tmp_path: Path
-) -> None:
-    done = shimmy("generate", "recital", "--prompt", ":", *flags, "--models-dir", models, home=tmp_path)
-    assert done.stdout == b"Hello wide world" + end
 
 
 @pytest.mark.parametrize(
@@ -17572,9 +17313,9 @@ def test_generate_says_that_a_pipe_with_data_is_ignored(models: Path, tmp_path: 
 
 def test_generate_in_a_loop_leaves_the_loops_input_alone(models: Path, tmp_path: Path) -> None:
     one = f"{IN_A_SHELL} generate recital --prompt \"$f\" --models-dir '{models}' 2>/dev/null"
-    command = ["bash", "-c", f"printf 'a\\nb\\nc\\n' | while read f; do echo $f; {one}; done"]
+    command = ["bash", "-c", f"printf 'a\\nb\\n' | while read f; do echo $f; {one}; done"]
     done = subprocess.run(command, cwd=tmp_path, env=environment(tmp_path), capture_output=True, timeout=HANG, check=True)
-    assert [line for line in done.stdout.split() if len(line) == 1] == [b"a", b"b", b"c"]
+    assert [line for line in done.stdout.split() if len(line) == 1] == [b"a", b"b"]
 
 
 @pytest.mark.parametrize(
@@ -17914,11 +17655,13 @@ def test_generate_that_reads_the_keyboard_says_so(models: Path, tmp_path: Path) 
         assert screen.left() == "Hello wide world\n"
 
 
-def test_list_says_whether_a_model_fits_the_memory(models: Path, tmp_path: Path) -> None:
+def test_list_prints_a_table_that_says_whether_a_model_fits_the_memory(models: Path, tmp_path: Path) -> None:
     with write_header(tmp_path / "huge" / "huge.gguf").open("r+b") as huge:
         huge.truncate(1 << 43)  # sparse
     args: list[str | Path] = ["--models-dir", models, "--models-dir", tmp_path / "huge"]
     table = shimmy("list", *args, home=tmp_path).stdout.decode().splitlines()
+    (line,) = [line for line in table if re.search(r"\brecital\b", line)]
+    assert "F16" in line and str(LONG_CTX) in line and str(models) in line
     column = table[0].index("FITS")
     fits = {line.split()[0]: line[column:].split()[0] for line in table[1:]}
     assert (fits["recital"], fits["huge"]) == ("yes", "no")
@@ -18029,7 +17772,7 @@ def test_serve_says_what_it_found_and_how_to_begin(serve: Callable[..., Server],
     running = serve("--models-dir", models, "--model", "dice", "--api-key", "s3cret")
     said = said_by(running, "curl")
     assert "default model: dice; " in said and f"4 in {models}" in said and re.search(r"engine +1 thread\n", said)
-    assert re.search(r"memory +[\d.]+GB free, dice takes about \d+KB; 256 tokens of context, up to 256 fit", said)
+    assert re.search(r"memory +dice, \d+KB, fits the memory: [\d.]+GB free; up to 256 tokens of context fit", said)
     assert f"http://127.0.0.1:{running.port}/\n" in said and "pull" not in said and "s3cret" not in said
     command = next(line for line in said.splitlines() if "curl " in line).partition("try")[2].replace("KEY", "s3cret")
     done = subprocess.run(["bash", "-c", command], capture_output=True, timeout=HANG, check=True)
@@ -18040,24 +17783,13 @@ def test_serve_says_what_a_context_that_does_not_fit_could_be(serve: Callable[..
     place = "        left = free - self.size_bytes - GRAPH_BYTES"
     script = altered(tmp_path, (place, "        free = self.size_bytes + 128 * MIB + 102_400\n" + place))
     said = said_by(serve("--models-dir", models, "--model", "recital", script=script), "curl")
-    assert "8,192 tokens of context do not fit: only 768 fit, say --ctx 768" in said
+    assert "fits the memory" in said and "up to 768 tokens of context fit (--ctx)" in said
 
 
 def test_serve_says_that_a_gpu_lies_idle(serve: Callable[..., Server], tmp_path: Path) -> None:
     script = altered(tmp_path, ('    "/dev/kfd": (', '    "/proc/self": ('))
     said = said_by(serve(script=script), "curl")
     assert "the machine has an AMD one" in said and "-DGGML_HIP=on" in said
-
-
-@pty
-@pytest.mark.parametrize("columns", [40, 60])
-def test_serve_keeps_to_a_narrow_terminal(columns: int, models: Path, tmp_path: Path) -> None:
-    with narrow_terminal(columns, "serve", "--port", "0", "--models-dir", models, home=tmp_path) as screen:
-        lines = screen.read_until("curl ").replace("\x1b[K", "").splitlines()
-        screen.process.terminate()
-        assert screen.process.wait(HANG) == 0
-    rows = [line for line in lines if line.startswith("  ") and " try " not in line and str(models) not in line]
-    assert len(rows) >= 4 and max(map(len, rows)) <= columns
 
 
 @contextlib.contextmanager
@@ -18192,16 +17924,13 @@ def test_list_names_the_largest_context_that_fits(models: Path, tmp_path: Path) 
     assert re.search(r"recital .* 65536 +ctx 768 ", table) and re.search(r"dice .* 256 +yes ", table)
 
 
-def test_probe_names_the_largest_context_that_fits(models: Path, tmp_path: Path) -> None:
-    done = shimmy("probe", "recital", "--models-dir", models, home=tmp_path)
-    assert re.search(rb"context +8,192 tokens, up to 65,536 would fit\n", done.stdout)
-
-
 @cases("command", {name or "none": name for name in module.HELP})
-def test_help_shows_what_each_command_does(command: str, tmp_path: Path) -> None:
-    done = shimmy(*([command] if command else []), "--help", home=tmp_path, env={"COLUMNS": "80"})
-    text = done.stdout.decode()
-    assert done.returncode == 0 and len(text.splitlines()[2]) > 50 and max(map(len, text.splitlines())) <= 80
+def test_help_shows_what_each_command_does(
+    command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    code, text, _ = run_here(capsys, *([command] if command else []), "--help")
+    assert code == 0 and len(text.splitlines()[2]) > 50 and max(map(len, text.splitlines())) <= 80
     epilog = module.HELP[command][2]
     assert text.endswith(f"{epilog}\n") if epilog else True
 
@@ -18280,7 +18009,7 @@ def test_model_misspelt_in_a_request_is_told_with_the_near_name(server: Server) 
 
 def test_serve_on_a_taken_port_says_how_to_take_another(server: Server, tmp_path: Path) -> None:
     done = shimmy("serve", "--port", str(server.port), home=tmp_path)
-    assert_failed(done, 1, "Address already in use; --port N listens on another")
+    assert_failed(done, 1, f":{server.port}: Address already in use; --port N listens on another")
 
 
 # Pull.
@@ -18343,11 +18072,9 @@ def test_list_on_a_narrow_terminal_leaves_paths_and_values_whole(models: Path, t
     with narrow_terminal(40, "list", "--models-dir", models, home=tmp_path) as screen:
         lines = screen.rest().splitlines()
     (start,) = [i for i, line in enumerate(lines) if line == "recital"]
-    path = f"  {models / 'recital.gguf'}"
-    about = lines[start + 1 : lines.index(path)]
-    labels = [pair.split() for pair in ", ".join(about).replace(",,", ",").split(", ")]
-    assert [pair[0] for pair in labels] == ["params", "quant", "size", "context", "fits"] and all(len(p) == 2 for p in labels)
-    assert max(map(len, about)) <= 40
+    about = [line.split() for line in lines[start + 1 : start + 7]]
+    assert [line[0] for line in about] == ["params", "quant", "size", "context", "fits", "where"]
+    assert all(len(line) == 2 for line in about) and about[-1][1] == str(models / "recital.gguf")
 
 
 # ── README ────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -18481,15 +18208,15 @@ def test_readme_names_every_route() -> None:
     assert [m for m in missing if not re.search(r"…|/unload$|/status$|^/$|reranking|models/\{name\}$", m)] == []
 
 
-def test_readme_names_every_flag_of_serve() -> None:
-    flags = set(re.findall(r"(?m)^ +(--[a-z-]+)", shimmy("serve", "--help", home=Path("/tmp")).stdout.decode()))
+def test_readme_names_every_flag_of_serve(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = set(re.findall(r"(?m)^ +(--[a-z-]+)", run_here(capsys, "serve", "--help")[1]))
     assert {flag for flag in flags if flag not in README} <= {"--help"}
 
 
-def test_readme_flags_exist() -> None:
+def test_readme_flags_exist(capsys: pytest.CaptureFixture[str]) -> None:
     others = "prefer-binary extra-index-url url no-cache-dir no-install-recommends create-home now install"
     commands = ("serve", "generate", "list", "probe", "diag", "pull")
-    help = "".join(shimmy(command, "--help", home=Path("/tmp")).stdout.decode() for command in commands)
+    help = "".join(run_here(capsys, command, "--help")[1] for command in commands)
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) - {f"--{name}" for name in others.split()}
     assert {flag for flag in named if not re.search(rf"{flag}\b", help)} == set()
 
