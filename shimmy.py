@@ -7637,10 +7637,6 @@ class Dialect:
         if self.first is None and isinstance(event, (Text, Thought, CallBegan)):
             self.first = time.monotonic()
 
-    def in_order(self) -> list[tuple[int, Choice]]:
-        """The choices by their index."""
-        return sorted(self.choices.items())
-
     def documents(self, event: Event) -> Iterator[dict[str, Any]]:
         """Turns an event into documents: a stream's chunks, or one document at the end."""
         self.note(event)
@@ -7705,7 +7701,7 @@ class Native(Dialect):
 
     def document(self) -> dict[str, Any]:
         assert self.usage
-        choices = [{"text": c.said(), "index": i, "finish_reason": c.finish_reason} for i, c in self.in_order()]
+        choices = [{"text": c.said(), "index": i, "finish_reason": c.finish_reason} for i, c in sorted(self.choices.items())]
         return {"choices": choices, "usage": self.usage.document()}
 
 
@@ -7852,7 +7848,7 @@ class OpenAI(Dialect):
 
     def document(self) -> dict[str, Any]:
         assert self.usage
-        choices = [self.shown(index, choice, whole=True) for index, choice in self.in_order()]
+        choices = [self.shown(index, choice, whole=True) for index, choice in sorted(self.choices.items())]
         return self._envelope(self.object_name, choices) | self._usage(self.usage)
 
     def shown(self, index: int, choice: Choice, whole: bool) -> dict[str, Any]:
@@ -9045,7 +9041,7 @@ class LlamaCompletion(Dialect):
 
     def document(self) -> Any:
         """An object, or for several prompts a list of them."""
-        ends = [self._end(choice.end, choice) for _, choice in self.in_order() if choice.end]
+        ends = [self._end(choice.end, choice) for _, choice in sorted(self.choices.items()) if choice.end]
         return ends if len(self.request.prompts) > 1 else ends[0]
 
     def _document(self, index: int, choice: Choice) -> dict[str, Any]:
