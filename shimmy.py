@@ -7586,10 +7586,6 @@ class Dialect:
         if self.first is None and isinstance(event, (Text, Thought, CallBegan)):
             self.first = time.monotonic()
 
-    def in_order(self) -> list[tuple[int, Choice]]:
-        """The choices by their index."""
-        return sorted(self.choices.items())
-
     def documents(self, event: Event) -> Iterator[dict[str, Any]]:
         """Turns an event into documents: a stream's chunks, or one document at the end."""
         self.note(event)
@@ -7654,7 +7650,7 @@ class Native(Dialect):
 
     def document(self) -> dict[str, Any]:
         assert self.usage
-        choices = [{"text": c.said(), "index": i, "finish_reason": c.finish_reason} for i, c in self.in_order()]
+        choices = [{"text": c.said(), "index": i, "finish_reason": c.finish_reason} for i, c in sorted(self.choices.items())]
         return {"choices": choices, "usage": self.usage.document()}
 
 
@@ -7720,9 +7716,8 @@ def read_tool_choice(choice: Any, functions: Seq[dict[str, Any]], builtins: Seq[
     if isinstance(choice, dict) and choice.get("type") == "allowed_tools":
         where = "tool_choice.allowed_tools" if "allowed_tools" in choice else "tool_choice"
         holder = an_object(where, choice.get("allowed_tools", choice))
-        mode = one_of(f"{where}.mode", holder.get("mode"), ("auto", "required"))
+        choice = one_of(f"{where}.mode", holder.get("mode"), ("auto", "required"))
         names = [named_tool(place, tool, names) for place, tool in listed(f"{where}.tools", holder.get("tools"))]
-        choice = mode
     if isinstance(choice, dict):
         one_of("tool_choice.type", choice.get("type"), ("function", "custom", "tool", "allowed_tools"))
         choice = f"function:{named_tool('tool_choice', choice, names)}"
@@ -7802,7 +7797,7 @@ class OpenAI(Dialect):
 
     def document(self) -> dict[str, Any]:
         assert self.usage
-        choices = [self.shown(index, choice, whole=True) for index, choice in self.in_order()]
+        choices = [self.shown(index, choice, whole=True) for index, choice in sorted(self.choices.items())]
         return self._envelope(self.object_name, choices) | self._usage(self.usage)
 
     def shown(self, index: int, choice: Choice, whole: bool) -> dict[str, Any]:
@@ -8583,7 +8578,6 @@ class OllamaRoute(Dialect):
     """Base of Ollama's routes: keep_alive, times, and loading by a request without a question."""
 
     api = "ollama"
-    use = "generate"  # what the model is loaded for
 
     def common(self, body: Mapping[str, Any]) -> dict[str, Any]:
         """The fields that all its requests have."""
@@ -8614,7 +8608,8 @@ class OllamaRoute(Dialect):
         if self._keep == 0:
             yield Queued(service.table.resolve(self.request.model, cancel))
         else:
-            yield from service.load(self.request.model, self.use, cancel, self.request.engine)
+            use = "embed" if isinstance(self.request, EmbedRequest) else "generate"
+            yield from service.load(self.request.model, use, cancel, self.request.engine)
         yield ChoiceEnd(0, "unload" if self._keep == 0 else "load")
         yield Usage(0, 0, 0, 0.0, 0.0)
 
@@ -8732,8 +8727,6 @@ class OllamaGenerate(Ollama):
 
 class OllamaEmbed(OllamaRoute, Embeddings):
     """`/api/embed`. What is too long is cut unless `truncate` is false; without an input the model is only loaded."""
-
-    use = "embed"
 
     def read(self, body: Mapping[str, Any]) -> EmbedRequest:
         given = body.get("input")
@@ -8983,7 +8976,7 @@ class LlamaCompletion(Dialect):
         """The answer ends early when the client's time is over; an answer of no tokens has no text."""
         for event in super().events(service, cancel):
             self._broke = self._broke or (isinstance(event, Text) and "\n" in event.text)
-            late = bool(self._seconds and self.first) and time.monotonic() - (self.first or 0) > self._seconds
+            late = self._seconds and self.first and time.monotonic() - self.first > self._seconds
             if late and self._broke and not cancel.cancelled:
                 cancel.cancel(gently=True)
             if self._limit != 0 or not isinstance(event, Text):
@@ -8997,7 +8990,7 @@ class LlamaCompletion(Dialect):
 
     def document(self) -> Any:
         """An object, or for several prompts a list of them."""
-        ends = [self._end(choice.end, choice) for _, choice in self.in_order() if choice.end]
+        ends = [self._end(choice.end, choice) for _, choice in sorted(self.choices.items()) if choice.end]
         return ends if len(self.request.prompts) > 1 else ends[0]
 
     def _document(self, index: int, choice: Choice) -> dict[str, Any]:
@@ -9674,10 +9667,6 @@ class Route:
     framing: Framing = SSE  # of a dialect's streams
     ollamas: Route | None = None  # the row for bodies and User-Agents of Ollama's at this address
 
-    def chosen(self, body: Mapping[str, Any], agent: str) -> Route:
-        """This row, or Ollama's."""
-        return self.ollamas if self.ollamas and speaks_ollama(body, agent) else self
-
     def match(self, segments: Seq[str]) -> tuple[str, ...] | None:
         """The names in the path, or None."""
         pairs = list(zip(self.path, segments, strict=False))
@@ -9961,7 +9950,8 @@ class Handler(socketserver.BaseRequestHandler):
     def _dialect(self, body: Mapping[str, Any]) -> Dialect:
         """The request, in the API that the body speaks: from here on errors take its shape."""
         assert self.route
-        self.route = self.route.chosen(body, self.out.head.headers.get("User-Agent", ""))
+        if self.route.ollamas and speaks_ollama(body, self.out.head.headers.get("User-Agent", "")):
+            self.route = self.route.ollamas
         assert isinstance(self.route.answer, type)
         return self.route.answer(body)
 
