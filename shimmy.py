@@ -675,14 +675,12 @@ def newest_turn(messages: Seq[Any]) -> Any:
 def read_message(where: str, message: Any, newest: bool) -> dict[str, Any]:
     """One message of a chat as templates want it: content is always a string, tool arguments are objects."""
     message = an_object(where, message)
-    role = message.get("role")
-    if role not in ROLES:
-        raise InvalidRequest(f"{where}.role must be one of {', '.join(ROLES)}, not {_said(role)}", f"{where}.role")
+    role = one_of(f"{where}.role", message.get("role"), ROLES)
     content = message.get("content")
     if content is None and role != "assistant":
         raise InvalidRequest(f"{where}.content is required", f"{where}.content")
     text = flat_content(f"{where}.content", "" if content is None else content, newest=newest)
-    read = {"role": "system" if role == "developer" else role, "content": text}
+    read: dict[str, Any] = {"role": "system" if role == "developer" else role, "content": text}
     for name in ("name", "tool_call_id", *reversed(THOUGHT_FIELDS)):
         if message.get(name) is not None:
             kept = THOUGHT_FIELDS[0] if name in THOUGHT_FIELDS else name
@@ -758,16 +756,14 @@ def read_tools(body: Mapping[str, Any]) -> tuple[tuple[dict[str, Any], ...], tup
     check_length("tools", one_type(list, "a list")("tools", tools), MAX_TOOLS)
     functions, builtins = [], []
     for where, tool in listed("tools", tools):
-        if tool.get("type") == "builtin":
+        if one_of(f"{where}.type", tool.get("type"), ("function", "builtin")) == "builtin":
             builtins.append(a_string(f"{where}.name", tool.get("name")))
-        elif tool.get("type") == "function":
+        else:
             function = an_object(f"{where}.function", tool.get("function"))
             a_string(f"{where}.function.name", function.get("name"))
             parameters = an_object(f"{where}.function.parameters", function.get("parameters") or NO_PARAMETERS)
             check_structure(json.dumps(parameters), f"{where}.function.parameters")
             functions.append({**tool, "function": {**function, "parameters": parameters}})
-        else:
-            raise InvalidRequest(f"{where}.type must be function or builtin, not {_said(tool.get('type'))}", f"{where}.type")
     return ((), ()) if body.get("tool_choice") == "none" else (tuple(functions), tuple(builtins))
 
 
@@ -911,15 +907,13 @@ class Usage:
 
     def timings(self) -> dict[str, float]:
         """Speeds in llama-server's shape: milliseconds, and tokens per second; of our own, how many a grammar forced."""
-        read = self.prompt_tokens - self.cached_tokens
-        return {"cache_n": self.cached_tokens} | _timing("prompt", read, self.prompt_seconds) | _timing(
-            "predicted", self.completion_tokens, self.decode_seconds) | {"forced_n": self.forced_tokens}  # fmt: skip
-
-
-def _timing(name: str, tokens: int, seconds: float) -> dict[str, float]:
-    each, rate = (seconds * 1000 / tokens, tokens / seconds) if tokens and seconds > 0 else (0.0, 0.0)
-    return {f"{name}_n": tokens, f"{name}_ms": round(seconds * 1000, 3), f"{name}_per_token_ms": round(each, 3),
-            f"{name}_per_second": round(rate, 2)}  # fmt: skip
+        told: dict[str, float] = {"cache_n": self.cached_tokens, "forced_n": self.forced_tokens}
+        for name, tokens, seconds in (("prompt", self.prompt_tokens - self.cached_tokens, self.prompt_seconds),
+                                      ("predicted", self.completion_tokens, self.decode_seconds)):  # fmt: skip
+            each, rate = (seconds * 1000 / tokens, tokens / seconds) if tokens and seconds > 0 else (0.0, 0.0)
+            told |= {f"{name}_n": tokens, f"{name}_ms": round(seconds * 1000, 3), f"{name}_per_token_ms": round(each, 3),
+                     f"{name}_per_second": round(rate, 2)}  # fmt: skip
+        return told
 
 
 @dataclass(frozen=True)
@@ -1075,7 +1069,7 @@ class ModelInfo:
 
     def document(self) -> dict[str, Any]:
         """The model as `/api/models` lists it, without its state."""
-        shown = {k: v for k, v in asdict(self).items() if k not in ("architecture", "path", "source", "kv", "stored")}
+        shown = {k: v for k, v in vars(self).items() if k not in ("architecture", "path", "source", "kv", "stored")}
         return shown | {"model_type": self.architecture}
 
 
@@ -5903,7 +5897,7 @@ class Timing:
 
 
 class Meter:
-    """What a model has done since the server began. Counters only rise, however often the model is unloaded.
+    """Counts what a model has done since the server began. Counters only rise, however often the model is unloaded.
 
     Any thread may count; a lock, about a microsecond, is taken for each piece of text and each end, never for a token.
     """
@@ -5978,7 +5972,7 @@ class Meter:
 
 
 class Metrics:
-    """What the server counts beside what its parts tell when asked. Any thread may count."""
+    """Counters of the whole server, and a Meter for each model. Any thread may count."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -6062,10 +6056,8 @@ class Generation:
         return message
 
 
-class LoadFailure(GenerationFailed):
+class LoadFailure(GenerationFailed, message="The model could not be loaded"):
     """An engine could not load its model; `cause` as LoadFailed has it."""
-
-    message = "The model could not be loaded"
 
     def __init__(self, details: str = "", cause: str = "") -> None:
         super().__init__(details)
@@ -6305,14 +6297,13 @@ class Ladder:
     """Finds a way in which models load on this machine: as configured, else a rung down, and another (Rung.below).
 
     A rung that a crash or a hang led to is remembered for models of that kind, in KnownFaults: the next start does not
-    crash again. What want of memory led to is not: the memory may be there next time. Any thread may call.
+    crash again. What want of memory led to is not: the memory may be there next time. `died` may come from any thread.
     """
 
     YOUNG = 300.0  # seconds behind a load, in which a crash is likely to come from how the model was loaded
 
     def __init__(self, faults: KnownFaults, report: Callable[[str], None]) -> None:
         self.faults, self.report = faults, report
-        self._lock = threading.Lock()
         self._said: set[str] = set()
         self._crashes = Counter[str]()  # young engines that crashed, by model
         self._lowered: dict[str, Rung] = {}  # where to begin, by model
@@ -6377,11 +6368,9 @@ class Ladder:
 
     def _say(self, words: str, new: bool) -> None:
         """Says something once; what is new to this machine also where only warnings are shown."""
-        with self._lock:
-            if words in self._said:
-                return
+        if words not in self._said:
             self._said.add(words)
-        (log.warning if new else self.report)(words)
+            (log.warning if new else self.report)(words)
 
     @staticmethod
     def _uses_gpu(options: EngineOptions) -> bool:
@@ -6393,11 +6382,9 @@ class Ladder:
         model, cause = worker.info, worker.cause
         if not cause or time.monotonic() - worker.loaded_at > self.YOUNG:
             return
-        with self._lock:
-            self._crashes[model.id] += 1
-            second = self._crashes[model.id] % 2 == 0
+        self._crashes[model.id] += 1
         lower = worker.setup.rung.below(cause, worker.loaded.on_gpu)
-        if second and lower:
+        if lower and self._crashes[model.id] % 2 == 0:
             self._lowered[model.id] = lower
             self._say(f"{printable(model.id)} crashed twice soon after it was loaded; it goes on {lower.words()}", True)
             if cause != "memory":
@@ -6412,7 +6399,7 @@ MakeWorker = Callable[[ModelInfo, Setup, Callable[[Worker, str], None]], Worker]
 
 @dataclass(frozen=True)
 class ModelSettings:
-    """What holds for one model: how it is loaded, and what its requests mean where they say nothing."""
+    """One model's settings: how it is loaded, and the defaults of its requests."""
 
     engine: EngineOptions = EngineOptions()
     sampling: Mapping[str, Any] = field(default_factory=dict)  # by field of Sampling
@@ -6422,7 +6409,7 @@ class ModelSettings:
 
 @dataclass(frozen=True)
 class Preset:
-    """What a section of a preset file says of the models that its name, the beginning of one, or a shell pattern means."""
+    """A section of a preset file: settings of the models that its name, the beginning of one, or a shell pattern means."""
 
     pattern: str
     engine: Mapping[str, Any] = field(default_factory=dict)  # by field of EngineOptions
@@ -6460,7 +6447,7 @@ class Settings:
         return ModelSettings(EngineOptions(**engine), sampling, system, keep[-1] if keep else None)
 
     def of(self, model: ModelInfo, is_default: bool, asked: Mapping[str, Any] | None = None) -> ModelSettings:
-        """What holds for a model; `asked` are fields of EngineOptions that a request for its load gave."""
+        """The settings of a model; `asked` are fields of EngineOptions that a request for its load gave."""
         stored = Preset("", model.stored.engine, model.stored.sampling)
         flags = {k: v for k, v in self._flags.items() if is_default or self._one or k not in self.DEFAULT_ONLY}
         own = [p for p in self.presets if p.pattern != "*" and p.means(model.id)]
@@ -6489,7 +6476,7 @@ class Entry:
     worker: Worker | None = None  # while loaded and unloading
     starting: Worker | None = None  # while loading
     load: PendingLoad | None = None
-    asked: Mapping[str, Any] = field(default_factory=dict)  # the same, that it was loaded with last
+    asked: Mapping[str, Any] = field(default_factory=dict)  # fields of EngineOptions that requests gave for its last load
     crowded: str = ""  # why it did not fit beside the other models, until one of them is gone
     departures: int = 0  # times that it has left the memory
     failures: int = 0  # loads in a row that failed on every rung
@@ -6835,7 +6822,7 @@ def some_of(names: Seq[str], most: int = 5) -> str:
 
 
 class Names:
-    """What the names in requests mean, after one scan. Never changes."""
+    """Maps the names in requests to the models that one scan found. Never changes."""
 
     def __init__(self, options: TableOptions, models: dict[str, ModelInfo], default: str | None = None) -> None:
         """`default` stays what it was while that is there."""
@@ -6876,7 +6863,7 @@ class Names:
         return [id for id in self._models if id.startswith(plain_id(name))]
 
     def wanted(self, name: str) -> str:
-        """What was asked for by `default`, else the name itself."""
+        """The operator's --model for `default`, else the name itself."""
         return self._wanted if name == "default" and self._wanted else name
 
     def not_found(self, name: str, reason: str = "") -> ModelNotFound:
@@ -6981,7 +6968,7 @@ class ModelTable:
             return [e.info for e in self._residents.entries.values()]
 
     def names(self, cancel: Cancellation | None = None) -> Names:
-        """What names mean; waits for the first scan."""
+        """The names of what the last scan found; waits for the first one."""
         with self._changed:
             while not self._scanned and not self._residents.closed:
                 (cancel or Cancellation()).check()
@@ -7027,7 +7014,7 @@ class ModelTable:
         return self._settings.of(entry.info, entry.info.id == self._names.default, asked)
 
     def settings(self, id: str) -> ModelSettings:
-        """What holds for a model, or will when it is loaded."""
+        """The settings that the model is loaded with, or will be."""
         with self._changed:
             entry = self._entry(id)
             return self._settings_of(entry, entry.asked)
@@ -7213,7 +7200,7 @@ class Service:
 
     @staticmethod
     def _jobs(request: GenerateRequest, chat: Chat) -> tuple[list[Generate], list[Parser]]:
-        """What goes to the engine, every prompt n times, and what reads the text that comes back."""
+        """Makes the engine's jobs, every prompt n times, and a parser for the text of each."""
         prompts: list[Any] = [p if isinstance(p, tuple) else (p,) for p in request.prompts]
         sampling, budget, spare = request.sampling, None, 0
         if request.infill is not None:
@@ -7273,7 +7260,7 @@ class Service:
         return {"models": first + models}
 
     def diag(self) -> dict[str, Any]:
-        """What `diag` and `GET /diag` tell: versions, engine, memory, where models were looked for."""
+        """Versions, engine, memory, and where models were looked for: `diag` and `GET /diag`."""
         self.table.models()  # waits for the first scan
         report = self.table.catalog.report
         return versions() | engine_build() | {
@@ -7284,7 +7271,7 @@ class Service:
         }  # fmt: skip
 
     def known_faults(self) -> dict[str, Any]:
-        """What native code cannot do on this machine, as far as that was found out, and the file that remembers it."""
+        """The kernels and rungs that KnownFaults remembers, and its file."""
         known = self.faults.read()
         return {"file": self.faults.path, "kernels": known.get("kernels", {}), "rungs": known.get("rungs", {})}
 
@@ -12265,10 +12252,7 @@ def die_with_parent() -> None:
         import ctypes
 
         with contextlib.suppress(OSError, AttributeError):
-            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, ctypes.c_ulong(signal.SIGKILL))
-
-
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
+            ctypes.CDLL(None).prctl(1, ctypes.c_ulong(signal.SIGKILL))  # PR_SET_PDEATHSIG, linux/prctl.h
 
 
 def mapped_bytes(pids: Iterable[int]) -> int:
@@ -13850,9 +13834,14 @@ class Word(Symbol):
     data: bytes
     at: int = 0
 
-    @functools.cached_property
-    def after(self) -> Mapping[int, Symbols]:
-        return {self.data[self.at]: (Word(self.data, self.at + 1),) if self.at + 1 < len(self.data) else ()}
+    @property
+    def firsts(self) -> int:  # type: ignore[override]
+        return 1 << self.data[self.at]
+
+    def step(self, byte: int) -> Symbols | None:
+        if byte != self.data[self.at]:
+            return None
+        return (Word(self.data, self.at + 1),) if self.at + 1 < len(self.data) else ()
 
 
 def word(text: str) -> Symbol:
@@ -14233,11 +14222,6 @@ def others(ranges: Ranges) -> Ranges:
     return merged([(one[1] + 1, two[0] - 1) for one, two in itertools.pairwise(edges)])
 
 
-def common(one: Ranges, two: Ranges) -> Ranges:
-    """The characters that are in both."""
-    return others(merged((*others(one), *others(two))))
-
-
 @dataclass(frozen=True, eq=False)
 class Edge(Symbol):
     """A regular expression's anchor: the text's beginning, or its end."""
@@ -14271,6 +14255,9 @@ class Reader:
         self.text, self.at = text, 0
         self.token: re.Match[str] | None = None
         self.kind: str | None = None  # of the token; None: the end
+        if len(text) > self.MAX_TEXT:
+            raise self.refuse(f"over {self.MAX_TEXT} characters")
+        self.advance()
 
     def refuse(self, what: str) -> InvalidRequest:
         raise NotImplementedError
@@ -14388,9 +14375,6 @@ class PatternReader(Reader):
         return InvalidRequest(f"pattern {_said(self.text)}: {what}")
 
     def read(self) -> Symbol:
-        if len(self.text) > self.MAX_TEXT:
-            raise self.refuse(f"over {self.MAX_TEXT} characters")
-        self.advance()
         found = self.choice(0)
         if self.kind is not None:
             raise self.refuse("a bracket is closed that was not opened")
@@ -14542,18 +14526,14 @@ class GbnfReader(Reader):
         self.used: dict[str, int] = {}  # name → place
 
     def refuse(self, what: str, place: int | None = None) -> InvalidRequest:
-        place = (self.token.start() if self.token else len(self.text)) if place is None else place
+        place = (self.token.start() if self.token else self.at) if place is None else place
         return InvalidRequest(f"grammar: line {self.text.count(chr(10), 0, place) + 1}: {what}", "grammar")
 
     def read(self) -> Symbol:
-        if len(self.text) > self.MAX_TEXT:
-            raise InvalidRequest(f"grammar: over {self.MAX_TEXT} characters", "grammar")
-        self.advance()
         while self.token is not None:
             if self.kind != "rule":
-                said = _said(self.word())
-                begun = f"{said} is not expected here"
-                raise self.refuse(begun if self.rules else f"a rule must begin here (name ::= …), not {said}")
+                wrong = "{} is not expected here" if self.rules else "a rule must begin here (name ::= …), not {}"
+                raise self.refuse(wrong.format(_said(self.word())))
             name = self.token["rule"]
             self.advance()
             self.rules[name] = self.choice(0)
@@ -15047,8 +15027,8 @@ def shortest(at: Texts, spend: Callable[[int], None] = lambda steps: None) -> fl
                 longer += fresh
             elif length + known < found:
                 found, rest, last = length + known, known, one
-        if len(before) > MAX_SEARCH:
-            raise InvalidRequest("the string's patterns and formats together are too complex to tell what fits them")
+            if len(before) > MAX_SEARCH:
+                raise InvalidRequest("the string's patterns and formats together are too complex to tell what fits them")
         layer, length = longer, length + 1
     if last is None:
         for one in before:
@@ -15237,7 +15217,7 @@ PARTIAL_FORMATS = ("email", "idn-email", "regex", "hostname")  # the rule leaves
 
 # ── D.4. Numbers ──────────────────────────────────────────────────────────────────────────────────────────────────────
 # JSON numbers by bounds and multiples, digit by digit.
-# Offers: NumberShape, number_symbol, another_number, number_fits, number_machine. Uses: D.1's symbols.
+# Offers: NumberShape, number_symbol, another_number, number_fits. Uses: D.1's symbols.
 
 
 @dataclass(frozen=True)
@@ -15324,13 +15304,6 @@ class NumberMachine:
     def _is_right(self, value: int) -> bool:
         """True for a number of units that is a multiple of what it must be, and of nothing that it must not be."""
         return value % self.unit == 0 and all(value % one for one in self.unlike)
-
-    def every_number(self, most: int) -> set[int | float] | None:
-        """The numbers, if there are at most so many."""
-        if self.high - self.low > most * self.unit:
-            return None
-        found = filter(self._is_right, range(-(-int(self.low) // self.unit) * self.unit, int(self.high) + 1, self.unit))
-        return {value // self.scale if value % self.scale == 0 else value / self.scale for value in found}
 
     def symbol(self, excluded: Iterable[int | float]) -> Symbol | None:
         """A JSON number that is none of those excluded; None if there is none."""
@@ -17237,6 +17210,7 @@ def char_but(chars: str) -> OneChar:
 
 # ── F. Pull ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 # Fetches models: from a Hugging Face hub into its cache, where every other tool finds them, or from any address.
+# Offers: Pull, Plan, read_wanted, repository, pulled_before. Uses: hub_home, hub_caches (3), some_of (12), user_cache.
 
 MAX_LISTING = 32 * MIB  # a repository's files as JSON; the largest have some 10,000
 PULL_CHUNK = MIB
@@ -17247,16 +17221,12 @@ MAX_RETRY_AFTER = 300.0  # seconds that a busy server may have us wait
 MAX_REDIRECTS = 8
 
 
-class PullFailed(ApiError):
+class PullFailed(ApiError, status=502, message="The model could not be fetched"):
     """The model could not be fetched; the message says why, and what helps."""
 
-    status, message = 502, "The model could not be fetched"
 
-
-class DiskFull(PullFailed):
+class DiskFull(PullFailed, status=507):
     """The model does not fit the disk; the message says how much is missing, and what helps."""
-
-    status = 507
 
 
 class ConnectionLost(Exception):
@@ -17301,7 +17271,7 @@ def repository(name: str) -> Wanted | None:
 
 
 def read_wanted(name: str) -> Wanted:
-    """What a NAME on the command line means; an address of the hub's pages is a repository. Raises InvalidRequest."""
+    """Reads a NAME of the command line; an address of the hub's pages means a repository. Raises InvalidRequest."""
     named = name
     for site in (hub_address(), HUB, "https://hf.co"):
         if name.startswith(site + "/"):
@@ -17380,7 +17350,7 @@ def choose_offer(offers: Seq[Offer], part: str) -> Offer | None:
 
 
 def offered_names(offers: Iterable[Offer]) -> list[str]:
-    """What can be had, smallest first, each with its size, for a message."""
+    """Lists models for a message, smallest first, each with its size."""
     return [f"{printable(o.label, 60)} ({human_bytes(o.size)})" for o in sorted(offers, key=lambda o: o.size)]
 
 
@@ -17807,7 +17777,7 @@ class Download:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a pull will fetch, and where it goes."""
+    """The files that a pull will fetch, and where they go."""
 
     title: str  # as one would ask for it
     files: tuple[tuple[RemoteFile, Target], ...]
