@@ -11226,7 +11226,7 @@ class PullView(WaitingLine):
     """Shows a pull on stderr: a line that is redrawn on a terminal, else a line every few seconds."""
 
     def __init__(self) -> None:
-        super().__init__(lambda: self._text(terminal_width() - 1))
+        super().__init__(lambda: self._text(terminal_width() - 10))  # the seconds stand behind it
         self._event, self._printed = Fetching("asking what there is"), time.monotonic()
         self._start = 0.0, 0  # when so many bytes of the file were here
 
@@ -11241,8 +11241,8 @@ class PullView(WaitingLine):
                 event = next(work)
             except StopIteration as end:
                 return end.value
-            now = time.monotonic()
-            if event.digest != self._event.digest or event.completed < self._event.completed:
+            now, before = time.monotonic(), self._event
+            if event.digest != before.digest or event.completed < before.completed or not before.total:
                 self._start = now, event.completed
             self._event = event
             if not self.shown and now - self._printed >= PULL_LINE_SECONDS:
