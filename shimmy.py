@@ -77,8 +77,7 @@ def child_command(entry: str, *arguments: str) -> list[str]:
     PYTHONDONTWRITEBYTECODE (as in many containers) wants no file there.
     """
     path = os.path.realpath(__file__)
-    flags = ["-B"] if sys.dont_write_bytecode else []
-    return [sys.executable, *flags, "-c", STARTER, _bytecode_prefix(path), entry, path, *arguments]
+    return [sys.executable, "-c", STARTER, _bytecode_prefix(path), entry, path, *arguments]
 
 
 def _bytecode_prefix(path: str) -> str:
@@ -175,7 +174,7 @@ from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import IO, TYPE_CHECKING, Any, BinaryIO, ClassVar, NoReturn, Protocol, TypeVar
+from typing import IO, TYPE_CHECKING, Any, BinaryIO, ClassVar, NoReturn, TypeVar
 
 if TYPE_CHECKING:
     import ast
@@ -280,8 +279,8 @@ class ApiError(Exception):
 class InvalidRequest(ApiError, code="invalid_request", message="The request is invalid"):
     """The request is wrong; message says what to change, param names the field."""
 
-    def __init__(self, message: str, param: str | None = None, details: str = "", status: int = 400) -> None:
-        super().__init__(details or (f"Field '{param}' is at fault" if param else message), message, param)
+    def __init__(self, message: str, param: str | None = None, status: int = 400) -> None:
+        super().__init__(f"Field '{param}' is at fault" if param else message, message, param)
         self.status = status
 
     def __str__(self) -> str:
@@ -676,14 +675,12 @@ def newest_turn(messages: Seq[Any]) -> Any:
 def read_message(where: str, message: Any, newest: bool) -> dict[str, Any]:
     """One message of a chat as templates want it: content is always a string, tool arguments are objects."""
     message = an_object(where, message)
-    role = message.get("role")
-    if role not in ROLES:
-        raise InvalidRequest(f"{where}.role must be one of {', '.join(ROLES)}, not {_said(role)}", f"{where}.role")
+    role = one_of(f"{where}.role", message.get("role"), ROLES)
     content = message.get("content")
     if content is None and role != "assistant":
         raise InvalidRequest(f"{where}.content is required", f"{where}.content")
     text = flat_content(f"{where}.content", "" if content is None else content, newest=newest)
-    read = {"role": "system" if role == "developer" else role, "content": text}
+    read: dict[str, Any] = {"role": "system" if role == "developer" else role, "content": text}
     for name in ("name", "tool_call_id", *reversed(THOUGHT_FIELDS)):
         if message.get(name) is not None:
             kept = THOUGHT_FIELDS[0] if name in THOUGHT_FIELDS else name
@@ -759,16 +756,14 @@ def read_tools(body: Mapping[str, Any]) -> tuple[tuple[dict[str, Any], ...], tup
     check_length("tools", one_type(list, "a list")("tools", tools), MAX_TOOLS)
     functions, builtins = [], []
     for where, tool in listed("tools", tools):
-        if tool.get("type") == "builtin":
+        if one_of(f"{where}.type", tool.get("type"), ("function", "builtin")) == "builtin":
             builtins.append(a_string(f"{where}.name", tool.get("name")))
-        elif tool.get("type") == "function":
+        else:
             function = an_object(f"{where}.function", tool.get("function"))
             a_string(f"{where}.function.name", function.get("name"))
             parameters = an_object(f"{where}.function.parameters", function.get("parameters") or NO_PARAMETERS)
             check_structure(json.dumps(parameters), f"{where}.function.parameters")
             functions.append({**tool, "function": {**function, "parameters": parameters}})
-        else:
-            raise InvalidRequest(f"{where}.type must be function or builtin, not {_said(tool.get('type'))}", f"{where}.type")
     return ((), ()) if body.get("tool_choice") == "none" else (tuple(functions), tuple(builtins))
 
 
@@ -912,15 +907,13 @@ class Usage:
 
     def timings(self) -> dict[str, float]:
         """Speeds in llama-server's shape: milliseconds, and tokens per second; of our own, how many a grammar forced."""
-        read = self.prompt_tokens - self.cached_tokens
-        return {"cache_n": self.cached_tokens} | _timing("prompt", read, self.prompt_seconds) | _timing(
-            "predicted", self.completion_tokens, self.decode_seconds) | {"forced_n": self.forced_tokens}  # fmt: skip
-
-
-def _timing(name: str, tokens: int, seconds: float) -> dict[str, float]:
-    each, rate = (seconds * 1000 / tokens, tokens / seconds) if tokens and seconds > 0 else (0.0, 0.0)
-    return {f"{name}_n": tokens, f"{name}_ms": round(seconds * 1000, 3), f"{name}_per_token_ms": round(each, 3),
-            f"{name}_per_second": round(rate, 2)}  # fmt: skip
+        told: dict[str, float] = {"cache_n": self.cached_tokens, "forced_n": self.forced_tokens}
+        for name, tokens, seconds in (("prompt", self.prompt_tokens - self.cached_tokens, self.prompt_seconds),
+                                      ("predicted", self.completion_tokens, self.decode_seconds)):  # fmt: skip
+            each, rate = (seconds * 1000 / tokens, tokens / seconds) if tokens and seconds > 0 else (0.0, 0.0)
+            told |= {f"{name}_n": tokens, f"{name}_ms": round(seconds * 1000, 3), f"{name}_per_token_ms": round(each, 3),
+                     f"{name}_per_second": round(rate, 2)}  # fmt: skip
+        return told
 
 
 @dataclass(frozen=True)
@@ -1076,7 +1069,7 @@ class ModelInfo:
 
     def document(self) -> dict[str, Any]:
         """The model as `/api/models` lists it, without its state."""
-        shown = {k: v for k, v in asdict(self).items() if k not in ("architecture", "path", "source", "kv", "stored")}
+        shown = {k: v for k, v in vars(self).items() if k not in ("architecture", "path", "source", "kv", "stored")}
         return shown | {"model_type": self.architecture}
 
 
@@ -1099,8 +1092,7 @@ def describe(header: GgufHeader, path: str, id: str, source: str, size: int) -> 
 
 
 def _in_name(pattern: re.Pattern[str], stem: str) -> str | None:
-    found = pattern.search(stem)
-    return found[1].upper() if found else None
+    return next(iter(pattern.findall(stem)), "").upper() or None
 
 
 def _parameter_count(header: GgufHeader) -> str | None:
@@ -1235,16 +1227,15 @@ def _walk_ollama(root: SearchRoot, notes: list[str]) -> Iterator[tuple[str, str,
     for manifest in sorted(itertools.islice(store.glob("manifests/*/*/*/*"), MAX_SCAN_ENTRIES)):
         try:
             model, stored = read_manifest(manifest, store / "blobs")
-        except (GgufError, OSError, ValueError, TypeError, AttributeError, RecursionError, ApiError) as error:
-            notes.append(f"{manifest}: {error}")  # JSON of any shape
+        except (GgufError, OSError, ValueError, ApiError) as error:
+            notes.append(f"{manifest}: {error}")
             continue
         if model:
             yield model, f"{manifest.parent.name}:{manifest.name}", stored
 
 
-# Ollama's names of what is decided at a model's load, and of sampling parameters that are called otherwise here
+# Ollama's names of what is decided at a model's load
 OLLAMA_ENGINE = {"num_ctx": "ctx", "num_gpu": "gpu_layers", "num_thread": "threads", "num_batch": "batch"}
-OLLAMA_SAMPLING = {"num_predict": "max_tokens"}
 
 
 def read_manifest(manifest: pathlib.Path, blobs: pathlib.Path) -> tuple[str | None, Stored]:
@@ -1254,7 +1245,7 @@ def read_manifest(manifest: pathlib.Path, blobs: pathlib.Path) -> tuple[str | No
     for files and parameters that make no sense.
     """
     paths: dict[str, list[str]] = {}  # by the last word of a layer's type: model, params, system, adapter …
-    for layer in json.loads(read_blob(str(manifest))).get("layers", []):
+    for _, layer in listed("layers", parse_object(read_blob(str(manifest)), "the manifest").get("layers") or []):
         kind, digest = str(layer.get("mediaType")), re.fullmatch(r"sha256:([0-9a-f]{64})", str(layer.get("digest")))
         if kind.startswith("application/vnd.ollama.image."):
             if not digest:
@@ -1263,11 +1254,7 @@ def read_manifest(manifest: pathlib.Path, blobs: pathlib.Path) -> tuple[str | No
     params: dict[str, Any] = {}
     for path in paths.get("params", ()):
         params |= parse_object(read_blob(path), "the parameters")
-    named = {OLLAMA_SAMPLING.get(name, name): value for name, value in params.items()}
-    sampling = Sampling.from_json({**named, "json_schema": None, "grammar": None})
-    engine = {
-        field: whole(-1 if k == "num_gpu" else 1, 1 << 24)(k, params[k]) for k, field in OLLAMA_ENGINE.items() if k in params
-    }
+    sampling, engine = ollama_sampling({"options": params}), ollama_engine({"options": params})
     if "adapter" in paths:
         engine["lora"] = tuple(paths["adapter"])
     system = "".join(read_blob(path).decode("utf-8", "replace") for path in paths.get("system", ())[-1:])
@@ -1340,9 +1327,9 @@ class Catalog:
                                 "models": len(models) - before,
                                 "notes": list(dict.fromkeys(printable(note, 400) for note in notes))})  # fmt: skip
         # the model that comes with shimmy stands last, unless it was asked for by path
-        listed = sorted(models.values(), key=lambda m: is_boxed(m) and m.source != "--model")
+        ordered = sorted(models.values(), key=lambda m: is_boxed(m) and m.source != "--model")
         reasons = ({"path": path, "reason": reason} for path, reason in skipped.items())
-        return ScanReport(tuple(listed), tuple(reasons), tuple(directories[len(self.files) :]), began)
+        return ScanReport(tuple(ordered), tuple(reasons), tuple(directories[len(self.files) :]), began)
 
     def _examine(self, path: str, source: str, label: str, whole_header: bool, anew: bool = False) -> ModelInfo | str:
         """The file's ModelInfo, or why it is none; remembered while it and the others of its set stay as they are."""
@@ -1381,16 +1368,12 @@ class Catalog:
             self._ids[path] = id
         return self._ids[path]
 
-    def why_skipped(self, name: str) -> str:
-        """": " and the reason, if a file of that name was skipped; else nothing."""
-        reasons = (s["reason"] for s in self.report.skipped if plain_id(pathlib.Path(s["path"]).stem) == plain_id(name))
-        return next((f": {reason}" for reason in reasons), "")
-
-    def why_path_skipped(self, path: str) -> str:
-        """The same for a path that the operator gave."""
-        wanted = os.path.realpath(os.path.expanduser(path))
-        reasons = (s["reason"] for s in self.report.skipped if os.path.realpath(s["path"]) == wanted)
-        return next((f": {reason}" for reason in reasons), "") or self.why_skipped(path)
+    def why_skipped(self, name: str, may_be_path: bool = False) -> str:
+        """": " and the reason, if a file of that name, or at that path, was skipped; else nothing."""
+        skipped, path = self.report.skipped, os.path.realpath(os.path.expanduser(name)) if may_be_path else None
+        found = [s["reason"] for s in skipped if path and os.path.realpath(s["path"]) == path]
+        found += [s["reason"] for s in skipped if plain_id(pathlib.Path(s["path"]).stem) == plain_id(name)]
+        return f": {found[0]}" if found else ""
 
     def whole(self, model: ModelInfo) -> ModelInfo:
         """The model with all its header tells; what could not be read stays as it was."""
@@ -5322,7 +5305,7 @@ class Intake:
             self.tokenizing.begin("rest")
             with contextlib.suppress(queue.Empty):
                 while True:
-                    turns.append(self._tokenized_by_turns(self._submits.get(block=not turns)))
+                    turns.append(self._admit(self._submits.get(block=not turns)))
             self.tokenizing.begin("tokenize")
             job = turns.popleft()
             if next(job, "ended") is None:
@@ -5337,23 +5320,24 @@ class Intake:
             with self._answering(submission):
                 self._begin(submission, prompt)
 
-    def _tokenized_by_turns(self, submission: Submission) -> Iterator[None]:
+    def _admit(self, submission: Submission) -> Iterator[None]:
         """Tokenizes a job and hands it on; yields where others may have their turn."""
         job = submission.job
         with self._answering(submission):
             if isinstance(job, Tokenize):
-                return self._hand_on(self._tokenized(submission.id, job))
-            if isinstance(job, Embed):
-                return self._hand_on(Embedding(submission, (yield from self._inputs(job, submission))))
-            prompt, constraint = self._prompt(job), job.sampling.constraint
-            if constraint is None or self.llama.machines.are_quick_to_make(constraint.grammar):
-                self._begin(submission, prompt)
+                self._hand_on(self._tokenized(submission.id, job))
+            elif isinstance(job, Embed):
+                self._hand_on(Embedding(submission, (yield from self._inputs(job, submission))))
             else:
-                self._grammars.put((submission, prompt))
+                prompt, constraint = self._prompt(job), job.sampling.constraint
+                if constraint is None or self.llama.machines.are_quick_to_make(constraint.grammar):
+                    self._begin(submission, prompt)
+                else:
+                    self._grammars.put((submission, prompt))
 
     @contextlib.contextmanager
     def _answering(self, submission: Submission) -> Iterator[None]:
-        """Refuses the job for what is raised within: an error must not end the others."""
+        """Answers the job with the error that is raised within: it must not end the others."""
         try:
             yield
         except Cancelled:
@@ -5371,7 +5355,7 @@ class Intake:
         self._hand_on(sequence)
 
     def _hand_on(self, work: Sequence | Embedding | Tokens | Failed) -> None:
-        """Gives work to the step loop, or sends what needs no step; unless the job was cancelled meanwhile."""
+        """Hands work to the step loop, or sends what needs no step; unless the job was cancelled meanwhile."""
         if not self._arriving.pop(work.id, None):
             if isinstance(work, Sequence):
                 work.sampler.close()
@@ -5892,7 +5876,7 @@ class Timing:
 
 
 class Meter:
-    """What a model has done since the server began. Counters only rise, however often the model is unloaded.
+    """Counts what a model has done since the server began. Counters only rise, however often the model is unloaded.
 
     Any thread may count; a lock, about a microsecond, is taken for each piece of text and each end, never for a token.
     """
@@ -5967,7 +5951,7 @@ class Meter:
 
 
 class Metrics:
-    """What the server counts beside what its parts tell when asked. Any thread may count."""
+    """Counters of the whole server, and a Meter for each model. Any thread may count."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -6051,10 +6035,8 @@ class Generation:
         return message
 
 
-class LoadFailure(GenerationFailed):
+class LoadFailure(GenerationFailed, message="The model could not be loaded"):
     """An engine could not load its model; `cause` as LoadFailed has it."""
-
-    message = "The model could not be loaded"
 
     def __init__(self, details: str = "", cause: str = "") -> None:
         super().__init__(details)
@@ -6294,14 +6276,13 @@ class Ladder:
     """Finds a way in which models load on this machine: as configured, else a rung down, and another (Rung.below).
 
     A rung that a crash or a hang led to is remembered for models of that kind, in KnownFaults: the next start does not
-    crash again. What want of memory led to is not: the memory may be there next time. Any thread may call.
+    crash again. What want of memory led to is not: the memory may be there next time. `died` may come from any thread.
     """
 
     YOUNG = 300.0  # seconds behind a load, in which a crash is likely to come from how the model was loaded
 
     def __init__(self, faults: KnownFaults, report: Callable[[str], None]) -> None:
         self.faults, self.report = faults, report
-        self._lock = threading.Lock()
         self._said: set[str] = set()
         self._crashes = Counter[str]()  # young engines that crashed, by model
         self._lowered: dict[str, Rung] = {}  # where to begin, by model
@@ -6366,11 +6347,9 @@ class Ladder:
 
     def _say(self, words: str, new: bool) -> None:
         """Says something once; what is new to this machine also where only warnings are shown."""
-        with self._lock:
-            if words in self._said:
-                return
+        if words not in self._said:
             self._said.add(words)
-        (log.warning if new else self.report)(words)
+            (log.warning if new else self.report)(words)
 
     @staticmethod
     def _uses_gpu(options: EngineOptions) -> bool:
@@ -6382,11 +6361,9 @@ class Ladder:
         model, cause = worker.info, worker.cause
         if not cause or time.monotonic() - worker.loaded_at > self.YOUNG:
             return
-        with self._lock:
-            self._crashes[model.id] += 1
-            second = self._crashes[model.id] % 2 == 0
+        self._crashes[model.id] += 1
         lower = worker.setup.rung.below(cause, worker.loaded.on_gpu)
-        if second and lower:
+        if lower and self._crashes[model.id] % 2 == 0:
             self._lowered[model.id] = lower
             self._say(f"{printable(model.id)} crashed twice soon after it was loaded; it goes on {lower.words()}", True)
             if cause != "memory":
@@ -6401,7 +6378,7 @@ MakeWorker = Callable[[ModelInfo, Setup, Callable[[Worker, str], None]], Worker]
 
 @dataclass(frozen=True)
 class ModelSettings:
-    """What holds for one model: how it is loaded, and what its requests mean where they say nothing."""
+    """One model's settings: how it is loaded, and the defaults of its requests."""
 
     engine: EngineOptions = EngineOptions()
     sampling: Mapping[str, Any] = field(default_factory=dict)  # by field of Sampling
@@ -6411,7 +6388,7 @@ class ModelSettings:
 
 @dataclass(frozen=True)
 class Preset:
-    """What a section of a preset file says of the models that its name, the beginning of one, or a shell pattern means."""
+    """A section of a preset file: settings of the models that its name, the beginning of one, or a shell pattern means."""
 
     pattern: str
     engine: Mapping[str, Any] = field(default_factory=dict)  # by field of EngineOptions
@@ -6449,7 +6426,7 @@ class Settings:
         return ModelSettings(EngineOptions(**engine), sampling, system, keep[-1] if keep else None)
 
     def of(self, model: ModelInfo, is_default: bool, asked: Mapping[str, Any] | None = None) -> ModelSettings:
-        """What holds for a model; `asked` are fields of EngineOptions that a request for its load gave."""
+        """The settings of a model; `asked` are fields of EngineOptions that a request for its load gave."""
         stored = Preset("", model.stored.engine, model.stored.sampling)
         flags = {k: v for k, v in self._flags.items() if is_default or self._one or k not in self.DEFAULT_ONLY}
         own = [p for p in self.presets if p.pattern != "*" and p.means(model.id)]
@@ -6478,7 +6455,7 @@ class Entry:
     worker: Worker | None = None  # while loaded and unloading
     starting: Worker | None = None  # while loading
     load: PendingLoad | None = None
-    asked: Mapping[str, Any] = field(default_factory=dict)  # the same, that it was loaded with last
+    asked: Mapping[str, Any] = field(default_factory=dict)  # fields of EngineOptions that requests gave for its last load
     crowded: str = ""  # why it did not fit beside the other models, until one of them is gone
     departures: int = 0  # times that it has left the memory
     failures: int = 0  # loads in a row that failed on every rung
@@ -6824,7 +6801,7 @@ def some_of(names: Seq[str], most: int = 5) -> str:
 
 
 class Names:
-    """What the names in requests mean, after one scan. Never changes."""
+    """Maps the names in requests to the models that one scan found. Never changes."""
 
     def __init__(self, options: TableOptions, models: dict[str, ModelInfo], default: str | None = None) -> None:
         """`default` stays what it was while that is there."""
@@ -6865,7 +6842,7 @@ class Names:
         return [id for id in self._models if id.startswith(plain_id(name))]
 
     def wanted(self, name: str) -> str:
-        """What was asked for by `default`, else the name itself."""
+        """The operator's --model for `default`, else the name itself."""
         return self._wanted if name == "default" and self._wanted else name
 
     def not_found(self, name: str, reason: str = "") -> ModelNotFound:
@@ -6901,7 +6878,7 @@ class Names:
         for setting, value, found in named:
             if len(found) != 1 and value != "default":
                 near = f"; did you mean {' or '.join(self.near(value))}?" if self.near(value) else ""
-                yield setting, value, f"{catalog.why_path_skipped(value)}{near}"
+                yield setting, value, f"{catalog.why_skipped(value, True)}{near}"
 
 
 class ModelTable:
@@ -6970,7 +6947,7 @@ class ModelTable:
             return [e.info for e in self._residents.entries.values()]
 
     def names(self, cancel: Cancellation | None = None) -> Names:
-        """What names mean; waits for the first scan."""
+        """The names of what the last scan found; waits for the first one."""
         with self._changed:
             while not self._scanned and not self._residents.closed:
                 (cancel or Cancellation()).check()
@@ -6988,8 +6965,7 @@ class ModelTable:
             self._refresh(0.25)
             found = self._names.resolve(name)
         if len(found) != 1:  # only `default` may be a path: the operator named it, a request never does
-            why = self.catalog.why_path_skipped if name == "default" else self.catalog.why_skipped
-            raise self._names.not_found(name, why(self._names.wanted(name)))
+            raise self._names.not_found(name, self.catalog.why_skipped(self._names.wanted(name), name == "default"))
         return found[0]
 
     def _find(self, name: str, cancel: Cancellation | None = None) -> Entry:
@@ -7017,7 +6993,7 @@ class ModelTable:
         return self._settings.of(entry.info, entry.info.id == self._names.default, asked)
 
     def settings(self, id: str) -> ModelSettings:
-        """What holds for a model, or will when it is loaded."""
+        """The settings that the model is loaded with, or will be."""
         with self._changed:
             entry = self._entry(id)
             return self._settings_of(entry, entry.asked)
@@ -7203,7 +7179,7 @@ class Service:
 
     @staticmethod
     def _jobs(request: GenerateRequest, chat: Chat) -> tuple[list[Generate], list[Parser]]:
-        """What goes to the engine, every prompt n times, and what reads the text that comes back."""
+        """Makes the engine's jobs, every prompt n times, and a parser for the text of each."""
         prompts: list[Any] = [p if isinstance(p, tuple) else (p,) for p in request.prompts]
         sampling, budget, spare = request.sampling, None, 0
         if request.infill is not None:
@@ -7263,7 +7239,7 @@ class Service:
         return {"models": first + models}
 
     def diag(self) -> dict[str, Any]:
-        """What `diag` and `GET /diag` tell: versions, engine, memory, where models were looked for."""
+        """Versions, engine, memory, and where models were looked for: `diag` and `GET /diag`."""
         self.table.models()  # waits for the first scan
         report = self.table.catalog.report
         return versions() | engine_build() | {
@@ -7274,7 +7250,7 @@ class Service:
         }  # fmt: skip
 
     def known_faults(self) -> dict[str, Any]:
-        """What native code cannot do on this machine, as far as that was found out, and the file that remembers it."""
+        """The kernels and rungs that KnownFaults remembers, and its file."""
         known = self.faults.read()
         return {"file": self.faults.path, "kernels": known.get("kernels", {}), "rungs": known.get("rungs", {})}
 
@@ -9378,7 +9354,7 @@ def uncompressed(data: bytes, encoding: str) -> bytes:
     return plain
 
 
-WATCH_SECONDS = 0.02  # about a step of a small model
+WATCH_SECONDS = 0.01  # less than a step takes
 
 
 class Watcher:
@@ -10646,7 +10622,7 @@ def _model_arguments(sub: argparse.ArgumentParser) -> None:
 def _address_flags(sub: argparse.ArgumentParser) -> None:
     group = sub.add_argument_group("address")
     group.add_argument("--bind", metavar="HOST[:PORT]", help="address (default: 127.0.0.1:11435)")
-    group.add_argument("--port", type=int, metavar="N", help="port; wins over the one in --bind; 0 picks one")
+    group.add_argument("--port", type=count(0, 65535), metavar="N", help="port; wins over the one in --bind; 0 picks one")
 
 
 def _engine_flags(sub: argparse.ArgumentParser) -> None:
@@ -10743,12 +10719,9 @@ def listen_address(args: argparse.Namespace) -> tuple[str, int]:
     # a port flag wins over --bind's, and both over the environment's
     port = args.port if args.port is not None else named if args.bind and named else os.environ.get("SHIMMY_PORT") or named
     try:
-        number = int(DEFAULT_PORT if port is None else port)
-    except ValueError:
-        raise UsageError(f"SHIMMY_PORT {port} is no port number") from None
-    if not 0 <= number <= 65535:
-        raise UsageError(f"port {number} is outside 0…65535")
-    return host, number
+        return host, count(0, 65535)(str(DEFAULT_PORT if port is None else port))
+    except argparse.ArgumentTypeError as error:
+        raise UsageError(f"{'--bind' if port == named else 'SHIMMY_PORT'}: {error}") from None
 
 
 def engine_fields(args: argparse.Namespace) -> dict[str, Any]:
@@ -10980,8 +10953,6 @@ def command_serve(args: argparse.Namespace) -> int:
             log.warning("--models-dir %s: there is no such directory", directory)
     service = make_service(args, args.model, tools=tools, max_queue=args.max_queue, allow_pull=args.allow_pull,
                            report=log.warning)  # fmt: skip
-    if sys.stderr.isatty():
-        threading.Thread(target=draw_loads, args=(service.table,), name="loads", daemon=True).start()
     try:
         server = Server(address, service, access)
     except OSError as error:
@@ -10994,28 +10965,14 @@ def command_serve(args: argparse.Namespace) -> int:
     if args.open:
         threading.Thread(target=open_page, args=(server.url,), name="browser", daemon=True).start()
     threading.Thread(target=_after_scan, args=(args, service, signals, server.url), name="names", daemon=True).start()
-    code = signals.wait()
+    with WaitingLine(lambda: ", ".join(loading_stage(s) for s in service.table.statuses() if s["status"] == "loading")):
+        code = signals.wait()
     if not code:
         busy = [(s["model"], s["requests_running"] + s["requests_waiting"]) for s in service.table.statuses()]
         who = ", ".join(f"{printable(model)} ({requests})" for model, requests in busy if requests)
         log.warning("shutting down%s", f": waiting up to {GRACE_SECONDS:.0f} s for the requests of {who}" if who else "")
     server.stop()
     return code
-
-
-def draw_loads(table: ModelTable) -> None:
-    """The thread that shows on a terminal how far loads are."""
-    while True:
-        time.sleep(0.2)
-        if stages_of_loads(table):
-            with WaitingLine(lambda: stages_of_loads(table)):
-                while stages_of_loads(table):
-                    time.sleep(0.2)
-
-
-def stages_of_loads(table: ModelTable) -> str:
-    """What each load is doing; "" while nothing loads."""
-    return ", ".join(loading_stage(status) for status in table.statuses() if status["status"] == "loading")
 
 
 def serve_access(args: argparse.Namespace, host: str) -> Access:
@@ -11031,10 +10988,8 @@ def serve_access(args: argparse.Namespace, host: str) -> Access:
 def checked_key(setting: str, words: str) -> str:
     """A key, without the blanks and line ends around it. Raises UsageError for one that no header carries."""
     key = words.strip()
-    if not key:
-        raise UsageError(f"{setting} is empty: give a key, or leave it out")
-    if not (key.isascii() and key.isprintable()):
-        raise UsageError(f"{setting} must be printable ASCII, as headers are")
+    if not (key and key.isascii() and key.isprintable()):
+        raise UsageError(f"{setting} must be printable ASCII, as headers are, and not empty")
     return key
 
 
@@ -11195,12 +11150,13 @@ class WaitingLine:
         self.clear()
 
     def _redraw(self) -> None:
-        began, drawn = time.monotonic(), ""
+        began, drawn = 0.0, ""
         while self.shown:
             try:
                 text = self._what()
             except Exception:  # a thread's border: the command itself tells what went wrong
                 text = ""
+            began = began or time.monotonic() if text else 0.0
             seconds = int(time.monotonic() - began)
             text += f" ({seconds} s)" if text and seconds >= 2 else ""
             with self._lock:
@@ -11316,8 +11272,7 @@ class PullView(WaitingLine):
 
     def say(self, line: str) -> None:
         """A line that stays."""
-        erase = "\033[K" if self.shown else ""
-        print(f"{erase}{line}", file=sys.stderr, flush=True)
+        print(("\033[K" if self.shown else "") + line, file=sys.stderr, flush=True)
 
     def watch(self, work: Generator[Fetching, None, Any]) -> Any:
         """Runs the work to its end; returns what it returns."""
@@ -12077,9 +12032,9 @@ def main(argv: Seq[str] | None = None) -> int:
         if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # a shell's background jobs ignore it, and so do we
             signal.signal(signal.SIGINT, signal.default_int_handler)
         args = parse(argv)
-        clear = "\033[K" if sys.stderr.isatty() else ""  # over what WaitingLine says
-        shown = logging.StreamHandler()
-        shown.setFormatter(HarmlessFormatter(clear))
+        shown, lines = logging.StreamHandler(), HarmlessFormatter("%(asctime)s %(message)s", "%H:%M:%S")
+        lines.clear = "\033[K" if sys.stderr.isatty() else ""  # over what WaitingLine says
+        shown.setFormatter(lines)
         logging.basicConfig(handlers=[shown], level=logging.INFO if args.verbose else logging.WARNING)
         if no_stdout and args.command != "serve":
             raise OSError("standard output is closed")
@@ -12154,17 +12109,12 @@ def harmless(text: str) -> str:
 
 
 class HarmlessFormatter(logging.Formatter):
-    """Log lines without control characters, later lines of one indented: a traceback may quote a file or a client.
+    """Log lines without control characters, later lines of one indented: a traceback may quote a file or a client."""
 
-    `clear` comes before each.
-    """
-
-    def __init__(self, clear: str = "") -> None:
-        super().__init__("%(asctime)s %(message)s", "%H:%M:%S")
-        self._clear = clear
+    clear = ""  # comes before each
 
     def format(self, record: logging.LogRecord) -> str:
-        return self._clear + harmless(super().format(record)).replace("\n", "\n  ")
+        return self.clear + harmless(super().format(record)).replace("\n", "\n  ")
 
 
 OWN_CGROUPS = "/proc/self/cgroup"
@@ -12281,10 +12231,7 @@ def die_with_parent() -> None:
         import ctypes
 
         with contextlib.suppress(OSError, AttributeError):
-            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, ctypes.c_ulong(signal.SIGKILL))
-
-
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
+            ctypes.CDLL(None).prctl(1, ctypes.c_ulong(signal.SIGKILL))  # PR_SET_PDEATHSIG, linux/prctl.h
 
 
 def mapped_bytes(pids: Iterable[int]) -> int:
@@ -13431,10 +13378,13 @@ class CallReader:
     def _section(self, format: CallFormat, opens: str) -> Reading:
         """Calls, each followed by pieces of its ending, then perhaps by the next one, with its marker or without."""
         yield from self._call(format, opens)
+        last = next((p for p in reversed(MARKER.findall(format.closes)) if not p.isspace() and p not in "}]"), "")
         again = {format.beginnings[-1], "" if format.keys else format.call_opens.lstrip()}
-        while (yield from self._either(self._behind_blanks(format.closers), self._other_pair(format),
-                                       *(self._call(format, opens, ",;") for opens in again))):  # fmt: skip
+        while (yield from self._either(*(self._call(format, opens, ",;") for opens in again), self._other_pair(format),
+                                       self._behind_blanks(format.closers - {last}))):  # fmt: skip
             self._drop()
+        yield from self._either(self._behind_blanks([last]))
+        self._drop()
 
     def _other_pair(self, format: CallFormat) -> Reading:
         """A pair behind the name and the arguments in a call's object."""
@@ -13488,19 +13438,20 @@ class CallReader:
             raise NoCall  # a longer name
         self._named(name)
         yield from self._text(format.named)
-        start, params = self.at, format.params
+        start, params, separator = self.at, format.params, "{"
         if params and params.quote:
             yield from self._arguments(JsonMender((params.quote,), format.closes.strip()[0]))
-        elif (yield from self._either(self._behind_blanks(format.closers))):
+            return ""
+        while params and (yield from self._either(self._argument(format, params, separator))):
+            separator = ", "
+        if separator == ", ":
+            return "}"
+        if (yield from self._either(self._behind_blanks(format.closers))):
             self.at = start
             return "{}"
-        elif params:
-            yield from self._argument(format, params, "{")
-            while (yield from self._either(self._argument(format, params, ", "))):
-                pass
-            return "}"
-        else:
-            yield from self._arguments()
+        if params:
+            raise NoCall
+        yield from self._arguments()
         return ""
 
     def _arguments(self, mender: JsonMender | None = None) -> Reading:
@@ -13862,9 +13813,14 @@ class Word(Symbol):
     data: bytes
     at: int = 0
 
-    @functools.cached_property
-    def after(self) -> Mapping[int, Symbols]:
-        return {self.data[self.at]: (Word(self.data, self.at + 1),) if self.at + 1 < len(self.data) else ()}
+    @property
+    def firsts(self) -> int:  # type: ignore[override]
+        return 1 << self.data[self.at]
+
+    def step(self, byte: int) -> Symbols | None:
+        if byte != self.data[self.at]:
+            return None
+        return (Word(self.data, self.at + 1),) if self.at + 1 < len(self.data) else ()
 
 
 def word(text: str) -> Symbol:
@@ -14055,13 +14011,6 @@ class NotYet(Exception):
     """The time slice is over before it is known what may come next. What was found is kept: ask again."""
 
 
-class Client(Protocol):
-    """Who waits for work on a grammar."""
-
-    @property
-    def cancelled(self) -> bool: ...
-
-
 class Turn(threading.local):
     """The time slice in which this thread may work on grammars; without end unless the step loop says so.
 
@@ -14071,7 +14020,7 @@ class Turn(threading.local):
     _ends = math.inf
     _is_limited = False
     _gate: Gate | None = None
-    _client: Client | None = None
+    _client: Any = None  # nobody waits for the work any more where it is `cancelled`
 
     def begin(self, seconds: float) -> None:
         """Starts a time slice of `seconds`."""
@@ -14104,7 +14053,7 @@ class Turn(threading.local):
             self._is_limited = False
 
     @contextlib.contextmanager
-    def behind(self, gate: Gate | None, client: Client) -> Iterator[None]:
+    def behind(self, gate: Gate | None, client: Any) -> Iterator[None]:
         """Lets work go on only while a gate is open and its client waits for it."""
         self._gate, self._client = gate, client
         if gate:
@@ -14252,11 +14201,6 @@ def others(ranges: Ranges) -> Ranges:
     return merged([(one[1] + 1, two[0] - 1) for one, two in itertools.pairwise(edges)])
 
 
-def common(one: Ranges, two: Ranges) -> Ranges:
-    """The characters that are in both."""
-    return others(merged((*others(one), *others(two))))
-
-
 @dataclass(frozen=True, eq=False)
 class Edge(Symbol):
     """A regular expression's anchor: the text's beginning, or its end."""
@@ -14290,6 +14234,9 @@ class Reader:
         self.text, self.at = text, 0
         self.token: re.Match[str] | None = None
         self.kind: str | None = None  # of the token; None: the end
+        if len(text) > self.MAX_TEXT:
+            raise self.refuse(f"over {self.MAX_TEXT} characters")
+        self.advance()
 
     def refuse(self, what: str) -> InvalidRequest:
         raise NotImplementedError
@@ -14407,9 +14354,6 @@ class PatternReader(Reader):
         return InvalidRequest(f"pattern {_said(self.text)}: {what}")
 
     def read(self) -> Symbol:
-        if len(self.text) > self.MAX_TEXT:
-            raise self.refuse(f"over {self.MAX_TEXT} characters")
-        self.advance()
         found = self.choice(0)
         if self.kind is not None:
             raise self.refuse("a bracket is closed that was not opened")
@@ -14561,17 +14505,14 @@ class GbnfReader(Reader):
         self.used: dict[str, int] = {}  # name → place
 
     def refuse(self, what: str, place: int | None = None) -> InvalidRequest:
-        place = (self.token.start() if self.token else len(self.text)) if place is None else place
+        place = (self.token.start() if self.token else self.at) if place is None else place
         return InvalidRequest(f"grammar: line {self.text.count(chr(10), 0, place) + 1}: {what}", "grammar")
 
     def read(self) -> Symbol:
-        if len(self.text) > self.MAX_TEXT:
-            raise InvalidRequest(f"grammar: over {self.MAX_TEXT} characters", "grammar")
-        self.advance()
         while self.token is not None:
             if self.kind != "rule":
-                said = _said(self.word())
-                raise self.refuse(f"{said} is not expected here" if self.rules else f"a rule must begin here (name ::= …), not {said}")
+                wrong = "{} is not expected here" if self.rules else "a rule must begin here (name ::= …), not {}"
+                raise self.refuse(wrong.format(_said(self.word())))
             name = self.token["rule"]
             self.advance()
             self.rules[name] = self.choice(0)
@@ -15065,8 +15006,8 @@ def shortest(at: Texts, spend: Callable[[int], None] = lambda steps: None) -> fl
                 longer += fresh
             elif length + known < found:
                 found, rest, last = length + known, known, one
-        if len(before) > MAX_SEARCH:
-            raise InvalidRequest("the string's patterns and formats together are too complex to tell what fits them")
+            if len(before) > MAX_SEARCH:
+                raise InvalidRequest("the string's patterns and formats together are too complex to tell what fits them")
         layer, length = longer, length + 1
     if last is None:
         for one in before:
@@ -15255,7 +15196,7 @@ PARTIAL_FORMATS = ("email", "idn-email", "regex", "hostname")  # the rule leaves
 
 # ── D.4. Numbers ──────────────────────────────────────────────────────────────────────────────────────────────────────
 # JSON numbers by bounds and multiples, digit by digit.
-# Offers: NumberShape, number_symbol, another_number, number_fits, number_machine. Uses: D.1's symbols.
+# Offers: NumberShape, number_symbol, another_number, number_fits. Uses: D.1's symbols.
 
 
 @dataclass(frozen=True)
@@ -15342,13 +15283,6 @@ class NumberMachine:
     def _is_right(self, value: int) -> bool:
         """True for a number of units that is a multiple of what it must be, and of nothing that it must not be."""
         return value % self.unit == 0 and all(value % one for one in self.unlike)
-
-    def every_number(self, most: int) -> set[int | float] | None:
-        """The numbers, if there are at most so many."""
-        if self.high - self.low > most * self.unit:
-            return None
-        found = filter(self._is_right, range(-(-int(self.low) // self.unit) * self.unit, int(self.high) + 1, self.unit))
-        return {value // self.scale if value % self.scale == 0 else value / self.scale for value in found}
 
     def symbol(self, excluded: Iterable[int | float]) -> Symbol | None:
         """A JSON number that is none of those excluded; None if there is none."""
@@ -17255,6 +17189,7 @@ def char_but(chars: str) -> OneChar:
 
 # ── F. Pull ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 # Fetches models: from a Hugging Face hub into its cache, where every other tool finds them, or from any address.
+# Offers: Pull, Plan, read_wanted, repository, pulled_before. Uses: hub_home, hub_caches (3), some_of (12), user_cache.
 
 MAX_LISTING = 32 * MIB  # a repository's files as JSON; the largest have some 10,000
 PULL_CHUNK = MIB
@@ -17265,16 +17200,12 @@ MAX_RETRY_AFTER = 300.0  # seconds that a busy server may have us wait
 MAX_REDIRECTS = 8
 
 
-class PullFailed(ApiError):
+class PullFailed(ApiError, status=502, message="The model could not be fetched"):
     """The model could not be fetched; the message says why, and what helps."""
 
-    status, message = 502, "The model could not be fetched"
 
-
-class DiskFull(PullFailed):
+class DiskFull(PullFailed, status=507):
     """The model does not fit the disk; the message says how much is missing, and what helps."""
-
-    status = 507
 
 
 class ConnectionLost(Exception):
@@ -17319,7 +17250,7 @@ def repository(name: str) -> Wanted | None:
 
 
 def read_wanted(name: str) -> Wanted:
-    """What a NAME on the command line means; an address of the hub's pages is a repository. Raises InvalidRequest."""
+    """Reads a NAME of the command line; an address of the hub's pages means a repository. Raises InvalidRequest."""
     named = name
     for site in (hub_address(), HUB, "https://hf.co"):
         if name.startswith(site + "/"):
@@ -17398,7 +17329,7 @@ def choose_offer(offers: Seq[Offer], part: str) -> Offer | None:
 
 
 def offered_names(offers: Iterable[Offer]) -> list[str]:
-    """What can be had, smallest first, each with its size, for a message."""
+    """Lists models for a message, smallest first, each with its size."""
     return [f"{printable(o.label, 60)} ({human_bytes(o.size)})" for o in sorted(offers, key=lambda o: o.size)]
 
 
@@ -17825,7 +17756,7 @@ class Download:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a pull will fetch, and where it goes."""
+    """The files that a pull will fetch, and where they go."""
 
     title: str  # as one would ask for it
     files: tuple[tuple[RemoteFile, Target], ...]
