@@ -3618,13 +3618,6 @@ class Llama:
         return Loaded(self.ctx, self.pool, options.parallel, chat, tuple(self.notes), int(self.pool * self.kv_bytes),
                       self.plan.memory_need, self.placed, not self.on_cpu)  # fmt: skip
 
-    def _load_adapters(self) -> Iterator[Any]:
-        for file in self.options.lora:
-            adapter = self.c.llama_adapter_lora_init(self.model, os.fsencode(file))
-            if not adapter:
-                raise self.refusal(f"the LoRA adapter {file} cannot be applied")
-            yield adapter
-
     def _adapter(self, file: str) -> Any:
         adapter = self.c.llama_adapter_lora_init(self.model, os.fsencode(file))
         if not adapter:
@@ -4003,7 +3996,7 @@ class Sampler:
         return -1 if token in self.banned else token
 
     def closing(self, token: int) -> Seq[int]:
-        """The tokens that close a thought in which the model would end its text, although the grammar's begins behind it."""
+        """If the model stops while thinking, the tokens that end its thought: the grammar's text begins behind it."""
         grammar = self.grammar
         return grammar.closing if grammar and grammar.is_awaited and token in self.llama.vocab.eog else ()
 
@@ -4019,9 +4012,9 @@ class Sampler:
             if token is not None:
                 logits[token] = -math.inf
                 self._refused += 1
-            few = self._aims or self._refused >= self.TRIES or grammar.is_quick  # Mirostat learns from each pick
-            among = grammar.allowed() if self._refused and few and not grammar.is_awaited else None
-            self._picked = self._choose(logits, among)
+            all_tried = self._refused >= (1 if self._aims else self.TRIES)  # Mirostat learns from each pick
+            few = self._refused and not grammar.is_awaited and (all_tried or grammar.is_quick)
+            self._picked = self._choose(logits, grammar.allowed() if few else None)
         self._picked, self._refused = None, 0
         if token < 0:
             return -1  # all that may follow is banned, or has no token
@@ -4428,16 +4421,16 @@ class Sequence(Rows):
         self.limit = min(llama.ctx, self.n_prompt + (job.sampling.max_tokens or llama.ctx))  # tokens: it ends with length
         super().__init__(llama.np.empty(self.limit, llama.np.int32), self.n_prompt)
         self.tokens[: self.n_prompt] = prompt
-        self.borders = () if llama.cuttable else turn_borders(prompt, llama.vocab)
+        self.borders = () if llama.cuttable else turn_borders(prompt, llama.vocab)  # where its state is saved
         self.id, self.sampling, self.markers, self.owner = submission.id, job.sampling, job.markers, job.owner
         self.text = TextStream(job.sampling.stop)
         self.thought = ThoughtMeter(job.thought) if job.thought else None
         self._ending = llama.vocab.tokens(job.thought.ending).tolist() if job.thought else ()
         self.n_shown = self.n_prompt  # tokens whose text was given out
-        self.n_jumped, self._jumped_at = 0, -1  # tokens that came without the model; the last token before the last of them
-        self.logits: Any = None  # while its grammar takes more than a step to say what may come next
-        self.jumps = False  # while that takes more than a step to say what must come next
-        self.sought = 0.0  # seconds in which its grammar was asked, beyond what its tokens allow for
+        self.n_jumped, self._jumped_at = 0, -1  # forced tokens so far; the index of the last sampled one
+        self.logits: Any = None  # while its grammar takes more than a step to find what may come next
+        self.jumps = False  # True while the forced continuation is being found
+        self.sought = 0.0  # CPU seconds its grammar used beyond its allowance
         self.forced: deque[int] = deque()  # tokens that come next, whatever the model says
         self.sampler = Sampler(llama, job.sampling, prompt)  # kept through steps back
         self.stretches: Stretches = []
@@ -4524,11 +4517,6 @@ class Sequence(Rows):
         text, self._waiting = self._waiting[:size], self._waiting[size:]
         return text
 
-    @property
-    def to_border(self) -> int:
-        """Tokens up to where the next copy of its state is to be kept; more than it has if nowhere."""
-        return next((at - self.n_computed for at in self.borders if at > self.n_computed), self.n_tokens)
-
     def common(self, other: Rows, limit: int) -> int:
         """How many tokens both begin with, among the other's first `limit` and all of this one's but the last."""
         size = min(self.n_tokens - 1, limit)
@@ -4597,7 +4585,8 @@ def fair_slices(prompts: list[Sequence], rows: int) -> list[tuple[Sequence, int]
     slices = []
     prompts = sorted(prompts, key=lambda s: s.pending)
     for i, sequence in enumerate(prompts):
-        count = min(sequence.pending - 1, rows // (len(prompts) - i), sequence.to_border)
+        border = next((at - sequence.n_computed for at in sequence.borders if at > sequence.n_computed), rows)
+        count = min(sequence.pending - 1, rows // (len(prompts) - i), border)
         rows -= count
         if count > 0:
             slices.append((sequence, count))
@@ -4650,7 +4639,7 @@ class Pace:
 
 
 class Cache:
-    """Tracks which sequence owns which cells of the main context. Used by the step loop alone.
+    """Tracks which sequence owns which cells of the main context, and what ended ones leave. Used by the step loop alone.
 
     What a finished sequence leaves is a prefix: a later prompt with the same beginning starts behind it, as it does behind
     what a running one has. Every step looks at every cell in the cache, whoever's it is: on two cores 1,000 idle ones cost
@@ -5027,8 +5016,8 @@ class Scheduler:
             donor, shared = self.cache.best_prefix(sequence)
             if self._better_soon(sequence, shared):
                 continue
-            borrowed = shared if isinstance(donor, Sequence) else 0
-            if self.running and not self._fits(sequence.n_tokens - borrowed):
+            needed = sequence.n_tokens - (shared if isinstance(donor, Sequence) else 0) + self.GROWTH * (len(self.running) + 1)
+            if self.running and held_cells(self.running) + needed > self.llama.pool:
                 return
             self.waiting.remove(sequence)
             self.cache.settle(sequence, donor, shared)
@@ -5044,9 +5033,6 @@ class Scheduler:
         reading += [(s, 0) for s in self.aside]  # these lend when they are back
         return any(sequence.common(s, s.n_prompt) >= max(shared, have) + self.WORTH_WAITING
                    for s, have in reading if s.owner == sequence.owner)  # fmt: skip
-
-    def _fits(self, cells: int) -> bool:
-        return held_cells(self.running) + cells + self.GROWTH * (len(self.running) + 1) <= self.llama.pool
 
     def schedule(self) -> list[tuple[Sequence, int]]:
         """The next step: one row of each decoding sequence, the rest of what some jump over, then slices of prompts being read.
@@ -5095,10 +5081,6 @@ class Scheduler:
             if prefix.saved is not None:
                 self.cache.add(prefix)
             self._wait(sequence)
-
-    def cells(self) -> int:
-        """How many cells the running sequences hold; those of prefixes are free to be had."""
-        return min(self.llama.pool, held_cells(self.running))
 
     def make_room(self) -> Sequence | None:
         """After a step found no free cells: saves a prefix (None), or steps the youngest back and returns it."""
@@ -5439,7 +5421,7 @@ class Engine:
         self._sought = 0.0  # seconds of this step in which grammars were asked
 
     def run(self) -> None:
-        """For ever: takes what came, steps while anything runs, sleeps when nothing does."""
+        """Main loop: takes messages, steps while work remains, sleeps otherwise."""
         while True:
             if self.scheduler.active or self.scheduler.waiting or self.embedder.jobs:
                 self._take_all()
@@ -5624,7 +5606,7 @@ class Engine:
         return first
 
     def _ask_again(self) -> None:
-        """Asks the grammars that needed more time in the step before, the one that was asked least first."""
+        """Resumes unfinished grammars, least served first."""
         self._sought = 0.0
         for sequence in sorted(self.scheduler.running, key=lambda s: s.sought):
             if sequence.jumps:
@@ -5676,10 +5658,7 @@ class Engine:
         self._jump(sequence)
 
     def _jump(self, sequence: Sequence) -> None:
-        """Appends what must come next, and gives out what is there; the sequence waits while that takes more than this step.
-
-        So where a text is cut into tokens does not depend on the time, nor what the model says behind it.
-        """
+        """Appends what must come next, and gives out what is there. Waiting for it keeps tokenization independent of timing."""
         sequence.jumps = self._ask(sequence, sequence.jump) is None
         if sequence.done:
             return
@@ -5719,7 +5698,7 @@ class Engine:
         return len(self.scheduler.active) + len(self.embedder.jobs)
 
     def _flush(self) -> None:
-        self.outbox.flush(self._running(), self.scheduler.cells())
+        self.outbox.flush(self._running(), min(self.llama.pool, held_cells(self.scheduler.running)))
 
 
 BEAT_SECONDS = 1.0  # between two heartbeats of a child
