@@ -9815,7 +9815,6 @@ def test_chat_with_a_builtin_tool_that_is_not_there_names_those_that_are(name: A
 
 
 NAMED = {"type": "function", "function": {"name": "get_weather"}}
-JSON_OBJECT = {"response_format": {"type": "json_object"}}
 
 
 @cases(
@@ -13234,7 +13233,6 @@ def test_ws_path_is_read_as_any_other(path: str, server: Server) -> None:
 # Clients that leave, and clients that only end their side
 
 ENDLESS = json.dumps({"model": "recital", "prompt": "#", "max_tokens": LONG_CTX}).encode()
-COUNTED = json.dumps({"model": "recital", "prompt": "#", "max_tokens": 3000}).encode()
 
 
 def is_idle(server: Server) -> bool:
