@@ -5898,7 +5898,7 @@ class Timing:
 
 
 class Meter:
-    """What a model has done since the server began. Counters only rise, however often the model is unloaded.
+    """Counts what a model has done since the server began. Counters only rise, however often the model is unloaded.
 
     Any thread may count; a lock, about a microsecond, is taken for each piece of text and each end, never for a token.
     """
@@ -5973,7 +5973,7 @@ class Meter:
 
 
 class Metrics:
-    """What the server counts beside what its parts tell when asked. Any thread may count."""
+    """Counters of the whole server, and a Meter for each model. Any thread may count."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -6057,10 +6057,8 @@ class Generation:
         return message
 
 
-class LoadFailure(GenerationFailed):
+class LoadFailure(GenerationFailed, message="The model could not be loaded"):
     """An engine could not load its model; `cause` as LoadFailed has it."""
-
-    message = "The model could not be loaded"
 
     def __init__(self, details: str = "", cause: str = "") -> None:
         super().__init__(details)
@@ -6300,14 +6298,13 @@ class Ladder:
     """Finds a way in which models load on this machine: as configured, else a rung down, and another (Rung.below).
 
     A rung that a crash or a hang led to is remembered for models of that kind, in KnownFaults: the next start does not
-    crash again. What want of memory led to is not: the memory may be there next time. Any thread may call.
+    crash again. What want of memory led to is not: the memory may be there next time. `died` may come from any thread.
     """
 
     YOUNG = 300.0  # seconds behind a load, in which a crash is likely to come from how the model was loaded
 
     def __init__(self, faults: KnownFaults, report: Callable[[str], None]) -> None:
         self.faults, self.report = faults, report
-        self._lock = threading.Lock()
         self._said: set[str] = set()
         self._crashes = Counter[str]()  # young engines that crashed, by model
         self._lowered: dict[str, Rung] = {}  # where to begin, by model
@@ -6372,11 +6369,9 @@ class Ladder:
 
     def _say(self, words: str, new: bool) -> None:
         """Says something once; what is new to this machine also where only warnings are shown."""
-        with self._lock:
-            if words in self._said:
-                return
+        if words not in self._said:
             self._said.add(words)
-        (log.warning if new else self.report)(words)
+            (log.warning if new else self.report)(words)
 
     @staticmethod
     def _uses_gpu(options: EngineOptions) -> bool:
@@ -6388,11 +6383,9 @@ class Ladder:
         model, cause = worker.info, worker.cause
         if not cause or time.monotonic() - worker.loaded_at > self.YOUNG:
             return
-        with self._lock:
-            self._crashes[model.id] += 1
-            second = self._crashes[model.id] % 2 == 0
+        self._crashes[model.id] += 1
         lower = worker.setup.rung.below(cause, worker.loaded.on_gpu)
-        if second and lower:
+        if lower and self._crashes[model.id] % 2 == 0:
             self._lowered[model.id] = lower
             self._say(f"{printable(model.id)} crashed twice soon after it was loaded; it goes on {lower.words()}", True)
             if cause != "memory":
@@ -6407,7 +6400,7 @@ MakeWorker = Callable[[ModelInfo, Setup, Callable[[Worker, str], None]], Worker]
 
 @dataclass(frozen=True)
 class ModelSettings:
-    """What holds for one model: how it is loaded, and what its requests mean where they say nothing."""
+    """One model's settings: how it is loaded, and the defaults of its requests."""
 
     engine: EngineOptions = EngineOptions()
     sampling: Mapping[str, Any] = field(default_factory=dict)  # by field of Sampling
@@ -6417,7 +6410,7 @@ class ModelSettings:
 
 @dataclass(frozen=True)
 class Preset:
-    """What a section of a preset file says of the models that its name, the beginning of one, or a shell pattern means."""
+    """A section of a preset file: settings of the models that its name, the beginning of one, or a shell pattern means."""
 
     pattern: str
     engine: Mapping[str, Any] = field(default_factory=dict)  # by field of EngineOptions
@@ -6455,7 +6448,7 @@ class Settings:
         return ModelSettings(EngineOptions(**engine), sampling, system, keep[-1] if keep else None)
 
     def of(self, model: ModelInfo, is_default: bool, asked: Mapping[str, Any] | None = None) -> ModelSettings:
-        """What holds for a model; `asked` are fields of EngineOptions that a request for its load gave."""
+        """The settings of a model; `asked` are fields of EngineOptions that a request for its load gave."""
         stored = Preset("", model.stored.engine, model.stored.sampling)
         flags = {k: v for k, v in self._flags.items() if is_default or self._one or k not in self.DEFAULT_ONLY}
         own = [p for p in self.presets if p.pattern != "*" and p.means(model.id)]
@@ -6484,7 +6477,7 @@ class Entry:
     worker: Worker | None = None  # while loaded and unloading
     starting: Worker | None = None  # while loading
     load: PendingLoad | None = None
-    asked: Mapping[str, Any] = field(default_factory=dict)  # the same, that it was loaded with last
+    asked: Mapping[str, Any] = field(default_factory=dict)  # fields of EngineOptions that requests gave for its last load
     crowded: str = ""  # why it did not fit beside the other models, until one of them is gone
     departures: int = 0  # times that it has left the memory
     failures: int = 0  # loads in a row that failed on every rung
@@ -6830,7 +6823,7 @@ def some_of(names: Seq[str], most: int = 5) -> str:
 
 
 class Names:
-    """What the names in requests mean, after one scan. Never changes."""
+    """Maps the names in requests to the models that one scan found. Never changes."""
 
     def __init__(self, options: TableOptions, models: dict[str, ModelInfo], default: str | None = None) -> None:
         """`default` stays what it was while that is there."""
@@ -6871,7 +6864,7 @@ class Names:
         return [id for id in self._models if id.startswith(plain_id(name))]
 
     def wanted(self, name: str) -> str:
-        """What was asked for by `default`, else the name itself."""
+        """The operator's --model for `default`, else the name itself."""
         return self._wanted if name == "default" and self._wanted else name
 
     def not_found(self, name: str, reason: str = "") -> ModelNotFound:
@@ -6976,7 +6969,7 @@ class ModelTable:
             return [e.info for e in self._residents.entries.values()]
 
     def names(self, cancel: Cancellation | None = None) -> Names:
-        """What names mean; waits for the first scan."""
+        """The names of what the last scan found; waits for the first one."""
         with self._changed:
             while not self._scanned and not self._residents.closed:
                 (cancel or Cancellation()).check()
@@ -7022,7 +7015,7 @@ class ModelTable:
         return self._settings.of(entry.info, entry.info.id == self._names.default, asked)
 
     def settings(self, id: str) -> ModelSettings:
-        """What holds for a model, or will when it is loaded."""
+        """The settings that the model is loaded with, or will be."""
         with self._changed:
             entry = self._entry(id)
             return self._settings_of(entry, entry.asked)
@@ -7208,7 +7201,7 @@ class Service:
 
     @staticmethod
     def _jobs(request: GenerateRequest, chat: Chat) -> tuple[list[Generate], list[Parser]]:
-        """What goes to the engine, every prompt n times, and what reads the text that comes back."""
+        """Makes the engine's jobs, every prompt n times, and a parser for the text of each."""
         prompts: list[Any] = [p if isinstance(p, tuple) else (p,) for p in request.prompts]
         sampling, budget, spare = request.sampling, None, 0
         if request.infill is not None:
@@ -7268,7 +7261,7 @@ class Service:
         return {"models": first + models}
 
     def diag(self) -> dict[str, Any]:
-        """What `diag` and `GET /diag` tell: versions, engine, memory, where models were looked for."""
+        """Versions, engine, memory, and where models were looked for: `diag` and `GET /diag`."""
         self.table.models()  # waits for the first scan
         report = self.table.catalog.report
         return versions() | engine_build() | {
@@ -7279,7 +7272,7 @@ class Service:
         }  # fmt: skip
 
     def known_faults(self) -> dict[str, Any]:
-        """What native code cannot do on this machine, as far as that was found out, and the file that remembers it."""
+        """The kernels and rungs that KnownFaults remembers, and its file."""
         known = self.faults.read()
         return {"file": self.faults.path, "kernels": known.get("kernels", {}), "rungs": known.get("rungs", {})}
 
@@ -9383,7 +9376,7 @@ def uncompressed(data: bytes, encoding: str) -> bytes:
     return plain
 
 
-WATCH_SECONDS = 0.02  # about a step of a small model
+WATCH_SECONDS = 0.01  # less than a step takes
 
 
 class Watcher:
@@ -10651,7 +10644,7 @@ def _model_arguments(sub: argparse.ArgumentParser) -> None:
 def _address_flags(sub: argparse.ArgumentParser) -> None:
     group = sub.add_argument_group("address")
     group.add_argument("--bind", metavar="HOST[:PORT]", help="address (default: 127.0.0.1:11435)")
-    group.add_argument("--port", type=int, metavar="N", help="port; wins over the one in --bind; 0 picks one")
+    group.add_argument("--port", type=count(0, 65535), metavar="N", help="port; wins over the one in --bind; 0 picks one")
 
 
 def _engine_flags(sub: argparse.ArgumentParser) -> None:
@@ -10748,12 +10741,9 @@ def listen_address(args: argparse.Namespace) -> tuple[str, int]:
     # a port flag wins over --bind's, and both over the environment's
     port = args.port if args.port is not None else named if args.bind and named else os.environ.get("SHIMMY_PORT") or named
     try:
-        number = int(DEFAULT_PORT if port is None else port)
-    except ValueError:
-        raise UsageError(f"SHIMMY_PORT {port} is no port number") from None
-    if not 0 <= number <= 65535:
-        raise UsageError(f"port {number} is outside 0…65535")
-    return host, number
+        return host, count(0, 65535)(str(DEFAULT_PORT if port is None else port))
+    except argparse.ArgumentTypeError as error:
+        raise UsageError(f"{'--bind' if port == named else 'SHIMMY_PORT'}: {error}") from None
 
 
 def engine_fields(args: argparse.Namespace) -> dict[str, Any]:
@@ -10985,8 +10975,6 @@ def command_serve(args: argparse.Namespace) -> int:
             log.warning("--models-dir %s: there is no such directory", directory)
     service = make_service(args, args.model, tools=tools, max_queue=args.max_queue, allow_pull=args.allow_pull,
                            report=log.warning)  # fmt: skip
-    if sys.stderr.isatty():
-        threading.Thread(target=draw_loads, args=(service.table,), name="loads", daemon=True).start()
     try:
         server = Server(address, service, access)
     except OSError as error:
@@ -10999,28 +10987,14 @@ def command_serve(args: argparse.Namespace) -> int:
     if args.open:
         threading.Thread(target=open_page, args=(server.url,), name="browser", daemon=True).start()
     threading.Thread(target=_after_scan, args=(args, service, signals, server.url), name="names", daemon=True).start()
-    code = signals.wait()
+    with WaitingLine(lambda: ", ".join(loading_stage(s) for s in service.table.statuses() if s["status"] == "loading")):
+        code = signals.wait()
     if not code:
         busy = [(s["model"], s["requests_running"] + s["requests_waiting"]) for s in service.table.statuses()]
         who = ", ".join(f"{printable(model)} ({requests})" for model, requests in busy if requests)
         log.warning("shutting down%s", f": waiting up to {GRACE_SECONDS:.0f} s for the requests of {who}" if who else "")
     server.stop()
     return code
-
-
-def draw_loads(table: ModelTable) -> None:
-    """The thread that shows on a terminal how far loads are."""
-    while True:
-        time.sleep(0.2)
-        if stages_of_loads(table):
-            with WaitingLine(lambda: stages_of_loads(table)):
-                while stages_of_loads(table):
-                    time.sleep(0.2)
-
-
-def stages_of_loads(table: ModelTable) -> str:
-    """What each load is doing; "" while nothing loads."""
-    return ", ".join(loading_stage(status) for status in table.statuses() if status["status"] == "loading")
 
 
 def serve_access(args: argparse.Namespace, host: str) -> Access:
@@ -11036,10 +11010,8 @@ def serve_access(args: argparse.Namespace, host: str) -> Access:
 def checked_key(setting: str, words: str) -> str:
     """A key, without the blanks and line ends around it. Raises UsageError for one that no header carries."""
     key = words.strip()
-    if not key:
-        raise UsageError(f"{setting} is empty: give a key, or leave it out")
-    if not (key.isascii() and key.isprintable()):
-        raise UsageError(f"{setting} must be printable ASCII, as headers are")
+    if not (key and key.isascii() and key.isprintable()):
+        raise UsageError(f"{setting} must be printable ASCII, as headers are, and not empty")
     return key
 
 
@@ -11200,12 +11172,13 @@ class WaitingLine:
         self.clear()
 
     def _redraw(self) -> None:
-        began, drawn = time.monotonic(), ""
+        began, drawn = 0.0, ""
         while self.shown:
             try:
                 text = self._what()
             except Exception:  # a thread's border: the command itself tells what went wrong
                 text = ""
+            began = began or time.monotonic() if text else 0.0
             seconds = int(time.monotonic() - began)
             text += f" ({seconds} s)" if text and seconds >= 2 else ""
             with self._lock:
@@ -11321,8 +11294,7 @@ class PullView(WaitingLine):
 
     def say(self, line: str) -> None:
         """A line that stays."""
-        erase = "\033[K" if self.shown else ""
-        print(f"{erase}{line}", file=sys.stderr, flush=True)
+        print(("\033[K" if self.shown else "") + line, file=sys.stderr, flush=True)
 
     def watch(self, work: Generator[Fetching, None, Any]) -> Any:
         """Runs the work to its end; returns what it returns."""
@@ -13863,9 +13835,14 @@ class Word(Symbol):
     data: bytes
     at: int = 0
 
-    @functools.cached_property
-    def after(self) -> Mapping[int, Symbols]:
-        return {self.data[self.at]: (Word(self.data, self.at + 1),) if self.at + 1 < len(self.data) else ()}
+    @property
+    def firsts(self) -> int:  # type: ignore[override]
+        return 1 << self.data[self.at]
+
+    def step(self, byte: int) -> Symbols | None:
+        if byte != self.data[self.at]:
+            return None
+        return (Word(self.data, self.at + 1),) if self.at + 1 < len(self.data) else ()
 
 
 def word(text: str) -> Symbol:
@@ -14246,11 +14223,6 @@ def others(ranges: Ranges) -> Ranges:
     return merged([(one[1] + 1, two[0] - 1) for one, two in itertools.pairwise(edges)])
 
 
-def common(one: Ranges, two: Ranges) -> Ranges:
-    """The characters that are in both."""
-    return others(merged((*others(one), *others(two))))
-
-
 @dataclass(frozen=True, eq=False)
 class Edge(Symbol):
     """A regular expression's anchor: the text's beginning, or its end."""
@@ -14284,6 +14256,9 @@ class Reader:
         self.text, self.at = text, 0
         self.token: re.Match[str] | None = None
         self.kind: str | None = None  # of the token; None: the end
+        if len(text) > self.MAX_TEXT:
+            raise self.refuse(f"over {self.MAX_TEXT} characters")
+        self.advance()
 
     def refuse(self, what: str) -> InvalidRequest:
         raise NotImplementedError
@@ -14401,9 +14376,6 @@ class PatternReader(Reader):
         return InvalidRequest(f"pattern {_said(self.text)}: {what}")
 
     def read(self) -> Symbol:
-        if len(self.text) > self.MAX_TEXT:
-            raise self.refuse(f"over {self.MAX_TEXT} characters")
-        self.advance()
         found = self.choice(0)
         if self.kind is not None:
             raise self.refuse("a bracket is closed that was not opened")
@@ -14555,18 +14527,14 @@ class GbnfReader(Reader):
         self.used: dict[str, int] = {}  # name → place
 
     def refuse(self, what: str, place: int | None = None) -> InvalidRequest:
-        place = (self.token.start() if self.token else len(self.text)) if place is None else place
+        place = (self.token.start() if self.token else self.at) if place is None else place
         return InvalidRequest(f"grammar: line {self.text.count(chr(10), 0, place) + 1}: {what}", "grammar")
 
     def read(self) -> Symbol:
-        if len(self.text) > self.MAX_TEXT:
-            raise InvalidRequest(f"grammar: over {self.MAX_TEXT} characters", "grammar")
-        self.advance()
         while self.token is not None:
             if self.kind != "rule":
-                said = _said(self.word())
-                begun = f"{said} is not expected here"
-                raise self.refuse(begun if self.rules else f"a rule must begin here (name ::= …), not {said}")
+                wrong = "{} is not expected here" if self.rules else "a rule must begin here (name ::= …), not {}"
+                raise self.refuse(wrong.format(_said(self.word())))
             name = self.token["rule"]
             self.advance()
             self.rules[name] = self.choice(0)
@@ -15060,8 +15028,8 @@ def shortest(at: Texts, spend: Callable[[int], None] = lambda steps: None) -> fl
                 longer += fresh
             elif length + known < found:
                 found, rest, last = length + known, known, one
-        if len(before) > MAX_SEARCH:
-            raise InvalidRequest("the string's patterns and formats together are too complex to tell what fits them")
+            if len(before) > MAX_SEARCH:
+                raise InvalidRequest("the string's patterns and formats together are too complex to tell what fits them")
         layer, length = longer, length + 1
     if last is None:
         for one in before:
@@ -15250,7 +15218,7 @@ PARTIAL_FORMATS = ("email", "idn-email", "regex", "hostname")  # the rule leaves
 
 # ── D.4. Numbers ──────────────────────────────────────────────────────────────────────────────────────────────────────
 # JSON numbers by bounds and multiples, digit by digit.
-# Offers: NumberShape, number_symbol, another_number, number_fits, number_machine. Uses: D.1's symbols.
+# Offers: NumberShape, number_symbol, another_number, number_fits. Uses: D.1's symbols.
 
 
 @dataclass(frozen=True)
@@ -15337,13 +15305,6 @@ class NumberMachine:
     def _is_right(self, value: int) -> bool:
         """True for a number of units that is a multiple of what it must be, and of nothing that it must not be."""
         return value % self.unit == 0 and all(value % one for one in self.unlike)
-
-    def every_number(self, most: int) -> set[int | float] | None:
-        """The numbers, if there are at most so many."""
-        if self.high - self.low > most * self.unit:
-            return None
-        found = filter(self._is_right, range(-(-int(self.low) // self.unit) * self.unit, int(self.high) + 1, self.unit))
-        return {value // self.scale if value % self.scale == 0 else value / self.scale for value in found}
 
     def symbol(self, excluded: Iterable[int | float]) -> Symbol | None:
         """A JSON number that is none of those excluded; None if there is none."""
@@ -17250,6 +17211,7 @@ def char_but(chars: str) -> OneChar:
 
 # ── F. Pull ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 # Fetches models: from a Hugging Face hub into its cache, where every other tool finds them, or from any address.
+# Offers: Pull, Plan, read_wanted, repository, pulled_before. Uses: hub_home, hub_caches (3), some_of (12), user_cache.
 
 MAX_LISTING = 32 * MIB  # a repository's files as JSON; the largest have some 10,000
 PULL_CHUNK = MIB
@@ -17260,16 +17222,12 @@ MAX_RETRY_AFTER = 300.0  # seconds that a busy server may have us wait
 MAX_REDIRECTS = 8
 
 
-class PullFailed(ApiError):
+class PullFailed(ApiError, status=502, message="The model could not be fetched"):
     """The model could not be fetched; the message says why, and what helps."""
 
-    status, message = 502, "The model could not be fetched"
 
-
-class DiskFull(PullFailed):
+class DiskFull(PullFailed, status=507):
     """The model does not fit the disk; the message says how much is missing, and what helps."""
-
-    status = 507
 
 
 class ConnectionLost(Exception):
@@ -17314,7 +17272,7 @@ def repository(name: str) -> Wanted | None:
 
 
 def read_wanted(name: str) -> Wanted:
-    """What a NAME on the command line means; an address of the hub's pages is a repository. Raises InvalidRequest."""
+    """Reads a NAME of the command line; an address of the hub's pages means a repository. Raises InvalidRequest."""
     named = name
     for site in (hub_address(), HUB, "https://hf.co"):
         if name.startswith(site + "/"):
@@ -17393,7 +17351,7 @@ def choose_offer(offers: Seq[Offer], part: str) -> Offer | None:
 
 
 def offered_names(offers: Iterable[Offer]) -> list[str]:
-    """What can be had, smallest first, each with its size, for a message."""
+    """Lists models for a message, smallest first, each with its size."""
     return [f"{printable(o.label, 60)} ({human_bytes(o.size)})" for o in sorted(offers, key=lambda o: o.size)]
 
 
@@ -17820,7 +17778,7 @@ class Download:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a pull will fetch, and where it goes."""
+    """The files that a pull will fetch, and where they go."""
 
     title: str  # as one would ask for it
     files: tuple[tuple[RemoteFile, Target], ...]
