@@ -226,7 +226,7 @@ MAX_TOOL_RESULT = 8000  # characters that the model reads of one, some 2,000 tok
 TOOL_LOOP_SECONDS = 60.0  # for them all; then the model must answer without
 MAX_SCAN_DEPTH = 12  # directories below a search root
 MAX_SCAN_ENTRIES = 100_000  # files and directories looked at below one root
-SCAN_DETAIL_SECONDS = 0.4  # a scan reads whole headers for so long; the rest are read when asked about
+SCAN_DETAIL_SECONDS = 0.4  # of processor time: a scan reads whole headers for so long; the rest are read when asked about
 HELPER_SECONDS = 1.5  # of processor time, for a helper process's task; the longest chats render in a tenth of that
 HELPER_PATIENCE = 4  # times as long it may take on a machine that others keep busy
 HELPER_BYTES = 1 << 30  # of address space, a helper process's
@@ -1308,6 +1308,7 @@ class Catalog:
             return self.report
 
     def _look(self, began: float) -> ScanReport:
+        deadline = time.thread_time() + SCAN_DETAIL_SECONDS
         models: dict[tuple[int, ...], ModelInfo] = {}  # by device and inode: the same file reached twice is one model
         skipped: dict[str, str] = {}  # reason by path
         directories: list[dict[str, Any]] = []
@@ -1318,7 +1319,7 @@ class Catalog:
                 stamp = _stamp(path)
                 if stamp and stamp[:2] in models:
                     continue
-                result = self._examine(path, root.source, label, time.monotonic() < began + SCAN_DETAIL_SECONDS)
+                result = self._examine(path, root.source, label, time.thread_time() < deadline)
                 if stamp and isinstance(result, ModelInfo):
                     models[stamp[:2]] = replace(result, stored=stored)
                 else:

@@ -9633,7 +9633,6 @@ def test_chat_with_a_builtin_tool_that_is_not_there_names_those_that_are(name: A
 
 
 NAMED = {"type": "function", "function": {"name": "get_weather"}}
-JSON_OBJECT = {"response_format": {"type": "json_object"}}
 
 
 @cases(
