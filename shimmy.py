@@ -322,7 +322,8 @@ class PayloadTooLarge(ApiError, status=413, code="payload_too_large", message="T
     """A body beyond MAX_BODY."""
 
 
-class Overloaded(ApiError, status=503, code="overloaded", message="The server is busy, try again", headers={"Retry-After": "2"}):
+class Overloaded(ApiError, status=503, code="overloaded", message="The server is busy, try again",
+                 headers={"Retry-After": "2"}):  # fmt: skip
     """The queue, the models or the connections are at their bound; try again."""
 
 
