@@ -13306,7 +13306,8 @@ class CallReader(Scanner):
 
     def _in_object(self, format: CallFormat, name_key: str, arguments_key: str) -> Reading:
         """A call as a JSON object, perhaps in a list: its name and its arguments, in either order, between other pairs."""
-        yield from self._either(self._behind_blanks("["))
+        if (yield from self._blanks()) == "[":
+            self._advance(1)
         yield from self._behind_blanks("{")
         if not name_key:
             self._named((yield from self._key()))
