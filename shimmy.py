@@ -6792,21 +6792,18 @@ class Names:
                 return stems if len(stems) == 1 else [plain]
         return [id for id in self._models if id.startswith(plain_id(name))]
 
-    def wanted(self, name: str) -> str:
-        """The operator's --model for `default`, else the name itself."""
-        return self._wanted if name == "default" and self._wanted else name
-
-    def not_found(self, name: str, reason: str = "") -> ModelNotFound:
-        """The error for a name that means nothing, or several models; `reason` may say why a file of that name is none."""
+    def not_found(self, name: str, catalog: Catalog) -> ModelNotFound:
+        """The error for a name that means nothing, or several models, with why a file of that name is no model."""
         known = some_of(list(self._models))
         if name == "default" and not self._wanted:
             if self._models:
                 return ModelNotFound(f"No model here generates text, only embedding models were found: {known}")
             return ModelNotFound("No GGUF model was found: put one into ./models, or name its directory with --models-dir")
-        wanted = self.wanted(name)
-        could_be = self.resolve(name) if name != "default" else self._match(wanted)
-        if could_be:
-            reason = f": it could mean {some_of(could_be)}"
+        wanted, may_be_path = name, name == "default"  # which the operator named; a request never names a path
+        if self._wanted and may_be_path:
+            wanted = self._wanted
+        could_be = self._match(wanted) if may_be_path else self.resolve(name)
+        reason = f": it could mean {some_of(could_be)}" if could_be else catalog.why_skipped(wanted, may_be_path)
         details = f"Model '{printable(wanted)}' is not available{reason}"
         if could_be or not known:
             return ModelNotFound(details)
@@ -6915,8 +6912,8 @@ class ModelTable:
         if len(found := self.names(cancel).resolve(name)) != 1:
             self._refresh(0.25)
             found = self._names.resolve(name)
-        if len(found) != 1:  # only `default` may be a path: the operator named it, a request never does
-            raise self._names.not_found(name, self.catalog.why_skipped(self._names.wanted(name), name == "default"))
+        if len(found) != 1:
+            raise self._names.not_found(name, self.catalog)
         return found[0]
 
     def _find(self, name: str, cancel: Cancellation | None = None) -> Entry:
@@ -6933,7 +6930,7 @@ class ModelTable:
     def _entry(self, id: str) -> Entry:
         """The entry, under the condition; a scan may have dropped it since the name was resolved."""
         if id not in self._residents.entries:
-            raise self._names.not_found(id)
+            raise self._names.not_found(id, self.catalog)
         return self._residents.entries[id]
 
     def info(self, name: str, cancel: Cancellation | None = None) -> ModelInfo:
@@ -17346,17 +17343,14 @@ class Hub:
 
     def get(self, url: str, headers: Mapping[str, str]) -> Generator[Fetching, None, http.client.HTTPResponse]:
         """The answer, behind redirects, once a server is not busy, whatever its status. Raises ConnectionLost, PullFailed."""
-        pauses = iter(PULL_RETRY_SECONDS)
-        while True:
+        for usual in (*PULL_RETRY_SECONDS, math.inf):
             response = self._follow(url, headers)
-            if response.status not in self.BUSY:
-                return response
-            pause = next(pauses, math.inf)
-            pause = pause if math.isinf(pause) else retry_after(response.headers) or pause
-            if pause > MAX_RETRY_AFTER:
-                return response
+            pause = usual if math.isinf(usual) else retry_after(response.headers) or usual
+            if response.status not in self.BUSY or pause > MAX_RETRY_AFTER:
+                break
             response.close()
             yield from self.wait(pause, f"{printable(urllib.parse.urlsplit(url).netloc)} is busy ({response.status})")
+        return response
 
     def _follow(self, url: str, headers: Mapping[str, str]) -> http.client.HTTPResponse:
         for _ in range(MAX_REDIRECTS):
@@ -17508,7 +17502,11 @@ class Download:
             if not target.holds(size):
                 with open(target.partial, "a+b", buffering=0) as part:
                     yield from self._complete(part)
-                self._check()
+                if self._file.digest and self._hash.hexdigest() != self._file.digest:
+                    os.remove(target.partial)
+                    what = "SHA-256" if len(self._file.digest) == 64 else "checksum"
+                    wrong = f"its {what} is wrong, so it was removed; pull it again"
+                    raise PullFailed(message=f"{printable(self._file.name)}: {wrong}")
                 os.replace(target.partial, target.blob)
             target.link()
         self._have = size
@@ -17525,16 +17523,14 @@ class Download:
             before = self._have
             try:
                 yield from self._receive(part)
-                continue
             except ConnectionLost as lost:
-                why = str(lost)
-            pauses = iter(PULL_RETRY_SECONDS) if self._have > before else pauses
-            pause = next(pauses, None)
-            if pause is None:
-                left = f"; {human_bytes(self._have)} of {human_bytes(self._file.size)} are here, pull again to go on"
-                raise PullFailed(message=f"{printable(self._file.name)}: {why}{left}")
-            yield Fetching(f"{why}: going on in {pause:.0f} s", self._file.digest, self._have, self._file.size)
-            self._hub.pause(pause)
+                pauses = iter(PULL_RETRY_SECONDS) if self._have > before else pauses
+                pause = next(pauses, None)
+                if pause is None:
+                    left = f"; {human_bytes(self._have)} of {human_bytes(self._file.size)} are here, pull again to go on"
+                    raise PullFailed(message=f"{printable(self._file.name)}: {lost}{left}") from None
+                yield Fetching(f"{lost}: going on in {pause:.0f} s", self._file.digest, self._have, self._file.size)
+                self._hub.pause(pause)
 
     def _restart(self, part: BinaryIO) -> None:
         part.truncate(0)
@@ -17595,13 +17591,6 @@ class Download:
         if length is not None and length.strip() != str(self._file.size - self._have):
             told = f"the server sends {printable(length, 20)} bytes, not {self._file.size - self._have}"
             raise PullFailed(message=f"{printable(self._file.name)}: {told}")
-
-    def _check(self) -> None:
-        """Raises PullFailed, and removes what came, if it is not what the hub has."""
-        if self._file.digest and self._hash.hexdigest() != self._file.digest:
-            os.remove(self._target.partial)
-            what = "SHA-256" if len(self._file.digest) == 64 else "checksum"
-            raise PullFailed(message=f"{printable(self._file.name)}: its {what} is wrong, so it was removed; pull it again")
 
 
 @dataclass(frozen=True)

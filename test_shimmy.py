@@ -15066,8 +15066,8 @@ def test_clock_that_runs_backwards_changes_nothing_but_dates(
 
 
 DATES = {  # who may ask for the time of day: what becomes a date that people or clients read, or is compared with a file's
-    "_bytecode_prefix", "Lease.wait", "Residents.release", "Service.__init__", "OpenAI.__init__",
-    "Responses.read", "Ollama._document", "answer_ps", "retry_after",
+    "_bytecode_prefix", "Lease.wait", "Residents.release", "Service.__init__", "Dialect.__init__",
+    "Ollama._document", "answer_ps", "retry_after",
 }  # fmt: skip
 
 
