@@ -226,7 +226,7 @@ MAX_TOOL_RESULT = 8000  # characters that the model reads of one, some 2,000 tok
 TOOL_LOOP_SECONDS = 60.0  # for them all; then the model must answer without
 MAX_SCAN_DEPTH = 12  # directories below a search root
 MAX_SCAN_ENTRIES = 100_000  # files and directories looked at below one root
-SCAN_DETAIL_SECONDS = 0.4  # a scan reads whole headers for so long; the rest are read when asked about
+SCAN_DETAIL_SECONDS = 0.4  # of processor time: a scan reads whole headers for so long; the rest are read when asked about
 HELPER_SECONDS = 1.5  # of processor time, for a helper process's task; the longest chats render in a tenth of that
 HELPER_PATIENCE = 4  # times as long it may take on a machine that others keep busy
 HELPER_BYTES = 1 << 30  # of address space, a helper process's
@@ -322,7 +322,8 @@ class PayloadTooLarge(ApiError, status=413, code="payload_too_large", message="T
     """A body beyond MAX_BODY."""
 
 
-class Overloaded(ApiError, status=503, code="overloaded", message="The server is busy, try again", headers={"Retry-After": "2"}):
+class Overloaded(ApiError, status=503, code="overloaded", message="The server is busy, try again",
+                 headers={"Retry-After": "2"}):  # fmt: skip
     """The queue, the models or the connections are at their bound; try again."""
 
 
@@ -1308,6 +1309,7 @@ class Catalog:
             return self.report
 
     def _look(self, began: float) -> ScanReport:
+        deadline = time.thread_time() + SCAN_DETAIL_SECONDS
         models: dict[tuple[int, ...], ModelInfo] = {}  # by device and inode: the same file reached twice is one model
         skipped: dict[str, str] = {}  # reason by path
         directories: list[dict[str, Any]] = []
@@ -1318,7 +1320,7 @@ class Catalog:
                 stamp = _stamp(path)
                 if stamp and stamp[:2] in models:
                     continue
-                result = self._examine(path, root.source, label, time.monotonic() < began + SCAN_DETAIL_SECONDS)
+                result = self._examine(path, root.source, label, time.thread_time() < deadline)
                 if stamp and isinstance(result, ModelInfo):
                     models[stamp[:2]] = replace(result, stored=stored)
                 else:
@@ -1508,12 +1510,6 @@ class ChatFormat:
     drops: tuple[str, ...] = ()
     thought_field: str = THOUGHT_FIELDS[0]  # of a message, in which the template looks for its thought
 
-    @property
-    def literals(self) -> str:
-        """All text that the parser must see, whether or not tokens of it are special."""
-        calls = (f"{c.opens}{c.head} {c.named} {c.again} {c.closes} {c.params}" for c in self.calls)
-        return " ".join([*self.thought, *self.drops, *calls])
-
 
 # Overrides for what cannot be derived, keyed by a text that only this family's templates hold.
 FAMILIES: tuple[tuple[str, dict[str, Any]], ...] = (
@@ -1588,25 +1584,21 @@ class Chat:
 
     def prompt(self, request: GenerateRequest) -> tuple[str, ...]:
         """The prompt's segments. Raises InvalidRequest when the template refuses the messages, or runs away."""
-        messages = [self._with_thought(m) for m in without_noise(request.messages or ())]
+        messages = without_noise(request.messages or ())
+        for message in messages:
+            if THOUGHT_FIELDS[0] in message:
+                message[self.format.thought_field] = message.pop(THOUGHT_FIELDS[0])
         begun = messages.pop() if continues(request) else None
         said: list[Any] = [list(request.tools), dict(request.template_args)]
-        mark = self._mark([messages, said, begun])
-        if mark:
-            messages, said = [self._guard(m, mark, m["role"] == "assistant") for m in messages], self._guard(said, mark)
-            begun = begun and self._guard(begun, mark, True)
+        mark = unused_in([messages, said, begun])
+        messages, said = [self._guard(m, mark, m["role"] == "assistant") for m in messages], self._guard(said, mark)
+        begun = begun and self._guard(begun, mark, True)
         rendering = Rendering(self._templates, self.facts.bos, self.facts.eos, messages, *said)
         rendered = self._render(rendering)
         segments = self._continued(rendering, rendered, begun) if begun else [rendered]
         if self.facts.adds_bos and self.facts.bos and segments[0].startswith(self.facts.bos):
             segments[0] = segments[0][len(self.facts.bos) :]  # the tokenizer adds it, once
-        return tuple(part for s in segments for part in (s.split(mark) if mark else (s,)))
-
-    def _with_thought(self, message: dict[str, Any]) -> dict[str, Any]:
-        """The message with its thought in the field in which the template looks for it."""
-        name = THOUGHT_FIELDS[0]
-        return {self.format.thought_field if key == name else key: value for key, value in message.items()} \
-            if name in message else message
+        return tuple(part for segment in segments for part in segment.split(mark))
 
     def _continued(self, rendering: Rendering, rendered: str, begun: dict[str, Any]) -> list[str]:
         """The segments of a prompt that ends with an answer that has begun.
@@ -1619,8 +1611,7 @@ class Chat:
         if begins_thought(content, self.format):  # whether it ends or not
             behind = content.lstrip().removeprefix(opens)
             return [rendered, content if not is_open else behind.lstrip("\n") if rendered.endswith("\n") else behind]
-        texts = "".join(texts_in([rendering.messages, begun]))
-        place = next((c for c in reversed(NONCHARACTERS) if c not in texts), ID)
+        place = unused_in([rendering.messages, begun, rendered])
         turn, thought = {**begun, "content": place}, begun.get(self.format.thought_field)
         with contextlib.suppress(InvalidRequest):  # some templates take no such turn at the end
             whole = self._render(replace(rendering, messages=[*rendering.messages, turn], generation=False))
@@ -1639,19 +1630,19 @@ class Chat:
         fim = self.facts.fim
         if not {"pre", "suf", "mid"} <= fim.keys():
             raise InvalidRequest("model: it has no tokens for a prefix and a suffix, so it cannot fill a gap", "model")
-        mark = self._mark([gap.prefix, gap.suffix, *(text for pair in gap.extra for text in pair)])
+        mark = unused_in([gap.prefix, gap.suffix, gap.extra])
         extra = [("rep", "myproject\n")] if "rep" in fim and gap.extra else []
         extra += [("sep", f"{name}\n{text}" if "sep" in fim else f"\n\n--- snippet ---\n\n{text}") for name, text in gap.extra]
         extra += [("sep", "filename\n")] if "sep" in fim and gap.extra else []
         first = self._apart(extra, mark)
         return (*first, *self._apart([("pre", gap.prefix), ("suf", gap.suffix), ("mid", "")], mark)), len(first)
 
-    def _apart(self, parts: Seq[tuple[str, str]], mark: str | None) -> list[str]:
+    def _apart(self, parts: Seq[tuple[str, str]], mark: str) -> list[str]:
         """Tokens that mark a gap, each with a client's text behind it, in which names of special tokens are split."""
         segments: list[str] = []
         for token, text in parts:
             segments += [self.facts.fim[token]] if token in self.facts.fim else []
-            segments += self._guard(text, mark).split(mark) if mark else [text]
+            segments += self._guard(text, mark).split(mark)
         return [segment for segment in segments if segment]
 
     def _render(self, rendering: Rendering) -> str:
@@ -1659,16 +1650,6 @@ class Chat:
             return str(self._helpers.run(rendering))
         except HelperFailed as error:
             raise InvalidRequest(f"messages do not fit the model's chat template: {error}", "messages") from None
-
-    def _mark(self, said: list[Any]) -> str | None:
-        """A character that stands nowhere in the client's text, if that text names a special token at all."""
-        texts = list(texts_in(said))
-        if not any(map(self._names.found_in, texts)):
-            return None
-        mark = next((c for c in NONCHARACTERS if not any(c in t for t in texts)), None)
-        if mark is None:
-            raise InvalidRequest("messages may not hold every Unicode noncharacter (U+FDD0 to U+FDEF)", "messages")
-        return mark
 
     def _guard(self, value: Any, mark: str, assistant: bool = False) -> Any:
         """The value with every special token's name split by `mark`; an assistant's own thought markers stay whole."""
@@ -1714,13 +1695,15 @@ class Chat:
         one = not request.parallel_tool_calls and request.sampling.constraint is None
         if not tools or request.tool_choice == "none" or not (forced or one):
             return self._schema(request, str(last[0]))
-        grammar, mark = CallsGrammar(calls, tools), calls.marks[0]
+        mark = calls.marks[0]
         if not forced:  # the first call is the only one
-            return Constraint(grammar.symbol(mark, False), "parallel_tool_calls", mark, self.markers) if mark else None
+            symbol = calls_symbol(calls, tools, mark, False)
+            return Constraint(symbol, "parallel_tool_calls", mark, self.markers) if mark else None
         opened = calls.opens if calls.opens.strip() and str(last[0]).endswith(calls.opens) else ""
         thought, after = self._thought_first(request, str(last[0]))
         many = request.parallel_tool_calls and named is None
-        return Constraint(InOrder((*thought, grammar.symbol(opened, many))), "tool_choice", after, self.markers)
+        symbol = calls_symbol(calls, tools, opened, many)
+        return Constraint(InOrder((*thought, symbol)), "tool_choice", after, self.markers)
 
     def _schema(self, request: GenerateRequest, last: str) -> Constraint | None:
         """The schema or grammar that was asked for: behind the thought, and where functions are offered a call instead.
@@ -1732,17 +1715,16 @@ class Chat:
             return wanted and replace(wanted, after=after, markers=self.markers | wanted.markers)
         grammar = wanted.grammar
         if continues(request) and after is None and (request.messages or ())[-1]["content"]:
-            grammar = RestOf(grammar, self._behind_thought((request.messages or ())[-1]["content"]).encode(), wanted.param)
+            begun = (request.messages or ())[-1]["content"]
+            if begins_thought(begun, self.format):
+                begun = begun.partition(self.format.thought[1])[2].lstrip()
+            grammar = RestOf(grammar, begun.encode(), wanted.param)
             read_soon(grammar)
             return replace(wanted, markers=self.markers, grammar=grammar)
         if request.tools and request.tool_choice != "none":
-            calls = CallsGrammar(self.format.calls[0], request.tools)
-            grammar = AnyOf((calls.symbol("", request.parallel_tool_calls), grammar))
+            calls = calls_symbol(self.format.calls[0], request.tools, "", request.parallel_tool_calls)
+            grammar = AnyOf((calls, grammar))
         return replace(wanted, after=after, markers=self.markers, grammar=InOrder((*thought, grammar)))
-
-    def _behind_thought(self, content: str) -> str:
-        """An answer without the thought that it begins with."""
-        return content.partition(self.format.thought[1])[2].lstrip() if begins_thought(content, self.format) else content
 
     def _thought_first(self, request: GenerateRequest, last: str) -> tuple[Symbols, str | None]:
         """Symbols of a thought before the text that a grammar wants, and the marker behind which the grammar begins."""
@@ -1774,7 +1756,8 @@ class Chat:
     @property
     def markers(self) -> frozenset[str]:
         """Names of the special tokens that the parser must see."""
-        text = self.format.literals
+        calls = (f"{c.opens}{c.head} {c.named} {c.again} {c.closes} {c.params}" for c in self.format.calls)
+        text = " ".join([*self.format.thought, *self.format.drops, *calls])
         return frozenset(text[start:end] for start, end in self._names.spans(text))
 
 
@@ -1798,17 +1781,13 @@ def without_noise(messages: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     return kept
 
 
-def texts_in(value: Any) -> Iterator[str]:
-    """Every string inside lists and dicts, keys too."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict):
-        for key, item in value.items():
-            yield key
-            yield from texts_in(item)
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from texts_in(item)
+def unused_in(said: Any) -> str:
+    """A character that stands nowhere in what a client said. Raises InvalidRequest where there is none."""
+    text = json.dumps(said, ensure_ascii=False)
+    mark = next((c for c in NONCHARACTERS if c not in text), None)
+    if mark is None:
+        raise InvalidRequest("messages may not hold every Unicode noncharacter (U+FDD0 to U+FDEF)", "messages")
+    return mark
 
 
 class SpecialNames:
@@ -1834,9 +1813,6 @@ class SpecialNames:
                 end = at + length
                 yield at, end
 
-    def found_in(self, text: str) -> bool:
-        return next(self.spans(text), None) is not None
-
     def split(self, text: str, mark: str, keep: Seq[str] = ()) -> str:
         """The text with `mark` behind the first character of each name that is not to be kept."""
         parts, done = [], 0
@@ -1854,14 +1830,6 @@ class HelperFailed(Exception):
     """A helper's task failed, or broke its bounds: the message says why."""
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """A helper process's answer: the task's value, or why it has none."""
-
-    value: Any = None
-    error: str | None = None
-
-
 PROCESSOR_TIMER = getattr(signal, "ITIMER_PROF", None)  # its signal ends a helper though the server may be dead; not on Windows
 
 
@@ -1872,8 +1840,9 @@ class Helper:
         self.process, reader, writer = start_child("helper_main")
         self._pipe = Pipe(reader, writer)
 
-    def run(self, task: Any) -> Outcome:
-        """The task's outcome. Raises HelperFailed when it ended or outlived the process, Overloaded when it had no time."""
+    def run(self, task: Any) -> tuple[Any, str | None]:
+        """The task's value, or why it has none. Raises HelperFailed when it ended or outlived the process, Overloaded when it
+        had no time."""
         timer = threading.Timer(HELPER_SECONDS * (HELPER_PATIENCE if PROCESSOR_TIMER is not None else 1), self.process.kill)
         timer.daemon = True
         try:
@@ -1882,22 +1851,20 @@ class Helper:
             raise Overloaded(f"The system starts no more threads ({error})") from None
         try:
             self._pipe.send(task)
-            outcome: Outcome = self._pipe.receive()
-            return outcome
+            value, complaint = self._pipe.receive()
+            return value, complaint
         except Exception:  # a process's border: it died, or what it says cannot be read
-            raise self._why_ended(timer.finished.is_set()) from None
+            was_late = timer.finished.is_set()
+            with contextlib.suppress(Exception):
+                self.process.wait(1.0)
+            if was_late and PROCESSOR_TIMER is not None:  # the process counts its own time, and ends with that
+                raise Overloaded("The machine is too busy to apply the model's chat template") from None
+            if was_late or self.process.returncode == -getattr(signal, "SIGPROF", 256):
+                raise HelperFailed(f"it takes over {HELPER_SECONDS:g} seconds") from None
+            raise HelperFailed("it ended the process that ran it") from None
         finally:
             timer.cancel()
             timer.join()
-
-    def _why_ended(self, was_late: bool) -> Exception:
-        with contextlib.suppress(Exception):
-            self.process.wait(1.0)
-        if was_late and PROCESSOR_TIMER is not None:  # the process counts its own time, and ends with that
-            return Overloaded("The machine is too busy to apply the model's chat template")
-        if was_late or self.process.returncode == -getattr(signal, "SIGPROF", 256):
-            return HelperFailed(f"it takes over {HELPER_SECONDS:g} seconds")
-        return HelperFailed("it ended the process that ran it")
 
     def end(self) -> None:
         self.process.kill()
@@ -1929,16 +1896,16 @@ class Helpers:
         try:
             helper = self._take()
             try:
-                outcome = helper.run(task)
+                value, complaint = helper.run(task)
             except BaseException:
                 helper.end()
                 raise
             self._keep(helper)
         finally:
             self._free.release()
-        if outcome.error is not None:
-            raise HelperFailed(outcome.error)
-        return outcome.value
+        if complaint is not None:
+            raise HelperFailed(complaint)
+        return value
 
     def _take(self) -> Helper:
         """A process that waits, if it still lives, or a new one."""
@@ -1984,21 +1951,22 @@ def helper_main() -> None:
             task = pipe.receive()
             if PROCESSOR_TIMER is not None:
                 signal.setitimer(PROCESSOR_TIMER, HELPER_SECONDS)
-            outcome = _outcome_of(task)
+            outcome = outcome_of(task)
             if PROCESSOR_TIMER is not None:
                 signal.setitimer(PROCESSOR_TIMER, 0)
             pipe.send(outcome)
 
 
-def _outcome_of(task: Any) -> Outcome:
+def outcome_of(task: Any) -> tuple[Any, str | None]:
+    """A task's value, or why it has none."""
     try:
-        return Outcome(task.run())
+        return task.run(), None
     except MemoryError:
-        return Outcome(error=f"it needs over {human_bytes(HELPER_BYTES)} of memory")
+        return None, f"it needs over {human_bytes(HELPER_BYTES)} of memory"
     except RecursionError:
-        return Outcome(error="it recurses without end")
+        return None, "it recurses without end"
     except Exception as error:  # the process's border: a template may raise anything
-        return Outcome(error=" ".join(str(error).split())[:500] or type(error).__name__)
+        return None, " ".join(str(error).split())[:500] or type(error).__name__
 
 
 @dataclass(frozen=True)
@@ -2090,26 +2058,15 @@ def _position(word: str, text: str, start: int) -> int:
 
 @functools.lru_cache(maxsize=16)
 def compiled_template(source: str) -> Any:
-    """A template ready to render; the last few are kept."""
-    return chat_environment().from_string(source)
+    """A template ready to render; the last few are kept. `{% generation %}` marks training spans, and is its body here."""
+    source = re.sub(r"(\{%[-+]?\s*)generation\b", r"\1if true", source)
+    return chat_environment().from_string(re.sub(r"(\{%[-+]?\s*)endgeneration\b", r"\1endif", source))
 
 
 @functools.cache
 def chat_environment() -> Any:
     """The sandboxed jinja2 environment chat templates are written for: Hugging Face's renderer (apply_chat_template)."""
-    import jinja2.ext
-    import jinja2.nodes
     import jinja2.sandbox
-
-    class Generation(jinja2.ext.Extension):
-        """`{% generation %}` marks training spans; when rendering it is its body."""
-
-        tags = {"generation"}
-
-        def parse(self, parser: Any) -> Any:
-            next(parser.stream)
-            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            return jinja2.nodes.Scope(body)
 
     def tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None,
                sort_keys: bool = False) -> str:  # fmt: skip
@@ -2124,9 +2081,7 @@ def chat_environment() -> Any:
         def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
             return (type(obj) is list and attr in ("append", "pop")) or super().is_safe_attribute(obj, attr, value)
 
-    environment = Sandbox(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", Generation]
-    )
+    environment = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
     environment.filters["tojson"] = tojson
     environment.globals["raise_exception"] = raise_exception
     environment.globals["strftime_now"] = lambda form: time.strftime(form)
@@ -2721,11 +2676,6 @@ def parse_shares(words: str) -> tuple[float, ...]:
     return tuple(map(float, re.split("[,/]", words)))
 
 
-def parse_names(words: str) -> tuple[str, ...]:
-    """--device: names by commas."""
-    return tuple(word.strip() for word in words.split(",") if word.strip())
-
-
 def parse_override(words: str) -> tuple[str, str]:
     """--override-tensor: a regular expression for tensors' names, and the device that they go to."""
     pattern, equals, device = words.rpartition("=")
@@ -2754,7 +2704,8 @@ class EngineOptions:
     override_tensor: tuple[tuple[str, str], ...] = knob((), "tensors whose names match go to a device (repeatable)",
                                                         type=parse_override, metavar="PATTERN=DEVICE")  # fmt: skip
     device: tuple[str, ...] | None = knob(None, "devices to use, by commas, as diag names them; none: the CPU alone",
-                                          type=parse_names, metavar="LIST")  # fmt: skip
+                                          type=lambda words: tuple(filter(None, map(str.strip, words.split(",")))),
+                                          metavar="LIST")  # fmt: skip
     main_gpu: int | None = knob(None, "the GPU to use alone, by its number among those used", type=int)
     tensor_split: tuple[float, ...] | None = knob(None, "how to share the layers out over the GPUs", type=parse_shares,
                                                   metavar="A,B")  # fmt: skip
@@ -3005,7 +2956,7 @@ KINDS: dict[str, tuple[type, ...]] = {
 def sendable() -> dict[type, int]:
     """The types that a child may send, and their numbers."""
     types = (Progress, Loaded, LoadFailed, Alive, Accepted, Stepped, Piece, TokenLogprob, Vectors, Tokens, Finished, Failed,
-             ChatFacts, Outcome, ChatFormat, CallFormat, Params)  # fmt: skip
+             ChatFacts, ChatFormat, CallFormat, Params)  # fmt: skip
     return {kind: number for number, kind in enumerate(types)}
 
 
@@ -3669,13 +3620,6 @@ class Llama:
         return Loaded(self.ctx, self.pool, options.parallel, chat, tuple(self.notes), int(self.pool * self.kv_bytes),
                       self.plan.memory_need, self.placed, not self.on_cpu)  # fmt: skip
 
-    def _load_adapters(self) -> Iterator[Any]:
-        for file in self.options.lora:
-            adapter = self.c.llama_adapter_lora_init(self.model, os.fsencode(file))
-            if not adapter:
-                raise self.refusal(f"the LoRA adapter {file} cannot be applied")
-            yield adapter
-
     def _adapter(self, file: str) -> Any:
         adapter = self.c.llama_adapter_lora_init(self.model, os.fsencode(file))
         if not adapter:
@@ -4054,7 +3998,7 @@ class Sampler:
         return -1 if token in self.banned else token
 
     def closing(self, token: int) -> Seq[int]:
-        """The tokens that close a thought in which the model would end its text, although the grammar's begins behind it."""
+        """If the model stops while thinking, the tokens that end its thought: the grammar's text begins behind it."""
         grammar = self.grammar
         return grammar.closing if grammar and grammar.is_awaited and token in self.llama.vocab.eog else ()
 
@@ -4070,9 +4014,9 @@ class Sampler:
             if token is not None:
                 logits[token] = -math.inf
                 self._refused += 1
-            few = self._aims or self._refused >= self.TRIES or grammar.is_quick  # Mirostat learns from each pick
-            among = grammar.allowed() if self._refused and few and not grammar.is_awaited else None
-            self._picked = self._choose(logits, among)
+            all_tried = self._refused >= (1 if self._aims else self.TRIES)  # Mirostat learns from each pick
+            few = self._refused and not grammar.is_awaited and (all_tried or grammar.is_quick)
+            self._picked = self._choose(logits, grammar.allowed() if few else None)
         self._picked, self._refused = None, 0
         if token < 0:
             return -1  # all that may follow is banned, or has no token
@@ -4479,16 +4423,16 @@ class Sequence(Rows):
         self.limit = min(llama.ctx, self.n_prompt + (job.sampling.max_tokens or llama.ctx))  # tokens: it ends with length
         super().__init__(llama.np.empty(self.limit, llama.np.int32), self.n_prompt)
         self.tokens[: self.n_prompt] = prompt
-        self.borders = () if llama.cuttable else turn_borders(prompt, llama.vocab)
+        self.borders = () if llama.cuttable else turn_borders(prompt, llama.vocab)  # where its state is saved
         self.id, self.sampling, self.markers, self.owner = submission.id, job.sampling, job.markers, job.owner
         self.text = TextStream(job.sampling.stop)
         self.thought = ThoughtMeter(job.thought) if job.thought else None
         self._ending = llama.vocab.tokens(job.thought.ending).tolist() if job.thought else ()
         self.n_shown = self.n_prompt  # tokens whose text was given out
-        self.n_jumped, self._jumped_at = 0, -1  # tokens that came without the model; the last token before the last of them
-        self.logits: Any = None  # while its grammar takes more than a step to say what may come next
-        self.jumps = False  # while that takes more than a step to say what must come next
-        self.sought = 0.0  # seconds in which its grammar was asked, beyond what its tokens allow for
+        self.n_jumped, self._jumped_at = 0, -1  # forced tokens so far; the index of the last sampled one
+        self.logits: Any = None  # while its grammar takes more than a step to find what may come next
+        self.jumps = False  # True while the forced continuation is being found
+        self.sought = 0.0  # CPU seconds its grammar used beyond its allowance
         self.forced: deque[int] = deque()  # tokens that come next, whatever the model says
         self.sampler = Sampler(llama, job.sampling, prompt)  # kept through steps back
         self.stretches: Stretches = []
@@ -4575,11 +4519,6 @@ class Sequence(Rows):
         text, self._waiting = self._waiting[:size], self._waiting[size:]
         return text
 
-    @property
-    def to_border(self) -> int:
-        """Tokens up to where the next copy of its state is to be kept; more than it has if nowhere."""
-        return next((at - self.n_computed for at in self.borders if at > self.n_computed), self.n_tokens)
-
     def common(self, other: Rows, limit: int) -> int:
         """How many tokens both begin with, among the other's first `limit` and all of this one's but the last."""
         size = min(self.n_tokens - 1, limit)
@@ -4648,7 +4587,8 @@ def fair_slices(prompts: list[Sequence], rows: int) -> list[tuple[Sequence, int]
     slices = []
     prompts = sorted(prompts, key=lambda s: s.pending)
     for i, sequence in enumerate(prompts):
-        count = min(sequence.pending - 1, rows // (len(prompts) - i), sequence.to_border)
+        border = next((at - sequence.n_computed for at in sequence.borders if at > sequence.n_computed), rows)
+        count = min(sequence.pending - 1, rows // (len(prompts) - i), border)
         rows -= count
         if count > 0:
             slices.append((sequence, count))
@@ -4701,7 +4641,7 @@ class Pace:
 
 
 class Cache:
-    """Tracks which sequence owns which cells of the main context. Used by the step loop alone.
+    """Tracks which sequence owns which cells of the main context, and what ended ones leave. Used by the step loop alone.
 
     What a finished sequence leaves is a prefix: a later prompt with the same beginning starts behind it, as it does behind
     what a running one has. Every step looks at every cell in the cache, whoever's it is: on two cores 1,000 idle ones cost
@@ -5078,8 +5018,8 @@ class Scheduler:
             donor, shared = self.cache.best_prefix(sequence)
             if self._better_soon(sequence, shared):
                 continue
-            borrowed = shared if isinstance(donor, Sequence) else 0
-            if self.running and not self._fits(sequence.n_tokens - borrowed):
+            needed = sequence.n_tokens - (shared if isinstance(donor, Sequence) else 0) + self.GROWTH * (len(self.running) + 1)
+            if self.running and held_cells(self.running) + needed > self.llama.pool:
                 return
             self.waiting.remove(sequence)
             self.cache.settle(sequence, donor, shared)
@@ -5095,9 +5035,6 @@ class Scheduler:
         reading += [(s, 0) for s in self.aside]  # these lend when they are back
         return any(sequence.common(s, s.n_prompt) >= max(shared, have) + self.WORTH_WAITING
                    for s, have in reading if s.owner == sequence.owner)  # fmt: skip
-
-    def _fits(self, cells: int) -> bool:
-        return held_cells(self.running) + cells + self.GROWTH * (len(self.running) + 1) <= self.llama.pool
 
     def schedule(self) -> list[tuple[Sequence, int]]:
         """The next step: one row of each decoding sequence, the rest of what some jump over, then slices of prompts being read.
@@ -5146,10 +5083,6 @@ class Scheduler:
             if prefix.saved is not None:
                 self.cache.add(prefix)
             self._wait(sequence)
-
-    def cells(self) -> int:
-        """How many cells the running sequences hold; those of prefixes are free to be had."""
-        return min(self.llama.pool, held_cells(self.running))
 
     def make_room(self) -> Sequence | None:
         """After a step found no free cells: saves a prefix (None), or steps the youngest back and returns it."""
@@ -5490,7 +5423,7 @@ class Engine:
         self._sought = 0.0  # seconds of this step in which grammars were asked
 
     def run(self) -> None:
-        """For ever: takes what came, steps while anything runs, sleeps when nothing does."""
+        """Main loop: takes messages, steps while work remains, sleeps otherwise."""
         while True:
             if self.scheduler.active or self.scheduler.waiting or self.embedder.jobs:
                 self._take_all()
@@ -5675,7 +5608,7 @@ class Engine:
         return first
 
     def _ask_again(self) -> None:
-        """Asks the grammars that needed more time in the step before, the one that was asked least first."""
+        """Resumes unfinished grammars, least served first."""
         self._sought = 0.0
         for sequence in sorted(self.scheduler.running, key=lambda s: s.sought):
             if sequence.jumps:
@@ -5727,10 +5660,7 @@ class Engine:
         self._jump(sequence)
 
     def _jump(self, sequence: Sequence) -> None:
-        """Appends what must come next, and gives out what is there; the sequence waits while that takes more than this step.
-
-        So where a text is cut into tokens does not depend on the time, nor what the model says behind it.
-        """
+        """Appends what must come next, and gives out what is there. Waiting for it keeps tokenization independent of timing."""
         sequence.jumps = self._ask(sequence, sequence.jump) is None
         if sequence.done:
             return
@@ -5770,7 +5700,7 @@ class Engine:
         return len(self.scheduler.active) + len(self.embedder.jobs)
 
     def _flush(self) -> None:
-        self.outbox.flush(self._running(), self.scheduler.cells())
+        self.outbox.flush(self._running(), min(self.llama.pool, held_cells(self.scheduler.running)))
 
 
 BEAT_SECONDS = 1.0  # between two heartbeats of a child
@@ -6862,21 +6792,18 @@ class Names:
                 return stems if len(stems) == 1 else [plain]
         return [id for id in self._models if id.startswith(plain_id(name))]
 
-    def wanted(self, name: str) -> str:
-        """The operator's --model for `default`, else the name itself."""
-        return self._wanted if name == "default" and self._wanted else name
-
-    def not_found(self, name: str, reason: str = "") -> ModelNotFound:
-        """The error for a name that means nothing, or several models; `reason` may say why a file of that name is none."""
+    def not_found(self, name: str, catalog: Catalog) -> ModelNotFound:
+        """The error for a name that means nothing, or several models, with why a file of that name is no model."""
         known = some_of(list(self._models))
         if name == "default" and not self._wanted:
             if self._models:
                 return ModelNotFound(f"No model here generates text, only embedding models were found: {known}")
             return ModelNotFound("No GGUF model was found: put one into ./models, or name its directory with --models-dir")
-        wanted = self.wanted(name)
-        could_be = self.resolve(name) if name != "default" else self._match(wanted)
-        if could_be:
-            reason = f": it could mean {some_of(could_be)}"
+        wanted, may_be_path = name, name == "default"  # which the operator named; a request never names a path
+        if self._wanted and may_be_path:
+            wanted = self._wanted
+        could_be = self._match(wanted) if may_be_path else self.resolve(name)
+        reason = f": it could mean {some_of(could_be)}" if could_be else catalog.why_skipped(wanted, may_be_path)
         details = f"Model '{printable(wanted)}' is not available{reason}"
         if could_be or not known:
             return ModelNotFound(details)
@@ -6985,8 +6912,8 @@ class ModelTable:
         if len(found := self.names(cancel).resolve(name)) != 1:
             self._refresh(0.25)
             found = self._names.resolve(name)
-        if len(found) != 1:  # only `default` may be a path: the operator named it, a request never does
-            raise self._names.not_found(name, self.catalog.why_skipped(self._names.wanted(name), name == "default"))
+        if len(found) != 1:
+            raise self._names.not_found(name, self.catalog)
         return found[0]
 
     def _find(self, name: str, cancel: Cancellation | None = None) -> Entry:
@@ -7003,7 +6930,7 @@ class ModelTable:
     def _entry(self, id: str) -> Entry:
         """The entry, under the condition; a scan may have dropped it since the name was resolved."""
         if id not in self._residents.entries:
-            raise self._names.not_found(id)
+            raise self._names.not_found(id, self.catalog)
         return self._residents.entries[id]
 
     def info(self, name: str, cancel: Cancellation | None = None) -> ModelInfo:
@@ -7637,10 +7564,6 @@ class Dialect:
         if self.first is None and isinstance(event, (Text, Thought, CallBegan)):
             self.first = time.monotonic()
 
-    def in_order(self) -> list[tuple[int, Choice]]:
-        """The choices by their index."""
-        return sorted(self.choices.items())
-
     def documents(self, event: Event) -> Iterator[dict[str, Any]]:
         """Turns an event into documents: a stream's chunks, or one document at the end."""
         self.note(event)
@@ -7705,7 +7628,7 @@ class Native(Dialect):
 
     def document(self) -> dict[str, Any]:
         assert self.usage
-        choices = [{"text": c.said(), "index": i, "finish_reason": c.finish_reason} for i, c in self.in_order()]
+        choices = [{"text": c.said(), "index": i, "finish_reason": c.finish_reason} for i, c in sorted(self.choices.items())]
         return {"choices": choices, "usage": self.usage.document()}
 
 
@@ -7771,9 +7694,8 @@ def read_tool_choice(choice: Any, functions: Seq[dict[str, Any]], builtins: Seq[
     if isinstance(choice, dict) and choice.get("type") == "allowed_tools":
         where = "tool_choice.allowed_tools" if "allowed_tools" in choice else "tool_choice"
         holder = an_object(where, choice.get("allowed_tools", choice))
-        mode = one_of(f"{where}.mode", holder.get("mode"), ("auto", "required"))
+        choice = one_of(f"{where}.mode", holder.get("mode"), ("auto", "required"))
         names = [named_tool(place, tool, names) for place, tool in listed(f"{where}.tools", holder.get("tools"))]
-        choice = mode
     if isinstance(choice, dict):
         one_of("tool_choice.type", choice.get("type"), ("function", "custom", "tool", "allowed_tools"))
         choice = f"function:{named_tool('tool_choice', choice, names)}"
@@ -7853,7 +7775,7 @@ class OpenAI(Dialect):
 
     def document(self) -> dict[str, Any]:
         assert self.usage
-        choices = [self.shown(index, choice, whole=True) for index, choice in self.in_order()]
+        choices = [self.shown(index, choice, whole=True) for index, choice in sorted(self.choices.items())]
         return self._envelope(self.object_name, choices) | self._usage(self.usage)
 
     def shown(self, index: int, choice: Choice, whole: bool) -> dict[str, Any]:
@@ -8634,7 +8556,6 @@ class OllamaRoute(Dialect):
     """Base of Ollama's routes: keep_alive, times, and loading by a request without a question."""
 
     api = "ollama"
-    use = "generate"  # what the model is loaded for
 
     def common(self, body: Mapping[str, Any]) -> dict[str, Any]:
         """The fields that all its requests have."""
@@ -8665,7 +8586,8 @@ class OllamaRoute(Dialect):
         if self._keep == 0:
             yield Queued(service.table.resolve(self.request.model, cancel))
         else:
-            yield from service.load(self.request.model, self.use, cancel, self.request.engine)
+            use = "embed" if isinstance(self.request, EmbedRequest) else "generate"
+            yield from service.load(self.request.model, use, cancel, self.request.engine)
         yield ChoiceEnd(0, "unload" if self._keep == 0 else "load")
         yield Usage(0, 0, 0, 0.0, 0.0)
 
@@ -8783,8 +8705,6 @@ class OllamaGenerate(Ollama):
 
 class OllamaEmbed(OllamaRoute, Embeddings):
     """`/api/embed`. What is too long is cut unless `truncate` is false; without an input the model is only loaded."""
-
-    use = "embed"
 
     def read(self, body: Mapping[str, Any]) -> EmbedRequest:
         given = body.get("input")
@@ -9034,7 +8954,7 @@ class LlamaCompletion(Dialect):
         """The answer ends early when the client's time is over; an answer of no tokens has no text."""
         for event in super().events(service, cancel):
             self._broke = self._broke or (isinstance(event, Text) and "\n" in event.text)
-            late = bool(self._seconds and self.first) and time.monotonic() - (self.first or 0) > self._seconds
+            late = self._seconds and self.first and time.monotonic() - self.first > self._seconds
             if late and self._broke and not cancel.cancelled:
                 cancel.cancel(gently=True)
             if self._limit != 0 or not isinstance(event, Text):
@@ -9048,7 +8968,7 @@ class LlamaCompletion(Dialect):
 
     def document(self) -> Any:
         """An object, or for several prompts a list of them."""
-        ends = [self._end(choice.end, choice) for _, choice in self.in_order() if choice.end]
+        ends = [self._end(choice.end, choice) for _, choice in sorted(self.choices.items()) if choice.end]
         return ends if len(self.request.prompts) > 1 else ends[0]
 
     def _document(self, index: int, choice: Choice) -> dict[str, Any]:
@@ -9725,10 +9645,6 @@ class Route:
     framing: Framing = SSE  # of a dialect's streams
     ollamas: Route | None = None  # the row for bodies and User-Agents of Ollama's at this address
 
-    def chosen(self, body: Mapping[str, Any], agent: str) -> Route:
-        """This row, or Ollama's."""
-        return self.ollamas if self.ollamas and speaks_ollama(body, agent) else self
-
     def match(self, segments: Seq[str]) -> tuple[str, ...] | None:
         """The names in the path, or None."""
         pairs = list(zip(self.path, segments, strict=False))
@@ -10012,7 +9928,8 @@ class Handler(socketserver.BaseRequestHandler):
     def _dialect(self, body: Mapping[str, Any]) -> Dialect:
         """The request, in the API that the body speaks: from here on errors take its shape."""
         assert self.route
-        self.route = self.route.chosen(body, self.out.head.headers.get("User-Agent", ""))
+        if self.route.ollamas and speaks_ollama(body, self.out.head.headers.get("User-Agent", "")):
+            self.route = self.route.ollamas
         assert isinstance(self.route.answer, type)
         return self.route.answer(body)
 
@@ -11287,7 +11204,7 @@ class PullView(WaitingLine):
     """Shows a pull on stderr: a line that is redrawn on a terminal, else a line every few seconds."""
 
     def __init__(self) -> None:
-        super().__init__(lambda: self._text(terminal_width() - 1))
+        super().__init__(lambda: self._text(terminal_width() - 10))  # the seconds stand behind it
         self._event, self._printed = Fetching("asking what there is"), time.monotonic()
         self._start = 0.0, 0  # when so many bytes of the file were here
 
@@ -11302,8 +11219,8 @@ class PullView(WaitingLine):
                 event = next(work)
             except StopIteration as end:
                 return end.value
-            now = time.monotonic()
-            if event.digest != self._event.digest or event.completed < self._event.completed:
+            now, before = time.monotonic(), self._event
+            if event.digest != before.digest or event.completed < before.completed or not before.total:
                 self._start = now, event.completed
             self._event = event
             if not self.shown and now - self._printed >= PULL_LINE_SECONDS:
@@ -12792,21 +12709,15 @@ class Derivation:
     ends: tuple[str, ...]  # names of the tokens that end a turn
 
     def run(self) -> ChatFormat:
-        found: dict[str, Any] = {}
+        found = self._thought()
         for mark, row in FAMILIES:
             if any(mark in t for t in self.templates.values()):
                 found |= row | ({"calls": (*row["calls"], HERMES)} if "calls" in row else {})
-        if field := self._thought_field():
-            found["thought_field"] = field
-            with contextlib.suppress(Exception):
-                found.setdefault("thought", self._thought(field))
         with contextlib.suppress(Exception):
             found.setdefault("calls", self._calls(found.get("thought") or ChatFormat.thought))
         return ChatFormat(**{k: v for k, v in found.items() if v})
 
-    def _turn(
-        self, offered: bool = True, native: bool = False, generation: bool = False, **said: Any
-    ) -> str:
+    def _turn(self, offered: bool = True, native: bool = False, generation: bool = False, **said: Any) -> str:
         """Renders a turn of the assistant's: the text behind the user's turn."""
         parameters = {"type": "object", "properties": {k: {"type": "string", "description": k} for k in self.ARGUMENTS[0]}}
         tools = [{"type": "function", "function": {"name": n, "description": n, "parameters": parameters}} for n in self.NAMES]
@@ -12815,23 +12726,21 @@ class Derivation:
         text = Rendering(self.templates, self.bos, self.eos, messages, tools, {}, generation, native).run()
         return text[text.rindex(self.USER) + len(self.USER) :]
 
-    def _thought_field(self) -> str | None:
-        """The field of a message in which the template looks for its thought."""
+    def _thought(self) -> dict[str, Any]:
+        """The field of a message in which the template looks for its thought; the markers around it, from the last one before
+        it up to the first one behind."""
         for name in THOUGHT_FIELDS:
             with contextlib.suppress(Exception):  # a template may raise anything
                 said: dict[str, Any] = {"content": self.CONTENT, name: self.THOUGHT}
-                if self.THOUGHT in self._turn(**said):
-                    return name
-        return None
-
-    def _thought(self, field: str) -> tuple[str, str] | None:
-        """The markers around a thought: from the last one before it, up to the first one behind."""
-        said: dict[str, Any] = {"content": self.CONTENT, field: self.THOUGHT}
-        before, _, rest = self._turn(**said).partition(self.THOUGHT)
-        between, content, _ = rest.partition(self.CONTENT)
-        opens = [m.start() for m in MARKER.finditer(before) if m[0][0] in "<[" and len(m[0]) > 2]
-        closes = [m.end() for m in MARKER.finditer(between) if m[0][0] in "<[" and len(m[0]) > 2]
-        return (before[opens[-1] :].strip(), between[: closes[0]].strip()) if content and opens and closes else None
+                before, thought, rest = self._turn(**said).partition(self.THOUGHT)
+                if thought:
+                    between, content, _ = rest.partition(self.CONTENT)
+                    opens = [m.start() for m in MARKER.finditer(before) if m[0][0] in "<[" and len(m[0]) > 2]
+                    closes = [m.end() for m in MARKER.finditer(between) if m[0][0] in "<[" and len(m[0]) > 2]
+                    is_marked = content and opens and closes
+                    return {"thought_field": name,
+                            "thought": is_marked and (before[opens[-1] :].strip(), between[: closes[0]].strip())}
+        return {}
 
     def _calls(self, thought: tuple[str, str]) -> tuple[CallFormat, ...]:
         """As the template writes calls; where it does not show all there is to show, also as our own words for it do."""
@@ -12856,20 +12765,17 @@ class Derivation:
         with contextlib.suppress(Exception):  # some want it
             alone = self._turn(offered, native, tool_calls=calls)
             texts.append(alone[max(len(common_prefix(alone, header)), len(common_prefix(alone, begin))) :])
-        texts = [self._without_end(self._behind_thought(t, thought[1]), end) for t in texts if self.NAMES[0] in t]
+        texts = [self._calls_in(text, thought[1], end) for text in texts if self.NAMES[0] in text]
         opens = [t[: t.index(self.NAMES[0])] for t in texts]
         text = texts[min(range(len(texts)), key=lambda i: (not opens[i].strip(), len(opens[i])))]
         if ids[0].startswith("functions."):
             return text
         return functools.reduce(lambda t, id: t.replace(id, ID), ids, text)
 
-    def _behind_thought(self, text: str, closes: str) -> str:
-        """The text behind a thought that stands before the calls: some templates write an empty one."""
+    def _calls_in(self, text: str, closes: str, end: str) -> str:
+        """The text behind a thought before the calls (some templates write an empty one), without what ends every turn."""
         at = text.rfind(closes, 0, text.index(self.NAMES[0]))
-        return text[at + len(closes) :] if at >= 0 else text
-
-    def _without_end(self, text: str, end: str) -> str:
-        """The text without what ends every turn."""
+        text = text[at + len(closes) :] if at >= 0 else text
         last = text.rindex("value ")
         cuts = [at for mark in (*self.ends, self.eos) if mark and (at := text.find(mark, last)) >= 0]
         return text[: min(cuts, default=len(text))].removesuffix(common_suffix(text, end))
@@ -12884,7 +12790,7 @@ class Derivation:
             if not object or not re.match(r'key_a"\s*:', text[key:]):
                 return self._with_params(text, starts)
             named.append(text[at + len(name) : object.start()])
-            ends.append(json_end(text, object.start()))
+            ends.append(json.JSONDecoder().raw_decode(text, object.start())[1])
         again = text[ends[0] : starts[1]] if len(starts) == 2 else ""
         format = CallFormat(text[: starts[0]], differing(named), text[ends[-1] :], again)
         for brace in re.finditer(r"\{", format.opens):
@@ -12937,11 +12843,6 @@ def differing(texts: Seq[str]) -> str:
     begin = common_prefix(first, last)
     end = common_suffix(first[len(begin) :], last[len(begin) :])
     return begin + ANY + end
-
-
-def json_end(text: str, start: int) -> int:
-    """Where the JSON value that begins at `start` ends. Raises ValueError when it does not."""
-    return json.JSONDecoder().raw_decode(text, start)[1]
 
 
 class Parser:
@@ -12999,8 +12900,7 @@ class JsonMender:
 
     def __init__(self, quotes: Seq[str] = ("'",), closes: str = "") -> None:
         self._quotes = quotes
-        self._closes = [closes] if closes else []  # of each bracket that is open
-        self._objects = [True] if closes else []  # whether it is an object
+        self._open = [(closes, "}")] if closes else []  # what ends each open bracket, here and in JSON
         self._wants = "key" if closes else "value"  # or "element", ":", ","
         self._quote = ""  # of the string that is being read
         self._word: list[str] = []  # that is being read
@@ -13042,7 +12942,7 @@ class JsonMender:
         elif kind == "blank":
             self._comma += piece if self._comma else ""
             self._written.append("" if self._comma else piece)
-        elif self._wants not in self.WANTED[kind] or (kind == "close" and piece != self._closes[-1]):
+        elif self._wants not in self.WANTED[kind] or (kind == "close" and piece != self._open[-1][0]):
             self.failed = True
         elif found.lastgroup is None and self.STRING.match(text, at) is None:
             return self._begin_string(text, at)
@@ -13053,14 +12953,12 @@ class JsonMender:
     def _take_over(self, kind: str, piece: str) -> None:
         """A piece that is wanted. The comma before it was none too many, unless a bracket closes."""
         if kind == "close":
-            self._closes.pop()
-            self._written += [self._comma[1:], "}" if self._objects.pop() else "]"]
+            self._written += [self._comma[1:], self._open.pop()[1]]
         else:
             self._written += [self._comma, {"(": "[", "=": ":"}.get(piece, piece)]
         self._comma = ""
         if kind == "open":
-            self._closes.append(self.BRACKETS[piece])
-            self._objects.append(piece == "{")
+            self._open.append((self.BRACKETS[piece], "}" if piece == "{" else "]"))
             self._wants = "key" if piece == "{" else "element"
         elif kind == "equals":
             self._wants = "value"
@@ -13073,7 +12971,7 @@ class JsonMender:
         while end < len(text) and text[end] in " \n\r\t":
             end += 1
         if self._wants == ",":
-            self._comma, self._wants = text[at:end], "key" if self._objects[-1] else "element"
+            self._comma, self._wants = text[at:end], "key" if self._open[-1][1] == "}" else "element"
         else:
             self._written.append(text[at:end])
             self._wants = "value"
@@ -13081,7 +12979,7 @@ class JsonMender:
 
     def _end_value(self, is_key: bool) -> None:
         self._wants = ":" if is_key else ","
-        self.done = not self._closes
+        self.done = not self._open
 
     def _begin_string(self, text: str, at: int) -> int:
         quote = next((q for q in ('"', *self._quotes) if q.startswith(text[at : at + len(q)])), "")
@@ -13145,16 +13043,11 @@ class JsonMender:
         escape = text[at : at + size]
         if len(escape) < size:
             return at
-        if self.ESCAPE.fullmatch(escape):
-            self._written.append(escape)
-        elif re.fullmatch(r"\\x[0-9a-fA-F]{2}", escape):
-            self._written.append(rf"\u00{escape[2:]}")
-        elif escape == "\\'":
-            self._written.append("'")
-        else:
-            self._written.append("\\\\")
-            return at + 1
-        return at + size
+        hexadecimal = re.fullmatch(r"\\x([0-9a-fA-F]{2})", escape)
+        meant = rf"\u00{hexadecimal[1]}" if hexadecimal else {"\\'": "'"}.get(escape, escape)
+        is_known = meant != escape or self.ESCAPE.fullmatch(escape)
+        self._written.append(meant if is_known else "\\\\")
+        return at + (size if is_known else 1)
 
     def _raw(self, text: str, at: int) -> int:
         """More of a string in a family's own quotes: nothing in it is an escape."""
@@ -13187,14 +13080,6 @@ def as_json(text: str, types: int) -> str:
     return json.dumps(text, ensure_ascii=False)
 
 
-def as_object(text: str) -> str | None:
-    """A call's arguments as a JSON object: they may stand as text in a string, and null is none; None if they are no object."""
-    if text.startswith('"'):
-        text = mended(json.loads(text)) or ""
-    text = "{}" if text == "null" else text
-    return text if text.startswith("{") else None
-
-
 class TextEnded(Exception):
     """More text is needed, and none will come."""
 
@@ -13203,39 +13088,16 @@ class NoCall(Exception):
     """The text only looks like a call."""
 
 
-class CallReader:
-    """Reads one section of calls from a parser's buffer, in the forms of its formats, with white space, order and extra keys
-    at will.
-
-    Text that certainly belongs to a call is dropped from the buffer as it is read; other text stays there. Each method reads
-    on at `at`, waits until there is enough text to tell, and raises NoCall if that does not fit.
-    """
+class Scanner:
+    """Reads pieces of text from a parser's buffer: each method reads on at `at`, waits until there is enough text to tell,
+    and raises NoCall if that does not fit."""
 
     BLANKS = re.compile(r"\s*")
-    NAME_CHAR = re.compile(r"[\w.-]")
-    PLAIN_KEY = re.compile(r'[^\n<>"/][^\n<>"]*')
 
-    def __init__(self, parser: ChatParser, formats: Seq[CallFormat], names: Iterable[str]) -> None:
-        self._parser, self._formats, self._names = parser, formats, frozenset(names)
+    def __init__(self, parser: ChatParser) -> None:
+        self._parser = parser
         self.at = self.furthest = 0  # how far the buffer has been read, now and in ways that did not fit
         self._header = 0  # from where on what is read counts as a call's header
-        self._name = self._id = ""  # of the call that is being read
-        self._early: str | None = None  # arguments that stood before the name
-        self._begun = False  # the client has been told of the call
-        self._rest: str | None = None  # of its arguments if it ends here; None where it cannot
-        self._found = False  # a call, at all
-
-    def read(self, marked: bool) -> Reading:
-        """True if calls were found; else the text, all of it still in the buffer, only looks like one. `marked`: nothing but
-        a call begins so."""
-        try:
-            yield from self._either(*(self._section(format, opens) for format in self._formats for opens in format.beginnings))
-        except TextEnded:
-            return self._end_of_text(marked)
-        except NoCall:  # in a call that has begun
-            pass
-        self._close()
-        return self._found
 
     def _either(self, *readings: Reading) -> Reading:
         """True if the text goes on in one of some ways; if not, it is read no further."""
@@ -13255,56 +13117,9 @@ class CallReader:
             raise TextEnded
         yield
 
-    def _end_of_text(self, marked: bool) -> bool:
-        """Drops the rest of a text that ends inside a section, if it certainly belongs to calls."""
-        cut = self._parser.reason != "stop"
-        if cut and self._name:
-            self._begin()
-        self._close()
-        if self._found or (cut and marked):
-            self._parser.drop(len(self._parser.buffer))
-        return self._found or (cut and marked)
-
-    # The call that is being read
-
-    def _named(self, name: str) -> None:
-        if name not in self._names:
-            raise NoCall
-        self._close()
-        self._name = name
-        self._tell()
-
-    def _begin(self) -> None:
-        if not self._begun:
-            self._parser.begin_call(self._id, self._name)
-            self._begun = self._found = True
-            self._id = ""
-        self._drop()
-
     def _drop(self) -> None:
         self._parser.drop(self.at)
         self.at = self._header = 0
-
-    def _tell(self) -> None:
-        """Tells arguments that are all there, once the name is too."""
-        if self._name and self._early is not None:
-            self._begin()
-            self._parser.write_arguments(self._early)
-
-    def _may_end(self, rest: str) -> None:
-        """Nothing must follow any more, though more may."""
-        self._begin()
-        self._rest = rest
-
-    def _close(self) -> None:
-        """Ends the call that was being read, if there is one."""
-        if self._rest is not None:
-            self._parser.write_arguments(self._rest)
-        elif self._begun:
-            self._parser.is_broken = True
-        self._begun, self._rest = False, None
-
-    # Pieces of text
 
     def _next(self, size: int) -> str:
         return self._parser.buffer[self.at : self.at + size]
@@ -13314,11 +13129,6 @@ class CallReader:
         if self.at - self._header > MAX_HEADER:
             self.at = self._header + MAX_HEADER
             raise NoCall
-
-    def _char(self) -> Reading:
-        while not self._next(1):
-            yield from self._more()
-        return self._next(1)
 
     def _blanks(self) -> Reading:
         """The next character that is no white space."""
@@ -13353,18 +13163,6 @@ class CallReader:
         self._advance(size + len(closes))
         return found
 
-    def _text(self, text: str) -> Reading:
-        """A format's text: any white space where it has some, and its open places up to the piece of text behind them."""
-        pieces = iter(MARKER.findall(text))
-        for piece in pieces:
-            if piece.isspace():
-                yield from self._blanks()
-            elif piece not in (ID, ANY):
-                yield from self._one_of([piece])
-            elif closes := next(pieces, ""):
-                found = yield from self._up_to(closes, 64)
-                self._id = found if piece == ID else self._id
-
     def _json(self, most: int = MAX_HEADER, told: JsonMender | None = None) -> Reading:
         """A JSON value, or what looks like one; `told`: the call's arguments, which are told as they come."""
         mender, until = told or JsonMender(), self.at + most
@@ -13389,12 +13187,91 @@ class CallReader:
             return found[0][1:-1]
         return json.loads((yield from self._json()))
 
+
+class CallReader(Scanner):
+    """Reads one section of calls in the forms of their formats, with white space, order and extra keys at will.
+
+    Text that certainly belongs to a call is dropped from the buffer as it is read; other text stays there.
+    """
+
+    PLAIN_KEY = re.compile(r'[^\n<>"/][^\n<>"]*')
+
+    def __init__(self, parser: ChatParser, formats: Seq[CallFormat], names: Iterable[str]) -> None:
+        super().__init__(parser)
+        self._formats, self._names = formats, frozenset(names)
+        self._name = self._id = ""  # of the call that is being read
+        self._early: str | None = None  # arguments that stood before the name
+        self._begun = False  # the client has been told of the call
+        self._rest: str | None = None  # of its arguments if it ends here; None where it cannot
+        self._found = False  # a call, at all
+
+    def read(self, marked: bool) -> Reading:
+        """True if calls were found; else the text, all of it still in the buffer, only looks like one. `marked`: nothing but
+        a call begins so."""
+        try:
+            yield from self._either(*(self._section(format, opens) for format in self._formats for opens in format.beginnings))
+        except TextEnded:
+            return self._end_of_text(marked)
+        except NoCall:  # in a call that has begun
+            pass
+        self._close()
+        return self._found
+
+    def _end_of_text(self, marked: bool) -> bool:
+        """Drops the rest of a text that ends inside a section, if it certainly belongs to calls."""
+        cut = self._parser.reason != "stop"
+        if cut and self._name:
+            self._begin()
+        self._close()
+        if self._found or (cut and marked):
+            self._parser.drop(len(self._parser.buffer))
+        return self._found or (cut and marked)
+
+    def _named(self, name: str) -> None:
+        if name not in self._names:
+            raise NoCall
+        self._close()
+        self._name = name
+        if self._early is not None:
+            self._begin()
+            self._parser.write_arguments(self._early)
+
+    def _begin(self) -> None:
+        if not self._begun:
+            self._parser.begin_call(self._id, self._name)
+            self._begun = self._found = True
+            self._id = ""
+        self._drop()
+
+    def _may_end(self, rest: str) -> None:
+        """Nothing must follow any more, though more may."""
+        self._begin()
+        self._rest = rest
+
+    def _close(self) -> None:
+        """Ends the call that was being read, if there is one."""
+        if self._rest is not None:
+            self._parser.write_arguments(self._rest)
+        elif self._begun:
+            self._parser.is_broken = True
+        self._begun, self._rest = False, None
+
+    def _text(self, text: str) -> Reading:
+        """A format's text: any white space where it has some, and its open places up to the piece of text behind them."""
+        pieces = iter(MARKER.findall(text))
+        for piece in pieces:
+            if piece.isspace():
+                yield from self._blanks()
+            elif piece not in (ID, ANY):
+                yield from self._one_of([piece])
+            elif closes := next(pieces, ""):
+                found = yield from self._up_to(closes, 64)
+                self._id = found if piece == ID else self._id
+
     def _key(self) -> Reading:
         key = yield from self._string()
         yield from self._behind_blanks(":")
         return key
-
-    # Calls
 
     def _section(self, format: CallFormat, opens: str) -> Reading:
         """Calls, each followed by pieces of its ending, then perhaps by the next one, with its marker or without."""
@@ -13426,7 +13303,8 @@ class CallReader:
 
     def _in_object(self, format: CallFormat, name_key: str, arguments_key: str) -> Reading:
         """A call as a JSON object, perhaps in a list: its name and its arguments, in either order, between other pairs."""
-        yield from self._either(self._behind_blanks("["))
+        if (yield from self._blanks()) == "[":
+            self._advance(1)
         yield from self._behind_blanks("{")
         if not name_key:
             self._named((yield from self._key()))
@@ -13455,7 +13333,9 @@ class CallReader:
     def _behind_name(self, format: CallFormat) -> Reading:
         """A call whose name stands by itself; without arguments there must be what ends it."""
         name = yield from self._one_of(self._names)
-        if self.NAME_CHAR.match((yield from self._char())):
+        while not (behind := self._next(1)):
+            yield from self._more()
+        if re.match(r"[\w.-]", behind):
             raise NoCall  # a longer name
         self._named(name)
         yield from self._text(format.named)
@@ -13481,11 +13361,15 @@ class CallReader:
         if mender or (first == "{" and self._name):
             self._begin()
             return (yield from self._json(sys.maxsize, mender or JsonMender()))
-        self._early = as_object((yield from self._json(MAX_EARLY))) if first in "{\"'nN" else None
-        if self._early is None:
+        text = yield from self._json(MAX_EARLY)
+        text = mended(json.loads(text)) or "" if text.startswith('"') else text  # they may stand in a string
+        if first not in "{\"'nN" or not (text == "null" or text.startswith("{")):
             raise NoCall
+        self._early = "{}" if text == "null" else text
         self._header += self.at - start
-        self._tell()
+        if self._name:
+            self._begin()
+            self._parser.write_arguments(self._early)
 
     def _argument(self, format: CallFormat, params: Params, separator: str) -> Reading:
         """One argument of those that stand one by one."""
@@ -13570,8 +13454,6 @@ class ChatParser(Parser):
         self._format, self._schemas, self._hidden = format, schemas, hidden
         openings = [mark for call in format.calls for mark in call.marks] if schemas else []
         self._openings = tuple(filter(None, openings))
-        self._marks = tuple(sorted({*self._openings, *format.drops}, key=len, reverse=True))
-        self._mark = re.compile("|".join(map(re.escape, self._marks)) or r"(?!)")
         self._unmarked = "" in openings  # Llama 3: an answer that is a call has no marker
         self._logprobs = Alignment(hidden)
         self.buffer = ""
@@ -13647,7 +13529,7 @@ class ChatParser(Parser):
     # From here on generators: each `yield` waits for more text
 
     def _answer(self) -> Reading:
-        if self._thinking or (yield from self._thought_begins(self._continued)):
+        if self._thinking or (not self._continued and (yield from self._thought_begins())):
             yield from self._thought()
         if self._unmarked and not self._continued:
             while not self.buffer.strip() and not self.reason:
@@ -13656,11 +13538,25 @@ class ChatParser(Parser):
         while self.buffer or not self.reason:
             yield from self._content()
 
-    def _thought_begins(self, begun: bool = False) -> Reading:
-        """Whether a thought's opening marker comes next, where nothing else has `begun`; takes that and the white space
-        before it."""
+    def _up_to(self, marks: Seq[str], tell: Callable[[str], None]) -> Reading:
+        """Tells text up to the first of some marks, which it returns; "" at the end of the text."""
+        mark = re.compile("|".join(map(re.escape, sorted(marks, key=len, reverse=True))) or r"(?!)")
+        while True:
+            found = mark.search(self.buffer)
+            held = held_back(self.buffer, marks) if not self.reason or self._drops_a_cut_mark else 0
+            if found and not self.reason and found.start() >= len(self.buffer) - held:
+                found = None  # it may become a longer one
+            if text := self._take(found.start() if found else len(self.buffer) - held):
+                tell(text)
+            if found or self.reason:
+                self.drop(0 if found else held)
+                return found[0] if found else ""
+            yield
+
+    def _thought_begins(self) -> Reading:
+        """Whether a thought's opening marker comes next; takes that and the white space before it."""
         opens, closes = self._format.thought
-        while not begun:
+        while True:
             first = self.buffer.lstrip()
             found = next((m for m in (opens, closes) if first.startswith(m)), "")
             if found:
@@ -13670,9 +13566,8 @@ class ChatParser(Parser):
             is_half = any(m.startswith(first) for m in self._format.thought)
             if self.reason or not is_half:
                 self.drop(len(self.buffer) if is_half and self._drops_a_cut_mark else 0)
-                break
+                return False
             yield
-        return False
 
     def _thought(self) -> Reading:
         """A thought up to its closing marker, without the line breaks before it."""
@@ -13681,19 +13576,11 @@ class ChatParser(Parser):
         while not self.buffer.strip("\n") and not self.reason:
             yield
         self._take(len(self.buffer) - len(self.buffer.lstrip("\n")))  # a token may go on with text
-        while True:
-            marks = (closes, *(() if self.calls else self._openings))
-            at, mark = min(((at, mark) for mark in marks if (at := self.buffer.find(mark)) >= 0), default=(-1, ""))
-            size = at if at >= 0 else len(self.buffer) - (0 if self.reason else held_back(self.buffer, marks))
-            if size:
-                self._emit(Thought(self.index, self._take(size)))
+        marks = (closes, *(() if self.calls else self._openings))
+        while mark := (yield from self._up_to(marks, lambda text: self._emit(Thought(self.index, text)))):
             if mark == closes:
-                self.drop(len(closes))
-            if mark == closes or (self.reason and not mark):
-                return
-            if not mark:
-                yield
-            elif (yield from self._call_in_thought()):
+                return self.drop(len(closes))
+            if (yield from self._call_in_thought()):
                 return
 
     def _call_in_thought(self) -> Reading:
@@ -13722,18 +13609,8 @@ class ChatParser(Parser):
 
     def _content(self) -> Reading:
         """Content up to the next marker, and the call that it begins."""
-        found = self._mark.search(self.buffer)
-        at, mark = (found.start(), found[0]) if found else (-1, "")
-        held = held_back(self.buffer, self._marks) if not self.reason or self._drops_a_cut_mark else 0
-        if at < 0 or (at >= len(self.buffer) - held and not self.reason):  # none yet, or one that may become a longer one
-            self._say(self._take(len(self.buffer) - held))
-            if self.reason:
-                self.drop(held)
-            else:
-                yield
-            return
-        self._say(self._take(at))
-        if mark in self._openings and ((yield from self._call(mark)) or mark not in self._format.drops):
+        mark = yield from self._up_to((*self._openings, *self._format.drops), self._say)
+        if not mark or (mark in self._openings and ((yield from self._call(mark)) or mark not in self._format.drops)):
             return
         self.drop(len(mark))
         self._trim = self._trim or not self._begun
@@ -13782,8 +13659,8 @@ def held_back(buffer: str, marks: Iterable[str]) -> int:
 
 # ── D.1. Automata ─────────────────────────────────────────────────────────────────────────────────────────────────────
 # A grammar's symbols, and the states of all readings of a text, made as they are met: which bytes may come next.
-# Offers: Symbol and its kinds (Word, OneChar, AnyOf, InOrder, Repeated, word), Automaton, State, read_ahead, TURN, Gate, NotYet.
-# Uses: nothing.
+# Offers: Symbol and its kinds (Word, OneChar, AnyOf, InOrder, Repeated, word), numeral, written, Automaton, State, read_ahead,
+# bytes_of, TURN, Gate, NotYet. Uses: nothing.
 
 
 class Symbol:
@@ -14192,8 +14069,7 @@ class Automaton:
 
 # ── D.2. Patterns ─────────────────────────────────────────────────────────────────────────────────────────────────────
 # Regular expressions and GBNF grammars, read into symbols.
-# Offers: read_pattern, read_gbnf, Gbnf, token_names; ranges of characters (merged, others).
-# Uses: the symbols of D.1.
+# Offers: read_pattern, read_gbnf, Gbnf, token_names; ranges of characters (merged, others, touching). Uses: D.1's symbols.
 
 Ranges = tuple[tuple[int, int], ...]  # code points, first and last, ascending and apart
 EVERY_CHAR: Ranges = ((0, 0xD7FF), (0xE000, 0x10FFFF))
@@ -15411,10 +15287,7 @@ def exponent_within(low: Bound | None, high: Bound | None) -> Symbol | None:
                        for sign, low, high in spans for count in (1, 2, 3) if low <= min(high, 10**count - 1)))  # fmt: skip
 
 
-@functools.lru_cache(maxsize=1000)
-def number_machine(shape: NumberShape, exponents: bool) -> NumberMachine:
-    """The machine of a shape that excludes nothing, made once. Raises InvalidRequest naming what cannot be honoured."""
-    return NumberMachine(shape, exponents)
+number_machine = functools.lru_cache(maxsize=1000)(NumberMachine)  # of shapes that exclude nothing
 
 
 @functools.lru_cache(maxsize=1000)
@@ -16441,7 +16314,7 @@ FREE: Shapes = (NumberShape(), StringShape(), ArrayShape(), ObjectShape())
 
 # ── E.3. Grammars ─────────────────────────────────────────────────────────────────────────────────────────────────────
 # A schema's documents as symbols that open as a text reaches them, and calls of functions.
-# Offers: json_symbol, read_json, read_soon, CallsGrammar, anything_but. Uses: D.1's automata, E.2's shapes, C's CallFormat.
+# Offers: json_symbol, read_json, read_soon, calls_symbol, anything_but. Uses: D.1's automata, E.2's shapes, C's CallFormat.
 
 
 @dataclass(frozen=True)
@@ -16961,29 +16834,24 @@ def format_text(text: str) -> Symbol:
     return InOrder(tuple(LEFT_OPEN.get(piece) or word(piece) for piece in re.split(f"([{ID}{ANY}])", text) if piece))
 
 
-class CallsGrammar:
-    """Calls of the offered functions as their model writes them. Raises InvalidRequest where a schema cannot be."""
+def calls_symbol(format: CallFormat, tools: Seq[dict[str, Any]], opened: str, many: bool) -> Symbol:
+    """One call or several of the offered functions as their model writes them; `opened`, the first one's beginning, stands
+    there already. Raises InvalidRequest where a schema cannot be."""
+    call = AnyOf(tuple(one_call(format, f"tools[{i}].function.parameters", t["function"]) for i, t in enumerate(tools)))
+    first, again = (o + format.head for o in (format.opens.lstrip(), format.again))
+    behind = Repeated(InOrder((format_text(again), call)), 0, 7 if many and format.again else 0)
+    return InOrder((format_text(first.removeprefix(opened)), call, behind, format_text(format.closes.rstrip())))
 
-    def __init__(self, format: CallFormat, tools: Seq[dict[str, Any]]) -> None:
-        self._format = format
-        self._call = AnyOf(tuple(self._one(f"tools[{i}].function.parameters", t["function"]) for i, t in enumerate(tools)))
 
-    def symbol(self, opened: str, many: bool) -> Symbol:
-        """One call or several; `opened`, the first one's beginning, stands there already."""
-        first, again = (o + self._format.head for o in (self._format.opens.lstrip(), self._format.again))
-        more = 7 if many and self._format.again else 0
-        behind = Repeated(InOrder((format_text(again), self._call)), 0, more)
-        return InOrder((format_text(first.removeprefix(opened)), self._call, behind, format_text(self._format.closes.rstrip())))
-
-    def _one(self, where: str, function: dict[str, Any]) -> Symbol:
-        schema = function.get("parameters") or {}
-        schema = schema if "type" in schema or "properties" in schema else {"type": "object", **schema}
-        name = function["name"] if self._format.keys is None else json.dumps(function["name"], ensure_ascii=False)[1:-1]
-        params = self._format.params
-        text = json.dumps(schema)
-        arguments = ArgumentList(text, where, params) if params else Json(text, where)
-        read_soon(arguments)
-        return InOrder((word(name), format_text(self._format.named), arguments))
+def one_call(format: CallFormat, where: str, function: dict[str, Any]) -> Symbol:
+    """A function's name and arguments."""
+    schema = function.get("parameters") or {}
+    schema = schema if "type" in schema or "properties" in schema else {"type": "object", **schema}
+    name = function["name"] if format.keys is None else json.dumps(function["name"], ensure_ascii=False)[1:-1]
+    text = json.dumps(schema)
+    arguments = ArgumentList(text, where, format.params) if format.params else Json(text, where)
+    read_soon(arguments)
+    return InOrder((word(name), format_text(format.named), arguments))
 
 
 class SchemaStructure(SchemaReader):
@@ -17014,7 +16882,8 @@ def argument_types(text: str, key: str) -> int:
     shapes, found = SchemaShapes("parameters", json.loads(text)), 0
     with contextlib.suppress(InvalidRequest, RecursionError):
         for shape in object_shapes(shapes):
-            for node in values_of(shape, key):
+            named = [prop.node for prop in shape.named if prop.name == key]
+            for node in named or [node for names, node in shape.unnamed if string_fits(names, key)][:1]:
                 found |= types_of(shapes.choice(node))
     return found or SchemaReader.EVERY_TYPE
 
@@ -17025,23 +16894,15 @@ def object_shapes(shapes: SchemaShapes) -> list[ObjectShape]:
     return [shape for shape in shapes.choice(root) if isinstance(shape, ObjectShape)]
 
 
-def values_of(shape: ObjectShape, name: str) -> Iterator[Node]:
-    """The schema of the property of this name, if an object may have it."""
-    named = [prop.node for prop in shape.named if prop.name == name]
-    yield from named or [node for names, node in shape.unnamed if string_fits(names, name)][:1]
-
-
 def types_of(shapes: Shapes) -> int:
     """The types of values of these shapes, as SchemaReader's bits."""
-    return functools.reduce(operator.or_, map(_types_of, shapes), 0)
-
-
-def _types_of(shape: Shape) -> int:
-    if isinstance(shape, Constant):
-        return type_bit(json.loads(shape.text))
-    if isinstance(shape, NumberShape):
-        return SchemaReader.TYPES["integer" if shape.whole else "number"]
-    return SchemaReader.TYPES[{StringShape: "string", ArrayShape: "array"}.get(type(shape), "object")]
+    found, kinds = 0, {NumberShape: "number", StringShape: "string", ArrayShape: "array", ObjectShape: "object"}
+    for shape in shapes:
+        if isinstance(shape, Constant):
+            found |= type_bit(json.loads(shape.text))
+        else:
+            found |= SchemaReader.TYPES["integer" if isinstance(shape, NumberShape) and shape.whole else kinds[type(shape)]]
+    return found
 
 
 @dataclass(frozen=True)
@@ -17503,17 +17364,14 @@ class Hub:
 
     def get(self, url: str, headers: Mapping[str, str]) -> Generator[Fetching, None, http.client.HTTPResponse]:
         """The answer, behind redirects, once a server is not busy, whatever its status. Raises ConnectionLost, PullFailed."""
-        pauses = iter(PULL_RETRY_SECONDS)
-        while True:
+        for usual in (*PULL_RETRY_SECONDS, math.inf):
             response = self._follow(url, headers)
-            if response.status not in self.BUSY:
-                return response
-            pause = next(pauses, math.inf)
-            pause = pause if math.isinf(pause) else retry_after(response.headers) or pause
-            if pause > MAX_RETRY_AFTER:
-                return response
+            pause = usual if math.isinf(usual) else retry_after(response.headers) or usual
+            if response.status not in self.BUSY or pause > MAX_RETRY_AFTER:
+                break
             response.close()
             yield from self.wait(pause, f"{printable(urllib.parse.urlsplit(url).netloc)} is busy ({response.status})")
+        return response
 
     def _follow(self, url: str, headers: Mapping[str, str]) -> http.client.HTTPResponse:
         for _ in range(MAX_REDIRECTS):
@@ -17665,7 +17523,11 @@ class Download:
             if not target.holds(size):
                 with open(target.partial, "a+b", buffering=0) as part:
                     yield from self._complete(part)
-                self._check()
+                if self._file.digest and self._hash.hexdigest() != self._file.digest:
+                    os.remove(target.partial)
+                    what = "SHA-256" if len(self._file.digest) == 64 else "checksum"
+                    wrong = f"its {what} is wrong, so it was removed; pull it again"
+                    raise PullFailed(message=f"{printable(self._file.name)}: {wrong}")
                 os.replace(target.partial, target.blob)
             target.link()
         self._have = size
@@ -17682,16 +17544,14 @@ class Download:
             before = self._have
             try:
                 yield from self._receive(part)
-                continue
             except ConnectionLost as lost:
-                why = str(lost)
-            pauses = iter(PULL_RETRY_SECONDS) if self._have > before else pauses
-            pause = next(pauses, None)
-            if pause is None:
-                left = f"; {human_bytes(self._have)} of {human_bytes(self._file.size)} are here, pull again to go on"
-                raise PullFailed(message=f"{printable(self._file.name)}: {why}{left}")
-            yield Fetching(f"{why}: going on in {pause:.0f} s", self._file.digest, self._have, self._file.size)
-            self._hub.pause(pause)
+                pauses = iter(PULL_RETRY_SECONDS) if self._have > before else pauses
+                pause = next(pauses, None)
+                if pause is None:
+                    left = f"; {human_bytes(self._have)} of {human_bytes(self._file.size)} are here, pull again to go on"
+                    raise PullFailed(message=f"{printable(self._file.name)}: {lost}{left}") from None
+                yield Fetching(f"{lost}: going on in {pause:.0f} s", self._file.digest, self._have, self._file.size)
+                self._hub.pause(pause)
 
     def _restart(self, part: BinaryIO) -> None:
         part.truncate(0)
@@ -17752,13 +17612,6 @@ class Download:
         if length is not None and length.strip() != str(self._file.size - self._have):
             told = f"the server sends {printable(length, 20)} bytes, not {self._file.size - self._have}"
             raise PullFailed(message=f"{printable(self._file.name)}: {told}")
-
-    def _check(self) -> None:
-        """Raises PullFailed, and removes what came, if it is not what the hub has."""
-        if self._file.digest and self._hash.hexdigest() != self._file.digest:
-            os.remove(self._target.partial)
-            what = "SHA-256" if len(self._file.digest) == 64 else "checksum"
-            raise PullFailed(message=f"{printable(self._file.name)}: its {what} is wrong, so it was removed; pull it again")
 
 
 @dataclass(frozen=True)

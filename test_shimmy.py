@@ -80,7 +80,6 @@ from shimmy import (
     TURN,
     Automaton,
     CallFormat,
-    CallsGrammar,
     Cancellation,
     Catalog,
     GenerationFailed,
@@ -94,6 +93,7 @@ from shimmy import (
     TableOptions,
     Watcher,
     bytes_of,
+    calls_symbol,
     number_fits,
     number_symbol,
     read_ahead,
@@ -2785,7 +2785,7 @@ def test_hostile_chat_template_is_its_requests_error_and_nobody_elses(name: str,
 
 
 def test_template_whose_process_gets_no_time_is_the_machines_fault(serve: Callable[..., Server], tmp_path: Path) -> None:
-    script = altered(tmp_path, ("HELPER_SECONDS = 1.5 ", "HELPER_SECONDS = 0.2 "), ("= _outcome_of(task)", "= time.sleep(60)"))
+    script = altered(tmp_path, ("HELPER_SECONDS = 1.5 ", "HELPER_SECONDS = 0.2 "), ("= outcome_of(task)", "= time.sleep(60)"))
     write_recital(tmp_path / "starved.gguf")
     own = serve("--models-dir", tmp_path, "--model", "starved", script=script)
     refused = own.chat("hi", "starved")
@@ -3163,7 +3163,7 @@ def check_forced(source: str) -> None:
     """What the grammar of forced calls writes in a template's form comes back, in any cutting, and fits its schema."""
     format, pick = derived_once(source), random.Random(1)
     tools = [{"type": "function", "function": {"name": name, "parameters": REFERRING}} for name in NAMES]
-    start = Automaton(read_ahead(CallsGrammar(format.calls[0], tools).symbol("", True))).start
+    start = Automaton(read_ahead(calls_symbol(format.calls[0], tools, "", True))).start
     for _ in range(10):
         state, data = start, b""
         while state.bits and len(data) < 2000 and not (state.ends and pick.random() < 0.5):
@@ -3798,8 +3798,8 @@ def test_forced_calls_hold(box: Any, name: str, choice: str) -> None:
     answers = collected(box.generate(forced, module.Cancellation()))
     for index, written in answers.items():
         parser = talk.parser(request, prompt[-1:], index)
-        (choice_made,) = collected([*parser.push(written.text), *parser.finish(written.finish_reason)]).values()
-        assert choice_made.finish_reason == "tool_calls" and choice_made.text == "", written.text
+        (choice_made,) = collected([*parser.push(written.said("text")), *parser.finish(written.finish_reason)]).values()
+        assert choice_made.finish_reason == "tool_calls" and choice_made.said("text") == "", written.said("text")
         [call] = choice_made.calls
         assert call.name == "add" or choice == "required"
         assert {"get_weather": {"city", "unit"}, "add": {"a"}}[call.name] <= set(json.loads(call.text))
@@ -3827,7 +3827,7 @@ def test_special_tokens_are_found_in_time_linear_in_the_text() -> None:
     """Gemma 3 names 6,000 tokens `<unused…>`: an alternation of them all took 5 s for this text."""
     names = module.SpecialNames([f"<unused{i}>" for i in range(6000)] + ["<bos>", "[INST]"])
     began = time.monotonic()
-    assert not names.found_in("<unused" * 32_000)
+    assert not list(names.spans("<unused" * 32_000))
     assert names.split("a<unused77>b<bos>", "|") == "a<|unused77>b<|bos>"
     assert time.monotonic() - began < 2
 
@@ -3965,7 +3965,7 @@ CHILDS_MESSAGES = [
     module.Stepped((module.Piece(3, "é\n", (module.TokenLogprob(b"\xc3", -math.inf, (b"a", b"\xff"), (-0.5, -1.0)),), 1),
                     module.Vectors(4, (b"\0" * 9, b"")), module.Tokens(5, (1, 2), ()),
                     module.Finished(3, "stop", 1, 2, 0, 0.1, 0.2), module.Failed(6, "server_error", "d", None, (1, 2))), 2, 7),
-    module.Outcome(module.ChatFormat(), None), module.Outcome("text"), module.Outcome(None, "error"),
+    module.ChatFormat(),
 ]  # fmt: skip
 
 
@@ -4477,7 +4477,10 @@ def test_search_in_a_string_goes_on_in_the_next_turn(short_turn):
 
 def test_elements_that_must_differ_are_looked_at_within_turns(short_turn):
     schema = {"type": "array", "uniqueItems": True, "items": {"type": "array", "items": {"enum": list(range(20))}, "minItems": 2}}
-    here, turns = asked_again(begin(schema), b"[[1, 2], [1")
+    TURN.begin(math.inf)
+    start = begin(schema)
+    TURN.begin(0.0)
+    here, turns = asked_again(start, b"[[1, 2], [1")
     assert turns > 1 and here.bits
 
 
@@ -5542,7 +5545,7 @@ TAGS = CallFormat("<call>", "\n", "</call>", params=Params("<p=", ">", "</p>"))
 def written(parameters, seed):
     """A call as a random walk through its grammar writes it, at most 300 bytes of it."""
     tools = [{"type": "function", "function": {"name": "f", "parameters": parameters}}]
-    state, text, chance = Automaton(read_ahead(CallsGrammar(TAGS, tools).symbol("", False))).start, b"", random.Random(seed)
+    state, text, chance = Automaton(read_ahead(calls_symbol(TAGS, tools, "", False))).start, b"", random.Random(seed)
     while state.bits and len(text) < 300:
         text += bytes([chance.choice(list(bytes_of(state.bits)))])
         state = state.read(text[-1:])
@@ -5991,19 +5994,13 @@ def test_calculator_knows_pi_and_functions(server: Server) -> None:
     ["1/0", "", "2 +", "__import__('os')", "().__class__", "(1).real", "[1 for _ in 'ab']", "lambda: 1", "x", "'a' * 9",
      "open('/etc/passwd')", "9**9**9", "10**1000000", "factorial(10**6)", "1e308 * 10", "1 << 10**9", "sqrt(-1)",
      "pow(9, 10**9)", "comb(10**6, 5 * 10**5)", "(a := 1)", "'a'.join(['b'])", "f'{1}'", "1; 2",
-     "(-8) ** 0.5", "2 ** 500000", "factorial(-1)"],
+     "(-8) ** 0.5", "2 ** 500000", "factorial(-1)", "round(5, -3000000)", "round(1.5, 10**9)"],
     ids=lambda expression: expression or "nothing",
 )  # fmt: skip
 def test_calculator_rejects(expression: str, server: Server) -> None:
     reply = execute(server, "calculator", expression)
     if expression or reply.status != 400:
         assert_tool_failed(reply)
-
-
-@pytest.mark.parametrize("expression", ["round(5, -3000000)", "round(1.5, 10**9)", "2**100000", "9**9**9"])
-def test_calculator_rejects_expensive_expressions(expression: str, server: Server) -> None:
-    reply = server.post("/api/tools/calculator/execute", {"expression": expression})
-    assert reply.status == 200 and reply.json()["success"] is False
 
 
 @pytest.mark.parametrize("long", ["parentheses", "sum", "minuses", "digits"])
@@ -7702,7 +7699,7 @@ def test_long_prompt_does_not_freeze_a_running_stream(server: Server) -> None:
         done = threading.Event()
 
         def newcomer() -> None:
-            assert server.generate("z" * 40_000 + ":", max_tokens=1).status == 200  # no other test sends z, so nothing is cached
+            assert server.generate("z" * 15_000 + ":", max_tokens=1).status == 200  # no other test sends z, so nothing is cached
             done.set()
 
         thread = threading.Thread(target=newcomer)
@@ -7716,8 +7713,8 @@ def test_long_prompt_does_not_freeze_a_running_stream(server: Server) -> None:
 
 
 def test_every_choice_finishes_when_some_start_before_the_last_is_queued(server: Server) -> None:
-    prompts = [":", "x" * 20_000 + ":", ":", "y" * 20_000 + ":"]
-    for _ in range(3):
+    prompts = [":", "x" * 9_000 + ":", ":", "y" * 9_000 + ":"]
+    for _ in range(2):
         stream = server.streamed("/v1/completions", {"model": "recital", "prompt": prompts, "n": 2, "max_tokens": 3})
         assert sum(e["choices"][0]["finish_reason"] is not None for e in stream if e != "[DONE]") == 8
 
@@ -9450,25 +9447,6 @@ def test_completions_stream_ends_with_usage_on_request(server: Server) -> None:
     assert usage["choices"] == [] and usage["usage"]["prompt_tokens"] == 2 and done == "[DONE]"
 
 
-def test_stream_of_a_model_that_loads_slowly_shows_signs_of_life(serve: Callable[..., Server], tmp_path: Path) -> None:
-    script = altered(
-        tmp_path,
-        ("PING_SECONDS = 15.0", "PING_SECONDS = 0.2"),
-        ("        llama = Llama(load, progress)", "        time.sleep(2)\n        llama = Llama(load, progress)"),
-    )
-    folder = tmp_path / "models"
-    folder.mkdir()
-    write_recital(folder / "recital.gguf")
-    server = serve("--models-dir", folder, script=script)
-    with contextlib.closing(server.connect()) as connection:
-        connection.request("POST", "/v1/completions", encoded({"model": "recital", "prompt": ":", "stream": True}))
-        response = connection.getresponse()
-        assert response.status == 200
-        lines = [line for line in response if line.strip()]
-    assert lines.count(b": waiting\n") >= 3
-    assert lines[-1] == b"data: [DONE]\n"
-
-
 def test_completion_echo_begins_with_the_prompt(server: Server) -> None:
     body = {"model": "recital", "prompt": [":", "S"], "echo": True}
     texts = [c["text"] for c in server.post("/v1/completions", body).json()["choices"]]
@@ -9655,7 +9633,6 @@ def test_chat_with_a_builtin_tool_that_is_not_there_names_those_that_are(name: A
 
 
 NAMED = {"type": "function", "function": {"name": "get_weather"}}
-JSON_OBJECT = {"response_format": {"type": "json_object"}}
 
 
 @cases(
@@ -10863,36 +10840,54 @@ def test_head_of_the_root_is_200_without_a_key(guarded: Server) -> None:
     assert guarded.request("HEAD", "/").status == 200
 
 
-@pytest.mark.parametrize(("path", "sign"), [("/v1/messages", "ping"), ("/v1/responses", "response.in_progress")])
-def test_silence_is_broken_by_events(path: str, sign: str, serve: Callable[..., Server], tmp_path: Path) -> None:
-    load = '        pulse.begin("load")\n        llama ='
-    script = altered(tmp_path, ("PING_SECONDS = 15.0", "PING_SECONDS = 0.2"), (load, "        time.sleep(2)\n" + load))
-    folder = tmp_path / "models"
-    folder.mkdir()
-    write_recital(folder / "recital.gguf")
-    server = serve("--models-dir", folder, script=script)
-    stream = named(server, path, claude() | respond())
-    kinds = [d["type"] for d in stream]
-    assert kinds.count(sign) >= 3 and kinds[-1] in ("message_stop", "response.completed")
-    if path == "/v1/responses":
-        assert kinds[0] == "response.created" and kinds.count("response.created") == 1
-        assert [d["sequence_number"] for d in stream] == list(range(len(stream)))
+def test_silence_while_a_model_loads_is_broken_in_each_dialects_way(serve: Callable[..., Server], tmp_path: Path) -> None:
+    load = "        llama = Llama(load, progress)"
+    script = altered(tmp_path, ("PING_SECONDS = 15.0", "PING_SECONDS = 0.2"), (load, f"        time.sleep(2)\n{load}"))
+    (tmp_path / "models").mkdir()
+    write_recital(tmp_path / "models" / "recital.gguf")
+    server = serve("--models-dir", tmp_path / "models", script=script)
+    chat = {"model": "recital", "messages": [{"role": "user", "content": "hi"}]}
+    with ThreadPoolExecutor() as pool:
+        plain = pool.submit(server.post, "/v1/completions", {"model": "recital", "prompt": ":", "stream": True})
+        claudes = pool.submit(named, server, "/v1/messages", claude())
+        responses = pool.submit(named, server, "/v1/responses", respond())
+        ollamas = pool.submit(server.post, "/api/chat", chat)
+    assert plain.result().body.count(b": waiting\n") >= 3 and plain.result().body.endswith(b"data: [DONE]\n\n")
+    pings = [d["type"] for d in claudes.result()]
+    assert pings.count("ping") >= 3 and pings[-1] == "message_stop"
+    kinds = [d["type"] for d in responses.result()]
+    assert kinds.count("response.in_progress") >= 3 and kinds[-1] == "response.completed"
+    assert kinds[0] == "response.created" and kinds.count("response.created") == 1
+    assert [d["sequence_number"] for d in responses.result()] == list(range(len(kinds)))
+    assert ollamas.result().body.startswith(b"   ")
+    lines = map(json.loads, ollamas.result().body.splitlines())
+    assert "".join(line["message"]["content"] for line in lines) == "Hello wide world"
+
+
+def is_ollamas_break(last: dict[str, Any]) -> bool:
+    return list(last) == ["error"] and "engine process ended" in last["error"]
+
+
+BREAKS: dict[str, Callable[[dict[str, Any]], bool]] = {  # the last document of a stream that breaks off
+    "messages": lambda last: (last["type"], last["error"]["code"]) == ("error", "generation_failed"),
+    "responses": lambda last: (last["type"], last["response"]["error"]["code"]) == ("response.failed", "generation_failed"),
+    "ollama chat": is_ollamas_break, "ollama generate": is_ollamas_break,
+    "llama-server": lambda last: (last["error"]["code"], last["error"]["type"]) == (500, "server_error"),
+}  # fmt: skip
 
 
 @linux
-@pytest.mark.parametrize(("path", "last"), [("/v1/messages", "error"), ("/v1/responses", "response.failed")])
-def test_stream_that_breaks_off_ends_with_the_dialects_error(
-    path: str, last: str, serve: Callable[..., Server], models: Path
-) -> None:
+def test_stream_that_breaks_off_ends_with_the_dialects_error(serve: Callable[..., Server], models: Path) -> None:
     server = serve("--models-dir", models, "--ctx", str(LONG_CTX))
-    with server.stream(path, claude("forever") | respond("forever") | {"max_tokens": LONG_CTX}) as stream:
-        seen = [next(stream) for _ in range(8)]
-        os.kill(server.engine("recital.gguf"), signal.SIGKILL)
-        seen += stream
-    assert seen[-1]["type"] == last
-    assert not {"message_stop", "message_delta", "response.completed"} & {d["type"] for d in seen}
-    error = seen[-1]["error"] if last == "error" else seen[-1]["response"]["error"]
-    assert error["code"] == "generation_failed"
+    for name, is_told in BREAKS.items():
+        with contextlib.closing(server.connect()) as connection:
+            connection.request("POST", TONGUES[name].path, encoded(TONGUES[name].body()))
+            response = connection.getresponse()
+            begun = b"".join(response.readline() for _ in range(20))
+            os.kill(server.engine("recital.gguf"), signal.SIGKILL)
+            body = begun + response.read()
+        assert is_told(last_document(body)), body[-1000:]
+        assert not re.search(rb"message_stop|message_delta|response\.completed", body)
 
 
 # OpenAI's Responses
@@ -11482,11 +11477,14 @@ def test_token_ids_of_another_vocabulary_are_refused(embedding: Server, model: s
     assert (error["param"], error["type"]) == ("input", "invalid_request_error")
 
 
-def test_base64_holds_the_same_numbers(embedding: Server) -> None:
+def test_base64_holds_the_same_numbers_and_those_are_short(embedding: Server) -> None:
     texts = [words(1, 2), words(3)]
     packed = embed(embedding, texts, encoding_format="base64").json()["data"]
     unpacked = np.array([np.frombuffer(base64.b64decode(d["embedding"]), "<f4") for d in packed])
-    assert (unpacked == vectors(embed(embedding, texts)).astype(np.float32)).all()
+    reply = embed(embedding, texts)
+    assert (unpacked == vectors(reply).astype(np.float32)).all()
+    numbers = reply.json()["data"][0]["embedding"]
+    assert max(len(repr(number).lstrip("-").replace("0.", "").split("e")[0].lstrip("0")) for number in numbers) <= 10
 
 
 def test_openai_client_reads_vectors(embedding: Server) -> None:
@@ -12016,14 +12014,6 @@ def test_ollama_version_is_one_that_clients_accept(server: Server) -> None:
     assert tuple(map(int, server.get("/api/version").json()["version"].split("."))) >= (0, 13, 4)  # what Codex asks for
 
 
-def test_embeddings_as_numbers_are_short_and_exact(server: Server) -> None:
-    body = {"model": "dice", "input": "thin"}
-    numbers = server.post("/v1/embeddings", body).json()["data"][0]["embedding"]
-    packed = base64.b64decode(server.post("/v1/embeddings", {**body, "encoding_format": "base64"}).json()["data"][0]["embedding"])
-    assert np.array_equal(np.array(numbers, np.float32), np.frombuffer(packed, np.float32))
-    assert max(len(repr(number).lstrip("-").replace("0.", "").split("e")[0].lstrip("0")) for number in numbers) <= 10
-
-
 def test_ollama_embed_gives_normalised_vectors(server: Server) -> None:
     reply = server.post("/api/embed", {"model": "dice", "input": ["in the", "thin"]}).json()
     assert [round(math.hypot(*v), 3) for v in reply["embeddings"]] == [1.0, 1.0]
@@ -12054,15 +12044,6 @@ def test_ollama_embeds_an_empty_text_among_others(server: Server) -> None:
 def test_ollamas_routes_that_are_not_served_answer_in_its_shape(path: str, server: Server) -> None:
     assert_ollama_error(server.post(path, {}), 404, "No route matches")
     assert_error(server.post("/api/nowhere", {}), 404, "not_found")
-
-
-def test_slots_of_no_model_are_no_reason_to_stay_away(serve: Callable[..., Server], models: Path) -> None:
-    """Only the next request would load one."""
-    own = serve("--models-dir", models)
-    assert own.get("/slots?fail_on_no_slot=1").json() == []
-    assert {"slots_idle": 0, "slots_processing": 0}.items() <= own.get("/health").json().items()
-    own.load("recital")
-    assert own.get("/health").json()["slots_idle"] == len(own.get("/slots?fail_on_no_slot=1").json()) == 8
 
 
 def test_ollama_tells_how_many_tokens_were_cached(server: Server) -> None:
@@ -12140,34 +12121,6 @@ def test_ollama_wrong_options_are_refused_by_name(server: Server, name: str) -> 
     for value in values:
         body = {"model": "recital", "prompt": "hi", "options": {"num_predict": 1, name: value}}
         assert_ollama_error(server.post("/api/generate", body), 400, name)
-
-
-@linux
-@cases("path,body", {"chat": ("/api/chat", {"messages": [{"role": "user", "content": "forever"}]}),
-                     "generate": ("/api/generate", {"prompt": "#", "raw": True})})  # fmt: skip
-def test_ollama_stream_that_breaks_off_ends_with_an_error_line(
-    serve: Callable[..., Server], models: Path, path: str, body: dict[str, Any]
-) -> None:
-    server = serve("--models-dir", models, "--ctx", str(LONG_CTX))
-    with contextlib.closing(server.connect()) as connection:
-        connection.request("POST", path, encoded({"model": "recital", **body}))
-        response = connection.getresponse()
-        assert json.loads(response.readline())["done"] is False
-        os.kill(server.engine("recital.gguf"), signal.SIGKILL)
-        *_, last = response.read().splitlines()
-    assert list(json.loads(last)) == ["error"] and "engine process ended" in json.loads(last)["error"]
-
-
-def test_ollama_silence_is_filled_with_spaces(serve: Callable[..., Server], models: Path, tmp_path: Path) -> None:
-    slow = altered(
-        tmp_path, ("PING_SECONDS = 15.0", "PING_SECONDS = 0.1"),
-        ('self.tokenizing.begin("tokenize")', 'time.sleep(1.0); self.tokenizing.begin("tokenize")'),
-    )  # fmt: skip
-    server = serve("--models-dir", models, script=slow)
-    server.load("recital")
-    reply = server.post("/api/chat", {"model": "recital", "messages": [{"role": "user", "content": "hi"}]})
-    assert reply.body.startswith(b"    ")
-    assert "".join(json.loads(line)["message"]["content"] for line in reply.body.splitlines()) == "Hello wide world"
 
 
 # Its own routes, as editors call them.
@@ -12257,11 +12210,6 @@ def test_completion_gives_only_the_fields_asked_for(server: Server, fields: list
     assert server.post("/completion", {"prompt": ":", "n_predict": 1, "response_fields": fields}).json() == document
 
 
-def test_completion_tells_probabilities(server: Server) -> None:
-    (first, *_) = server.post("/completion", {"prompt": ":", "n_probs": 3}).json()["completion_probabilities"]
-    assert first["token"] == "Hello" and len(first["top_logprobs"]) == 3
-
-
 def test_completion_ends_when_its_time_is_over(serve: Callable[..., Server], tmp_path: Path) -> None:
     tokens = ["\ntock▁" if t == "tock▁" else t for t in VOCABULARY]
     write_recital(tmp_path / "own" / "ticks.gguf", tokens=tokens)
@@ -12280,6 +12228,7 @@ def test_completion_tells_its_tokens(server: Server) -> None:
     assert [id for piece in pieces for id in piece["tokens"]] == document["tokens"]
     (first, *_) = server.post("/completion", {"prompt": ":", "n_probs": 2}).json()["completion_probabilities"]
     assert first["id"] == ids[0] == first["top_logprobs"][0]["id"]
+    assert first["token"] == "Hello" and len(first["top_logprobs"]) == 2
 
 
 @cases("fields", {
@@ -12325,21 +12274,16 @@ def test_completions_suffix_is_infill(gaps: Server) -> None:
         assert document["usage"]["prompt_tokens"] == 9
 
 
-def test_infill_puts_the_gap_between_its_tokens(gaps: Server) -> None:
-    document = gaps.post("/infill", {"input_prefix": "ab", "input_suffix": "cde", "n_predict": 20}).json()
-    assert document["content"] == "Hello wide world" and document["tokens_evaluated"] == 1 + 3 + 5  # BOS, gap, bytes
-
-
-def test_infill_goes_on_where_the_prompt_stops(gaps: Server) -> None:
-    body = {"input_prefix": "ab", "input_suffix": "", "prompt": "cd"}
-    assert gaps.post("/infill", body).json()["tokens_evaluated"] == 1 + 3 + 4
-
-
-def test_infill_text_does_not_become_a_special_token(gaps: Server) -> None:
-    text = "<|fim_middle|>"
-    body = {"input_prefix": text, "input_suffix": "", "input_extra": [{"text": text}]}
-    extra = len("\n\n--- snippet ---\n\n") + len(text)
-    assert gaps.post("/infill", body).json()["tokens_evaluated"] == 1 + 3 + len(text) + extra
+@cases("body, size", {  # of the text between the gap's tokens
+    "a prefix and a suffix": ({"input_prefix": "ab", "input_suffix": "cde"}, 5),
+    "a prompt behind the prefix": ({"input_prefix": "ab", "input_suffix": "", "prompt": "cd"}, 4),
+    "texts that look like special tokens": (
+        {"input_prefix": "<|fim_middle|>", "input_suffix": "", "input_extra": [{"text": "<|fim_middle|>"}]},
+        len("<|fim_middle|>") + len("\n\n--- snippet ---\n\n<|fim_middle|>")),
+})  # fmt: skip
+def test_infill_puts_the_gap_between_its_tokens(body: dict[str, Any], size: int, gaps: Server) -> None:
+    document = gaps.post("/infill", body).json()
+    assert document["content"] == "Hello wide world" and document["tokens_evaluated"] == 1 + 3 + size  # BOS, gap, bytes
 
 
 def test_infill_leaves_out_what_does_not_fit_from_the_front(gaps: Server) -> None:
@@ -12394,8 +12338,8 @@ def test_llama_server_tells_both_sizes(gaps: Server, path: str, body: dict[str, 
         "a piece without text": ("/infill", {"input_prefix": "", "input_suffix": "", "input_extra": [{}]}, ["extra[0].text"]),
         "no content": ("/tokenize", {}, ["content"]),
         "no tokens": ("/detokenize", {}, ["tokens"]),
-        "an unknown token": ("/detokenize", {"tokens": [10**9]}, ["outside"]),
-        "a token below zero": ("/detokenize", {"tokens": [-1]}, ["outside"]),
+        "an unknown token": ("/detokenize", {"tokens": [10**9]}, ["the model's tokens are"]),
+        "a token below zero": ("/detokenize", {"tokens": [-1]}, ["the model's tokens are"]),
         "too much": ("/tokenize", {"content": "x" * (2**20 + 1)}, ["1048576"]),
         "no messages": ("/apply-template", {}, ["messages is required"]),
         "messages refused": ("/apply-template", {"messages": [{"role": "user", "content": "mutiny"}]}, ["No mutiny"]),
@@ -12408,16 +12352,6 @@ def test_llama_server_refuses_by_name(server: Server, path: str, body: dict[str,
 def test_llama_server_unknown_model_is_404(server: Server) -> None:
     for reply in (server.post("/completion", {"model": "nonesuch", "prompt": ":"}), server.get("/props?model=nonesuch")):
         assert_llama_error(reply, 404, "not_found_error", "nonesuch")
-
-
-@linux
-def test_completion_stream_that_breaks_off_ends_with_an_error(serve: Callable[..., Server], models: Path) -> None:
-    server = serve("--models-dir", models, "--model", "recital", "--ctx", str(LONG_CTX))
-    with server.stream("/completion", {"prompt": "#"}) as stream:
-        assert next(stream)["content"]
-        os.kill(server.engine("recital.gguf"), signal.SIGKILL)
-        *_, last = stream
-    assert last["error"]["code"] == 500 and last["error"]["type"] == "server_error"
 
 
 @cases(
@@ -12465,10 +12399,14 @@ def test_props_describe_a_model_without_directories(server: Server, models: Path
     assert server.get("/props").json() == document and document["total_slots"] == 8
 
 
-def test_props_of_a_model_that_is_not_loaded_load_nothing(serve: Callable[..., Server], models: Path) -> None:
-    server = serve("--models-dir", models, "--model", "recital")
-    assert server.get("/props").json()["default_generation_settings"]["n_ctx"] == 8192
-    assert not server.status("recital")["loaded"] and server.get("/slots").json() == []
+def test_props_load_nothing_and_slots_of_no_model_are_no_reason_to_stay_away(serve: Callable[..., Server], models: Path) -> None:
+    """Only the next request would load one."""
+    own = serve("--models-dir", models, "--model", "recital")
+    assert own.get("/props").json()["default_generation_settings"]["n_ctx"] == 8192
+    assert not own.status("recital")["loaded"] and own.get("/slots").json() == own.get("/slots?fail_on_no_slot=1").json() == []
+    assert {"slots_idle": 0, "slots_processing": 0}.items() <= own.get("/health").json().items()
+    own.load("recital")
+    assert own.get("/health").json()["slots_idle"] == len(own.get("/slots?fail_on_no_slot=1").json()) == 8
 
 
 def test_slots_show_what_runs_and_no_text(serve: Callable[..., Server], models: Path) -> None:
@@ -13288,7 +13226,8 @@ def test_300_clients_at_once_are_all_answered(server: Server) -> None:
 
 @linux
 def test_connection_serves_thousands_of_requests(server: Server) -> None:
-    server.generate()
+    for t in TONGUES.values():  # the helpers that render templates start
+        server.post(t.path, t.body("hi", stream=False))
     before = held(server)
     requests: list[tuple[str, str, bytes | None]] = [("GET", "/api/models/recital/status", None), ("GET", "/health", None)] * 50
     requests += [("POST", t.path, encoded(t.body("hi", stream=False))) for t in TONGUES.values()]
@@ -15102,7 +15041,7 @@ def test_machine_that_sleeps_and_wakes_loses_no_stream(serve: Callable[..., Serv
 def test_machine_that_sleeps_while_a_template_is_rendered_loses_no_request(
     serve: Callable[..., Server], models: Path, tmp_path: Path
 ) -> None:
-    slow = "        return Outcome(task.run())\n"
+    slow = "        return task.run(), None\n"
     waits = f"        while os.path.exists('hold'):\n            time.sleep(0.02)\n{slow}"
     own = serve("--models-dir", models, script=altered(tmp_path, (slow, waits), ("HELPER_SECONDS = 1.5", "HELPER_SECONDS = 0.5")))
     assert own.chat().status == 200  # what is asked of a new template once has been asked
@@ -15127,8 +15066,8 @@ def test_clock_that_runs_backwards_changes_nothing_but_dates(
 
 
 DATES = {  # who may ask for the time of day: what becomes a date that people or clients read, or is compared with a file's
-    "_bytecode_prefix", "Lease.wait", "Residents.release", "Service.__init__", "OpenAI.__init__",
-    "Responses.read", "Ollama._document", "answer_ps", "retry_after",
+    "_bytecode_prefix", "Lease.wait", "Residents.release", "Service.__init__", "Dialect.__init__",
+    "Ollama._document", "answer_ps", "retry_after",
 }  # fmt: skip
 
 
