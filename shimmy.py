@@ -11,29 +11,64 @@
      CLI ───────────┘     ▲          ▲       ▲  ◀── Accepted, Stepped    step = prefill + decode + sample  │
                      ModelTable   Helpers    three threads a worker └─────────────────────────────────────┘
 
-Part I is the server and reads downward as a request flows. A body becomes a checked request (2) and finds its model (3);
-a chat becomes a prompt, and its answer's text events (4); the server may run tools for it (5). The request becomes jobs
-that cross a pipe (6); in the child llama.cpp (7), tokens and text (8) in steps (9, 10). They come back (11) from a model
-that was loaded for it (12). Service (13) ties these together; a dialect (14) turns the events into documents, and a wire
-sends them through one of the doors: HTTP (15), WebSocket (16), command line (17).
+Part I, the server, reads downward as a request flows. Its sections with their lines, 7 to 10 in the child:
 
-Part II is a library that knows no request, route or model in memory: the machine (A), GGUF headers (B), how models write
-thoughts and calls (C), automata and languages (D), JSON schemas (E), the hub that models come from (F), the page (G).
+    1    Limits and errors            170  every bound with its reason; ApiError and its kinds
+    2    Requests and events          630  a body becomes a checked request; the events of its answer
+    3    Models on disk               400  the catalog of model files; presets
+    4    Chat                         800  messages to a prompt by the model's template (Helpers), its text back to events
+    5    Tools                        440  a Python function is a tool; ToolLoop runs what the server may
+    6    Messages                     390  jobs, what comes back of them, and the Pipe they cross
+    7    llama.cpp                    840  the library: model, contexts, vocabulary, kernels
+    8    Sampling                     480  how the next token is picked, and the text that tokens become
+    9    Scheduling                   750  who runs and who waits, whose cells are where, Prefix reuse
+    10   Engine                       690  the step loop, and the threads that feed it
+    11   Worker                       520  the parent's side of a child; Metrics
+    12   Models in memory             700  loads, evictions, the Ladder; ModelTable finds by name
+    13   Service                      430  the only way in for every door
+    14.1 Dialects                     510  what OpenAI's clients speak, and our own
+    14.2 Dialects of blocks           510  Messages and Responses
+    14.3 Ollama and llama-server      530  their shapes, and what clients are told of models
+    15.1 Connections                  330  who may call, what comes in, who has left
+    15.2 Wires                        150  documents to bytes; `deliver` is the one loop between
+    15.3 Routes                       230  one row a route
+    15.4 HTTP                         390  a connection's thread from its first byte to its last
+    16   WebSocket, lifecycle         260  asyncio on its side thread; how a server stops
+    17.1 Command line                 470  flags and their meaning
+    17.2 Commands                     610  serve, list, probe, diag, pull
+    17.3 generate                     560  by a running server or an engine of its own; main
 
-Three seams. What the client speaks: a Dialect reads bodies and makes documents, a Wire sends them, `deliver` is the one
-loop between. What the model writes: Chat makes its prompts, reads its text and constrains it, by a ChatFormat derived
-from its template. What the engine computes: a Job, which a Submit carries.
+Part II is a library that knows no request, route or model in memory. Each head says what it offers and uses.
 
-Who owns what. JSON, tool calls and HTTP live in the main process. Chat templates come from downloaded files and run in
-a helper process, bounded in time and memory (Helpers). Tokens, KV cache and sampling live in the child, which alone
-imports llama_cpp. Frozen dataclasses cross the pipes, one message a step for all sequences together; what a child says
-is not trusted. In the child one thread receives, one tokenizes, one reads grammars that take long (Intake) and one
-beats; the main thread alone decodes: Engine takes the step that Scheduler plans, in cells that Cache gives out, and
-reads long prompts aside (PromptReader). A child ends with its pipe, however the parent went; on Linux an engine ends
-with the thread that starts them all, even while it is stopped. A crash in native code ends one child, and a Heartbeat
-that stops has it killed; its worker fails what ran there, and while a model loads, the Ladder loads it again with less.
-HTTP threads are one a connection and block. The watcher thread notices clients that leave. The ws thread runs asyncio
-and starts with the first upgrade.
+    A    The machine                  360  memory, cores, versions, known faults, child processes
+    B    GGUF headers                 310  a bounded reader, and the memory a model asks for
+    C    Formats                      980  how models write thoughts and calls, and the parser of it
+    D.1  Automata                     410  symbols, and the states of all readings of a text
+    D.2  Patterns                     420  regular expressions and GBNF
+    D.3  Strings                      600  sets of texts, with and, or and not
+    D.4  Numbers                      220  numbers by bounds and multiples
+    E.1  JSON schemas                 340  a client's schema, read and checked
+    E.2  Shapes                       650  its normal form: meet, union, not
+    E.3  Grammars                     740  its documents, and calls, as symbols
+    F    Pull                         670  from a hub or any address into the cache
+    G    Page                         840  the chat page at /
+
+Three seams. What the client speaks: a Dialect reads bodies and makes documents, a Wire sends them. What the model writes:
+Chat makes its prompts, reads its text and constrains it, by a ChatFormat derived from its template. What the engine
+computes: a Job, which a Submit carries.
+
+Who owns what. JSON, tool calls and HTTP live in the main process. Chat templates come from downloaded files and run in a
+helper process, bounded in time and memory (Helpers). Tokens, KV cache and sampling live in the child, which alone imports
+llama_cpp. Frozen dataclasses cross the pipes, one message a step for all sequences together; what a child says is not
+trusted. A child ends with its pipe, however the parent went; on Linux an engine ends with the thread that starts them all,
+even while it is stopped. A crash in native code ends one child, and one that falls silent or reports a task without end is
+killed; its worker fails what ran there, and while a model loads, the Ladder loads it again with less.
+
+Threads of the main process: one a connection, which blocks (HTTP); `accept`; `watcher`, which notices clients that leave;
+`websocket`, which runs asyncio from the first upgrade on; `run_loads` and `run_unloads`, one model after another;
+`first_scan` at the start; and for each worker one that reads, one that writes and one that watches. Threads of a child:
+one receives, one beats, one tokenizes, one reads grammars that take long (Intake); the main thread alone decodes: Engine
+takes the step that Scheduler plans, in cells that Cache gives out, and reads long prompts aside (PromptReader).
 """
 from __future__ import annotations
 
@@ -2421,18 +2456,21 @@ def calculator(expression: str) -> float:
 
 
 def power(a: Any, b: Any) -> Any:
+    """a ** b. Raises ToolError before numbers get too large to compute."""
     if isinstance(a, int) and isinstance(b, int) and abs(a) > 1 and (abs(a).bit_length() - 1) * b > MAX_BITS:
         raise ToolError(f"a number on the way has over {MAX_BITS} bits")
     return a**b
 
 
 def rounded(x: Any, digits: int = 0) -> Any:
+    """x to so many digits. Raises ToolError for more than any float has."""
     if abs(digits) > 400:  # 10 ** digits is computed
         raise ToolError("round takes a number and up to 400 digits")
     return round(x, digits) if digits else round(x)
 
 
 def factorial(n: int) -> int:
+    """n!, up to 400!. Raises ToolError beyond."""
     if not 0 <= n <= 400:
         raise ToolError("factorial takes a whole number from 0 to 400")
     return math.factorial(n)
@@ -7259,6 +7297,7 @@ def metric_lines(scrape: Scrape, metric: tuple[str, str, str, Any]) -> Iterator[
 
 
 def histogram_lines(name: str, labels: Mapping[str, str], value: Histogram) -> Iterator[str]:
+    """A histogram in Prometheus' text format, its buckets cumulative."""
     counts = list(value.counts)  # one moment's, so that each bucket holds the one before
     for bound, count in zip((*map(repr, value.bounds), "+Inf"), itertools.accumulate(counts), strict=True):
         yield sample_line(f"{name}_bucket", {**labels, "le": bound}, count)

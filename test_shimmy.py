@@ -1233,6 +1233,17 @@ def test_script_declares_its_dependencies_for_uv_run() -> None:
     assert "requires-python" in block["content"]
 
 
+def test_docstring_lists_the_sections_as_they_are() -> None:
+    lines = SHIMMY.read_text().splitlines()
+    found = [(at, m) for at, line in enumerate(lines) if (m := re.match(r"# ── (\S+)\. (.+?) ─+$", line))]
+    heads = [(at, m[1], m[2].removesuffix(" (child)")) for at, m in found]
+    listed = re.findall(r"(?m)^    ([\dA-G.]+) +(\S.*?) +(\d+)  \S", module.__doc__ or "")
+    assert [(number, title) for number, title, _ in listed] == [(number, title) for _, number, title in heads]
+    ends = [at for at, *_ in heads[1:]] + [len(lines)]
+    for (at, number, _), end, (_, _, told) in zip(heads, ends, listed, strict=True):
+        assert abs(int(told) - (end - at)) <= max(30, (end - at) / 5), f"section {number} has {end - at} lines"
+
+
 def test_script_runs_from_a_copy_anywhere(models: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copy(SHIMMY, tmp_path / "shimmy.py"))
     shutil.copytree(models, tmp_path / "models")
