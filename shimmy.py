@@ -5057,7 +5057,8 @@ class Scheduler:
             if self._better_soon(sequence, shared):
                 continue
             needed = sequence.n_tokens - (shared if isinstance(donor, Sequence) else 0) + self.GROWTH * (len(self.running) + 1)
-            if self.running and held_cells(self.running) + needed > self.llama.pool:
+            taken = held_cells(self.running) + sum(s.n_tokens for s in self.aside)  # those aside need theirs when they are back
+            if self.running and taken + needed > self.llama.pool:
                 return
             self.waiting.remove(sequence)
             self.cache.settle(sequence, donor, shared)
@@ -6139,7 +6140,7 @@ class Worker:
                 if not isinstance(message, Alive):
                     self._patience = self.SILENCE
                 elif message.stuck:
-                    self._give_up(message.stuck)
+                    self._give_up(printable(message.stuck))
                 if isinstance(message, Stepped):
                     self._running, self.cells = message.running, message.cells
                     for event in message.events:
@@ -6209,10 +6210,11 @@ class Worker:
             log.error("%s: %s", self.info.id, reason)
         self._loading.put(LoadFailed("it was unloaded while it loaded" if self._stopping else reason, self.cause))
         self.fail_all(GenerationFailed(f"Model '{self.info.id}': {reason}"))
-        for _, timing in self._jobs.values():
+        with self._lock:
+            jobs, self._jobs = self._jobs, {}
+        for _, timing in jobs.values():
             if timing:
                 self._meter.failed(timing)
-        self._jobs = {}
         if self._serving:
             self._died(self, reason)
 
@@ -6427,9 +6429,10 @@ class Settings:
 class PendingLoad:
     """A model's load, from when it is wanted until it has ended. Touched only under the condition of Residents."""
 
-    due: float  # monotonic: when it is refused if no room has come
+    due: float  # monotonic: when it is given up if nobody waits for it and no room has come
     asked: dict[str, Any]  # fields of EngineOptions that it is to be loaded with, by request
     background: bool = False  # it is wanted although nobody waits for it
+    refusal: ApiError | None = None  # why it cannot begin now
     error: ApiError | None = None  # how it ended, if badly
 
 
@@ -6561,11 +6564,11 @@ class Residents:
         return None
 
     def _has_room(self, entry: Entry, load: PendingLoad) -> bool:
-        """True if a load may start; otherwise unloads the least recently used idle model, or refuses a load that is due.
+        """True if a load may start; otherwise unloads the least recently used idle model, or says why it cannot begin.
 
         The load itself finds out whether it fits beside the others (`crowded`), for only an engine knows the devices.
         """
-        held = [e for e in self.entries.values() if e.in_memory]
+        load.refusal, held = None, [e for e in self.entries.values() if e.in_memory]
         if entry.in_memory:  # with other options
             held = [entry]
         elif len(held) < self._options.max_loaded and not (entry.crowded and held):
@@ -6575,13 +6578,15 @@ class Residents:
         if idle := [e for e in held if e.idle]:
             oldest = min(idle, key=lambda e: e.idle_since)
             self.move(oldest, "unloading", oldest.worker)
-        elif time.monotonic() > load.due:
+        else:
             busy = f"{len(held)} loaded models are busy"
             why = f"{entry.crowded}; {busy}" if entry.crowded else f"All {busy} (--max-loaded {self._options.max_loaded})"
             if entry.in_memory:
                 asked = ", ".join(f"{name} {value}" for name, value in load.asked.items())
                 why = f"Model '{entry.info.id}' is too busy to be loaded again with {asked}"
-            self._end_load(entry, Overloaded(why))
+            load.refusal = Overloaded(why)
+            if time.monotonic() > load.due and not entry.waiting:
+                self._end_load(entry, load.refusal)
         return False
 
     def run_loads(self) -> None:
@@ -6735,7 +6740,7 @@ class Lease:
         """`asked` are options that the request wants the model loaded with: a longer context reloads it once it is idle."""
         self._residents, self._entry, self._cancel, self._asked = residents, entry, cancel, asked or {}
         self._load: PendingLoad | None = None
-        self._waiting = True
+        self._waiting, self._due = True, time.monotonic() + LOAD_WAIT_SECONDS
 
     def __enter__(self) -> Lease:
         self._cancel.on_cancel(self._residents.wake)
@@ -6754,6 +6759,8 @@ class Lease:
                 self._cancel.check()
                 if self._load and self._load.error:  # one of its own for each waiter: a raised one holds the frames it passed
                     raise copy.copy(self._load.error)
+                if self._load and self._load.refusal and time.monotonic() > self._due:
+                    raise copy.copy(self._load.refusal)
                 if entry.worker and entry.state == "loaded" and not self._is_unfit(entry.worker):
                     entry.waiting, entry.leases, self._waiting = entry.waiting - 1, entry.leases + 1, False
                     entry.last_used = time.time()
@@ -9301,10 +9308,11 @@ class RequestReader:
 
     def unread(self) -> bytes:
         """Takes the bytes that were read behind the request."""
-        self.incoming.deadline = 0.0
+        data, self.incoming.deadline = b"", 0.0
         with contextlib.suppress(ClientGone):
-            return self._bytes.read1(MAX_AHEAD)
-        return b""
+            while len(data) < TURN_BYTES and (more := self._bytes.read1(MAX_AHEAD)):
+                data += more
+        return data
 
     def drain(self) -> None:
         """Reads on for a moment before closing: to close over unread bytes would destroy the answer on its way (RST)."""
@@ -10239,7 +10247,7 @@ class SocketConnection(Wire):
         self._protocol.receive_data(data)
         frame: Any
         for frame in self._protocol.events_received():
-            if frame.opcode.name not in ("TEXT", "BINARY", "CONT"):
+            if frame.opcode.name not in ("TEXT", "BINARY", "CONT") or self._protocol.state.name != "OPEN":
                 continue
             self._fragments += frame.data
             if frame.fin:
@@ -10285,7 +10293,10 @@ class SocketConnection(Wire):
     def answer_all(self) -> None:
         """Answers the requests one after another, until the connection ends."""
         while request := self._queue.get():
-            self._answer(request)
+            if self._writer.is_closing():  # the client has left
+                request.turn.release()
+            else:
+                self._answer(request)
             self._requests.popleft()
             self._used = time.monotonic()
 
@@ -10329,7 +10340,7 @@ class SocketConnection(Wire):
             raise ClientGone from None
 
     async def _send(self, document: dict[str, Any]) -> None:
-        if self._protocol.state.name != "OPEN":
+        if self._protocol.state.name != "OPEN" or self._writer.is_closing():
             raise ClientGone
         self._protocol.send_text(to_json(document))
         self._flush()
@@ -11576,7 +11587,7 @@ class RunningServer:
             found = next(m for m in self._ask("/api/models")["models"] if m["id"] == self.model)
             theirs: int | None = found["size_bytes"]
             self.has_template = found["chat_template"]
-        except (LookupError, TypeError, AttributeError, StopIteration):
+        except (LookupError, TypeError, ValueError, AttributeError, StopIteration):
             raise NoServer(f"what answers at {self.url} is no shimmy server of this version") from None
         if size not in (None, theirs):
             raise NoServer(f"--models-dir holds another {printable(self.model)} than the server at {self.url}")
@@ -11891,9 +11902,9 @@ def use_history() -> None:
         import readline
 
         os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
-        readline.read_history_file(path)
         readline.set_history_length(1000)
         atexit.register(readline.write_history_file, path)
+        readline.read_history_file(path)  # libedit refuses an empty one
 
 
 # --lines
@@ -13171,7 +13182,8 @@ class Scanner:
 
     def _blanks(self) -> Reading:
         """The next character that is no white space."""
-        while (found := self.BLANKS.match(self._parser.buffer, self.at)) and found.end() == len(self._parser.buffer):
+        while (found := self.BLANKS.match(self._parser.buffer, self.at)) and (
+                found.end() == len(self._parser.buffer) and found.end() - self._header <= MAX_HEADER):  # fmt: skip
             yield from self._more()
         self._advance(len(found[0]) if found else 0)
         return self._next(1)
@@ -13994,13 +14006,13 @@ class Turn(threading.local):
         """Lets work go on only while a gate is open and its client waits for it."""
         self._gate, self._client = gate, client
         if gate:
-            gate.idle.clear()
+            gate.count(1)
         try:
             yield
         finally:
             self._gate = self._client = None
             if gate:
-                gate.idle.set()
+                gate.count(-1)
 
     @property
     def is_over(self) -> bool:
@@ -14021,6 +14033,13 @@ class Gate:
         self.open, self.idle = threading.Event(), threading.Event()
         self.open.set()
         self.idle.set()
+        self._lock, self._working = threading.Lock(), 0
+
+    def count(self, more: int) -> None:
+        """Counts the threads that work behind it; `idle` is set while there is none."""
+        with self._lock:
+            self._working += more
+            (self.idle.clear if self._working else self.idle.set)()
 
     @contextlib.contextmanager
     def shut(self, seconds: float) -> Iterator[None]:
@@ -14542,13 +14561,14 @@ class Texts:
     and intersections, there is a text as short as `least`.
     """
 
-    __slots__ = ("data", "kind", "least", "most", "moves", "nullable", "parts", "plain", "shortest")
+    __slots__ = ("data", "kind", "least", "most", "moves", "nullable", "parts", "plain", "search", "shortest")
     MAX_KEPT = 50_000
     made: ClassVar[dict[tuple[Any, ...], Texts]] = {}
 
     def __init__(self, kind: str, data: Any, parts: tuple[Texts, ...]) -> None:
         self.kind, self.data, self.parts = kind, data, parts
         self.moves: Moves | None = None
+        self.search: Any = None  # for its shortest text, as far as one thread came: it goes on from there when asked again
         self.shortest: float | None = None  # the length of its shortest text, once that has been sought; inf: there is none
         self.plain: bool = kind not in ("none", "not", "both") and all(part.plain for part in parts)
         self.nullable, self.least, self.most = False, 1, 1.0
@@ -14915,9 +14935,12 @@ def _known_shortest(at: Texts) -> float | None:
     if at.plain or at.nullable:
         return at.least
     if at.shortest is None and at.kind == "sized":
-        found = _known_shortest(at.parts[0])
-        if found is not None and found >= at.data[0]:
-            return found if found <= at.data[1] else math.inf
+        (low, high), (inner,) = at.data, at.parts
+        found = _known_shortest(inner)
+        if found is not None and found < low and any(behind is inner for _, behind in moves(inner)):
+            found = low  # a character that leads back here makes a text as long as it must be
+        if found is not None and found >= low:
+            return found if found <= high else math.inf
     return at.shortest
 
 
@@ -14928,23 +14951,28 @@ def shortest(at: Texts, spend: Callable[[int], None] = lambda steps: None) -> fl
     """
     if at.kind == "sized" and _known_shortest(at) is None:
         shortest(at.parts[0], spend)
-    before: dict[Texts, Texts | None] = {at: None}  # each set that was met, and the one before it
-    layer, length, found = [at], 0, math.inf
-    last: Texts | None = None
+    thread, search = threading.get_ident(), at.search
+    if not search or search[0] != thread:  # another thread's goes on by itself
+        search = thread, {at: None}, [at], 0, math.inf, 0, None
+    _, before, layer, length, found, rest, last = search
     while layer and length < found:
-        longer = list[Texts]()
+        longer: dict[Texts, Texts] = {}
         for one in layer:
             known = _known_shortest(one)
             if known is None:
                 spend(2)
-                fresh = dict.fromkeys((behind for _, behind in moves(one) if behind not in before), one)
-                before |= fresh
-                longer += fresh
+                fresh = (behind for _, behind in moves(one) if behind not in before and behind not in longer)
+                longer |= dict.fromkeys(fresh, one)
             elif length + known < found:
                 found, rest, last = length + known, known, one
-            if len(before) > MAX_SEARCH:
+            if len(before) + len(longer) > MAX_SEARCH:
+                at.search = None
                 raise InvalidRequest("the string's patterns and formats together are too complex to tell what fits them")
-        layer, length = longer, length + 1
+        before |= longer
+        layer, length = list(longer), length + 1
+        at.search = thread, before, layer, length, found, rest, last
+        TURN.kept()
+    at.search = None
     if last is None:
         for one in before:
             one.shortest = math.inf

@@ -5808,6 +5808,39 @@ def test_object_with_many_properties_is_opened_in_many_turns(short_turn):
     assert turns > 60 and here.ends
 
 
+def test_gate_is_idle_when_the_last_of_its_threads_has_ended():
+    gate = module.Gate()
+
+    def work() -> None:
+        with TURN.behind(gate, Cancellation()):
+            TURN.tick()
+
+    with TURN.behind(gate, Cancellation()):
+        other = threading.Thread(target=work)
+        other.start()
+        other.join()
+        assert not gate.idle.is_set()
+    assert gate.idle.is_set()
+
+
+@cases("schema", {"not a word": {"not": {"pattern": "TODO"}, "minLength": 10_000},
+                  "ends so": {"format": "uri", "pattern": "x$", "minLength": 100}})  # fmt: skip
+def test_long_string_is_read_in_turns_however_intricate(schema: dict[str, Any]) -> None:
+    start, turns = begin({"type": "string", **schema}), 0
+    TURN.begin(0.0)
+    try:
+        while True:
+            try:
+                assert start.read(b'"a') is not None
+                break
+            except NotYet:
+                turns += 1
+                TURN.begin(0.0)
+    finally:
+        TURN.begin(math.inf)
+    assert turns < 20_000
+
+
 def test_work_behind_a_gate_waits_while_it_is_shut():
     gate, ticks = module.Gate(), itertools.count()
 
@@ -7958,8 +7991,8 @@ def test_newcomers_wait_for_no_grammar_that_takes_long_to_read(server: Server) -
     ask = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 9}
     with contextlib.ExitStack() as clients:
         for n in range(3):
-            intricate = {"allOf": [{"pattern": f"(a|b)*[c-z](c|d){{{n + i}}}"} for i in range(40)]}
-            errand = Errand("/v1/chat/completions", "dice", {**ask, "json_schema": intricate}, {})
+            large = {f"p{n}-{i}": {"pattern": f"^([a-z]|[0-9]){{{i},{i + 300}}}(x|y)*z{i}$"} for i in range(8000)}
+            errand = Errand("/v1/chat/completions", "dice", {**ask, "json_schema": {"properties": large}}, {})
             clients.enter_context(requested(server, errand))
         eventually(lambda: requests_of(server, "dice")[1] >= 2, "their grammars are being read")
         assert server.chat("hi", "dice", max_tokens=2).status == 200
@@ -16929,9 +16962,16 @@ def test_generate_with_an_invalid_schema_fails_with_one_line(schema: str, models
     assert done.returncode in (1, 2) and len(done.stderr.splitlines()) == 1 and b"Traceback" not in done.stderr
 
 
-def test_generate_loads_the_model_itself_when_another_service_has_the_port(models: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("answer", [b"220 mail.example ESMTP\r\n", b'HTTP/1.0 200 OK\r\nContent-Length: 4\r\n\r\n"ok"'],
+                         ids=["mail", "another API"])  # fmt: skip
+def test_generate_loads_the_model_itself_when_another_service_has_the_port(answer: bytes, models: Path, tmp_path: Path) -> None:
+    def serve(stranger: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                stranger.accept()[0].sendall(answer)
+
     with socket.create_server(("127.0.0.1", 0)) as stranger:
-        threading.Thread(target=lambda: stranger.accept()[0].sendall(b"220 mail.example ESMTP\r\n"), daemon=True).start()
+        threading.Thread(target=serve, args=(stranger,), daemon=True).start()
         env = {"SHIMMY_PORT": str(stranger.getsockname()[1]), "SHIMMY_MODEL_PATHS": str(models)}
         done = shimmy("generate", "recital", "--prompt", ":", home=tmp_path, env=env)
     assert done.stdout.startswith(b"Hello wide world"), done.stderr
