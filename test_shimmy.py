@@ -663,7 +663,11 @@ LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 def end_with_the_tests() -> None:
-    """In a child before it runs: on Linux it ends with the test process, however that ends."""
+    """In a child before it runs: on Linux it ends with the test process, however that ends; and it minds Ctrl-C.
+
+    Where a shell runs the tests in the background they ignore it, and so would all that they start.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     if LIBC:
         LIBC.prctl(1, int(signal.SIGKILL))  # PR_SET_PDEATHSIG
 
