@@ -1246,8 +1246,8 @@ class ModelInfo:
     chat_template: bool | None  # None: not read so far
     description: str
     kv: KvShape | None = None  # None: not known
+    projector: str | None = None  # the file by which it sees
     stored: Stored = field(default_factory=lambda: Stored())
-    projector: str | None = None  # the file that lets it see
     width: int = 0  # of an embedding; 0: not known
     labels: tuple[str, ...] = ()  # what the header and the file call it, as label_of has it
 
@@ -3202,7 +3202,7 @@ class Loaded:
     memory_need: int = 0  # bytes of RAM that the engine takes when its pool is full
     devices: str = ""  # where the layers are, on a machine with more than a CPU
     on_gpu: bool = False  # some of them
-    sees: bool = False  # its projector is loaded: prompts may hold pictures
+    sees: bool = False  # prompts may have pictures
 
 
 @dataclass(frozen=True)
@@ -3588,6 +3588,7 @@ class LoadPlan:
 def plan_load(model: ModelInfo, setup: Setup, free: int | None, gpus: Seq[int] = (), weights: Weights | None = None) -> LoadPlan:
     """Plans a load into `free` bytes of RAM (None: nobody knows) and of each GPU. LoadError, with numbers, if it cannot fit."""
     options, rung, own = setup.options, setup.rung, model.context_length or 8192
+    eyes = Eyes.memory_need(model)
     kv, ctx = model.kv or KvShape(), min(options.ctx or min(own, 8192), own)
     spare = 2 if any(kv.states) else options.parallel + 8  # rows for prefixes; a state takes megabytes
     sequences = min(options.parallel + spare, 256)  # llama.cpp's LLAMA_MAX_SEQ
@@ -3595,13 +3596,14 @@ def plan_load(model: ModelInfo, setup: Setup, free: int | None, gpus: Seq[int] =
     placed = Placement(0, 0, pool)
     if gpus and not rung.cpu:
         placed = place(weights or Weights((), model.size_bytes), kv, gpus, ctx, max(pool, ctx), options.kv_type, sequences,
-                       4 * GRAPH_BYTES, options.gpu_layers, options.n_cpu_moe, rung.gpu_share)  # fmt: skip
+                       4 * GRAPH_BYTES + eyes, options.gpu_layers, options.n_cpu_moe, rung.gpu_share)  # fmt: skip
         as_fits = options.gpu_layers is None and rung.gpu_share == 1
         if setup.others_idle and as_fits and weights and placed.gpu_layers <= len(weights.layers):
             raise LoadError(f"only {placed.gpu_layers} of {len(weights.layers)} layers fit the GPU beside other models", "room")
         pool = placed.pool if pool else 0
     need, on_cpu = _ram_need(model, weights, placed)
-    each, need = kv.token_bytes(options.kv_type) * on_cpu, need + int(kv.state_bytes(sequences) * on_cpu)
+    each = kv.token_bytes(options.kv_type) * on_cpu
+    need += int(kv.state_bytes(sequences) * on_cpu) + (0 if placed.gpu_layers else eyes)
     if free is not None and on_cpu:
         pool = _fit_pool(model, options, ctx, pool, each, free - need)
     cells = -(-max(pool, ctx) // 256) * 256 if pool else 0
@@ -3809,8 +3811,8 @@ class Llama:
         self.size_bytes, self.embedding = load.model.size_bytes, load.model.embedding
         self.notes: list[str] = []
         self.log_lines: deque[tuple[int, str]] = deque(maxlen=20)  # warnings and errors: level, text
-        self._log = self.c.llama_log_callback(self._on_log)  # kept: the library calls it until the process ends
-        self.c.llama_log_set(self._log, ctypes.c_void_p())
+        self.log_callback = self.c.llama_log_callback(self._on_log)  # kept: the library calls it until the process ends
+        self.c.llama_log_set(self.log_callback, ctypes.c_void_p())
         self.c.llama_backend_init()
         self.ggml = Ggml(self.c)
         self.ggml.leave_out(self.setup.rung.without)
@@ -3829,7 +3831,9 @@ class Llama:
         self.cuttable = not (self.c.llama_model_is_recurrent(self.model) or self.c.llama_model_is_hybrid(self.model))
         self.n_swa = int(self.c.llama_model_n_swa(self.model))
         self.adapters = [self._adapter(file) for file in self.options.lora]
-        n_batch = max(self.options.batch, self.options.parallel)
+        self.counting = numpy.arange(self.ctx + 1, dtype=numpy.int32)  # the positions of a text
+        self.eyes = self._eyes()
+        n_batch = max(self.options.batch, self.options.parallel, self.eyes.whole if self.eyes else 0)
         with zero_pages_returned():
             self.main = EmbeddingContext(self) if self.embedding else Context(self, self.pool, n_batch, self.plan.sequences)
 
@@ -3909,6 +3913,14 @@ class Llama:
             rules.append((rf"blk\.({layers}){EXPERTS}", self.ggml.cpu))
         return [(pattern.encode(), self.ggml.buffer_type(device)) for pattern, device in rules]
 
+    def _eyes(self) -> Eyes | None:
+        """The model's projector; without one that works the model reads texts alone."""
+        try:
+            return Eyes(self, self.info.projector) if self.info.projector and not self.embedding else None
+        except LoadError as error:
+            self.notes.append(f"no pictures are read: {error}")
+            return None
+
     def refusal(self, what: str) -> LoadError:
         """The error for something that llama.cpp refuses, with the first error that it logged, or else the first warning."""
         wants_memory = any(re.search(r"alloc|out of memory|insufficient", line, re.I) for _, line in self.log_lines)
@@ -3934,7 +3946,7 @@ class Llama:
     def trial(self) -> None:
         """Decodes a few tokens and then one, as steps do: what cannot work on this machine shows before it counts as loaded."""
         count = min(4, self.main.n_batch, max(1, self.ctx - 2))
-        rows = Rows(self.vocab.nothing.repeat(count + 1), 0)
+        rows = Rows(self.vocab.nothing.repeat(count + 1), 0, self.counting)
         rows.row = 0
         for more in (count, 1):
             rows.n_tokens += more
@@ -3966,7 +3978,7 @@ class Llama:
         chat = ChatFacts(templates, bos, bool(c.llama_vocab_get_add_bos(vocab)), eos, self.vocab.specials, ends,
                          self.vocab.gap_names())  # fmt: skip
         return Loaded(self.ctx, self.pool, options.parallel, chat, tuple(self.notes), int(self.pool * self.kv_bytes),
-                      self.plan.memory_need, self.placed, not self.on_cpu)  # fmt: skip
+                      self.plan.memory_need, self.placed, not self.on_cpu, self.eyes is not None)  # fmt: skip
 
     def _adapter(self, file: str) -> Any:
         adapter = self.c.llama_adapter_lora_init(self.model, os.fsencode(file))
@@ -4016,8 +4028,11 @@ def _anonymous_blocks(outward: bool) -> set[int]:
 class Rows:
     """Tokens on their way through a context: how many have their cells there, and in which of its rows."""
 
-    def __init__(self, tokens: Any, n_tokens: int) -> None:
+    media: Seq[Medium] = ()
+
+    def __init__(self, tokens: Any, n_tokens: int, positions: Any) -> None:
         self.tokens, self.n_tokens = tokens, n_tokens  # int32, at least n_tokens of them
+        self.positions = positions  # int32: of each token, and of the one behind the last
         self.n_computed = 0  # so many of the first ones have cells
         self.row = -1
 
@@ -4025,6 +4040,11 @@ class Rows:
     def pending(self) -> int:
         """Tokens not yet evaluated: 1 while decoding, more while a prompt is read."""
         return self.n_tokens - self.n_computed
+
+    @property
+    def medium(self) -> Medium | None:
+        """The part of a picture that comes next."""
+        return next((m for m in self.media if m.start <= self.n_computed < m.end), None)
 
 
 class Context:
@@ -4086,15 +4106,17 @@ class Context:
         self.sequences, self._ones = np.zeros(n, np.uintp), np.ones(n, np.int32)
         self._ids = np.arange(self.n_seq, dtype=np.int32)
         self.pointers = self._ids.ctypes.data + 4 * np.arange(self.n_seq, dtype=np.uintp)
-        self.counting = np.arange(max(self.llama.ctx, self.cells) + 1, dtype=np.int32)
-        self.batch = self.c.llama_batch()
-        kinds = {name: kind for name, kind, *_ in self.c.llama_batch._fields_}
-        for name, rows in {"token": self.tokens, "pos": self.positions, "n_seq_id": self._ones,
-                           "seq_id": self.sequences, "logits": self.flags}.items():  # fmt: skip
-            setattr(self.batch, name, self.ctypes.cast(rows.ctypes.data, kinds[name]))
+        self.batch = self._batch_of(token=self.tokens, pos=self.positions)
+
+    def _batch_of(self, **arrays: Any) -> Any:
+        """A llama_batch over these arrays, and those that all batches have."""
+        batch, kinds = self.c.llama_batch(), {name: kind for name, kind, *_ in self.c.llama_batch._fields_}
+        for name, rows in (arrays | {"n_seq_id": self._ones, "seq_id": self.sequences, "logits": self.flags}).items():
+            setattr(batch, name, self.ctypes.cast(rows.ctypes.data, kinds[name]))
+        return batch
 
     def decode(self, plan: Seq[tuple[Rows, int]]) -> int:
-        """Evaluates so many next tokens of each sequence.
+        """Evaluates so many next tokens of each sequence; of all sequences, or of none, these are parts of pictures.
 
         Returns llama_decode's status: 0 done, 1 no free cells, 2 aborted, below zero an error. At 1 nothing has changed.
         """
@@ -4102,14 +4124,32 @@ class Context:
         for sequence, count in plan:
             done, end = sequence.n_computed, at + count
             self.tokens[at:end] = sequence.tokens[done : done + count]
-            self.positions[at:end] = self.counting[done : done + count]
+            self.positions[at:end] = sequence.positions[done : done + count]
             self.sequences[at:end] = self.pointers[sequence.row]
             self.flags[at:end] = self.EVERY_ROW
             self.flags[end - 1] = self.EVERY_ROW or done + count == sequence.n_tokens
             at = end
         self.batch.n_tokens = at
-        status = int(self.c.llama_decode(self.handle, self.batch))
+        status = self._decode_media(plan) if plan[0][0].medium else int(self.c.llama_decode(self.handle, self.batch))
         self.c.llama_synchronize(self.handle)  # a GPU computes on; its time belongs to this step
+        return status
+
+    def _decode_media(self, plan: Seq[tuple[Rows, int]]) -> int:
+        """Decodes the batch with embeddings in place of tokens; with M-RoPE each has four positions, all first ones first."""
+        eyes, parts, positions = self.llama.eyes, list[Any](), self.positions
+        assert eyes
+        for sequence, count in plan:
+            medium, done = sequence.medium, sequence.n_computed
+            assert medium
+            parts.append((medium, slice(done - medium.start, done - medium.start + count)))
+        embeddings = self.np.concatenate([eyes.embeddings[m.key][m.index][part] for m, part in parts])
+        if eyes.mrope:
+            positions = self.np.concatenate([m.places()[:, part] for m, part in parts], axis=1)
+        batch = self._batch_of(embd=embeddings, pos=positions)
+        batch.n_tokens = len(embeddings)
+        self.c.llama_set_causal_attn(self.handle, not eyes.whole)
+        status = int(self.c.llama_decode(self.handle, batch))
+        self.c.llama_set_causal_attn(self.handle, True)
         return status
 
     def logits(self, rows: int) -> Any:
@@ -4121,13 +4161,13 @@ class Context:
     # KV cache. Cutting needs `cuttable`; whole sequences can always be dropped and copied.
 
     def drop(self, row: int, start: int = -1) -> None:
-        """Frees a sequence's cells from position `start` on."""
+        """Frees a row's cells from position `start` on; all of them by default."""
         if self.memory:  # a model that looks both ways has none
             self.c.llama_memory_seq_rm(self.memory, row, start, -1)
 
-    def share(self, source: int, target: int, count: int) -> None:
-        """Lets `target` begin with the first `count` cells of `source`: metadata only, nothing is copied."""
-        self.c.llama_memory_seq_cp(self.memory, source, target, *((0, count) if self.llama.cuttable else (-1, -1)))
+    def share(self, source: int, target: int, end: int) -> None:
+        """Lets row `target` begin with the cells of `source` before position `end`: metadata only, nothing is copied."""
+        self.c.llama_memory_seq_cp(self.memory, source, target, *((0, end) if self.llama.cuttable else (-1, -1)))
 
     def oldest(self, row: int) -> int:
         """The first position whose cells are there: only a sliding window overwrites any."""
@@ -4228,6 +4268,208 @@ class EmbeddingContext(Context):
         return bytes(vector.astype("<f4").tobytes())
 
 
+# Pictures
+
+
+class PictureError(Exception):
+    """A picture cannot be read; the message goes on where it was named: "cannot be decoded"."""
+
+
+@dataclass(frozen=True)
+class Medium:
+    """A part of a picture that is encoded at once, where it stands in a prompt; in a Layout the picture stands alone."""
+
+    key: str  # the picture's
+    index: int  # among the picture's parts
+    start: int  # its cells
+    end: int
+    position: int  # of its first cell
+    n_pos: int  # positions that it takes: fewer than cells with M-RoPE
+    grid: Any  # with M-RoPE int32, shape (2, 4, cells): the cells' positions if it began at position 0, and at 1
+
+    def moved(self, cells: int, positions: int) -> Medium:
+        """The same part, so much further behind."""
+        return replace(self, start=self.start + cells, end=self.end + cells, position=self.position + positions)
+
+    def places(self) -> Any:
+        """The four positions of each of its cells, shape (4, cells)."""
+        at_zero, at_one = self.grid
+        return at_zero + self.position * (at_one - at_zero)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a picture takes in a prompt."""
+
+    cells: Any  # int32: tokens that go around its parts, and in these the picture's number, which is below -1
+    media: tuple[Medium, ...]
+
+    @property
+    def n_pos(self) -> int:
+        return len(self.cells) - sum(m.end - m.start - m.n_pos for m in self.media)
+
+
+class Eyes:
+    """A model's projector (libmtmd), which makes embeddings of pictures.
+
+    Any thread may lay out a picture, also beside an encode; only one may encode, and one encode must end before the next.
+    """
+
+    MOST, LEAST = 2048, 256  # tokens of a large picture, where the model leaves that open: a quarter of the context; a mask of
+    # attention of 8,192 patches, Qwen2.5-VL's for 2,048 tokens, takes 400 MB
+    LARGE = 8192  # pixels a side of a picture that is as large for any model as one can be
+    LAYOUTS = 256  # kept, of the pictures seen last
+
+    def __init__(self, llama: Llama, path: str) -> None:
+        """Raises LoadError."""
+        self.llama, self.np, self.ctypes = llama, llama.np, llama.ctypes
+        try:
+            import llama_cpp.mtmd_cpp as mtmd
+
+            self.c: Any = mtmd
+            self._open_part = mtmd.mtmd_tokenize_from_parts
+        except (ImportError, OSError, RuntimeError, AttributeError) as error:
+            raise LoadError(f"the library for it is not usable: {error}") from None
+        mtmd.mtmd_helper_log_set(llama.log_callback, self.ctypes.c_void_p())
+        self.pause: Callable[[], bool] = lambda: True  # called every few operations of an encode on the CPU; False ends it
+        self._layouts: dict[str, Layout] = {}
+        self._numbers = itertools.count(-2, -1)
+        self.embeddings: dict[str, list[Any]] = {}  # of pictures by their keys: float32, shape (cells, width) a part
+        self.mrope = llama.c.llama_model_rope_type(llama.model) in (8, 40)  # LLAMA_ROPE_TYPE_MROPE, IMROPE
+        self.width = int(llama.c.llama_model_n_embd_inp(llama.model))
+        self.whole = 0  # cells of the largest part, where attention goes both ways within one: it is decoded in one batch
+        self.handle = self._open(path)
+        self._limit_size(path)
+
+    @staticmethod
+    def memory_need(model: ModelInfo) -> int:
+        """Bytes that a model's projector takes, about."""
+        with contextlib.suppress(OSError):
+            return os.path.getsize(model.projector) + GRAPH_BYTES if model.projector else 0
+        return 0
+
+    def _open(self, path: str, most: int = -1) -> Any:
+        """Loads the projector, for pictures of so many tokens at most; by default as many as it says."""
+        llama, params = self.llama, self.c.mtmd_context_params_default()
+        params.use_gpu, params.print_timings, params.warmup = not llama.on_cpu, False, False
+        if not llama.on_cpu:
+            params.device = llama.devices[0].handle
+        params.n_threads, params.image_max_tokens = llama.threads, most
+        asked = itertools.count(1)
+        self._callback = llama.c.ggml_backend_sched_eval_callback(  # kept: the library calls it
+            lambda _tensor, asks, _data: next(asked) % Context.PAUSE_EVERY == 0 if asks else self.pause()
+        )
+        if llama.on_cpu:
+            params.cb_eval = self._callback
+        llama.log_lines.clear()
+        handle = self.c.mtmd_init_from_file(os.fsencode(path), llama.model, params)
+        if not handle:
+            raise llama.refusal("llama.cpp cannot load the projector")
+        if not self.c.mtmd_support_vision(handle):
+            raise LoadError("the projector has no part for pictures")
+        return handle
+
+    def _limit_size(self, path: str) -> None:
+        """Opens the projector again where a large picture would take more tokens than it may."""
+        both_ways = self.c.mtmd_decode_use_non_causal(self.handle, None)
+        options, ctx = self.llama.options, self.llama.ctx
+        most = max(options.batch, self.LEAST) if both_ways else min(self.MOST, max(self.LEAST, ctx // 4))
+        if self._largest() > most:
+            self.c.mtmd_free(self.handle)
+            self.handle = self._open(path, most)
+        self.whole = self._largest() if both_ways else 0
+
+    def _largest(self) -> int:
+        """Cells of the largest part of a large picture."""
+        try:
+            with self._opened(self.c.mtmd_bitmap_init(self.LARGE, self.LARGE, None)) as chunks:
+                return max(medium.end - medium.start for medium in self._laid_out("", chunks).media)
+        except PictureError as error:
+            raise LoadError(f"a picture {error}") from None
+
+    def layout(self, picture: Picture) -> Layout:
+        """Decodes a picture, unless it is known, to see what it takes. Raises PictureError: the message says what it does."""
+        key = picture.key
+        layout = self._layouts.pop(key, None)
+        if layout is None:
+            with self._opened(self._decoded(picture.data)) as chunks:
+                layout = self._laid_out(key, chunks)
+        self._layouts[key] = layout
+        while len(self._layouts) > self.LAYOUTS:
+            del self._layouts[next(iter(self._layouts))]
+        return layout
+
+    def encode(self, picture: Picture) -> Generator[Any, None, None]:
+        """The embeddings of a picture's parts, one after another. Raises PictureError."""
+        with self._opened(self._decoded(picture.data)) as chunks:
+            for chunk in chunks:
+                count = self.c.mtmd_input_chunk_get_n_tokens(chunk)
+                if self._is_text(chunk):
+                    continue
+                if status := self.c.mtmd_encode_chunk(self.handle, chunk):
+                    raise PictureError(f"cannot be encoded: mtmd_encode_chunk returned {status}")
+                yield self.np.ctypeslib.as_array(self.c.mtmd_get_output_embd(self.handle), (count, self.width)).copy()
+
+    def _decoded(self, data: bytes) -> Any:
+        """libmtmd's bitmap of a file, null if there is none in it.
+
+        What it cannot read it would hand to ffprobe, in a folder that is none.
+        """
+        options = self.c.mtmd_helper_init_opt_default()
+        options.video_params.ffmpeg_bin_dir = os.fsencode(os.devnull)
+        buffer = (self.ctypes.c_uint8 * len(data)).from_buffer_copy(data)
+        return self.c.mtmd_helper_bitmap_init_from_buf_wrapper(self.handle, buffer, len(data), False, options).bitmap
+
+    @contextlib.contextmanager
+    def _opened(self, bitmap: Any) -> Iterator[list[Any]]:
+        """libmtmd's chunks of a bitmap, which ends here: tokens of text, and parts of a picture. Raises PictureError."""
+        c, ctypes = self.c, self.ctypes
+        if not bitmap:
+            raise PictureError("cannot be decoded")
+        chunks = c.mtmd_input_chunks_init()
+        try:
+            part = c.mtmd_input_part(bitmap=bitmap)
+            status = self._open_part(self.handle, chunks, ctypes.pointer(ctypes.pointer(part)), 1, False)
+            c.mtmd_bitmap_free(bitmap)
+            if status:
+                raise PictureError("has a width and height that the model cannot read")
+            yield [c.mtmd_input_chunks_get(chunks, i) for i in range(c.mtmd_input_chunks_size(chunks))]
+        finally:
+            c.mtmd_input_chunks_free(chunks)
+
+    def _is_text(self, chunk: Any) -> bool:
+        return bool(self.c.mtmd_input_chunk_get_type(chunk) == self.c.MTMD_INPUT_CHUNK_TYPE_TEXT)
+
+    def _laid_out(self, key: str, chunks: Seq[Any]) -> Layout:
+        number, cells, media, position = next(self._numbers), list[int](), list[Medium](), 0
+        for chunk in chunks:
+            count, n_pos = self.c.mtmd_input_chunk_get_n_tokens(chunk), self.c.mtmd_input_chunk_get_n_pos(chunk)
+            start, end = len(cells), len(cells) + count
+            if self._is_text(chunk):
+                cells += self.c.mtmd_input_chunk_get_tokens_text(chunk, self.ctypes.byref(self.ctypes.c_size_t()))[:count]
+            else:
+                media.append(Medium(key, len(media), start, end, position, n_pos, self._grid(chunk, count)))
+                cells += [number] * count
+            position += n_pos
+        if -1 in cells:
+            raise PictureError("needs tokens around it that the model does not have")
+        if self.whole and any(m.end - m.start > self.whole for m in media):
+            raise PictureError("has more tokens than the model can read at once")
+        return Layout(self.np.array(cells, self.np.int32), tuple(media))
+
+    def _grid(self, chunk: Any, count: int) -> Any:
+        """Medium.grid."""
+        if not self.mrope:
+            return None
+        image, found = self.c.mtmd_input_chunk_get_tokens_image(chunk), (self.c.mtmd_decoder_pos * count)()
+        grids = []
+        for start in (0, 1):
+            self.c.mtmd_helper_image_get_decoder_pos(image, start, found)
+            rows = self.np.frombuffer(found, self.np.int32).reshape(count, 4)  # t, x, y, z
+            grids.append(rows[:, [0, 2, 1, 3]].T)  # llama.cpp has y before x
+        return self.np.array(grids)
+
+
 # ── 8. Sampling (child) ───────────────────────────────────────────────────────────────────────────────────────────────
 # How the next token is picked, what a grammar leaves to pick, and the text that tokens become.
 
@@ -4266,7 +4508,8 @@ class Sampler:
             c.llama_sampler_chain_add(self.chain, link)
         windows = (v.repeat_last_n if self._penalizes(v) else 0, v.dry_penalty_last_n if v.dry_multiplier else 0)
         for token in prompt[max(0, len(prompt) - max(map(self._window, windows))) :]:
-            c.llama_sampler_accept(self.chain, int(token))
+            if token >= 0:  # else a picture's
+                c.llama_sampler_accept(self.chain, int(token))
 
     def _values(self) -> Iterator[tuple[str, Any]]:
         """Each parameter: the request's, else the model file's (general.sampling.*) if it makes sense, else llama.cpp's."""
@@ -4761,17 +5004,26 @@ class ThoughtMeter:
         return spent
 
 
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt's cells."""
+
+    tokens: Any  # int32, or token ids of a client's; numbers below -1 where pictures stand
+    media: tuple[Medium, ...] = ()
+    pictures: Mapping[str, Picture] = field(default_factory=dict)  # by key
+
+
 class Sequence(Rows):
     """One text in the making. Owned by the step loop."""
 
-    def __init__(self, submission: Submission, prompt: Seq[int], llama: Llama) -> None:
+    def __init__(self, submission: Submission, prompt: Prompt, llama: Llama) -> None:
         self.submission, job = submission, submission.job
         assert isinstance(job, Generate)
-        self.n_prompt = len(prompt)
+        self.n_prompt, self.media, self.pictures = len(prompt.tokens), prompt.media, prompt.pictures
         self.limit = min(llama.ctx, self.n_prompt + (job.sampling.max_tokens or llama.ctx))  # tokens: it ends with length
-        super().__init__(llama.np.empty(self.limit, llama.np.int32), self.n_prompt)
-        self.tokens[: self.n_prompt] = prompt
-        self.borders = () if llama.cuttable else turn_borders(prompt, llama.vocab)  # where its state is saved
+        super().__init__(llama.np.empty(self.limit, llama.np.int32), self.n_prompt, self._positions(llama))
+        self.tokens[: self.n_prompt] = prompt.tokens
+        self.borders = () if llama.cuttable else turn_borders(prompt.tokens, llama.vocab)  # where its state is saved
         self.id, self.sampling, self.markers, self.owner = submission.id, job.sampling, job.markers, job.owner
         self.text = TextStream(job.sampling.stop)
         self.thought = ThoughtMeter(job.thought) if job.thought else None
@@ -4782,7 +5034,7 @@ class Sequence(Rows):
         self.jumps = False  # True while the forced continuation is being found
         self.sought = 0.0  # CPU seconds its grammar used beyond its allowance
         self.forced: deque[int] = deque()  # tokens that come next, whatever the model says
-        self.sampler = Sampler(llama, job.sampling, prompt)  # kept through steps back
+        self.sampler = Sampler(llama, job.sampling, prompt.tokens)  # kept through steps back
         self.stretches: Stretches = []
         self.n_cached = 0  # prompt tokens that were not evaluated
         self.done = False
@@ -4794,6 +5046,23 @@ class Sequence(Rows):
         self._ends: deque[int] = deque()  # the characters behind these tokens, as far as they were read
         self._waiting = ""  # text that may be shown, but is a part of a token
         self.watch_thought(b"")
+
+    def _positions(self, llama: Llama) -> Any:
+        """Rows.positions: each token's index, but for what stands behind parts of pictures that take fewer positions."""
+        short = [m for m in self.media if m.n_pos != m.end - m.start]
+        positions = llama.counting[: self.limit + 1].copy() if short else llama.counting
+        for medium in short:
+            positions[medium.end :] -= medium.end - medium.start - medium.n_pos
+        return positions
+
+    @property
+    def next_medium(self) -> Medium | None:
+        """The next part of a picture that is not evaluated; text may come before it."""
+        return next((m for m in self.media if m.end > self.n_computed), None)
+
+    def border(self, count: int) -> int:
+        """So many tokens, or fewer: cells cannot be cut within a part of a picture."""
+        return next((m.start for m in self.media if m.start < count < m.end), count)
 
     @property
     def unread(self) -> int:
@@ -4808,7 +5077,7 @@ class Sequence(Rows):
     @property
     def is_stream(self) -> bool:
         """True if the next main step gives it a token."""
-        return (self.pending == 1 or self.jumping) and not self.jumps
+        return (self.pending == 1 or self.jumping) and not self.jumps and not self.medium
 
     def append(self, token: int) -> None:
         self.tokens[self.n_tokens] = token
@@ -4872,7 +5141,7 @@ class Sequence(Rows):
         size = min(self.n_tokens - 1, limit)
         different = self.tokens[:size] != other.tokens[:size]
         first = int(different.argmax()) if size else 0
-        return first if size and different[first] else size
+        return self.border(first if size and different[first] else size)
 
 
 Stretches = list[tuple[object, float]]  # whose cells a sequence has, up to which token each; its own are the last, without end
@@ -4893,7 +5162,7 @@ class Prefix(Rows):
     """The beginning of a text that ended, for prompts that begin alike: its cells are in a row, or saved as bytes."""
 
     def __init__(self, sequence: Sequence, oldest: int) -> None:
-        super().__init__(sequence.tokens[: sequence.n_computed].copy(), sequence.n_computed)
+        super().__init__(sequence.tokens[: sequence.n_computed].copy(), sequence.n_computed, sequence.positions)
         self.n_computed, self.row = sequence.n_computed, sequence.row
         self.owner, self.stretches, self.oldest = sequence.owner, sequence.stretches, oldest
         self.saved: Any = None
@@ -4902,8 +5171,8 @@ class Prefix(Rows):
 class Input(Rows):
     """One text of an Embed job on its way through an embedding context."""
 
-    def __init__(self, job: Embedding, index: int, tokens: Any) -> None:
-        super().__init__(tokens, len(tokens))
+    def __init__(self, job: Embedding, index: int, tokens: Any, positions: Any) -> None:
+        super().__init__(tokens, len(tokens), positions)
         self.job, self.index, self.turn = job, index, 0
         self.pooled: Any = None  # what its vector is so far
 
@@ -4911,11 +5180,11 @@ class Input(Rows):
 class Embedding:
     """An Embed job in the making: its inputs, and the vectors that are done. Owned by the step loop."""
 
-    def __init__(self, submission: Submission, texts: Seq[Any]) -> None:
+    def __init__(self, submission: Submission, texts: Seq[Any], llama: Llama) -> None:
         assert isinstance(submission.job, Embed)
         self.submission, self.id, self.dimensions = submission, submission.id, submission.job.dimensions
         self.n_prompt = sum(len(tokens) for tokens in texts)
-        self.inputs = [Input(self, i, tokens) for i, tokens in enumerate(texts)]
+        self.inputs = [Input(self, i, tokens, llama.counting) for i, tokens in enumerate(texts)]
         self.vectors: list[bytes] = [b""] * len(texts)
         self.missing = len(texts)
         self.error: ApiError | None = None
@@ -4935,11 +5204,26 @@ def fair_slices(prompts: list[Sequence], rows: int) -> list[tuple[Sequence, int]
     slices = []
     prompts = sorted(prompts, key=lambda s: s.pending)
     for i, sequence in enumerate(prompts):
-        border = next((at - sequence.n_computed for at in sequence.borders if at > sequence.n_computed), rows)
+        stops = (*sequence.borders, *(medium.start for medium in sequence.media))
+        border = min((at - sequence.n_computed for at in stops if at > sequence.n_computed), default=rows)
         count = min(sequence.pending - 1, rows // (len(prompts) - i), border)
         rows -= count
         if count > 0:
             slices.append((sequence, count))
+    return slices
+
+
+def media_slices(sequences: Iterable[Sequence], rows: int, eyes: Eyes | None) -> list[tuple[Sequence, int]]:
+    """Shares `rows` among sequences in which encoded pictures come next; a part that must be whole may take more."""
+    ready = [(s, s.medium) for s in sequences if eyes and s.medium and s.medium.key in eyes.embeddings]
+    slices = list[tuple[Sequence, int]]()
+    for i, (sequence, medium) in enumerate(ready):
+        left = medium.end - sequence.n_computed
+        count = left if eyes and eyes.whole else min(left, max(1, rows // (len(ready) - i)))
+        if slices and count > rows:
+            break
+        rows -= count
+        slices.append((sequence, count))
     return slices
 
 
@@ -5020,7 +5304,8 @@ class Cache:
     def _can_lend(self, other: Sequence | Prefix, length: int) -> bool:
         """Whether all of its first cells are there, and can be had without the others."""
         oldest = other.oldest if isinstance(other, Prefix) else self.main.oldest(other.row)
-        return (self.llama.cuttable or length == other.n_computed) and oldest <= max(0, length - self.llama.n_swa)
+        seen = max(0, other.positions[length] - self.llama.n_swa)
+        return (self.llama.cuttable or length == other.n_computed) and oldest <= seen
 
     def settle(self, sequence: Sequence, donor: Sequence | Prefix | None, shared: int) -> None:
         """Gives the sequence a row that begins with so many of the donor's cells, or none if there is no room for saved ones."""
@@ -5033,9 +5318,9 @@ class Cache:
         if isinstance(donor, Prefix) and donor.saved is not None:
             shared = shared if self._restore(row, donor.saved) else 0
             if shared < donor.n_computed:
-                self.main.drop(row, shared)
+                self.main.drop(row, sequence.positions[shared])
         elif donor and donor.n_computed:
-            self.main.share(donor.row, row, shared)
+            self.main.share(donor.row, row, sequence.positions[shared])
             starts = [0.0, *(end for _, end in donor.stretches)]
             lent += [(o, min(end, shared)) for start, (o, end) in zip(starts, donor.stretches, strict=False) if start < shared]
         else:
@@ -5059,9 +5344,14 @@ class Cache:
     def undo(self, in_step: Seq[Sequence]) -> None:
         """After an aborted decode: drops what it was to add, and every recurrent state, for it has moved them."""
         for sequence in in_step if self.llama.cuttable else ():
-            self.main.drop(sequence.row, sequence.n_computed)
+            self._cut(sequence)
         if not self.llama.cuttable:
             self.clear(False)
+
+    def _cut(self, sequence: Sequence) -> None:
+        """Frees what lies behind a sequence's computed cells, and these as far as they end within a part of a picture."""
+        sequence.n_computed = sequence.border(sequence.n_computed)
+        self.main.drop(sequence.row, sequence.positions[sequence.n_computed])
 
     def clear(self, data: bool) -> None:
         """Frees all cells, also of sequences that run; with `data`, wipes what they held."""
@@ -5075,7 +5365,10 @@ class Cache:
 
     def leave(self, sequence: Sequence) -> None:
         """Makes what a sequence has in the cache a prefix, which stays in its row."""
-        if sequence.n_computed:
+        whole = sequence.border(sequence.n_computed) == sequence.n_computed
+        if not whole and self.llama.cuttable:
+            self._cut(sequence)
+        if sequence.n_computed and (whole or self.llama.cuttable):
             prefix = self.rows[sequence.row] = Prefix(sequence, self.main.oldest(sequence.row))
             self.add(prefix)
         else:
@@ -5124,7 +5417,7 @@ class Cache:
 
 
 class Aside:
-    """Decodes in a context beside the main one, in batches that stop for the streams' steps.
+    """Computes beside the main context, in batches that stop for the streams' steps.
 
     Every few operations of a batch llama.cpp calls `_pause`, which lets the streams step when that is due.
     """
@@ -5154,13 +5447,13 @@ class Aside:
         """Whether nobody waits any more for what is being decoded."""
         raise NotImplementedError
 
-    def _decode(self, context: Context, plan: Seq[tuple[Rows, int]]) -> int:
-        """Decodes one batch; llama_decode's status. Raises what `step` raised."""
+    def _run(self, work: Callable[[], Result]) -> Result:
+        """Does a batch of work in which pauses come. Raises what `step` raised."""
         self._aborted, self._error, self._resumed_at = False, None, time.perf_counter()
-        status = context.decode(plan)
+        done = work()
         if self._error:
             raise self._error
-        return status
+        return done
 
 
 class PromptReader(Aside):
@@ -5177,7 +5470,8 @@ class PromptReader(Aside):
     def __init__(self, llama: Llama, due: Callable[[], float], step: Callable[[], None]) -> None:
         """Raises LoadError."""
         super().__init__(due, step)
-        self.context = Context(llama, llama.ctx, self.BATCH, self.TOGETHER, self._pause)
+        self.batch = max(self.BATCH, llama.eyes.whole if llama.eyes else 0)
+        self.context = Context(llama, llama.ctx, self.batch, self.TOGETHER, self._pause)
         self.rows: list[Sequence | None] = [None] * self.TOGETHER
 
     def unwanted(self) -> bool:
@@ -5206,10 +5500,14 @@ class PromptReader(Aside):
         self.rows[row], sequence.row = sequence, row
         return True
 
-    def read(self) -> int:
-        """Reads one batch, a fair slice of each prompt; llama_decode's status. Raises what `step` raised."""
-        plan = fair_slices(self.reading, self.BATCH)
-        status = self._decode(self.context, plan)
+    def plan(self) -> list[tuple[Sequence, int]]:
+        """The next batch: pictures that are encoded, or else a fair slice of each text."""
+        texts = [s for s in self.reading if not s.medium]
+        return media_slices(self.reading, self.batch, self.context.llama.eyes) or fair_slices(texts, self.batch)
+
+    def read(self, plan: Seq[tuple[Sequence, int]]) -> int:
+        """Reads one batch; llama_decode's status. Raises what `step` raised."""
+        status = self._run(lambda: self.context.decode(plan))
         for sequence, count in plan if not status else ():
             sequence.n_computed += count
             if self._aborted:  # llama_decode reports success, but what it left cannot be used
@@ -5224,6 +5522,59 @@ class PromptReader(Aside):
             prefix.saved = self.context.save(sequence.row)
             self._leave(sequence.row)
             yield sequence, prefix
+
+
+class Encoder(Aside):
+    """Makes the embeddings of pictures that prompts wait for, a part at a time. Used by the step loop alone."""
+
+    KEPT_BYTES = 256 * MIB  # of embeddings: those of the pictures encoded last, and all that a running sequence needs next
+
+    def __init__(self, eyes: Eyes, scheduler: Scheduler, step: Callable[[], None]) -> None:
+        super().__init__(scheduler.due, step)
+        self.eyes, self.scheduler, eyes.pause = eyes, scheduler, self._pause
+        self._key, self._parts = "", list[Any]()  # of the picture at work
+        self._work: Generator[Any, None, None] | None = None
+
+    def waiting(self, key: str | None = None) -> list[Sequence]:
+        """The sequences that a picture comes next in which is not encoded: the one with this key, or any."""
+        sequences = [s for s in (*self.scheduler.active, *self.scheduler.waiting) if s.media and not s.submission.cancelled]
+        keys = [(s, s.next_medium.key) for s in sequences if s.next_medium]
+        return [s for s, k in keys if (k == key if key else k not in self.eyes.embeddings)]
+
+    def unwanted(self) -> bool:
+        return not self.waiting(self._key)
+
+    def encode(self, sequence: Sequence) -> None:
+        """Encodes the next part of the picture that comes next in a sequence. Raises PictureError, and what the streams' step
+        raised."""
+        assert sequence.next_medium
+        key = sequence.next_medium.key
+        if self._work is None or key != self._key:
+            self.leave()
+            self._key, self._work = key, self.eyes.encode(sequence.pictures[key])
+        work = self._work
+        part = self._run(lambda: next(work, None))
+        if self._aborted:  # what came is none
+            self.leave()
+        elif part is None:
+            self._keep(key, self._parts)
+            self.leave()
+        else:
+            self._parts.append(part)
+
+    def leave(self) -> None:
+        """Gives the picture at work up."""
+        if self._work:
+            self._work.close()
+        self._work, self._parts = None, []
+
+    def _keep(self, key: str, parts: list[Any]) -> None:
+        kept = self.eyes.embeddings
+        kept[key] = parts
+        needed = {s.next_medium.key for s in self.scheduler.active if s.next_medium}
+        for other in [k for k in kept if k not in needed]:
+            if sum(part.nbytes for parts in kept.values() for part in parts) > self.KEPT_BYTES:
+                del kept[other]
 
 
 class Embedder(Aside):
@@ -5298,7 +5649,7 @@ class Embedder(Aside):
         """Decodes a batch. Raises GenerationFailed, and what the streams' step raised."""
         context = self.context
         self._pace()
-        status = self._decode(context, plan)
+        status = self._run(lambda: context.decode(plan))
         if status == 2 or self._aborted:  # nobody waits for it
             return
         if status:
@@ -5347,6 +5698,7 @@ class Scheduler:
         self.running: list[Sequence] = []  # in order of admission
         self.cache, self.pace = Cache(llama), Pace(llama.main.n_batch)
         self.reader: PromptReader | None = None
+        self._looked = False  # whether the last step was of pictures
         self.stepped_at = 0.0  # when the main context's last step ended (perf_counter)
 
     @property
@@ -5388,17 +5740,22 @@ class Scheduler:
     def schedule(self) -> list[tuple[Sequence, int]]:
         """The next step: one row of each decoding sequence, the rest of what some jump over, then slices of prompts being read.
 
-        Long prompts wait for the reader, if there is one.
+        Pictures have every other step, if there is anything else to do. Long prompts wait for the reader, if there is one.
         """
         streams, long = [s for s in self.running if s.is_stream], self._long_prompts()
-        prompts = [s for s in self.running if s.pending > 1 and not s.is_stream and s not in long]
+        reading = [s for s in self.running if not s.is_stream and s not in long]
+        prompts = [s for s in reading if s.pending > 1 and not s.medium]
+        pictures = media_slices(reading, self.pace.prompt_rows(len(streams)) // (1 + bool(prompts)), self.llama.eyes)
+        self._looked = bool(pictures) and not (self._looked and (streams or prompts))
+        if self._looked:
+            return pictures
         jumping = [s for s in streams if s.jumping]
         plan = [(s, 1) for s in streams if not s.jumping]
         if not jumping and not prompts:
             return plan
         alone = len(streams) == len(jumping) == 1 and not prompts
         target = Pace.TARGET if any(s.unread > 1 for s in prompts) else Pace.FORCED
-        rows = self.pace.prompt_rows(0) - 1 if alone else self.pace.prompt_rows(len(streams), target)
+        rows = self.pace.prompt_rows(0) - 1 if alone else self.pace.prompt_rows(len(streams), target) // (1 + bool(pictures))
         for index, sequence in enumerate(sorted(jumping, key=lambda s: s.pending)):
             more = min(sequence.pending - 1, rows // (len(jumping) - index))
             plan.append((sequence, 1 + more))
@@ -5410,7 +5767,7 @@ class Scheduler:
         prompts = [s for s in self.running if not s.is_stream] if self.reader else []
         decoding = sum(1 for s in self.running if s.is_stream) if prompts else 0
         most = self.SLICES * self.pace.prompt_rows(decoding) if decoding else math.inf
-        return [s for s in prompts if s.unread > most]
+        return [s for s in prompts if s.unread > most and s.border(s.n_tokens - 1) == s.n_tokens - 1]  # the last token stays here
 
     def due(self) -> float:
         """When the streams' next step should begin while a prompt is read aside (perf_counter)."""
@@ -5518,7 +5875,8 @@ class Outbox:
         generated = sequence.n_shown - sequence.n_prompt
         self._events.append(Finished(
             sequence.id, reason, sequence.n_prompt, generated, sequence.n_cached, first - started, now - first,
-            sequence.text.stopped, min(sequence.n_jumped, generated)))  # fmt: skip
+            sequence.text.stopped, min(sequence.n_jumped, generated),
+            sum(medium.end - medium.start for medium in sequence.media)))  # fmt: skip
 
     def embedded(self, job: Embedding) -> None:
         """The end of an Embed job, with its vectors if it came so far."""
@@ -5574,7 +5932,7 @@ class Intake:
         self.inbox: queue.SimpleQueue[Sequence | Embedding | None] = queue.SimpleQueue()  # None: look again, one is cancelled
         self.in_step: Seq[Sequence | Embedding] = ()  # the step loop says what it decodes in the main context
         self._submits: queue.SimpleQueue[Submission] = queue.SimpleQueue()
-        self._grammars: queue.SimpleQueue[tuple[Submission, Seq[int]]] = queue.SimpleQueue()  # prompts whose grammars take long
+        self._grammars: queue.SimpleQueue[tuple[Submission, Prompt]] = queue.SimpleQueue()  # prompts whose grammars take long
         self._arriving: dict[int, Submission] = {}  # until they are tokenized; the thread that takes one out answers for it
         self._known: dict[int, Submission] = {}  # from their arrival to their end
 
@@ -5627,8 +5985,9 @@ class Intake:
             if isinstance(job, Tokenize):
                 self._hand_on(self._tokenized(submission.id, job))
             elif isinstance(job, Embed):
-                self._hand_on(Embedding(submission, (yield from self._inputs(job, submission))))
+                self._hand_on(Embedding(submission, (yield from self._inputs(job, submission)), self.llama))
             else:
+                yield from self._look_at([s for s in job.prompt if isinstance(s, Picture)], submission)
                 prompt, constraint = self._prompt(job), job.sampling.constraint
                 if constraint is None or self.llama.machines.are_quick_to_make(constraint.grammar):
                     self._begin(submission, prompt)
@@ -5648,7 +6007,7 @@ class Intake:
             log.exception("a job cannot begin")
             self._hand_on(failure(submission.id, GenerationFailed(f"{type(error).__name__}: {error}")))
 
-    def _begin(self, submission: Submission, prompt: Seq[int]) -> None:
+    def _begin(self, submission: Submission, prompt: Prompt) -> None:
         """Hands a text to the step loop; its grammar is read first."""
         with TURN.behind(self.llama.gate, submission):
             sequence = Sequence(submission, prompt, self.llama)
@@ -5685,12 +6044,24 @@ class Intake:
             raise InvalidRequest(f"{name} holds token id {outside}, the model's tokens are 0…{size - 1}: send text; the ids of "
                                  "another tokenizer (tiktoken) mean nothing here", name.partition("[")[0])  # fmt: skip
 
-    def _prompt(self, job: Generate) -> Seq[int]:
-        """The prompt's token ids; of its spare segments only the last ones, as many as fit beside the rest and an answer."""
+    def _look_at(self, pictures: Seq[Picture], submission: Submission) -> Iterator[None]:
+        """Lays pictures out; yields between them. Raises InvalidRequest for one that cannot be read."""
+        if pictures and not self.llama.eyes:
+            raise InvalidRequest("the model does not see pictures")
+        for number, picture in enumerate(pictures, 1):
+            if self.llama.eyes and not submission.cancelled:
+                try:
+                    self.llama.eyes.layout(picture)
+                except PictureError as error:
+                    raise InvalidRequest(f"image {number} {error}") from None
+                yield
+
+    def _prompt(self, job: Generate) -> Prompt:
+        """The prompt's cells; of its spare segments only the last ones, as many as fit beside the rest and an answer."""
         if not job.spare:
-            return self._tokens(job.prompt)
+            return self._cells(job.prompt)
         limit, ctx = job.sampling.max_tokens, self.llama.ctx
-        room, first = ctx - len(self._tokens(job.prompt[job.spare :])), job.spare
+        room, first = ctx - len(self._cells(job.prompt[job.spare :]).tokens), job.spare
         if limit is not None and limit < ctx:  # the answer was promised so many
             room -= limit
         for segment in reversed(job.prompt[: job.spare]):
@@ -5698,18 +6069,18 @@ class Intake:
             if room <= 0:
                 break
             first -= 1
-        return self._tokens(job.prompt[first:])
+        return self._cells(job.prompt[first:])
 
-    def _tokens(self, prompt: Seq[Any]) -> Seq[int]:
-        """The prompt's token ids. Raises ContextLengthExceeded, or InvalidRequest for ids outside the vocabulary."""
-        vocab, ctx, tokens = self.llama.vocab, self.llama.ctx, prompt
+    def _cells(self, prompt: Seq[Any]) -> Prompt:
+        """A prompt's cells. Raises ContextLengthExceeded, or InvalidRequest for ids outside the vocabulary."""
+        vocab, ctx, cells = self.llama.vocab, self.llama.ctx, Prompt(prompt)
         least = 0  # tokens of a text that is not tokenized to say exactly: megabytes take seconds
         if prompt and isinstance(prompt[0], int):
             self._check(prompt, "prompt")
         else:
-            least = vocab.least_tokens(prompt, ctx)
-            tokens = vocab.tokens(*prompt, first=True) if least < ctx else ()
-        count, about = len(tokens) or least, "" if len(tokens) else "at least "
+            least = vocab.least_tokens([s for s in prompt if isinstance(s, str)], ctx)
+            cells = self._tokenized_segments(prompt) if least < ctx else Prompt(())
+        count, about = len(cells.tokens) or least, "" if len(cells.tokens) else "at least "
         if count >= ctx:
             error = ContextLengthExceeded(
                 f"The prompt has {about}{count} tokens; this model's maximum context length is {ctx}, at least one of them for "
@@ -5717,7 +6088,25 @@ class Intake:
             )
             error.sizes = (count, ctx - 1)
             raise error
-        return tokens if len(tokens) else self.llama.vocab.nothing
+        return cells if len(cells.tokens) else Prompt(vocab.nothing)
+
+    def _tokenized_segments(self, prompt: Seq[str | Picture]) -> Prompt:
+        """The cells of texts and pictures, one behind another."""
+        parts, media, pictures = [self.llama.vocab.tokens(first=True)], list[Medium](), dict[str, Picture]()
+        at = position = len(parts[0])
+        for segment in prompt:
+            if isinstance(segment, str):
+                parts.append(self.llama.vocab.tokens(segment))
+                position += len(parts[-1])
+            else:
+                assert self.llama.eyes
+                layout = self.llama.eyes.layout(segment)
+                parts.append(layout.cells)
+                media += [medium.moved(at, position) for medium in layout.media]
+                pictures |= {medium.key: segment for medium in layout.media}
+                position += layout.n_pos
+            at += len(parts[-1])
+        return Prompt(self.llama.np.concatenate(parts), tuple(media), pictures)
 
     def _inputs(self, job: Embed, submission: Submission) -> Generator[None, None, list[Any]]:
         """The token ids of each input, all int32 arrays; yields between them. Raises ContextLengthExceeded, or InvalidRequest."""
@@ -5767,8 +6156,10 @@ class Engine:
         self.inbox = self.intake.inbox
         self.scheduler = Scheduler(llama, llama.options.parallel)
         self.embedder = Embedder(llama, self.scheduler, self._step_streams)
+        self.encoder = Encoder(llama.eyes, self.scheduler, self._step_streams) if llama.eyes else None
         self._aside = llama.on_cpu  # whether to make a prompt reader: a GPU is quick with slices
-        self._several = False  # whether several sequences have run at once, since that was last asked
+        # whether to make it soon: several sequences have run at once, or the first picture must not hold up a stream
+        self._several = llama.eyes is not None
         self._sought = 0.0  # seconds of this step in which grammars were asked
 
     def run(self) -> None:
@@ -5817,12 +6208,27 @@ class Engine:
         self.scheduler.admit()
         self._several = self._several or len(self.scheduler.running) > 1
         self.scheduler.move_aside()
-        if self.scheduler.aside:
-            self._read_aside()
+        reader = self.scheduler.reader
+        if reader and (plan := reader.plan()):
+            self._read_aside(reader, plan)
         else:
             self._decode()
+        self.scheduler.bring_back()
         if self.embedder.jobs:
             self._embed()
+        if self.encoder and (waiting := self.encoder.waiting()):
+            self._encode(self.encoder, waiting[0])
+
+    def _encode(self, encoder: Encoder, sequence: Sequence) -> None:
+        """Encodes a part of the picture that a sequence waits for."""
+        self.pulse.begin("decode")
+        try:
+            encoder.encode(sequence)
+        except PictureError as error:
+            encoder.leave()
+            self._fail(sequence, f"a picture {error}")
+        if self.outbox.due():
+            self._flush()
 
     def _embed(self) -> None:
         """One batch of inputs that become vectors; running streams step in the middle of it."""
@@ -5861,16 +6267,13 @@ class Engine:
             self._aside = False
             log.warning("long prompts are read in slices: %s", error)
 
-    def _read_aside(self) -> None:
+    def _read_aside(self, reader: PromptReader, plan: Seq[tuple[Sequence, int]]) -> None:
         """Reads one batch of the prompts aside."""
-        reader = self.scheduler.reader
-        assert reader
         self.pulse.begin("decode")
-        if status := reader.read():
+        if status := reader.read(plan):
             for sequence in reader.reading:
                 self._fail(sequence, f"llama_decode returned {status}")
             self._flush()
-        self.scheduler.bring_back()
 
     def _step_streams(self) -> None:
         """In the middle of the prompt reader's batch: lets newcomers in and streams step."""
