@@ -12876,6 +12876,105 @@ def test_template_that_leaves_a_picture_out_is_refused() -> None:
     assert chat(whole).prompt(request)[:2] == ("Look", picture)
 
 
+@pytest.fixture(scope="module")
+def seeing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server whose default model sees; the projector of another is of a type that nobody knows."""
+    folder = tmp_path_factory.mktemp("seeing")
+    for stem in ("seer", "gazer"):
+        write_dice(folder / f"{stem}.gguf", stem.title(), 512)
+        write_projector(folder / f"mmproj-{stem}.gguf", stem.title())
+    broken = folder / "mmproj-gazer.gguf"
+    broken.write_bytes(broken.read_bytes().replace(b"\3\0\0\0\0\0\0\0mlp", b"\3\0\0\0\0\0\0\0xyz"))
+    with shared(tmp_path_factory.mktemp("seeing-home"), "--models-dir", folder, "--model", "seer") as running:
+        yield running
+
+
+def pictured(image: str = RED64, **more: Any) -> dict[str, Any]:
+    parts = [{"type": "image_url", "image_url": {"url": f"data:image/png;base64,{image}"}}, LOOK]
+    return {"messages": [{"role": "user", "content": parts}], "max_tokens": 8, "temperature": 0, **more}
+
+
+def test_every_dialect_shows_the_model_the_same_picture(seeing: Server) -> None:
+    told = seeing.post("/v1/chat/completions", pictured()).json()
+    text, tokens = told["choices"][0]["message"]["content"], told["usage"]["prompt_tokens"]
+    assert told["usage"]["prompt_tokens_details"]["image_tokens"] == 16
+    again, blue = (seeing.post("/v1/chat/completions", pictured(image)).json() for image in (RED64, BLUE64))
+    assert again["usage"]["prompt_tokens_details"]["cached_tokens"] == tokens - 1
+    assert [d["choices"][0]["message"]["content"] == text for d in (again, blue)] == [True, False]
+
+    parts = [{"type": "input_image", "image_url": RED64}, {"type": "input_text", "text": "Look"}]
+    response = seeing.post("/v1/responses", {"input": [{"role": "user", "content": parts}], "temperature": 0,
+                                             "max_output_tokens": 8}).json()  # fmt: skip
+    claude = pictured(messages=[{"role": "user", "content": [RED_SOURCE, LOOK]}])
+    message, options = seeing.post("/v1/messages", claude).json(), {"temperature": 0, "num_predict": 8}
+    ollama = {"model": "seer", "options": options, "stream": False}
+    turn = {"role": "user", "content": "Look", "images": [RED64]}
+    prompt = seeing.post("/apply-template", pictured()).json()["prompt"]
+    marked = {"prompt_string": prompt, "multimodal_data": [RED64]}
+    said = {
+        "responses": response["output"][-1]["content"][0]["text"], "messages": message["content"][0]["text"],
+        "ollama chat": seeing.post("/api/chat", {**ollama, "messages": [turn]}).json()["message"]["content"],
+        "ollama generate": seeing.post("/api/generate", {**ollama, "prompt": "Look", "images": [RED64]}).json()["response"],
+        "llama-server": seeing.post("/completion", {"prompt": marked, "temperature": 0, "n_predict": 8}).json()["content"],
+    }  # fmt: skip
+    assert said == dict.fromkeys(said, text)
+    assert seeing.post("/v1/messages/count_tokens", claude).json() == {"input_tokens": tokens}
+
+
+def test_socket_shows_the_model_a_picture(seeing: Server) -> None:
+    body = {"model": "seer", "prompt": "Look", "max_tokens": 4, "temperature": 0}
+    plain, pictures = (ws_ask(seeing, images=images, **body)[1]["usage"] for images in ([], [RED64, BLUE64]))
+    assert pictures["prompt_tokens"] - plain["prompt_tokens"] == 32
+
+
+def test_every_list_tells_what_sees(seeing: Server) -> None:
+    assert {m["id"]: m["vision"] for m in seeing.get("/api/models").json()["models"]}["seer"] is True
+    assert "vision" in seeing.post("/api/show", {"model": "seer"}).json()["capabilities"]
+    assert seeing.get("/props?model=seer").json()["modalities"]["vision"] is True
+    assert seeing.get("/v1/models/seer").json()["architecture"]["input_modalities"] == ["text", "image"]
+
+
+def test_generate_shows_the_model_a_picture(seeing: Server, tmp_path: Path) -> None:
+    (tmp_path / "red.png").write_bytes(RED)
+    flags = ("--bind", f"{seeing.host}:{seeing.port}", "--temperature", "0", "--max-tokens", "8", "--json", "--chat")
+    done = shimmy("generate", "seer", "Look", "--image", tmp_path / "red.png", *flags, home=tmp_path)
+    expected = seeing.post("/v1/chat/completions", pictured()).json()["choices"][0]["message"]["content"]
+    assert json.loads(done.stdout)["choices"][0]["text"] == expected
+
+
+@cases("data, words", {"no picture": (b"cat", "the image is no PNG"), "no file": (None, "No such file")})
+def test_generate_refuses_an_image_that_is_none(data: bytes | None, words: str, tmp_path: Path) -> None:
+    file = tmp_path / "cat.png"
+    if data:
+        file.write_bytes(data)
+    with pytest.raises(module.UsageError, match=re.escape(f"--image {file}: {words}")):
+        module.user_turn(argparse.Namespace(image=[str(file)]), "Look")
+
+
+def test_projector_that_cannot_be_loaded_leaves_a_model_of_text(seeing: Server) -> None:
+    body = pictured(model="gazer")
+    assert_error(seeing.post("/v1/chat/completions", body), 400, "invalid_request", "the projector of gazer cannot be loaded")
+    assert seeing.chat(model="gazer", max_tokens=4).status == 200
+    refused = assert_error(seeing.post("/v1/chat/completions", body), 400, "invalid_request", "gazer reads text only")
+    assert refused["param"] == "messages[0].content[0].type"
+    assert not {m["id"]: m["vision"] for m in seeing.get("/api/models").json()["models"]}["gazer"]
+
+
+def test_load_without_the_projector_is_asked_for(seeing: Server) -> None:
+    assert_error(seeing.post("/api/models/seer/load", {"mmproj": "/etc/passwd"}), 400, "invalid_request", "names a file")
+    assert seeing.post("/api/models/seer/load", {"mmproj": "none"}).status == 200
+    assert_error(seeing.post("/v1/chat/completions", pictured()), 400, "invalid_request", "seer reads text only")
+    assert seeing.post("/api/models/seer/unload").status == 200
+    assert seeing.post("/v1/chat/completions", pictured()).status == 200
+
+
+def test_prompt_that_pictures_make_too_long_is_refused_with_both_numbers(seeing: Server) -> None:
+    body = pictured()
+    body["messages"][0]["content"] += [{"type": "text", "text": "x" * 490}]
+    details = assert_error(seeing.post("/v1/chat/completions", body), 400, "context_length_exceeded")["details"]
+    assert "512" in details and int(re.findall(r"\d+", details)[0]) > 512
+
+
 def test_images_are_fetched_from_open_hosts_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[str, int]] = []
 
