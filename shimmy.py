@@ -739,7 +739,7 @@ MEDIA = {  # parts of messages that are no text, in every API's words
 
 @dataclass(frozen=True)
 class Attachment:
-    """A part of a message that is no text. Its model shows what becomes of it: a Picture, a note, or an error."""
+    """A part of a message that is no text. It becomes a Picture, a note or an error, which depends on the model."""
 
     where: str  # the field that says so
     type: str  # a key of MEDIA
@@ -778,9 +778,10 @@ class Content:
         for an image in the user's newest turn that the model does not see.
         """
         images = [attachment for attachment in self.media() if attachment.word == "image"]
+        asked = next((image for image in images if image.newest), None)
+        if look is None and asked:
+            asked.refuse(f"{model} reads text only")
         if look is None or not images:
-            for attachment in (attachment for attachment in images if attachment.newest):
-                attachment.refuse(f"{model} reads text only")
             return self.text("text" if look is None else "text and images")
         note = Content(tuple(m for m in self.media() if m.word != "image")).text("text and images")
         seen: list[Any] = []
@@ -894,76 +895,21 @@ class Picture:
         return hashlib.sha256(self.data).hexdigest()
 
 
-def png_size(data: bytes) -> tuple[int, int]:
-    name, width, height = struct.unpack_from(">4sII", data, 12)
-    return (width, height) if name == b"IHDR" else (0, 0)
-
-
-def jpeg_size(data: bytes) -> tuple[int, int]:
-    """Reads to the first frame header, as stb_image does: bytes between segments are passed over."""
-    at = 2
-    for _ in range(4096):  # segments; an ICC profile may take 255
-        at = data.index(b"\xff", at)
-        while data[at] == 0xFF:
-            at += 1
-        length, height, width = struct.unpack_from(">HxHH", data, at + 1)
-        if data[at] in (0xC0, 0xC1, 0xC2):
-            return width, height
-        at += 1 + length
-    return 0, 0
-
-
-def gif_size(data: bytes) -> tuple[int, int]:
-    width, height = struct.unpack_from("<HH", data, 6)
-    return width, height
-
-
-def bmp_size(data: bytes) -> tuple[int, int]:
-    """Reads either form of the header; a height below zero means rows from top to bottom."""
-    (header,) = struct.unpack_from("<I", data, 14)
-    width, height = struct.unpack_from("<HH" if header == 12 else "<ii", data, 18)
-    return (width, abs(height)) if header in (12, 40, 56, 108, 124) else (0, 0)
-
-
-PNG, JPEG = b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff"
-PICTURE_SIZES = {PNG: png_size, JPEG: jpeg_size, b"GIF87a": gif_size, b"GIF89a": gif_size, b"BM": bmp_size}  # by first bytes
-
-
-def fault_of(data: bytes, pixels: int) -> str:
-    """Says what is wrong with a PNG or JPEG file; "" if nothing is. A few kilobytes may ask for gigabytes, or hours."""
-    far = "it unpacks to far more than its pixels"
-    if not data.startswith(PNG):
-        return far if data.startswith(JPEG) and data.count(b"\xff\xda") > MAX_SCANS else ""
-    stream, left, at = zlib.decompressobj(), 9 * pixels + MIB, len(PNG)  # with 16 bits a channel, and a byte for each row
-    for _ in range(1 << 16):  # chunks; those of pixels have mostly 8 kB
-        if stream.eof or left < 0 or at + 8 > len(data):
-            return "" if stream.eof else far if left < 0 else "it is cut"
-        size, name = struct.unpack_from(">I4s", data, at)
-        packed = data[at + 8 : at + 8 + size] if name == b"IDAT" else b""
-        at += 12 + size
-        while packed and left >= 0:
-            try:
-                left -= len(stream.decompress(packed, MIB))
-            except zlib.error as error:
-                return str(error)
-            packed = stream.unconsumed_tail
-    return "it has too many chunks"
-
-
 def read_picture(where: str, data: bytes) -> Picture:
     """Checks a picture's file by its content: llama.cpp would start programs (ffprobe) on what it does not know.
 
     Raises InvalidRequest for another format, a damaged file, and one of more than MAX_PIXELS, which is told by its header.
     """
-    size, width, height = next((s for start, s in PICTURE_SIZES.items() if data.startswith(start)), None), 0, 0
+    size: tuple[int, int] | None = (0, 0)
+    with contextlib.suppress(struct.error, ValueError, IndexError):
+        size = picture_size(data)
     if size is None:
         raise InvalidRequest(f"{where}: the image is no PNG, JPEG, GIF or BMP file", where)
-    with contextlib.suppress(struct.error, ValueError, IndexError):
-        width, height = size(data)
+    width, height = size
     if width * height > MAX_PIXELS:
         most = f"{MAX_PIXELS // 1_000_000} million"
         raise InvalidRequest(f"{where}: the image has {width} × {height} pixels, more than {most}: send a smaller one", where)
-    fault = "its header tells no size" if width < 1 or height < 1 else fault_of(data, width * height)
+    fault = "its header tells no size" if width < 1 or height < 1 else picture_fault(data, width * height)
     if fault:
         raise InvalidRequest(f"{where}: the image is damaged: {fault}", where)
     return Picture(data, width, height)
@@ -7816,11 +7762,12 @@ class Looker:
         return read_picture(attachment.where, data)
 
     def _bytes(self, where: str, source: Any) -> bytes:
-        if isinstance(source, str) and re.match("https?://", source, re.I):
+        source = source if isinstance(source, str) else ""
+        if re.match("https?://", source, re.I):
             return self._fetched(where, source)
-        head, _, told = source.partition(",") if isinstance(source, str) and source.startswith("data:") else ("", "", source)
-        with contextlib.suppress(ValueError):
-            if isinstance(told, str) and told and (not head or head.endswith(";base64")):
+        head, _, told = source.partition(",") if source.startswith("data:") else (";base64", "", source)
+        with contextlib.suppress(ValueError):  # also from letters outside ASCII
+            if told and head.endswith(";base64"):
                 return base64.b64decode("".join(told.split()), validate=True)
         raise InvalidRequest(f"{where}: an image must be base64, a data: URL of it, or an http or https address", where)
 
@@ -11319,6 +11266,7 @@ for this command. --chat without a prompt is a conversation at the terminal.""",
 examples:
   python shimmy.py generate --prompt "Which port do you use?"
   git diff | python shimmy.py generate --prompt "Summarise:" --stdin
+  python shimmy.py generate --image cat.jpg --prompt "What is in the picture?"
   printf 'cat\\ndog\\n' | python shimmy.py generate --lines --prompt "In French:"
   python shimmy.py generate --chat"""),
     "pull": ("NAME", """\
@@ -11877,21 +11825,21 @@ def command_list(args: argparse.Namespace) -> int:
     """Shows the models on this machine."""
     service = make_service(args)
     service.table.models(0.0)
-    report = service.table.catalog.report
+    report, found = service.table.catalog.report, service.table.infos()
     if args.json:
         more = {m.id: {"path": m.path, "source": m.source, "projector": m.projector, "fits": fits_memory(m.weights_bytes),
-                       "largest_context": m.largest_context("f16")} for m in report.models}  # fmt: skip
+                       "largest_context": m.largest_context("f16")} for m in found}  # fmt: skip
         models = [m | more[m["id"]] for m in service.table.models() if m["id"] in more]
         print_json({"models": models, "skipped": list(report.skipped), "directories": list(report.directories)})
     elif args.short:
-        for model in report.models:
+        for model in found:
             print(printable(model.id))
     else:
         cells = [(m.id, m.parameter_count, m.quantization, human_bytes(m.size_bytes), m.context_length,
-                  m.projector and "images", fit_word(m), m.path) for m in report.models]  # fmt: skip
+                  m.projector and "images", fit_word(m), m.path) for m in found]  # fmt: skip
         print_table(["NAME", "PARAMS", "QUANT", "SIZE", "CONTEXT", "SEES", "FITS", "WHERE"],
                     [[printable(str(cell or "-"), MAX_SHOWN_PATH) for cell in row] for row in cells])  # fmt: skip
-        if not report.models:
+        if not found:
             print("No GGUF model was found; put one into ./models or name its directory with --models-dir.", file=sys.stderr)
     if args.verbose and not args.json:
         print_rows([("skipped", f"{each['path']}: {each['reason']}") for each in report.skipped], sys.stderr)
@@ -13259,8 +13207,10 @@ KILLED = 9  # SIGKILL, which Windows has no name for: from outside, by a system 
 
 
 # ── B. GGUF headers ───────────────────────────────────────────────────────────────────────────────────────────────────
-# The header of a model file, read by a bounded reader that trusts no count or length in it, and the memory it asks for.
-# Offers: read_gguf_header, GgufHeader, GgufError, open_regular; KvShape, kv_shape, read_weights, place. Uses: EMBEDDERS (3).
+# The header of a model file, read by a bounded reader that trusts no count or length in it, and the memory it asks for; and
+# what the header of a picture tells.
+# Offers: read_gguf_header, GgufHeader, GgufError, open_regular; KvShape, kv_shape, read_weights, place; picture_size,
+# picture_fault. Uses: EMBEDDERS (3).
 
 
 class GgufError(Exception):
@@ -13570,6 +13520,68 @@ def place(weights: Weights, kv: KvShape, gpus: Seq[int], ctx: int, pool: int, kv
     tries = [(count + 1, m) for m in range(moe, all_moe + 1)] + [(n, all_moe) for n in range(count, 0, -1)]
     layers, moe = next(((n, m) for n, m in tries if fits(n, m, ctx)), (0, moe))
     return Placement(int(layers * share), moe, most(layers, moe) if layers else pool)
+
+
+# Pictures
+
+PNG, JPEG = b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff"
+
+
+def picture_size(data: bytes) -> tuple[int, int] | None:
+    """Width and height by a file's header, 0 where it tells none; None for any format but PNG, JPEG, GIF and BMP.
+
+    Raises struct.error, ValueError or IndexError for a header that is cut.
+    """
+    width = height = 0
+    if data.startswith(PNG):
+        name, width, height = struct.unpack_from(">4sII", data, 12)
+        return (width, height) if name == b"IHDR" else (0, 0)
+    if data.startswith((b"GIF87a", b"GIF89a")):
+        width, height = struct.unpack_from("<HH", data, 6)
+    elif data.startswith(JPEG):
+        return jpeg_size(data)
+    elif data.startswith(b"BM"):
+        (header,) = struct.unpack_from("<I", data, 14)
+        if header in (12, 40, 56, 108, 124):
+            width, height = struct.unpack_from("<HH" if header == 12 else "<ii", data, 18)
+    else:
+        return None
+    return width, abs(height)  # a BMP's height below zero means rows from top to bottom
+
+
+def jpeg_size(data: bytes) -> tuple[int, int]:
+    """Reads to the first frame header, as stb_image does: bytes between segments are passed over."""
+    at = 2
+    for _ in range(4096):  # segments; an ICC profile may take 255
+        at = data.index(b"\xff", at)
+        while data[at] == 0xFF:
+            at += 1
+        length, height, width = struct.unpack_from(">HxHH", data, at + 1)
+        if data[at] in (0xC0, 0xC1, 0xC2):
+            return width, height
+        at += 1 + length
+    return 0, 0
+
+
+def picture_fault(data: bytes, pixels: int) -> str:
+    """Says what is wrong with a PNG or JPEG file; "" if nothing is. A few kilobytes may ask for gigabytes, or hours."""
+    far = "it unpacks to far more than its pixels"
+    if not data.startswith(PNG):
+        return far if data.startswith(JPEG) and data.count(b"\xff\xda") > MAX_SCANS else ""
+    stream, left, at = zlib.decompressobj(), 9 * pixels + MIB, len(PNG)  # with 16 bits a channel, and a byte for each row
+    for _ in range(1 << 16):  # chunks; those of pixels have mostly 8 kB
+        if stream.eof or left < 0 or at + 8 > len(data):
+            return "" if stream.eof else far if left < 0 else "it is cut"
+        size, name = struct.unpack_from(">I4s", data, at)
+        packed = data[at + 8 : at + 8 + size] if name == b"IDAT" else b""
+        at += 12 + size
+        while packed and left >= 0:
+            try:
+                left -= len(stream.decompress(packed, MIB))
+            except zlib.error as error:
+                return str(error)
+            packed = stream.unconsumed_tail
+    return "it has too many chunks"
 
 
 # ── C. Formats ────────────────────────────────────────────────────────────────────────────────────────────────────────
