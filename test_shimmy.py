@@ -16550,6 +16550,31 @@ def test_pull_chooses_a_quantization(names: list[str], part: str, chosen: str) -
     assert offer and [file.name for file in offer.files] == [chosen]
 
 
+@cases(
+    "names, chosen",
+    {
+        "none": (["m-Q8_0.gguf"], None),
+        "half precision": (["m-Q8_0.gguf", "mmproj-m-F32.gguf", "mmproj-m-F16.gguf"], "mmproj-m-F16.gguf"),
+        "whatever there is": (["m-Q8_0.gguf", "mmproj-BF16.gguf"], "mmproj-BF16.gguf"),
+        "the nearest": (["Q8_0/m.gguf", "mmproj-F16.gguf", "Q8_0/mmproj-F32.gguf"], "Q8_0/mmproj-F32.gguf"),
+        "above": (["Q8_0/m.gguf", "mmproj-F16.gguf", "F16/mmproj-F16.gguf"], "mmproj-F16.gguf"),
+        "no GGUF": (["m-Q8_0.gguf", "mmproj-F16.safetensors"], None),
+    },
+)
+def test_pull_chooses_a_projector(names: list[str], chosen: str | None) -> None:
+    files = [module.RemoteFile(name, "", 1) for name in names]
+    found = module.projector_for(module.offers_of(files)[0], files)
+    assert [file.name for file in found] == ([chosen] if chosen else [])
+
+
+@cases("flags, here", {"with it": ((), True), "without": (("--no-mmproj",), False)})
+def test_pull_fetches_the_projector_too(flags: tuple[str, ...], here: bool, hub: FakeHub, tmp_path: Path) -> None:
+    hub.files = {"m-Q4_K_M.gguf": os.urandom(1000), "mmproj-F16.gguf": os.urandom(500)}
+    done = shimmy("pull", REPO_NAME, *flags, home=tmp_path, env=hub.env)
+    assert done.stdout.decode().endswith("m-Q4_K_M.gguf\n"), done.stderr
+    assert (cache(tmp_path) / "snapshots" / COMMIT / "mmproj-F16.gguf").exists() is here
+
+
 def test_pull_offers_no_shards_that_are_not_all_there() -> None:
     assert [offer.stem for offer in offered("a-00001-of-00002.gguf", "b-00001-of-00001.gguf", "mmproj.gguf")] == ["b"]
 
