@@ -1195,7 +1195,7 @@ class ModelInfo:
     projector: str | None = None  # the file by which it sees
     stored: Stored = field(default_factory=lambda: Stored())
     width: int = 0  # of an embedding; 0: not known
-    labels: tuple[str, ...] = ()  # what the header and the file call it, as label_of has it
+    labels: tuple[str, ...] = ()  # what the header and the file call it
 
     def fitted(self, mmproj: str | None) -> ModelInfo:
         """The model with the projector that --mmproj names; None leaves it the one that was found."""
@@ -1242,25 +1242,28 @@ class Projector:
 
     path: str
     widths: frozenset[int]  # sizes of its last tensors, among them the width of the models' embeddings
-    labels: tuple[str, ...]
+    labels: tuple[str, ...]  # as ModelInfo has them
     named: bool  # its header says whose it is; older ones name the encoder
     rank: tuple[bool, int]  # the smallest that is F16 or Q8_0 comes first
 
     def fits(self, model: ModelInfo, alone: bool) -> bool:
         """True if model and projector belong together; `alone`: all models of this width in its folder are of one make."""
-        alike = any(a in b or b in a for a in self.labels for b in model.labels)
+        ours, theirs = ([word for word in map(plain_label, labels) if len(word) > 2] for labels in (self.labels, model.labels))
+        alike = any(a in b or b in a for a in ours for b in theirs)
         return model.width in self.widths and not model.embedding and (alike or (alone and not self.named))
 
 
-def label_of(words: Any) -> str:
-    """A name without the words that differ between a model and its projector, to be compared; "" says nothing."""
-    words = QUANT_IN_NAME.sub("", SHARD.sub("", str(words or "")))
-    return re.sub(r"mmproj|gguf|[^a-z0-9]", "", words.lower().removeprefix("mmproj-model"))
+@functools.lru_cache(maxsize=4096)
+def plain_label(words: str) -> str:
+    """A name without what differs between a model and its projector."""
+    words = QUANT_IN_NAME.sub("", SHARD.sub("", words)).lower()
+    return re.sub(r"mmproj|gguf|[^a-z0-9]", "", words.removeprefix("mmproj-model"))
 
 
 def labels_of(meta: Mapping[str, Any], path: str) -> tuple[str, ...]:
-    names = map(label_of, (meta.get("general.basename"), meta.get("general.name"), pathlib.Path(path).stem))
-    return tuple(dict.fromkeys(name for name in names if len(name) > 2))
+    """What a header and the file's name call a model or projector, the most telling first."""
+    named = (meta.get("general.basename"), meta.get("general.name"), pathlib.Path(path).stem)
+    return tuple(str(name)[:200] for name in named if name)
 
 
 def read_projector(header: GgufHeader, path: str, size: int) -> Projector | None:
@@ -1276,22 +1279,18 @@ def read_projector(header: GgufHeader, path: str, size: int) -> Projector | None
     return Projector(path, frozenset(widths), labels_of(meta, path), bool(meta.get("general.basename")), (not good, size))
 
 
-def with_projectors(models: Iterable[ModelInfo], projectors: Seq[Projector]) -> Iterator[ModelInfo]:
+def with_projectors(models: Seq[ModelInfo], projectors: Seq[Projector]) -> Iterator[ModelInfo]:
     """The models, each with the best projector that fits it: of those in its folder, else in the one above."""
-    models, folders = list(models), defaultdict[str, list[Projector]](list)
+    places, makes = defaultdict[str, list[Projector]](list), defaultdict[tuple[str, int], set[str]](set)
     for projector in projectors:
-        folders[os.path.dirname(projector.path)].append(projector)
-    makes = defaultdict[tuple[str, int], set[str]](set)
-    for model in models:
-        makes[os.path.dirname(model.path), model.width].update(model.labels[:1])
-    for model in models:
-        folder = os.path.dirname(model.path)
-        alone = len(makes[folder, model.width]) < 2
-        for place in (folder, os.path.dirname(folder)) if folders else ():
-            if fitting := [p for p in folders.get(place, ()) if p.fits(model, alone and place == folder)]:
-                model = replace(model, projector=min(fitting, key=lambda p: p.rank).path)
-                break
-        yield model
+        places[os.path.dirname(projector.path)].append(projector)
+    folders = [os.path.dirname(model.path) if places else "" for model in models]
+    for model, folder in zip(models, folders, strict=True):
+        makes[folder, model.width].add(plain_label(model.labels[0]) if folder in places else "")
+    for model, folder in zip(models, folders, strict=True):
+        found = [p for p in places.get(folder, ()) if p.fits(model, len(makes[folder, model.width]) == 1)]
+        found = found or [p for p in places.get(os.path.dirname(folder), ()) if p.fits(model, False)]
+        yield replace(model, projector=min(found, key=lambda p: p.rank).path) if found else model
 
 
 def describe(header: GgufHeader, path: str, id: str, source: str, size: int) -> ModelInfo:
@@ -1556,7 +1555,7 @@ class Catalog:
                                 "models": len(models) - before,
                                 "notes": list(dict.fromkeys(printable(note, 400) for note in notes))})  # fmt: skip
         # the model that comes with shimmy stands last, unless it was asked for by path
-        ordered = sorted(with_projectors(models.values(), projectors), key=lambda m: is_boxed(m) and m.source != "--model")
+        ordered = sorted(with_projectors(list(models.values()), projectors), key=lambda m: is_boxed(m) and m.source != "--model")
         reasons = ({"path": path, "reason": reason} for path, reason in skipped.items())
         return ScanReport(tuple(ordered), tuple(reasons), tuple(directories[len(self.files) :]), began)
 
