@@ -5112,6 +5112,11 @@ class Prefix(Rows):
         self.owner, self.stretches, self.oldest = sequence.owner, sequence.stretches, oldest
         self.saved: Any = None
 
+    def save(self, context: Context) -> None:
+        """Saves the cells of its row as bytes, of a sliding window only what a next token sees (llama_kv_cache::state_write)."""
+        self.saved, window = context.save(self.row), context.llama.n_swa
+        self.oldest = max(self.oldest, int(self.positions[self.n_computed]) - window) if window else 0
+
 
 class Input(Rows):
     """One text of an Embed job on its way through an embedding context."""
@@ -5319,9 +5324,10 @@ class Cache:
         else:
             self.empty(sequence.row)
 
-    def save_oldest(self) -> bool:
-        """Moves the prefix used least recently out of the cache; False when none is in it."""
-        prefix = next((p for p in self.prefixes if p.saved is None), None)
+    def save_oldest(self, whole: bool = False) -> bool:
+        """Moves the prefix used least recently out of the cache, `whole`: that loses nothing by it; False when none is in it."""
+        most = self.llama.n_swa if whole and self.llama.n_swa else math.inf
+        prefix = next((p for p in self.prefixes if p.saved is None and p.n_computed <= most), None)
         if prefix:
             self.prefixes.remove(prefix)
             self.save(prefix)
@@ -5332,7 +5338,7 @@ class Cache:
 
     def save(self, prefix: Prefix) -> None:
         """Saves the cells of its row as bytes; the saved prefixes used least recently make room."""
-        prefix.saved = self.main.save(prefix.row)
+        prefix.save(self.main)
         if prefix.saved is None:
             prefix.n_computed = 0  # nothing to lend
         else:
@@ -5464,7 +5470,7 @@ class PromptReader(Aside):
         """The sequences that are read, all but their last token, and what they have read; they leave."""
         for sequence in [s for s in self.reading if s.pending == 1]:
             prefix = Prefix(sequence, 0)
-            prefix.saved = self.context.save(sequence.row)
+            prefix.save(self.context)
             self._leave(sequence.row)
             yield sequence, prefix
 
@@ -6129,7 +6135,7 @@ class Engine:
 
     def _tidy(self) -> bool:
         """Moves a prefix out of the cache, between steps that nobody waits for; False when there is none."""
-        return self.llama.on_cpu and self.scheduler.cache.save_oldest()
+        return self.llama.on_cpu and self.scheduler.cache.save_oldest(whole=True)
 
     def _take_all(self) -> None:
         while not self.inbox.empty():
