@@ -18251,7 +18251,7 @@ def test_list_names_the_largest_context_that_fits(models: Path, tmp_path: Path) 
     place = "        left = free - self.weights_bytes - GRAPH_BYTES"
     script = altered(tmp_path, (place, "        free = self.size_bytes + 128 * MIB + 102_400\n" + place))
     table = shimmy("list", "--models-dir", models, home=tmp_path, script=script).stdout.decode()
-    assert re.search(r"recital .* 65536 +ctx 768 ", table) and re.search(r"dice .* 256 +yes ", table)
+    assert re.search(r"recital .* 65536 +- +ctx 768 ", table) and re.search(r"dice .* 256 +- +yes ", table)
 
 
 @cases("command", {name or "none": name for name in module.HELP})
