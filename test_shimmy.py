@@ -12867,6 +12867,15 @@ def test_llama_server_prompt_needs_a_marker_for_each_image() -> None:
         module.LlamaCompletion({"prompt": {"prompt_string": "<__media__>", "multimodal_data": [RED64]}})
 
 
+def test_no_text_of_a_client_can_be_a_picture() -> None:
+    picture, mark = module.Picture(RED, 32, 40), "\ufdd0"
+    tool = {"type": "function", "function": {"name": "f", "description": f"{mark}0{mark}"}}
+    request = module.GenerateRequest(messages=({"role": "user", "content": (f"{mark}1{mark}", picture)},), tools=(tool,))
+    template = "{% for t in tools or [] %}{{ t.function.name }}{{ t.function.description }}{% endfor %}{{ messages[0].content }}"
+    prompt = chat(template).prompt(request)
+    assert "".join(part if isinstance(part, str) else "(red)" for part in prompt) == f"f{mark}0{mark}{mark}1{mark}(red)"
+
+
 def test_template_that_leaves_a_picture_out_is_refused() -> None:
     picture = module.Picture(RED, 32, 40)
     request = module.GenerateRequest(messages=({"role": "user", "content": ("Look", picture)},))
