@@ -12737,6 +12737,18 @@ def test_picture_is_checked_by_its_bytes(data: bytes, words: str) -> None:
     assert words in said
 
 
+@pytest.mark.parametrize("kind", [name for name, (_, words) in PICTURE_FILES.items() if " x " in words])
+def test_damaged_picture_is_a_picture_within_bounds_or_refused(kind: str) -> None:
+    data, chance = PICTURE_FILES[kind][0], random.Random(1)
+    for _ in range(500):
+        spoiled = bytearray(data[: chance.choice([len(data), chance.randrange(len(data))])] or b"?")
+        for _ in range(chance.randrange(8)):
+            spoiled[chance.randrange(len(spoiled))] = chance.choice([0, 1, 127, 255, chance.randrange(256)])
+        with contextlib.suppress(InvalidRequest):
+            picture = module.read_picture("images[0]", bytes(spoiled))
+            assert 0 < picture.width * picture.height <= module.MAX_PIXELS
+
+
 class SeeingWorker(FakeWorker):
     """Remembers the prompt of the job that it is given, and does no more."""
 
