@@ -12923,9 +12923,8 @@ def test_every_dialect_shows_the_model_the_same_picture(seeing: Server) -> None:
     assert again["usage"]["prompt_tokens_details"]["cached_tokens"] == tokens - 1
     assert [d["choices"][0]["message"]["content"] == text for d in (again, blue)] == [True, False]
 
-    parts = [{"type": "input_image", "image_url": RED64}, {"type": "input_text", "text": "Look"}]
-    response = seeing.post("/v1/responses", {"input": [{"role": "user", "content": parts}], "temperature": 0,
-                                             "max_output_tokens": 8}).json()  # fmt: skip
+    asked = {"input": [{"role": "user", "content": RESPONSE_PARTS}], "temperature": 0, "max_output_tokens": 8}
+    response = seeing.post("/v1/responses", asked).json()
     claude = pictured(messages=[{"role": "user", "content": [RED_SOURCE, LOOK]}])
     message, options = seeing.post("/v1/messages", claude).json(), {"temperature": 0, "num_predict": 8}
     ollama = {"model": "seer", "options": options, "stream": False}
@@ -12940,6 +12939,26 @@ def test_every_dialect_shows_the_model_the_same_picture(seeing: Server) -> None:
     }  # fmt: skip
     assert said == dict.fromkeys(said, text)
     assert seeing.post("/v1/messages/count_tokens", claude).json() == {"input_tokens": tokens}
+
+
+RESPONSE_PARTS = [{"type": "input_image", "image_url": RED64}, {"type": "input_text", "text": "Look"}]
+PACKAGES: dict[str, Callable[[Server], str]] = {  # ask as their documentation does
+    "openai": lambda seeing: seeing.client().chat.completions.create(
+        model="seer", **pictured()).choices[0].message.content,
+    "openai, responses": lambda seeing: seeing.client().responses.create(
+        model="seer", temperature=0, max_output_tokens=8, input=[{"role": "user", "content": RESPONSE_PARTS}]).output_text,
+    "anthropic": lambda seeing: anthropic_client(seeing).messages.create(
+        model="seer", temperature=0, max_tokens=8, messages=[{"role": "user", "content": [RED_SOURCE, LOOK]}]).content[0].text,
+    "ollama": lambda seeing: ollama_client(seeing).chat(
+        "seer", [{"role": "user", "content": "Look", "images": [RED]}], options={"temperature": 0, "num_predict": 8},
+    ).message.content,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_client_package_shows_the_model_a_picture(package: str, seeing: Server) -> None:
+    expected = seeing.post("/v1/chat/completions", pictured()).json()["choices"][0]["message"]["content"]
+    assert PACKAGES[package](seeing) == expected
 
 
 def test_socket_shows_the_model_a_picture(seeing: Server) -> None:
