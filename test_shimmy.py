@@ -12948,7 +12948,8 @@ PACKAGES: dict[str, Callable[[Server], str]] = {  # ask as their documentation d
     "openai, responses": lambda seeing: seeing.client().responses.create(
         model="seer", temperature=0, max_output_tokens=8, input=[{"role": "user", "content": RESPONSE_PARTS}]).output_text,
     "anthropic": lambda seeing: anthropic_client(seeing).messages.create(
-        model="seer", temperature=0, max_tokens=8, messages=[{"role": "user", "content": [RED_SOURCE, LOOK]}]).content[0].text,
+        model="seer", max_tokens=8, messages=[{"role": "user", "content": [RED_SOURCE, LOOK]}], extra_body={"temperature": 0},
+    ).content[0].text,
     "ollama": lambda seeing: ollama_client(seeing).chat(
         "seer", [{"role": "user", "content": "Look", "images": [RED]}], options={"temperature": 0, "num_predict": 8},
     ).message.content,
