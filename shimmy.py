@@ -185,7 +185,6 @@ import copy
 import errno
 import functools
 import gc
-import hashlib
 import http
 import io
 import ipaddress
@@ -235,6 +234,11 @@ log = logging.getLogger("shimmy")
 
 MIB = 1 << 20
 MAX_BODY = 16 * MIB  # a 128k-token prompt is under 1 MiB of text; 16 leaves room for long chats
+MAX_PICTURED_BODY = 32 * MIB  # where pictures may come, a third longer in base64 than in their files
+MAX_PICTURES = 16  # of a request
+MAX_PICTURES_BYTES = 24 * MIB  # of a request's picture files, which come as 32 MiB of base64
+MAX_PIXELS = 50_000_000  # of a picture: the largest photos of phones; to decode them takes 6 to 12 bytes of each
+MAX_SCANS = 100  # of a JPEG file, each of which passes over all its pixels; progressive ones have about 10
 MAX_HEAD = 64 * 1024  # request line and headers together
 MAX_JSON_DEPTH = 64  # the parser recurses; real requests nest about 10 deep
 MAX_CONNECTIONS = 1024  # one thread each
@@ -355,7 +359,7 @@ class MethodNotAllowed(ApiError, status=405, code="method_not_allowed", message=
 
 
 class PayloadTooLarge(ApiError, status=413, code="payload_too_large", message="The body is too large"):
-    """A body beyond MAX_BODY."""
+    """A body beyond what its route takes."""
 
 
 class Overloaded(ApiError, status=503, code="overloaded", message="The server is busy, try again",
@@ -406,20 +410,6 @@ class Cancellation:
 # Bodies become frozen dataclasses; each parameter is named once, with its default, bounds and help. Raw dicts end here.
 
 Check = Callable[[str, Any], Any]
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A picture of a prompt, checked: its file's bytes (PNG, JPEG, GIF or BMP) and its size in pixels."""
-
-    data: bytes
-    width: int
-    height: int
-
-    @property
-    def key(self) -> str:
-        """The SHA-256 of the bytes, by which equal pictures are known."""
-        return hashlib.sha256(self.data).hexdigest()
 
 
 def _said(value: Any) -> str:
@@ -625,8 +615,8 @@ class GenerateRequest:
     """A request for text, from any dialect: prompts (text or token ids), one chat, or a gap to fill."""
 
     model: str = "default"
-    prompts: tuple[str | tuple[int, ...], ...] = ()
-    messages: tuple[dict[str, Any], ...] | None = None
+    prompts: tuple[str | Content | tuple[int | str | Picture, ...], ...] = ()
+    messages: tuple[dict[str, Any], ...] | None = None  # content as Content has it, and then as that is shown
     infill: Infill | None = None
     tools: tuple[dict[str, Any], ...] = ()  # functions that the client runs
     builtins: tuple[str, ...] = ()  # tools that the server itself runs
@@ -707,7 +697,7 @@ ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 
 
 def read_messages(body: Mapping[str, Any]) -> tuple[dict[str, Any], ...] | None:
-    """The checked `messages` of a chat, content flattened to a string; None when absent."""
+    """The checked `messages` of a chat; None when absent."""
     messages = body.get("messages")
     if messages is None:
         return None
@@ -724,14 +714,14 @@ def newest_turn(messages: Seq[Any]) -> Any:
 
 
 def read_message(where: str, message: Any, newest: bool) -> dict[str, Any]:
-    """One message of a chat as templates want it: content is always a string, tool arguments are objects."""
+    """One message of a chat as templates want it: content is a string unless there are media, tool arguments are objects."""
     message = an_object(where, message)
     role = one_of(f"{where}.role", message.get("role"), ROLES)
     content = message.get("content")
     if content is None and role != "assistant":
         raise InvalidRequest(f"{where}.content is required", f"{where}.content")
-    text = flat_content(f"{where}.content", "" if content is None else content, newest=newest)
-    read: dict[str, Any] = {"role": "system" if role == "developer" else role, "content": text}
+    content = flat_content(f"{where}.content", "" if content is None else content, newest=newest)
+    read: dict[str, Any] = {"role": "system" if role == "developer" else role, "content": content}
     for name in ("name", "tool_call_id", *reversed(THOUGHT_FIELDS)):
         if message.get(name) is not None:
             kept = THOUGHT_FIELDS[0] if name in THOUGHT_FIELDS else name
@@ -741,47 +731,115 @@ def read_message(where: str, message: Any, newest: bool) -> dict[str, Any]:
     return read
 
 
-MEDIA = {  # parts of messages that no model here reads, in every API's words
+MEDIA = {  # parts of messages that are no text, in every API's words
     "image_url": "image", "image": "image", "input_image": "image", "input_audio": "audio", "audio_url": "audio",
     "video_url": "video", "file": "file", "input_file": "file", "document": "file",
 }  # fmt: skip
 
 
-def flat_content(where: str, content: Any, kinds: Seq[str] = ("text", "refusal"), between: str = "", newest: bool = False) -> str:
-    """A message's content as one string: a string as it is, or the texts of a list of parts of these types, joined.
+@dataclass(frozen=True)
+class Attachment:
+    """A part of a message that is no text. It becomes a Picture, a note or an error, which depends on the model."""
 
-    A note stands for images, audio and files, but in the user's newest turn they are refused.
-    """
-    return content if isinstance(content, str) else flat_parts(listed(where, content), kinds, between, newest)
+    where: str  # the field that says so
+    type: str  # a key of MEDIA
+    newest: bool = False  # in the user's newest turn, which is about it
+    source: Any = None  # an image's base64, data: URL or address
+
+    @property
+    def word(self) -> str:
+        return MEDIA[self.type]
+
+    def refuse(self, why: str) -> NoReturn:
+        """Raises InvalidRequest, which names the part."""
+        raise InvalidRequest(f"{self.where}: {_said(self.type)} is not served: {why}", self.where)
 
 
-def flat_parts(parts: Iterable[tuple[str, dict[str, Any]]], kinds: Seq[str], between: str, newest: bool) -> str:
-    """The texts of parts, each with its place for error messages."""
-    texts, media = [], []
+@dataclass(frozen=True)
+class Content:
+    """A message's texts and media in order, until it is known whether its model sees."""
+
+    parts: tuple[str | Attachment, ...]
+    between: str = ""  # texts, where there are no pictures
+
+    def media(self) -> list[Attachment]:
+        return [part for part in self.parts if isinstance(part, Attachment)]
+
+    def text(self, reads: str = "text") -> str:
+        """The texts, and a note that stands for the media."""
+        words = " and ".join(dict.fromkeys(attachment.word for attachment in self.media()))
+        note = f"[{words} left out: this model reads {reads} only]" if words else ""
+        return "\n".join(filter(None, (self.between.join(part for part in self.parts if isinstance(part, str)), note)))
+
+    def shown(self, model: str, look: Callable[[Attachment], Picture] | None) -> str | tuple[str | Picture, ...]:
+        """The content as a model reads it: with the pictures that `look` makes; None: it sees nothing.
+
+        Parts are joined as llama-server does: a newline between two texts, nothing beside a picture. Raises InvalidRequest
+        for an image in the user's newest turn that the model does not see.
+        """
+        images = [attachment for attachment in self.media() if attachment.word == "image"]
+        asked = next((image for image in images if image.newest), None)
+        if look is None and asked:
+            asked.refuse(f"{model} reads text only")
+        if look is None or not images:
+            return self.text("text" if look is None else "text and images")
+        note = Content(tuple(m for m in self.media() if m.word != "image")).text("text and images")
+        seen: list[Any] = []
+        for part in (*self.parts, note):
+            if isinstance(part, Attachment):
+                seen += [look(part)] if part.word == "image" else []
+            elif part and seen and isinstance(seen[-1], str):
+                seen[-1] += f"\n{part}"
+            elif part:
+                seen.append(part)
+        return tuple(seen)
+
+
+def flat_content(
+    where: str, content: Any, kinds: Seq[str] = ("text", "refusal"), between: str = "", newest: bool = False
+) -> str | Content:
+    """A message's content: a string as it is, or a list of parts, of which those of text have these types."""
+    return content if isinstance(content, (str, Content)) else flat_parts(listed(where, content), kinds, between, newest)
+
+
+def flat_text(where: str, content: Any, kinds: Seq[str] = ("text",), between: str = "") -> str:
+    """The same where media are no more than mentioned."""
+    content = flat_content(where, content, kinds, between)
+    return content if isinstance(content, str) else content.text()
+
+
+def flat_parts(parts: Iterable[tuple[str, dict[str, Any]]], kinds: Seq[str], between: str, newest: bool) -> str | Content:
+    """The content in a list of parts, each with its place for error messages: one text, unless there are media."""
+    found: list[str | Attachment] = []
     for place, part in parts:
         kind = part.get("type")
         if isinstance(kind, str) and kind in MEDIA:
-            media.append(left_out(f"{place}.type", kind, newest))
-            texts.append(a_string(f"{place}.title", given(part, "title", "")))
+            attachment = Attachment(f"{place}.type", kind, newest, picture_source(part))
+            if newest and MEDIA[kind] != "image":
+                attachment.refuse("no model here reads anything but text and images")
+            found += [attachment, a_string(f"{place}.title", given(part, "title", ""))]
         else:
             name = "refusal" if one_of(f"{place}.type", kind, kinds) == "refusal" else "text"  # one comes back in the history
-            texts.append(a_string(f"{place}.{name}", part.get(name)))
-    return with_note(between.join(filter(None, texts)), media)
+            found.append(a_string(f"{place}.{name}", part.get(name)))
+    content = Content(tuple(filter(None, found)), between)
+    return content if content.media() else content.text()
 
 
-def left_out(where: str, kind: str, newest: bool) -> str:
-    """The word for a part that no model here reads. Raises InvalidRequest in the user's newest turn, which is about it."""
-    if newest:
-        raise InvalidRequest(f"{where}: {_said(kind)} is not served: no model here reads anything but text", where)
-    return MEDIA[kind]
+def picture_source(part: Mapping[str, Any]) -> Any:
+    """An image part's base64 or address: OpenAI's image_url, a string or an object, or Anthropic's source."""
+    holder = given(part, "image_url", part.get("source"))
+    return given(holder, "url", holder.get("data")) if isinstance(holder, dict) else holder
 
 
-def with_note(text: str, media: Seq[str]) -> str:
-    """A text, and what was left out beside it."""
-    if not media:
-        return text
-    note = f"[{' and '.join(dict.fromkeys(media))} left out: this model reads text only]"
-    return f"{text}\n{note}" if text else note
+def read_images(where: str, images: Any, newest: bool = True) -> tuple[Attachment, ...]:
+    """A list of images in base64, as Ollama has it."""
+    listed = one_type(list, "a list")(where, [] if images is None else images)
+    return tuple(Attachment(f"{where}[{i}]", "image", newest, image) for i, image in enumerate(listed))
+
+
+def beside(images: tuple[Attachment, ...], text: str) -> str | Content:
+    """A text behind its images."""
+    return Content((*images, text) if text else images) if images else text
 
 
 def read_tool_calls(where: str, calls: Any) -> list[dict[str, Any]]:
@@ -816,6 +874,45 @@ def read_tools(body: Mapping[str, Any]) -> tuple[tuple[dict[str, Any], ...], tup
             check_structure(json.dumps(parameters), f"{where}.function.parameters")
             functions.append({**tool, "function": {**function, "parameters": parameters}})
     return ((), ()) if body.get("tool_choice") == "none" else (tuple(functions), tuple(builtins))
+
+
+# Pictures
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture of a prompt, checked: its file's bytes (PNG, JPEG, GIF or BMP) and its size in pixels."""
+
+    data: bytes
+    width: int
+    height: int
+
+    @functools.cached_property
+    def key(self) -> str:
+        """The SHA-256 of the file, in hex."""
+        import hashlib
+
+        return hashlib.sha256(self.data).hexdigest()
+
+
+def read_picture(where: str, data: bytes) -> Picture:
+    """Checks a picture's file by its content: llama.cpp would start programs (ffprobe) on what it does not know.
+
+    Raises InvalidRequest for another format, a damaged file, and one of more than MAX_PIXELS, which is told by its header.
+    """
+    size: tuple[int, int] | None = (0, 0)
+    with contextlib.suppress(struct.error, ValueError, IndexError):
+        size = picture_size(data)
+    if size is None:
+        raise InvalidRequest(f"{where}: the image is no PNG, JPEG, GIF or BMP file", where)
+    width, height = size
+    if width * height > MAX_PIXELS:
+        most = f"{MAX_PIXELS // 1_000_000} million"
+        raise InvalidRequest(f"{where}: the image has {width} × {height} pixels, more than {most}: send a smaller one", where)
+    fault = "its header tells no size" if width < 1 or height < 1 else picture_fault(data, width * height)
+    if fault:
+        raise InvalidRequest(f"{where}: the image is damaged: {fault}", where)
+    return Picture(data, width, height)
 
 
 @dataclass(frozen=True)
@@ -943,6 +1040,7 @@ class Usage:
     decode_seconds: float
     forced_tokens: int = 0  # of the completion's, those that a grammar left no choice about
     reasoning_tokens: int = 0  # of the completion's, those of thoughts
+    picture_tokens: int = 0  # of the prompt's
 
     def document(self) -> dict[str, Any]:
         total = self.prompt_tokens + self.completion_tokens
@@ -1096,13 +1194,25 @@ class ModelInfo:
     kv: KvShape | None = None  # None: not known
     projector: str | None = None  # the file by which it sees
     stored: Stored = field(default_factory=lambda: Stored())
+    width: int = 0  # of an embedding; 0: not known
+    labels: tuple[str, ...] = ()  # what the header and the file call it
+
+    def fitted(self, mmproj: str | None) -> ModelInfo:
+        """The model with the projector that --mmproj names; None leaves it the one that was found."""
+        return self if mmproj is None else replace(self, projector=None if mmproj == "none" else mmproj)
+
+    @property
+    def weights_bytes(self) -> int:
+        """The memory that its weights take, its projector's too."""
+        stamp = _stamp(self.projector) if self.projector else None
+        return self.size_bytes + (stamp[2] if stamp else 0)
 
     def largest_context(self, kv_type: str) -> int | None:
         """The longest context whose KV cache fits the free memory beside the weights; None where nobody knows."""
         free = available_memory()
         if free is None or not self.kv or not self.kv.token_bytes(kv_type):
             return None
-        left = free - self.size_bytes - GRAPH_BYTES
+        left = free - self.weights_bytes - GRAPH_BYTES
         most = max(0, int(left / self.kv.token_bytes(kv_type)) // 256 * 256)
         return min(most, self.context_length or most)
 
@@ -1121,8 +1231,66 @@ class ModelInfo:
 
     def document(self) -> dict[str, Any]:
         """The model as `/api/models` lists it, without its state."""
-        shown = {k: v for k, v in vars(self).items() if k not in ("architecture", "path", "source", "kv", "projector", "stored")}
-        return shown | {"model_type": self.architecture}
+        hidden = ("architecture", "path", "source", "kv", "stored", "projector", "width", "labels")
+        shown = {k: v for k, v in vars(self).items() if k not in hidden}
+        return shown | {"model_type": self.architecture, "vision": self.projector is not None}
+
+
+@dataclass(frozen=True)
+class Projector:
+    """A file by which models of the same make see: it turns pictures into embeddings of theirs."""
+
+    path: str
+    widths: frozenset[int]  # sizes of its last tensors, among them the width of the models' embeddings
+    labels: tuple[str, ...]  # as ModelInfo has them
+    named: bool  # its header says whose it is; older ones name the encoder
+    rank: tuple[bool, int]  # the smallest that is F16 or Q8_0 comes first
+
+    def fits(self, model: ModelInfo, alone: bool) -> bool:
+        """True if model and projector belong together; `alone`: all models of this width in its folder are of one make."""
+        ours, theirs = ([word for word in map(plain_label, labels) if len(word) > 2] for labels in (self.labels, model.labels))
+        alike = any(a in b or b in a for a in ours for b in theirs)
+        return model.width in self.widths and not model.embedding and (alike or (alone and not self.named))
+
+
+@functools.lru_cache(maxsize=4096)
+def plain_label(words: str) -> str:
+    """A name without what differs between a model and its projector."""
+    words = QUANT_IN_NAME.sub("", SHARD.sub("", words)).lower()
+    return re.sub(r"mmproj|gguf|[^a-z0-9]", "", words.removeprefix("mmproj-model"))
+
+
+def labels_of(meta: Mapping[str, Any], path: str) -> tuple[str, ...]:
+    """What a header and the file's name call a model or projector, the most telling first."""
+    named = (meta.get("general.basename"), meta.get("general.name"), pathlib.Path(path).stem)
+    return tuple(str(name)[:200] for name in named if name)
+
+
+def read_projector(header: GgufHeader, path: str, size: int) -> Projector | None:
+    """The projector that a file holds; None if it holds none for pictures.
+
+    The width stands in the last tensors alone: `projection_dim` is another in older files.
+    """
+    meta = header.metadata
+    if not meta.get("clip.has_vision_encoder"):
+        return None
+    widths = {n for name, _, shape in header.tensors if not name.startswith(("v.", "a.")) for n in shape}
+    good = FILE_TYPES.get(meta.get("general.file_type", -1)) in ("F16", "Q8_0")
+    return Projector(path, frozenset(widths), labels_of(meta, path), bool(meta.get("general.basename")), (not good, size))
+
+
+def with_projectors(models: Seq[ModelInfo], projectors: Seq[Projector]) -> Iterator[ModelInfo]:
+    """The models, each with the best projector that fits it: of those in its folder, else in the one above."""
+    places, makes = defaultdict[str, list[Projector]](list), defaultdict[tuple[str, int], set[str]](set)
+    for projector in projectors:
+        places[os.path.dirname(projector.path)].append(projector)
+    folders = [os.path.dirname(model.path) if places else "" for model in models]
+    for model, folder in zip(models, folders, strict=True):
+        makes[folder, model.width].add(plain_label(model.labels[0]) if folder in places else "")
+    for model, folder in zip(models, folders, strict=True):
+        found = [p for p in places.get(folder, ()) if p.fits(model, len(makes[folder, model.width]) == 1)]
+        found = found or [p for p in places.get(os.path.dirname(folder), ()) if p.fits(model, False)]
+        yield replace(model, projector=min(found, key=lambda p: p.rank).path) if found else model
 
 
 def describe(header: GgufHeader, path: str, id: str, source: str, size: int) -> ModelInfo:
@@ -1130,7 +1298,7 @@ def describe(header: GgufHeader, path: str, id: str, source: str, size: int) -> 
     meta, stem = header.metadata, SHARD.sub("", pathlib.Path(path).stem)
     architecture = str(meta.get("general.architecture") or "unknown")
     quantization = FILE_TYPES.get(meta.get("general.file_type", -1)) or _in_name(QUANT_IN_NAME, stem)
-    context = meta.get(f"{architecture}.context_length")
+    context, width = (meta.get(f"{architecture}.{key}") for key in ("context_length", "embedding_length"))
     name, shown = printable(str(meta.get("general.name") or stem)), printable(architecture)
     return ModelInfo(
         id=id, name=name, path=path, source=source, size_bytes=size, architecture=shown,
@@ -1139,7 +1307,7 @@ def describe(header: GgufHeader, path: str, id: str, source: str, size: int) -> 
         embedding=_is_embedding(meta, architecture), pooling=POOLINGS.get(meta.get(f"{architecture}.pooling_type", 0)),
         chat_template="tokenizer.chat_template" in meta if header.complete else None,
         description=printable(str(meta.get("general.description") or f"{name} ({shown})")),
-        kv=kv_shape(meta, architecture),
+        kv=kv_shape(meta, architecture), width=width if isinstance(width, int) else 0, labels=labels_of(meta, path),
     )  # fmt: skip
 
 
@@ -1164,12 +1332,15 @@ def _is_embedding(meta: Mapping[str, Any], architecture: str) -> bool:
     return pools or (causal is False and architecture not in DIFFUSERS)
 
 
+PROJECTOR = "a projector (mmproj), not a model"  # why it is not listed
+
+
 def refuse_other_kinds(header: GgufHeader) -> None:
     """Raises GgufError for GGUF files that are not models: projectors, adapters, vocabularies, later shards."""
     meta, architecture = header.metadata, str(header.metadata.get("general.architecture"))
     kind = str(meta.get("general.type") or "model")
     reasons = {
-        "a projector (mmproj), not a model": architecture == "clip" or kind == "mmproj",
+        PROJECTOR: architecture == "clip" or kind == "mmproj",
         "a LoRA adapter, not a model": kind == "adapter" or "adapter.type" in meta,
         "an importance matrix, not a model": "imatrix" in (kind, architecture),
         "a later shard; the first one stands for the set": meta.get("split.no"),
@@ -1307,8 +1478,8 @@ def read_manifest(manifest: pathlib.Path, blobs: pathlib.Path) -> tuple[str | No
     for path in paths.get("params", ()):
         params |= parse_object(read_blob(path), "the parameters")
     sampling, engine = ollama_sampling({"options": params}), ollama_engine({"options": params})
-    if "adapter" in paths:
-        engine["lora"] = tuple(paths["adapter"])
+    engine |= {"lora": tuple(paths["adapter"])} if "adapter" in paths else {}
+    engine |= {"mmproj": paths["projector"][0]} if "projector" in paths else {}
     system = "".join(read_blob(path).decode("utf-8", "replace") for path in paths.get("system", ())[-1:])
     stored = Stored(engine, {k: v for k, v in vars(sampling).items() if v != getattr(Sampling(), k)}, system)
     return next(iter(paths.get("model", ())), None), stored
@@ -1345,7 +1516,7 @@ class Catalog:
         self.roots, self.files = roots, files
         self.report = ScanReport()
         self._scanning = threading.Lock()
-        self._read: dict[tuple[Any, ...], ModelInfo | str] = {}  # or why it is none, by path, sizes and times
+        self._read: dict[tuple[Any, ...], ModelInfo | Projector | str] = {}  # or why it is none, by path, sizes and times
         self._ids: dict[str, str] = {}  # path to id: an id stays with its file for the server's life
 
     def scan(self, age: float = 0.0) -> ScanReport:
@@ -1362,6 +1533,7 @@ class Catalog:
     def _look(self, began: float) -> ScanReport:
         deadline = time.thread_time() + SCAN_DETAIL_SECONDS
         models: dict[tuple[int, ...], ModelInfo] = {}  # by device and inode: the same file reached twice is one model
+        projectors: list[Projector] = []
         skipped: dict[str, str] = {}  # reason by path
         directories: list[dict[str, Any]] = []
         for root in (*(SearchRoot(file, "--model") for file in self.files), *self.roots):
@@ -1374,28 +1546,34 @@ class Catalog:
                 result = self._examine(path, root.source, label, time.thread_time() < deadline)
                 if stamp and isinstance(result, ModelInfo):
                     models[stamp[:2]] = replace(result, stored=stored)
+                elif isinstance(result, Projector):
+                    projectors.append(result)
+                    skipped.setdefault(path, PROJECTOR)
                 else:
                     skipped.setdefault(path, str(result))
             directories.append({"path": root.path, "source": root.source, "exists": os.path.isdir(root.path),
                                 "models": len(models) - before,
                                 "notes": list(dict.fromkeys(printable(note, 400) for note in notes))})  # fmt: skip
         # the model that comes with shimmy stands last, unless it was asked for by path
-        ordered = sorted(models.values(), key=lambda m: is_boxed(m) and m.source != "--model")
+        ordered = sorted(with_projectors(list(models.values()), projectors), key=lambda m: is_boxed(m) and m.source != "--model")
         reasons = ({"path": path, "reason": reason} for path, reason in skipped.items())
         return ScanReport(tuple(ordered), tuple(reasons), tuple(directories[len(self.files) :]), began)
 
-    def _examine(self, path: str, source: str, label: str, whole_header: bool, anew: bool = False) -> ModelInfo | str:
-        """The file's ModelInfo, or why it is none; remembered while it and the others of its set stay as they are."""
+    def _examine(self, path: str, source: str, label: str, whole_header: bool, anew: bool = False
+                 ) -> ModelInfo | Projector | str:  # fmt: skip
+        """The file's ModelInfo or Projector, or why it is neither; remembered while it and the others of its set stay."""
         key = (path, *map(_stamp, shard_paths(path)))
         known = self._read.get(key)
         if known is None or anew:
             known = self._read[key] = self._describe(path, source, label, whole_header)
         return known
 
-    def _describe(self, path: str, source: str, label: str, whole_header: bool) -> ModelInfo | str:
+    def _describe(self, path: str, source: str, label: str, whole_header: bool) -> ModelInfo | Projector | str:
         deadline = time.thread_time() + HeaderReader.SECONDS
         try:
             header = read_gguf_header(path, whole_header, deadline)
+            if projector := read_projector(header, path, os.path.getsize(path)):
+                return projector
             refuse_other_kinds(header)
             # a merged file may still be named like a shard
             paths = shard_paths(path) if header.metadata.get("split.count", 1) > 1 else [path]
@@ -1431,7 +1609,9 @@ class Catalog:
     def whole(self, model: ModelInfo) -> ModelInfo:
         """The model with all its header tells; what could not be read stays as it was."""
         result = self._examine(model.path, model.source, model.id, whole_header=True, anew=True)
-        return replace(result, stored=model.stored) if isinstance(result, ModelInfo) else model
+        if isinstance(result, ModelInfo):
+            return replace(result, stored=model.stored, projector=model.projector)
+        return model
 
 
 def shard_paths(path: str) -> list[str]:
@@ -1633,9 +1813,10 @@ class Chat:
         self._names = SpecialNames(facts.specials)
         self.stops = () if facts.templates else tuple(m for m in CHATML_MARKS if m not in facts.specials)
 
-    def prompt(self, request: GenerateRequest) -> tuple[str, ...]:
+    def prompt(self, request: GenerateRequest) -> tuple[str | Picture, ...]:
         """The prompt's segments. Raises InvalidRequest when the template refuses the messages, or runs away."""
-        messages = without_noise(request.messages or ())
+        pictures = PictureMarks(request.messages or ())
+        messages = without_noise(pictures.messages)
         for message in messages:
             if THOUGHT_FIELDS[0] in message:
                 message[self.format.thought_field] = message.pop(THOUGHT_FIELDS[0])
@@ -1649,7 +1830,7 @@ class Chat:
         segments = self._continued(rendering, rendered, begun) if begun else [rendered]
         if self.facts.adds_bos and self.facts.bos and segments[0].startswith(self.facts.bos):
             segments[0] = segments[0][len(self.facts.bos) :]  # the tokenizer adds it, once
-        return tuple(part for segment in segments for part in segment.split(mark))
+        return pictures.checked(tuple(part for segment in segments for part in pictures.apart(segment, mark)))
 
     def _continued(self, rendering: Rendering, rendered: str, begun: dict[str, Any]) -> list[str]:
         """The segments of a prompt that ends with an answer that has begun.
@@ -1812,6 +1993,39 @@ class Chat:
         return frozenset(text[start:end] for start, end in self._names.spans(text))
 
 
+class PictureMarks:
+    """Marks the places of pictures in messages, so that a template renders plain text; no client's text can be a mark."""
+
+    def __init__(self, messages: Seq[dict[str, Any]]) -> None:
+        self._pictures: list[Picture] = []
+        self._mark = unused_in(messages) if any(isinstance(message["content"], tuple) for message in messages) else ""
+        self.messages = [{**message, "content": self._text(message["content"])} for message in messages]
+
+    def _text(self, content: str | tuple[str | Picture, ...]) -> str:
+        return content if isinstance(content, str) else "".join(map(self._marked, content))
+
+    def _marked(self, part: str | Picture) -> str:
+        """A picture's mark holds its number: a template may leave a turn out, or write it elsewhere."""
+        if isinstance(part, str):
+            return part
+        self._pictures.append(part)
+        return f"{self._mark}{len(self._pictures) - 1}{self._mark}"
+
+    def apart(self, segment: str, mark: str) -> Iterator[str | Picture]:
+        """The texts of a rendered segment, split also by another mark, and its pictures."""
+        for i, piece in enumerate(re.split(f"{self._mark}([0-9]+){self._mark}", segment) if self._pictures else [segment]):
+            if i % 2:
+                yield self._pictures[int(piece)]
+            else:
+                yield from piece.split(mark)
+
+    def checked(self, prompt: tuple[str | Picture, ...]) -> tuple[str | Picture, ...]:
+        """The prompt, if all pictures are in it. Raises InvalidRequest."""
+        if {id(picture) for picture in self._pictures} - set(map(id, prompt)):
+            raise InvalidRequest("messages: the model's chat template leaves out an image", "messages")
+        return prompt
+
+
 def begins_thought(content: str, format: ChatFormat) -> bool:
     """Whether an answer that has begun begins with a thought."""
     return content.lstrip().startswith(format.thought[0])
@@ -1834,7 +2048,7 @@ def without_noise(messages: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def unused_in(said: Any) -> str:
     """A character that stands nowhere in what a client said. Raises InvalidRequest where there is none."""
-    text = json.dumps(said, ensure_ascii=False)
+    text = json.dumps(said, ensure_ascii=False, default=lambda picture: None)
     mark = next((c for c in NONCHARACTERS if c not in text), None)
     if mark is None:
         raise InvalidRequest("messages may not hold every Unicode noncharacter (U+FDD0 to U+FDEF)", "messages")
@@ -2057,6 +2271,8 @@ class Rendering:
         given |= {"functions": json.dumps(tools, ensure_ascii=False), "datetime": time.strftime("%B %d %Y")}  # Firefunction
         given |= {"messages": list(messages), "add_generation_prompt": self.generation, "bos_token": self.bos,
                   "eos_token": self.eos}  # fmt: skip
+        if wants_parts(self.templates[name]):
+            given["messages"] = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in messages]
         pieces, size = [], 0
         for piece in compiled_template(self.templates[name]).generate(given):
             pieces.append(piece)
@@ -2112,6 +2328,20 @@ def compiled_template(source: str) -> Any:
     """A template ready to render; the last few are kept. `{% generation %}` marks training spans, and is its body here."""
     source = re.sub(r"(\{%[-+]?\s*)generation\b", r"\1if true", source)
     return chat_environment().from_string(re.sub(r"(\{%[-+]?\s*)endgeneration\b", r"\1endif", source))
+
+
+@functools.lru_cache(maxsize=16)
+def wants_parts(source: str) -> bool:
+    """True for a template that takes content as a list of parts alone, as SmolVLM's does."""
+
+    def shows(content: Any) -> bool:
+        given = {"messages": [{"role": "user", "content": content}], "bos_token": "", "eos_token": ""}
+        try:
+            return ANY in compiled_template(source).render(given)
+        except Exception:  # a template may raise anything
+            return False
+
+    return not shows(ANY) and shows([{"type": "text", "text": ANY}])
 
 
 @functools.cache
@@ -2331,8 +2561,8 @@ class Tools:
     """The registry: lists tools, checks arguments and runs a tool."""
 
     def __init__(self, options: ToolOptions) -> None:
-        reader, getter = FileReader(options.root), HttpGetter(options.hosts)
-        built_in = (make_tool(calculator), make_tool(reader.file_read), make_tool(getter.http_get))
+        reader, self.getter = FileReader(options.root), HttpGetter(options.hosts)
+        built_in = (make_tool(calculator), make_tool(reader.file_read), make_tool(self.getter.http_get))
         self._tools = {t.name: t for t in built_in}
         for path in options.files:
             load_tools(path)
@@ -2599,25 +2829,36 @@ class HttpGetter:
 
         url: the whole address, http or https
         """
+        status, headers, data = self.fetch(url, self.MAX_BYTES, time.monotonic() + self.MAX_SECONDS)
+        try:
+            charset = codecs.lookup(headers.get_content_charset() or "utf-8").name
+            if charset in ("punycode", "idna"):  # of host names; the first takes a minute for 1 MiB
+                raise LookupError(charset)
+            body = data.decode(charset, "replace")
+        except LookupError:
+            raise ToolError("the page is in an unknown character set") from None
+        return {"status": status, "content_type": headers.get("Content-Type"), "body": body}
+
+    def fetch(self, url: str, most: int, deadline: float) -> tuple[int, Any, bytes]:
+        """The status, headers and body, of so many bytes at most, of an address whose host is open. Raises ToolError."""
         if not self.hosts:
             raise ToolError("http_get is off: start the server with --tool-hosts HOST,… (or *) to open hosts")
         import http.client
 
-        deadline = time.monotonic() + self.MAX_SECONDS
         for _ in range(self.MAX_REDIRECTS + 1):
             if len(url) > self.MAX_URL:
                 raise ToolError(f"the address is over {self.MAX_URL} characters")
             try:
-                status, headers, body = self._fetch(url, deadline)
+                status, headers, data = self._fetch(url, most, deadline)
                 location = headers.get("Location")
                 if status not in (301, 302, 303, 307, 308) or not location:
-                    return {"status": status, "content_type": headers.get("Content-Type"), "body": body}
+                    return status, headers, data
                 url = urllib.parse.urljoin(url, location)
             except (OSError, http.client.HTTPException, ValueError) as error:
                 raise ToolError(f"the address cannot be fetched: {error or type(error).__name__}") from None
         raise ToolError(f"over {self.MAX_REDIRECTS} redirects")
 
-    def _fetch(self, url: str, deadline: float) -> tuple[int, Any, str]:
+    def _fetch(self, url: str, most: int, deadline: float) -> tuple[int, Any, bytes]:
         parts = urllib.parse.urlsplit(url)
         host = (parts.hostname or "").lower()
         if parts.scheme not in ("http", "https") or not host:
@@ -2635,13 +2876,7 @@ class HttpGetter:
             target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
             connection.request("GET", target, headers={"User-Agent": f"shimmy/{__version__}", "Connection": "close"})
             response = connection.getresponse()
-            data = self._read(response, deadline)
-            charset = codecs.lookup(response.headers.get_content_charset() or "utf-8").name
-            if charset in ("punycode", "idna"):  # of host names; the first takes a minute for 1 MiB
-                raise LookupError(charset)
-            return response.status, response.headers, data.decode(charset, "replace")
-        except LookupError:
-            raise ToolError("the page is in an unknown character set") from None
+            return response.status, response.headers, self._read(response, most, deadline)
         finally:
             cut.cancel()
             connection.close()
@@ -2666,16 +2901,16 @@ class HttpGetter:
 
         return ssl.create_default_context().wrap_socket(connection, server_hostname=host)
 
-    def _read(self, response: http.client.HTTPResponse, deadline: float) -> bytes:
-        data = b""
-        while len(data) <= self.MAX_BYTES:
+    def _read(self, response: http.client.HTTPResponse, most: int, deadline: float) -> bytes:
+        data = bytearray()
+        while len(data) <= most:
             chunk = response.read1(65536)
             if time.monotonic() >= deadline:
                 raise ToolError(f"the answer took over {self.MAX_SECONDS:.0f} seconds")
             if not chunk:
-                return data
+                return bytes(data)
             data += chunk
-        raise ToolError(f"the answer is over {self.MAX_BYTES} bytes")
+        raise ToolError(f"the answer is over {most} bytes")
 
 
 # IANA's special-purpose registries, multicast and reserved space, written out: `ipaddress` knows a different part of
@@ -2768,6 +3003,8 @@ class EngineOptions:
     mmap: bool = knob(True, "map the weights from the file instead of reading them")
     lora: tuple[str, ...] = knob((), "LoRA adapter to apply (repeatable)", metavar="FILE")
     chat_template: str | None = knob(None, "chat template (jinja) in place of the model's own", metavar="FILE")  # its text
+    mmproj: str | None = knob(None, "projector by which the model sees images (default: one beside it); none: it sees nothing",
+                              metavar="FILE|none")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -6847,7 +7084,7 @@ class Settings:
     command line, the model's own sections, what was asked for this load. Never changes; any thread may ask.
     """
 
-    DEFAULT_ONLY = ("lora", "chat_template")  # on the command line these mean the default model: others would not fit them
+    DEFAULT_ONLY = ("lora", "chat_template", "mmproj")  # on the command line these mean the default model: they fit no other
 
     def __init__(self, flags: Mapping[str, Any] | None = None, presets: Seq[Preset] = (), one: bool = False) -> None:
         """`flags` are the fields of EngineOptions that the command line gives; `one`: a single model is served by these."""
@@ -7056,7 +7293,8 @@ class Residents:
                 others = [e.worker for e in self.entries.values() if e.worker]
                 idle = any(e.idle for e in self.entries.values())
             setup = Setup(settings.engine, reserved=sum(other.reserved_bytes() for other in others), others_idle=idle)
-            worker = self._ladder.load(entry.info, setup, functools.partial(self._start, entry), bool(asked))
+            info = entry.info.fitted(settings.engine.mmproj)
+            worker = self._ladder.load(info, setup, functools.partial(self._start, entry, info), bool(asked))
         except ApiError as failure:
             error = failure
         except Exception as failure:
@@ -7080,9 +7318,9 @@ class Residents:
                     entry.retry_at, entry.failures = time.monotonic() + min(self.LONGEST_PAUSE, pause), entry.failures + 1
                 self._end_load(entry, error)
 
-    def _start(self, entry: Entry, setup: Setup) -> Worker:
+    def _start(self, entry: Entry, info: ModelInfo, setup: Setup) -> Worker:
         """Starts one engine for a load; takes the condition. Raises LoadFailure."""
-        starting = self._make_worker(entry.info, setup, functools.partial(self._died, entry))
+        starting = self._make_worker(info, setup, functools.partial(self._died, entry))
         with self.changed:
             if self.closed:
                 raise Overloaded("The server is shutting down")
@@ -7377,13 +7615,13 @@ class ModelTable:
         self._refresh(age)
         with self._changed:
             entries = self._residents.entries.values()
-            return [e.info.document() | {"state": e.state, "loaded": e.state == "loaded"} for e in entries]
+            return [self._fitted(e).document() | {"state": e.state, "loaded": e.state == "loaded"} for e in entries]
 
     def infos(self) -> list[ModelInfo]:
         """The same models, as their headers describe them."""
         self._refresh(2.0)
         with self._changed:
-            return [e.info for e in self._residents.entries.values()]
+            return [self._fitted(e) for e in self._residents.entries.values()]
 
     def names(self, cancel: Cancellation | None = None) -> Names:
         """The names of what the last scan found; waits for the first one."""
@@ -7426,7 +7664,15 @@ class ModelTable:
 
     def info(self, name: str, cancel: Cancellation | None = None) -> ModelInfo:
         """All that the header of the model tells. Raises ModelNotFound."""
-        return self._find(name, cancel).info
+        entry = self._find(name, cancel)
+        with self._changed:
+            return self._fitted(entry)
+
+    def _fitted(self, entry: Entry) -> ModelInfo:
+        """The model with the projector by which it sees, or would if it were loaded; under the condition."""
+        if entry.worker:
+            return entry.info.fitted(entry.worker.info.projector if entry.worker.loaded.sees else "none")
+        return entry.info.fitted(self._settings_of(entry, entry.asked).engine.mmproj)
 
     def _settings_of(self, entry: Entry, asked: Mapping[str, Any]) -> ModelSettings:
         return self._settings.of(entry.info, entry.info.id == self._names.default, asked)
@@ -7520,6 +7766,46 @@ class ModelTable:
 # The only way in for HTTP, WebSocket and command line.
 
 
+class Looker:
+    """Makes the pictures of one request of what its client sent, within the bounds of all of them together."""
+
+    def __init__(self, getter: HttpGetter, cancel: Cancellation) -> None:
+        self._getter, self._cancel, self._count, self._left = getter, cancel, 0, MAX_PICTURES_BYTES
+        self._deadline = time.monotonic() + getter.MAX_SECONDS  # for all that are fetched
+
+    def look(self, attachment: Attachment) -> Picture:
+        """Decodes or fetches an image. Raises InvalidRequest, which names the part and says what is wrong."""
+        self._count += 1
+        if self._count > MAX_PICTURES:
+            raise InvalidRequest(f"{attachment.where}: a request may have up to {MAX_PICTURES} images", attachment.where)
+        data = self._bytes(attachment.where, attachment.source)
+        self._left -= len(data)
+        if self._left < 0:
+            most = human_bytes(MAX_PICTURES_BYTES)
+            raise InvalidRequest(f"{attachment.where}: the images of a request may have up to {most} together", attachment.where)
+        return read_picture(attachment.where, data)
+
+    def _bytes(self, where: str, source: Any) -> bytes:
+        source = source if isinstance(source, str) else ""
+        if re.match("https?://", source, re.I):
+            return self._fetched(where, source)
+        head, _, told = source.partition(",") if source.startswith("data:") else (";base64", "", source)
+        with contextlib.suppress(ValueError):  # also from letters outside ASCII
+            if told and head.endswith(";base64"):
+                return base64.b64decode("".join(told.split()), validate=True)
+        raise InvalidRequest(f"{where}: an image must be base64, a data: URL of it, or an http or https address", where)
+
+    def _fetched(self, where: str, url: str) -> bytes:
+        self._cancel.check()
+        try:
+            status, _, data = self._getter.fetch(url, self._left, self._deadline)
+        except ToolError as error:
+            raise InvalidRequest(f"{where}: the image cannot be fetched: {error}", where) from None
+        if status != 200:
+            raise InvalidRequest(f"{where}: the image cannot be fetched: its server answers {status}", where)
+        return data
+
+
 class Service:
     """Everything the front doors share: models, tools, settings, and `generate`."""
 
@@ -7546,7 +7832,7 @@ class Service:
         Raises ApiError (before Queued: the request never began; after: it broke off) or Cancelled. Closing the
         iterator, like `cancel`, stops the engine's work on it.
         """
-        request = constrained(request)  # a schema is refused before a model is loaded for it
+        request = self._shown(constrained(request), cancel)  # what is wrong is told before a model is loaded for it
         if request.messages is not None:
             self.helpers.warm()
         yield from ToolLoop(self.tools, request, cancel).run(self._answer) if request.builtins else self._answer(request, cancel)
@@ -7558,6 +7844,8 @@ class Service:
             worker = yield from lease.waited()
             request = self._filled(request, self.table.settings(worker.info.id))
             jobs, parsers = self._jobs(request, self._chat(worker))
+            if not worker.loaded.sees and any(isinstance(part, Picture) for part in jobs[0].prompt):
+                raise InvalidRequest(f"model: the projector of {worker.info.id} cannot be loaded, so it sees no images", "model")
             generation = worker.submit(jobs, cancel, began)
             ends: list[Finished] = []
             thought, untold = 0, Counter[int]()  # tokens: of thoughts, and by job of what the parser holds back
@@ -7588,18 +7876,36 @@ class Service:
         sampling = request.sampling.filled(settings.sampling, request.defaults)
         return replace(request, messages=messages, sampling=sampling)
 
+    def _shown(self, request: GenerateRequest, cancel: Cancellation) -> GenerateRequest:
+        """The request with its images fetched and checked if its model sees, else with a note in their place.
+
+        Raises InvalidRequest for images that are none, and for those of the user's newest turn if the model does not see.
+        """
+        messages, prompts = request.messages or (), request.prompts
+        if not any(isinstance(content, Content) for content in (*prompts, *(message["content"] for message in messages))):
+            return request
+        info, last = self.table.info(request.model, cancel), messages[-1] if continues(request) else None
+        look = Looker(self.tools.getter, cancel).look if info.projector else None
+
+        def shown(content: Any, look: Callable[[Attachment], Picture] | None) -> Any:
+            return content.shown(info.id, look) if isinstance(content, Content) else content
+
+        turns = tuple({**m, "content": shown(m["content"], None if m is last else look)} for m in messages)
+        return replace(request, messages=turns if messages else None, prompts=tuple(shown(p, look) for p in prompts))
+
     def load(self, model: str, use: str, cancel: Cancellation, asked: Mapping[str, Any] | None = None) -> Iterator[Event]:
         """Only loads the model, as a request that uses it would: Queued once it is there."""
         with self.table.lease(model, cancel, use, asked) as lease:
             worker = yield from lease.waited()
             yield Queued(worker.info.id)
 
-    def render(self, request: GenerateRequest, cancel: Cancellation) -> str:
+    def render(self, request: GenerateRequest, cancel: Cancellation) -> tuple[str | Picture, ...]:
         """The prompt that a chat becomes; the model is loaded for it."""
+        request = self._shown(request, cancel)
         with self.table.lease(request.model, cancel) as lease:
             worker = lease.wait()
             assert worker
-            return "".join(self._chat(worker).prompt(self._filled(request, self.table.settings(worker.info.id))))
+            return self._chat(worker).prompt(self._filled(request, self.table.settings(worker.info.id)))
 
     def tokenize(self, model: str, job: Tokenize, cancel: Cancellation) -> Tokens:
         """A text's tokens, or what tokens stand for; the model is loaded for it."""
@@ -7654,6 +7960,7 @@ class Service:
             sum(e.prompt_tokens for e in prompts.values()), sum(e.completion_tokens for e in ends),
             sum(e.cached_tokens for e in prompts.values()), max(e.prompt_seconds for e in ends),
             max(e.decode_seconds for e in ends), sum(e.forced_tokens for e in ends),
+            picture_tokens=sum(e.picture_tokens for e in prompts.values()),
         )  # fmt: skip
 
     def health(self) -> dict[str, Any]:
@@ -8017,6 +8324,7 @@ class Choice:
 class Dialect:
     """One request in one API's shapes. A dialect knows nothing of connections: it makes documents, a Wire sends them."""
 
+    max_body: ClassVar[int] = MAX_BODY  # bytes; more where pictures come
     streamed_errors: ClassVar[frozenset[str]] = frozenset()  # codes sent as events even before the stream began
     api = "shimmy"  # whose API this is: a key of ERROR_SHAPES
     streams: ClassVar[bool | None] = False  # unless told otherwise; None: never
@@ -8086,25 +8394,30 @@ class Dialect:
 class Native(Dialect):
     """`/api/generate`, the documented API."""
 
+    max_body = MAX_PICTURED_BODY
+
     def read(self, body: Mapping[str, Any]) -> GenerateRequest:
         """Model and prompt (or messages, or a system text) are required."""
         if body.get("model") is None:
             raise InvalidRequest("model is required: the id of a model, or default", "model")
         prompt, messages = optional(body, "prompt", a_string), read_messages(body)
-        system = optional(body, "system", a_string)
+        system, images = optional(body, "system", a_string), read_images("images", body.get("images"))
         if prompt is None and messages is None:
             raise InvalidRequest("prompt is required (or messages)", "prompt")
         if prompt is not None and messages is not None:
             raise InvalidRequest("prompt and messages exclude each other: send one of them", "prompt")
+        if images and messages:
+            raise InvalidRequest("images go with a prompt; in messages they are parts of the content", "images")
+        content = None if prompt is None else beside(images, prompt)
         if system is not None:
-            turns = messages or ({"role": "user", "content": prompt},)
-            messages, prompt = ({"role": "system", "content": system}, *turns), None
+            turns = messages or ({"role": "user", "content": content},)
+            messages, content = ({"role": "system", "content": system}, *turns), None
         functions, builtins = read_tools(body)
         if functions:
             raise InvalidRequest("tools may hold built-in tools here; /v1/chat/completions takes functions", "tools")
         return GenerateRequest(
             model=a_string("model", body["model"]),
-            prompts=() if prompt is None else (prompt,),
+            prompts=() if content is None else (content,),
             messages=messages,
             builtins=builtins,
             sampling=Sampling.from_json(body),
@@ -8282,7 +8595,8 @@ class OpenAI(Dialect):
     def _usage(usage: Usage) -> dict[str, Any]:
         """`usage` as OpenAI has it; `timings` beside it, as llama-server has them, and in it, as we first did."""
         timings = usage.timings()
-        details = {"prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
+        images = {"image_tokens": usage.picture_tokens} if usage.picture_tokens else {}
+        details = {"prompt_tokens_details": {"cached_tokens": usage.cached_tokens, **images},
                    "completion_tokens_details": {"reasoning_tokens": usage.reasoning_tokens}}  # fmt: skip
         return {"usage": usage.document() | details | {"timings": timings}, "timings": timings}
 
@@ -8300,6 +8614,7 @@ def shown_logprobs(tokens: Seq[TokenLogprob]) -> list[dict[str, Any]]:
 class ChatCompletion(OpenAI):
     """`/v1/chat/completions`."""
 
+    max_body = MAX_PICTURED_BODY
     prefix, object_name, chunk_name = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
     def read(self, body: Mapping[str, Any]) -> GenerateRequest:
@@ -8475,7 +8790,7 @@ def a_call(id: str, name: str, arguments: Any) -> dict[str, Any]:
     return {"id": id, "type": "function", "function": {"name": name, "arguments": arguments}}
 
 
-def a_result(id: str, names: Mapping[str, str], content: str) -> dict[str, Any]:
+def a_result(id: str, names: Mapping[str, str], content: str | Content) -> dict[str, Any]:
     """The turn that answers a call; some templates write the function's name, which these APIs leave out."""
     return {"role": "tool", "tool_call_id": id, "content": content} | ({"name": names[id]} if id in names else {})
 
@@ -8566,9 +8881,11 @@ def claude_turns(where: str, message: Mapping[str, Any], names: dict[str, str], 
             calls.append(a_call(id, name, an_object(f"{place}.input", block.get("input"))))
         elif kind == "tool_result":
             id, content = a_string(f"{place}.tool_use_id", block.get("tool_use_id")), given(block, "content", "")
-            parts = [] if isinstance(content, str) else listed(f"{place}.content", content)
-            text = flat_parts(itertools.starmap(claude_part, parts), ("text",), "\n\n", False) if parts else content or ""
-            results.append(a_result(id, names, f"Error: {text}" if flag(block, "is_error") else text))
+            parts = [("", {"type": "text", "text": content})] if isinstance(content, str) else listed(f"{place}.content", content)
+            said = flat_parts(itertools.starmap(claude_part, parts), ("text",), "\n\n", False)
+            if flag(block, "is_error"):
+                said = f"Error: {said}" if isinstance(said, str) else replace(said, parts=("Error:", *said.parts))
+            results.append(a_result(id, names, said))
         else:
             texts.append(claude_part(place, block))
     between = "" if role == "assistant" else "\n\n"  # what the model wrote in one go stays in one piece
@@ -8585,10 +8902,10 @@ def claude_part(place: str, block: dict[str, Any]) -> tuple[str, dict[str, Any]]
     if kind == "tool_reference":  # what a search for tools found
         texts = [a_string(f"{place}.tool_name", block.get("tool_name"))]
     elif kind == "search_result":
-        texts += [a_string(f"{place}.source", source), flat_content(f"{place}.content", block.get("content"), ("text",), "\n\n")]
+        texts += [a_string(f"{place}.source", source), flat_text(f"{place}.content", block.get("content"), between="\n\n")]
     elif kind == "document" and (form := an_object(f"{place}.source", source).get("type")) in ("text", "content"):
         name = "data" if form == "text" else "content"
-        texts.append(flat_content(f"{place}.source.{name}", block["source"].get(name), ("text",), "\n\n"))
+        texts.append(flat_text(f"{place}.source.{name}", block["source"].get(name), between="\n\n"))
     else:
         return place, block
     return place, {"type": "text", "text": "\n".join(filter(None, texts))}
@@ -8610,6 +8927,7 @@ def claude_tools(body: Mapping[str, Any]) -> dict[str, Any]:
 class Messages(BlockDialect):
     """`/v1/messages`, Anthropic's."""
 
+    max_body = MAX_PICTURED_BODY
     api = "anthropic"
     REASONS: ClassVar = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
     DELTAS: ClassVar = {"text": ("text_delta", "text"), "thought": ("thinking_delta", "thinking"),
@@ -8768,19 +9086,19 @@ class ResponseInput:
 
     def _message(self, where: str, item: Mapping[str, Any]) -> None:
         role = one_of(f"{where}.role", item.get("role"), ("user", "assistant", "system", "developer"))
-        text = flat_content(f"{where}.content", item.get("content"), RESPONSE_TEXTS, newest=item is self._newest)
+        content = flat_content(f"{where}.content", item.get("content"), RESPONSE_TEXTS, newest=item is self._newest)
         if role == "assistant":
-            self._assistant("content", "tool_calls")["content"] = text
+            self._assistant("content", "tool_calls")["content"] = content
         else:
-            self.turns.append({"role": "system" if role == "developer" else role, "content": text})
+            self.turns.append({"role": "system" if role == "developer" else role, "content": content})
 
     def _reasoning(self, where: str, item: Mapping[str, Any]) -> None:
         """A thought is in encrypted_content, which here is base64 of plain text; OpenAI's own cannot be read."""
         sealed, text = a_string(f"{where}.encrypted_content", given(item, "encrypted_content", "")), ""
         with contextlib.suppress(ValueError):  # no base64, or no text inside
-            text = binascii.a2b_base64(sealed, strict_mode=True).decode()
+            text = base64.b64decode(sealed, validate=True).decode()
         for name in ("content", "summary"):
-            text = text or flat_content(f"{where}.{name}", given(item, name, ""), RESPONSE_TEXTS)
+            text = text or flat_text(f"{where}.{name}", given(item, name, ""), RESPONSE_TEXTS)
         if text:
             turn = self._assistant("content", "tool_calls")
             turn["reasoning_content"] = turn.get("reasoning_content", "") + text
@@ -8797,15 +9115,15 @@ class ResponseInput:
         self._assistant().setdefault("tool_calls", []).append(a_call(id, name, arguments))
 
     def _output(self, where: str, item: Mapping[str, Any]) -> None:
-        text = flat_content(f"{where}.output", item.get("output"), RESPONSE_TEXTS, "\n")
-        self.turns.append(a_result(a_string(f"{where}.call_id", item.get("call_id")), self._called, text))
+        content = flat_content(f"{where}.output", item.get("output"), RESPONSE_TEXTS, "\n")
+        self.turns.append(a_result(a_string(f"{where}.call_id", item.get("call_id")), self._called, content))
 
 
 def without_oldest(messages: tuple[dict[str, Any], ...], sizes: tuple[int, ...]) -> tuple[dict[str, Any], ...] | None:
     """A conversation from a later turn of the user's on, as far on as its tokens and their bound suggest; None: there is none."""
     begins = [i for i, message in enumerate(messages) if message["role"] == "user"]
     system = tuple(itertools.takewhile(lambda message: message["role"] == "system", messages))
-    lengths = [len(json.dumps(message)) for message in messages]
+    lengths = [len(json.dumps(message, default=Content.text)) for message in messages]
     surplus = sum(lengths) * (1 - sizes[1] / sizes[0])
     later = [begin for begin in begins[1:] if sum(lengths[len(system) : begin]) >= surplus] or begins[1:][-1:]
     return (*system, *messages[later[0] :]) if later else None
@@ -8814,6 +9132,7 @@ def without_oldest(messages: tuple[dict[str, Any], ...], sizes: tuple[int, ...])
 class Responses(BlockDialect):
     """`/v1/responses`, OpenAI's; keeps no state."""
 
+    max_body = MAX_PICTURED_BODY
     api, recalls = "openai", True
     streamed_errors = frozenset({"context_length_exceeded"})  # Codex looks for it among the events only, and compacts
     ECHOED: ClassVar[dict[str, Any]] = {  # what a response repeats of its request
@@ -9035,15 +9354,6 @@ def neutral(body: Mapping[str, Any]) -> dict[str, Any]:
     return own
 
 
-def ollama_images(where: str, holder: Mapping[str, Any], newest: bool) -> list[str]:
-    """Lists a turn's images for with_note. Those of the user's newest turn are refused."""
-    if not optional(holder, "images", one_type(list, "a list"), []):
-        return []
-    if newest:
-        raise InvalidRequest(f"{where} is not served: no model here sees images", where)
-    return ["image"]
-
-
 class OllamaRoute(Dialect):
     """Base of Ollama's routes: keep_alive, times, and loading by a request without a question."""
 
@@ -9092,6 +9402,7 @@ class OllamaRoute(Dialect):
 class Ollama(OllamaRoute):
     """Base of Ollama's two text routes."""
 
+    max_body = MAX_PICTURED_BODY
     streams = True
 
     def read(self, body: Mapping[str, Any]) -> GenerateRequest:
@@ -9158,9 +9469,9 @@ class OllamaChat(Ollama):
         for where, message in messages:
             calls = listed(f"{where}.tool_calls", given(message, "tool_calls", []))
             named = [{"id": f"call{next(count):05d}", **call} for _, call in calls]
-            images = ollama_images(f"{where}.images", message, message is newest)
-            text = with_note(flat_content(f"{where}.content", given(message, "content", "")), images)
-            turn = {**message, "tool_calls": named, "content": text, "name": given(message, "tool_name", message.get("name"))}
+            text = flat_text(f"{where}.content", given(message, "content", ""), ("text", "refusal"))
+            content = beside(read_images(f"{where}.images", message.get("images"), message is newest), text)
+            turn = {**message, "tool_calls": named, "content": content, "name": given(message, "tool_name", message.get("name"))}
             if message.get("role") == "tool" and message.get("tool_call_id") is None and called:
                 turn["tool_call_id"] = called.popleft()
             read.append(turn)
@@ -9177,19 +9488,22 @@ class OllamaGenerate(Ollama):
     def read(self, body: Mapping[str, Any]) -> GenerateRequest:
         request, prompt = super().read(body), optional(body, "prompt", a_string, "")
         system, suffix, raw = optional(body, "system", a_string), optional(body, "suffix", a_string), flag(body, "raw")
-        ollama_images("images", body, newest=True)
+        images = read_images("images", body.get("images"))
         if optional(body, "template", a_string):
             raise InvalidRequest("template is not served: the model's own is used, or none with raw", "template")
         if optional(body, "context", one_type(list, "a list")):
             raise InvalidRequest("context is not served: send the conversation as messages to /api/chat", "context")
         if raw and system:
             raise InvalidRequest("system needs the model's template, which raw leaves out", "system")
+        if suffix and images:
+            raise InvalidRequest("images: a gap is filled by text alone; leave out suffix or images", "images")
         if suffix:
             return replace(request, infill=Infill(prompt, suffix))
-        if raw or not prompt:
-            return replace(request, prompts=(prompt,) if prompt else ())
+        content = beside(images, prompt)
+        if raw or not content:
+            return replace(request, prompts=(content,) if content else ())
         turns = ({"role": "system", "content": system},) if system else ()
-        return replace(request, messages=(*turns, {"role": "user", "content": prompt}), split_markers=True)
+        return replace(request, messages=(*turns, {"role": "user", "content": content}), split_markers=True)
 
     def said(self, text: str, more: dict[str, Any]) -> dict[str, Any]:
         return {"response": text, **more}
@@ -9345,7 +9659,8 @@ def capabilities(info: ModelInfo, metadata: Mapping[str, Any], worker: Worker | 
     template = template_of(metadata)
     fills = "tokenizer.ggml.fim_mid_token_id" in metadata or bool(worker and "mid" in worker.loaded.chat.fim)
     thinks = re.search(r"enable_thinking|reasoning_content|<think>|thinking", template) is not None
-    can = {"completion": True, "tools": re.search(r"\btools\b", template) is not None, "thinking": thinks, "insert": fills}
+    can = {"completion": True, "vision": info.projector is not None, "tools": re.search(r"\btools\b", template) is not None,
+           "thinking": thinks, "insert": fills}  # fmt: skip
     return [name for name, is_so in can.items() if is_so]
 
 
@@ -9358,6 +9673,7 @@ def listed_model(service: Service, info: ModelInfo) -> dict[str, Any]:
         "context_length": context, "max_model_len": context,
         "meta": {"n_ctx": context, "n_ctx_train": info.context_length, "n_params": parameter_number(info.parameter_count),
                  "size": info.size_bytes},
+        "architecture": {"input_modalities": ["text", *["image"] * bool(info.projector)], "output_modalities": ["text"]},
     }  # fmt: skip
 
 
@@ -9370,7 +9686,8 @@ def model_properties(service: Service, info: ModelInfo) -> dict[str, Any]:
         "default_generation_settings": {"n_ctx": context_of(service, info)}, "total_slots": service.settings.engine.parallel,
         "model_alias": info.id, "model_path": os.path.basename(info.path), "chat_template": template_of(metadata),
         "chat_template_caps": caps,
-        "modalities": {"vision": False, "audio": False}, "build_info": f"shimmy-{__version__}", "is_sleeping": worker is None,
+        "modalities": {"vision": info.projector is not None, "audio": False}, "media_marker": media_marker(),
+        "build_info": f"shimmy-{__version__}", "is_sleeping": worker is None,
     }  # fmt: skip
 
 
@@ -9385,6 +9702,21 @@ def llama_error(error: ApiError) -> dict[str, Any]:
         told["type"] = "exceed_context_size_error"
         told |= {"n_prompt_tokens": error.sizes[0], "n_ctx": error.sizes[1] + 1} if error.sizes else {}
     return {"error": told}
+
+
+@functools.cache
+def media_marker() -> str:
+    """The text that stands for a picture in llama-server's prompts: another in each process, so that no text holds it."""
+    return f"<__media_{os.urandom(16).hex()}__>"
+
+
+def read_marked(where: str, prompt: Mapping[str, Any]) -> Content:
+    """A prompt with markers for its pictures: {"prompt_string": …, "multimodal_data": [base64]}."""
+    texts = a_string(f"{where}.prompt_string", prompt.get("prompt_string")).split(media_marker())
+    media = read_images(f"{where}.multimodal_data", prompt.get("multimodal_data"))
+    if len(media) != len(texts) - 1:
+        raise InvalidRequest(f"{where}: {len(media)} images are given for {len(texts) - 1} media_marker (/props tells it)", where)
+    return Content((texts[0], *itertools.chain(*zip(media, texts[1:], strict=True))))
 
 
 def picked(document: dict[str, Any], names: Seq[str]) -> dict[str, Any]:
@@ -9408,6 +9740,7 @@ ERROR_SHAPES: dict[str, Callable[[ApiError], dict[str, Any]]] = {  # by API
 class LlamaCompletion(Dialect):
     """`/completion`."""
 
+    max_body = MAX_PICTURED_BODY
     api = "llama-server"
     OFF: ClassVar = {  # what turns a sampler off that `samplers` does not name; their order is always llama.cpp's own
         "penalties": {"repeat_penalty": 1, "presence_penalty": 0, "frequency_penalty": 0}, "dry": {"dry_multiplier": 0},
@@ -9440,7 +9773,12 @@ class LlamaCompletion(Dialect):
         """The request with its prompts."""
         if body.get("prompt") is None:
             raise InvalidRequest("prompt is required: a string, token ids, or a list of these", "prompt")
-        return replace(request, prompts=read_texts("prompt", body["prompt"], MAX_TEXTS))
+        given = body["prompt"] if isinstance(body["prompt"], list) else [body["prompt"]]
+        if not any(isinstance(prompt, dict) for prompt in given):
+            return replace(request, prompts=read_texts("prompt", body["prompt"], MAX_TEXTS))
+        check_length("prompt", given, MAX_TEXTS)
+        prompts = (read_marked("prompt", p) if isinstance(p, dict) else read_texts("prompt", p, 1)[0] for p in given)
+        return replace(request, prompts=tuple(prompts))
 
     def events(self, service: Service, cancel: Cancellation) -> Iterator[Event]:
         """The answer ends early when the client's time is over; an answer of no tokens has no text."""
@@ -9710,11 +10048,11 @@ class RequestReader:
         named = ((name.decode("latin-1"), value.strip(b" \t\r").decode("latin-1")) for name, _, value in fields)
         return line.decode("latin-1"), Headers(named)
 
-    def body(self, size: int) -> bytes:
+    def body(self, size: int, most: int) -> bytes:
         """A body of `size` bytes; -1: in chunks. Raises Overloaded when too many large ones arrive at once."""
         body = bytearray()
         if size < 0:
-            self._read_chunks(body)
+            self._read_chunks(body, most)
         else:
             self._read_into(body, size)
         return bytes(body)
@@ -9727,11 +10065,11 @@ class RequestReader:
                 self.turn.take()
             body += self._bytes.read(min(end - len(body), TURN_BYTES))
 
-    def _read_chunks(self, body: bytearray) -> None:
+    def _read_chunks(self, body: bytearray, most: int) -> None:
         """RFC 9112, 7.1; trailers are read and dropped."""
         while size := self._chunk_size():
-            if len(body) + size > MAX_BODY:
-                raise PayloadTooLarge(f"Bodies may have up to {MAX_BODY} bytes")
+            if len(body) + size > most:
+                raise PayloadTooLarge(f"Bodies may have up to {most} bytes")
             self._read_into(body, size)
             if self._line():
                 raise InvalidRequest("A chunk is longer than its size")
@@ -9769,7 +10107,7 @@ class RequestReader:
                 self._bytes.read1(1 << 16)
 
 
-def uncompressed(data: bytes, encoding: str) -> bytes:
+def uncompressed(data: bytes, encoding: str, most: int) -> bytes:
     """A body without its Content-Encoding, within the bounds of any other. Raises InvalidRequest (400, 415), PayloadTooLarge."""
     if encoding in ("", "identity"):
         return data
@@ -9778,11 +10116,11 @@ def uncompressed(data: bytes, encoding: str) -> bytes:
         raise InvalidRequest(f"Content-Encoding {encoding[:40]} is not served: send gzip, deflate or none", status=415)
     stream = zlib.decompressobj(windows[encoding])
     try:
-        plain = stream.decompress(data, MAX_BODY + 1)
+        plain = stream.decompress(data, most + 1)
     except zlib.error as error:
         raise InvalidRequest(f"The body is not {encoding}: {error}") from None
-    if len(plain) > MAX_BODY:
-        raise PayloadTooLarge(f"The body has over {MAX_BODY} bytes when it is unpacked")
+    if len(plain) > most:
+        raise PayloadTooLarge(f"The body has over {most} bytes when it is unpacked")
     if not stream.eof or stream.unused_data:
         raise InvalidRequest(f"The body is not one whole {encoding} stream")
     return plain
@@ -10115,6 +10453,12 @@ def answer_detokenize(call: Call) -> dict[str, Any]:
     return {"content": b"".join(tokens.pieces).decode("utf-8", "replace")}
 
 
+def answer_template(call: Call) -> dict[str, Any]:
+    """The prompt that a chat becomes, with the marker of /props in the place of each picture."""
+    parts = call.service.render(ChatCompletion(parse_object(call.body)).request, call.cancel)
+    return {"prompt": "".join(part if isinstance(part, str) else media_marker() for part in parts)}
+
+
 def answer_root(call: Call) -> Answer:
     """The chat page for browsers. Others learn who is here; Claude Code asks with HEAD before anything else."""
     if "text/html" in call.accept:
@@ -10136,6 +10480,7 @@ class Route:
     needs_body: bool = False
     api: str = "shimmy"  # whose shape an error takes
     framing: Framing = SSE  # of a dialect's streams
+    max_body: int = MAX_BODY  # bytes
     ollamas: Route | None = None  # the row for bodies and User-Agents of Ollama's at this address
 
     def match(self, segments: Seq[str]) -> tuple[str, ...] | None:
@@ -10154,7 +10499,7 @@ def _route(row: str, answer: Answering | type[Dialect], **marks: Any) -> Iterato
     method, path = row.split()
     if isinstance(answer, type):
         assert issubclass(answer, Dialect)
-        marks = {"needs_body": True, "api": answer.api} | marks
+        marks = {"needs_body": True, "api": answer.api, "max_body": answer.max_body} | marks
     segments = tuple(filter(None, path.split("/")))
     yield Route(method, segments, answer, **marks)
     if segments[:1] == ("v1",):  # OpenAI's routes work without /v1 too
@@ -10185,7 +10530,7 @@ ROUTES = (
     *_route("POST /v1/rerank", Rerank),
     *_route("POST /v1/reranking", Rerank),
     *_route("POST /v1/messages", Messages, framing=NAMED_SSE),
-    *_route("POST /v1/messages/count_tokens", needs_body=True, api="anthropic", answer=lambda call: {
+    *_route("POST /v1/messages/count_tokens", needs_body=True, api="anthropic", max_body=MAX_PICTURED_BODY, answer=lambda call: {
         "input_tokens": call.service.count_tokens(Messages(parse_object(call.body)).request, call.cancel)}),
     *_route("POST /v1/responses", Responses, framing=NAMED_SSE),
     *_route("GET /v1/models", answer_openai_models, api="openai"),
@@ -10203,8 +10548,7 @@ ROUTES = (
     *_route("POST /infill", LlamaInfill, framing=PLAIN_SSE),
     *_route("POST /tokenize", answer_tokenize, needs_body=True, api="llama-server"),
     *_route("POST /detokenize", answer_detokenize, needs_body=True, api="llama-server"),
-    *_route("POST /apply-template", needs_body=True, api="llama-server", answer=lambda call: {
-        "prompt": call.service.render(ChatCompletion(parse_object(call.body)).request, call.cancel)}),
+    *_route("POST /apply-template", needs_body=True, api="llama-server", max_body=MAX_PICTURED_BODY, answer=answer_template),
     *_route("GET /props", api="llama-server", answer=lambda call: model_properties(
         call.service, call.service.table.info(call.query.get("model", "default"), call.cancel))),
     *_route("GET /slots", answer_slots, api="llama-server"),
@@ -10378,18 +10722,19 @@ class Handler(socketserver.BaseRequestHandler):
             self._answer(head, cancel)
 
     def _body(self) -> bytes:
-        """The request's body, at most MAX_BODY bytes; read even if unasked for, or it would become the next request."""
-        head = self.out.head
+        """The request's body, as large as its route takes; read even if unasked for, or it would become the next request."""
+        assert self.route
+        head, most = self.out.head, self.route.max_body
         size, encoding = head.length or 0, head.headers.get("Content-Encoding", "").lower()
-        if size > MAX_BODY:
-            raise PayloadTooLarge(f"The body has {size} bytes, up to {MAX_BODY} are read")
+        if size > most:
+            raise PayloadTooLarge(f"The body has {size} bytes, up to {most} are read")
         if size and head.headers.get("Expect", "").lower() == "100-continue":
             self.out.send(b"HTTP/1.1 100 Continue\r\n\r\n")
-        data = self.reader.body(size)
+        data = self.reader.body(size, most)
         self.out.unread = False
         if data and encoding:
             self.reader.turn.take()  # for whatever size it has unpacked
-        return uncompressed(data, encoding) if data else data
+        return uncompressed(data, encoding, most) if data else data
 
     def _answer(self, head: Head, cancel: Cancellation) -> None:
         if self.server.stopping:
@@ -10649,7 +10994,7 @@ class SocketConnection(Wire):
 
         self._server, self._reader, self._writer, self._id, self._owner = server, reader, writer, id, owner
         self._loop = asyncio.get_running_loop()
-        self._protocol = Protocol(SERVER, max_size=MAX_BODY, logger=logging.getLogger("websockets"))
+        self._protocol = Protocol(SERVER, max_size=NativeSocket.max_body, logger=logging.getLogger("websockets"))
         self._requests: deque[SocketRequest] = deque()  # the first one is running
         self._queue: queue.SimpleQueue[SocketRequest | None] = queue.SimpleQueue()  # the same; None: the connection has ended
         self._fragments, self._turn = bytearray(), BodyTurn()  # of the message that arrives
@@ -10945,6 +11290,7 @@ for this command. --chat without a prompt is a conversation at the terminal.""",
 examples:
   python shimmy.py generate --prompt "Which port do you use?"
   git diff | python shimmy.py generate --prompt "Summarise:" --stdin
+  python shimmy.py generate --image cat.jpg --prompt "What is in the picture?"
   printf 'cat\\ndog\\n' | python shimmy.py generate --lines --prompt "In French:"
   python shimmy.py generate --chat"""),
     "pull": ("NAME", """\
@@ -11014,6 +11360,7 @@ def parser() -> Arguments:
     _generate_flags(command("generate", "generate text from a prompt", command_generate))
     pull = command("pull", "fetch a model from a Hugging Face hub", command_pull)
     pull.add_argument("name", metavar="NAME", help="OWNER/REPO, OWNER/REPO:Q4_K_M, OWNER/REPO:FILE.gguf or the address of a file")
+    pull.add_argument("--no-mmproj", action="store_true", help="leave out the projector, by which a model sees images")
     pull.add_argument("--dry-run", action="store_true", help="only show what would be fetched, and whether it fits the memory")
     listing = command("list", "list the models on this machine", command_list)
     listing.add_argument("--short", action="store_true", help="names only")
@@ -11117,6 +11464,8 @@ def _generate_flags(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--schema", metavar="FILE", help="answer with JSON that fits this JSON schema")
     sub.add_argument("--tool", action="append", default=[], metavar="NAME", help="a built-in tool that a chat may use, such as "
                      "calculator (repeatable)")  # fmt: skip
+    sub.add_argument("--image", action="append", default=[], metavar="FILE", help="a PNG, JPEG, GIF or BMP file that a chat is "
+                     "about (repeatable)")  # fmt: skip
     sub.add_argument("--local", action="store_true", help="never ask a running server")
     _address_flags(sub)
     _sampling_flags(sub)
@@ -11164,9 +11513,10 @@ def engine_fields(args: argparse.Namespace) -> dict[str, Any]:
     found: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items() if v is not None}
     if found.get("flash_attn") == "off" and found.get("kv_type", "f16") != "f16":
         raise UsageError(f"--kv-type {found['kv_type']} needs flash attention, which --flash-attn off forbids")
-    for file in found.get("lora", ()):
-        if not os.path.isfile(file):
-            raise UsageError(f"--lora {file}: there is no such file")
+    projector = [found["mmproj"]] if found.get("mmproj", "none") != "none" else []
+    for flag, files in (("--lora", found.get("lora", ())), ("--mmproj", projector)):
+        if absent := [file for file in files if not os.path.isfile(file)]:
+            raise UsageError(f"{flag} {absent[0]}: there is no such file")
     if "chat_template" in found:
         found["chat_template"] = read_file("--chat-template", found["chat_template"])
     named = {"--device": found.get("device") or (), "--override-tensor": [d for _, d in found.get("override_tensor", ())]}
@@ -11175,8 +11525,8 @@ def engine_fields(args: argparse.Namespace) -> dict[str, Any]:
     devices = engine_build()["devices"]  # a helper process is asked
     there = [d["name"] for d in devices]
     for flag, names in named.items():
-        if absent := [name for name in names if name not in there and not (flag == "--device" and names == ("none",))]:
-            raise UsageError(f"{flag} {absent[0]}: there is no such device; there are {', '.join(there) or 'none'}")
+        if unknown := [name for name in names if name not in there and not (flag == "--device" and names == ("none",))]:
+            raise UsageError(f"{flag} {unknown[0]}: there is no such device; there are {', '.join(there) or 'none'}")
     gpus = [d for d in devices if d["kind"] in ("GPU", "IGPU")]
     if found.get("main_gpu", -1) >= len(found.get("device") or gpus):
         raise UsageError(f"--main-gpu {found['main_gpu']}: there are {len(gpus)} GPUs, the first one is 0")
@@ -11218,7 +11568,7 @@ SYNONYMS = {  # llama-server's names of our flags, where they mean the same
     "ncmoe": "n-cpu-moe", "ot": "override-tensor", "dev": "device", "mg": "main-gpu", "ts": "tensor-split", "fa": "flash-attn",
     "b": "batch", "batch-size": "batch", "cache-type-k": "kv-type", "cache-type-v": "kv-type", "ctk": "kv-type",
     "ctv": "kv-type", "chat-template-file": "chat-template", "temp": "temperature", "n-predict": "max-tokens",
-    "load-on-startup": "preload", "s": "seed", "a": "alias",
+    "load-on-startup": "preload", "s": "seed", "a": "alias", "mm": "mmproj",
 }  # fmt: skip
 SWITCHES = {"true": True, "on": True, "1": True, "yes": True, "false": False, "off": False, "0": False, "no": False}
 
@@ -11299,14 +11649,14 @@ def preset_of(pattern: str, pairs: Mapping[str, Any]) -> Preset:
     return Preset(pattern, engine_fields(args), sampling, tuple(args.alias), args.preload, args.keep_alive)
 
 
-FILE_SETTINGS = ("lora", "chat-template", "chat-template-file")  # a request names no file: presets and the command line do
+FILE_SETTINGS = ("lora", "chat-template", "chat-template-file", "mmproj", "mm")  # only presets and the command line name files
 
 
 def load_options(body: Mapping[str, Any]) -> dict[str, Any]:
     """Fields of EngineOptions from the body of a load: a preset's keys, but those that name files. Raises InvalidRequest."""
     body = {key: value for key, value in body.items() if value is not None}
     for key in body:
-        if key.strip().replace("_", "-") in FILE_SETTINGS:
+        if key.strip().replace("_", "-") in FILE_SETTINGS and body[key] != "none":
             raise InvalidRequest(f"{printable(key)} names a file, which only a preset and the command line may", key)
     try:
         preset = preset_of("", body)
@@ -11475,8 +11825,9 @@ def tell_serving(args: argparse.Namespace, service: Service, url: str) -> None:
         rows.append(("found", f"{len(report.skipped)} files are no models to serve: list -v says why"))
     if default:
         info, kv_type = service.table.info(default), service.table.settings(default).engine.kv_type
-        words = memory_words(info.size_bytes, None if info.embedding else info.largest_context(kv_type))
-        rows.append(("memory", f"{printable(info.id)}, {human_bytes(info.size_bytes)}, {words}"))
+        words = memory_words(info.weights_bytes, None if info.embedding else info.largest_context(kv_type))
+        sees = f" (it sees images, by {printable(os.path.basename(info.projector))})" if info.projector else ""
+        rows.append(("memory", f"{printable(info.id)}, {human_bytes(info.weights_bytes)}, {words}{sees}"))
     threads = engine.threads or physical_cores()
     rows.append(("engine", f"{threads} thread{'s' * (threads != 1)}"))
     if gpu and engine.gpu_layers != 0 and not engine_build()["gpu_offload"]:
@@ -11498,21 +11849,21 @@ def command_list(args: argparse.Namespace) -> int:
     """Shows the models on this machine."""
     service = make_service(args)
     service.table.models(0.0)
-    report = service.table.catalog.report
+    report, found = service.table.catalog.report, service.table.infos()
     if args.json:
-        more = {m.id: {"path": m.path, "source": m.source, "fits": fits_memory(m.size_bytes),
-                       "largest_context": m.largest_context("f16")} for m in report.models}  # fmt: skip
+        more = {m.id: {"path": m.path, "source": m.source, "projector": m.projector, "fits": fits_memory(m.weights_bytes),
+                       "largest_context": m.largest_context("f16")} for m in found}  # fmt: skip
         models = [m | more[m["id"]] for m in service.table.models() if m["id"] in more]
         print_json({"models": models, "skipped": list(report.skipped), "directories": list(report.directories)})
     elif args.short:
-        for model in report.models:
+        for model in found:
             print(printable(model.id))
     else:
-        cells = [(m.id, m.parameter_count, m.quantization, human_bytes(m.size_bytes), m.context_length, fit_word(m),
-                  m.path) for m in report.models]  # fmt: skip
-        print_table(["NAME", "PARAMS", "QUANT", "SIZE", "CONTEXT", "FITS", "WHERE"],
+        cells = [(m.id, m.parameter_count, m.quantization, human_bytes(m.size_bytes), m.context_length,
+                  m.projector and "images", fit_word(m), m.path) for m in found]  # fmt: skip
+        print_table(["NAME", "PARAMS", "QUANT", "SIZE", "CONTEXT", "SEES", "FITS", "WHERE"],
                     [[printable(str(cell or "-"), MAX_SHOWN_PATH) for cell in row] for row in cells])  # fmt: skip
-        if not report.models:
+        if not found:
             print("No GGUF model was found; put one into ./models or name its directory with --models-dir.", file=sys.stderr)
     if args.verbose and not args.json:
         print_rows([("skipped", f"{each['path']}: {each['reason']}") for each in report.skipped], sys.stderr)
@@ -11540,7 +11891,7 @@ def memory_words(size: int, most: int | None = None) -> str:
 
 def fit_word(model: ModelInfo) -> str | None:
     """yes, no, or the context that fits the free memory where the usual one does not."""
-    fits, most = fits_memory(model.size_bytes), model.largest_context("f16")
+    fits, most = fits_memory(model.weights_bytes), model.largest_context("f16")
     if fits and most is not None and most < min(model.context_length or 8192, 8192):
         return f"ctx {most}" if most else "no"
     return {True: "yes", False: "no", None: None}[fits]
@@ -11636,7 +11987,7 @@ PULL_LINE_SECONDS = 5.0  # between lines about a pull where there is no terminal
 def command_pull(args: argparse.Namespace) -> int:
     """Fetches a model; prints where it lies. With --dry-run, prints what would be fetched."""
     folder = os.path.expanduser(args.models_dir[0] if args.models_dir else "~/models")
-    path = fetch(read_wanted(args.name), folder, args.dry_run)
+    path = fetch(replace(read_wanted(args.name), sees=not args.no_mmproj), folder, args.dry_run)
     if args.dry_run:
         return 0
     print(printable(path, MAX_SHOWN_PATH))
@@ -12176,12 +12527,26 @@ class Collected:
 def generate_body(args: argparse.Namespace, source: TextSource, prompt: str, sampling: dict[str, Any]) -> dict[str, Any]:
     """The /api/generate body: a chat where the model has a template, unless --raw or --chat decide."""
     chat = args.chat or (not args.raw and (source.has_template is not False or args.chat_template is not None))
-    if args.tool and not chat:
-        raise UsageError("--tool needs a chat: give --chat, and no --raw")
-    said: dict[str, Any] = {"messages": [{"role": "user", "content": prompt}]} if chat else {"prompt": prompt}
+    if (args.tool or args.image) and not chat:
+        raise UsageError(f"{'--tool' if args.tool else '--image'} needs a chat: give --chat, and no --raw")
+    said: dict[str, Any] = {"messages": [user_turn(args, prompt)]} if chat else {"prompt": prompt}
     if args.tool:
         said["tools"] = [{"type": "builtin", "name": name} for name in args.tool]
     return {"model": source.model} | said | sampling
+
+
+def user_turn(args: argparse.Namespace, text: str) -> dict[str, Any]:
+    """What the user says: the text, behind the images that the command line names. Raises UsageError."""
+    parts: list[dict[str, Any]] = []
+    for file in args.image:
+        try:
+            data = read_picture(f"--image {file}", pathlib.Path(file).read_bytes()).data
+        except InvalidRequest as error:
+            raise UsageError(str(error)) from None
+        except OSError as error:
+            raise UsageError(f"--image {file}: {error.strerror}") from None
+        parts.append({"type": "image_url", "image_url": {"url": base64.b64encode(data).decode()}})
+    return {"role": "user", "content": [*parts, {"type": "text", "text": text}] if parts else text}
 
 
 def read_prompt(args: argparse.Namespace) -> str:
@@ -12296,7 +12661,8 @@ def converse(args: argparse.Namespace, source: TextSource, sampling: dict[str, A
         elif command.startswith("/") and command[1:].isalpha():
             print(CHAT_HELP if command == "/help" else "there is no such command; /help shows those there are")
         elif text.strip():
-            asked = {"role": "user", "content": decoded(os.fsencode(text), "the text")}
+            asked = user_turn(args, decoded(os.fsencode(text), "the text"))
+            args.image = []  # the first turn is about them
             answer = Collected(source, generate_body(args, source, "", sampling) | {"messages": [*turns, asked]})
             answer_turn(answer, source)
             if answer.text:  # it counts even if it was stopped
@@ -12865,8 +13231,10 @@ KILLED = 9  # SIGKILL, which Windows has no name for: from outside, by a system 
 
 
 # ── B. GGUF headers ───────────────────────────────────────────────────────────────────────────────────────────────────
-# The header of a model file, read by a bounded reader that trusts no count or length in it, and the memory it asks for.
-# Offers: read_gguf_header, GgufHeader, GgufError, open_regular; KvShape, kv_shape, read_weights, place. Uses: EMBEDDERS (3).
+# The header of a model file, read by a bounded reader that trusts no count or length in it, and the memory it asks for; and
+# what the header of a picture tells.
+# Offers: read_gguf_header, GgufHeader, GgufError, open_regular; KvShape, kv_shape, read_weights, place; picture_size,
+# picture_fault. Uses: EMBEDDERS (3).
 
 
 class GgufError(Exception):
@@ -12972,7 +13340,7 @@ class GgufHeader:
     tensor_count: int
     complete: bool  # False: reading stopped at the vocabulary
     parameters: int = 0  # summed over the tensors, when complete
-    tensors: tuple[tuple[str, int], ...] = ()  # names and bytes, when complete
+    tensors: tuple[tuple[str, int, tuple[int, ...]], ...] = ()  # names, bytes and shapes, when complete
 
 
 # elements and bytes of a block, by ggml_type (ggml.h)
@@ -13011,8 +13379,8 @@ def read_gguf_header(path: str, whole_header: bool = True, deadline: float | Non
         return GgufHeader(metadata, tensors, True, parameters, found)
 
 
-def _read_tensors(reader: HeaderReader, count: int, alignment: Any) -> tuple[int, int, tuple[tuple[str, int], ...]]:
-    """Parameters in all tensors, where in the file the last one ends, and names and bytes of each."""
+def _read_tensors(reader: HeaderReader, count: int, alignment: Any) -> tuple[int, int, tuple[Any, ...]]:
+    """Parameters in all tensors, where in the file the last one ends, and name, bytes and shape of each."""
     parameters, end, found = 0, 0, []
     for _ in range(count):
         name, (dimensions,) = reader.string(), reader.unpack("I")
@@ -13021,7 +13389,7 @@ def _read_tensors(reader: HeaderReader, count: int, alignment: Any) -> tuple[int
         *shape, kind, offset = reader.unpack(f"{dimensions}QIQ")
         block, width = BLOCKS.get(kind, (1, 0))
         parameters += math.prod(shape)
-        found.append((name, math.prod(shape) // block * width))
+        found.append((name, math.prod(shape) // block * width, tuple(shape)))
         end = max(end, offset + found[-1][1])
     if not isinstance(alignment, int) or alignment < 1:
         raise GgufError("general.alignment is no number of bytes")
@@ -13121,7 +13489,7 @@ class Weights:
 
 def read_weights(paths: Iterable[str]) -> Weights:
     """The weights by the headers of a model's files. Raises GgufError, OSError."""
-    tensors = [tensor for path in paths for tensor in read_gguf_header(path).tensors]
+    tensors = [(name, size) for path in paths for name, size, _ in read_gguf_header(path).tensors]
     layers: dict[int, tuple[int, int]] = {}
     output = sum(size for name, size in tensors if name.startswith("output"))
     if not any(name == "output.weight" for name, _ in tensors):
@@ -13176,6 +13544,68 @@ def place(weights: Weights, kv: KvShape, gpus: Seq[int], ctx: int, pool: int, kv
     tries = [(count + 1, m) for m in range(moe, all_moe + 1)] + [(n, all_moe) for n in range(count, 0, -1)]
     layers, moe = next(((n, m) for n, m in tries if fits(n, m, ctx)), (0, moe))
     return Placement(int(layers * share), moe, most(layers, moe) if layers else pool)
+
+
+# Pictures
+
+PNG, JPEG = b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff"
+
+
+def picture_size(data: bytes) -> tuple[int, int] | None:
+    """Width and height by a file's header, 0 where it tells none; None for any format but PNG, JPEG, GIF and BMP.
+
+    Raises struct.error, ValueError or IndexError for a header that is cut.
+    """
+    width = height = 0
+    if data.startswith(PNG):
+        name, width, height = struct.unpack_from(">4sII", data, 12)
+        return (width, height) if name == b"IHDR" else (0, 0)
+    if data.startswith((b"GIF87a", b"GIF89a")):
+        width, height = struct.unpack_from("<HH", data, 6)
+    elif data.startswith(JPEG):
+        return jpeg_size(data)
+    elif data.startswith(b"BM"):
+        (header,) = struct.unpack_from("<I", data, 14)
+        if header in (12, 40, 56, 108, 124):
+            width, height = struct.unpack_from("<HH" if header == 12 else "<ii", data, 18)
+    else:
+        return None
+    return width, abs(height)  # a BMP's height below zero means rows from top to bottom
+
+
+def jpeg_size(data: bytes) -> tuple[int, int]:
+    """Reads to the first frame header, as stb_image does: bytes between segments are passed over."""
+    at = 2
+    for _ in range(4096):  # segments; an ICC profile may take 255
+        at = data.index(b"\xff", at)
+        while data[at] == 0xFF:
+            at += 1
+        length, height, width = struct.unpack_from(">HxHH", data, at + 1)
+        if data[at] in (0xC0, 0xC1, 0xC2):
+            return width, height
+        at += 1 + length
+    return 0, 0
+
+
+def picture_fault(data: bytes, pixels: int) -> str:
+    """Says what is wrong with a PNG or JPEG file; "" if nothing is. A few kilobytes may ask for gigabytes, or hours."""
+    far = "it unpacks to far more than its pixels"
+    if not data.startswith(PNG):
+        return far if data.startswith(JPEG) and data.count(b"\xff\xda") > MAX_SCANS else ""
+    stream, left, at = zlib.decompressobj(), 9 * pixels + MIB, len(PNG)  # with 16 bits a channel, and a byte for each row
+    for _ in range(1 << 16):  # chunks; those of pixels have mostly 8 kB
+        if stream.eof or left < 0 or at + 8 > len(data):
+            return "" if stream.eof else far if left < 0 else "it is cut"
+        size, name = struct.unpack_from(">I4s", data, at)
+        packed = data[at + 8 : at + 8 + size] if name == b"IDAT" else b""
+        at += 12 + size
+        while packed and left >= 0:
+            try:
+                left -= len(stream.decompress(packed, MIB))
+            except zlib.error as error:
+                return str(error)
+            packed = stream.unconsumed_tail
+    return "it has too many chunks"
 
 
 # ── C. Formats ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -17603,6 +18033,7 @@ class Wanted:
     repo: str = ""
     part: str = ""
     url: str = ""
+    sees: bool = True  # with the repository's projector, if it has one
 
 
 def is_address(url: str) -> bool:
@@ -17699,6 +18130,18 @@ def offers_of(files: Iterable[RemoteFile]) -> list[Offer]:
             shard = SHARD.search(stem)
             sets.setdefault((SHARD.sub("", stem), shard[2] if shard else "1"), []).append(file)
     return [Offer(stem, tuple(parts)) for (stem, count), parts in sets.items() if len(parts) == int(count)]
+
+
+def projector_for(offer: Offer, files: Iterable[RemoteFile]) -> list[RemoteFile]:
+    """The projector that goes with a model: of those beside it or above, the deepest, and of these the smallest F16 or Q8_0."""
+    folder = offer.files[0].name.rpartition("/")[0]
+    found = []
+    for file in files:
+        place, _, name = file.name.rpartition("/")
+        quant = next(iter(QUANT_IN_NAME.findall(name.rpartition(".")[0])[::-1]), "").upper()
+        if re.search(r"mmproj.*\.gguf$", name, re.I) and (not place or f"{folder}/".startswith(f"{place}/")):
+            found.append((-len(place), quant not in ("F16", "Q8_0"), file.size, file.name, file))
+    return [min(found)[-1]] if found else []
 
 
 def choose_offer(offers: Seq[Offer], part: str) -> Offer | None:
@@ -18166,7 +18609,8 @@ class Pull(Hub):
         if chosen is None:
             raise self._nothing_called(wanted, offers, files)
         folder = repository_folder(wanted.repo)
-        targets = tuple((file, hub_target(folder, commit, file)) for file in chosen.files)
+        fetched = (*chosen.files, *(projector_for(chosen, files) if wanted.sees else ()))
+        targets = tuple((file, hub_target(folder, commit, file)) for file in fetched)
         others = tuple(offered_names(o for o in offers if o is not chosen))
         return Plan(f"{wanted.repo}:{printable(chosen.label, 60)}", targets, wanted.repo, others, commit)
 

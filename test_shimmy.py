@@ -563,6 +563,57 @@ def write_mixture(path: Path) -> Path:
     return path
 
 
+def write_projector(
+    path: Path, name: str = "Seer", width: int = 64, kind: gguf.LlamaFileType = gguf.LlamaFileType.ALL_F32, basename: str = ""
+) -> Path:  # fmt: skip
+    """Writes a random projector, LLaVA's: 32 x 32 pixels in patches of 8 x 8 become 16 tokens."""
+    rng, size = np.random.default_rng(3), 32
+    path.parent.mkdir(parents=True, exist_ok=True)
+    writer = gguf.GGUFWriter(str(path), "clip")
+    writer.add_type("mmproj")
+    writer.add_name(name)
+    writer.add_file_type(kind)
+    if basename:
+        writer.add_basename(basename)
+    writer.add_bool("clip.has_vision_encoder", True)
+    writer.add_bool("clip.use_gelu", True)
+    writer.add_string("clip.projector_type", "mlp")
+    for key, value in {"embedding_length": size, "feed_forward_length": size, "block_count": 2, "projection_dim": width,
+                       "attention.head_count": 2, "image_size": 32, "patch_size": 8}.items():  # fmt: skip
+        writer.add_uint32(f"clip.vision.{key}", value)
+    writer.add_float32("clip.vision.attention.layer_norm_epsilon", 1e-6)
+    writer.add_array("clip.vision.image_mean", [0.5] * 3)
+    writer.add_array("clip.vision.image_std", [0.25] * 3)
+    writer.add_tensor("v.patch_embd.weight", rng.normal(0, 0.3, (size, 3, 8, 8)).astype(np.float32))
+    writer.add_tensor("v.position_embd.weight", rng.normal(0, 1, (17, size)).astype(np.float32))
+    writer.add_tensor("v.class_embd", rng.normal(0, 1, size).astype(np.float32))
+    layers = [f"v.blk.{i}.{name}" for i in range(2) for name in ("attn_q", "attn_k", "attn_v", "attn_out", "ffn_up", "ffn_down")]
+    for tensor, rows, columns in [*((name, size, size) for name in layers), ("mm.0", width, size), ("mm.2", width, width)]:
+        writer.add_tensor(f"{tensor}.weight", rng.normal(0, 1 / np.sqrt(columns), (rows, columns)).astype(np.float32))
+        writer.add_tensor(f"{tensor}.bias", np.zeros(rows, np.float32))
+    for norm in ("v.pre_ln", "v.post_ln", *(f"v.blk.{i}.ln{n}" for i in range(2) for n in (1, 2))):
+        writer.add_tensor(f"{norm}.weight", np.ones(size, np.float32))
+        writer.add_tensor(f"{norm}.bias", np.zeros(size, np.float32))
+    finish(writer)
+    return path
+
+
+def png(pixels: np.ndarray, size: tuple[int, int] | None = None) -> bytes:
+    """A PNG file of pixels (height, width, 3); `size` is what its header says instead."""
+    height, width, _ = pixels.shape
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    rows = np.concatenate([np.zeros((height, 1), np.uint8), pixels.reshape(height, -1)], axis=1)
+    head = struct.pack(">IIBBBBB", *(size or (width, height)), 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows.tobytes())) + chunk(b"IEND", b"")
+
+
+RED, BLUE = (png(np.full((40, 32, 3), colour, np.uint8)) for colour in ((220, 20, 20), (20, 40, 220)))
+RED64, BLUE64 = (base64.b64encode(picture).decode() for picture in (RED, BLUE))
+
+
 def model_info(path: Path) -> Any:
     """A model file as a scan describes it."""
     catalog = module.Catalog([], [str(path)])
@@ -1694,6 +1745,12 @@ LOOK = {"type": "text", "text": "Look"}
 LEFT_OUT = "[image left out: this model reads text only]"
 
 
+def blind(messages: Iterable[Any]) -> list[str]:
+    """The contents that a model without eyes reads."""
+    contents = [message["content"] for message in messages]
+    return [content if isinstance(content, str) else content.shown("m", None) for content in contents]
+
+
 @cases("messages, contents", {
     "in an older turn": ([{"role": "user", "content": [LOOK, PICTURE, PICTURE]}, {"role": "user", "content": "hi"}],
                          [f"Look\n{LEFT_OUT}", "hi"]),
@@ -1702,7 +1759,7 @@ LEFT_OUT = "[image left out: this model reads text only]"
                          [LEFT_OUT.replace("image", "image and file and audio")]),
 })  # fmt: skip
 def test_media_become_a_note(messages: list[Any], contents: list[str]) -> None:
-    assert [m["content"] for m in module.read_messages({"messages": messages}) or ()] == contents
+    assert blind(module.read_messages({"messages": messages}) or ()) == contents
 
 
 @cases("kind", {"image": "image_url", "audio": "input_audio", "file": "file"})
@@ -2546,6 +2603,58 @@ def test_control_characters_that_a_model_writes_reach_no_terminal(tmp_path: Path
         assert screen.left() == "Hello" + module.harmless(NASTY) + " world\n"
     done = shimmy("generate", "writer", "--raw", "--prompt", ":", home=tmp_path)
     assert done.stdout.decode() == f"Hello{NASTY} world"
+
+
+PROJECTORS: dict[str, tuple[dict[str, Any], str | None]] = {  # files beside seer.gguf and their options: which one is its
+    "beside it": ({"mmproj-seer.gguf": {}}, "mmproj-seer.gguf"),
+    "none": ({}, None),
+    "another's width": ({"mmproj-seer.gguf": {"width": 48}}, None),
+    "named otherwise": ({"mmproj-F16.gguf": {"name": "Gazer", "basename": "gazer"}}, None),
+    "an older one, named for its encoder": ({"mmproj-model-f16.gguf": {"name": "vit-large336"}}, "mmproj-model-f16.gguf"),
+    "named by its file": ({"Seer.mmproj-Q8_0.gguf": {"name": "vit-large336", "basename": "vit"}}, "Seer.mmproj-Q8_0.gguf"),
+    "the smallest that is F16 or Q8_0": (
+        {"mmproj-seer-Q4_0.gguf": {"kind": gguf.LlamaFileType.MOSTLY_Q4_0}, "mmproj-seer-F32.gguf": {},
+         "mmproj-seer-F16.gguf": {"kind": gguf.LlamaFileType.MOSTLY_F16}}, "mmproj-seer-F16.gguf"),
+    "in the folder above": ({"../mmproj-seer.gguf": {}}, "mmproj-seer.gguf"),
+    "somebody's in the folder above": ({"../mmproj-F16.gguf": {"name": "vit-large336"}}, None),
+}  # fmt: skip
+
+
+@cases("files, expected", PROJECTORS)
+def test_projector_is_found_beside_its_model(files: dict[str, Any], expected: str | None, tmp_path: Path) -> None:
+    write_dice(tmp_path / "seer" / "seer.gguf", "Seer")
+    for name, options in files.items():
+        write_projector(tmp_path / "seer" / name, **options)
+    (found,) = Catalog([SearchRoot(str(tmp_path), "--models-dir")]).scan().models
+    assert expected == (found.projector and os.path.basename(found.projector))
+    assert found.document()["vision"] is bool(expected)
+
+
+def test_projector_without_a_name_belongs_to_no_model_among_several(tmp_path: Path) -> None:
+    """By its width alone it could be of either."""
+    for stem in ("seer", "gazer"):
+        write_dice(tmp_path / f"{stem}.gguf", stem.title())
+    write_projector(tmp_path / "mmproj-model-f16.gguf", name="vit-large336")
+    write_projector(tmp_path / "mmproj-gazer.gguf", name="Gazer")
+    scanned = Catalog([SearchRoot(str(tmp_path), "--models-dir")]).scan()
+    assert {m.id: bool(m.projector) for m in scanned.models} == {"seer": False, "gazer": True}
+    assert sum("projector" in each["reason"] for each in scanned.skipped) == 2
+
+
+def test_projector_of_a_hub_snapshot_and_of_ollamas_store_is_found(tmp_path: Path) -> None:
+    def write(path: Path) -> Path:
+        write_projector(path.with_name("mmproj-F16.gguf"))
+        return write_dice(path, "Seer")
+
+    hf_snapshot(tmp_path / "hub", "me/seer-GGUF", write, "seer")
+    ollama_model(tmp_path / "ollama", "seer", "1b", more={"projector": write_projector(tmp_path / "p.gguf").read_bytes()})
+    roots = [SearchRoot(str(tmp_path / "hub"), "hub"), SearchRoot(str(tmp_path / "ollama"), "ollama", ollama=True)]
+    hub, ollama = Catalog(roots).scan().models
+    assert os.path.basename(hub.projector) == "mmproj-F16.gguf"
+    settings = module.Settings()
+    fitted = ollama.fitted(settings.of(ollama, True).engine.mmproj)
+    assert "sha256-" in fitted.projector and fitted.weights_bytes > ollama.size_bytes
+    assert not ollama.fitted("none").projector
 
 
 # ── Chat ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -9096,7 +9205,7 @@ class FakeWorker:
     """What a table asks of a worker, without a child."""
 
     alive = True
-    loaded = types.SimpleNamespace(ctx=1, pool=1, parallel=1, devices="", memory_need=0)
+    loaded = types.SimpleNamespace(ctx=1, pool=1, parallel=1, devices="", memory_need=0, sees=False)
 
     def __init__(self) -> None:
         self.measure, self.asked = threading.Event(), threading.Event()
@@ -10857,7 +10966,7 @@ CLAUDE_ERRORS: dict[str, tuple[str, str, Any, int, str]] = {
     "no JSON": ("POST", "/v1/messages", b"{", 400, "invalid_request_error"),
     "no JSON to count": ("POST", "/v1/messages/count_tokens", b"[]", 400, "invalid_request_error"),
     "another method": ("GET", "/v1/messages", None, 405, "invalid_request_error"),
-    "too large": ("POST", "/v1/messages", b" " * ((16 << 20) + 1), 413, "request_too_large"),
+    "too large": ("POST", "/v1/messages", b" " * ((32 << 20) + 1), 413, "request_too_large"),
     "cannot be loaded": ("POST", "/v1/messages", claude(model="hollow"), 500, "api_error"),
 }
 
@@ -11123,8 +11232,7 @@ def test_messages_media_become_a_note(server: Server) -> None:
     result = {"type": "tool_result", "tool_use_id": "1", "content": [LOOK, picture, picture]}
     messages = [{"role": "user", "content": [LOOK, picture, pdf]}, {"role": "assistant", "content": "Yes"},
                 {"role": "user", "content": "hi"}, {"role": "user", "content": [result]}]  # fmt: skip
-    read = module.Messages({**claude(), "messages": messages}).request.messages
-    assert [m["content"] for m in read] == [
+    assert blind(module.Messages({**claude(), "messages": messages}).request.messages) == [
         f"Look\n\nA\n{LEFT_OUT.replace('image', 'image and file')}", "Yes", "hi", f"Look\n{LEFT_OUT}"]  # fmt: skip
     beside = server.post("/v1/messages", {**claude(), "messages": [{"role": "user", "content": [picture, result]}]})
     assert beside.status == 400 and "messages[0].content[0].type" in beside.json()["error"]["message"]
@@ -11136,8 +11244,7 @@ def test_response_media_become_a_note() -> None:
     items = [{"role": "user", "content": [text, picture]}, {"role": "user", "content": "hi"},
              {"type": "function_call", "call_id": "1", "name": "see", "arguments": "{}"},
              {"type": "function_call_output", "call_id": "1", "output": [picture]}]  # fmt: skip
-    read = module.Responses({"input": items}).request.messages
-    assert [m["content"] for m in read] == [f"Look\n{LEFT_OUT}", "hi", "", LEFT_OUT]
+    assert blind(module.Responses({"input": items}).request.messages) == [f"Look\n{LEFT_OUT}", "hi", "", LEFT_OUT]
 
 
 def test_response_refusal_comes_back_in_the_history() -> None:
@@ -11986,7 +12093,7 @@ def test_ollama_generate_raw_leaves_the_template_out(server: Server) -> None:
 @cases(
     "body,words",
     {
-        "images": ({"images": ["aGk="]}, ["images", "no model here sees"]),
+        "images": ({"images": ["aGk="]}, ["images[0]", "recital reads text only"]),
         "template": ({"template": "{{ .Prompt }}"}, ["template is not served"]),
         "context": ({"context": [1, 2]}, ["context is not served", "/api/chat"]),
         "raw with system": ({"raw": True, "system": "x"}, ["system needs"]),
@@ -12105,8 +12212,7 @@ def test_ollama_tells_how_many_tokens_were_cached(server: Server) -> None:
     "in a tool's result": ([*HELLO, {"role": "tool", "images": ["aGk="]}], ["Hello!", LEFT_OUT]),
 })  # fmt: skip
 def test_ollama_images_become_a_note(messages: list[Any], contents: list[str]) -> None:
-    request = module.OllamaChat({"model": "recital", "messages": messages}).request
-    assert [m["content"] for m in request.messages] == contents
+    assert blind(module.OllamaChat({"model": "recital", "messages": messages}).request.messages) == contents
 
 
 @cases(
@@ -12595,6 +12701,296 @@ def test_llama_servers_health_needs_no_key(guarded: Server) -> None:
     assert guarded.get("/v1/health").status == 200
 
 
+# Pictures
+
+PICTURE_FILES: dict[str, tuple[bytes, str]] = {  # and what is said of them
+    "PNG": (RED, "32 x 40"),
+    "GIF": (b"GIF89a" + struct.pack("<HH", 7, 5) + bytes(9), "7 x 5"),
+    "BMP": (b"BM" + bytes(12) + struct.pack("<Iii", 40, 7, -5) + bytes(40), "7 x 5"),
+    "BMP of OS/2": (b"BM" + bytes(12) + struct.pack("<IHH", 12, 7, 5) + bytes(40), "7 x 5"),
+    "JPEG": (b"\xff\xd8\xff\xe0\0\4ab??\xff\xff\xc2\0\x11\x08" + struct.pack(">HH", 5, 7) + bytes(9), "7 x 5"),
+    "nothing": (b"", "no PNG, JPEG, GIF or BMP"),
+    "WebP": (b"RIFF\0\0\0\0WEBPVP8 ", "no PNG, JPEG, GIF or BMP"),
+    "SVG": (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "no PNG, JPEG, GIF or BMP"),
+    "a PNG cut in its header": (RED[:20], "damaged: its header tells no size"),
+    "a PNG cut in its pixels": (RED[:-20], "damaged: it is cut"),
+    "a PNG with other bytes in it": (RED[:50] + b"~~~~~~~~" + RED[58:], "damaged"),
+    "a PNG of more than it says": (png(np.zeros((2000, 2000, 3), np.uint8), (9, 9)), "far more than its pixels"),
+    "a PNG of no height": (png(np.zeros((9, 9, 3), np.uint8), (9, 0)), "no size"),
+    "a PNG of 20,000 × 20,000": (png(np.zeros((1, 1, 3), np.uint8), (20_000, 20_000)), "20000 × 20000 pixels, more than 50"),
+    "a BMP of an unknown kind": (b"BM" + bytes(12) + struct.pack("<Iii", 41, 7, 5) + bytes(40), "no size"),
+    "a JPEG without a frame": (b"\xff\xd8\xff\xe0\0\4ab" * 9, "no size"),
+    "a JPEG of many scans": (
+        b"\xff\xd8\xff\xc2\0\x11\x08" + struct.pack(">HH", 5, 7) + b"\xff\xda\0\2" * 101, "far more than its pixels"),
+}  # fmt: skip
+
+
+@cases("data, words", PICTURE_FILES)
+def test_picture_is_checked_by_its_bytes(data: bytes, words: str) -> None:
+    try:
+        picture = module.read_picture("images[0]", data)
+        said = f"{picture.width} x {picture.height}"
+        assert picture.data == data and picture.key == hashlib.sha256(data).hexdigest()
+    except InvalidRequest as error:
+        said, param = str(error), error.param
+        assert param == "images[0]" and said.startswith("images[0]: ")
+    assert words in said
+
+
+class SeeingWorker(FakeWorker):
+    """Remembers the prompt of the job that it is given, and does no more."""
+
+    loaded = types.SimpleNamespace(
+        ctx=1, pool=1, parallel=1, sees=True, chat=module.ChatFacts({"": TEMPLATE}, "", False, "</s>", ("<|im_end|>",)))
+    chat: Any = None
+    prompt: tuple[Any, ...] = ()
+
+    def __init__(self, info: Any) -> None:
+        super().__init__()
+        self.info = info
+
+    def submit(self, jobs: Any, *_: Any) -> Any:
+        self.prompt = jobs[0].prompt
+        raise GenerationFailed("seen")
+
+
+@pytest.fixture(scope="module")
+def seer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[Any], str]]:
+    """What a seeing model reads of a dialect's request: its prompt as text, with the names of its pictures."""
+    folder = tmp_path_factory.mktemp("seer")
+    write_dice(folder / "seer.gguf", "Seer")
+    write_projector(folder / "mmproj-seer.gguf")
+    service = module.Service(Catalog([SearchRoot(str(folder), "")]), TableOptions(), module.Settings())
+    workers: list[Any] = []
+
+    def make(info: Any, *_: Any) -> Any:
+        workers.append(SeeingWorker(info))
+        return workers[-1]
+
+    service.table._residents._make_worker = make
+    service.table.start()
+
+    def read(dialect: Any) -> str:
+        with contextlib.suppress(GenerationFailed):
+            list(dialect.events(service, Cancellation()))
+        names = {RED: "(red)", BLUE: "(blue)"}
+        return "".join(part if isinstance(part, str) else names[part.data] for part in workers[-1].prompt)
+
+    yield read
+    service.close()
+
+
+RED_PART: dict[str, Any] = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{RED64}", "detail": "low"}}
+BLUE_PART = {"type": "image_url", "image_url": BLUE64}
+RED_SOURCE = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": RED64}}
+AND, SO = ({"type": "text", "text": text} for text in ("and", "so"))
+SEEN: dict[str, tuple[str, dict[str, Any], str]] = {  # in each dialect: what is sent, and what the model reads
+    "chat": ("ChatCompletion", {"messages": [{"role": "user", "content": [LOOK, RED_PART, AND, SO, BLUE_PART]}]},
+             "[user]Look(red)and\nso(blue)[assistant]:"),
+    "chat, in every role": (
+        "ChatCompletion", {"messages": [
+            {"role": "system", "content": [RED_PART]}, {"role": "user", "content": "hi"},
+            {"role": "assistant", "content": "", "tool_calls": [{"id": "1", "function": {"name": "f", "arguments": "{}"}}]},
+            {"role": "tool", "tool_call_id": "1", "content": [AND, BLUE_PART]}]},
+        "[system](red)[user]hi[assistant]f{}[tool]and(blue)[assistant]S"),
+    "chat, beside a file": (
+        "ChatCompletion", {"messages": [{"role": "user", "content": [RED_PART, {"type": "file"}, AND]},
+                                        {"role": "user", "content": "hi"}]},
+        "[user](red)and\n[file left out: this model reads text and images only][user]hi[assistant]:"),
+    "chat, with a text that looks like a mark": (
+        "ChatCompletion", {"messages": [
+            {"role": "user", "content": [{"type": "text", "text": "\ufdd00\ufdd0<|im_end|>"}, RED_PART]}]},
+        "[user]\ufdd00\ufdd0<|im_end|>(red)[assistant]:"),
+    "responses": (
+        "Responses", {"input": [{"role": "user", "content": [
+            {"type": "input_text", "text": "Look"}, {"type": "input_image", "image_url": RED_PART["image_url"]["url"]}]},
+            {"type": "function_call", "call_id": "1", "name": "f", "arguments": "{}"},
+            {"type": "function_call_output", "call_id": "1", "output": [{"type": "input_image", "image_url": BLUE64}]}]},
+        "[user]Look(red)[assistant]f{}[tool](blue)[assistant]S"),
+    "messages": (
+        "Messages", {"messages": [{"role": "user", "content": [RED_SOURCE, LOOK]},
+                                  {"role": "assistant", "content": [{"type": "tool_use", "id": "1", "name": "f", "input": {}}]},
+                                  {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "1",
+                                                                "content": [AND, RED_SOURCE, SO]}]}]},
+        "[user](red)Look[assistant]f{}[tool]and(red)so[assistant]S"),
+    "ollama chat": ("OllamaChat", {"messages": [{"role": "user", "content": "Look", "images": [RED64, BLUE64]}]},
+                    "[user](red)(blue)Look[assistant]:"),
+    "ollama generate": ("OllamaGenerate", {"prompt": "Look", "system": "Be brief", "images": [RED64]},
+                        "[system]Be brief[user](red)Look[assistant]:"),
+    "ollama generate, images alone": ("OllamaGenerate", {"images": [RED64]}, "[user](red)[assistant]:"),
+    "ollama generate, raw": ("OllamaGenerate", {"prompt": "Look", "raw": True, "images": [RED64]}, "(red)Look"),
+    "llama-server": (
+        "LlamaCompletion", {"prompt": {"prompt_string": "Look MARKER and MARKER", "multimodal_data": [RED64, BLUE64]}},
+        "Look (red) and (blue)"),
+    "llama-server, among others": (
+        "LlamaCompletion", {"prompt": [{"prompt_string": "MARKER!", "multimodal_data": [RED64]}, "x"]}, "(red)!"),
+    "native": ("NativeSocket", {"prompt": "Look", "images": [RED64]}, "(red)Look"),
+    "native, with a system text": ("Native", {"prompt": "Look", "system": "S", "images": [RED64]},
+                                   "[system]S[user](red)Look[assistant]:"),
+    "native, messages": ("Native", {"messages": [{"role": "user", "content": [LOOK, RED_PART]}]}, "[user]Look(red)[assistant]:"),
+}  # fmt: skip
+
+
+@cases("dialect, body, expected", SEEN)
+def test_pictures_stand_where_llama_server_puts_them(dialect: str, body: Any, expected: str, seer: Callable[[Any], str]) -> None:
+    body = json.loads(json.dumps(body).replace("MARKER", module.media_marker()))
+    assert seer(getattr(module, dialect)({"model": "seer", **body})) == expected
+
+
+def looked_at(url: Any, count: int = 1) -> dict[str, Any]:
+    part = {"type": "image_url", "image_url": {"url": url}}
+    return {"model": "seer", "messages": [{"role": "user", "content": [part] * count}]}
+
+
+UNSEEN: dict[str, tuple[dict[str, Any], str]] = {
+    "no base64": (looked_at("data:image/png;base64,%%%"), "must be base64"),
+    "no text": (looked_at(5), "must be base64"),
+    "nothing": (looked_at(None), "must be base64"),
+    "a file's address": (looked_at("file:///etc/passwd"), "must be base64"),
+    "a data: URL of text": (looked_at("data:text/plain,hello"), "must be base64"),
+    "no picture": (looked_at(base64.b64encode(b"hello").decode()), "no PNG, JPEG, GIF or BMP"),
+    "too many": (looked_at(RED64, 17), "up to 16 images"),
+    "too many bytes": (looked_at(base64.b64encode(PICTURE_FILES["BMP"][0] + bytes(9 << 20)).decode(), 3), "up to 24"),
+    "a host that is not open": (looked_at("http://example.com/cat.png"), "--tool-hosts"),
+}  # fmt: skip
+
+
+@cases("body, words", UNSEEN)
+def test_image_that_is_none_is_refused_by_its_place(body: Any, words: str, seer: Callable[[Any], str]) -> None:
+    with pytest.raises(InvalidRequest, match=re.escape(words)) as caught:
+        seer(module.ChatCompletion(body))
+    assert re.match(r"messages\[0\].content\[\d+\].type: ", str(caught.value)) and caught.value.status == 400
+
+
+def test_llama_server_prompt_needs_a_marker_for_each_image() -> None:
+    with pytest.raises(InvalidRequest, match="1 images are given for 0 media_marker"):
+        module.LlamaCompletion({"prompt": {"prompt_string": "<__media__>", "multimodal_data": [RED64]}})
+
+
+def test_template_that_leaves_a_picture_out_is_refused() -> None:
+    picture = module.Picture(RED, 32, 40)
+    request = module.GenerateRequest(messages=({"role": "user", "content": ("Look", picture)},))
+    with pytest.raises(InvalidRequest, match="leaves out an image"):
+        chat("{{ messages[0].role }}").prompt(request)
+    whole = "{% for part in messages[0].content %}{% if part.type == 'text' %}{{ part.text }}{% endif %}{% endfor %}"
+    assert chat(whole).prompt(request)[:2] == ("Look", picture)
+
+
+@pytest.fixture(scope="module")
+def seeing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server whose default model sees; the projector of another is of a type that nobody knows."""
+    folder = tmp_path_factory.mktemp("seeing")
+    for stem in ("seer", "gazer"):
+        write_dice(folder / f"{stem}.gguf", stem.title(), 512)
+        write_projector(folder / f"mmproj-{stem}.gguf", stem.title())
+    broken = folder / "mmproj-gazer.gguf"
+    broken.write_bytes(broken.read_bytes().replace(b"\3\0\0\0\0\0\0\0mlp", b"\3\0\0\0\0\0\0\0xyz"))
+    with shared(tmp_path_factory.mktemp("seeing-home"), "--models-dir", folder, "--model", "seer") as running:
+        yield running
+
+
+def pictured(image: str = RED64, **more: Any) -> dict[str, Any]:
+    parts = [{"type": "image_url", "image_url": {"url": f"data:image/png;base64,{image}"}}, LOOK]
+    return {"messages": [{"role": "user", "content": parts}], "max_tokens": 8, "temperature": 0, **more}
+
+
+def test_every_dialect_shows_the_model_the_same_picture(seeing: Server) -> None:
+    told = seeing.post("/v1/chat/completions", pictured()).json()
+    text, tokens = told["choices"][0]["message"]["content"], told["usage"]["prompt_tokens"]
+    assert told["usage"]["prompt_tokens_details"]["image_tokens"] == 16
+    again, blue = (seeing.post("/v1/chat/completions", pictured(image)).json() for image in (RED64, BLUE64))
+    assert again["usage"]["prompt_tokens_details"]["cached_tokens"] == tokens - 1
+    assert [d["choices"][0]["message"]["content"] == text for d in (again, blue)] == [True, False]
+
+    parts = [{"type": "input_image", "image_url": RED64}, {"type": "input_text", "text": "Look"}]
+    response = seeing.post("/v1/responses", {"input": [{"role": "user", "content": parts}], "temperature": 0,
+                                             "max_output_tokens": 8}).json()  # fmt: skip
+    claude = pictured(messages=[{"role": "user", "content": [RED_SOURCE, LOOK]}])
+    message, options = seeing.post("/v1/messages", claude).json(), {"temperature": 0, "num_predict": 8}
+    ollama = {"model": "seer", "options": options, "stream": False}
+    turn = {"role": "user", "content": "Look", "images": [RED64]}
+    prompt = seeing.post("/apply-template", pictured()).json()["prompt"]
+    marked = {"prompt_string": prompt, "multimodal_data": [RED64]}
+    said = {
+        "responses": response["output"][-1]["content"][0]["text"], "messages": message["content"][0]["text"],
+        "ollama chat": seeing.post("/api/chat", {**ollama, "messages": [turn]}).json()["message"]["content"],
+        "ollama generate": seeing.post("/api/generate", {**ollama, "prompt": "Look", "images": [RED64]}).json()["response"],
+        "llama-server": seeing.post("/completion", {"prompt": marked, "temperature": 0, "n_predict": 8}).json()["content"],
+    }  # fmt: skip
+    assert said == dict.fromkeys(said, text)
+    assert seeing.post("/v1/messages/count_tokens", claude).json() == {"input_tokens": tokens}
+
+
+def test_socket_shows_the_model_a_picture(seeing: Server) -> None:
+    body = {"model": "seer", "prompt": "Look", "max_tokens": 4, "temperature": 0}
+    plain, pictures = (ws_ask(seeing, images=images, **body)[1]["usage"] for images in ([], [RED64, BLUE64]))
+    assert pictures["prompt_tokens"] - plain["prompt_tokens"] == 32
+
+
+def test_every_list_tells_what_sees(seeing: Server) -> None:
+    assert {m["id"]: m["vision"] for m in seeing.get("/api/models").json()["models"]}["seer"] is True
+    assert "vision" in seeing.post("/api/show", {"model": "seer"}).json()["capabilities"]
+    assert seeing.get("/props?model=seer").json()["modalities"]["vision"] is True
+    assert seeing.get("/v1/models/seer").json()["architecture"]["input_modalities"] == ["text", "image"]
+
+
+def test_generate_shows_the_model_a_picture(seeing: Server, tmp_path: Path) -> None:
+    (tmp_path / "red.png").write_bytes(RED)
+    flags = ("--bind", f"{seeing.host}:{seeing.port}", "--temperature", "0", "--max-tokens", "8", "--json", "--chat")
+    done = shimmy("generate", "seer", "Look", "--image", tmp_path / "red.png", *flags, home=tmp_path)
+    expected = seeing.post("/v1/chat/completions", pictured()).json()["choices"][0]["message"]["content"]
+    assert json.loads(done.stdout)["choices"][0]["text"] == expected
+
+
+@cases("data, words", {"no picture": (b"cat", "the image is no PNG"), "no file": (None, "No such file")})
+def test_generate_refuses_an_image_that_is_none(data: bytes | None, words: str, tmp_path: Path) -> None:
+    file = tmp_path / "cat.png"
+    if data:
+        file.write_bytes(data)
+    with pytest.raises(module.UsageError, match=re.escape(f"--image {file}: {words}")):
+        module.user_turn(argparse.Namespace(image=[str(file)]), "Look")
+
+
+def test_projector_that_cannot_be_loaded_leaves_a_model_of_text(seeing: Server) -> None:
+    body = pictured(model="gazer")
+    assert_error(seeing.post("/v1/chat/completions", body), 400, "invalid_request", "the projector of gazer cannot be loaded")
+    assert seeing.chat(model="gazer", max_tokens=4).status == 200
+    refused = assert_error(seeing.post("/v1/chat/completions", body), 400, "invalid_request", "gazer reads text only")
+    assert refused["param"] == "messages[0].content[0].type"
+    assert not {m["id"]: m["vision"] for m in seeing.get("/api/models").json()["models"]}["gazer"]
+
+
+def test_load_without_the_projector_is_asked_for(seeing: Server) -> None:
+    assert_error(seeing.post("/api/models/seer/load", {"mmproj": "/etc/passwd"}), 400, "invalid_request", "names a file")
+    assert seeing.post("/api/models/seer/load", {"mmproj": "none"}).status == 200
+    assert_error(seeing.post("/v1/chat/completions", pictured()), 400, "invalid_request", "seer reads text only")
+    assert seeing.post("/api/models/seer/unload").status == 200
+    assert seeing.post("/v1/chat/completions", pictured()).status == 200
+
+
+def test_prompt_that_pictures_make_too_long_is_refused_with_both_numbers(seeing: Server) -> None:
+    body = pictured()
+    body["messages"][0]["content"] += [{"type": "text", "text": "x" * 490}]
+    details = assert_error(seeing.post("/v1/chat/completions", body), 400, "context_length_exceeded")["details"]
+    assert "512" in details and int(re.findall(r"\d+", details)[0]) > 512
+
+
+def test_images_are_fetched_from_open_hosts_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, int]] = []
+
+    def fetch(self: Any, url: str, most: int, deadline: float) -> tuple[int, Any, bytes]:
+        asked.append((url, most))
+        return (200, {}, RED) if url.endswith("cat.png") else (404, {}, b"")
+
+    monkeypatch.setattr(module.HttpGetter, "fetch", fetch)
+    looker = module.Looker(module.HttpGetter(["a.example"]), Cancellation())
+    cat = module.Attachment("images[0]", "image", True, "HTTPS://a.example/cat.png")
+    assert looker.look(cat).data == RED
+    with pytest.raises(InvalidRequest, match="its server answers 404"):
+        looker.look(replace(cat, source="https://a.example/dog.png"))
+    assert [most for _, most in asked] == [module.MAX_PICTURES_BYTES, module.MAX_PICTURES_BYTES - len(RED)]
+
+
 # ── HTTP ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
 # Routes, connections, bodies on the wire, and access.
 
@@ -12761,9 +13157,10 @@ def test_chunked_body_is_accepted(server: Server) -> None:
     assert replies[0].text == "Hello wide world" and replies[1].status == 200
 
 
-def test_body_over_16_mib_is_413_before_it_is_sent(server: Server) -> None:
-    (reply,) = exchange(server, head_of("POST", "/api/generate", f"Content-Length: {17 << 20}"))
-    assert_error(reply, 413, "payload_too_large", "16")
+@cases("path, most", {"text": ("/v1/completions", 16 << 20), "pictures": ("/api/generate", 32 << 20)})
+def test_body_over_its_bound_is_413_before_it_is_sent(path: str, most: int, server: Server) -> None:
+    (reply,) = exchange(server, head_of("POST", path, f"Content-Length: {most + 1}"))
+    assert_error(reply, 413, "payload_too_large", str(most))
 
 
 @pytest.mark.parametrize("path", ["/nope", "/health", "/v1/completions", "/api/tools/calculator/execute"])
@@ -16153,6 +16550,31 @@ def test_pull_chooses_a_quantization(names: list[str], part: str, chosen: str) -
     assert offer and [file.name for file in offer.files] == [chosen]
 
 
+@cases(
+    "names, chosen",
+    {
+        "none": (["m-Q8_0.gguf"], None),
+        "half precision": (["m-Q8_0.gguf", "mmproj-m-F32.gguf", "mmproj-m-F16.gguf"], "mmproj-m-F16.gguf"),
+        "whatever there is": (["m-Q8_0.gguf", "mmproj-BF16.gguf"], "mmproj-BF16.gguf"),
+        "the nearest": (["Q8_0/m.gguf", "mmproj-F16.gguf", "Q8_0/mmproj-F32.gguf"], "Q8_0/mmproj-F32.gguf"),
+        "above": (["Q8_0/m.gguf", "mmproj-F16.gguf", "F16/mmproj-F16.gguf"], "mmproj-F16.gguf"),
+        "no GGUF": (["m-Q8_0.gguf", "mmproj-F16.safetensors"], None),
+    },
+)
+def test_pull_chooses_a_projector(names: list[str], chosen: str | None) -> None:
+    files = [module.RemoteFile(name, "", 1) for name in names]
+    found = module.projector_for(module.offers_of(files)[0], files)
+    assert [file.name for file in found] == ([chosen] if chosen else [])
+
+
+@cases("flags, here", {"with it": ((), True), "without": (("--no-mmproj",), False)})
+def test_pull_fetches_the_projector_too(flags: tuple[str, ...], here: bool, hub: FakeHub, tmp_path: Path) -> None:
+    hub.files = {"m-Q4_K_M.gguf": os.urandom(1000), "mmproj-F16.gguf": os.urandom(500)}
+    done = shimmy("pull", REPO_NAME, *flags, home=tmp_path, env=hub.env)
+    assert done.stdout.decode().endswith("m-Q4_K_M.gguf\n"), done.stderr
+    assert (cache(tmp_path) / "snapshots" / COMMIT / "mmproj-F16.gguf").exists() is here
+
+
 def test_pull_offers_no_shards_that_are_not_all_there() -> None:
     assert [offer.stem for offer in offered("a-00001-of-00002.gguf", "b-00001-of-00001.gguf", "mmproj.gguf")] == ["b"]
 
@@ -17688,7 +18110,7 @@ def test_serve_says_what_it_found_and_how_to_begin(serve: Callable[..., Server],
 
 
 def test_serve_says_what_a_context_that_does_not_fit_could_be(serve: Callable[..., Server], models: Path, tmp_path: Path) -> None:
-    place = "        left = free - self.size_bytes - GRAPH_BYTES"
+    place = "        left = free - self.weights_bytes - GRAPH_BYTES"
     script = altered(tmp_path, (place, "        free = self.size_bytes + 128 * MIB + 102_400\n" + place))
     said = said_by(serve("--models-dir", models, "--model", "recital", script=script), "curl")
     assert "fits the memory" in said and "up to 768 tokens of context fit (--ctx)" in said
@@ -17826,10 +18248,10 @@ def test_list_names_the_largest_context_that_fits(models: Path, tmp_path: Path) 
     done = shimmy("list", "--json", "--models-dir", models, home=tmp_path)
     contexts = {model["id"]: model["largest_context"] for model in json.loads(done.stdout)["models"]}
     assert (contexts["recital"], contexts["dice"]) == (65536, 256)
-    place = "        left = free - self.size_bytes - GRAPH_BYTES"
+    place = "        left = free - self.weights_bytes - GRAPH_BYTES"
     script = altered(tmp_path, (place, "        free = self.size_bytes + 128 * MIB + 102_400\n" + place))
     table = shimmy("list", "--models-dir", models, home=tmp_path, script=script).stdout.decode()
-    assert re.search(r"recital .* 65536 +ctx 768 ", table) and re.search(r"dice .* 256 +yes ", table)
+    assert re.search(r"recital .* 65536 +- +ctx 768 ", table) and re.search(r"dice .* 256 +- +yes ", table)
 
 
 @cases("command", {name or "none": name for name in module.HELP})
@@ -17980,8 +18402,8 @@ def test_list_on_a_narrow_terminal_leaves_paths_and_values_whole(models: Path, t
     with narrow_terminal(40, "list", "--models-dir", models, home=tmp_path) as screen:
         lines = screen.rest().splitlines()
     (start,) = [i for i, line in enumerate(lines) if line == "recital"]
-    about = [line.split() for line in lines[start + 1 : start + 7]]
-    assert [line[0] for line in about] == ["params", "quant", "size", "context", "fits", "where"]
+    about = [line.split() for line in lines[start + 1 : start + 8]]
+    assert [line[0] for line in about] == ["params", "quant", "size", "context", "sees", "fits", "where"]
     assert all(len(line) == 2 for line in about) and about[-1][1] == str(models / "recital.gguf")
 
 
