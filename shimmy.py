@@ -3517,6 +3517,9 @@ def kernels_main() -> None:
             print(f"\t{ggml.try_kernel(kind)}", flush=True)
 
 
+MAX_ROWS = 256  # sequences in a context (LLAMA_MAX_SEQ)
+
+
 @dataclass(frozen=True)
 class LoadPlan:
     """How much of a model goes where, and how much context it gets."""
@@ -3535,7 +3538,7 @@ def plan_load(model: ModelInfo, setup: Setup, free: int | None, gpus: Seq[int] =
     eyes = Eyes.memory_need(model)
     kv, ctx = model.kv or KvShape(), min(options.ctx or min(own, 8192), own)
     spare = 2 if any(kv.states) else options.parallel + 8  # rows for prefixes; a state takes megabytes
-    sequences = min(options.parallel + spare, 256)  # llama.cpp's LLAMA_MAX_SEQ
+    sequences = min(options.parallel + spare, MAX_ROWS)
     pool = 0 if kv == KvShape() and model.kv else ctx if rung.small_pool or model.embedding else options.kv_pool or 4 * ctx
     placed = Placement(0, 0, pool)
     if gpus and not rung.cpu:
@@ -4004,6 +4007,9 @@ class Context:
         """
         self.llama, self.c, self.np, self.ctypes = llama, llama.c, llama.np, llama.ctypes
         self.cells, self.n_batch, self.n_seq = cells, n_batch, n_seq
+        # llama.cpp gives a cell that a sliding window has left to the next sequence that wants one, unless two rows own it:
+        # a row's twin is so many rows further
+        self.twins = n_seq if llama.n_swa and 2 * n_seq <= MAX_ROWS else 0
         self.pause_every = self.PAUSE_EVERY
         self._abort = self.ctypes.create_string_buffer(2)
         asked = itertools.count(1)
@@ -4024,9 +4030,9 @@ class Context:
 
     def _params(self) -> Any:
         options, params = self.llama.options, self.c.llama_context_default_params()
-        params.n_ctx, params.n_seq_max, params.kv_unified, params.swa_full = self.cells, self.n_seq, True, True
+        params.n_ctx, params.n_seq_max, params.kv_unified, params.swa_full = self.cells, self.n_seq + self.twins, True, True
         params.n_batch = params.n_ubatch = self.n_batch
-        params.n_outputs_max = self.n_seq  # else n_ubatch × n_vocab logits are reserved: 300 MiB for a large vocabulary
+        params.n_outputs_max = params.n_seq_max  # else n_ubatch × n_vocab logits are reserved: 300 MiB for a large vocabulary
         params.n_threads = params.n_threads_batch = self.llama.threads
         params.flash_attn_type = {"auto": -1, "on": 1, "off": 0}[options.flash_attn]
         params.type_k = params.type_v = getattr(self.c, f"GGML_TYPE_{options.kv_type.upper()}")
@@ -4076,6 +4082,9 @@ class Context:
         self.batch.n_tokens = at
         status = self._decode_media(plan) if plan[0][0].medium else int(self.c.llama_decode(self.handle, self.batch))
         self.c.llama_synchronize(self.handle)  # a GPU computes on; its time belongs to this step
+        for sequence, count in plan if self.twins and not status else ():
+            if count > 1 or sequence.n_computed % max(1, self.llama.n_swa // 2) == 0:  # none has left the window so far
+                self._twin(sequence.row)
         return status
 
     def _decode_media(self, plan: Seq[tuple[Rows, int]]) -> int:
@@ -4106,16 +4115,24 @@ class Context:
 
     def drop(self, row: int, start: int = -1) -> None:
         """Frees a row's cells from position `start` on; all of them by default."""
-        if self.memory:  # a model that looks both ways has none
-            self.c.llama_memory_seq_rm(self.memory, row, start, -1)
+        for owner in (row, row + self.twins) if self.memory else ():  # a model that looks both ways has none
+            self.c.llama_memory_seq_rm(self.memory, owner, start, -1)
 
     def share(self, source: int, target: int, end: int) -> None:
         """Lets row `target` begin with the cells of `source` before position `end`: metadata only, nothing is copied."""
         self.c.llama_memory_seq_cp(self.memory, source, target, *((0, end) if self.llama.cuttable else (-1, -1)))
+        self._twin(target)
+
+    def _twin(self, row: int) -> None:
+        """Lets a row's twin own all that the row has."""
+        if self.twins:
+            self.c.llama_memory_seq_cp(self.memory, row, row + self.twins, -1, -1)
 
     def oldest(self, row: int) -> int:
-        """The first position whose cells are there: only a sliding window overwrites any."""
-        return int(self.c.llama_memory_seq_pos_min(self.memory, row)) if self.llama.n_swa else 0
+        """The first position from which on all cells are there: a sliding window's older ones may be gone."""
+        c, n_swa = self.c, self.llama.n_swa
+        certain = c.llama_memory_seq_pos_max(self.memory, row) + 1 - n_swa if n_swa and not self.twins else 0
+        return max(certain, int(c.llama_memory_seq_pos_min(self.memory, row))) if n_swa else 0
 
     def save(self, row: int) -> Any:
         """A sequence's cells as bytes, to be kept outside the cache; None if they cannot be had."""
@@ -4127,7 +4144,9 @@ class Context:
     def restore(self, row: int, data: Any) -> bool:
         """Puts saved cells into an empty row; False when there is no room for them."""
         source = data.ctypes.data_as(self.ctypes.POINTER(self.ctypes.c_uint8))
-        return bool(self.c.llama_state_seq_set_data(self.handle, source, len(data), row))
+        done = bool(self.c.llama_state_seq_set_data(self.handle, source, len(data), row))
+        self._twin(row)
+        return done
 
     def clear(self, data: bool) -> None:
         """Frees all cells, so that the next ones are the first again; with `data`, wipes what they held."""

@@ -7649,7 +7649,7 @@ def test_parked_conversation_is_restored_intact(kind: str, kinds: Server) -> Non
     fresh(kinds, kind, longer).assert_same(on)
 
 
-@pytest.mark.parametrize("kind", ["llama", "mamba"])
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "mamba"])
 def test_random_mix_of_conversations_stays_correct(kind: str, kinds: Server) -> None:
     """More conversations than slots or the pool can hold, in random order, six at a time, some cancelled."""
     kinds.unload(kind)
