@@ -14184,7 +14184,7 @@ def test_histograms_hold_each_request_once_in_rising_buckets(serve: Callable[...
 
 
 def test_time_to_first_token_has_the_load_in_it(serve: Callable[..., Server], models: Path, tmp_path: Path) -> None:
-    context = "        n_batch = max(self.options.batch, self.options.parallel)\n"
+    context = "        n_batch = max(self.options.batch, self.options.parallel, self.eyes.whole if self.eyes else 0)\n"
     script = altered(tmp_path, (context, "        time.sleep(0.3)\n" + context))
     own = serve("--models-dir", models, script=script)
     own.generate(":")
@@ -14265,8 +14265,8 @@ def test_death_of_an_engine_is_counted_and_its_requests_as_errors(serve: Callabl
     assert now.of("recital", "vllm:request_success_total", finished_reason="error") == 1
 
 
-STOPS_HERE = ("        n_batch = max(self.options.batch, self.options.parallel)\n",
-              "        n_batch = max(self.options.batch, self.options.parallel)\n        time.sleep(60)\n")  # fmt: skip
+STOPS_HERE = ("        n_batch = max(self.options.batch, self.options.parallel, self.eyes.whole if self.eyes else 0)\n",
+              "        n_batch = max(self.options.batch, self.options.parallel, self.eyes.whole if self.eyes else 0)\n        time.sleep(60)\n")  # fmt: skip
 
 
 def test_metrics_answer_at_once_while_a_model_loads(serve: Callable[..., Server], models: Path, tmp_path: Path) -> None:
@@ -17783,9 +17783,9 @@ def test_generate_trims_the_key(guarded: Server, models: Path, tmp_path: Path) -
 
 def test_generate_gives_the_servers_answer_to_a_prompt_that_is_too_large(server: Server, models: Path, tmp_path: Path) -> None:
     server.load("recital")
-    large = b"\n" * (12 << 20)  # 24 MiB as JSON
+    large = b"\n" * ((16 << 20) - 1)  # twice as much as JSON
     done = shimmy("generate", "recital", home=tmp_path, stdin=b"x" + large, env=through(server, models))
-    assert_failed(done, 1, "16777216")
+    assert_failed(done, 1, "33554432")
 
 
 class HangsUp(http.server.BaseHTTPRequestHandler):
@@ -17984,7 +17984,7 @@ def terminal(
 
 def slow_load(folder: Path) -> Path:
     """A shimmy.py that takes its time over starting the engine and over the context."""
-    places = ("        n_batch = max(self.options.batch, self.options.parallel)\n",
+    places = ("        n_batch = max(self.options.batch, self.options.parallel, self.eyes.whole if self.eyes else 0)\n",
               "        self.c, self.np, self.ctypes = import")
     return altered(folder, *((place, "        time.sleep(0.7)\n" + place) for place in places))
 
