@@ -17875,8 +17875,8 @@ th, td { border-bottom: 1px solid var(--line); padding: .35rem .8rem .35rem 0; t
 #notice { display: flex; gap: .75rem; align-items: center; justify-content: space-between; }
 #ask { display: flex; align-items: flex-end; border: 1px solid var(--edge); border-radius: 1.4rem; background: var(--raised); }
 #ask:focus-within { border-color: var(--accent); outline: 1px solid var(--accent); }
-#box { border: 0; background: none; padding: .65rem 1rem; outline: none; }
-#send, #add { border-radius: 50%; margin: .3rem; padding: 0; width: 2.25rem; height: 2.25rem; flex: none; }
+#box { border: 0; background: none; padding: .65rem .25rem; outline: none; }
+#send, #add { border-radius: 50%; margin: .3rem; padding: 0; width: 2.25rem; height: 2.25rem; flex: none; font-size: 1.1rem; }
 dialog { width: min(36rem, 100vw - 1.5rem); border: 1px solid var(--line); border-radius: 1rem; background: var(--bg); }
 ::backdrop { background: #0007; }
 h2, legend { margin: 0; padding: 0; font-size: 1.1rem; font-weight: 600; }
@@ -17891,7 +17891,7 @@ small { display: block; color: var(--mute); line-height: 1.4; margin-bottom: .25
   #side:not(:popover-open) { display: none; }
   #model { flex: 1 1 0; }
 }
-@media (pointer: coarse) { #chats button, .foot button { min-width: 2.75rem; min-height: 2.75rem; } }
+@media (pointer: coarse) { #chats button, #files button, .foot button { min-width: 2.75rem; min-height: 2.75rem; } }
 @media (max-width: 32rem) { #state, .empty p + p { display: none; } }
 </style>
 </head>
@@ -18074,7 +18074,7 @@ const isTableRule = (line, width) =>
   line.includes("|") && cells(line).length === width && cells(line).every(cell => /^:?-+:?$/.test(cell));
 
 function row(tag, line, columns) {
-  const texts = cells(line).slice(0, columns).map(text => text.replaceAll("\\|", "|").replace(/<br *\/?>/gi, "\n"));
+  const texts = cells(line).slice(0, columns).map(text => text.replaceAll("\\|", "|"));
   return make("tr", null, Array.from({length: columns}, (_, n) => make(tag, null, inline(texts[n] || ""))));
 }
 
@@ -18100,6 +18100,7 @@ function codeLine(line, i, open) {
 const SPANS = new RegExp([
   /(?<math>\\\(.{1,500}?\\\)|\\\[.{1,500}?\\\])/,
   /\\(?<escaped>[!-/:-@[-`{-~])/,
+  /(?<newline><[bB][rR] *\/?>)/,
   /(?<!`)(?<ticks>`+)(?!`) ?(?<code>.{1,500}?) ?(?<!`)\k<ticks>(?!`)/,
   /!?\[(?<label>[^[\]]{0,500})\]\( ?<?(?<target>[^\s()<>]+(?:\([^\s()<>]*\)[^\s()<>]*)*)>?(?: "[^"]{0,500}")? ?\)/,
   /(?<address>https?:\/\/[^\s<>"'`|\])]*[^\s<>"'`|\]).,;:!?*_~])/,
@@ -18119,10 +18120,11 @@ function inline(text, depth = 0) {
   return [...nodes, text.slice(from)];
 }
 
-function span(whole, {math, escaped, code, label, target, address, mark, strong, em, under, underlined}, depth) {
+function span(whole, {math, escaped, newline, code, label, target, address, mark, strong, em, under, underlined}, depth) {
   const inner = words => depth < DEEPEST ? inline(words, depth + 1) : [words];
   if (math) return whole;  // as it was written
   if (escaped) return escaped;
+  if (newline) return "\n";
   if (code) return make("code", null, code);
   if (address) return link(address, [address]) || whole;
   if (target) return link(target, label && !label.includes("://") ? inner(label) : [label || target]) || whole;

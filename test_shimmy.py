@@ -15828,6 +15828,7 @@ MARKDOWN = {
     "relative link": ("[a](/b) [c](b:d) [e](//f)", "<p>[a](/b) [c](b:d) [e](//f)</p>"),
     "math": (r"\(x_1\) and \[*y*\], a\_b", r"<p>\(x_1\) and \[*y*\], a_b</p>"),
     "tasks": ("- [x] a\n- [ ] b\n- [y] c", "<ul><li><p>☑ a</p></li><li><p>☐ b</p></li><li><p>[y] c</p></li></ul>"),
+    "line break": ("a<br>b `<br>` <br", "<p>a\nb <code>&lt;br&gt;</code> &lt;br</p>"),
     "line break in a table": ("|a|\n|-|\n|b<br>c<BR />d|", '<div class="wide" tabindex="0" role="region" aria-label="Table">'
                               "<table><thead><tr><th>a</th></tr></thead><tbody><tr><td>b\nc\nd</td></tr></tbody></table></div>"),
 }  # fmt: skip
