@@ -18728,22 +18728,22 @@ main { display: grid; grid-template: auto minmax(0, 1fr) auto / minmax(0, 1fr); 
 header { display: flex; align-items: center; gap: .6rem; padding: .6rem .75rem; border-bottom: 1px solid var(--line); }
 #menu { display: none; }
 #model { width: auto; max-width: 32rem; text-overflow: ellipsis; }
-#state { color: var(--mute); font-size: .85rem; white-space: nowrap; }
+#state, .foot, .wait { color: var(--mute); font-size: .85rem; white-space: nowrap; }
 #tune { margin-left: auto; }
-#log { overflow-y: auto; padding: 1.5rem 1rem; overscroll-behavior: contain; }
+#log { overflow-y: auto; overflow-wrap: anywhere; padding: 1.5rem 1rem; overscroll-behavior: contain; }
 #log > * { max-width: 46rem; margin: 0 auto 1.5rem; }
 #log > .user { display: flex; flex-direction: column; align-items: flex-end; margin-bottom: .5rem; }
 .words { background: var(--tint); border-radius: 1.1rem 1.1rem .3rem 1.1rem; padding: .55rem 1rem; max-width: 88%; }
-.words, .thought div, .tool pre { white-space: pre-wrap; overflow-wrap: anywhere; }
-.foot { gap: .1rem; margin: .25rem 0 0 -.5rem; }
-.figures { color: var(--mute); font-size: .85rem; margin-left: .5rem; font-variant-numeric: tabular-nums; }
-.answer:not(:last-child) .again { display: none; }
-.wait { color: var(--mute); font-size: .9rem; }
+.words:empty, #files:empty { display: none; }
+img { max-width: min(100%, 24rem); max-height: 20rem; border-radius: .7rem; margin: .25rem 0; }
+#files img { max-height: 4rem; }
+.words, .thought div, details pre { white-space: pre-wrap; }
+.foot { gap: .1rem; margin: .25rem 0 0 -.5rem; font-variant-numeric: tabular-nums; }
+.figures { margin-left: .5rem; white-space: normal; }
 .card { border: 1px solid var(--line); border-radius: .9rem; padding: .75rem 1rem; margin: .5rem 0; background: var(--raised); }
 .card.bad { background: var(--bad-tint); border-color: transparent; color: var(--bad); }
-details { overflow-wrap: anywhere; border: 1px solid var(--line); border-radius: .7rem; padding: .4rem .75rem; margin: .5rem 0; }
-.tool pre { margin: .2rem 0; font: .85rem/1.5 var(--mono); max-height: 16rem; overflow-y: auto; }
-.md { overflow-wrap: anywhere; }
+details { border: 1px solid var(--line); border-radius: .7rem; padding: .4rem .75rem; margin: .5rem 0; }
+details pre { overflow-wrap: anywhere; margin: .2rem 0; font: .85rem/1.5 var(--mono); max-height: 16rem; overflow-y: auto; }
 p { margin: 0; }
 .md p { white-space: pre-line; margin: .75em 0; }
 .md li > p { margin: .15em 0; }
@@ -18756,18 +18756,17 @@ p { margin: 0; }
 .code { border: 1px solid var(--line); border-radius: .7rem; margin: .75em 0; background: var(--code); overflow: hidden; }
 .code .row { justify-content: space-between; padding: 0 .25rem 0 .9rem; font-size: .8rem; border-bottom: 1px solid var(--line); }
 .code pre { margin: 0; padding: .75rem .9rem; overflow-x: auto; overflow-wrap: normal; font-size: .9rem; }
-.wide { overflow-x: auto; margin: .75em 0; }
+.wide { overflow-wrap: normal; overflow-x: auto; margin: .75em 0; }
 table { border-collapse: collapse; font-size: .95em; }
-th, td { border-bottom: 1px solid var(--line); padding: .35rem .8rem .35rem 0; text-align: left; overflow-wrap: normal;
-  white-space: pre-line; }
+th, td { border-bottom: 1px solid var(--line); padding: .35rem .8rem .35rem 0; text-align: left; white-space: pre-line; }
 .empty { text-align: center; padding-top: 12vh; color: var(--mute); text-wrap: balance; }
 #foot { padding: 0 1rem max(.75rem, env(safe-area-inset-bottom)); }
 #foot > * { max-width: 46rem; margin: 0 auto .5rem; }
 #notice { display: flex; gap: .75rem; align-items: center; justify-content: space-between; }
 #ask { display: flex; align-items: flex-end; border: 1px solid var(--edge); border-radius: 1.4rem; background: var(--raised); }
 #ask:focus-within { border-color: var(--accent); outline: 1px solid var(--accent); }
-#box { border: 0; background: none; padding: .65rem 1rem; outline: none; }
-#send { border-radius: 50%; margin: .3rem; padding: 0; width: 2.25rem; height: 2.25rem; flex: none; }
+#box { border: 0; background: none; padding: .65rem .25rem; outline: none; }
+#send, #add { border-radius: 50%; margin: .3rem; padding: 0; width: 2.25rem; height: 2.25rem; flex: none; font-size: 1.1rem; }
 dialog { width: min(36rem, 100vw - 1.5rem); border: 1px solid var(--line); border-radius: 1rem; background: var(--bg); }
 ::backdrop { background: #0007; }
 h2, legend { margin: 0; padding: 0; font-size: 1.1rem; font-weight: 600; }
@@ -18782,7 +18781,7 @@ small { display: block; color: var(--mute); line-height: 1.4; margin-bottom: .25
   #side:not(:popover-open) { display: none; }
   #model { flex: 1 1 0; }
 }
-@media (pointer: coarse) { #chats button, .foot button { min-width: 2.75rem; min-height: 2.75rem; } }
+@media (pointer: coarse) { #chats button, #files button, .foot button { min-width: 2.75rem; min-height: 2.75rem; } }
 @media (max-width: 32rem) { #state, .empty p + p { display: none; } }
 </style>
 </head>
@@ -18803,13 +18802,15 @@ small { display: block; color: var(--mute); line-height: 1.4; margin-bottom: .25
     <span id="state"></span>
     <button id="tune" type="button">Settings</button>
   </header>
-  <div id="log" tabindex="0" role="log" aria-live="off" aria-label="Conversation"></div>
+  <div id="log" tabindex="0" role="region" aria-label="Conversation"></div>
   <div id="foot">
     <div id="notice" class="card" role="alert" hidden></div>
+    <div id="files" class="row"></div>
     <form id="ask">
-      <label for="box" class="unseen">Your message</label>
-      <textarea id="box" rows="1" placeholder="Write a message" autocomplete="off" enterkeyhint="send"></textarea>
+      <button id="add" class="plain" type="button" aria-label="Add pictures or text files">+</button>
+      <textarea id="box" rows="1" aria-label="Your message" placeholder="Write a message" enterkeyhint="send"></textarea>
       <button id="send" class="main" type="submit"></button>
+      <input id="added" type="file" multiple hidden aria-label="Files to add">
     </form>
   </div>
 </main>
@@ -18851,7 +18852,7 @@ const button = (text, click, props) => make("button", {type: "button", click, ..
 
 function copyButton(text, label) {
   const node = button("Copy", () => {
-    const area = make("textarea", {class: "unseen"}, text);
+    const area = make("textarea", {class: "unseen"}, text());
     document.body.append(area);
     area.select();
     document.execCommand("copy");  // navigator.clipboard is missing where the page came over plain HTTP
@@ -18872,7 +18873,8 @@ function notice(...children) {
   $("notice").hidden = false;
 }
 
-// ── Markdown. The time it takes is linear in the text, whatever that is: nesting is bounded, and the length of a span.
+// ── Markdown is read by units, each of which adds one node: a block, an item of a list, a row of a table, a line of code.
+// The time it takes is linear in the text, whatever that is: nesting is bounded, and the length of a span.
 const DEEPEST = 6;  // quotes, lists and emphasis inside one another; what lies deeper is shown as it was written
 const FENCE = /^ {0,3}(`{3,}|~{3,}(?!~))([^`]*)$/;
 const HEADING = /^ {0,3}(#{1,6}) +(.*)$/;
@@ -18883,101 +18885,112 @@ const isBlank = line => !line.trim();
 const begins = line => [FENCE, HEADING, RULE, QUOTE, ITEM].some(start => start.test(line));
 const indent = line => line.length - line.trimStart().length;
 
-// Draws a growing text: what stays the same is left alone, and only the last block is read again.
+// Draws a growing text: only its last unit is read again.
 function drawMarkdown(parent, text) {
-  let {line, kept} = parent.drawn && text.startsWith(parent.drawn.text) ? parent.drawn : {line: 0, kept: 0};
-  const lines = text.split(/\r?\n/), nodes = [], first = kept;
-  for (let i = line; i < lines.length;) {
-    const [end, ...found] = blockAt(lines, i, 0);
-    if (found.length) [line, kept] = [i, first + nodes.length];
-    nodes.push(...found);
-    i = end;
-  }
-  parent.drawn = {text, line, kept};
-  const same = nodes.findIndex((node, n) => !parent.children[first + n]?.isEqualNode(node));
-  const stays = first + (same === -1 ? nodes.length : same);
-  while (parent.children.length > stays) parent.lastChild.remove();
-  nodes.slice(stays - first).forEach(node => parent.append(node));
+  const {from, open, node} = parent.drawn || {from: 0};
+  node?.remove();
+  const lines = text.slice(from).split("\n"), last = drawUnits(parent, lines.map(line => line.replace(/\r$/, "")), 0, open);
+  parent.drawn = {...last, from: text.length - lines.slice(last.line).join("\n").length};
 }
 
-function blocks(lines, depth) {
-  const nodes = [];
-  for (let i = 0; i < lines.length;) {
-    const [end, ...found] = blockAt(lines, i, depth);
-    nodes.push(...found);
-    i = end;
+// Returns the last unit: its line, its node, and which list, table or code was open before it.
+function drawUnits(parent, lines, depth, open) {
+  let last = {line: 0, open};
+  for (let line = 0; line < lines.length;) {
+    const unit = unitAt(lines, line, depth, open);
+    if (unit.node) {
+      (unit.into || parent).append(unit.node);
+      last = {line, open, node: unit.node};
+    }
+    ({end: line, open} = unit);
   }
-  return nodes;
+  return last;
 }
 
-// The block that begins at line i, and the line behind it.
-function blockAt(lines, i, depth) {
+function holding(node, lines, depth) {
+  drawUnits(node, lines, depth + 1);
+  return node;
+}
+
+// The unit that begins at line i: the line behind it, its node, what that goes into, and what is open behind it.
+function unitAt(lines, i, depth, open) {
   const line = lines[i], fence = FENCE.exec(line), heading = HEADING.exec(line);
-  const past = (from, test) => { while (from < lines.length && test(lines[from], from)) from++; return from; };
-  if (fence) {
-    const end = past(i + 1, l => !l.trim().startsWith(fence[1]) || l.trim().replaceAll(fence[1][0], ""));
-    const code = lines.slice(i + 1, end).map(l => l.slice(Math.min(indent(line), indent(l)))).join("\n");
-    return [end + 1, codeBlock(code, fence[2].trim().split(" ")[0])];
-  }
-  if (isBlank(line)) return [i + 1];
-  if (heading) return [i + 1, make("h" + heading[1].length, null, inline(heading[2].replace(/ #+ *$/, "")))];
-  if (RULE.test(line)) return [i + 1, make("hr")];
+  const past = (from, test) => { while (from < lines.length && test(lines[from])) from++; return from; };
+  if (open?.fence) return codeLine(line, i, open);
+  if (isBlank(line)) return {end: i + 1};
+  if (open?.columns && line.includes("|")) return {end: i + 1, node: row("td", line, open.columns), into: open.into, open};
+  if (fence) return codeBlock(fence, i);
+  if (heading) return {end: i + 1, node: make("h" + heading[1].length, null, inline(heading[2].replace(/ #+ *$/, "")))};
+  if (RULE.test(line)) return {end: i + 1, node: make("hr")};
   if (QUOTE.test(line) && depth < DEEPEST) {
     const end = past(i, l => QUOTE.test(l)), inner = lines.slice(i, end).map(l => l.replace(QUOTE, ""));
-    return [end, make("blockquote", null, blocks(inner, depth + 1))];
+    return {end, node: holding(make("blockquote"), inner, depth)};
   }
-  if (ITEM.test(line) && depth < DEEPEST) return list(lines, i, depth);
-  if (isTableRule(lines[i + 1] || "", cells(line).length)) {
-    const end = past(i, l => l.includes("|"));
-    return [end, table(lines.slice(i, end).map(cells))];
-  }
+  if (ITEM.test(line) && depth < DEEPEST) return itemAt(lines, i, depth, open);
+  const columns = cells(line).length;
+  if (isTableRule(lines[i + 1] || "", columns)) return table(line, columns, i);
   const end = past(i + 1, l => !isBlank(l) && !begins(l));
-  return [end, make("p", null, inline(lines.slice(i, end).map(l => l.trim()).join("\n")))];
+  return {end, node: make("p", null, inline(lines.slice(i, end).map(l => l.trim()).join("\n")))};
 }
 
-function list(lines, i, depth) {
-  const [, lead, marker] = ITEM.exec(lines[i]), number = parseInt(marker), items = [];
+// An item of the list that is open, or the first of a new one.
+function itemAt(lines, i, depth, open) {
+  const [mark, {length: lead}, marker] = ITEM.exec(lines[i]), number = parseInt(marker), body = [lines[i].slice(mark.length)];
+  const joins = open?.lead + 1 >= lead && isNaN(open.number) === isNaN(number);
+  const start = isNaN(number) || number === 1 ? null : number;
+  const list = joins ? open : {lead, number, into: make(isNaN(number) ? "ul" : "ol", {start})};
   const starts = line => {
     const m = RULE.test(line) ? null : ITEM.exec(line);
-    return m && m[1].length <= lead.length + 1 && isNaN(parseInt(m[2])) === isNaN(number) ? m[0].length : 0;
+    return m && m[1].length <= list.lead + 1 && isNaN(parseInt(m[2])) === isNaN(number);
   };
-  for (let width = 0; i < lines.length; i++) {
-    const line = lines[i].replace(/^\t+/, tabs => "    ".repeat(tabs.length)), next = lines[i + 1] || "";
-    const goesOn = () => isBlank(line) ? starts(next) || indent(next) > lead.length
-      : indent(line) > lead.length || !isBlank(lines[i - 1]) && !begins(line);
-    if (starts(line)) {
-      width = starts(line);
-      items.push([line.slice(width)]);
-    } else if (goesOn()) items.at(-1).push(line.slice(Math.min(width, indent(line))));
-    else break;
+  let end = i + 1;
+  for (; end < lines.length && !starts(lines[end]); end++) {
+    const line = lines[end].replace(/^\t+/, tabs => "    ".repeat(tabs.length)), next = lines[end + 1] || "";
+    const goesOn = isBlank(line) ? starts(next) || indent(next) > list.lead
+      : indent(line) > list.lead || !isBlank(lines[end - 1]) && !begins(line);
+    if (!goesOn) break;
+    body.push(line.slice(Math.min(mark.length, indent(line))));
   }
-  const [tag, props] = isNaN(number) ? ["ul"] : ["ol", {start: number !== 1 && String(number)}];
-  return [i, make(tag, props, items.map(item => make("li", null, blocks(ticked(item), depth + 1))))];
+  const box = /^\[( |x|X)\] /.exec(body[0]);  // a task's, which is shown and cannot be ticked here
+  if (box) body[0] = (box[1] === " " ? "☐ " : "☑ ") + body[0].slice(box[0].length);
+  const item = holding(make("li"), body, depth);
+  if (joins) return {end, node: item, into: list.into, open: list};
+  list.into.append(item);
+  return {end, node: list.into, open: list};
 }
-
-// A task's box, which is shown and cannot be ticked here.
-const ticked = ([first, ...rest]) => [first.replace(/^\[( |x|X)\] /, (_, mark) => mark === " " ? "☐ " : "☑ "), ...rest];
 
 const cells = line => line.trim().replace(/^\||(?<!\\)\|$/g, "").split(/(?<!\\)\|/).map(cell => cell.trim());
 const isTableRule = (line, width) =>
   line.includes("|") && cells(line).length === width && cells(line).every(cell => /^:?-+:?$/.test(cell));
 
-function table([head, rule, ...rows]) {
-  const row = (tag, texts) => make("tr", null, ...head.map((_, n) =>
-    make(tag, null, inline((texts[n] || "").replaceAll("\\|", "|").replace(/<br *\/?>/gi, "\n")))));
-  const body = make("tbody", null, ...rows.map(texts => row("td", texts)));
-  return make("div", {class: "wide", tabindex: 0, role: "region", "aria-label": "Table"},
-    make("table", null, make("thead", null, row("th", head)), body));
+function row(tag, line, columns) {
+  const texts = cells(line).slice(0, columns).map(text => text.replaceAll("\\|", "|"));
+  return make("tr", null, Array.from({length: columns}, (_, n) => make(tag, null, inline(texts[n] || ""))));
 }
 
-function codeBlock(code, language) {
-  const head = make("div", {class: "row"}, make("span", null, language || "text"), copyButton(code, "Copy the code"));
-  return make("div", {class: "code"}, head, make("pre", {tabindex: 0, "aria-label": "Code"}, make("code", null, code)));
+function table(head, columns, i) {
+  const into = make("tbody"), whole = make("table", null, make("thead", null, row("th", head, columns)), into);
+  const node = make("div", {class: "wide", tabindex: 0, role: "region", "aria-label": "Table"}, whole);
+  return {end: i + 2, node, open: {columns, into}};
+}
+
+function codeBlock([line, fence, language], i) {
+  const into = make("code"), head = make("span", null, language.trim().split(" ")[0] || "text");
+  const bar = make("div", {class: "row"}, head, copyButton(() => into.textContent, "Copy the code"));
+  const node = make("div", {class: "code"}, bar, make("pre", {tabindex: 0, "aria-label": "Code"}, into));
+  return {end: i + 1, node, open: {fence, into, lead: indent(line)}};
+}
+
+function codeLine(line, i, open) {
+  const words = line.trim(), ends = words.startsWith(open.fence) && !words.replaceAll(open.fence[0], "");
+  const text = (open.into.firstChild ? "\n" : "") + line.slice(Math.min(open.lead, indent(line)));
+  return ends ? {end: i + 1} : {end: i + 1, node: new Text(text), into: open.into, open};
 }
 
 const SPANS = new RegExp([
   /(?<math>\\\(.{1,500}?\\\)|\\\[.{1,500}?\\\])/,
   /\\(?<escaped>[!-/:-@[-`{-~])/,
+  /(?<newline><[bB][rR] *\/?>)/,
   /(?<!`)(?<ticks>`+)(?!`) ?(?<code>.{1,500}?) ?(?<!`)\k<ticks>(?!`)/,
   /!?\[(?<label>[^[\]]{0,500})\]\( ?<?(?<target>[^\s()<>]+(?:\([^\s()<>]*\)[^\s()<>]*)*)>?(?: "[^"]{0,500}")? ?\)/,
   /(?<address>https?:\/\/[^\s<>"'`|\])]*[^\s<>"'`|\]).,;:!?*_~])/,
@@ -18997,10 +19010,11 @@ function inline(text, depth = 0) {
   return [...nodes, text.slice(from)];
 }
 
-function span(whole, {math, escaped, code, label, target, address, mark, strong, em, under, underlined}, depth) {
+function span(whole, {math, escaped, newline, code, label, target, address, mark, strong, em, under, underlined}, depth) {
   const inner = words => depth < DEEPEST ? inline(words, depth + 1) : [words];
   if (math) return whole;  // as it was written
   if (escaped) return escaped;
+  if (newline) return "\n";
   if (code) return make("code", null, code);
   if (address) return link(address, [address]) || whole;
   if (target) return link(target, label && !label.includes("://") ? inner(label) : [label || target]) || whole;
@@ -19016,10 +19030,12 @@ function link(target, label) {
 
 // ── Conversations, kept in the browser. What its storage or a file holds is taken as far as it has the shape of these.
 const FIELDS = [...$("sampling").querySelectorAll("input")];
+const newId = () => crypto.getRandomValues(new Uint32Array(2)).join("-");
+const FILE = {name: "", text: "", picture: ""};
 const PART = {kind: "text", text: "", id: "", name: "", arguments: "", result: "", failed: false};
-const TURN = {question: "", model: "", parts: [PART], end: "cut", error: {code: "", message: ""},
-  figures: {completion_tokens: 0, prompt_tokens: 0, cached: 0, rate: 0, first: 0}};
-const CHAT = {title: "", changed: 0, model: "", system: "", tools: [""], turns: [TURN],
+const TURN = {id: "", parent: "", question: "", files: [FILE], model: "", parts: [PART], end: "cut",
+  error: {code: "", message: ""}, figures: {completion_tokens: 0, prompt_tokens: 0, cached: 0, rate: 0, first: 0}};
+const CHAT = {title: "", changed: 0, model: "", system: "", tools: [""], turns: [TURN], at: "",
   settings: Object.fromEntries(FIELDS.map(field => [field.name, ""]))};
 
 function fit(value, shape) {
@@ -19028,37 +19044,63 @@ function fit(value, shape) {
   return Object.fromEntries(Object.keys(shape).map(name => [name, fit(value?.[name], shape[name])]));
 }
 
-const newChat = (given, id = crypto.getRandomValues(new Uint32Array(2)).join("-")) => ({...fit(given, CHAT), id});
+// A chat's turns are a tree, parents first: those with one parent are versions of each other. `at` is the last one shown.
+function newChat(given, id = newId()) {
+  const chat = {...fit(given, CHAT), id};
+  chat.turns.forEach((turn, n) => turn.id || Object.assign(turn, {id: String(n), parent: chat.turns[n - 1]?.id || ""}));
+  chat.at ||= chat.turns.at(-1)?.id || "";
+  return chat;
+}
+
+function shownTurns(chat) {
+  const shown = [];
+  for (const turn of chat.turns.toReversed()) if (turn.id === (shown[0] ? shown[0].parent : chat.at)) shown.unshift(turn);
+  return shown;
+}
+
+// The newest turn of those that followed a turn.
+function lastBelow(chat, id) {
+  const below = [id];
+  for (const turn of chat.turns) if (below.includes(turn.parent)) below.push(turn.id);
+  return below.at(-1);
+}
+
 const runs = new Map();  // the answers being written, by their chat
 const stop = chat => runs.get(chat)?.abort.abort();
 let chats = [], current = newChat();
 
-const area = name => name === "key" ? sessionStorage : localStorage;
-const recall = name => { try { return area(name).getItem("shimmy." + name) || ""; } catch { return ""; } };
+// The key is kept as long as the tab, all else for good; nothing where the browser denies its storage.
+const area = name => { try { return name === "key" ? sessionStorage : localStorage; } catch { return null; } };
+const recall = name => area(name)?.getItem("shimmy." + name) || "";
 
-function store(name, value) {
+function store(name, value) {  // false: there is no room
   try {
-    if (value === null) area(name).removeItem("shimmy." + name);
-    else area(name).setItem("shimmy." + name, value);
-  } catch {
-    notice("The browser does not keep this: its storage is full or denied. Export your chats, then delete old ones.");
+    area(name)?.setItem("shimmy." + name, value);
+    return true;
+  } catch { return false; }
+}
+
+// Saves a chat that was not deleted meanwhile. Where the browser's storage is full, the oldest pictures go.
+function save(chat) {
+  while (chats.includes(chat) && !store("chat." + chat.id, JSON.stringify(chat))) {
+    const other = dropPicture();
+    if (!other) return notice("The browser does not keep this: its storage is full. Export your chats, then delete old ones.");
+    if (other !== chat) save(other);
+    notice("The browser’s storage is full: the oldest pictures were removed from it.");
+    drawLog();
   }
 }
 
-// Saves a chat that was not deleted meanwhile.
-const save = chat => chats.includes(chat) && store("chat." + chat.id, JSON.stringify(chat));
-
-function keep(...added) {
-  chats = [...added, ...chats.filter(chat => !added.includes(chat))];
-  added.forEach(save);
+function dropPicture() {
+  const pictures = chat => chat.turns.flatMap(turn => turn.files).filter(file => file.picture);
+  const chat = chats.findLast(each => pictures(each).length);
+  if (chat) Object.assign(pictures(chat)[0], {picture: "", text: "The browser had no more room for this picture."});
+  return chat;
 }
 
 function readChats() {
-  try {
-    const names = Object.keys(localStorage).filter(name => name.startsWith("shimmy.chat."));
-    chats = names.map(name => newChat(parsed(localStorage.getItem(name)), name.slice(12)));
-  } catch { /* the storage is denied: chats live as long as the page */ }
-  chats.sort((a, b) => b.changed - a.changed);
+  const names = Object.keys(area("") || {}).filter(name => name.startsWith("shimmy.chat."));
+  chats = names.map(name => newChat(parsed(localStorage.getItem(name)), name.slice(12))).sort((a, b) => b.changed - a.changed);
   current = chats.find(chat => chat.id === recall("last")) || current;
 }
 
@@ -19067,13 +19109,14 @@ function exportChats() {
   make("a", {href: URL.createObjectURL(file), download: "shimmy-chats.json"}).click();
 }
 
-async function importChats(file) {
+async function importChats([file]) {
   const found = parsed(await file.text()), given = found?.format === "shimmy-chats" && found.chats;
   const read = fit(given, [CHAT]).filter(chat => chat.turns.length).map(chat => newChat(chat));
-  keep(...read);
+  chats = [...read, ...chats];
   drawSide();
   notice(read.length ? `${read.length} ${read.length === 1 ? "chat was" : "chats were"} imported.`
     : `${file.name} was not imported: it is no file that Export has written here.`);
+  read.forEach(save);
 }
 
 // ── The server
@@ -19155,11 +19198,18 @@ function advice({code = "gone", message}, again, edit) {
 // What is sent of a chat: questions without an answer are not, but for the last.
 function messagesOf(chat) {
   const sent = chat.system.trim() ? [{role: "system", content: chat.system}] : [];
-  for (const turn of chat.turns) {
+  for (const turn of shownTurns(chat)) {
     const answer = answerMessages(turn, chat.tools.length > 0);
-    if (answer.length || turn === chat.turns.at(-1)) sent.push({role: "user", content: turn.question}, ...answer);
+    if (answer.length || turn.id === chat.at) sent.push({role: "user", content: contentOf(turn)}, ...answer);
   }
   return sent;
+}
+
+// Files stand before the question: another question about them then finds their prompt already read.
+function contentOf({question, files}) {
+  const parts = files.map(file => isPicture(file) ? {type: "image_url", image_url: {url: file.picture}}
+    : {type: "text", text: `${file.name}:\n\n${file.text}\n`});
+  return !parts.length ? question : question ? [...parts, {type: "text", text: question}] : parts;
 }
 
 function answerMessages(turn, withTools) {
@@ -19181,20 +19231,25 @@ function requestOf(chat) {
     ...Object.fromEntries(set), ...(offered.length ? {tools: offered} : {})};
 }
 
-// Asks in place of the turn at n and of all that followed it.
-async function ask(chat, question, n = chat.turns.length) {
+// Asks behind what is shown, or in the stead of `old`: as another version of it, unless nothing has come of it.
+async function ask(chat, {question, files}, old) {
   if (runs.has(chat)) return;
-  const turn = fit({question, model: chosen(chat)}, TURN);
-  const run = {abort: new AbortController(), began: performance.now(), first: 0, waits: "Asking", progress: null};
-  chat.turns.splice(n, Infinity, turn);
-  chat.title ||= question.trim().split("\n")[0].slice(0, 80);
+  const reuses = old && !old.parts.length && lastBelow(chat, old.id) === old.id;
+  const turn = reuses ? old : {id: newId(), parent: old ? old.parent : chat.at};
+  const run = {turn, abort: new AbortController(), began: performance.now(), first: 0, waits: "Asking", progress: null};
+  if (!reuses) chat.turns.push(turn);
+  Object.assign(turn, fit({...turn, parts: [], question, files, model: chosen(chat), end: "cut"}, TURN));
+  chat.at = turn.id;
+  chat.title ||= (question.trim() || files[0]?.name || "").split("\n")[0].slice(0, 80);
   chat.changed = Date.now();
   runs.set(chat, run);
-  keep(chat);
+  const body = requestOf(chat);
+  chats = [chat, ...chats.filter(each => each !== chat)];
   openChat(chat);
+  save(chat);
   watch(chat, turn.model, run);
   try {
-    const response = await call("/v1/chat/completions", requestOf(chat), run.abort.signal);
+    const response = await call("/v1/chat/completions", body, run.abort.signal);
     for await (const event of events(response)) take(turn, run, event);
   } catch (error) {
     if (!error.code) await sleep(300);  // leaving the page aborts fetches: wait, so that this is not shown as an error
@@ -19205,7 +19260,7 @@ async function ask(chat, question, n = chat.turns.length) {
   save(chat);
   drawSide();
   drawSoon();
-  say(turn.end === "error" ? turn.error.message : turn.end === "stopped" ? "Stopped" : `The answer is complete: ${textOf(turn)}`);
+  say({error: turn.error.message, stopped: "Stopped"}[turn.end] ?? `The answer is complete: ${textOf(turn)}`);
 }
 
 // Says what an answer waits for, until its first words come.
@@ -19252,26 +19307,30 @@ function grow(turn, kind, text) {
 }
 
 // ── The conversation on the screen
-let newest = null;  // draws the last answer as it grows
+let newest = null;  // draws the answer that is being written
 let due = 0;  // the frame in which it will
 let stick = true;  // the end of the conversation stays in view
 const scroll = () => { if (stick) log.scrollTop = log.scrollHeight; };
-let edited = null;  // the number of the turn whose question is in the box
+let edited = null;  // the turn whose question is in the box
+let added = [];  // the files of the question in the box
+let rest = 0;  // milliseconds until the next frame: drawing takes a third of the time at most, however long the answer is
 
 function drawLog() {
-  newest = edited = null;
-  const views = current.turns.flatMap((_, n) => [questionView(current, n), answerView(current, n)]);
+  newest = null;
+  const views = shownTurns(current).flatMap(turn => [questionView(turn), answerView(current, turn)]);
   log.replaceChildren(...(views.length ? views : [emptyView()]));
   document.title = current.title ? `${current.title} · shimmy` : "shimmy";
   scroll();
 }
 
 function drawSoon() {
-  due ||= requestAnimationFrame(() => {
+  due ||= setTimeout(() => requestAnimationFrame(() => {
+    const began = performance.now();
     due = 0;
     newest?.();
     scroll();
-  });
+    rest = 2 * (performance.now() - began);
+  }), rest);
 }
 
 function emptyView() {
@@ -19287,35 +19346,49 @@ function emptyView() {
 
 const heading = words => make("h2", {class: "unseen"}, words);  // readers of screens go from one to the next
 
-function questionView(chat, n) {
-  const text = chat.turns[n].question;
-  const again = button("Edit", () => edit(n), {class: "plain", "aria-label": "Edit and ask again"});
-  const foot = make("div", {class: "row foot"}, copyButton(text, "Copy the question"), again);
-  return make("article", {class: "user", "aria-label": "You"}, heading("You"), make("div", {class: "words"}, text), foot);
+const isPicture = file => file.picture.startsWith("data:image/");  // an imported file may hold anything
+const fileView = file => isPicture(file) ? make("img", {src: file.picture, alt: file.name, title: file.name})
+  : folded("file", [file.name], make("pre", null, file.text));
+
+function questionView(turn) {
+  const again = button("Edit", () => edit(turn), {class: "plain", "aria-label": "Edit and ask again"});
+  const foot = make("div", {class: "row foot"}, copyButton(() => turn.question, "Copy the question"), again);
+  return make("article", {class: "user", "aria-label": "You"}, heading("You"), turn.files.map(fileView),
+    make("div", {class: "words"}, turn.question), foot);
 }
 
-function edit(n) {  // the question of turn n, in the box; null: no longer
-  edited = n;
-  box.value = n === null ? "" : current.turns[n].question;
-  if (n === null) $("notice").hidden = true;
-  else notice("Your question and all that follows it will be replaced.", button("Cancel", () => edit(null)));
+function edit(turn) {  // its question, in the box; null: no longer
+  edited = turn;
+  fillBox(turn ? turn.question : "", turn ? turn.files : []);
+  if (!turn) $("notice").hidden = true;
+  else notice("The question and its answer so far are kept as another version.", button("Cancel", () => edit(null)));
   box.focus();
 }
 
-function answerView(chat, n) {
-  const turn = chat.turns[n], parts = make("div"), foot = make("div");
+function fillBox(question, files) {
+  box.value = question;
+  added = files;
+  $("files").replaceChildren(...files.map(file => {
+    const drop = () => fillBox(box.value, files.filter(each => each !== file));
+    return make("div", {class: "row"}, fileView(file), button("×", drop, {class: "plain", "aria-label": `Remove ${file.name}`}));
+  }));
+}
+
+function answerView(chat, turn) {
+  const parts = make("div"), foot = make("div");
   let shown = "";
-  newest = () => {
-    const run = turn === chat.turns.at(-1) && runs.get(chat), words = run ? run.waits : turn.end;
-    turn.parts.forEach((part, k) => {
-      const node = parts.children[k] || parts.appendChild(partView(part));
+  const draw = () => {
+    const run = runs.get(chat), grows = run?.turn === turn, words = grows ? run.waits : turn.end;
+    for (let k = Math.max(0, parts.children.length - 1); k < turn.parts.length; k++) {
+      const part = turn.parts[k], node = parts.children[k] || parts.appendChild(partView(part));
       if (part.kind === "thought") node.lastChild.textContent = part.text.trim();
       else if (part.kind !== "tool") drawMarkdown(node, part.text);
-    });
-    if (words !== shown) foot.replaceChildren(...(run ? waitingFoot(run) : doneFoot(chat, n)));
+    }
+    if (words !== shown) foot.replaceChildren(...(grows ? waitingFoot(run) : doneFoot(chat, turn)));
     shown = words;
   };
-  newest();
+  draw();
+  if (runs.get(chat)?.turn === turn) newest = draw;
   return make("article", {class: "answer", "aria-label": `Answer of ${turn.model}`}, heading("Answer"), parts, foot);
 }
 
@@ -19334,15 +19407,29 @@ function partView(part) {
     ...titled(part.failed ? "Error" : "Result", part.result));
 }
 
-function doneFoot(chat, n) {
-  const turn = chat.turns[n], again = () => ask(chat, turn.question, n);
-  const text = textOf(turn);
-  const foot = make("div", {class: "row foot"}, text ? copyButton(text, "Copy the answer") : "",
-    button("Again", again, {class: "plain again", "aria-label": "Answer again"}),
+function doneFoot(chat, turn) {
+  const again = () => ask(chat, turn, turn), text = textOf(turn);
+  const foot = make("div", {class: "row foot"}, text ? copyButton(() => text, "Copy the answer") : "",
+    button("Again", again, {class: "plain", "aria-label": "Answer again"}), versionButtons(chat, turn),
     make("span", {class: "figures"}, figureWords(turn)));
   if (turn.end !== "error") return [foot];
-  const [words, ...mends] = advice(turn.error, again, () => edit(n));
+  const [words, ...mends] = advice(turn.error, again, () => edit(turn));
   return [make("div", {class: "card bad", role: "alert"}, words, make("div", {class: "row"}, ...mends)), foot];
+}
+
+function versionButtons(chat, turn) {
+  const all = chat.turns.filter(each => each.parent === turn.parent), at = all.indexOf(turn);
+  const to = (step, sign, words) =>
+    button(sign, () => showVersion(chat, all.at((at + step) % all.length), words), {class: "plain", "aria-label": words});
+  return all.length < 2 ? [] : [to(-1, "‹", "Earlier version"), `${at + 1}/${all.length}`, to(1, "›", "Later version")];
+}
+
+function showVersion(chat, turn, label) {
+  chat.at = lastBelow(chat, turn.id);
+  save(chat);
+  drawLog();
+  const answer = log.children[2 * shownTurns(chat).indexOf(turn) + 1];
+  answer.querySelector(`[aria-label="${label}"]`).focus();
 }
 
 function figureWords({model, end, figures: {completion_tokens, prompt_tokens, cached, rate, first}}) {
@@ -19368,26 +19455,37 @@ function remove(chat) {
   const at = chats.indexOf(chat);
   stop(chat);
   chats = chats.filter(each => each !== chat);
-  store("chat." + chat.id, null);
+  area("")?.removeItem("shimmy.chat." + chat.id);
   if (chat === current) return openChat(chats[0] || newChat());
   drawSide();
   ($("chats").children[Math.min(at, chats.length - 1)]?.firstChild || $("new")).focus();
 }
 
-// Another tab has written or deleted a chat: its word counts, but for one that is being answered here.
+// Another tab has written or deleted a chat. Its word counts, but for the turn that is being answered here.
 function takeStored({key, newValue}) {
   const id = key?.startsWith("shimmy.chat.") && key.slice(12), old = chats.find(chat => chat.id === id);
-  if (!id || runs.has(old) || (!old && !newValue)) return;
-  const fresh = newValue === null ? null : newChat(parsed(newValue), id);
-  chats = [fresh, ...chats.filter(chat => chat !== old)].filter(Boolean).sort((a, b) => b.changed - a.changed);
+  if (!id || !newValue && (runs.has(old) || !old)) return;
+  const fresh = newValue && newChat(parsed(newValue), id);
+  chats = chats.filter(chat => chat !== old);
+  if (fresh) chats = [old ? merged(old, fresh) : fresh, ...chats].sort((a, b) => b.changed - a.changed);
   if (current !== old || !old) return drawSide();
-  current = fresh || newChat();
+  if (!fresh) current = newChat();
   drawSide();
   drawLog();
 }
 
+function merged(chat, fresh) {
+  const own = runs.get(chat)?.turn, at = own ? chat.at : fresh.at, turns = new Map(chat.turns.map(turn => [turn.id, turn]));
+  const theirs = fresh.turns.filter(turn => turn.id !== own?.id);
+  theirs.forEach(turn => turns.set(turn.id, Object.assign(turns.get(turn.id) || {}, turn)));
+  Object.assign(chat, fresh, {turns: [...turns.values()]});
+  chat.at = lastBelow(chat, at);
+  return chat;
+}
+
 function openChat(chat) {
   current = chat;
+  edited = null;
   stick = true;
   store("last", chat.id);
   if (reached) $("notice").hidden = true;
@@ -19400,9 +19498,9 @@ function openChat(chat) {
 
 function drawModels() {
   const size = bytes => bytes >= 1e9 ? (bytes / 1e9).toFixed(1) + " GB" : Math.ceil(bytes / 1e6) + " MB";
-  $("model").replaceChildren(...models.map(({id, parameter_count, quantization, size_bytes, state}) => {
+  $("model").replaceChildren(...models.map(({id, parameter_count, quantization, size_bytes, vision, state}) => {
     const kind = [parameter_count, quantization].filter(Boolean).join(" ");
-    const words = [id, kind, size(size_bytes), state === "loaded" && state].filter(Boolean).join(" · ");
+    const words = [id, kind, size(size_bytes), vision && "sees", state === "loaded" && state].filter(Boolean).join(" · ");
     return make("option", {value: id, selected: id === chosen(current)}, words);
   }));
   $("state").textContent = (modelOf(chosen(current))?.state || "").replace("unloaded", "not loaded");
@@ -19424,25 +19522,47 @@ function takeSettings() {
   save(current);
 }
 
-// Puts the words of dropped and pasted files into the box.
-async function insert(event, files) {
-  if (!files.length) return;
-  event.preventDefault();
+// Puts files beside the box: pictures where the model sees, and text.
+async function addFiles(files) {
   for (const file of files) {
-    const text = file.size < 200000 ? await file.text() : "\0";
-    if (/[\0\ufffd]/.test(text)) notice(`${file.name} cannot be read: the models here read text files of up to 200 kB.`);
-    else box.value += `${box.value && "\n\n"}${file.name}:\n\n${text}\n`;
+    const picture = await pictureOf(file), text = picture || file.size > 200000 ? "" : await file.text();
+    if (picture && !modelOf(chosen(current))?.vision) {
+      notice(`${file.name} was not added: ${chosen(current)} does not see pictures.`);
+    } else if (!picture && (file.size > 200000 || /[\0\ufffd]/.test(text))) {
+      notice(`${file.name} cannot be read: only pictures and text files of up to 200 kB can.`);
+    } else fillBox(box.value, [...added, {name: file.name, text, picture}]);
   }
   box.focus();
+}
+
+// Returns a picture scaled down and without what a camera has written into it, as a data: URL; "" if it is none.
+async function pictureOf(file) {
+  const bitmap = await createImageBitmap(file).catch(() => null);
+  if (!bitmap) return "";
+  const {width, height} = bitmap, scale = Math.min(1, 1280 / Math.max(width, height));
+  const canvas = make("canvas", {width: Math.ceil(width * scale), height: Math.ceil(height * scale)});
+  const context = Object.assign(canvas.getContext("2d", {alpha: false}), {imageSmoothingQuality: "high", fillStyle: "white"});
+  context.fillRect(0, 0, canvas.width, canvas.height);
+  context.drawImage(bitmap, 0, 0, canvas.width, canvas.height);
+  const [png, jpeg] = ["image/png", "image/jpeg"].map(type => canvas.toDataURL(type, 0.85));
+  return png.length < jpeg.length ? png : jpeg;
+}
+
+// Files that were dropped or pasted. What Office and browsers copy is text, beside which they put a picture of it.
+function takeFiles(event) {
+  const data = event.dataTransfer || event.clipboardData, files = [...data.files];
+  if (!files.length || ["text/plain", "text/html"].every(type => data.types.includes(type))) return;
+  event.preventDefault();
+  addFiles(files);
 }
 
 function submitBox(event) {
   event.preventDefault();
   if (runs.has(current)) return event.type === "submit" && stop(current);  // the button stops, Enter does not
-  if (!box.value.trim()) return;
-  const [text, n] = [box.value, edited ?? current.turns.length];
-  box.value = "";
-  ask(current, text, n);
+  if (!box.value.trim() && !added.length) return;
+  const asked = {question: box.value, files: added}, old = edited;
+  fillBox("", []);
+  ask(current, asked, old);
 }
 
 const hasKeyboard = matchMedia("(hover: hover)").matches;
@@ -19455,7 +19575,7 @@ function pressed(event) {
     : key === "/" && !target.matches("input, textarea, select") ? () => box.focus()
     : event.altKey && event.code === "KeyN" ? startChat
     : inBox && key === "Enter" && !event.shiftKey && hasKeyboard ? () => submitBox(event)
-    : inBox && key === "ArrowUp" && !box.value && current.turns.length ? () => edit(current.turns.length - 1) : null;
+    : inBox && key === "ArrowUp" && !box.value && current.turns.length ? () => edit(shownTurns(current).at(-1)) : null;
   if (act) event.preventDefault();
   act?.();
 }
@@ -19463,26 +19583,28 @@ function pressed(event) {
 const startChat = () => openChat(newChat({model: current.model}));
 const on = (target, name, act) => target.addEventListener(name, act);
 on($("ask"), "submit", submitBox);
-on(box, "paste", event => insert(event, event.clipboardData.files));
 on($("new"), "click", startChat);
 on($("side"), "toggle", event => event.newState === "open" && $("new").focus());
 on($("export"), "click", exportChats);
-on($("import"), "click", () => $("imported").click());
-on($("imported"), "change", async () => { await importChats($("imported").files[0]); $("imported").value = ""; });
+for (const [opener, input, take] of [["import", "imported", importChats], ["add", "added", addFiles]]) {
+  on($(opener), "click", () => $(input).click());
+  on($(input), "change", async () => { await take([...$(input).files]); $(input).value = ""; });
+}
 on($("model"), "change", () => { current.model = $("model").value; save(current); drawModels(); });
 on($("tune"), "click", showSettings);
 on($("settings"), "input", takeSettings);
 on(log, "scroll", () => stick = log.scrollHeight - log.scrollTop - log.clientHeight < 48);
 on(document, "keydown", pressed);
-on(document, "dragover", event => event.preventDefault());
-on(document, "drop", event => insert(event, event.dataTransfer.files));
+on(document, "paste", takeFiles);
+on(document, "dragover", event => event.dataTransfer.types.includes("Files") && event.preventDefault());
+on(document, "drop", takeFiles);
 on(document, "visibilitychange", () => document.hidden ? [...runs.keys()].forEach(save) : refresh());
-
 on(window, "storage", takeStored);
 
 if (!hasKeyboard) box.enterKeyHint = "enter";  // there is no Shift+Enter: the button sends
 readChats();
 openChat(current);
+if (!area("")) notice("The browser keeps no chats: its storage is denied.");
 refresh();
 </script>
 </body>
@@ -19500,7 +19622,7 @@ def page_headers() -> dict[str, str]:
         return f"'sha256-{base64.b64encode(hashlib.sha256(inside.encode()).digest()).decode()}'"
 
     policy = (f"default-src 'none'; script-src {hash_of('script')}; style-src {hash_of('style')}; connect-src 'self'; "
-              "img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
+              "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
               "require-trusted-types-for 'script'; trusted-types 'none'")  # fmt: skip
     return {"Content-Type": "text/html; charset=utf-8", "Content-Security-Policy": policy, "Cache-Control": "no-cache",
             "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer", "Vary": "Accept"}  # fmt: skip
