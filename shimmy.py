@@ -203,6 +203,7 @@ import socketserver
 import stat
 import struct
 import threading
+import types
 import urllib.parse
 import zlib
 from collections import Counter, defaultdict, deque
@@ -5848,7 +5849,8 @@ class Histogram:
     """Values counted by the smallest bound that holds them. Whoever adds holds its owner's lock; anybody may read."""
 
     def __init__(self, bounds: tuple[float, ...] = SECONDS) -> None:
-        self.bounds, self.counts, self.sum = bounds, [0] * (len(bounds) + 1), 0.0
+        self.bounds, self.counts = bounds, [0] * (len(bounds) + 1)
+        self.sum: float = 0
 
     def add(self, value: float) -> None:
         self.counts[bisect.bisect_left(self.bounds, value)] += 1
@@ -5876,8 +5878,7 @@ class Meter:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self.prompt_tokens = self.computed_tokens = self.cached_tokens = self.sought_tokens = self.generated_tokens = 0
-        self.prompt_seconds = self.decode_seconds = 0.0
+        self.computed_tokens = self.cached_tokens = self.sought_tokens = self.generated_tokens = 0
         self.loads = self.load_failures = self.deaths = 0
         self.ends = dict.fromkeys(self.ENDS.values(), 0)
         self.first_token, self.gap, self.per_token, self.queue = Histogram(), Histogram(), Histogram(), Histogram()
@@ -5903,13 +5904,10 @@ class Meter:
         with self._lock:
             self._recent.append((now, end))
             self.ends[self.ENDS[end.finish_reason]] += 1
-            self.prompt_tokens += end.prompt_tokens
             self.computed_tokens += end.prompt_tokens - end.cached_tokens
             self.cached_tokens += end.cached_tokens
             self.sought_tokens += end.prompt_tokens * job.generates
             self.generated_tokens += end.completion_tokens - job.tokens
-            self.prompt_seconds += end.prompt_seconds
-            self.decode_seconds += end.decode_seconds
             self.prompt_sizes.add(end.prompt_tokens)
             self.whole.add(now - job.began)
             self.inference.add(computing)
@@ -6042,6 +6040,7 @@ class Worker:
     SILENCE = 30  # seconds without any message: the child's heartbeat needs no more than its turn and the interpreter
     STARTING = 180  # the same while libraries are loaded, which may hold the interpreter; GPU builds have gigabytes of them
     _ids = itertools.count(1)
+    progress = 0.0  # how much of the weights is loaded, 0 to 1
 
     def __init__(self, info: ModelInfo, setup: Setup, max_queue: int, died: Callable[[Worker, str], None],
                  report: Callable[[str], None], meter: Meter | None = None) -> None:  # fmt: skip
@@ -6049,27 +6048,29 @@ class Worker:
         self.info, self.setup, self.max_queue, self._died, self._report = info, setup, max_queue, died, report
         self._meter = meter or Meter()
         self._lock = threading.Lock()
-        # by id, until the child says how a job ended, wanted or not; the meter does not count those of the tokenizer alone
+        # by id, until it is known how a job ended, wanted or not; the meter does not count those of the tokenizer alone
         self._jobs: dict[int, tuple[Generation, Timing | None]] = {}
         self._outbox: queue.SimpleQueue[Any] = queue.SimpleQueue()  # what the writing thread sends; None: no more
-        self._loading: queue.SimpleQueue[Progress | Loaded | LoadFailed] = queue.SimpleQueue()
-        self._heard, self._patience = False, self.STARTING  # since the last tick; and how long its silence is borne
+        self._outcome: queue.SimpleQueue[Loaded | LoadFailed] = queue.SimpleQueue()  # of the load
+        self._silent, self._patience = 0, self.STARTING  # ticks since its last message; and how many seconds are borne
         self._ended = threading.Event()
         self._why = ""  # why the child was given up
         self.cause = ""  # why the child ended by itself, as LoadFailed has it
         self._running = self.cells = 0
         self._serving = self._stopping = False
-        self.alive = True
         self.chat: Chat | None = None  # the service's
 
-    def start(self, progress: Callable[[float], None]) -> Worker:
+    @property
+    def alive(self) -> bool:
+        return not (self._stopping or self._ended.is_set())
+
+    def start(self) -> Worker:
         """Starts the child and waits until the model is loaded. Raises LoadFailure if it is not, also after `stop`."""
         began, id = time.perf_counter(), printable(self.info.id)
         self._report(f"loading {id} ({human_bytes(self.info.size_bytes)})")
         self._start_child()
         self._outbox.put(Load(replace(self.info, path=os.path.abspath(self.info.path)), self.setup))
-        while isinstance(message := self._loading.get(), Progress):
-            progress(message.fraction)
+        message = self._outcome.get()
         if isinstance(message, LoadFailed):
             self.stop()
             raise LoadFailure(f"Model '{self.info.id}': {message.reason}", cause=message.cause)
@@ -6136,7 +6137,7 @@ class Worker:
         try:
             while True:
                 message = self._pipe.receive()
-                self._heard = True
+                self._silent = 0
                 if not isinstance(message, Alive):
                     self._patience = self.SILENCE
                 elif message.stuck:
@@ -6145,10 +6146,12 @@ class Worker:
                     self._running, self.cells = message.running, message.cells
                     for event in message.events:
                         self._take(event)
-                elif isinstance(message, (Progress, Loaded, LoadFailed)) and not self._serving:
-                    self._loading.put(message)
                 elif isinstance(message, Accepted):
                     self._take(message)
+                elif isinstance(message, Progress):
+                    self.progress = min(1.0, max(0.0, message.fraction))  # it might send NaN
+                elif isinstance(message, (Loaded, LoadFailed)) and not self._serving:
+                    self._outcome.put(message)
         except (EOFError, OSError):
             pass
         except Exception:  # a thread's border: a child that cannot be understood is no use
@@ -6158,11 +6161,10 @@ class Worker:
         self._end()
 
     def _take(self, event: Any) -> None:
-        """Tells the meter what the child says of a job, whether or not anybody still waits for it, and hands it on."""
-        generation, timing = self._jobs.get(event.id, (None, None))
-        if isinstance(event, (Finished, Failed)):
-            with self._lock:
-                self._jobs.pop(event.id, None)
+        """Tells the meter what became of a job, whether or not anybody still waits for it, and hands it on."""
+        with self._lock:
+            ends = isinstance(event, (Finished, Failed))
+            generation, timing = (self._jobs.pop if ends else self._jobs.get)(event.id, (None, None))
         if timing and isinstance(event, Piece):
             self._meter.piece(timing, event.tokens)
         elif timing and isinstance(event, Finished):
@@ -6178,10 +6180,9 @@ class Worker:
         It counts ticks of a second, not the time of a clock: a machine that slept, or a server that was stopped and
         continued, finds its children alive.
         """
-        silent = 0
         while not self._ended.wait(BEAT_SECONDS):
-            silent, self._heard = 0 if self._heard else silent + 1, False
-            if silent * BEAT_SECONDS > self._patience:
+            self._silent += 1
+            if self._silent * BEAT_SECONDS > self._patience:
                 self._give_up(f"it said nothing for {self._patience} s")
         self._outbox.put(None)
 
@@ -6203,27 +6204,22 @@ class Worker:
         with self._lock:
             if self._ended.is_set():
                 return
-            self.alive, self._running, self.cells = False, 0, 0
+            self._running = self.cells = 0
             self.cause = "" if self._stopping else cause
             self._ended.set()
         if self._serving and not self._stopping:  # of a load the ladder tells
             log.error("%s: %s", self.info.id, reason)
-        self._loading.put(LoadFailed("it was unloaded while it loaded" if self._stopping else reason, self.cause))
-        self.fail_all(GenerationFailed(f"Model '{self.info.id}': {reason}"))
-        with self._lock:
-            jobs, self._jobs = self._jobs, {}
-        for _, timing in jobs.values():
-            if timing:
-                self._meter.failed(timing)
+        self._outcome.put(LoadFailed("it was unloaded while it loaded" if self._stopping else reason, self.cause))
+        self.fail_all(f"Model '{self.info.id}': {reason}")
         if self._serving:
             self._died(self, reason)
 
-    def fail_all(self, error: ApiError) -> None:
-        """Ends every generation with an error of its own: one that many threads raise would collect their tracebacks."""
+    def fail_all(self, details: str, kind: type[ApiError] = GenerationFailed) -> None:
+        """Ends every job with an error."""
         with self._lock:
-            generations = {generation for generation, _ in self._jobs.values()}
-        for generation in generations:
-            generation.inbox.put(type(error)(error.details, error.message, error.param))
+            ids = list(self._jobs)
+        for id in ids:
+            self._take(Failed(id, kind.code, details))
 
     def counts(self) -> tuple[int, int]:
         """Jobs that run, and jobs that wait."""
@@ -6255,9 +6251,8 @@ class Worker:
         Waits some ten seconds at most.
         """
         with self._lock:
-            self._stopping, self.alive = True, False
-            started = hasattr(self, "process")
-        if started:
+            self._stopping = True
+        if hasattr(self, "process"):
             self._pipe.close()
             if not self._ended.wait(3.0):
                 self._give_up("it was to be unloaded")
@@ -6317,8 +6312,7 @@ class Ladder:
         return rung if rung.plain else replace(rung, without=tuple(broken))
 
     def _known(self, model: ModelInfo) -> Rung:
-        known = self.faults.read().get("rungs")
-        said: Any = known.get(self._kind(model)) if isinstance(known, dict) else None
+        said: Any = self.faults.read().get("rungs", {}).get(self._kind(model))
         try:
             rung = Rung(plain=bool(said["plain"]), cpu=bool(said["cpu"]), gpu_share=float(said["gpu_share"]))
         except (KeyError, TypeError, ValueError):
@@ -6442,7 +6436,6 @@ class Entry:
 
     info: ModelInfo
     state: str = "unloaded"  # unloaded, loading, loaded, unloading, failed; changed by Residents.move alone
-    progress: float = 0.0
     error: str | None = None
     worker: Worker | None = None  # while loaded and unloading
     starting: Worker | None = None  # while loading
@@ -6470,9 +6463,10 @@ class Entry:
     def status(self) -> dict[str, Any]:
         """The document of the status, load and unload routes, but for its memory: asking for that takes too long here."""
         running, waiting = self.worker.counts() if self.worker else (0, 0)
+        progress = 1.0 if self.worker else self.starting.progress if self.starting else 0.0
         return {
             "model": self.info.id, "status": self.state, "loaded": self.state == "loaded",
-            "progress": round(self.progress, 3), "memory_bytes": 0,
+            "progress": round(progress, 3), "memory_bytes": 0,
             "requests_running": running, "requests_waiting": waiting + self.waiting,
             "last_used": self.last_used and round(self.last_used, 3), "error": self.error,
         } | (self.worker.settings() if self.worker else {})  # fmt: skip
@@ -6512,7 +6506,6 @@ class Residents:
         """Takes an entry to a state with all that belongs to it, and wakes whoever waits."""
         self._metrics.meter(entry.info.id).moved(entry.state, state)
         entry.state, entry.worker, entry.starting, entry.error = state, worker, None, error
-        entry.progress = 1.0 if state in ("loaded", "unloading") else 0.0
         if not entry.in_memory:
             entry.departures += 1
             for other in self.entries.values():
@@ -6603,19 +6596,19 @@ class Residents:
         """Loads a model; takes the condition to say how that ended."""
         worker: Worker | None = None
         error: ApiError | None = None
-        asked, others = dict(load.asked), list[Worker]()
+        with self.changed:
+            asked, engine = dict(load.asked), self._settings(entry, load.asked).engine
+            others = [e.worker for e in self.entries.values() if e.worker]
+            idle = any(e.idle for e in self.entries.values())
         try:
-            with self.changed:
-                settings = self._settings(entry, asked)
-                others = [e.worker for e in self.entries.values() if e.worker]
-                idle = any(e.idle for e in self.entries.values())
-            setup = Setup(settings.engine, reserved=sum(other.reserved_bytes() for other in others), others_idle=idle)
+            setup = Setup(engine, reserved=sum(other.reserved_bytes() for other in others), others_idle=idle)
             worker = self._ladder.load(entry.info, setup, functools.partial(self._start, entry), bool(asked))
         except ApiError as failure:
             error = failure
         except Exception as failure:
             log.exception("loading %s failed", entry.info.id)
-            error = GenerationFailed(f"{type(failure).__name__}: {failure}", "The model could not be loaded")
+            error = LoadFailure(f"{type(failure).__name__}: {failure}")
+        cause = getattr(error, "cause", "")
         with self.changed:
             if worker:
                 entry.asked, entry.failures, entry.retry_at, entry.idle_since = asked, 0, 0.0, time.monotonic()
@@ -6624,12 +6617,12 @@ class Residents:
                     self.move(entry, "failed", error="the engine process ended right after the load")
                 if load.asked == asked:  # else it was asked for with other options meanwhile
                     self._end_load(entry)
-            elif error and getattr(error, "cause", "") == "room" and others:
+            elif error and cause == "room" and others:
                 self.move(entry, "unloaded")
                 entry.crowded = error.details
             elif error:  # what every rung failed at is not tried again and again
                 self._ladder.report(f"{printable(entry.info.id)} could not be loaded: {printable(error.details)}")
-                if getattr(error, "cause", "") and asked == entry.asked:  # what one client wished for keeps no other from it
+                if cause and asked == entry.asked:  # what one client wished for keeps no other from it
                     pause = self.FIRST_PAUSE * 2 ** min(entry.failures, 10)
                     entry.retry_at, entry.failures = time.monotonic() + min(self.LONGEST_PAUSE, pause), entry.failures + 1
                 self._end_load(entry, error)
@@ -6641,7 +6634,7 @@ class Residents:
             if self.closed:
                 raise Overloaded("The server is shutting down")
             entry.starting = starting
-        return starting.start(lambda fraction: setattr(entry, "progress", fraction))
+        return starting.start()
 
     def _end_load(self, entry: Entry, error: ApiError | None = None) -> None:
         """Tells everybody who waits for a load how it ended."""
@@ -6667,17 +6660,12 @@ class Residents:
         entry.idle_since, entry.last_used = time.monotonic(), time.time()
         self.changed.notify_all()
 
-    def keep_alive(self, entry: Entry) -> float:
-        """How many seconds the model stays when nobody uses it; below zero: for ever."""
-        if entry.keep_alive is not None:
-            return entry.keep_alive
-        own = self._settings(entry, {}).keep_alive
-        return self._options.keep_alive if own is None else own
-
-    def expires(self, entry: Entry) -> float:
-        """When an idle model has stayed for as long as it may, monotonic; infinite for one that may stay."""
-        keep = self.keep_alive(entry) if entry.idle else -1
-        return entry.idle_since + keep if keep >= 0 else math.inf
+    def left(self, entry: Entry) -> float:
+        """Seconds until the model goes if nobody comes; infinite for one that stays."""
+        wished = (entry.keep_alive, self._settings(entry, {}).keep_alive, self._options.keep_alive)
+        keep = next(seconds for seconds in wished if seconds is not None)
+        passed = time.monotonic() - entry.idle_since if entry.idle else 0.0
+        return max(0.0, keep - passed) if keep >= 0 else math.inf
 
     def unload(self, entry: Entry, force: bool, cancel: Cancellation) -> None:
         """Waits until the model is out of memory; force ends what runs, otherwise it may finish."""
@@ -6689,7 +6677,7 @@ class Residents:
             if entry.state == "loaded":
                 self.move(entry, "unloading", entry.worker)
             if force and entry.worker:
-                entry.worker.fail_all(GenerationFailed("The model was unloaded (force)", "Text generation was ended"))
+                entry.worker.fail_all("The model was unloaded (force)")
             if force and entry.starting:
                 threading.Thread(target=entry.starting.stop, name=f"stop {entry.info.id}", daemon=True).start()
                 entry.starting = None
@@ -6706,8 +6694,8 @@ class Residents:
                 held = [e for e in self.entries.values() if e.worker]
                 entry = self._leaving(held)
                 if not entry and not self.closed:
-                    left = min(map(self.expires, held), default=math.inf) - time.monotonic()
-                    self.changed.wait(max(0.0, min(3600.0, left)) if left < math.inf else None)  # no system waits for years
+                    left = min((self.left(e) for e in held if e.idle), default=math.inf)
+                    self.changed.wait(min(3600.0, left) if left < math.inf else None)  # no system waits for years
             if entry and entry.worker:
                 entry.worker.stop()
                 with self.changed:
@@ -6717,7 +6705,7 @@ class Residents:
     def _leaving(self, held: Iterable[Entry]) -> Entry | None:
         """A model that is to go and whose requests are done, or that is idle for too long."""
         for entry in held:
-            if self.expires(entry) <= time.monotonic():
+            if entry.idle and not self.left(entry):
                 self.move(entry, "unloading", entry.worker)
             if entry.state == "unloading" and not (entry.leases and entry.worker and entry.worker.alive):
                 return entry
@@ -6965,18 +6953,14 @@ class ModelTable:
         """The entry of the model that a name means; all that its header tells is read now. Raises ModelNotFound."""
         id = self.resolve(name, cancel)
         with self._changed:
-            entry = self._entry(id)
+            entry = self._residents.entries.get(id)
+        if entry is None:  # a scan has dropped it since
+            raise self._names.not_found(id, self.catalog)
         if entry.info.chat_template is None:
             whole = self.catalog.whole(entry.info)  # not under the condition: a large vocabulary takes 0.1 s
             with self._changed:
                 entry.info = whole
         return entry
-
-    def _entry(self, id: str) -> Entry:
-        """The entry, under the condition; a scan may have dropped it since the name was resolved."""
-        if id not in self._residents.entries:
-            raise self._names.not_found(id, self.catalog)
-        return self._residents.entries[id]
 
     def info(self, name: str, cancel: Cancellation | None = None) -> ModelInfo:
         """All that the header of the model tells. Raises ModelNotFound."""
@@ -6987,8 +6971,8 @@ class ModelTable:
 
     def settings(self, id: str) -> ModelSettings:
         """The settings that the model is loaded with, or will be."""
+        entry = self._find(id)
         with self._changed:
-            entry = self._entry(id)
             return self._settings_of(entry, entry.asked)
 
     # Life
@@ -7046,12 +7030,11 @@ class ModelTable:
         with self._changed:
             return [e.status() for e in self._residents.entries.values() if e.in_memory or e.waiting]
 
-    def left(self, id: str) -> float | None:
-        """Seconds until a loaded model is unloaded if nobody comes; None: it stays."""
+    def left(self, id: str) -> float:
+        """Seconds until a loaded model is unloaded if nobody comes; infinite: it stays."""
         with self._changed:
-            entry, now = self._residents.entries.get(id), time.monotonic()
-            keep = self._residents.keep_alive(entry) if entry else -1
-            return max(0.0, keep + (entry.idle_since - now if entry.idle else 0.0)) if entry and keep >= 0 else None
+            entry = self._residents.entries.get(id)
+            return self._residents.left(entry) if entry else math.inf
 
     def keep(self, id: str, seconds: float) -> None:
         """How long this model stays when nobody uses it, until it is unloaded; 0: it goes as soon as it is idle."""
@@ -7266,22 +7249,22 @@ class Scrape:
         self.service, self.metrics = service, service.metrics
         statuses = {s["model"]: s for s in service.table.statuses()}
         workers = {w.info.id: w for w in service.table.workers()}
-        self.models: dict[str, dict[str, Any]] = {}  # by id, each number and histogram by its name
+        self.models: dict[str, types.SimpleNamespace] = {}  # by id, its numbers and histograms
         for id, meter in sorted(self.metrics.meters.items()):
             status, worker = statuses.get(id, {}), workers.get(id)
             cells, pool = (worker.cells, worker.loaded.pool) if worker else (0, 0)
-            self.models[id] = vars(meter) | {
-                "running": status.get("requests_running", 0), "waiting": status.get("requests_waiting", 0),
-                "loaded": int(status.get("loaded", False)), "memory": worker.memory_bytes() if worker else 0,
-                "cells": cells, "pool": pool, "usage": cells / (pool or 1), "recent": meter.recent(),
-            }  # fmt: skip
+            self.models[id] = types.SimpleNamespace(
+                **vars(meter), recent=meter.recent(), cells=cells, pool=pool, usage=cells / (pool or 1),
+                running=status.get("requests_running", 0), waiting=status.get("requests_waiting", 0),
+                loaded=int(status.get("loaded", False)), memory=worker.memory_bytes() if worker else 0,
+            )  # fmt: skip
 
     def total(self, name: str) -> Any:
-        return sum(numbers[name] for numbers in self.models.values())
+        return sum(map(operator.attrgetter(name), self.models.values()))
 
     def rate(self, tokens: Callable[[Finished], int], seconds: Callable[[Finished], float]) -> list[Sample]:
         """Tokens per second, over what ended in the last minute."""
-        ends = [end for numbers in self.models.values() for end in numbers["recent"]]
+        ends = [end for numbers in self.models.values() for end in numbers.recent]
         return [({}, sum(map(tokens, ends)) / (sum(map(seconds, ends)) or 1.0))]
 
 
@@ -7295,7 +7278,7 @@ def metric_lines(scrape: Scrape, metric: tuple[str, str, str, Any]) -> Iterator[
     elif name.startswith("llamacpp:"):
         samples = [({}, scrape.total(read))]
     else:
-        samples = [({"model_name": id}, numbers[read]) for id, numbers in scrape.models.items()]
+        samples = [({"model_name": id}, operator.attrgetter(read)(numbers)) for id, numbers in scrape.models.items()]
     for labels, value in samples:
         if isinstance(value, Histogram):
             yield from histogram_lines(name, labels, value)
@@ -7323,15 +7306,15 @@ def sample_line(name: str, labels: Mapping[str, str], value: float) -> str:
 
 LABEL_ESCAPES = str.maketrans({"\\": r"\\", "\n": r"\n", '"': r"\""})
 
-# Name, type, help, and what is shown: a number or histogram by its name in Scrape.models, or a function's samples.
+# Name, type, help, and what is shown: an attribute of each of Scrape.models, or a function's samples.
 METRICS: tuple[tuple[str, str, str, Any], ...] = (
     # llama-server's names (tools/server): all models together, for it has one model and no labels
     ("llamacpp:prompt_tokens_total", "counter", "Prompt tokens computed.", "computed_tokens"),
     ("llamacpp:prompt_tokens_cached_total", "counter", "Prompt tokens found cached.", "cached_tokens"),
-    ("llamacpp:prompt_seconds_total", "counter", "Seconds from first step to first token.", "prompt_seconds"),
+    ("llamacpp:prompt_seconds_total", "counter", "Seconds from first step to first token.", "prefill.sum"),
     ("llamacpp:tokens_predicted_total", "counter", "Tokens generated.", "generated_tokens"),
     ("llamacpp:tokens_predicted_seconds_total", "counter", "Seconds from first to last token, of all sequences.",
-     "decode_seconds"),
+     "decode.sum"),
     ("llamacpp:prompt_tokens_seconds", "gauge", "Prompt tokens per second of requests that ended in the last minute.",
      lambda r: r.rate(lambda e: e.prompt_tokens - e.cached_tokens, lambda e: e.prompt_seconds)),
     ("llamacpp:predicted_tokens_seconds", "gauge", "Tokens per second of requests that ended in the last minute.",
@@ -7347,10 +7330,10 @@ METRICS: tuple[tuple[str, str, str, Any], ...] = (
     ("vllm:kv_cache_usage_perc", "gauge", "Share of the KV pool that running sequences hold; 1 is all.", "usage"),
     ("vllm:prefix_cache_queries_total", "counter", "Prompt tokens looked for in the cache.", "sought_tokens"),
     ("vllm:prefix_cache_hits_total", "counter", "Prompt tokens found there.", "cached_tokens"),
-    ("vllm:prompt_tokens_total", "counter", "Prompt tokens, cached ones too.", "prompt_tokens"),
+    ("vllm:prompt_tokens_total", "counter", "Prompt tokens, cached ones too.", "prompt_sizes.sum"),
     ("vllm:generation_tokens_total", "counter", "Tokens generated.", "generated_tokens"),
     ("vllm:request_success_total", "counter", "Sequences by how they ended; abort: the client left or cancelled.",
-     lambda r: [({"model_name": id, "finished_reason": why}, n) for id, m in r.models.items() for why, n in m["ends"].items()]),
+     lambda r: [({"model_name": id, "finished_reason": why}, n) for id, m in r.models.items() for why, n in m.ends.items()]),
     ("vllm:time_to_first_token_seconds", "histogram", "From the request to its first piece of text; a load counts.",
      "first_token"),
     ("vllm:inter_token_latency_seconds", "histogram", "Between two pieces of a text: a token, or those of 10 ms.", "gap"),
@@ -7387,15 +7370,6 @@ def metrics_text(service: Service) -> bytes:
     return "".join(f"{line}\n" for metric in METRICS for line in metric_lines(scrape, metric)).encode()
 
 
-@dataclass
-class Called:
-    """A call as the model wrote it."""
-
-    id: str
-    name: str
-    arguments: str = ""
-
-
 class ToolLoop:
     """One request with built-in tools: runs what the model calls and asks again, until it answers.
 
@@ -7420,7 +7394,7 @@ class ToolLoop:
         for count in range(MAX_TOOL_ROUNDS + 1):
             last = count == MAX_TOOL_ROUNDS or time.monotonic() > self._deadline
             request = replace(self._request, tools=self._request.tools[: len(self._request.tools) * (not last)])
-            self._calls: dict[int, Called] = {}
+            self._calls: dict[int, ToolResult] = {}  # by number, without their results yet
             self._said: list[str] = []
             self._reason = "stop"
             with contextlib.closing(answer(request, self._cancel)) as events:  # type: ignore[type-var]
@@ -7439,24 +7413,24 @@ class ToolLoop:
     def _passed_on(self, events: Iterator[Event], first: bool) -> Iterator[Event]:
         """The events of one round that the client sees: calls of built-in tools show as results only."""
         for event in events:
-            if isinstance(event, CallBegan):
-                self._calls[event.number] = Called(event.id, event.name)
-                self._client_calls += event.name not in self._request.builtins
-            elif isinstance(event, CallArguments):
-                self._calls[event.number].arguments += event.text
-            elif isinstance(event, Text):
-                self._said.append(event.text)
+            if isinstance(event, (CallBegan, CallArguments)):
+                if isinstance(event, CallBegan):
+                    self._calls[event.number] = ToolResult(0, event.id, event.name, "", None, None)
+                    self._client_calls += event.name not in self._request.builtins
+                else:
+                    written = self._calls[event.number].arguments + event.text
+                    self._calls[event.number] = replace(self._calls[event.number], arguments=written)
+                if self._calls[event.number].name not in self._request.builtins:
+                    yield replace(event, number=self._client_calls - 1)
             elif isinstance(event, ChoiceEnd):
                 self._reason = event.finish_reason
             elif isinstance(event, Usage):
                 self._used.append(event)
-            if isinstance(event, (CallBegan, CallArguments)):
-                if self._calls[event.number].name not in self._request.builtins:
-                    yield replace(event, number=self._client_calls - 1)
-            elif isinstance(event, (Text, Thought, Waiting)) or (isinstance(event, Queued) and first):
+            elif first or not isinstance(event, Queued):
+                self._said += [event.text] if isinstance(event, Text) else []
                 yield event
 
-    def _execute(self, call: Called) -> Generator[Waiting, None, ToolResult]:
+    def _execute(self, call: ToolResult) -> Generator[Waiting, None, ToolResult]:
         """Runs a call, with signs of life; what is wrong with it is told to the model."""
         self._cancel.check()
         left = self._deadline - time.monotonic()
@@ -7467,7 +7441,7 @@ class ToolLoop:
             answer = yield from self._tools.running(call.name, arguments, self._cancel, left)
         except ApiError as error:
             answer = {"result": None, "error": str(error)}
-        return ToolResult(0, call.id, call.name, call.arguments, answer["result"], answer["error"])
+        return replace(call, result=answer["result"], error=answer["error"])
 
     def _extend(self, results: Seq[ToolResult]) -> None:
         """Adds the model's turn and the results to the conversation."""
@@ -9607,8 +9581,7 @@ def answer_ps(call: Call) -> dict[str, Any]:
     """The loaded models with their expiry. No expiry is sent as a far-future date."""
     models = []
     for r in call.service.table.workers():
-        left = call.service.table.left(r.info.id)
-        expires = time.time() + (9.2e9 if left is None else left)
+        expires = time.time() + min(9.2e9, call.service.table.left(r.info.id))
         models.append({k: v for k, v in ollama_model(r.info).items() if k != "modified_at"} | {
             "size": r.memory_bytes(), "size_vram": 0, "expires_at": rfc3339(expires), "context_length": r.loaded.ctx,
         })  # fmt: skip
@@ -10146,7 +10119,7 @@ class Server(socketserver.ThreadingTCPServer):
         self.service.table.close(engines=False)
         self._await_quiet(grace)
         for worker in self.service.table.workers():
-            worker.fail_all(Overloaded("The server is shutting down"))
+            worker.fail_all("The server is shutting down", Overloaded)
         for cancel in () if self._await_quiet(1.0) else list(self._running):
             cancel.cancel()
         self.sockets.stop()

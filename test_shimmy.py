@@ -8224,7 +8224,7 @@ def test_cancel_does_not_wait_for_the_tokenizer(serve: Callable[..., Server], mo
 def test_cancel_stops_the_engine_although_nobody_iterates(models: Path) -> None:
     """The thread that iterates may be stuck in a write to a client that does not read."""
     info, options = model_info(models / "recital.gguf"), module.EngineOptions(ctx=LONG_CTX, threads=1)
-    worker = module.Worker(info, module.Setup(options), 9, lambda *_: None, lambda _: None).start(lambda _: None)
+    worker = module.Worker(info, module.Setup(options), 9, lambda *_: None, lambda _: None).start()
     cancel, sampling = Cancellation(), module.Sampling(max_tokens=LONG_CTX, temperature=0)
     events = iter(worker.submit([module.Generate(("#",), sampling, frozenset())], cancel))
     while not isinstance(next(events), module.Piece):
@@ -9095,13 +9095,13 @@ def test_first_scan_that_fails_leaves_nobody_waiting(serve: Callable[..., Server
 class FakeWorker:
     """What a table asks of a worker, without a child."""
 
-    alive = True
+    alive, progress = True, 0.0
     loaded = types.SimpleNamespace(ctx=1, pool=1, parallel=1, devices="", memory_need=0)
 
     def __init__(self) -> None:
         self.measure, self.asked = threading.Event(), threading.Event()
 
-    def start(self, _: Any) -> FakeWorker:
+    def start(self) -> FakeWorker:
         return self
 
     def counts(self) -> tuple[int, int]:
