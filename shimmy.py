@@ -65,10 +65,11 @@ even while it is stopped. A crash in native code ends one child, and one that fa
 killed; its worker fails what ran there, and while a model loads, the Ladder loads it again with less.
 
 Threads of the main process: one a connection, which blocks (HTTP); `accept`; `watcher`, which notices clients that leave;
-`websocket`, which runs asyncio from the first upgrade on; `run_loads` and `run_unloads`, one model after another;
-`first_scan` at the start; and for each worker one that reads, one that writes and one that watches. Threads of a child:
-one receives, one beats, one tokenizes, one reads grammars that take long (Intake); the main thread alone decodes: Engine
-takes the step that Scheduler plans, in cells that Cache gives out, and reads long prompts aside (PromptReader).
+`websocket`, which runs asyncio from the first upgrade on; `manage`, which begins loads and unloads, each in a thread of its
+own (Residents); `names`, which scans first; and for each worker one that reads, one that writes and one that watches.
+Threads of a child: one receives, one beats, one tokenizes, one reads grammars that take long (Intake); the main thread
+alone decodes: Engine takes the step that Scheduler plans, in cells that Cache gives out, and reads long prompts aside
+(PromptReader).
 """
 from __future__ import annotations
 
@@ -2240,7 +2241,8 @@ RESHAPES = (
 
 
 # ── 5. Tools ──────────────────────────────────────────────────────────────────────────────────────────────────────────
-# A Python function with type hints and a docstring is a tool; three are built in, and two of those start closed.
+# A Python function with type hints and a docstring is a tool: Tools checks a call and runs it in a thread, for a time.
+# Built in are calculator, file_read and http_get; the last two start closed. Their rounds in a chat: ToolLoop (13).
 
 
 class ToolError(Exception):
@@ -2394,14 +2396,13 @@ class ToolCall(threading.Thread):
 
     def run(self) -> None:
         """Calls the function, which is somebody's: it may return and raise anything, SystemExit too."""
+        result, failure = None, None
         try:
             result = self._tool.function(**self._arguments)
             json.dumps(result, allow_nan=False)
-            self._outcome.put((result, None))
-        except Exception as error:
-            self._outcome.put((None, error))
         except BaseException as error:
-            self._outcome.put((None, ToolError(f"{type(error).__name__}: {error}")))
+            failure = error if isinstance(error, Exception) else ToolError(f"{type(error).__name__}: {error}")
+        self._outcome.put((result, failure))
 
 
 def load_tools(path: str) -> None:
@@ -2688,7 +2689,8 @@ def is_global(address: str) -> bool:
 
 
 # ── 6. Messages ───────────────────────────────────────────────────────────────────────────────────────────────────────
-# What crosses the pipe between the server and an engine, and the pipe.
+# What crosses the pipe between the server and an engine: how a model is loaded (EngineOptions, Rung), jobs, and what comes
+# of them; and the Pipe, which believes nothing that a child sends.
 
 
 # Messages: parent to child
@@ -2888,7 +2890,6 @@ class Loaded:
 
     ctx: int
     pool: int
-    parallel: int
     chat: ChatFacts
     notes: tuple[str, ...]
     pool_bytes: int = 0  # memory that the pool's KV cache takes when it is full
@@ -3020,7 +3021,7 @@ def from_json_form(found: dict[str, Any]) -> Any:
     if "type" not in found:
         return found
     kind = list(sendable())[found["type"]]
-    values = [tupled(value) if isinstance(value, list) else value for value in found["fields"]]
+    values = tupled(found["fields"])
     if not all(map(isinstance, values, wanted_kinds(kind))):
         raise TypeError(f"a {kind.__name__} holds what it cannot")
     return kind(*values)
@@ -3656,7 +3657,7 @@ class Llama:
         ends = tuple(self.vocab.name(t).decode("utf-8", "replace") for t in sorted(self.vocab.eog))
         chat = ChatFacts(templates, bos, bool(c.llama_vocab_get_add_bos(vocab)), eos, self.vocab.specials, ends,
                          self.vocab.gap_names())  # fmt: skip
-        return Loaded(self.ctx, self.pool, options.parallel, chat, tuple(self.notes), int(self.pool * self.kv_bytes),
+        return Loaded(self.ctx, self.pool, chat, tuple(self.notes), int(self.pool * self.kv_bytes),
                       self.plan.memory_need, self.placed, not self.on_cpu)  # fmt: skip
 
     def _adapter(self, file: str) -> Any:
@@ -5838,7 +5839,8 @@ def start_or_die(work: Callable[[], None], stack: int = 0) -> None:
 
 
 # ── 11. Worker ────────────────────────────────────────────────────────────────────────────────────────────────────────
-# The parent's side of a child: starts it, carries messages, notices its death.
+# The parent's side of a child: Worker starts it, queues jobs, carries messages, notices hangs and its death; Generation is
+# one request's part of that, bounded where a client reads slowly. Meter counts it; Ladder loads again what crashed.
 
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
@@ -5970,7 +5972,7 @@ class Generation:
         self._given = self.taken = 0  # bytes of pieces, by the worker's reading thread and by the one that iterates
 
     def give(self, message: Any) -> None:
-        """Hands on a message; called by the worker's reading thread alone. A client too far behind is given up."""
+        """Hands on a message, pieces from the worker's reading thread alone. A client too far behind is given up."""
         self.inbox.put(message)
         if isinstance(message, Piece) and self._given - self.taken <= MAX_UNREAD:
             self._given += message.size
@@ -6057,6 +6059,7 @@ class Worker:
         self._why = ""  # why the child was given up
         self.cause = ""  # why the child ended by itself, as LoadFailed has it
         self._running = self.cells = 0
+        self.parallel = setup.options.parallel
         self._serving = self._stopping = False
         self.chat: Chat | None = None  # the service's
 
@@ -6108,10 +6111,10 @@ class Worker:
         with self._lock:
             if not self.alive:
                 raise GenerationFailed("The model's engine process ended")
-            if len(ids) > self.loaded.parallel + self.max_queue:
-                most = self.loaded.parallel + self.max_queue
+            if len(ids) > self.parallel + self.max_queue:
+                most = self.parallel + self.max_queue
                 raise InvalidRequest(f"n: {len(ids)} texts are more than the {most} that --max-queue leaves room for", "n")
-            waiting = len(self._jobs) - self.loaded.parallel
+            waiting = len(self._jobs) - self.parallel
             if waiting + len(ids) > self.max_queue:
                 raise Overloaded(f"{max(waiting, 0)} requests wait already (--max-queue {self.max_queue})")
             for id, job in zip(ids, jobs, strict=True):
@@ -6234,7 +6237,7 @@ class Worker:
         options = {k: v for k, v in vars(self.setup.options).items() if v != getattr(usual, k)}
         options |= {"chat_template": "given"} if "chat_template" in options else {}
         return {
-            "context_length": loaded.ctx, "kv_pool": loaded.pool, "parallel": loaded.parallel, "options": options,
+            "context_length": loaded.ctx, "kv_pool": loaded.pool, "parallel": self.parallel, "options": options,
             "devices": loaded.devices, "fallback": self.setup.rung.words(),
         }  # fmt: skip
 
@@ -6356,7 +6359,8 @@ class Ladder:
 
 
 # ── 12. Models in memory ──────────────────────────────────────────────────────────────────────────────────────────────
-# The life of each model: loading, loaded, unloading; what the names in requests mean; and the table of both.
+# Settings of each model; Residents loads, evicts, unloads (keep-alive too), and Lease waits for that; Names says what a
+# name in a request means; ModelTable is all of it by name.
 
 MakeWorker = Callable[[ModelInfo, Setup, Callable[[Worker, str], None]], Worker]  # not started yet; calls back when it dies
 
@@ -6439,6 +6443,7 @@ class Entry:
     error: str | None = None
     worker: Worker | None = None  # while loaded and unloading
     starting: Worker | None = None  # while loading
+    ends: bool = False  # its requests are done, and the worker is being stopped
     load: PendingLoad | None = None
     asked: Mapping[str, Any] = field(default_factory=dict)  # fields of EngineOptions that requests gave for its last load
     crowded: str = ""  # why it did not fit beside the other models, until one of them is gone
@@ -6486,9 +6491,9 @@ class TableOptions:
 class Residents:
     """The models in memory: loads, evicts and unloads them.
 
-    unloaded → loading → loaded → unloading → unloaded, or failed. One condition, `changed`, guards all entries. One
-    thread loads, a model at a time, another ends engines, so that no wait holds it. Methods are called with it held,
-    unless they say that they take it.
+    unloaded → loading → loaded → unloading → unloaded, or failed. One condition, `changed`, guards all entries. One thread
+    begins loads, one at a time, and unloads, each in a thread of its own, so that no wait holds the condition. Methods are
+    called with it held, unless they say that they take it.
     """
 
     FIRST_PAUSE, LONGEST_PAUSE = 5.0, 600.0  # seconds after a load that failed on every rung; twice as many each time
@@ -6498,7 +6503,7 @@ class Residents:
         """`settings` is asked with the condition held."""
         self.changed = threading.Condition()
         self.entries: dict[str, Entry] = {}  # by id
-        self.closed = False
+        self.closed = self._started = False
         self._make_worker, self._ladder, self._settings = make_worker, ladder, settings
         self._options, self._metrics = options, metrics
 
@@ -6538,23 +6543,29 @@ class Residents:
                 raise GenerationFailed(f"{entry.error} (it is tried again in {pause:.0f} s, or by a request to load it)")
             if entry.state == "failed":
                 self.move(entry, "unloaded")
-            entry.load = load
+            self._started, entry.load = self._started or self._begin(self.manage), load
             self._schedule()
             self.changed.notify_all()
         return load
 
-    def _schedule(self) -> Entry | None:
-        """The model that loads now: one that does, else that which is wanted longest of those for which there is room."""
-        wanted = [(e.load, e) for e in self.entries.values() if e.load]
-        for load, entry in sorted(wanted, key=lambda each: (each[1].state != "loading", each[0].due)):
-            if entry.state == "loading":
-                return entry
+    def _schedule(self) -> None:
+        """Unless a model loads, begins the load that is wanted longest of those for which there is room."""
+        wanted = [] if any(e.state == "loading" for e in self.entries.values()) else self.entries.values()
+        for load, entry in sorted(((e.load, e) for e in wanted if e.load), key=lambda each: each[0].due):
             if not entry.waiting and not load.background:  # whoever wanted it has left
                 entry.load = None
-            elif self._has_room(entry, load):
+            elif self._has_room(entry, load) and self._begin(self._load, entry, load):
                 self.move(entry, "loading")
-                return entry
-        return None
+                break
+
+    @staticmethod
+    def _begin(work: Callable[..., None], *arguments: Any) -> bool:
+        """Begins work in a thread of its own; False if there is none to be had now."""
+        try:
+            threading.Thread(target=work, name=work.__name__.strip("_"), args=arguments, daemon=True).start()
+        except RuntimeError:
+            return False
+        return True
 
     def _has_room(self, entry: Entry, load: PendingLoad) -> bool:
         """True if a load may start; otherwise unloads the least recently used idle model, or says why it cannot begin.
@@ -6582,25 +6593,16 @@ class Residents:
                 self._end_load(entry, load.refusal)
         return False
 
-    def run_loads(self) -> None:
-        """The loading thread; takes the condition."""
-        while not self.closed:
-            with self.changed:
-                entry = self._schedule()
-                if not entry and not self.closed:
-                    self.changed.wait(1.0 if any(e.load for e in self.entries.values()) else None)
-            if entry and entry.load:
-                self._load(entry, entry.load)
-
     def _load(self, entry: Entry, load: PendingLoad) -> None:
-        """Loads a model; takes the condition to say how that ended."""
+        """A load's thread; takes the condition to say how it ended."""
         worker: Worker | None = None
         error: ApiError | None = None
-        with self.changed:
-            asked, engine = dict(load.asked), self._settings(entry, load.asked).engine
-            others = [e.worker for e in self.entries.values() if e.worker]
-            idle = any(e.idle for e in self.entries.values())
+        asked, others = dict(load.asked), list[Worker]()
         try:
+            with self.changed:
+                engine = self._settings(entry, asked).engine
+                others = [e.worker for e in self.entries.values() if e.worker]
+                idle = any(e.idle for e in self.entries.values())
             setup = Setup(engine, reserved=sum(other.reserved_bytes() for other in others), others_idle=idle)
             worker = self._ladder.load(entry.info, setup, functools.partial(self._start, entry), bool(asked))
         except ApiError as failure:
@@ -6679,7 +6681,7 @@ class Residents:
             if force and entry.worker:
                 entry.worker.fail_all("The model was unloaded (force)")
             if force and entry.starting:
-                threading.Thread(target=entry.starting.stop, name=f"stop {entry.info.id}", daemon=True).start()
+                self._begin(entry.starting.stop)
                 entry.starting = None
             self.changed.wait(1.0)
         if entry.state == "failed":
@@ -6687,29 +6689,26 @@ class Residents:
         if entry.state == "unloaded":
             entry.asked = {}
 
-    def run_unloads(self) -> None:
-        """The thread that ends engines; takes the condition."""
-        while not self.closed:
-            with self.changed:
-                held = [e for e in self.entries.values() if e.worker]
-                entry = self._leaving(held)
-                if not entry and not self.closed:
-                    left = min((self.left(e) for e in held if e.idle), default=math.inf)
-                    self.changed.wait(min(3600.0, left) if left < math.inf else None)  # no system waits for years
-            if entry and entry.worker:
-                entry.worker.stop()
-                with self.changed:
-                    entry.keep_alive = None
-                    self.move(entry, "unloaded")
+    def _unload(self, entry: Entry, worker: Worker) -> None:
+        """An unload's thread; takes the condition to say that it is over."""
+        worker.stop()
+        with self.changed:
+            entry.keep_alive, entry.ends = None, False
+            self.move(entry, "unloaded")
 
-    def _leaving(self, held: Iterable[Entry]) -> Entry | None:
-        """A model that is to go and whose requests are done, or that is idle for too long."""
-        for entry in held:
-            if entry.idle and not self.left(entry):
-                self.move(entry, "unloading", entry.worker)
-            if entry.state == "unloading" and not (entry.leases and entry.worker and entry.worker.alive):
-                return entry
-        return None
+    def manage(self) -> None:
+        """The managing thread: begins loads, and unloads what is to go or idle for too long; takes the condition."""
+        with self.changed:
+            while not self.closed:
+                self._schedule()
+                held = [(e, e.worker) for e in self.entries.values() if e.worker]
+                for entry, worker in held:
+                    if entry.idle and not self.left(entry):
+                        self.move(entry, "unloading", worker)
+                    if entry.state == "unloading" and not entry.ends and not (entry.leases and worker.alive):
+                        entry.ends = self._begin(self._unload, entry, worker)
+                look = 1.0 if any(e.load or e.state == "unloading" for e in self.entries.values()) else 3600.0
+                self.changed.wait(min([look, *(self.left(e) for e, _ in held if e.idle)]))
 
     def close(self, engines: bool) -> None:
         """Ends every wait, and every child if the `engines` are to end too; idempotent; takes the condition."""
@@ -6872,23 +6871,7 @@ class ModelTable:
         self._residents = Residents(make_worker, ladder, self._settings_of, options, metrics or Metrics())
         self._changed = self._residents.changed  # guards the names too
         self._names = Names(options, {})
-        self._scanned = False  # the first scan is over, whatever came of it
-        self.taken = -math.inf  # when the scan began whose report is in the table
-
-    def start(self) -> None:
-        """Begins the first scan, and the threads that load and unload."""
-        for work in (self._first_scan, self._residents.run_loads, self._residents.run_unloads):
-            threading.Thread(target=work, name=work.__name__.strip("_"), daemon=True).start()
-
-    def _first_scan(self) -> None:
-        try:
-            self._refresh(math.inf)
-        except Exception:
-            log.exception("the scan for models failed")
-        finally:
-            with self._changed:
-                self._scanned = True
-                self._changed.notify_all()
+        self._taken = -math.inf  # when the scan began whose report is in the table
 
     def _refresh(self, age: float) -> None:
         """Takes over what a scan found that began at most `age` seconds ago; takes the condition.
@@ -6897,9 +6880,9 @@ class ModelTable:
         """
         report = self.catalog.scan(age)
         with self._changed:
-            if report.began <= self.taken:  # threads may come out of the catalog in another order
+            if report.began <= self._taken:  # threads may come out of the catalog in another order
                 return
-            self.taken, self._scanned, entries = report.began, True, self._residents.entries
+            self._taken, entries = report.began, self._residents.entries
             found = {m.id: entries.get(m.id) or Entry(m) for m in report.models}
             for model in report.models:
                 found[model.id].info = model
@@ -6927,31 +6910,30 @@ class ModelTable:
         with self._changed:
             return [e.info for e in self._residents.entries.values()]
 
-    def names(self, cancel: Cancellation | None = None) -> Names:
-        """The names of what the last scan found; waits for the first one."""
-        with self._changed:
-            while not self._scanned and not self._residents.closed:
-                (cancel or Cancellation()).check()
-                self._changed.wait(1.0)
-            return self._names
+    def names(self) -> Names:
+        """The names of what the last scan found. Whoever asks first scans; the others wait for that."""
+        if self._taken == -math.inf:
+            self._refresh(math.inf)
+        return self._names
 
-    def resolve(self, name: str, cancel: Cancellation | None = None) -> str:
+    def resolve(self, name: str) -> str:
         """The id that `name` means: id, alias, stem in any case, or unambiguous prefix. Raises ModelNotFound.
 
-        A name not known looks at the disk again first: a file may have been copied there a moment ago.
+        For a name not known the disk is scanned again: a file may have been copied there a moment before it was asked for.
         """
         if len(name) > MAX_MODEL_NAME:
             raise ModelNotFound(f"Model '{printable(name, 80)}' is not available")
-        if len(found := self.names(cancel).resolve(name)) != 1:
-            self._refresh(0.25)
+        asked = time.monotonic()
+        if len(found := self.names().resolve(name)) != 1:
+            self._refresh(time.monotonic() - asked + 0.25)
             found = self._names.resolve(name)
         if len(found) != 1:
             raise self._names.not_found(name, self.catalog)
         return found[0]
 
-    def _find(self, name: str, cancel: Cancellation | None = None) -> Entry:
+    def _find(self, name: str) -> Entry:
         """The entry of the model that a name means; all that its header tells is read now. Raises ModelNotFound."""
-        id = self.resolve(name, cancel)
+        id = self.resolve(name)
         with self._changed:
             entry = self._residents.entries.get(id)
         if entry is None:  # a scan has dropped it since
@@ -6962,9 +6944,9 @@ class ModelTable:
                 entry.info = whole
         return entry
 
-    def info(self, name: str, cancel: Cancellation | None = None) -> ModelInfo:
+    def info(self, name: str) -> ModelInfo:
         """All that the header of the model tells. Raises ModelNotFound."""
-        return self._find(name, cancel).info
+        return self._find(name).info
 
     def _settings_of(self, entry: Entry, asked: Mapping[str, Any]) -> ModelSettings:
         return self._settings.of(entry.info, entry.info.id == self._names.default, asked)
@@ -6982,7 +6964,7 @@ class ModelTable:
 
         Raises ModelNotFound, InvalidRequest if the model cannot do that.
         """
-        entry = self._find(name, cancel)
+        entry = self._find(name)
         if refusal := entry.info.refusal(use):
             raise InvalidRequest(f"model: '{entry.info.id}' is {refusal}", "model")
         return Lease(self._residents, entry, cancel, asked)
@@ -6992,7 +6974,7 @@ class ModelTable:
 
         A model that is loaded with other options than `asked` is unloaded first, once its requests are done.
         """
-        entry = self._find(name, cancel)
+        entry = self._find(name)
         with self._changed:
             entry.retry_at = 0.0
             engine = self._settings_of(entry, entry.load.asked if entry.load else entry.asked).engine
@@ -7009,7 +6991,7 @@ class ModelTable:
 
     def unload(self, name: str, force: bool, cancel: Cancellation) -> dict[str, Any]:
         """`POST …/unload`: lets running generations finish (or ends them), frees the memory; idempotent."""
-        entry = self._find(name, cancel)
+        entry = self._find(name)
         cancel.on_cancel(self._residents.wake)
         with self._changed:
             self._residents.unload(entry, force, cancel)
@@ -7054,7 +7036,8 @@ class ModelTable:
 
 
 # ── 13. Service ───────────────────────────────────────────────────────────────────────────────────────────────────────
-# The only way in for HTTP, WebSocket and command line.
+# The only way in for HTTP, WebSocket and command line: Service makes a request into jobs, and what comes of them into
+# events; ToolLoop answers where the server runs tools; METRICS are the rows of /metrics.
 
 
 class Service:
@@ -8604,7 +8587,7 @@ class OllamaRoute(Dialect):
 
     def _loads(self, service: Service, cancel: Cancellation) -> Iterator[Event]:
         if self._keep == 0:
-            yield Queued(service.table.resolve(self.request.model, cancel))
+            yield Queued(service.table.resolve(self.request.model))
         else:
             use = "embed" if isinstance(self.request, EmbedRequest) else "generate"
             yield from service.load(self.request.model, use, cancel, self.request.engine)
@@ -9538,7 +9521,7 @@ class Call:
 def answer_health(call: Call) -> dict[str, Any]:
     """The server's state; llama-server's older clients read the counts of slots."""
     workers = call.service.table.workers()
-    running, places = sum(w.counts()[0] for w in workers), sum(w.loaded.parallel for w in workers)
+    running, places = sum(w.counts()[0] for w in workers), sum(w.parallel for w in workers)
     return call.service.health() | {"slots_idle": places - running, "slots_processing": running}
 
 
@@ -9593,14 +9576,14 @@ def answer_show(call: Call) -> dict[str, Any]:
     name = first_given(parse_object(call.body), a_string, "model", "name")
     if name is None:
         raise InvalidRequest("model is required: the name of a model, or default", "model")
-    return ollama_show(call.service, call.service.table.info(name, call.cancel))
+    return ollama_show(call.service, call.service.table.info(name))
 
 
 def answer_slots(call: Call) -> list[dict[str, Any]]:
     """The places for sequences of each loaded model, and which are taken: nothing of what is written there."""
     wanted = call.query.get("model")
-    id = None if wanted is None else call.service.table.info(wanted, call.cancel).id
-    places = [(r, i) for r in call.service.table.workers() if id in (None, r.info.id) for i in range(r.loaded.parallel)]
+    id = None if wanted is None else call.service.table.info(wanted).id
+    places = [(r, i) for r in call.service.table.workers() if id in (None, r.info.id) for i in range(r.parallel)]
     slots = [
         {"id": n, "id_task": -1, "n_ctx": r.loaded.ctx, "speculative": False, "model": r.info.id,
          "is_processing": i < r.counts()[0]}
@@ -9717,7 +9700,7 @@ ROUTES = (
     *_route("POST /v1/responses", Responses, framing=NAMED_SSE),
     *_route("GET /v1/models", answer_openai_models, api="openai"),
     *_route("GET /v1/models/{}", api="openai", answer=lambda call: listed_model(
-        call.service, call.service.table.info(call.names[0], call.cancel))),
+        call.service, call.service.table.info(call.names[0]))),
     *_route("GET /api/version", lambda call: {"version": OLLAMA_VERSION}, api="ollama"),  # clients compare it
     *_route("GET /api/tags", lambda call: {"models": list(map(ollama_model, call.service.table.infos()))}, api="ollama"),
     *_route("GET /api/ps", answer_ps, api="ollama"),
@@ -9733,7 +9716,7 @@ ROUTES = (
     *_route("POST /apply-template", needs_body=True, api="llama-server", answer=lambda call: {
         "prompt": call.service.render(ChatCompletion(parse_object(call.body)).request, call.cancel)}),
     *_route("GET /props", api="llama-server", answer=lambda call: model_properties(
-        call.service, call.service.table.info(call.query.get("model", "default"), call.cancel))),
+        call.service, call.service.table.info(call.query.get("model", "default")))),
     *_route("GET /slots", answer_slots, api="llama-server"),
     *_route("GET /v1/health", lambda call: answer_health(call) | {"status": "ok"}, api="llama-server", keyless=True),
 )  # fmt: skip
@@ -10921,7 +10904,6 @@ def command_serve(args: argparse.Namespace) -> int:
         raise OSError(f"cannot listen on {address[0]}:{address[1]}: {error.strerror or error}{advice}") from None
     threading.Thread(target=server.serve_forever, args=(0.1,), name="accept", daemon=True).start()
     print(f"shimmy {__version__} is listening on {server.url}", flush=True)
-    service.table.start()
     threading.Thread(target=service.faults.kernels, name="kernels", daemon=True).start()  # before the first load asks
     if args.open:
         threading.Thread(target=open_page, args=(server.url,), name="browser", daemon=True).start()
@@ -11282,7 +11264,6 @@ def command_probe(args: argparse.Namespace) -> int:
     args.model = fetch_named(args.model)
     path = args.model if args.model and is_path(args.model) else None
     service = make_service(args, path)
-    service.table.start()
     with contextlib.closing(service):
         name = service.table.resolve("default" if path or args.model is None else args.model)
         with WaitingLine(lambda: loading_stage(service.table.status(name)) or "measuring"):
@@ -11507,7 +11488,6 @@ class OwnEngine:
         check_packages()
         path = args.model if args.model and is_path(args.model) else None
         self._service = make_service(args, path)
-        self._service.table.start()
         try:
             info = self._service.table.info("default" if path else args.model or "default")
         except ModelNotFound as error:
@@ -12031,7 +12011,7 @@ def complain(error: Exception, code: int) -> int:
 
 # ── A. The machine ────────────────────────────────────────────────────────────────────────────────────────────────────
 # Memory, cores, versions and faults of this machine, our child processes, and how sizes and foreign text are shown.
-# Offers: all but what begins with _. Uses: child_command, user_cache.
+# Offers: all but what begins with _. Uses: child_command, user_cache, _stamp (3).
 
 
 def human_count(count: int) -> str:
@@ -17096,8 +17076,10 @@ def char_but(chars: str) -> OneChar:
 
 
 # ── F. Pull ───────────────────────────────────────────────────────────────────────────────────────────────────────────
-# Fetches models: from a Hugging Face hub into its cache, where every other tool finds them, or from any address.
-# Offers: Pull, Plan, read_wanted, repository, pulled_before. Uses: hub_home, hub_caches (3), some_of (12), user_cache.
+# Fetches models: from a Hugging Face hub into its cache, where every other tool finds them, or from any address. Pull plans
+# and asks, Download resumes one file and checks it.
+# Offers: Pull, Plan, Wanted, read_wanted, repository, pulled_before. Uses: Fetching (2), hub_home, hub_caches, SHARD and
+# QUANT_IN_NAME (3), some_of (12), user_cache, and how A shows sizes.
 
 MAX_LISTING = 32 * MIB  # a repository's files as JSON; the largest have some 10,000
 PULL_CHUNK = MIB
@@ -17365,8 +17347,8 @@ def retry_after(headers: http.client.HTTPMessage) -> float | None:
         return None
 
 
-class Hub:
-    """Speaks HTTP with the hub and with whoever it sends us to. The token goes to the hub's own address only."""
+class Pull:
+    """One pull: `plan` asks what there is, `run` fetches it; both yield how far they are. Only the hub gets its token."""
 
     BUSY = (429, 500, 502, 503, 504)
 
@@ -17524,6 +17506,67 @@ class Hub:
             return difflib.get_close_matches(repo, [id for id in ids if repository(id)], n=3, cutoff=0.3)
         return []
 
+    # What is asked for
+
+    def plan(self, wanted: Wanted, folder: str) -> Generator[Fetching, None, Plan]:
+        """Raises ModelNotFound, Forbidden, PullFailed; `folder` takes what comes from an address."""
+        return (yield from self._plan_repository(wanted) if wanted.repo else self._plan_address(wanted.url, folder))
+
+    def _plan_repository(self, wanted: Wanted) -> Generator[Fetching, None, Plan]:
+        commit, files = yield from self.listing(wanted.repo)
+        offers = offers_of(files)
+        chosen = choose_offer(offers, wanted.part)
+        if chosen is None:
+            raise self._nothing_called(wanted, offers, files)
+        folder = repository_folder(wanted.repo)
+        targets = tuple((file, hub_target(folder, commit, file)) for file in chosen.files)
+        others = tuple(offered_names(o for o in offers if o is not chosen))
+        return Plan(f"{wanted.repo}:{printable(chosen.label, 60)}", targets, wanted.repo, others, commit)
+
+    @staticmethod
+    def _nothing_called(wanted: Wanted, offers: Seq[Offer], files: Seq[RemoteFile]) -> ApiError:
+        if not offers:
+            other = next((f.name for f in files if f.name.endswith((".safetensors", ".bin"))), None)
+            hint = f" (it has {printable(other)}): look for one whose name ends in -GGUF" if other else ""
+            return ModelNotFound(message=f"{wanted.repo} holds no GGUF model{hint}")
+        there = some_of(offered_names(offers), 12)
+        return ModelNotFound(message=f"{wanted.repo} has no {printable(wanted.part, 60)}; there are {there}")
+
+    def _plan_address(self, url: str, folder: str) -> Generator[Fetching, None, Plan]:
+        name = urllib.parse.unquote(urllib.parse.urlsplit(url).path).rpartition("/")[2]
+        if not name.lower().endswith(".gguf") or not is_safe_name(name):
+            raise InvalidRequest(f"'{printable(url)}' does not name a .gguf file", "model")
+        try:
+            with contextlib.closing((yield from self.get(url, {}))) as response:
+                if response.status != 200:
+                    raise (yield from self.refusal(response, ""))
+                length, etag = response.headers.get("Content-Length") or "", response.headers.get("ETag") or ""
+                start = response.read(4)
+        except (ConnectionLost, OSError, http.client.HTTPException) as error:
+            raise PullFailed(message=f"{urllib.parse.urlsplit(url).netloc} cannot be reached: {error}") from None
+        if start != b"GGUF" or not re.fullmatch(r"\d{1,15}", length):
+            raise PullFailed(message=f"what {printable(url)} gives is no GGUF file, or of unknown size")
+        file = RemoteFile(name, url, int(length), etag="" if etag.startswith("W/") else etag)
+        target = plain_target(os.path.abspath(folder), file)
+        if os.path.lexists(target.path) and not target.holds(file.size):
+            raise PullFailed(message=f"{printable(target.path, 400)} is there already, and is another file: move it away first")
+        return Plan(name, ((file, target),))
+
+    def run(self, plan: Plan) -> Generator[Fetching, None, None]:
+        """Fetches all that is not here yet. Raises as Download.run does, but PullFailed for what cannot be written."""
+        free = free_disk(plan.files[0][1].blob)
+        if free is not None and plan.left > free:
+            need = f"{human_bytes(plan.left)} are to be fetched, {human_bytes(free)} are free"
+            raise DiskFull(message=f"the disk is too small: {need}")
+        try:
+            for file, target in plan.files:
+                yield from Download(self, plan.repo, file, target).run()
+            if plan.commit:
+                write_reference(repository_folder(plan.repo), plan.commit)
+        except OSError as error:
+            where = f"{printable(str(error.filename), 400)}: " if error.filename else ""
+            raise PullFailed(message=f"the model cannot be written: {where}{error.strerror or error}") from None
+
 
 def connection_words(error: BaseException) -> str:
     """Why a connection failed, in the system's words."""
@@ -17543,7 +17586,7 @@ def is_safe_name(name: Any) -> bool:
 class Download:
     """One file on its way to the disk: resumes what is there, goes on after a cut, and checks what came."""
 
-    def __init__(self, hub: Hub, repo: str, file: RemoteFile, target: Target) -> None:
+    def __init__(self, hub: Pull, repo: str, file: RemoteFile, target: Target) -> None:
         import hashlib
 
         self._hub, self._repo, self._file, self._target = hub, repo, file, target
@@ -17677,69 +17720,6 @@ class Plan:
     def left(self) -> int:
         """Bytes still to fetch."""
         return sum(max(0, file.size - target.begun()) for file, target in self.files if not target.holds(file.size))
-
-
-class Pull(Hub):
-    """One pull: `plan` asks what there is, `run` fetches it. Both yield how far they are."""
-
-    def plan(self, wanted: Wanted, folder: str) -> Generator[Fetching, None, Plan]:
-        """Raises ModelNotFound, Forbidden, PullFailed; `folder` takes what comes from an address."""
-        return (yield from self._plan_repository(wanted) if wanted.repo else self._plan_address(wanted.url, folder))
-
-    def _plan_repository(self, wanted: Wanted) -> Generator[Fetching, None, Plan]:
-        commit, files = yield from self.listing(wanted.repo)
-        offers = offers_of(files)
-        chosen = choose_offer(offers, wanted.part)
-        if chosen is None:
-            raise self._nothing_called(wanted, offers, files)
-        folder = repository_folder(wanted.repo)
-        targets = tuple((file, hub_target(folder, commit, file)) for file in chosen.files)
-        others = tuple(offered_names(o for o in offers if o is not chosen))
-        return Plan(f"{wanted.repo}:{printable(chosen.label, 60)}", targets, wanted.repo, others, commit)
-
-    @staticmethod
-    def _nothing_called(wanted: Wanted, offers: Seq[Offer], files: Seq[RemoteFile]) -> ApiError:
-        if not offers:
-            other = next((f.name for f in files if f.name.endswith((".safetensors", ".bin"))), None)
-            hint = f" (it has {printable(other)}): look for one whose name ends in -GGUF" if other else ""
-            return ModelNotFound(message=f"{wanted.repo} holds no GGUF model{hint}")
-        there = some_of(offered_names(offers), 12)
-        return ModelNotFound(message=f"{wanted.repo} has no {printable(wanted.part, 60)}; there are {there}")
-
-    def _plan_address(self, url: str, folder: str) -> Generator[Fetching, None, Plan]:
-        name = urllib.parse.unquote(urllib.parse.urlsplit(url).path).rpartition("/")[2]
-        if not name.lower().endswith(".gguf") or not is_safe_name(name):
-            raise InvalidRequest(f"'{printable(url)}' does not name a .gguf file", "model")
-        try:
-            with contextlib.closing((yield from self.get(url, {}))) as response:
-                if response.status != 200:
-                    raise (yield from self.refusal(response, ""))
-                length, etag = response.headers.get("Content-Length") or "", response.headers.get("ETag") or ""
-                start = response.read(4)
-        except (ConnectionLost, OSError, http.client.HTTPException) as error:
-            raise PullFailed(message=f"{urllib.parse.urlsplit(url).netloc} cannot be reached: {error}") from None
-        if start != b"GGUF" or not re.fullmatch(r"\d{1,15}", length):
-            raise PullFailed(message=f"what {printable(url)} gives is no GGUF file, or of unknown size")
-        file = RemoteFile(name, url, int(length), etag="" if etag.startswith("W/") else etag)
-        target = plain_target(os.path.abspath(folder), file)
-        if os.path.lexists(target.path) and not target.holds(file.size):
-            raise PullFailed(message=f"{printable(target.path, 400)} is there already, and is another file: move it away first")
-        return Plan(name, ((file, target),))
-
-    def run(self, plan: Plan) -> Generator[Fetching, None, None]:
-        """Fetches all that is not here yet. Raises as Download.run does, but PullFailed for what cannot be written."""
-        free = free_disk(plan.files[0][1].blob)
-        if free is not None and plan.left > free:
-            need = f"{human_bytes(plan.left)} are to be fetched, {human_bytes(free)} are free"
-            raise DiskFull(message=f"the disk is too small: {need}")
-        try:
-            for file, target in plan.files:
-                yield from Download(self, plan.repo, file, target).run()
-            if plan.commit:
-                write_reference(repository_folder(plan.repo), plan.commit)
-        except OSError as error:
-            where = f"{printable(str(error.filename), 400)}: " if error.filename else ""
-            raise PullFailed(message=f"the model cannot be written: {where}{error.strerror or error}") from None
 
 
 def free_disk(path: str) -> int | None:
