@@ -17586,10 +17586,10 @@ def is_safe_name(name: Any) -> bool:
 class Download:
     """One file on its way to the disk: resumes what is there, goes on after a cut, and checks what came."""
 
-    def __init__(self, hub: Pull, repo: str, file: RemoteFile, target: Target) -> None:
+    def __init__(self, pull: Pull, repo: str, file: RemoteFile, target: Target) -> None:
         import hashlib
 
-        self._hub, self._repo, self._file, self._target = hub, repo, file, target
+        self._pull, self._repo, self._file, self._target = pull, repo, file, target
         git = len(file.digest) == 40
         self._new_hash = lambda: hashlib.sha1(b"blob %d\0" % file.size, usedforsecurity=False) if git else hashlib.sha256()
         self._have = 0  # bytes in the partial file
@@ -17602,7 +17602,7 @@ class Download:
         with open(target.lock, "a") as lock:
             while not lock_file(lock):
                 yield self._event("waiting for another pull of ")
-                self._hub.pause(0.2)
+                self._pull.pause(0.2)
             if not target.holds(size):
                 with open(target.partial, "a+b", buffering=0) as part:
                     yield from self._complete(part)
@@ -17634,7 +17634,7 @@ class Download:
                     left = f"; {human_bytes(self._have)} of {human_bytes(self._file.size)} are here, pull again to go on"
                     raise PullFailed(message=f"{printable(self._file.name)}: {lost}{left}") from None
                 yield Fetching(f"{lost}: going on in {pause:.0f} s", self._file.digest, self._have, self._file.size)
-                self._hub.pause(pause)
+                self._pull.pause(pause)
 
     def _restart(self, part: BinaryIO) -> None:
         part.truncate(0)
@@ -17656,11 +17656,11 @@ class Download:
         headers = {"Range": f"bytes={self._have}-"} if self._have else {}
         if self._have and self._file.etag:
             headers["If-Range"] = self._file.etag
-        with contextlib.closing((yield from self._hub.get(self._file.url, headers))) as response:
+        with contextlib.closing((yield from self._pull.get(self._file.url, headers))) as response:
             if response.status not in (200, 206, 416):
-                raise (yield from self._hub.refusal(response, self._repo))
+                raise (yield from self._pull.refusal(response, self._repo))
             self._check_answer(response, part)
-            while chunk := self._hub.read(response):
+            while chunk := self._pull.read(response):
                 if self._have + len(chunk) > self._file.size:
                     raise PullFailed(message=f"{printable(self._file.name)}: the server sends more than {self._file.size} bytes")
                 self._append(part, chunk)
