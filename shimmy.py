@@ -65,10 +65,11 @@ even while it is stopped. A crash in native code ends one child, and one that fa
 killed; its worker fails what ran there, and while a model loads, the Ladder loads it again with less.
 
 Threads of the main process: one a connection, which blocks (HTTP); `accept`; `watcher`, which notices clients that leave;
-`websocket`, which runs asyncio from the first upgrade on; `run_loads` and `run_unloads`, one model after another;
-`first_scan` at the start; and for each worker one that reads, one that writes and one that watches. Threads of a child:
-one receives, one beats, one tokenizes, one reads grammars that take long (Intake); the main thread alone decodes: Engine
-takes the step that Scheduler plans, in cells that Cache gives out, and reads long prompts aside (PromptReader).
+`websocket`, which runs asyncio from the first upgrade on; `manage`, which begins loads and unloads, each in a thread of its
+own (Residents); `names`, which scans first; and for each worker one that reads, one that writes and one that watches.
+Threads of a child: one receives, one beats, one tokenizes, one reads grammars that take long (Intake); the main thread
+alone decodes: Engine takes the step that Scheduler plans, in cells that Cache gives out, and reads long prompts aside
+(PromptReader).
 """
 from __future__ import annotations
 
@@ -203,6 +204,7 @@ import socketserver
 import stat
 import struct
 import threading
+import types
 import urllib.parse
 import zlib
 from collections import Counter, defaultdict, deque
@@ -2485,7 +2487,8 @@ RESHAPES = (
 
 
 # ── 5. Tools ──────────────────────────────────────────────────────────────────────────────────────────────────────────
-# A Python function with type hints and a docstring is a tool; three are built in, and two of those start closed.
+# A Python function with type hints and a docstring is a tool: Tools checks a call and runs it in a thread, for a time.
+# Built in are calculator, file_read and http_get; the last two start closed. Their rounds in a chat: ToolLoop (13).
 
 
 class ToolError(Exception):
@@ -2639,14 +2642,13 @@ class ToolCall(threading.Thread):
 
     def run(self) -> None:
         """Calls the function, which is somebody's: it may return and raise anything, SystemExit too."""
+        result, failure = None, None
         try:
             result = self._tool.function(**self._arguments)
             json.dumps(result, allow_nan=False)
-            self._outcome.put((result, None))
-        except Exception as error:
-            self._outcome.put((None, error))
         except BaseException as error:
-            self._outcome.put((None, ToolError(f"{type(error).__name__}: {error}")))
+            failure = error if isinstance(error, Exception) else ToolError(f"{type(error).__name__}: {error}")
+        self._outcome.put((result, failure))
 
 
 def load_tools(path: str) -> None:
@@ -2938,7 +2940,8 @@ def is_global(address: str) -> bool:
 
 
 # ── 6. Messages ───────────────────────────────────────────────────────────────────────────────────────────────────────
-# What crosses the pipe between the server and an engine, and the pipe.
+# What crosses the pipe between the server and an engine: how a model is loaded (EngineOptions, Rung), jobs, and what comes
+# of them; and the Pipe, which believes nothing that a child sends.
 
 
 # Messages: parent to child
@@ -3140,7 +3143,6 @@ class Loaded:
 
     ctx: int
     pool: int
-    parallel: int
     chat: ChatFacts
     notes: tuple[str, ...]
     pool_bytes: int = 0  # memory that the pool's KV cache takes when it is full
@@ -3274,7 +3276,7 @@ def from_json_form(found: dict[str, Any]) -> Any:
     if "type" not in found:
         return found
     kind = list(sendable())[found["type"]]
-    values = [tupled(value) if isinstance(value, list) else value for value in found["fields"]]
+    values = tupled(found["fields"])
     if not all(map(isinstance, values, wanted_kinds(kind))):
         raise TypeError(f"a {kind.__name__} holds what it cannot")
     return kind(*values)
@@ -3925,7 +3927,7 @@ class Llama:
         ends = tuple(self.vocab.name(t).decode("utf-8", "replace") for t in sorted(self.vocab.eog))
         chat = ChatFacts(templates, bos, bool(c.llama_vocab_get_add_bos(vocab)), eos, self.vocab.specials, ends,
                          self.vocab.gap_names())  # fmt: skip
-        return Loaded(self.ctx, self.pool, options.parallel, chat, tuple(self.notes), int(self.pool * self.kv_bytes),
+        return Loaded(self.ctx, self.pool, chat, tuple(self.notes), int(self.pool * self.kv_bytes),
                       self.plan.memory_need, self.placed, not self.on_cpu, self.eyes is not None)  # fmt: skip
 
     def _adapter(self, file: str) -> Any:
@@ -6520,7 +6522,8 @@ def start_or_die(work: Callable[[], None], stack: int = 0) -> None:
 
 
 # ── 11. Worker ────────────────────────────────────────────────────────────────────────────────────────────────────────
-# The parent's side of a child: starts it, carries messages, notices its death.
+# The parent's side of a child: Worker starts it, queues jobs, carries messages, notices hangs and its death; Generation is
+# one request's part of that, bounded where a client reads slowly. Meter counts it; Ladder loads again what crashed.
 
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
@@ -6531,7 +6534,8 @@ class Histogram:
     """Values counted by the smallest bound that holds them. Whoever adds holds its owner's lock; anybody may read."""
 
     def __init__(self, bounds: tuple[float, ...] = SECONDS) -> None:
-        self.bounds, self.counts, self.sum = bounds, [0] * (len(bounds) + 1), 0.0
+        self.bounds, self.counts = bounds, [0] * (len(bounds) + 1)
+        self.sum: float = 0
 
     def add(self, value: float) -> None:
         self.counts[bisect.bisect_left(self.bounds, value)] += 1
@@ -6559,8 +6563,7 @@ class Meter:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self.prompt_tokens = self.computed_tokens = self.cached_tokens = self.sought_tokens = self.generated_tokens = 0
-        self.prompt_seconds = self.decode_seconds = 0.0
+        self.computed_tokens = self.cached_tokens = self.sought_tokens = self.generated_tokens = 0
         self.loads = self.load_failures = self.deaths = 0
         self.ends = dict.fromkeys(self.ENDS.values(), 0)
         self.first_token, self.gap, self.per_token, self.queue = Histogram(), Histogram(), Histogram(), Histogram()
@@ -6586,13 +6589,10 @@ class Meter:
         with self._lock:
             self._recent.append((now, end))
             self.ends[self.ENDS[end.finish_reason]] += 1
-            self.prompt_tokens += end.prompt_tokens
             self.computed_tokens += end.prompt_tokens - end.cached_tokens
             self.cached_tokens += end.cached_tokens
             self.sought_tokens += end.prompt_tokens * job.generates
             self.generated_tokens += end.completion_tokens - job.tokens
-            self.prompt_seconds += end.prompt_seconds
-            self.decode_seconds += end.decode_seconds
             self.prompt_sizes.add(end.prompt_tokens)
             self.whole.add(now - job.began)
             self.inference.add(computing)
@@ -6655,7 +6655,7 @@ class Generation:
         self._given = self.taken = 0  # bytes of pieces, by the worker's reading thread and by the one that iterates
 
     def give(self, message: Any) -> None:
-        """Hands on a message; called by the worker's reading thread alone. A client too far behind is given up."""
+        """Hands on a message, pieces from the worker's reading thread alone. A client too far behind is given up."""
         self.inbox.put(message)
         if isinstance(message, Piece) and self._given - self.taken <= MAX_UNREAD:
             self._given += message.size
@@ -6725,6 +6725,7 @@ class Worker:
     SILENCE = 30  # seconds without any message: the child's heartbeat needs no more than its turn and the interpreter
     STARTING = 180  # the same while libraries are loaded, which may hold the interpreter; GPU builds have gigabytes of them
     _ids = itertools.count(1)
+    progress = 0.0  # how much of the weights is loaded, 0 to 1
 
     def __init__(self, info: ModelInfo, setup: Setup, max_queue: int, died: Callable[[Worker, str], None],
                  report: Callable[[str], None], meter: Meter | None = None) -> None:  # fmt: skip
@@ -6732,27 +6733,30 @@ class Worker:
         self.info, self.setup, self.max_queue, self._died, self._report = info, setup, max_queue, died, report
         self._meter = meter or Meter()
         self._lock = threading.Lock()
-        # by id, until the child says how a job ended, wanted or not; the meter does not count those of the tokenizer alone
+        # by id, until it is known how a job ended, wanted or not; the meter does not count those of the tokenizer alone
         self._jobs: dict[int, tuple[Generation, Timing | None]] = {}
         self._outbox: queue.SimpleQueue[Any] = queue.SimpleQueue()  # what the writing thread sends; None: no more
-        self._loading: queue.SimpleQueue[Progress | Loaded | LoadFailed] = queue.SimpleQueue()
-        self._heard, self._patience = False, self.STARTING  # since the last tick; and how long its silence is borne
+        self._outcome: queue.SimpleQueue[Loaded | LoadFailed] = queue.SimpleQueue()  # of the load
+        self._silent, self._patience = 0, self.STARTING  # ticks since its last message; and how many seconds are borne
         self._ended = threading.Event()
         self._why = ""  # why the child was given up
         self.cause = ""  # why the child ended by itself, as LoadFailed has it
         self._running = self.cells = 0
+        self.parallel = setup.options.parallel
         self._serving = self._stopping = False
-        self.alive = True
         self.chat: Chat | None = None  # the service's
 
-    def start(self, progress: Callable[[float], None]) -> Worker:
+    @property
+    def alive(self) -> bool:
+        return not (self._stopping or self._ended.is_set())
+
+    def start(self) -> Worker:
         """Starts the child and waits until the model is loaded. Raises LoadFailure if it is not, also after `stop`."""
         began, id = time.perf_counter(), printable(self.info.id)
         self._report(f"loading {id} ({human_bytes(self.info.size_bytes)})")
         self._start_child()
         self._outbox.put(Load(replace(self.info, path=os.path.abspath(self.info.path)), self.setup))
-        while isinstance(message := self._loading.get(), Progress):
-            progress(message.fraction)
+        message = self._outcome.get()
         if isinstance(message, LoadFailed):
             self.stop()
             raise LoadFailure(f"Model '{self.info.id}': {message.reason}", cause=message.cause)
@@ -6790,10 +6794,10 @@ class Worker:
         with self._lock:
             if not self.alive:
                 raise GenerationFailed("The model's engine process ended")
-            if len(ids) > self.loaded.parallel + self.max_queue:
-                most = self.loaded.parallel + self.max_queue
+            if len(ids) > self.parallel + self.max_queue:
+                most = self.parallel + self.max_queue
                 raise InvalidRequest(f"n: {len(ids)} texts are more than the {most} that --max-queue leaves room for", "n")
-            waiting = len(self._jobs) - self.loaded.parallel
+            waiting = len(self._jobs) - self.parallel
             if waiting + len(ids) > self.max_queue:
                 raise Overloaded(f"{max(waiting, 0)} requests wait already (--max-queue {self.max_queue})")
             for id, job in zip(ids, jobs, strict=True):
@@ -6819,7 +6823,7 @@ class Worker:
         try:
             while True:
                 message = self._pipe.receive()
-                self._heard = True
+                self._silent = 0
                 if not isinstance(message, Alive):
                     self._patience = self.SILENCE
                 elif message.stuck:
@@ -6828,10 +6832,12 @@ class Worker:
                     self._running, self.cells = message.running, message.cells
                     for event in message.events:
                         self._take(event)
-                elif isinstance(message, (Progress, Loaded, LoadFailed)) and not self._serving:
-                    self._loading.put(message)
                 elif isinstance(message, Accepted):
                     self._take(message)
+                elif isinstance(message, Progress):
+                    self.progress = min(1.0, max(0.0, message.fraction))  # it might send NaN
+                elif isinstance(message, (Loaded, LoadFailed)) and not self._serving:
+                    self._outcome.put(message)
         except (EOFError, OSError):
             pass
         except Exception:  # a thread's border: a child that cannot be understood is no use
@@ -6841,11 +6847,10 @@ class Worker:
         self._end()
 
     def _take(self, event: Any) -> None:
-        """Tells the meter what the child says of a job, whether or not anybody still waits for it, and hands it on."""
-        generation, timing = self._jobs.get(event.id, (None, None))
-        if isinstance(event, (Finished, Failed)):
-            with self._lock:
-                self._jobs.pop(event.id, None)
+        """Tells the meter what became of a job, whether or not anybody still waits for it, and hands it on."""
+        with self._lock:
+            ends = isinstance(event, (Finished, Failed))
+            generation, timing = (self._jobs.pop if ends else self._jobs.get)(event.id, (None, None))
         if timing and isinstance(event, Piece):
             self._meter.piece(timing, event.tokens)
         elif timing and isinstance(event, Finished):
@@ -6861,10 +6866,9 @@ class Worker:
         It counts ticks of a second, not the time of a clock: a machine that slept, or a server that was stopped and
         continued, finds its children alive.
         """
-        silent = 0
         while not self._ended.wait(BEAT_SECONDS):
-            silent, self._heard = 0 if self._heard else silent + 1, False
-            if silent * BEAT_SECONDS > self._patience:
+            self._silent += 1
+            if self._silent * BEAT_SECONDS > self._patience:
                 self._give_up(f"it said nothing for {self._patience} s")
         self._outbox.put(None)
 
@@ -6886,27 +6890,22 @@ class Worker:
         with self._lock:
             if self._ended.is_set():
                 return
-            self.alive, self._running, self.cells = False, 0, 0
+            self._running = self.cells = 0
             self.cause = "" if self._stopping else cause
             self._ended.set()
         if self._serving and not self._stopping:  # of a load the ladder tells
             log.error("%s: %s", self.info.id, reason)
-        self._loading.put(LoadFailed("it was unloaded while it loaded" if self._stopping else reason, self.cause))
-        self.fail_all(GenerationFailed(f"Model '{self.info.id}': {reason}"))
-        with self._lock:
-            jobs, self._jobs = self._jobs, {}
-        for _, timing in jobs.values():
-            if timing:
-                self._meter.failed(timing)
+        self._outcome.put(LoadFailed("it was unloaded while it loaded" if self._stopping else reason, self.cause))
+        self.fail_all(f"Model '{self.info.id}': {reason}")
         if self._serving:
             self._died(self, reason)
 
-    def fail_all(self, error: ApiError) -> None:
-        """Ends every generation with an error of its own: one that many threads raise would collect their tracebacks."""
+    def fail_all(self, details: str, kind: type[ApiError] = GenerationFailed) -> None:
+        """Ends every job with an error."""
         with self._lock:
-            generations = {generation for generation, _ in self._jobs.values()}
-        for generation in generations:
-            generation.inbox.put(type(error)(error.details, error.message, error.param))
+            ids = list(self._jobs)
+        for id in ids:
+            self._take(Failed(id, kind.code, details))
 
     def counts(self) -> tuple[int, int]:
         """Jobs that run, and jobs that wait."""
@@ -6921,7 +6920,7 @@ class Worker:
         options = {k: v for k, v in vars(self.setup.options).items() if v != getattr(usual, k)}
         options |= {"chat_template": "given"} if "chat_template" in options else {}
         return {
-            "context_length": loaded.ctx, "kv_pool": loaded.pool, "parallel": loaded.parallel, "options": options,
+            "context_length": loaded.ctx, "kv_pool": loaded.pool, "parallel": self.parallel, "options": options,
             "devices": loaded.devices, "fallback": self.setup.rung.words(),
         }  # fmt: skip
 
@@ -6938,9 +6937,8 @@ class Worker:
         Waits some ten seconds at most.
         """
         with self._lock:
-            self._stopping, self.alive = True, False
-            started = hasattr(self, "process")
-        if started:
+            self._stopping = True
+        if hasattr(self, "process"):
             self._pipe.close()
             if not self._ended.wait(3.0):
                 self._give_up("it was to be unloaded")
@@ -7000,8 +6998,7 @@ class Ladder:
         return rung if rung.plain else replace(rung, without=tuple(broken))
 
     def _known(self, model: ModelInfo) -> Rung:
-        known = self.faults.read().get("rungs")
-        said: Any = known.get(self._kind(model)) if isinstance(known, dict) else None
+        said: Any = self.faults.read().get("rungs", {}).get(self._kind(model))
         try:
             rung = Rung(plain=bool(said["plain"]), cpu=bool(said["cpu"]), gpu_share=float(said["gpu_share"]))
         except (KeyError, TypeError, ValueError):
@@ -7045,7 +7042,8 @@ class Ladder:
 
 
 # ── 12. Models in memory ──────────────────────────────────────────────────────────────────────────────────────────────
-# The life of each model: loading, loaded, unloading; what the names in requests mean; and the table of both.
+# Settings of each model; Residents loads, evicts, unloads (keep-alive too), and Lease waits for that; Names says what a
+# name in a request means; ModelTable is all of it by name.
 
 MakeWorker = Callable[[ModelInfo, Setup, Callable[[Worker, str], None]], Worker]  # not started yet; calls back when it dies
 
@@ -7125,10 +7123,10 @@ class Entry:
 
     info: ModelInfo
     state: str = "unloaded"  # unloaded, loading, loaded, unloading, failed; changed by Residents.move alone
-    progress: float = 0.0
     error: str | None = None
     worker: Worker | None = None  # while loaded and unloading
     starting: Worker | None = None  # while loading
+    ends: bool = False  # its requests are done, and the worker is being stopped
     load: PendingLoad | None = None
     asked: Mapping[str, Any] = field(default_factory=dict)  # fields of EngineOptions that requests gave for its last load
     crowded: str = ""  # why it did not fit beside the other models, until one of them is gone
@@ -7153,9 +7151,10 @@ class Entry:
     def status(self) -> dict[str, Any]:
         """The document of the status, load and unload routes, but for its memory: asking for that takes too long here."""
         running, waiting = self.worker.counts() if self.worker else (0, 0)
+        progress = 1.0 if self.worker else self.starting.progress if self.starting else 0.0
         return {
             "model": self.info.id, "status": self.state, "loaded": self.state == "loaded",
-            "progress": round(self.progress, 3), "memory_bytes": 0,
+            "progress": round(progress, 3), "memory_bytes": 0,
             "requests_running": running, "requests_waiting": waiting + self.waiting,
             "last_used": self.last_used and round(self.last_used, 3), "error": self.error,
         } | (self.worker.settings() if self.worker else {})  # fmt: skip
@@ -7175,9 +7174,9 @@ class TableOptions:
 class Residents:
     """The models in memory: loads, evicts and unloads them.
 
-    unloaded → loading → loaded → unloading → unloaded, or failed. One condition, `changed`, guards all entries. One
-    thread loads, a model at a time, another ends engines, so that no wait holds it. Methods are called with it held,
-    unless they say that they take it.
+    unloaded → loading → loaded → unloading → unloaded, or failed. One condition, `changed`, guards all entries. One thread
+    begins loads, one at a time, and unloads, each in a thread of its own, so that no wait holds the condition. Methods are
+    called with it held, unless they say that they take it.
     """
 
     FIRST_PAUSE, LONGEST_PAUSE = 5.0, 600.0  # seconds after a load that failed on every rung; twice as many each time
@@ -7187,7 +7186,7 @@ class Residents:
         """`settings` is asked with the condition held."""
         self.changed = threading.Condition()
         self.entries: dict[str, Entry] = {}  # by id
-        self.closed = False
+        self.closed = self._started = False
         self._make_worker, self._ladder, self._settings = make_worker, ladder, settings
         self._options, self._metrics = options, metrics
 
@@ -7195,7 +7194,6 @@ class Residents:
         """Takes an entry to a state with all that belongs to it, and wakes whoever waits."""
         self._metrics.meter(entry.info.id).moved(entry.state, state)
         entry.state, entry.worker, entry.starting, entry.error = state, worker, None, error
-        entry.progress = 1.0 if state in ("loaded", "unloading") else 0.0
         if not entry.in_memory:
             entry.departures += 1
             for other in self.entries.values():
@@ -7228,23 +7226,29 @@ class Residents:
                 raise GenerationFailed(f"{entry.error} (it is tried again in {pause:.0f} s, or by a request to load it)")
             if entry.state == "failed":
                 self.move(entry, "unloaded")
-            entry.load = load
+            self._started, entry.load = self._started or self._begin(self.manage), load
             self._schedule()
             self.changed.notify_all()
         return load
 
-    def _schedule(self) -> Entry | None:
-        """The model that loads now: one that does, else that which is wanted longest of those for which there is room."""
-        wanted = [(e.load, e) for e in self.entries.values() if e.load]
-        for load, entry in sorted(wanted, key=lambda each: (each[1].state != "loading", each[0].due)):
-            if entry.state == "loading":
-                return entry
+    def _schedule(self) -> None:
+        """Unless a model loads, begins the load that is wanted longest of those for which there is room."""
+        wanted = [] if any(e.state == "loading" for e in self.entries.values()) else self.entries.values()
+        for load, entry in sorted(((e.load, e) for e in wanted if e.load), key=lambda each: each[0].due):
             if not entry.waiting and not load.background:  # whoever wanted it has left
                 entry.load = None
-            elif self._has_room(entry, load):
+            elif self._has_room(entry, load) and self._begin(self._load, entry, load):
                 self.move(entry, "loading")
-                return entry
-        return None
+                break
+
+    @staticmethod
+    def _begin(work: Callable[..., None], *arguments: Any) -> bool:
+        """Begins work in a thread of its own; False if there is none to be had now."""
+        try:
+            threading.Thread(target=work, name=work.__name__.strip("_"), args=arguments, daemon=True).start()
+        except RuntimeError:
+            return False
+        return True
 
     def _has_room(self, entry: Entry, load: PendingLoad) -> bool:
         """True if a load may start; otherwise unloads the least recently used idle model, or says why it cannot begin.
@@ -7272,34 +7276,25 @@ class Residents:
                 self._end_load(entry, load.refusal)
         return False
 
-    def run_loads(self) -> None:
-        """The loading thread; takes the condition."""
-        while not self.closed:
-            with self.changed:
-                entry = self._schedule()
-                if not entry and not self.closed:
-                    self.changed.wait(1.0 if any(e.load for e in self.entries.values()) else None)
-            if entry and entry.load:
-                self._load(entry, entry.load)
-
     def _load(self, entry: Entry, load: PendingLoad) -> None:
-        """Loads a model; takes the condition to say how that ended."""
+        """A load's thread; takes the condition to say how it ended."""
         worker: Worker | None = None
         error: ApiError | None = None
         asked, others = dict(load.asked), list[Worker]()
         try:
             with self.changed:
-                settings = self._settings(entry, asked)
+                engine = self._settings(entry, asked).engine
                 others = [e.worker for e in self.entries.values() if e.worker]
                 idle = any(e.idle for e in self.entries.values())
-            setup = Setup(settings.engine, reserved=sum(other.reserved_bytes() for other in others), others_idle=idle)
-            info = entry.info.fitted(settings.engine.mmproj)
+            setup = Setup(engine, reserved=sum(other.reserved_bytes() for other in others), others_idle=idle)
+            info = entry.info.fitted(engine.mmproj)
             worker = self._ladder.load(info, setup, functools.partial(self._start, entry, info), bool(asked))
         except ApiError as failure:
             error = failure
         except Exception as failure:
             log.exception("loading %s failed", entry.info.id)
-            error = GenerationFailed(f"{type(failure).__name__}: {failure}", "The model could not be loaded")
+            error = LoadFailure(f"{type(failure).__name__}: {failure}")
+        cause = getattr(error, "cause", "")
         with self.changed:
             if worker:
                 entry.asked, entry.failures, entry.retry_at, entry.idle_since = asked, 0, 0.0, time.monotonic()
@@ -7308,12 +7303,12 @@ class Residents:
                     self.move(entry, "failed", error="the engine process ended right after the load")
                 if load.asked == asked:  # else it was asked for with other options meanwhile
                     self._end_load(entry)
-            elif error and getattr(error, "cause", "") == "room" and others:
+            elif error and cause == "room" and others:
                 self.move(entry, "unloaded")
                 entry.crowded = error.details
             elif error:  # what every rung failed at is not tried again and again
                 self._ladder.report(f"{printable(entry.info.id)} could not be loaded: {printable(error.details)}")
-                if getattr(error, "cause", "") and asked == entry.asked:  # what one client wished for keeps no other from it
+                if cause and asked == entry.asked:  # what one client wished for keeps no other from it
                     pause = self.FIRST_PAUSE * 2 ** min(entry.failures, 10)
                     entry.retry_at, entry.failures = time.monotonic() + min(self.LONGEST_PAUSE, pause), entry.failures + 1
                 self._end_load(entry, error)
@@ -7325,7 +7320,7 @@ class Residents:
             if self.closed:
                 raise Overloaded("The server is shutting down")
             entry.starting = starting
-        return starting.start(lambda fraction: setattr(entry, "progress", fraction))
+        return starting.start()
 
     def _end_load(self, entry: Entry, error: ApiError | None = None) -> None:
         """Tells everybody who waits for a load how it ended."""
@@ -7351,17 +7346,12 @@ class Residents:
         entry.idle_since, entry.last_used = time.monotonic(), time.time()
         self.changed.notify_all()
 
-    def keep_alive(self, entry: Entry) -> float:
-        """How many seconds the model stays when nobody uses it; below zero: for ever."""
-        if entry.keep_alive is not None:
-            return entry.keep_alive
-        own = self._settings(entry, {}).keep_alive
-        return self._options.keep_alive if own is None else own
-
-    def expires(self, entry: Entry) -> float:
-        """When an idle model has stayed for as long as it may, monotonic; infinite for one that may stay."""
-        keep = self.keep_alive(entry) if entry.idle else -1
-        return entry.idle_since + keep if keep >= 0 else math.inf
+    def left(self, entry: Entry) -> float:
+        """Seconds until the model goes if nobody comes; infinite for one that stays."""
+        wished = (entry.keep_alive, self._settings(entry, {}).keep_alive, self._options.keep_alive)
+        keep = next(seconds for seconds in wished if seconds is not None)
+        passed = time.monotonic() - entry.idle_since if entry.idle else 0.0
+        return max(0.0, keep - passed) if keep >= 0 else math.inf
 
     def unload(self, entry: Entry, force: bool, cancel: Cancellation) -> None:
         """Waits until the model is out of memory; force ends what runs, otherwise it may finish."""
@@ -7373,9 +7363,9 @@ class Residents:
             if entry.state == "loaded":
                 self.move(entry, "unloading", entry.worker)
             if force and entry.worker:
-                entry.worker.fail_all(GenerationFailed("The model was unloaded (force)", "Text generation was ended"))
+                entry.worker.fail_all("The model was unloaded (force)")
             if force and entry.starting:
-                threading.Thread(target=entry.starting.stop, name=f"stop {entry.info.id}", daemon=True).start()
+                self._begin(entry.starting.stop)
                 entry.starting = None
             self.changed.wait(1.0)
         if entry.state == "failed":
@@ -7383,29 +7373,26 @@ class Residents:
         if entry.state == "unloaded":
             entry.asked = {}
 
-    def run_unloads(self) -> None:
-        """The thread that ends engines; takes the condition."""
-        while not self.closed:
-            with self.changed:
-                held = [e for e in self.entries.values() if e.worker]
-                entry = self._leaving(held)
-                if not entry and not self.closed:
-                    left = min(map(self.expires, held), default=math.inf) - time.monotonic()
-                    self.changed.wait(max(0.0, min(3600.0, left)) if left < math.inf else None)  # no system waits for years
-            if entry and entry.worker:
-                entry.worker.stop()
-                with self.changed:
-                    entry.keep_alive = None
-                    self.move(entry, "unloaded")
+    def _unload(self, entry: Entry, worker: Worker) -> None:
+        """An unload's thread; takes the condition to say that it is over."""
+        worker.stop()
+        with self.changed:
+            entry.keep_alive, entry.ends = None, False
+            self.move(entry, "unloaded")
 
-    def _leaving(self, held: Iterable[Entry]) -> Entry | None:
-        """A model that is to go and whose requests are done, or that is idle for too long."""
-        for entry in held:
-            if self.expires(entry) <= time.monotonic():
-                self.move(entry, "unloading", entry.worker)
-            if entry.state == "unloading" and not (entry.leases and entry.worker and entry.worker.alive):
-                return entry
-        return None
+    def manage(self) -> None:
+        """The managing thread: begins loads, and unloads what is to go or idle for too long; takes the condition."""
+        with self.changed:
+            while not self.closed:
+                self._schedule()
+                held = [(e, e.worker) for e in self.entries.values() if e.worker]
+                for entry, worker in held:
+                    if entry.idle and not self.left(entry):
+                        self.move(entry, "unloading", worker)
+                    if entry.state == "unloading" and not entry.ends and not (entry.leases and worker.alive):
+                        entry.ends = self._begin(self._unload, entry, worker)
+                look = 1.0 if any(e.load or e.state == "unloading" for e in self.entries.values()) else 3600.0
+                self.changed.wait(min([look, *(self.left(e) for e, _ in held if e.idle)]))
 
     def close(self, engines: bool) -> None:
         """Ends every wait, and every child if the `engines` are to end too; idempotent; takes the condition."""
@@ -7568,23 +7555,7 @@ class ModelTable:
         self._residents = Residents(make_worker, ladder, self._settings_of, options, metrics or Metrics())
         self._changed = self._residents.changed  # guards the names too
         self._names = Names(options, {})
-        self._scanned = False  # the first scan is over, whatever came of it
-        self.taken = -math.inf  # when the scan began whose report is in the table
-
-    def start(self) -> None:
-        """Begins the first scan, and the threads that load and unload."""
-        for work in (self._first_scan, self._residents.run_loads, self._residents.run_unloads):
-            threading.Thread(target=work, name=work.__name__.strip("_"), daemon=True).start()
-
-    def _first_scan(self) -> None:
-        try:
-            self._refresh(math.inf)
-        except Exception:
-            log.exception("the scan for models failed")
-        finally:
-            with self._changed:
-                self._scanned = True
-                self._changed.notify_all()
+        self._taken = -math.inf  # when the scan began whose report is in the table
 
     def _refresh(self, age: float) -> None:
         """Takes over what a scan found that began at most `age` seconds ago; takes the condition.
@@ -7593,9 +7564,9 @@ class ModelTable:
         """
         report = self.catalog.scan(age)
         with self._changed:
-            if report.began <= self.taken:  # threads may come out of the catalog in another order
+            if report.began <= self._taken:  # threads may come out of the catalog in another order
                 return
-            self.taken, self._scanned, entries = report.began, True, self._residents.entries
+            self._taken, entries = report.began, self._residents.entries
             found = {m.id: entries.get(m.id) or Entry(m) for m in report.models}
             for model in report.models:
                 found[model.id].info = model
@@ -7623,48 +7594,43 @@ class ModelTable:
         with self._changed:
             return [self._fitted(e) for e in self._residents.entries.values()]
 
-    def names(self, cancel: Cancellation | None = None) -> Names:
-        """The names of what the last scan found; waits for the first one."""
-        with self._changed:
-            while not self._scanned and not self._residents.closed:
-                (cancel or Cancellation()).check()
-                self._changed.wait(1.0)
-            return self._names
+    def names(self) -> Names:
+        """The names of what the last scan found. Whoever asks first scans; the others wait for that."""
+        if self._taken == -math.inf:
+            self._refresh(math.inf)
+        return self._names
 
-    def resolve(self, name: str, cancel: Cancellation | None = None) -> str:
+    def resolve(self, name: str) -> str:
         """The id that `name` means: id, alias, stem in any case, or unambiguous prefix. Raises ModelNotFound.
 
-        A name not known looks at the disk again first: a file may have been copied there a moment ago.
+        For a name not known the disk is scanned again: a file may have been copied there a moment before it was asked for.
         """
         if len(name) > MAX_MODEL_NAME:
             raise ModelNotFound(f"Model '{printable(name, 80)}' is not available")
-        if len(found := self.names(cancel).resolve(name)) != 1:
-            self._refresh(0.25)
+        asked = time.monotonic()
+        if len(found := self.names().resolve(name)) != 1:
+            self._refresh(time.monotonic() - asked + 0.25)
             found = self._names.resolve(name)
         if len(found) != 1:
             raise self._names.not_found(name, self.catalog)
         return found[0]
 
-    def _find(self, name: str, cancel: Cancellation | None = None) -> Entry:
+    def _find(self, name: str) -> Entry:
         """The entry of the model that a name means; all that its header tells is read now. Raises ModelNotFound."""
-        id = self.resolve(name, cancel)
+        id = self.resolve(name)
         with self._changed:
-            entry = self._entry(id)
+            entry = self._residents.entries.get(id)
+        if entry is None:  # a scan has dropped it since
+            raise self._names.not_found(id, self.catalog)
         if entry.info.chat_template is None:
             whole = self.catalog.whole(entry.info)  # not under the condition: a large vocabulary takes 0.1 s
             with self._changed:
                 entry.info = whole
         return entry
 
-    def _entry(self, id: str) -> Entry:
-        """The entry, under the condition; a scan may have dropped it since the name was resolved."""
-        if id not in self._residents.entries:
-            raise self._names.not_found(id, self.catalog)
-        return self._residents.entries[id]
-
-    def info(self, name: str, cancel: Cancellation | None = None) -> ModelInfo:
+    def info(self, name: str) -> ModelInfo:
         """All that the header of the model tells. Raises ModelNotFound."""
-        entry = self._find(name, cancel)
+        entry = self._find(name)
         with self._changed:
             return self._fitted(entry)
 
@@ -7679,8 +7645,8 @@ class ModelTable:
 
     def settings(self, id: str) -> ModelSettings:
         """The settings that the model is loaded with, or will be."""
+        entry = self._find(id)
         with self._changed:
-            entry = self._entry(id)
             return self._settings_of(entry, entry.asked)
 
     # Life
@@ -7690,7 +7656,7 @@ class ModelTable:
 
         Raises ModelNotFound, InvalidRequest if the model cannot do that.
         """
-        entry = self._find(name, cancel)
+        entry = self._find(name)
         if refusal := entry.info.refusal(use):
             raise InvalidRequest(f"model: '{entry.info.id}' is {refusal}", "model")
         return Lease(self._residents, entry, cancel, asked)
@@ -7700,7 +7666,7 @@ class ModelTable:
 
         A model that is loaded with other options than `asked` is unloaded first, once its requests are done.
         """
-        entry = self._find(name, cancel)
+        entry = self._find(name)
         with self._changed:
             entry.retry_at = 0.0
             engine = self._settings_of(entry, entry.load.asked if entry.load else entry.asked).engine
@@ -7717,7 +7683,7 @@ class ModelTable:
 
     def unload(self, name: str, force: bool, cancel: Cancellation) -> dict[str, Any]:
         """`POST …/unload`: lets running generations finish (or ends them), frees the memory; idempotent."""
-        entry = self._find(name, cancel)
+        entry = self._find(name)
         cancel.on_cancel(self._residents.wake)
         with self._changed:
             self._residents.unload(entry, force, cancel)
@@ -7738,12 +7704,11 @@ class ModelTable:
         with self._changed:
             return [e.status() for e in self._residents.entries.values() if e.in_memory or e.waiting]
 
-    def left(self, id: str) -> float | None:
-        """Seconds until a loaded model is unloaded if nobody comes; None: it stays."""
+    def left(self, id: str) -> float:
+        """Seconds until a loaded model is unloaded if nobody comes; infinite: it stays."""
         with self._changed:
-            entry, now = self._residents.entries.get(id), time.monotonic()
-            keep = self._residents.keep_alive(entry) if entry else -1
-            return max(0.0, keep + (entry.idle_since - now if entry.idle else 0.0)) if entry and keep >= 0 else None
+            entry = self._residents.entries.get(id)
+            return self._residents.left(entry) if entry else math.inf
 
     def keep(self, id: str, seconds: float) -> None:
         """How long this model stays when nobody uses it, until it is unloaded; 0: it goes as soon as it is idle."""
@@ -7763,7 +7728,8 @@ class ModelTable:
 
 
 # ── 13. Service ───────────────────────────────────────────────────────────────────────────────────────────────────────
-# The only way in for HTTP, WebSocket and command line.
+# The only way in for HTTP, WebSocket and command line: Service makes a request into jobs, and what comes of them into
+# events; ToolLoop answers where the server runs tools; METRICS are the rows of /metrics.
 
 
 class Looker:
@@ -8019,22 +7985,22 @@ class Scrape:
         self.service, self.metrics = service, service.metrics
         statuses = {s["model"]: s for s in service.table.statuses()}
         workers = {w.info.id: w for w in service.table.workers()}
-        self.models: dict[str, dict[str, Any]] = {}  # by id, each number and histogram by its name
+        self.models: dict[str, types.SimpleNamespace] = {}  # by id, its numbers and histograms
         for id, meter in sorted(self.metrics.meters.items()):
             status, worker = statuses.get(id, {}), workers.get(id)
             cells, pool = (worker.cells, worker.loaded.pool) if worker else (0, 0)
-            self.models[id] = vars(meter) | {
-                "running": status.get("requests_running", 0), "waiting": status.get("requests_waiting", 0),
-                "loaded": int(status.get("loaded", False)), "memory": worker.memory_bytes() if worker else 0,
-                "cells": cells, "pool": pool, "usage": cells / (pool or 1), "recent": meter.recent(),
-            }  # fmt: skip
+            self.models[id] = types.SimpleNamespace(
+                **vars(meter), recent=meter.recent(), cells=cells, pool=pool, usage=cells / (pool or 1),
+                running=status.get("requests_running", 0), waiting=status.get("requests_waiting", 0),
+                loaded=int(status.get("loaded", False)), memory=worker.memory_bytes() if worker else 0,
+            )  # fmt: skip
 
     def total(self, name: str) -> Any:
-        return sum(numbers[name] for numbers in self.models.values())
+        return sum(map(operator.attrgetter(name), self.models.values()))
 
     def rate(self, tokens: Callable[[Finished], int], seconds: Callable[[Finished], float]) -> list[Sample]:
         """Tokens per second, over what ended in the last minute."""
-        ends = [end for numbers in self.models.values() for end in numbers["recent"]]
+        ends = [end for numbers in self.models.values() for end in numbers.recent]
         return [({}, sum(map(tokens, ends)) / (sum(map(seconds, ends)) or 1.0))]
 
 
@@ -8048,7 +8014,7 @@ def metric_lines(scrape: Scrape, metric: tuple[str, str, str, Any]) -> Iterator[
     elif name.startswith("llamacpp:"):
         samples = [({}, scrape.total(read))]
     else:
-        samples = [({"model_name": id}, numbers[read]) for id, numbers in scrape.models.items()]
+        samples = [({"model_name": id}, operator.attrgetter(read)(numbers)) for id, numbers in scrape.models.items()]
     for labels, value in samples:
         if isinstance(value, Histogram):
             yield from histogram_lines(name, labels, value)
@@ -8076,15 +8042,15 @@ def sample_line(name: str, labels: Mapping[str, str], value: float) -> str:
 
 LABEL_ESCAPES = str.maketrans({"\\": r"\\", "\n": r"\n", '"': r"\""})
 
-# Name, type, help, and what is shown: a number or histogram by its name in Scrape.models, or a function's samples.
+# Name, type, help, and what is shown: an attribute of each of Scrape.models, or a function's samples.
 METRICS: tuple[tuple[str, str, str, Any], ...] = (
     # llama-server's names (tools/server): all models together, for it has one model and no labels
     ("llamacpp:prompt_tokens_total", "counter", "Prompt tokens computed.", "computed_tokens"),
     ("llamacpp:prompt_tokens_cached_total", "counter", "Prompt tokens found cached.", "cached_tokens"),
-    ("llamacpp:prompt_seconds_total", "counter", "Seconds from first step to first token.", "prompt_seconds"),
+    ("llamacpp:prompt_seconds_total", "counter", "Seconds from first step to first token.", "prefill.sum"),
     ("llamacpp:tokens_predicted_total", "counter", "Tokens generated.", "generated_tokens"),
     ("llamacpp:tokens_predicted_seconds_total", "counter", "Seconds from first to last token, of all sequences.",
-     "decode_seconds"),
+     "decode.sum"),
     ("llamacpp:prompt_tokens_seconds", "gauge", "Prompt tokens per second of requests that ended in the last minute.",
      lambda r: r.rate(lambda e: e.prompt_tokens - e.cached_tokens, lambda e: e.prompt_seconds)),
     ("llamacpp:predicted_tokens_seconds", "gauge", "Tokens per second of requests that ended in the last minute.",
@@ -8100,10 +8066,10 @@ METRICS: tuple[tuple[str, str, str, Any], ...] = (
     ("vllm:kv_cache_usage_perc", "gauge", "Share of the KV pool that running sequences hold; 1 is all.", "usage"),
     ("vllm:prefix_cache_queries_total", "counter", "Prompt tokens looked for in the cache.", "sought_tokens"),
     ("vllm:prefix_cache_hits_total", "counter", "Prompt tokens found there.", "cached_tokens"),
-    ("vllm:prompt_tokens_total", "counter", "Prompt tokens, cached ones too.", "prompt_tokens"),
+    ("vllm:prompt_tokens_total", "counter", "Prompt tokens, cached ones too.", "prompt_sizes.sum"),
     ("vllm:generation_tokens_total", "counter", "Tokens generated.", "generated_tokens"),
     ("vllm:request_success_total", "counter", "Sequences by how they ended; abort: the client left or cancelled.",
-     lambda r: [({"model_name": id, "finished_reason": why}, n) for id, m in r.models.items() for why, n in m["ends"].items()]),
+     lambda r: [({"model_name": id, "finished_reason": why}, n) for id, m in r.models.items() for why, n in m.ends.items()]),
     ("vllm:time_to_first_token_seconds", "histogram", "From the request to its first piece of text; a load counts.",
      "first_token"),
     ("vllm:inter_token_latency_seconds", "histogram", "Between two pieces of a text: a token, or those of 10 ms.", "gap"),
@@ -8140,15 +8106,6 @@ def metrics_text(service: Service) -> bytes:
     return "".join(f"{line}\n" for metric in METRICS for line in metric_lines(scrape, metric)).encode()
 
 
-@dataclass
-class Called:
-    """A call as the model wrote it."""
-
-    id: str
-    name: str
-    arguments: str = ""
-
-
 class ToolLoop:
     """One request with built-in tools: runs what the model calls and asks again, until it answers.
 
@@ -8173,7 +8130,7 @@ class ToolLoop:
         for count in range(MAX_TOOL_ROUNDS + 1):
             last = count == MAX_TOOL_ROUNDS or time.monotonic() > self._deadline
             request = replace(self._request, tools=self._request.tools[: len(self._request.tools) * (not last)])
-            self._calls: dict[int, Called] = {}
+            self._calls: dict[int, ToolResult] = {}  # by number, without their results yet
             self._said: list[str] = []
             self._reason = "stop"
             with contextlib.closing(answer(request, self._cancel)) as events:  # type: ignore[type-var]
@@ -8192,24 +8149,24 @@ class ToolLoop:
     def _passed_on(self, events: Iterator[Event], first: bool) -> Iterator[Event]:
         """The events of one round that the client sees: calls of built-in tools show as results only."""
         for event in events:
-            if isinstance(event, CallBegan):
-                self._calls[event.number] = Called(event.id, event.name)
-                self._client_calls += event.name not in self._request.builtins
-            elif isinstance(event, CallArguments):
-                self._calls[event.number].arguments += event.text
-            elif isinstance(event, Text):
-                self._said.append(event.text)
+            if isinstance(event, (CallBegan, CallArguments)):
+                if isinstance(event, CallBegan):
+                    self._calls[event.number] = ToolResult(0, event.id, event.name, "", None, None)
+                    self._client_calls += event.name not in self._request.builtins
+                else:
+                    written = self._calls[event.number].arguments + event.text
+                    self._calls[event.number] = replace(self._calls[event.number], arguments=written)
+                if self._calls[event.number].name not in self._request.builtins:
+                    yield replace(event, number=self._client_calls - 1)
             elif isinstance(event, ChoiceEnd):
                 self._reason = event.finish_reason
             elif isinstance(event, Usage):
                 self._used.append(event)
-            if isinstance(event, (CallBegan, CallArguments)):
-                if self._calls[event.number].name not in self._request.builtins:
-                    yield replace(event, number=self._client_calls - 1)
-            elif isinstance(event, (Text, Thought, Waiting)) or (isinstance(event, Queued) and first):
+            elif first or not isinstance(event, Queued):
+                self._said += [event.text] if isinstance(event, Text) else []
                 yield event
 
-    def _execute(self, call: Called) -> Generator[Waiting, None, ToolResult]:
+    def _execute(self, call: ToolResult) -> Generator[Waiting, None, ToolResult]:
         """Runs a call, with signs of life; what is wrong with it is told to the model."""
         self._cancel.check()
         left = self._deadline - time.monotonic()
@@ -8220,7 +8177,7 @@ class ToolLoop:
             answer = yield from self._tools.running(call.name, arguments, self._cancel, left)
         except ApiError as error:
             answer = {"result": None, "error": str(error)}
-        return ToolResult(0, call.id, call.name, call.arguments, answer["result"], answer["error"])
+        return replace(call, result=answer["result"], error=answer["error"])
 
     def _extend(self, results: Seq[ToolResult]) -> None:
         """Adds the model's turn and the results to the conversation."""
@@ -9386,7 +9343,7 @@ class OllamaRoute(Dialect):
 
     def _loads(self, service: Service, cancel: Cancellation) -> Iterator[Event]:
         if self._keep == 0:
-            yield Queued(service.table.resolve(self.request.model, cancel))
+            yield Queued(service.table.resolve(self.request.model))
         else:
             use = "embed" if isinstance(self.request, EmbedRequest) else "generate"
             yield from service.load(self.request.model, use, cancel, self.request.engine)
@@ -10348,7 +10305,7 @@ class Call:
 def answer_health(call: Call) -> dict[str, Any]:
     """The server's state; llama-server's older clients read the counts of slots."""
     workers = call.service.table.workers()
-    running, places = sum(w.counts()[0] for w in workers), sum(w.loaded.parallel for w in workers)
+    running, places = sum(w.counts()[0] for w in workers), sum(w.parallel for w in workers)
     return call.service.health() | {"slots_idle": places - running, "slots_processing": running}
 
 
@@ -10391,8 +10348,7 @@ def answer_ps(call: Call) -> dict[str, Any]:
     """The loaded models with their expiry. No expiry is sent as a far-future date."""
     models = []
     for r in call.service.table.workers():
-        left = call.service.table.left(r.info.id)
-        expires = time.time() + (9.2e9 if left is None else left)
+        expires = time.time() + min(9.2e9, call.service.table.left(r.info.id))
         models.append({k: v for k, v in ollama_model(r.info).items() if k != "modified_at"} | {
             "size": r.memory_bytes(), "size_vram": 0, "expires_at": rfc3339(expires), "context_length": r.loaded.ctx,
         })  # fmt: skip
@@ -10404,14 +10360,14 @@ def answer_show(call: Call) -> dict[str, Any]:
     name = first_given(parse_object(call.body), a_string, "model", "name")
     if name is None:
         raise InvalidRequest("model is required: the name of a model, or default", "model")
-    return ollama_show(call.service, call.service.table.info(name, call.cancel))
+    return ollama_show(call.service, call.service.table.info(name))
 
 
 def answer_slots(call: Call) -> list[dict[str, Any]]:
     """The places for sequences of each loaded model, and which are taken: nothing of what is written there."""
     wanted = call.query.get("model")
-    id = None if wanted is None else call.service.table.info(wanted, call.cancel).id
-    places = [(r, i) for r in call.service.table.workers() if id in (None, r.info.id) for i in range(r.loaded.parallel)]
+    id = None if wanted is None else call.service.table.info(wanted).id
+    places = [(r, i) for r in call.service.table.workers() if id in (None, r.info.id) for i in range(r.parallel)]
     slots = [
         {"id": n, "id_task": -1, "n_ctx": r.loaded.ctx, "speculative": False, "model": r.info.id,
          "is_processing": i < r.counts()[0]}
@@ -10535,7 +10491,7 @@ ROUTES = (
     *_route("POST /v1/responses", Responses, framing=NAMED_SSE),
     *_route("GET /v1/models", answer_openai_models, api="openai"),
     *_route("GET /v1/models/{}", api="openai", answer=lambda call: listed_model(
-        call.service, call.service.table.info(call.names[0], call.cancel))),
+        call.service, call.service.table.info(call.names[0]))),
     *_route("GET /api/version", lambda call: {"version": OLLAMA_VERSION}, api="ollama"),  # clients compare it
     *_route("GET /api/tags", lambda call: {"models": list(map(ollama_model, call.service.table.infos()))}, api="ollama"),
     *_route("GET /api/ps", answer_ps, api="ollama"),
@@ -10550,7 +10506,7 @@ ROUTES = (
     *_route("POST /detokenize", answer_detokenize, needs_body=True, api="llama-server"),
     *_route("POST /apply-template", needs_body=True, api="llama-server", max_body=MAX_PICTURED_BODY, answer=answer_template),
     *_route("GET /props", api="llama-server", answer=lambda call: model_properties(
-        call.service, call.service.table.info(call.query.get("model", "default"), call.cancel))),
+        call.service, call.service.table.info(call.query.get("model", "default")))),
     *_route("GET /slots", answer_slots, api="llama-server"),
     *_route("GET /v1/health", lambda call: answer_health(call) | {"status": "ok"}, api="llama-server", keyless=True),
 )  # fmt: skip
@@ -10937,7 +10893,7 @@ class Server(socketserver.ThreadingTCPServer):
         self.service.table.close(engines=False)
         self._await_quiet(grace)
         for worker in self.service.table.workers():
-            worker.fail_all(Overloaded("The server is shutting down"))
+            worker.fail_all("The server is shutting down", Overloaded)
         for cancel in () if self._await_quiet(1.0) else list(self._running):
             cancel.cancel()
         self.sockets.stop()
@@ -11744,7 +11700,6 @@ def command_serve(args: argparse.Namespace) -> int:
         raise OSError(f"cannot listen on {address[0]}:{address[1]}: {error.strerror or error}{advice}") from None
     threading.Thread(target=server.serve_forever, args=(0.1,), name="accept", daemon=True).start()
     print(f"shimmy {__version__} is listening on {server.url}", flush=True)
-    service.table.start()
     threading.Thread(target=service.faults.kernels, name="kernels", daemon=True).start()  # before the first load asks
     if args.open:
         threading.Thread(target=open_page, args=(server.url,), name="browser", daemon=True).start()
@@ -12106,7 +12061,6 @@ def command_probe(args: argparse.Namespace) -> int:
     args.model = fetch_named(args.model)
     path = args.model if args.model and is_path(args.model) else None
     service = make_service(args, path)
-    service.table.start()
     with contextlib.closing(service):
         name = service.table.resolve("default" if path or args.model is None else args.model)
         with WaitingLine(lambda: loading_stage(service.table.status(name)) or "measuring"):
@@ -12331,7 +12285,6 @@ class OwnEngine:
         check_packages()
         path = args.model if args.model and is_path(args.model) else None
         self._service = make_service(args, path)
-        self._service.table.start()
         try:
             info = self._service.table.info("default" if path else args.model or "default")
         except ModelNotFound as error:
@@ -12870,7 +12823,7 @@ def complain(error: Exception, code: int) -> int:
 
 # ── A. The machine ────────────────────────────────────────────────────────────────────────────────────────────────────
 # Memory, cores, versions and faults of this machine, our child processes, and how sizes and foreign text are shown.
-# Offers: all but what begins with _. Uses: child_command, user_cache.
+# Offers: all but what begins with _. Uses: child_command, user_cache, _stamp (3).
 
 
 def human_count(count: int) -> str:
@@ -17999,8 +17952,10 @@ def char_but(chars: str) -> OneChar:
 
 
 # ── F. Pull ───────────────────────────────────────────────────────────────────────────────────────────────────────────
-# Fetches models: from a Hugging Face hub into its cache, where every other tool finds them, or from any address.
-# Offers: Pull, Plan, read_wanted, repository, pulled_before. Uses: hub_home, hub_caches (3), some_of (12), user_cache.
+# Fetches models: from a Hugging Face hub into its cache, where every other tool finds them, or from any address. Pull plans
+# and asks, Download resumes one file and checks it.
+# Offers: Pull, Plan, Wanted, read_wanted, repository, pulled_before. Uses: Fetching (2), hub_home, hub_caches, SHARD and
+# QUANT_IN_NAME (3), some_of (12), user_cache, and how A shows sizes.
 
 MAX_LISTING = 32 * MIB  # a repository's files as JSON; the largest have some 10,000
 PULL_CHUNK = MIB
@@ -18281,8 +18236,8 @@ def retry_after(headers: http.client.HTTPMessage) -> float | None:
         return None
 
 
-class Hub:
-    """Speaks HTTP with the hub and with whoever it sends us to. The token goes to the hub's own address only."""
+class Pull:
+    """One pull: `plan` asks what there is, `run` fetches it; both yield how far they are. Only the hub gets its token."""
 
     BUSY = (429, 500, 502, 503, 504)
 
@@ -18440,163 +18395,7 @@ class Hub:
             return difflib.get_close_matches(repo, [id for id in ids if repository(id)], n=3, cutoff=0.3)
         return []
 
-
-def connection_words(error: BaseException) -> str:
-    """Why a connection failed, in the system's words."""
-    reason = getattr(error, "reason", error)
-    return printable(str(getattr(reason, "strerror", None) or reason or type(error).__name__))
-
-
-def is_safe_name(name: Any) -> bool:
-    """True for a path that stays below its folder on every system, and that a terminal can show."""
-    parts = name.split("/") if isinstance(name, str) and name.isprintable() else [""]
-    return all(part.strip(". ") and len(part) < 200 and not set(part) & set('\\:*?"<>|') for part in parts)
-
-
-# Fetching it
-
-
-class Download:
-    """One file on its way to the disk: resumes what is there, goes on after a cut, and checks what came."""
-
-    def __init__(self, hub: Hub, repo: str, file: RemoteFile, target: Target) -> None:
-        import hashlib
-
-        self._hub, self._repo, self._file, self._target = hub, repo, file, target
-        git = len(file.digest) == 40
-        self._new_hash = lambda: hashlib.sha1(b"blob %d\0" % file.size, usedforsecurity=False) if git else hashlib.sha256()
-        self._have = 0  # bytes in the partial file
-
-    def run(self) -> Iterator[Fetching]:
-        """Raises PullFailed, Forbidden, ModelNotFound, Cancelled, OSError; the part stays for the next time."""
-        target, size = self._target, self._file.size
-        for path in (target.partial, target.lock):
-            os.makedirs(os.path.dirname(path), exist_ok=True)
-        with open(target.lock, "a") as lock:
-            while not lock_file(lock):
-                yield self._event("waiting for another pull of ")
-                self._hub.pause(0.2)
-            if not target.holds(size):
-                with open(target.partial, "a+b", buffering=0) as part:
-                    yield from self._complete(part)
-                if self._file.digest and self._hash.hexdigest() != self._file.digest:
-                    os.remove(target.partial)
-                    what = "SHA-256" if len(self._file.digest) == 64 else "checksum"
-                    wrong = f"its {what} is wrong, so it was removed; pull it again"
-                    raise PullFailed(message=f"{printable(self._file.name)}: {wrong}")
-                os.replace(target.partial, target.blob)
-            target.link()
-        self._have = size
-        yield self._event("")
-
-    def _event(self, doing: str) -> Fetching:
-        return Fetching(doing + printable(self._file.name, 60), self._file.digest, self._have, self._file.size)
-
-    def _complete(self, part: BinaryIO) -> Iterator[Fetching]:
-        """Fetches what the part lacks, over as many connections as that takes."""
-        yield from self._take_up(part)
-        pauses = iter(PULL_RETRY_SECONDS)
-        while self._have < self._file.size:
-            before = self._have
-            try:
-                yield from self._receive(part)
-            except ConnectionLost as lost:
-                pauses = iter(PULL_RETRY_SECONDS) if self._have > before else pauses
-                pause = next(pauses, None)
-                if pause is None:
-                    left = f"; {human_bytes(self._have)} of {human_bytes(self._file.size)} are here, pull again to go on"
-                    raise PullFailed(message=f"{printable(self._file.name)}: {lost}{left}") from None
-                yield Fetching(f"{lost}: going on in {pause:.0f} s", self._file.digest, self._have, self._file.size)
-                self._hub.pause(pause)
-
-    def _restart(self, part: BinaryIO) -> None:
-        part.truncate(0)
-        self._have, self._hash = 0, self._new_hash()
-
-    def _take_up(self, part: BinaryIO) -> Iterator[Fetching]:
-        """Reads what an earlier pull has left."""
-        self._have, self._hash = 0, self._new_hash()
-        part.seek(0)
-        while chunk := part.read(PULL_CHUNK):
-            self._hash.update(chunk)
-            self._have += len(chunk)
-            yield self._event("")
-        if self._have > self._file.size:
-            self._restart(part)
-
-    def _receive(self, part: BinaryIO) -> Iterator[Fetching]:
-        """One connection's bytes, behind those that are here. Raises ConnectionLost when they end too early."""
-        headers = {"Range": f"bytes={self._have}-"} if self._have else {}
-        if self._have and self._file.etag:
-            headers["If-Range"] = self._file.etag
-        with contextlib.closing((yield from self._hub.get(self._file.url, headers))) as response:
-            if response.status not in (200, 206, 416):
-                raise (yield from self._hub.refusal(response, self._repo))
-            self._check_answer(response, part)
-            while chunk := self._hub.read(response):
-                if self._have + len(chunk) > self._file.size:
-                    raise PullFailed(message=f"{printable(self._file.name)}: the server sends more than {self._file.size} bytes")
-                self._append(part, chunk)
-                self._hash.update(chunk)
-                self._have += len(chunk)
-                yield self._event("")
-        if self._have < self._file.size:
-            raise ConnectionLost("the connection was cut")
-
-    def _append(self, part: BinaryIO, chunk: bytes) -> None:
-        """Writes all of a chunk, where a disk that becomes full takes a part of it first. Raises DiskFull."""
-        left = memoryview(chunk)
-        try:
-            while left:
-                left = left[part.write(left) :]
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                raise
-            room = f"make room for {human_bytes(self._file.size - self._target.begun())} and pull again to go on"
-            remove = f"or remove {printable(part.name, 400)}"
-            raise DiskFull(message=f"{printable(self._file.name)}: {error.strerror}: {room}, {remove}") from None
-
-    def _check_answer(self, response: http.client.HTTPResponse, part: BinaryIO) -> None:
-        """Starts anew if the server sends something else than the rest that was asked for."""
-        sent = re.fullmatch(r"bytes (\d{1,15})-\d+/(\d+|\*)", response.headers.get("Content-Range") or "")
-        goes_on = response.status == 206 and sent and int(sent[1]) == self._have and sent[2] in ("*", str(self._file.size))
-        if self._have and not goes_on:
-            self._restart(part)
-            if response.status != 200:
-                raise ConnectionLost("the server cannot go on where the part ends")
-        length = response.headers.get("Content-Length")
-        if length is not None and length.strip() != str(self._file.size - self._have):
-            told = f"the server sends {printable(length, 20)} bytes, not {self._file.size - self._have}"
-            raise PullFailed(message=f"{printable(self._file.name)}: {told}")
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The files that a pull will fetch, and where they go."""
-
-    title: str  # as one would ask for it
-    files: tuple[tuple[RemoteFile, Target], ...]
-    repo: str = ""
-    others: tuple[str, ...] = ()  # what else the repository has
-    commit: str = ""
-
-    @property
-    def path(self) -> str:
-        """Where the model lies afterwards."""
-        return self.files[0][1].path
-
-    @property
-    def size(self) -> int:
-        return sum(file.size for file, _ in self.files)
-
-    @property
-    def left(self) -> int:
-        """Bytes still to fetch."""
-        return sum(max(0, file.size - target.begun()) for file, target in self.files if not target.holds(file.size))
-
-
-class Pull(Hub):
-    """One pull: `plan` asks what there is, `run` fetches it. Both yield how far they are."""
+    # What is asked for
 
     def plan(self, wanted: Wanted, folder: str) -> Generator[Fetching, None, Plan]:
         """Raises ModelNotFound, Forbidden, PullFailed; `folder` takes what comes from an address."""
@@ -18657,6 +18456,160 @@ class Pull(Hub):
         except OSError as error:
             where = f"{printable(str(error.filename), 400)}: " if error.filename else ""
             raise PullFailed(message=f"the model cannot be written: {where}{error.strerror or error}") from None
+
+
+def connection_words(error: BaseException) -> str:
+    """Why a connection failed, in the system's words."""
+    reason = getattr(error, "reason", error)
+    return printable(str(getattr(reason, "strerror", None) or reason or type(error).__name__))
+
+
+def is_safe_name(name: Any) -> bool:
+    """True for a path that stays below its folder on every system, and that a terminal can show."""
+    parts = name.split("/") if isinstance(name, str) and name.isprintable() else [""]
+    return all(part.strip(". ") and len(part) < 200 and not set(part) & set('\\:*?"<>|') for part in parts)
+
+
+# Fetching it
+
+
+class Download:
+    """One file on its way to the disk: resumes what is there, goes on after a cut, and checks what came."""
+
+    def __init__(self, pull: Pull, repo: str, file: RemoteFile, target: Target) -> None:
+        import hashlib
+
+        self._pull, self._repo, self._file, self._target = pull, repo, file, target
+        git = len(file.digest) == 40
+        self._new_hash = lambda: hashlib.sha1(b"blob %d\0" % file.size, usedforsecurity=False) if git else hashlib.sha256()
+        self._have = 0  # bytes in the partial file
+
+    def run(self) -> Iterator[Fetching]:
+        """Raises PullFailed, Forbidden, ModelNotFound, Cancelled, OSError; the part stays for the next time."""
+        target, size = self._target, self._file.size
+        for path in (target.partial, target.lock):
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(target.lock, "a") as lock:
+            while not lock_file(lock):
+                yield self._event("waiting for another pull of ")
+                self._pull.pause(0.2)
+            if not target.holds(size):
+                with open(target.partial, "a+b", buffering=0) as part:
+                    yield from self._complete(part)
+                if self._file.digest and self._hash.hexdigest() != self._file.digest:
+                    os.remove(target.partial)
+                    what = "SHA-256" if len(self._file.digest) == 64 else "checksum"
+                    wrong = f"its {what} is wrong, so it was removed; pull it again"
+                    raise PullFailed(message=f"{printable(self._file.name)}: {wrong}")
+                os.replace(target.partial, target.blob)
+            target.link()
+        self._have = size
+        yield self._event("")
+
+    def _event(self, doing: str) -> Fetching:
+        return Fetching(doing + printable(self._file.name, 60), self._file.digest, self._have, self._file.size)
+
+    def _complete(self, part: BinaryIO) -> Iterator[Fetching]:
+        """Fetches what the part lacks, over as many connections as that takes."""
+        yield from self._take_up(part)
+        pauses = iter(PULL_RETRY_SECONDS)
+        while self._have < self._file.size:
+            before = self._have
+            try:
+                yield from self._receive(part)
+            except ConnectionLost as lost:
+                pauses = iter(PULL_RETRY_SECONDS) if self._have > before else pauses
+                pause = next(pauses, None)
+                if pause is None:
+                    left = f"; {human_bytes(self._have)} of {human_bytes(self._file.size)} are here, pull again to go on"
+                    raise PullFailed(message=f"{printable(self._file.name)}: {lost}{left}") from None
+                yield Fetching(f"{lost}: going on in {pause:.0f} s", self._file.digest, self._have, self._file.size)
+                self._pull.pause(pause)
+
+    def _restart(self, part: BinaryIO) -> None:
+        part.truncate(0)
+        self._have, self._hash = 0, self._new_hash()
+
+    def _take_up(self, part: BinaryIO) -> Iterator[Fetching]:
+        """Reads what an earlier pull has left."""
+        self._have, self._hash = 0, self._new_hash()
+        part.seek(0)
+        while chunk := part.read(PULL_CHUNK):
+            self._hash.update(chunk)
+            self._have += len(chunk)
+            yield self._event("")
+        if self._have > self._file.size:
+            self._restart(part)
+
+    def _receive(self, part: BinaryIO) -> Iterator[Fetching]:
+        """One connection's bytes, behind those that are here. Raises ConnectionLost when they end too early."""
+        headers = {"Range": f"bytes={self._have}-"} if self._have else {}
+        if self._have and self._file.etag:
+            headers["If-Range"] = self._file.etag
+        with contextlib.closing((yield from self._pull.get(self._file.url, headers))) as response:
+            if response.status not in (200, 206, 416):
+                raise (yield from self._pull.refusal(response, self._repo))
+            self._check_answer(response, part)
+            while chunk := self._pull.read(response):
+                if self._have + len(chunk) > self._file.size:
+                    raise PullFailed(message=f"{printable(self._file.name)}: the server sends more than {self._file.size} bytes")
+                self._append(part, chunk)
+                self._hash.update(chunk)
+                self._have += len(chunk)
+                yield self._event("")
+        if self._have < self._file.size:
+            raise ConnectionLost("the connection was cut")
+
+    def _append(self, part: BinaryIO, chunk: bytes) -> None:
+        """Writes all of a chunk, where a disk that becomes full takes a part of it first. Raises DiskFull."""
+        left = memoryview(chunk)
+        try:
+            while left:
+                left = left[part.write(left) :]
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise
+            room = f"make room for {human_bytes(self._file.size - self._target.begun())} and pull again to go on"
+            remove = f"or remove {printable(part.name, 400)}"
+            raise DiskFull(message=f"{printable(self._file.name)}: {error.strerror}: {room}, {remove}") from None
+
+    def _check_answer(self, response: http.client.HTTPResponse, part: BinaryIO) -> None:
+        """Starts anew if the server sends something else than the rest that was asked for."""
+        sent = re.fullmatch(r"bytes (\d{1,15})-\d+/(\d+|\*)", response.headers.get("Content-Range") or "")
+        goes_on = response.status == 206 and sent and int(sent[1]) == self._have and sent[2] in ("*", str(self._file.size))
+        if self._have and not goes_on:
+            self._restart(part)
+            if response.status != 200:
+                raise ConnectionLost("the server cannot go on where the part ends")
+        length = response.headers.get("Content-Length")
+        if length is not None and length.strip() != str(self._file.size - self._have):
+            told = f"the server sends {printable(length, 20)} bytes, not {self._file.size - self._have}"
+            raise PullFailed(message=f"{printable(self._file.name)}: {told}")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The files that a pull will fetch, and where they go."""
+
+    title: str  # as one would ask for it
+    files: tuple[tuple[RemoteFile, Target], ...]
+    repo: str = ""
+    others: tuple[str, ...] = ()  # what else the repository has
+    commit: str = ""
+
+    @property
+    def path(self) -> str:
+        """Where the model lies afterwards."""
+        return self.files[0][1].path
+
+    @property
+    def size(self) -> int:
+        return sum(file.size for file, _ in self.files)
+
+    @property
+    def left(self) -> int:
+        """Bytes still to fetch."""
+        return sum(max(0, file.size - target.begun()) for file, target in self.files if not target.holds(file.size))
 
 
 def free_disk(path: str) -> int | None:
