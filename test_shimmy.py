@@ -3367,6 +3367,9 @@ def test_answer_says_the_same_however_it_is_cut() -> None:
             assert all(isinstance(json.loads(arguments), dict) for _, arguments in whole.calls), text
 
 
+CALLED = '<tool_call>\n{"name": "f", "arguments": {"a": "x"}}\n</tool_call>'
+
+
 def check_in_pieces(format: Any, text: str, wanted: Answered, reason: str = "stop", **more: Any) -> None:
     """The answer is told so, whole and by character."""
     for pieces in ([text], text):
@@ -3389,9 +3392,6 @@ def check_in_pieces(format: Any, text: str, wanted: Answered, reason: str = "sto
 )  # fmt: skip
 def test_thoughts_stand_behind_markup_of_channels(prompt: str, text: str, wanted: Answered) -> None:
     check_in_pieces(derived_once(GPT_OSS), text, wanted, prompt=prompt)
-
-
-CALLED = '<tool_call>\n{"name": "f", "arguments": {"a": "x"}}\n</tool_call>'
 
 
 @cases(
@@ -3468,6 +3468,29 @@ def test_arguments_that_cannot_be_mended_are_no_reason_to_run_a_function(argumen
 def test_several_calls_stand_in_one_section(name: str, text: str, count: int) -> None:
     calls = tuple(("f", f'{{"a": "{i}"}}') for i in range(1, count + 1))
     check_in_pieces(derived_once(FAMILIES[name]), text, Answered("", calls))
+
+
+@cases(
+    "name, text, wanted",
+    {
+        "behind another's beginning": ("hermes", f'<tool_call>{{"name": "zzz", {CALLED}', '<tool_call>{"name": "zzz",'),
+        "behind words about it": ("hermes", f"Use <tool_call> so: {CALLED}", "Use <tool_call> so:"),
+        "behind a mark of its own": ("hermes", f"<tool_call>\n{CALLED}", "<tool_call>"),
+        "before half of another": ("hermes", CALLED + '\n<tool_call>\n{"name": "f", "ar', '<tool_call>\n{"name": "f", "ar'),
+        "before half a mark": ("hermes", f"{CALLED}\n<tool_c", "<tool_c"),
+        "before half a pair": ("hermes", CALLED + ', "x": ', ', "x":'),
+        "before one of no function": ("bare", '{"name": "f", "parameters": {"a": "x"}}; {"name": "zzz"}', '; {"name": "zzz"}'),
+        "before half an argument": ("tags", "<tool_call>\n<function=f>\n<parameter=a>\nx\n</parameter>\n<param", "<param"),
+        "behind one of no function": (
+            "tags", "<tool_call>\n<function=zzz><tool_call>\n<function=f>\n<parameter=a>\nx\n</parameter>\n</function>",
+            "<tool_call>\n<function=zzz>"),
+        "with ends too many": ("hermes", CALLED.replace("\n</", "}}\n</") + "</tool_call>", ""),
+        "without arguments, with ends too many": ("keys and values", "<tool_call>get</tool_call>\n</tool_call> ] hi", "] hi"),
+    },
+)  # fmt: skip
+def test_text_beside_a_call_that_is_none_is_not_lost(name: str, text: str, wanted: str) -> None:
+    calls = (("get", "{}"),) if "get" in text else (("f", '{"a": "x"}'),)
+    check_in_pieces(format_of(name), text, Answered(wanted, calls))
 
 
 @pytest.mark.parametrize("name", SPOKEN)
