@@ -1515,11 +1515,6 @@ class CallFormat:
         return tuple(longest_first([*pieces, *filter(None, [self.closes.strip()])]))
 
     @functools.cached_property
-    def last(self) -> str:
-        """The piece of text with which a section of calls ends; "" where that could be another call's."""
-        return next((p for p in reversed(MARKER.findall(self.closes)) if not p.isspace() and p not in "}]"), "")
-
-    @functools.cached_property
     def known_keys(self) -> tuple[set[str], set[str], set[str]]:
         """Keys of a call's name, of its arguments, and of the object that these two may stand in."""
         name, arguments = self.keys or ("", "")
@@ -1594,14 +1589,12 @@ FAMILIES: tuple[tuple[str, dict[str, Any]], ...] = (
 
 def common_prefix(a: str, b: str) -> str:
     """The common prefix of two texts, in whole pieces."""
-    pairs = zip(MARKER.findall(a), MARKER.findall(b), strict=False)
-    return "".join(x for x, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+    return "".join(os.path.commonprefix([MARKER.findall(a), MARKER.findall(b)]))  # noqa: RUF071 - no paths
 
 
 def common_suffix(a: str, b: str) -> str:
     """The common suffix of two texts, in whole pieces."""
-    pairs = zip(reversed(MARKER.findall(a)), reversed(MARKER.findall(b)), strict=False)
-    return "".join(reversed([x for x, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)]))
+    return "".join(os.path.commonprefix([MARKER.findall(a)[::-1], MARKER.findall(b)[::-1]])[::-1])  # noqa: RUF071 - no paths
 
 
 @dataclass(frozen=True)
@@ -1929,7 +1922,6 @@ class Helpers:
     """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
         self._idle: list[Helper] = []
         self._free = threading.BoundedSemaphore(MAX_HELPERS)
         self._closed = False
@@ -1959,12 +1951,11 @@ class Helpers:
 
     def _take(self) -> Helper:
         """A process that waits, if it still lives, or a new one."""
-        with self._lock:
-            idle = self._idle.pop() if self._idle else None
-        if idle and idle.process.poll() is None:
-            return idle
-        if idle:
-            idle.end()
+        with contextlib.suppress(IndexError):
+            helper = self._idle.pop()
+            if helper.process.poll() is None:
+                return helper
+            helper.end()
         try:
             return Helper()
         except (OSError, RuntimeError) as error:
@@ -1972,18 +1963,15 @@ class Helpers:
 
     def _keep(self, helper: Helper) -> None:
         """Keeps the process for the next task."""
-        with self._lock:
-            if not self._closed:
-                self._idle.append(helper)
-                return
-        helper.end()
+        self._idle.append(helper)
+        if self._closed:
+            self.close()
 
     def close(self) -> None:
-        with self._lock:
-            self._closed = True
-            helpers, self._idle = self._idle, []
-        for helper in helpers:
-            helper.end()
+        self._closed = True
+        with contextlib.suppress(IndexError):
+            while True:
+                self._idle.pop().end()
 
 
 def helper_main() -> None:
@@ -2074,7 +2062,8 @@ class Rendering:
             return True
         at = 0
         for role, said in self._must_appear():
-            found = next((p for word in said if (p := _position(word, prompt, at)) >= 0), None)
+            # looked for behind the last one first: in order, a long chat costs one pass over its prompt
+            found = next((p for word in said for start in (at, 0) if (p := prompt.find(word, start)) >= 0), None)
             if found is None and role != "user":
                 return True
             if role != "call" and found is not None:
@@ -2098,12 +2087,6 @@ class Rendering:
 def _spellings(word: str) -> tuple[str, str]:
     """Text as it is, and as it stands in a JSON string."""
     return word, json.dumps(word, ensure_ascii=False)[1:-1]
-
-
-def _position(word: str, text: str, start: int) -> int:
-    """Where the word stands, looked for behind `start` first: in order, a long chat costs one pass over its prompt."""
-    found = text.find(word, start)
-    return found if found >= 0 else text.find(word)
 
 
 @functools.lru_cache(maxsize=16)
@@ -2147,20 +2130,16 @@ def in_call_form(as_text: bool, new_id: Callable[[str, str, int], str] | None) -
     one, the function's name and the call's number."""
 
     def reshape(messages: list[Any], tools: list[Any]) -> Turns:
-        shaped, ids = [], dict[str, str]()
-        for message in map(dict, messages):
-            calls = message["tool_calls"] = [{**c, "function": dict(c["function"])} for c in message.get("tool_calls", [])]
-            for call in calls:
+        shaped, ids = copy.deepcopy(messages), dict[str, str]()
+        for message in shaped:
+            for call in message.get("tool_calls", []):
                 function = call["function"]
                 if as_text:
                     function["arguments"] = json.dumps(function["arguments"], ensure_ascii=False)
                 if new_id:
-                    call["id"] = ids[call["id"]] = new_id(call["id"], function["name"], len(ids))
-            if not calls:
-                del message["tool_calls"]
+                    ids[call["id"]] = call["id"] = new_id(call["id"], function["name"], len(ids))
             if new_id and (id := message.get("tool_call_id")):
                 message["tool_call_id"] = ids.get(id) or new_id(id, message.get("name", ""), len(ids))
-            shaped.append(message)
         return shaped, tools
 
     return reshape
@@ -12940,8 +12919,8 @@ def _values(inner: str) -> str:
 
 _BLANK, _PLAIN, _ESCAPE = r"[ \t\r\n]*", r'[^"\\\x00-\x1f]', r'\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4})'
 _STRING = rf'"{_PLAIN}*(?:{_ESCAPE}{_PLAIN}*)*"'
-_NUMBER = r"-?(?:0|[1-9]\d{0,199})(?:\.\d{1,199})?(?:[eE][+-]?\d{1,9})?"
-_SCALAR = rf"(?:{_STRING}|(?:{_NUMBER}|true|false|null)(?=[ \t\r\n,\]}}]))"
+_LITERAL = r"(?:-?(?:0|[1-9]\d{0,199})(?:\.\d{1,199})?(?:[eE][+-]?\d{1,9})?|true|false|null)"
+_SCALAR = rf"(?:{_STRING}|{_LITERAL}(?=[ \t\r\n,\]}}]))"
 _VALUE = _values(_values(_SCALAR))
 _KEY = f"{_STRING}{_BLANK}:{_BLANK}"
 _PAIRS = f"(?:{_KEY}{_VALUE}{_BLANK},{_BLANK})*(?:{_KEY}{_VALUE}|(?P<key>{_KEY}))"
@@ -12965,9 +12944,8 @@ class JsonMender:
                        r"""|(?P<word>[^\s,:=;\[\]{}()"'<]+)|(?P<quote>.)""", re.S)  # fmt: skip
     WANTED: ClassVar = {"open": ("value", "element"), "close": ("}", "]", "key", "element"), "comma": ("}", "]"),
                         "equals": (":",), "word": ("key", "value", "element"), "quote": ("key", "value", "element")}  # fmt: skip
-    STRING, ESCAPE, NUMBER = re.compile(_STRING), re.compile(_ESCAPE), re.compile(_NUMBER)
+    ESCAPE, LITERAL = re.compile(_ESCAPE), re.compile(_LITERAL)
     PLAIN: ClassVar = {'"': re.compile(rf"{_PLAIN}+(?:{_ESCAPE}{_PLAIN}*)*"), "'": re.compile(r"""[^"'\\\x00-\x1f]+""")}
-    WORDS: ClassVar = {"True": "true", "False": "false", "None": "null"} | {w: w for w in ("true", "false", "null")}
     BRACKETS: ClassVar = {"{": ("}", "{", "}"), "[": ("]", "[", "]"), "(": (")", "[", "]")}  # what ends it; both in JSON
     BEHIND = frozenset(",:)]}= \t\r\n")  # what follows an apostrophe that ends a string
 
@@ -13007,22 +12985,26 @@ class JsonMender:
             self._written.append("" if self._comma else piece)
         elif kind == "word" and end == len(text) and len(piece) <= MAX_HEADER:
             return at
-        elif self._wants not in self.WANTED[kind]:
+        elif self._wants not in self.WANTED[kind] or (kind == "close" and piece != self._open[-1][0]):
             self.failed = True
         elif kind == "word":
             self._word(piece)
         elif kind == "quote":
             return self._begin_string(text, at)
         elif kind == "close":
-            self._close(piece)
+            self._written += [self._comma[1:], self._open.pop()[1]]
+            self._comma = ""
+            self._end_value()
         elif kind == "comma":
             self._comma, self._wants = piece, "key" if self._wants == "}" else "element"
-        else:
-            self._write(":" if kind == "equals" else self.BRACKETS[piece][1])
+        elif kind == "equals":
+            self._write(":")
             self._wants = "value"
-            if kind == "open":
-                self._open.append((self.BRACKETS[piece][0], self.BRACKETS[piece][2]))
-                self._wants = "key" if piece == "{" else "element"
+        else:
+            ends, opens, closes = self.BRACKETS[piece]
+            self._write(opens)
+            self._open.append((ends, closes))
+            self._wants = "key" if opens == "{" else "element"
         return at if self.failed else end
 
     def _write(self, text: str) -> None:
@@ -13035,32 +13017,21 @@ class JsonMender:
         self.done = not self._open
         self._wants = wants or (self._open[-1][1] if self._open else "")
 
-    def _close(self, bracket: str) -> None:
-        self.failed = bracket != self._open[-1][0]
-        if not self.failed:
-            self._written += [self._comma[1:], self._open.pop()[1]]
-            self._comma = ""
-            self._end_value()
-
     def _word(self, word: str) -> None:
-        is_key = self._wants == "key"
-        meant = None if is_key else self.WORDS.get(word) or self._number(word)
-        if meant is None and (is_key or re.match(r"[^\W\d]", word)):
-            meant = json.dumps(word, ensure_ascii=False)
-        self.failed = meant is None or len(word) > MAX_HEADER
-        if not self.failed:
-            self._write(meant or "")
-            self._end_value(":" if is_key else "")
+        """A key, or a value that stands without quotes: JSON's or Python's, or a string."""
+        import ast
 
-    def _number(self, word: str) -> str | None:
-        """A number as JSON writes it; Python has more ways to."""
-        if self.NUMBER.fullmatch(word):
-            return word
-        with contextlib.suppress(ValueError, OverflowError):
-            return json.dumps(int(word, 0))
-        with contextlib.suppress(ValueError):
-            return json.dumps(float(word)) if word[-1].isdigit() or word[-1] == "." else None
-        return None
+        is_key = self._wants == "key"
+        meant = json.dumps(word, ensure_ascii=False) if is_key or re.match(r"[^\W\d]", word) else ""
+        if not is_key and self.LITERAL.fullmatch(word):
+            meant = word
+        elif not is_key:
+            with contextlib.suppress(ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+                meant = json.dumps(ast.literal_eval(word), allow_nan=False)
+        self.failed = not meant or len(word) > MAX_HEADER
+        if not self.failed:
+            self._write(meant)
+            self._end_value(":" if is_key else "")
 
     def _begin_string(self, text: str, at: int) -> int:
         quote = next((q for q in ('"', *self._quotes) if q.startswith(text[at : at + len(q)])), "")
@@ -13210,11 +13181,11 @@ class Scanner:
                 raise self._too_short()
         raise NoCall
 
-    def _up_to(self, closes: str, most: int) -> str:
+    def _up_to(self, closes: str) -> str:
         """Text that differs from call to call; reads what stands behind it, too."""
-        end = self.text.find(closes, self.at, self.at + most + len(closes))
+        end = self.text.find(closes, self.at, self._limit)
         if end < 0:
-            raise NoCall if len(self.text) >= self.at + most + len(closes) else self._too_short()
+            raise self._too_short()
         found = self.text[self.at : end]
         self._go_to(end + len(closes))
         return found
@@ -13222,14 +13193,14 @@ class Scanner:
     def _json(self) -> str:
         """A JSON value, or what looks like one."""
         mender = JsonMender()
-        self._go_to(mender.read(self.text, self.at))
+        self._go_to(mender.read(self.text[: self._limit + 1], self.at))
         if not mender.done:
             raise NoCall if mender.failed else self._too_short()
         return mender.take()
 
     def _string(self) -> str:
         """A JSON string's value."""
-        found = self.STRING.match(self.text, self.at)
+        found = self.STRING.match(self.text, self.at, self._limit)
         if found:
             self._go_to(found.end())
         elif self._blanks() != '"':
@@ -13237,7 +13208,7 @@ class Scanner:
         return str(json.loads(found[1] if found else self._json()))
 
     def _key(self) -> str:
-        if found := self.KEY.match(self.text, self.at):
+        if found := self.KEY.match(self.text, self.at, self._limit):
             self._go_to(found.end())
             return found[1]
         key = self._string()
@@ -13266,10 +13237,10 @@ class Markup(Scanner):
             raise NoCall
 
     def behind(self, format: CallFormat, is_over: bool) -> None:
-        """The next call's beginning, a pair in a call's object or a piece of the ending; the end once more if it was there."""
+        """The next call's beginning, a pair in a call's object or a piece of the ending; its end once more if it was there."""
         self._blanks()
         if is_over:
-            return self._end([format.closes.strip(), format.last])
+            return self._end([format.closes.strip(), MARKER.findall(format.closes.rstrip())[-1]])
         calls = ((self._call, format, opens, ",;") for opens in format.repeats)
         if not self._either((self._end, format.closers[:1]), *calls, (self._pair, format), (self._end, format.closers)):
             raise NoCall
@@ -13279,7 +13250,7 @@ class Markup(Scanner):
         self._blanks()
         self._text(params.opens)
         closes, *rest = parts_of(params.keyed.strip())
-        key = self._up_to(closes, MAX_HEADER)
+        key = self._up_to(closes)
         if not self.PLAIN_KEY.fullmatch(key):
             raise NoCall
         self._text("".join(rest))
@@ -13297,7 +13268,7 @@ class Markup(Scanner):
             elif part not in (ID, ANY):
                 self._one_of((part,))
             elif closes := next(parts, ""):
-                found = self._up_to(closes, 64)
+                found = self._up_to(closes)
                 self.id = found if part == ID else self.id
 
     def _call(self, format: CallFormat, opens: str, separators: str = "") -> None:
@@ -13455,26 +13426,23 @@ class ChatParser(Parser):
         opened = next((m for m in self._openings if prompt_end.endswith(m) and not continued), "")  # functionary: >>>
         self._input.taken = -len(opened)
         self._reading = self._answer()
-        self._feed(opened)
+        self.push(opened)
 
     def push(self, text: str, logprobs: tuple[TokenLogprob, ...] = ()) -> Iterator[Event]:
-        return self._feed(text, logprobs)
-
-    def finish(self, reason: str) -> Iterator[Event]:
-        self._reason = reason
-        yield from self._feed("")
-        if self._space and not self.calls:
-            self._emit(Text(self.index, self._space))
-        if rest := self._input.logprobs(None):
-            self._events.append(Text(self.index, logprobs=rest))
-        yield from self._feed("")
-        yield ChoiceEnd(self.index, "tool_calls" if self.calls and reason == "stop" and not self._is_broken else reason)
-
-    def _feed(self, text: str, logprobs: tuple[TokenLogprob, ...] = ()) -> Iterator[Event]:
         self._input.add(text, logprobs)
         next(self._reading, None)
         events, self._events = self._events, []
         return iter(events)
+
+    def finish(self, reason: str) -> Iterator[Event]:
+        self._reason = reason
+        yield from self.push("")
+        if self._space and not self.calls:
+            self._emit(Text(self.index, self._space))
+        if rest := self._input.logprobs(None):
+            self._events.append(Text(self.index, logprobs=rest))
+        yield from self.push("")
+        yield ChoiceEnd(self.index, "tool_calls" if self.calls and reason == "stop" and not self._is_broken else reason)
 
     def _emit(self, event: Event) -> None:
         if isinstance(event, (Text, Thought)):
@@ -13608,7 +13576,8 @@ class ChatParser(Parser):
             if call.name and not (yield from self._tell(call)):
                 self._is_broken = True
                 break
-            is_over = is_over or (not call.name and format.last != "" and call.ending.endswith(format.last))
+            is_end = not call.name and call.ending not in "}]" and format.closes.rstrip().endswith(call.ending)
+            is_over = is_over or is_end
             call = yield from self._read(Markup.behind, format, is_over)
         self.behind_call = self.behind_call if self._has_text else self._input.taken
         return True

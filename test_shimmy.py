@@ -3518,6 +3518,7 @@ OPENED = '<tool_call>{"name": "f", "arguments": {"a": '
         "calls in a thought, and prose": ("hermes", "<think>", f"{CALLED} and\n"),
         "calls in a thought": ("hermes", "<think>", f"{CALLED}\n"), "calls": ("bare", "", '{"name": "f", "parameters": {}}; '),
         "half a header": ("hermes", "", '<tool_call>\n{"name": "f", "x": "'),
+        "strings before names": ("hermes", "", '<tool_call>{"arguments": \''),
         "arguments first": ("hermes", "", '<tool_call>{"arguments": {"a": "'),
         "blanks": ("hermes", "", "<tool_call>" + " " * 900), "a long word": ("hermes", OPENED, "x"),
         "a long number": ("hermes", OPENED, "1"), "brackets": ("hermes", OPENED, "["), "half lists": ("hermes", OPENED, "[1, "),
