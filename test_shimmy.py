@@ -3765,6 +3765,17 @@ def test_template_arguments_that_are_names_of_our_own_change_nothing() -> None:
     assert "".join(talk.prompt(asked(("user", "Hi"), template_args=args))) == "<|user|>Hi<|end|><|assistant|>yes"
 
 
+def test_results_have_the_ids_that_their_calls_have_in_the_prompt() -> None:
+    """Kimi K2 wants the function's name and the call's number in them, and writes nothing else of a result's call."""
+    source = ("{% for m in messages %}{% for c in m.tool_calls or [] %}{{ c.id }}{{ c.function }}{% endfor %}"
+              "{{ m.tool_call_id }}={{ m.content }};{% endfor %}")  # fmt: skip
+    calls = [{"id": name, "type": "function", "function": {"name": name, "arguments": {}}} for name in NAMES]
+    messages = [said("assistant", "", tool_calls=calls), *(said("tool", id, tool_call_id=id) for id in reversed(NAMES))]
+    telling = next(turns for turns in module.NATIVE if "functions." in str(turns(messages, [])))
+    prompt = module.Rendering({"": source}, "", "", *telling(messages, []), {}).run()
+    assert prompt.endswith("functions.add_to_list:1=add_to_list;functions.get_weather:0=get_weather;")
+
+
 def test_empty_turn_of_the_assistants_does_not_end_a_conversation() -> None:
     refuses = "{% for m in messages %}{% if not m.content %}{{ raise_exception('empty') }}{% endif %}{% endfor %}"
     prompt = chat(refuses + FRAME.replace("%s", "")).prompt(asked(("user", "Hi"), ("assistant", ""), ("user", "Hello?")))
