@@ -12728,7 +12728,7 @@ def place(weights: Weights, kv: KvShape, gpus: Seq[int], ctx: int, pool: int, kv
 
 # ── C. Formats ────────────────────────────────────────────────────────────────────────────────────────────────────────
 # How a model writes thoughts and calls, derived from its own template, and the parser that reads its text by that.
-# Offers: Derivation, a template's ChatFormat; Parser and ChatParser, which turn text into events; JsonMender, as_json.
+# Offers: Derivation, a template's ChatFormat; Parser and ChatParser, which turn text into events.
 # Uses: CallFormat and Rendering (4), argument_types (E.3).
 
 
@@ -12792,8 +12792,10 @@ class Derivation:
             for ids, count in itertools.product(self.IDS, (2, 1)):  # some templates refuse two calls a turn, or drop one
                 with contextlib.suppress(Exception):
                     text = self._with_calls(ids[:count], thought, offered, native)
-                    if count == 1 or self.NAMES[1] in text:
-                        return (self._read(text),) if offered and count == 2 else (self._read(text), HERMES)
+                    format = self._read(text)
+                    begins = format.keys or format.opens.strip()  # something tells where a call does
+                    if begins and (count == 1 or self.NAMES[1] in text):
+                        return (format,) if offered and count == 2 else (format, HERMES)
         return ()
 
     def _with_calls(self, ids: Seq[str], thought: tuple[str, str], offered: bool, native: bool) -> str:
@@ -12810,8 +12812,7 @@ class Derivation:
             alone = self._turn(offered, native, tool_calls=calls)
             texts.append(alone[max(len(common_prefix(alone, header)), len(common_prefix(alone, begin))) :])
         texts = [self._calls_in(text, thought[1], end) for text in texts if self.NAMES[0] in text]
-        opens = [t[: t.index(self.NAMES[0])] for t in texts]
-        text = texts[min(range(len(texts)), key=lambda i: (not opens[i].strip(), len(opens[i])))]
+        text = min(texts, key=lambda t: (not t[: t.index(self.NAMES[0])].strip(), t.index(self.NAMES[0])))
         if ids[0].startswith("functions."):
             return text
         return functools.reduce(lambda t, id: t.replace(id, ID), ids, text)
@@ -12825,7 +12826,7 @@ class Derivation:
         return text[: min(cuts, default=len(text))].removesuffix(common_suffix(text, end))
 
     def _read(self, text: str) -> CallFormat:
-        """The format of the one or two calls that stand in `text`. Raises ValueError where it makes no sense."""
+        """The format of the one or two calls that stand in `text`. Raises ValueError where it is none that we know."""
         ends, starts = [], [text.index(n) for n in self.NAMES if n in text]
         named = []
         for at, name in zip(starts, self.NAMES, strict=False):
@@ -12842,8 +12843,6 @@ class Derivation:
                 value, end = json.JSONDecoder().raw_decode(text, brace.start())
                 if end > ends[0]:
                     return self._in_object(value, brace.start(), format)
-        if not format.opens.strip():
-            raise ValueError("nothing tells where a call begins")
         return format
 
     def _in_object(self, value: Any, brace: int, format: CallFormat) -> CallFormat:
@@ -12874,8 +12873,6 @@ class Derivation:
         rest = [text[at[-1] : starts[1]], text[text.index("value d") + 7 :]] if len(starts) == 2 else ["", text[at[-1] :]]
         last = after.replace("key_a", "key_b")
         again, closes = (r[len(quote) :] if quote else r[len(common_prefix(r, last)) :] for r in rest)
-        if not text[: starts[0]].strip():
-            raise ValueError("nothing tells where a call begins")
         return CallFormat(text[: starts[0]], named.removesuffix(opens), closes, again, params=params)
 
 
