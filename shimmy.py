@@ -1704,12 +1704,13 @@ class CallFormat:
         return common_suffix(self.opens, self.again) if self.again else self.opens
 
     @functools.cached_property
-    def closers(self) -> frozenset[str]:
-        """The pieces of text that may stand between two calls, and behind the last."""
+    def closers(self) -> tuple[str, ...]:
+        """The ending, and the pieces of text that may stand between two calls or behind the last, longest first."""
         ends = [self.again.removesuffix(self.call_opens), self.closes]
         if self.keys:  # behind the arguments may stand other pairs, and the object may stand in a list
             ends = [*(text[text.find("}") :] for text in ends), "]"]
-        return frozenset(p for p in MARKER.findall("".join(ends)) if not p.isspace())
+        pieces = [p for p in MARKER.findall("".join(ends)) if not p.isspace()]
+        return tuple(longest_first([*pieces, *filter(None, [self.closes.strip()])]))
 
     @functools.cached_property
     def known_keys(self) -> tuple[set[str], set[str], set[str]]:
@@ -1725,9 +1726,18 @@ class CallFormat:
         return tuple(dict.fromkeys(opens for index, opens in enumerate(found) if opens or not index))
 
     @functools.cached_property
+    def repeats(self) -> tuple[str, ...]:
+        """How another call of a section begins: as each does, or without any marker."""
+        return tuple({self.beginnings[-1], "" if self.keys else self.call_opens.lstrip()})
+
+    @functools.cached_property
     def marks(self) -> tuple[str, ...]:
         """The text to look for at each of these beginnings; none where a call has no marker."""
         return tuple(re.split(rf"\s*\n|[{ID}{ANY}]", opens)[0] for opens in self.beginnings)
+
+
+def longest_first(texts: Iterable[str]) -> list[str]:
+    return sorted(set(texts), key=len, reverse=True)
 
 
 HERMES = CallFormat("<tool_call>\n", '", "arguments": ', "}\n</tool_call>", head='{"name": "', keys=("name", "arguments"),
@@ -1777,14 +1787,12 @@ FAMILIES: tuple[tuple[str, dict[str, Any]], ...] = (
 
 def common_prefix(a: str, b: str) -> str:
     """The common prefix of two texts, in whole pieces."""
-    pairs = zip(MARKER.findall(a), MARKER.findall(b), strict=False)
-    return "".join(x for x, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+    return "".join(os.path.commonprefix([MARKER.findall(a), MARKER.findall(b)]))  # noqa: RUF071 - no paths
 
 
 def common_suffix(a: str, b: str) -> str:
     """The common suffix of two texts, in whole pieces."""
-    pairs = zip(reversed(MARKER.findall(a)), reversed(MARKER.findall(b)), strict=False)
-    return "".join(reversed([x for x, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)]))
+    return "".join(os.path.commonprefix([MARKER.findall(a)[::-1], MARKER.findall(b)[::-1]])[::-1])  # noqa: RUF071 - no paths
 
 
 @dataclass(frozen=True)
@@ -2146,7 +2154,6 @@ class Helpers:
     """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
         self._idle: list[Helper] = []
         self._free = threading.BoundedSemaphore(MAX_HELPERS)
         self._closed = False
@@ -2176,12 +2183,11 @@ class Helpers:
 
     def _take(self) -> Helper:
         """A process that waits, if it still lives, or a new one."""
-        with self._lock:
-            idle = self._idle.pop() if self._idle else None
-        if idle and idle.process.poll() is None:
-            return idle
-        if idle:
-            idle.end()
+        with contextlib.suppress(IndexError):
+            helper = self._idle.pop()
+            if helper.process.poll() is None:
+                return helper
+            helper.end()
         try:
             return Helper()
         except (OSError, RuntimeError) as error:
@@ -2189,18 +2195,15 @@ class Helpers:
 
     def _keep(self, helper: Helper) -> None:
         """Keeps the process for the next task."""
-        with self._lock:
-            if not self._closed:
-                self._idle.append(helper)
-                return
-        helper.end()
+        self._idle.append(helper)
+        if self._closed:
+            self.close()
 
     def close(self) -> None:
-        with self._lock:
-            self._closed = True
-            helpers, self._idle = self._idle, []
-        for helper in helpers:
-            helper.end()
+        self._closed = True
+        with contextlib.suppress(IndexError):
+            while True:
+                self._idle.pop().end()
 
 
 def helper_main() -> None:
@@ -2293,7 +2296,8 @@ class Rendering:
             return True
         at = 0
         for role, said in self._must_appear():
-            found = next((p for word in said if (p := _position(word, prompt, at)) >= 0), None)
+            # looked for behind the last one first: in order, a long chat costs one pass over its prompt
+            found = next((p for word in said for start in (at, 0) if (p := prompt.find(word, start)) >= 0), None)
             if found is None and role != "user":
                 return True
             if role != "call" and found is not None:
@@ -2317,12 +2321,6 @@ class Rendering:
 def _spellings(word: str) -> tuple[str, str]:
     """Text as it is, and as it stands in a JSON string."""
     return word, json.dumps(word, ensure_ascii=False)[1:-1]
-
-
-def _position(word: str, text: str, start: int) -> int:
-    """Where the word stands, looked for behind `start` first: in order, a long chat costs one pass over its prompt."""
-    found = text.find(word, start)
-    return found if found >= 0 else text.find(word)
 
 
 @functools.lru_cache(maxsize=16)
@@ -2380,20 +2378,16 @@ def in_call_form(as_text: bool, new_id: Callable[[str, str, int], str] | None) -
     one, the function's name and the call's number."""
 
     def reshape(messages: list[Any], tools: list[Any]) -> Turns:
-        shaped, ids = [], dict[str, str]()
-        for message in map(dict, messages):
-            calls = message["tool_calls"] = [{**c, "function": dict(c["function"])} for c in message.get("tool_calls", [])]
-            for call in calls:
+        shaped, ids = copy.deepcopy(messages), dict[str, str]()
+        for message in shaped:
+            for call in message.get("tool_calls", []):
                 function = call["function"]
                 if as_text:
                     function["arguments"] = json.dumps(function["arguments"], ensure_ascii=False)
                 if new_id:
-                    call["id"] = ids[call["id"]] = new_id(call["id"], function["name"], len(ids))
-            if not calls:
-                del message["tool_calls"]
+                    ids[call["id"]] = call["id"] = new_id(call["id"], function["name"], len(ids))
             if new_id and (id := message.get("tool_call_id")):
                 message["tool_call_id"] = ids.get(id) or new_id(id, message.get("name", ""), len(ids))
-            shaped.append(message)
         return shaped, tools
 
     return reshape
@@ -13563,7 +13557,7 @@ def picture_fault(data: bytes, pixels: int) -> str:
 
 # ── C. Formats ────────────────────────────────────────────────────────────────────────────────────────────────────────
 # How a model writes thoughts and calls, derived from its own template, and the parser that reads its text by that.
-# Offers: Derivation, a template's ChatFormat; Parser and ChatParser, which turn text into events; JsonMender, as_json.
+# Offers: Derivation, a template's ChatFormat; Parser and ChatParser, which turn text into events.
 # Uses: CallFormat and Rendering (4), argument_types (E.3).
 
 
@@ -13627,8 +13621,10 @@ class Derivation:
             for ids, count in itertools.product(self.IDS, (2, 1)):  # some templates refuse two calls a turn, or drop one
                 with contextlib.suppress(Exception):
                     text = self._with_calls(ids[:count], thought, offered, native)
-                    if count == 1 or self.NAMES[1] in text:
-                        return (self._read(text),) if offered and count == 2 else (self._read(text), HERMES)
+                    format = self._read(text)
+                    begins = format.keys or format.opens.strip()  # something tells where a call does
+                    if begins and (count == 1 or self.NAMES[1] in text):
+                        return (format,) if offered and count == 2 else (format, HERMES)
         return ()
 
     def _with_calls(self, ids: Seq[str], thought: tuple[str, str], offered: bool, native: bool) -> str:
@@ -13645,8 +13641,7 @@ class Derivation:
             alone = self._turn(offered, native, tool_calls=calls)
             texts.append(alone[max(len(common_prefix(alone, header)), len(common_prefix(alone, begin))) :])
         texts = [self._calls_in(text, thought[1], end) for text in texts if self.NAMES[0] in text]
-        opens = [t[: t.index(self.NAMES[0])] for t in texts]
-        text = texts[min(range(len(texts)), key=lambda i: (not opens[i].strip(), len(opens[i])))]
+        text = min(texts, key=lambda t: (not t[: t.index(self.NAMES[0])].strip(), t.index(self.NAMES[0])))
         if ids[0].startswith("functions."):
             return text
         return functools.reduce(lambda t, id: t.replace(id, ID), ids, text)
@@ -13660,7 +13655,7 @@ class Derivation:
         return text[: min(cuts, default=len(text))].removesuffix(common_suffix(text, end))
 
     def _read(self, text: str) -> CallFormat:
-        """The format of the one or two calls that stand in `text`. Raises ValueError where it makes no sense."""
+        """The format of the one or two calls that stand in `text`. Raises ValueError where it is none that we know."""
         ends, starts = [], [text.index(n) for n in self.NAMES if n in text]
         named = []
         for at, name in zip(starts, self.NAMES, strict=False):
@@ -13677,8 +13672,6 @@ class Derivation:
                 value, end = json.JSONDecoder().raw_decode(text, brace.start())
                 if end > ends[0]:
                     return self._in_object(value, brace.start(), format)
-        if not format.opens.strip():
-            raise ValueError("nothing tells where a call begins")
         return format
 
     def _in_object(self, value: Any, brace: int, format: CallFormat) -> CallFormat:
@@ -13709,8 +13702,6 @@ class Derivation:
         rest = [text[at[-1] : starts[1]], text[text.index("value d") + 7 :]] if len(starts) == 2 else ["", text[at[-1] :]]
         last = after.replace("key_a", "key_b")
         again, closes = (r[len(quote) :] if quote else r[len(common_prefix(r, last)) :] for r in rest)
-        if not text[: starts[0]].strip():
-            raise ValueError("nothing tells where a call begins")
         return CallFormat(text[: starts[0]], named.removesuffix(opens), closes, again, params=params)
 
 
@@ -13739,24 +13730,27 @@ class Parser:
         yield ChoiceEnd(self.index, reason)
 
 
-Reading = Generator[None, None, Any]  # a coroutine that waits for text at each yield
-MAX_HEADER = 512  # characters from a call's marker to its arguments, or that stand for nothing in a call
+T = TypeVar("T")
+Reading = Generator[None, None, T]  # a coroutine that waits for text at each yield
+MAX_HEADER = 512  # characters from a call's marker to its arguments, between two of them, or of an unquoted word
 MAX_EARLY = 64 * 1024  # of arguments that stand before the name
 
 
-_BLANK, _STRING = r"[ \t\r\n]*", r'"[^"\\\x00-\x1f]*"'
-_NUMBER = r"-?(?:0|[1-9]\d*)(?:\.\d+)?(?:[eE][+-]?\d+)?"
-_SCALAR = f"(?:{_STRING}|{_NUMBER}|true|false|null)"
-_PAIR = rf"{_STRING}{_BLANK}:{_BLANK}{_SCALAR}{_BLANK}"
-_FLAT = (rf"\[{_BLANK}(?:{_SCALAR}{_BLANK}(?:,{_BLANK}{_SCALAR}{_BLANK})*)?\]"
-         rf"|\{{{_BLANK}(?:{_PAIR}(?:,{_BLANK}{_PAIR})*)?\}}")  # fmt: skip
-_VALUE = rf"(?:{_FLAT}|(?:{_NUMBER}|true|false|null)(?=[ \t\r\n,\]}}]))"
-_WORD = r"""[^\s,:=;\[\]{}()"'<]+"""
-_PAIRS = rf"{_STRING}{_BLANK}:{_BLANK}(?:{_VALUE}|{_STRING})"
-_PAIRS += rf"(?:{_BLANK},{_BLANK}{_PAIRS})*"
-JSON_TOKEN = re.compile(  # a piece of JSON text, as large as a pattern can tell, or of what looks like it
-    rf"(?P<pairs>{_PAIRS})|(?P<string>{_STRING})|(?P<value>{_VALUE})|(?P<open>[{{\[(])|(?P<close>[}}\])])|(?P<equals>=)"
-    rf"|(?P<blank>[ \t\r\n]+)|(?P<word>{_WORD})|.", re.S)  # fmt: skip
+def _values(inner: str) -> str:
+    """The pattern of a JSON value: a scalar, or a list or object of `inner` ones."""
+    pair = f"{_STRING}{_BLANK}:{_BLANK}{inner}"
+    items, pairs = (f"(?:{one}{_BLANK}(?:,{_BLANK}{one}{_BLANK})*)?" for one in (inner, pair))
+    return rf"(?:{_SCALAR}|\[{_BLANK}{items}\]|\{{{_BLANK}{pairs}\}})"
+
+
+_BLANK, _PLAIN, _ESCAPE = r"[ \t\r\n]*", r'[^"\\\x00-\x1f]', r'\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4})'
+_STRING = rf'"{_PLAIN}*(?:{_ESCAPE}{_PLAIN}*)*"'
+_LITERAL = r"(?:-?(?:0|[1-9]\d{0,199})(?:\.\d{1,199})?(?:[eE][+-]?\d{1,9})?|true|false|null)"
+_SCALAR = rf"(?:{_STRING}|{_LITERAL}(?=[ \t\r\n,\]}}]))"
+_VALUE = _values(_values(_SCALAR))
+_KEY = f"{_STRING}{_BLANK}:{_BLANK}"
+_PAIRS = f"(?:{_KEY}{_VALUE}{_BLANK},{_BLANK})*(?:{_KEY}{_VALUE}|(?P<key>{_KEY}))"
+_ELEMENTS = f"{_VALUE}(?:{_BLANK},{_BLANK}{_VALUE})*"
 
 
 class JsonMender:
@@ -13767,22 +13761,25 @@ class JsonMender:
     been read, and this one ends it.
     """
 
-    WANTED: ClassVar = {"pairs": ("key",), "string": ("key", "value", "element"), "value": ("value", "element"),
-                        "open": ("value", "element"), "close": (",", "key", "element"), "equals": (":",)}  # fmt: skip
-    STRING, WORD = re.compile(_STRING), re.compile(_WORD)
-    PLAIN: ClassVar = {'"': re.compile(r'[^"\\\x00-\x1f]+'), "'": re.compile(r"""[^"'\\\x00-\x1f]+""")}
-    ESCAPE = re.compile(r'\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4})')
-    NUMBER = re.compile(_NUMBER)
-    WORDS: ClassVar = {"True": "true", "False": "false", "None": "null"} | {w: w for w in ("true", "false", "null")}
-    BRACKETS: ClassVar = {"{": "}", "[": "]", "(": ")"}
+    # It wants a key, the colon behind it, a value, an element of a list, or what stands behind these: a comma or bracket.
+    # Most of what comes is JSON that needs no mending: as much of it as a pattern can tell is taken over in one piece.
+    RUNS: ClassVar = {wanted: re.compile(pattern) for wanted, pattern in {
+        "key": _PAIRS, "}": f"{_BLANK},{_BLANK}{_PAIRS}", "value": _VALUE, ":": rf"(?P<key>{_BLANK}:{_BLANK})",
+        "element": _ELEMENTS, "]": f"{_BLANK},{_BLANK}{_ELEMENTS}"}.items()}  # fmt: skip
+    TOKEN = re.compile(r"""(?P<blank>[ \t\r\n]+)|(?P<open>[{\[(])|(?P<close>[}\])])|(?P<comma>,)|(?P<equals>[:=])"""
+                       r"""|(?P<word>[^\s,:=;\[\]{}()"'<]+)|(?P<quote>.)""", re.S)  # fmt: skip
+    WANTED: ClassVar = {"open": ("value", "element"), "close": ("}", "]", "key", "element"), "comma": ("}", "]"),
+                        "equals": (":",), "word": ("key", "value", "element"), "quote": ("key", "value", "element")}  # fmt: skip
+    ESCAPE, LITERAL = re.compile(_ESCAPE), re.compile(_LITERAL)
+    PLAIN: ClassVar = {'"': re.compile(rf"{_PLAIN}+(?:{_ESCAPE}{_PLAIN}*)*"), "'": re.compile(r"""[^"'\\\x00-\x1f]+""")}
+    BRACKETS: ClassVar = {"{": ("}", "{", "}"), "[": ("]", "[", "]"), "(": (")", "[", "]")}  # what ends it; both in JSON
     BEHIND = frozenset(",:)]}= \t\r\n")  # what follows an apostrophe that ends a string
 
     def __init__(self, quotes: Seq[str] = ("'",), closes: str = "") -> None:
         self._quotes = quotes
         self._open = [(closes, "}")] if closes else []  # what ends each open bracket, here and in JSON
-        self._wants = "key" if closes else "value"  # or "element", ":", ","
+        self._wants = "key" if closes else "value"
         self._quote = ""  # of the string that is being read
-        self._word: list[str] = []  # that is being read
         self._comma = ""  # with the blanks behind it, until something follows
         self._written = ["{"] if closes else []
         self.done = self.failed = False
@@ -13802,119 +13799,97 @@ class JsonMender:
         return at
 
     def _token(self, text: str, at: int) -> int:
-        if self._word:
-            if found := self.WORD.match(text, at):
-                self._word.append(found[0])
-                return found.end()
-            self._end_word()
-            if self.done or self.failed:
-                return at
-        if text[at] == self._wants:
-            return self._separator(text, at)
-        found = JSON_TOKEN.match(text, at)
+        if found := self.RUNS[self._wants].match(text, at):
+            self._write(found[0])
+            self._end_value("value" if found.lastgroup else "")
+            return found.end()
+        found = self.TOKEN.match(text, at)
         assert found, "every character is a token"
-        if found.lastgroup == "pairs" and self._wants != "key":
-            found = self.STRING.match(text, at) or found
-        kind, piece = found.lastgroup or "string", found[0]
-        if kind == "word" or (kind == "value" and self._wants not in self.WANTED[kind] and self.WORD.match(text, at)):
-            self._word = [piece]
-        elif kind == "blank":
+        kind, piece, end = found.lastgroup or "", found[0], found.end()
+        if kind == "blank":
             self._comma += piece if self._comma else ""
             self._written.append("" if self._comma else piece)
+        elif kind == "word" and end == len(text) and len(piece) <= MAX_HEADER:
+            return at
         elif self._wants not in self.WANTED[kind] or (kind == "close" and piece != self._open[-1][0]):
             self.failed = True
-        elif found.lastgroup is None and self.STRING.match(text, at) is None:
+        elif kind == "word":
+            self._word(piece)
+        elif kind == "quote":
             return self._begin_string(text, at)
-        else:
-            self._take_over(kind, piece)
-        return at if self.failed else found.end()
-
-    def _take_over(self, kind: str, piece: str) -> None:
-        """A piece that is wanted. The comma before it was none too many, unless a bracket closes."""
-        if kind == "close":
+        elif kind == "close":
             self._written += [self._comma[1:], self._open.pop()[1]]
-        else:
-            self._written += [self._comma, {"(": "[", "=": ":"}.get(piece, piece)]
-        self._comma = ""
-        if kind == "open":
-            self._open.append((self.BRACKETS[piece], "}" if piece == "{" else "]"))
-            self._wants = "key" if piece == "{" else "element"
+            self._comma = ""
+            self._end_value()
+        elif kind == "comma":
+            self._comma, self._wants = piece, "key" if self._wants == "}" else "element"
         elif kind == "equals":
+            self._write(":")
             self._wants = "value"
         else:
-            self._end_value(kind == "string" and self._wants == "key")
+            ends, opens, closes = self.BRACKETS[piece]
+            self._write(opens)
+            self._open.append((ends, closes))
+            self._wants = "key" if opens == "{" else "element"
+        return at if self.failed else end
 
-    def _separator(self, text: str, at: int) -> int:
-        """A comma or colon, with the blanks behind it. A comma is written when something follows."""
-        end = at + 1
-        while end < len(text) and text[end] in " \n\r\t":
-            end += 1
-        if self._wants == ",":
-            self._comma, self._wants = text[at:end], "key" if self._open[-1][1] == "}" else "element"
-        else:
-            self._written.append(text[at:end])
-            self._wants = "value"
-        return end
+    def _write(self, text: str) -> None:
+        """Writes what is wanted: the comma before it was none too many."""
+        self._written += (self._comma, text) if self._comma else (text,)
+        self._comma = ""
 
-    def _end_value(self, is_key: bool) -> None:
-        self._wants = ":" if is_key else ","
+    def _end_value(self, wants: str = "") -> None:
+        """Wants this next, or what may stand behind a value."""
         self.done = not self._open
+        self._wants = wants or (self._open[-1][1] if self._open else "")
+
+    def _word(self, word: str) -> None:
+        """A key, or a value that stands without quotes: JSON's or Python's, or a string."""
+        import ast
+
+        is_key = self._wants == "key"
+        meant = json.dumps(word, ensure_ascii=False) if is_key or re.match(r"[^\W\d]", word) else ""
+        if not is_key and self.LITERAL.fullmatch(word):
+            meant = word
+        elif not is_key:
+            with contextlib.suppress(ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+                meant = json.dumps(ast.literal_eval(word), allow_nan=False)
+        self.failed = not meant or len(word) > MAX_HEADER
+        if not self.failed:
+            self._write(meant)
+            self._end_value(":" if is_key else "")
 
     def _begin_string(self, text: str, at: int) -> int:
         quote = next((q for q in ('"', *self._quotes) if q.startswith(text[at : at + len(q)])), "")
         self.failed = not quote
         if not quote or len(text) - at < len(quote):
             return at
-        self._written += [self._comma, '"']
-        self._quote, self._comma = quote, ""
+        self._write('"')
+        self._quote = quote
         return at + len(quote)
 
-    def _end_word(self) -> None:
-        word, self._word, is_key = "".join(self._word), [], self._wants == "key"
-        meant = json.dumps(word, ensure_ascii=False) if is_key else self.WORDS.get(word) or self._number(word)
-        if meant is None and re.match(r"[^\W\d]", word):
-            meant = json.dumps(word, ensure_ascii=False)
-        self.failed = meant is None or self._wants not in self.WANTED["string"]
-        if not self.failed:
-            self._written += [self._comma, meant or ""]
-            self._comma = ""
-            self._end_value(is_key)
-
-    def _number(self, word: str) -> str | None:
-        """A number as JSON writes it; Python has more ways to."""
-        if self.NUMBER.fullmatch(word):
-            return word
-        with contextlib.suppress(ValueError, OverflowError):
-            return json.dumps(int(word, 0))
-        with contextlib.suppress(ValueError):
-            return json.dumps(float(word)) if word[-1].isdigit() or word[-1] == "." else None
-        return None
-
     def _string(self, text: str, at: int) -> int:
-        """Some more of a string."""
-        if len(self._quote) > 1:
+        """Some more of a string, and its end."""
+        char, quote = text[at], self._quote
+        if len(quote) > 1:
             return self._raw(text, at)
-        char = text[at]
-        if char == self._quote:
-            if char == "'" and at + 1 == len(text):
-                return at
-            if char == "'" and text[at + 1] not in self.BEHIND:
-                self._written.append(char)
-            else:
-                self._end_string()
-            return at + 1
-        if char == "\\":
-            return self._escape(text, at)
-        if found := self.PLAIN[self._quote].match(text, at):
+        if found := self.PLAIN[quote].match(text, at):
             self._written.append(found[0])
             return found.end()
-        self._written.append(json.dumps(char)[1:-1])
+        if char == "\\":
+            return self._escape(text, at)
+        if char == quote == "'" and at + 1 == len(text):
+            return at
+        if char == quote and (char == '"' or text[at + 1] in self.BEHIND):
+            self._end_string()
+        else:
+            self._written.append(json.dumps(char)[1:-1])
         return at + 1
 
     def _end_string(self) -> None:
         self._written.append('"')
         self._quote = ""
-        self._end_value(self._wants == "key")
+        self._end_value(":" if self._wants == "key" else "")
 
     def _escape(self, text: str, at: int) -> int:
         """An escape: JSON's as it is, one of Python's as JSON has it, else its backslash."""
@@ -13959,362 +13934,286 @@ def as_json(text: str, types: int) -> str:
     return json.dumps(text, ensure_ascii=False)
 
 
-class TextEnded(Exception):
-    """More text is needed, and none will come."""
-
-
 class NoCall(Exception):
     """The text only looks like a call."""
 
 
+class TextEnds(Exception):
+    """There is too little text to tell."""
+
+
+@functools.lru_cache(maxsize=256)
+def parts_of(text: str) -> tuple[str, ...]:
+    """A format's text in parts: white space, open places, and what stands between these."""
+    return tuple(re.findall(rf"\s+|[{ID}{ANY}]|[^\s{ID}{ANY}]+", text))
+
+
 class Scanner:
-    """Reads pieces of text from a parser's buffer: each method reads on at `at`, waits until there is enough text to tell,
-    and raises NoCall if that does not fit."""
+    """Reads pieces of a text, each on from `at`. Raises NoCall where the text goes on otherwise, TextEnds where that cannot be
+    told yet."""
 
-    BLANKS = re.compile(r"\s*")
+    BLANKS, STRING = re.compile(r"\s*"), re.compile(rf"\s*({_STRING})")
+    KEY = re.compile(r'\s*"([^"\\\x00-\x1f]*)"\s*:')
 
-    def __init__(self, parser: ChatParser) -> None:
-        self._parser = parser
-        self.at = self.furthest = 0  # how far the buffer has been read, now and in ways that did not fit
-        self._header = 0  # from where on what is read counts as a call's header
+    def __init__(self, text: str, is_whole: bool) -> None:
+        self.text, self._is_whole = text, is_whole
+        self.at, self._limit = 0, MAX_HEADER
 
-    def _either(self, *readings: Reading) -> Reading:
-        """True if the text goes on in one of some ways; if not, it is read no further."""
-        at, taken = self.at, self._parser.taken
-        for reading in readings:
+    def _either(self, *ways: tuple[Any, ...]) -> bool:
+        """True if the text goes on in one of some ways, methods with their arguments; if not, it is read no further."""
+        at = self.at
+        for read, *what in ways:
             try:
-                yield from reading
+                read(*what)
                 return True
             except NoCall:
-                if self._parser.taken > taken:
-                    raise
-                self.at, self.furthest = at, max(self.at, self.furthest)
+                self.at = at
         return False
 
-    def _more(self) -> Reading:
-        if self._parser.reason:
-            raise TextEnded
-        yield
+    def _too_short(self) -> Exception:
+        return NoCall() if self._is_whole or len(self.text) > self._limit else TextEnds()
 
-    def _drop(self) -> None:
-        self._parser.drop(self.at)
-        self.at = self._header = 0
-
-    def _next(self, size: int) -> str:
-        return self._parser.buffer[self.at : self.at + size]
-
-    def _advance(self, size: int) -> None:
-        self.at += size
-        if self.at - self._header > MAX_HEADER:
-            self.at = self._header + MAX_HEADER
+    def _go_to(self, end: int) -> None:
+        if end > self._limit:
             raise NoCall
+        self.at = end
 
-    def _blanks(self) -> Reading:
+    def _next(self) -> str:
+        if self.at == len(self.text):
+            raise self._too_short()
+        return self.text[self.at]
+
+    def _blanks(self) -> str:
         """The next character that is no white space."""
-        while (found := self.BLANKS.match(self._parser.buffer, self.at)) and (
-                found.end() == len(self._parser.buffer) and found.end() - self._header <= MAX_HEADER):  # fmt: skip
-            yield from self._more()
-        self._advance(len(found[0]) if found else 0)
-        return self._next(1)
+        found = self.BLANKS.match(self.text, self.at)
+        self._go_to(found.end() if found else 0)
+        return self._next()
 
-    def _one_of(self, texts: Collection[str]) -> Reading:
-        """The longest of some texts that stands here."""
-        most = max(map(len, texts), default=0)
-        while len(rest := self._next(most)) < most and any(text.startswith(rest) and text != rest for text in texts):
-            yield from self._more()
-        found = max(filter(rest.startswith, texts), key=len, default="")
-        if not found:
+    def _char(self, chars: str) -> str:
+        """One of some characters, behind blanks."""
+        if (found := self._blanks()) not in chars:
             raise NoCall
-        self._advance(len(found))
+        self.at += 1
         return found
 
-    def _behind_blanks(self, texts: Collection[str]) -> Reading:
-        yield from self._blanks()
-        return (yield from self._one_of(texts))
+    def _one_of(self, texts: Iterable[str]) -> str:
+        """The first of some texts that stands here; the longest come first."""
+        left = len(self.text) - self.at
+        for text in texts:
+            if self.text.startswith(text, self.at):
+                self._go_to(self.at + len(text))
+                return text
+            if left < len(text) and not self._is_whole and text.startswith(self.text[self.at :]):
+                raise self._too_short()
+        raise NoCall
 
-    def _up_to(self, closes: str, most: int) -> Reading:
+    def _up_to(self, closes: str) -> str:
         """Text that differs from call to call; reads what stands behind it, too."""
-        most += len(closes)
-        while (size := self._next(most).find(closes)) < 0:
-            if len(self._next(most)) == most:
-                raise NoCall
-            yield from self._more()
-        found = self._next(size)
-        self._advance(size + len(closes))
+        end = self.text.find(closes, self.at, self._limit)
+        if end < 0:
+            raise self._too_short()
+        found = self.text[self.at : end]
+        self._go_to(end + len(closes))
         return found
 
-    def _json(self, most: int = MAX_HEADER, told: JsonMender | None = None) -> Reading:
-        """A JSON value, or what looks like one; `told`: the call's arguments, which are told as they come."""
-        mender, until = told or JsonMender(), self.at + most
-        while not mender.done:
-            self.at = mender.read(self._parser.buffer, self.at)
-            if told:
-                self._drop()
-                self._parser.write_arguments(mender.take())
-            if mender.failed or self.at > until:
-                self.at = min(self.at, until)
-                raise NoCall
-            if not mender.done:
-                yield from self._more()
+    def _json(self) -> str:
+        """A JSON value, or what looks like one."""
+        mender = JsonMender()
+        self._go_to(mender.read(self.text[: self._limit + 1], self.at))
+        if not mender.done:
+            raise NoCall if mender.failed else self._too_short()
         return mender.take()
 
-    def _string(self) -> Reading:
+    def _string(self) -> str:
         """A JSON string's value."""
-        if (yield from self._blanks()) != '"':
+        found = self.STRING.match(self.text, self.at, self._limit)
+        if found:
+            self._go_to(found.end())
+        elif self._blanks() != '"':
             raise NoCall
-        if found := JsonMender.STRING.match(self._parser.buffer, self.at):
-            self._advance(len(found[0]))
-            return found[0][1:-1]
-        return json.loads((yield from self._json()))
+        return str(json.loads(found[1] if found else self._json()))
 
-
-class CallReader(Scanner):
-    """Reads one section of calls in the forms of their formats, with white space, order and extra keys at will.
-
-    Text that certainly belongs to a call is dropped from the buffer as it is read; other text stays there.
-    """
-
-    PLAIN_KEY = re.compile(r'[^\n<>"/][^\n<>"]*')
-
-    def __init__(self, parser: ChatParser, formats: Seq[CallFormat], names: Iterable[str]) -> None:
-        super().__init__(parser)
-        self._formats, self._names = formats, frozenset(names)
-        self._name = self._id = ""  # of the call that is being read
-        self._early: str | None = None  # arguments that stood before the name
-        self._begun = False  # the client has been told of the call
-        self._rest: str | None = None  # of its arguments if it ends here; None where it cannot
-        self._found = False  # a call, at all
-
-    def read(self, marked: bool) -> Reading:
-        """True if calls were found; else the text, all of it still in the buffer, only looks like one. `marked`: nothing but
-        a call begins so."""
-        try:
-            yield from self._either(*(self._section(format, opens) for format in self._formats for opens in format.beginnings))
-        except TextEnded:
-            return self._end_of_text(marked)
-        except NoCall:  # in a call that has begun
-            pass
-        self._close()
-        return self._found
-
-    def _end_of_text(self, marked: bool) -> bool:
-        """Drops the rest of a text that ends inside a section, if it certainly belongs to calls."""
-        cut = self._parser.reason != "stop"
-        if cut and self._name:
-            self._begin()
-        self._close()
-        if self._found or (cut and marked):
-            self._parser.drop(len(self._parser.buffer))
-        return self._found or (cut and marked)
-
-    def _named(self, name: str) -> None:
-        if name not in self._names:
-            raise NoCall
-        self._close()
-        self._name = name
-        if self._early is not None:
-            self._begin()
-            self._parser.write_arguments(self._early)
-
-    def _begin(self) -> None:
-        if not self._begun:
-            self._parser.begin_call(self._id, self._name)
-            self._begun = self._found = True
-            self._id = ""
-        self._drop()
-
-    def _may_end(self, rest: str) -> None:
-        """Nothing must follow any more, though more may."""
-        self._begin()
-        self._rest = rest
-
-    def _close(self) -> None:
-        """Ends the call that was being read, if there is one."""
-        if self._rest is not None:
-            self._parser.write_arguments(self._rest)
-        elif self._begun:
-            self._parser.is_broken = True
-        self._begun, self._rest = False, None
-
-    def _text(self, text: str) -> Reading:
-        """A format's text: any white space where it has some, and its open places up to the piece of text behind them."""
-        pieces = iter(MARKER.findall(text))
-        for piece in pieces:
-            if piece.isspace():
-                yield from self._blanks()
-            elif piece not in (ID, ANY):
-                yield from self._one_of([piece])
-            elif closes := next(pieces, ""):
-                found = yield from self._up_to(closes, 64)
-                self._id = found if piece == ID else self._id
-
-    def _key(self) -> Reading:
-        key = yield from self._string()
-        yield from self._behind_blanks(":")
+    def _key(self) -> str:
+        if found := self.KEY.match(self.text, self.at, self._limit):
+            self._go_to(found.end())
+            return found[1]
+        key = self._string()
+        self._char(":")
         return key
 
-    def _section(self, format: CallFormat, opens: str) -> Reading:
-        """Calls, each followed by pieces of its ending, then perhaps by the next one, with its marker or without."""
-        yield from self._call(format, opens)
-        last = next((p for p in reversed(MARKER.findall(format.closes)) if not p.isspace() and p not in "}]"), "")
-        again = {format.beginnings[-1], "" if format.keys else format.call_opens.lstrip()}
-        while (yield from self._either(*(self._call(format, opens, ",;") for opens in again), self._other_pair(format),
-                                       self._behind_blanks(format.closers - {last}))):  # fmt: skip
-            self._drop()
-        yield from self._either(self._behind_blanks([last]))
-        self._drop()
 
-    def _other_pair(self, format: CallFormat) -> Reading:
-        """A pair behind the name and the arguments in a call's object."""
-        yield from self._behind_blanks("," if format.keys and format.keys[0] else "")
-        if (yield from self._key()) in set().union(*format.known_keys):
+class Markup(Scanner):
+    """Reads what stands at the beginning of a text around the arguments of calls, with white space, order and extra keys at
+    will."""
+
+    PLAIN_KEY = re.compile(r'[^\n<>"/][^\n<>"]*')
+    format: CallFormat  # of the call that begins here
+    name = id = ""
+    arguments: str | None = None  # of the call as JSON, where they do not follow
+    key: str | None = None  # of an argument that follows by itself
+    ending = ""  # of that argument, or a piece of the ending of calls
+
+    def __init__(self, text: str, is_whole: bool, names: Collection[str]) -> None:
+        super().__init__(text, is_whole)
+        self._names = names
+
+    def first(self, formats: Seq[CallFormat]) -> None:
+        """The beginning of a section's first call."""
+        if not self._either(*((self._call, format, opens) for format in formats for opens in format.beginnings)):
             raise NoCall
-        yield from self._json()
 
-    def _call(self, format: CallFormat, opens: str, separators: str = "") -> Reading:
-        """A call from its beginning on, as far as it must go."""
-        self._name, self._early = "", None
-        if (yield from self._blanks()) in separators:
-            self._advance(1)
-            yield from self._blanks()
-        yield from self._text(opens)
-        rest = yield from self._behind_name(format) if format.keys is None else self._in_object(format, *format.keys)
-        self._may_end(rest)
+    def behind(self, format: CallFormat, is_over: bool) -> None:
+        """The next call's beginning, a pair in a call's object or a piece of the ending; its end once more if it was there."""
+        self._blanks()
+        if is_over:
+            return self._end([format.closes.strip(), MARKER.findall(format.closes.rstrip())[-1]])
+        calls = ((self._call, format, opens, ",;") for opens in format.repeats)
+        if not self._either((self._end, format.closers[:1]), *calls, (self._pair, format), (self._end, format.closers)):
+            raise NoCall
 
-    def _in_object(self, format: CallFormat, name_key: str, arguments_key: str) -> Reading:
+    def parameter(self, params: Params) -> None:
+        """The beginning of an argument, where they stand one by one."""
+        self._blanks()
+        self._text(params.opens)
+        closes, *rest = parts_of(params.keyed.strip())
+        key = self._up_to(closes)
+        if not self.PLAIN_KEY.fullmatch(key):
+            raise NoCall
+        self._text("".join(rest))
+        self.key, self.ending = key, params.closes.replace(KEY, key)
+        self._either((self._one_of, [params.keyed[len(params.keyed.rstrip()) :]]))
+        if self._either((self._one_of, ["<![CDATA["])):
+            self.ending = f"]]>{self.ending.strip()}"
+
+    def _text(self, text: str) -> None:
+        """A format's text: any white space where it has some, and its open places up to the text behind them."""
+        parts = iter(parts_of(text))
+        for part in parts:
+            if part.isspace():
+                self._blanks()
+            elif part not in (ID, ANY):
+                self._one_of((part,))
+            elif closes := next(parts, ""):
+                found = self._up_to(closes)
+                self.id = found if part == ID else self.id
+
+    def _call(self, format: CallFormat, opens: str, separators: str = "") -> None:
+        """A call from its beginning on, up to its arguments."""
+        self.format, self._limit, self.name, self.id, self.arguments = format, MAX_HEADER, "", "", None
+        if self._blanks() in separators:
+            self.at += 1
+            self._blanks()
+        self._text(opens)
+        if format.keys is None:
+            self._behind_name(format)
+        else:
+            self._in_object(format, *format.keys)
+
+    def _in_object(self, format: CallFormat, name_key: str, arguments_key: str) -> None:
         """A call as a JSON object, perhaps in a list: its name and its arguments, in either order, between other pairs."""
-        if (yield from self._blanks()) == "[":
-            self._advance(1)
-        yield from self._behind_blanks("{")
+        if self._blanks() == "[":
+            self.at += 1
+        self._char("{")
         if not name_key:
-            self._named((yield from self._key()))
-            yield from self._arguments()
-            return ""
+            self._named(self._key())
+            return self._arguments()
         names, arguments, inner = format.known_keys
         argued = False
-        while not (self._name and argued):
-            key = yield from self._key()
-            if key in inner and not self._name:
-                yield from self._behind_blanks("{")
+        while not (self.name and argued):
+            key = self._key()
+            if key in inner and not self.name:
+                self._char("{")
                 continue
-            if key in names and not self._name:
-                self._named((yield from self._string()))
+            if key in names and not self.name:
+                self._named(self._string())
             elif key in arguments and not argued:
-                yield from self._arguments()
+                self._arguments()
                 argued = True
             elif key in names | arguments | inner:
                 raise NoCall
             else:
-                yield from self._json()
-            if not (self._name and argued) and (yield from self._behind_blanks(",}" if self._name else ",")) == "}":
-                return "{}"
-        return ""
+                self._json()
+            if not (self.name and argued) and self._char(",}" if self.name else ",") == "}":
+                self.arguments, argued = "{}", True
 
-    def _behind_name(self, format: CallFormat) -> Reading:
+    def _behind_name(self, format: CallFormat) -> None:
         """A call whose name stands by itself; without arguments there must be what ends it."""
-        name = yield from self._one_of(self._names)
-        while not (behind := self._next(1)):
-            yield from self._more()
-        if re.match(r"[\w.-]", behind):
+        name, params = self._one_of(self._names), format.params
+        if re.match(r"[\w.-]", self._next()):
             raise NoCall  # a longer name
         self._named(name)
-        yield from self._text(format.named)
-        start, params, separator = self.at, format.params, "{"
-        if params and params.quote:
-            yield from self._arguments(JsonMender((params.quote,), format.closes.strip()[0]))
-            return ""
-        while params and (yield from self._either(self._argument(format, params, separator))):
-            separator = ", "
-        if separator == ", ":
-            return "}"
-        if (yield from self._either(self._behind_blanks(format.closers))):
-            self.at = start
-            return "{}"
-        if params:
+        self._text(format.named)
+        self._blanks()
+        start = self.at
+        if params and (params.quote or self._either((self.parameter, params))):
+            return
+        if self._either((self._one_of, format.closers)):
+            self.at, self.arguments = start, "{}"
+        elif params:
             raise NoCall
-        yield from self._arguments()
-        return ""
+        else:
+            self._arguments()
 
-    def _arguments(self, mender: JsonMender | None = None) -> Reading:
-        """Arguments as a JSON object, or as this mender reads them; told as they come if their call has a name."""
-        first, start = (yield from self._blanks()), self.at
-        if mender or (first == "{" and self._name):
-            self._begin()
-            return (yield from self._json(sys.maxsize, mender or JsonMender()))
-        text = yield from self._json(MAX_EARLY)
-        text = mended(json.loads(text)) or "" if text.startswith('"') else text  # they may stand in a string
+    def _named(self, name: str) -> None:
+        if name not in self._names:
+            raise NoCall
+        self.name = name
+
+    def _arguments(self) -> None:
+        """Arguments as a JSON object. They are read here only where they stand before the name, or in a string."""
+        first, start = self._blanks(), self.at
+        if first == "{" and self.name:
+            return
+        limit, self._limit = self._limit, start + MAX_EARLY
+        text = self._json()
+        self._limit = limit + self.at - start
+        text = mended(json.loads(text)) or "" if text.startswith('"') else text
         if first not in "{\"'nN" or not (text == "null" or text.startswith("{")):
             raise NoCall
-        self._early = "{}" if text == "null" else text
-        self._header += self.at - start
-        if self._name:
-            self._begin()
-            self._parser.write_arguments(self._early)
+        self.arguments = "{}" if text == "null" else text
 
-    def _argument(self, format: CallFormat, params: Params, separator: str) -> Reading:
-        """One argument of those that stand one by one."""
-        yield from self._blanks()
-        yield from self._text(params.opens)
-        closes, *rest = MARKER.findall(params.keyed.strip())
-        key = yield from self._up_to(closes, MAX_HEADER)
-        if not self.PLAIN_KEY.fullmatch(key):
+    def _end(self, pieces: Iterable[str]) -> None:
+        self.name, self.ending = "", self._one_of(pieces)
+
+    def _pair(self, format: CallFormat) -> None:
+        """A pair behind the name and the arguments in a call's object."""
+        self.name = ""
+        self._char("," if format.keys and format.keys[0] else "")
+        if self._key() in set().union(*format.known_keys):
             raise NoCall
-        yield from self._text("".join(rest))
-        self._begin()
-        self._rest = None
-        self._parser.write_arguments(f"{separator}{json.dumps(key, ensure_ascii=False)}: ")
-        yield from self._either(self._one_of([params.keyed[len(params.keyed.rstrip()) :]]))
-        closes = params.closes.replace(KEY, key)
-        if (yield from self._either(self._one_of(["<![CDATA["]))):
-            closes = f"]]>{closes.strip()}"
-        self._drop()
-        yield from self._value(self._parser.types(self._name, key), closes, format.closes.rstrip())
-        self._may_end("}")
-
-    def _value(self, types: int, closes: str, behind: str) -> Reading:
-        """An argument's value up to what closes it or its call (some models forget the first): a string as it comes, what has
-        another type when it is all there."""
-        parser, core, streams = self._parser, closes.strip(), types == SchemaReader.TYPES["string"]
-        trail = closes[: len(closes) - len(closes.lstrip())]
-        marks = (core, trail + core, behind + "\n\n\n", trail + behind + "\n\n\n")
-        parser.write_arguments('"' * streams)
-        while (at := parser.buffer.find(core, self.at)) < 0 and not parser.reason:
-            self.at = len(parser.buffer) - held_back(parser.buffer, marks)
-            if streams:
-                parser.write_arguments(json.dumps(parser.buffer[: self.at], ensure_ascii=False)[1:-1])
-                self._drop()
-            yield
-        value, is_whole = parser.buffer[: at if at >= 0 else None], at >= 0
-        if not is_whole and parser.reason == "stop" and behind and value.rstrip().endswith(behind):
-            value, is_whole = value.rstrip().removesuffix(behind), True
-        value = value.removesuffix(trail) if is_whole else value
-        if streams:
-            parser.write_arguments(json.dumps(value, ensure_ascii=False)[1:-1] + '"' * is_whole)
-        else:
-            parser.write_arguments(as_json(value, types) if is_whole else value)
-        self.at = at + len(core) if at >= 0 else len(parser.buffer)
-        self._drop()
-        if not is_whole:
-            raise TextEnded
+        self._json()
 
 
-class Alignment:
-    """Knows which tokens' log probabilities belong to which stretch of the text."""
+class Untold:
+    """The text that has come and is still to be told, and which tokens' log probabilities belong to it."""
 
     def __init__(self, hidden: frozenset[str]) -> None:
         self._hidden = hidden  # names of tokens that give no text
         self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
         self._tokens: deque[tuple[int, TokenLogprob]] = deque()
         self._size = 0
+        self.text, self.taken = "", 0
 
-    def add(self, logprobs: Seq[TokenLogprob]) -> None:
+    def add(self, text: str, logprobs: Seq[TokenLogprob]) -> None:
+        self.text += text
         for logprob in logprobs:
             self._tokens.append((self._size, logprob))
             if logprob.token.decode("utf-8", "replace") not in self._hidden:
                 self._size += len(self._decode(logprob.token))
 
-    def until(self, end: int | None) -> tuple[TokenLogprob, ...]:
-        """Takes the tokens that begin before this character; None: all."""
+    def take(self, size: int) -> str:
+        taken, self.text = self.text[:size], self.text[size:]
+        self.taken += len(taken)
+        return taken
+
+    def drop(self, size: int) -> None:
+        """Takes markup: its tokens' log probabilities belong to no text."""
+        if size:
+            self.take(size)
+            self.logprobs(self.taken)
+
+    def logprobs(self, end: int | None) -> tuple[TokenLogprob, ...]:
+        """Takes those of the tokens that begin before this character of all text; None: all."""
         taken = []
         while self._tokens and (end is None or self._tokens[0][0] < end):
             taken.append(self._tokens.popleft()[1])
@@ -14324,8 +14223,9 @@ class Alignment:
 class ChatParser(Parser):
     """Takes thoughts and tool calls out of the text, as a coroutine that stops wherever it needs more text to go on.
 
-    Only an answer's beginning is a thought: later its marker is text. What looks like a call but names no offered function
-    is text. Pieces may split anywhere; the events' texts joined are the same.
+    Only an answer's beginning is a thought: later its marker is text. What cannot be read as a call of an offered function is
+    text, and reading goes on behind the mark that looked like one. Pieces may split anywhere; the events' texts joined are the
+    same.
     """
 
     def __init__(self, index: int, format: ChatFormat, schemas: Mapping[str, Any], prompt_end: str, hidden: frozenset[str],
@@ -14334,10 +14234,11 @@ class ChatParser(Parser):
         self._format, self._schemas, self._hidden = format, schemas, hidden
         openings = [mark for call in format.calls for mark in call.marks] if schemas else []
         self._openings = tuple(filter(None, openings))
+        self._names = longest_first(schemas)
+        self._headers = [call.opens.lstrip() + call.head + name + call.named for call in format.calls for name in schemas]
         self._unmarked = "" in openings  # Llama 3: an answer that is a call has no marker
-        self._logprobs = Alignment(hidden)
-        self.buffer = ""
-        self.reason: str | None = None  # why the text ended, once it has
+        self._input = Untold(hidden)
+        self._reason = ""  # why the text ended, once it has
         self._space = ""  # white space that is dropped if a call follows
         self._trim = False  # white space behind a thought or call is dropped
         self._thinking = thinking or prompt_end.rstrip().endswith(format.thought[0])
@@ -14345,169 +14246,41 @@ class ChatParser(Parser):
         self._begun = continued or self._thinking  # a thought has begun, or content has
         self._events: list[Event] = []
         self.calls = 0
-        self.is_broken = False  # a call's arguments cannot be read
+        self._is_broken = False  # a call's arguments cannot be read
         self._has_text = False  # content that is more than white space
         self.behind_call = 0  # where the last one ends that stands before it
         opened = next((m for m in self._openings if prompt_end.endswith(m) and not continued), "")  # functionary: >>>
-        self.taken = -len(opened)
+        self._input.taken = -len(opened)
         self._reading = self._answer()
-        self._feed(opened)
+        self.push(opened)
 
     def push(self, text: str, logprobs: tuple[TokenLogprob, ...] = ()) -> Iterator[Event]:
-        self._logprobs.add(logprobs)
-        return self._feed(text)
-
-    def finish(self, reason: str) -> Iterator[Event]:
-        self.reason = reason
-        yield from self._feed("")
-        if self._space and not self.calls:
-            self._emit(Text(self.index, self._space))
-        if rest := self._logprobs.until(None):
-            self._events.append(Text(self.index, logprobs=rest))
-        yield from self._drain()
-        yield ChoiceEnd(self.index, "tool_calls" if self.calls and reason == "stop" and not self.is_broken else reason)
-
-    def _feed(self, text: str) -> Iterator[Event]:
-        self.buffer += text
+        self._input.add(text, logprobs)
         next(self._reading, None)
-        return self._drain()
-
-    def _drain(self) -> Iterator[Event]:
         events, self._events = self._events, []
         return iter(events)
 
+    def finish(self, reason: str) -> Iterator[Event]:
+        self._reason = reason
+        yield from self.push("")
+        if self._space and not self.calls:
+            self._emit(Text(self.index, self._space))
+        if rest := self._input.logprobs(None):
+            self._events.append(Text(self.index, logprobs=rest))
+        yield from self.push("")
+        yield ChoiceEnd(self.index, "tool_calls" if self.calls and reason == "stop" and not self._is_broken else reason)
+
     def _emit(self, event: Event) -> None:
         if isinstance(event, (Text, Thought)):
-            event = replace(event, logprobs=self._logprobs.until(self.taken - len(self._space)))
+            event = replace(event, logprobs=self._input.logprobs(self._input.taken - len(self._space)))
         self._events.append(event)
-
-    def _take(self, size: int) -> str:
-        taken, self.buffer = self.buffer[:size], self.buffer[size:]
-        self.taken += len(taken)
-        return taken
-
-    def drop(self, size: int) -> None:
-        """Takes markup: its tokens' log probabilities belong to no text."""
-        if size:
-            self._take(size)
-            self._logprobs.until(self.taken)
-
-    def begin_call(self, id: str, name: str) -> None:
-        self._space, self._begun, self._trim = "", True, True
-        self.calls += 1
-        id = id if len(id) > 8 else f"call_{os.urandom(12).hex()}"  # short ones count the calls of a turn
-        self._emit(CallBegan(self.index, self.calls - 1, id, name))
-
-    def write_arguments(self, text: str) -> None:
-        if text:
-            self._emit(CallArguments(self.index, self.calls - 1, text))
-
-    def types(self, name: str, key: str) -> int:
-        """The types that an argument may have."""
-        return argument_types(json.dumps(self._schemas[name]), key)
-
-    # From here on generators: each `yield` waits for more text
-
-    def _answer(self) -> Reading:
-        if self._thinking or (not self._continued and (yield from self._thought_begins())):
-            yield from self._thought()
-        if self._unmarked and not self._continued:
-            while not self.buffer.strip() and not self.reason:
-                yield
-            yield from self._call("")
-        while self.buffer or not self.reason:
-            yield from self._content()
-
-    def _up_to(self, marks: Seq[str], tell: Callable[[str], None]) -> Reading:
-        """Tells text up to the first of some marks, which it returns; "" at the end of the text."""
-        mark = re.compile("|".join(map(re.escape, sorted(marks, key=len, reverse=True))) or r"(?!)")
-        while True:
-            found = mark.search(self.buffer)
-            held = held_back(self.buffer, marks) if not self.reason or self._drops_a_cut_mark else 0
-            if found and not self.reason and found.start() >= len(self.buffer) - held:
-                found = None  # it may become a longer one
-            if text := self._take(found.start() if found else len(self.buffer) - held):
-                tell(text)
-            if found or self.reason:
-                self.drop(0 if found else held)
-                return found[0] if found else ""
-            yield
-
-    def _thought_begins(self) -> Reading:
-        """Whether a thought's opening marker comes next; takes that and the white space before it."""
-        opens, closes = self._format.thought
-        while True:
-            first = self.buffer.lstrip()
-            found = next((m for m in (opens, closes) if first.startswith(m)), "")
-            if found:
-                self.drop(len(self.buffer) - len(first) + len(found))
-                self._trim = True  # the end of a thought that was none
-                return found == opens
-            is_half = any(m.startswith(first) for m in self._format.thought)
-            if self.reason or not is_half:
-                self.drop(len(self.buffer) if is_half and self._drops_a_cut_mark else 0)
-                return False
-            yield
-
-    def _thought(self) -> Reading:
-        """A thought up to its closing marker, without the line breaks before it."""
-        self._begun = self._trim = True
-        closes = self._format.thought[1]
-        while not self.buffer.strip("\n") and not self.reason:
-            yield
-        self._take(len(self.buffer) - len(self.buffer.lstrip("\n")))  # a token may go on with text
-        marks = (closes, *(() if self.calls else self._openings))
-        while mark := (yield from self._up_to(marks, lambda text: self._emit(Thought(self.index, text)))):
-            if mark == closes:
-                return self.drop(len(closes))
-            if (yield from self._call_in_thought()):
-                return
-
-    def _call_in_thought(self) -> Reading:
-        """Takes calls with which the text ends, although the thought that they stand in does not (Qwen 3 and 3.5 do that);
-        false if other text follows: then all this is thought."""
-        inner = ChatParser(self.index, replace(self._format, drops=()), self._schemas, "", self._hidden, continued=True)
-        closes, events, read, prose = self._format.thought[1], list[Event](), 0, False
-        while not prose and (read < len(self.buffer) or not self.reason):
-            if read == len(self.buffer):
-                yield
-            behind = min(read + 64, len(self.buffer))  # to read on would be for nothing if this is prose
-            if self.buffer.find(closes, max(0, read - len(closes)), behind) >= 0:
-                break
-            more = list(inner.push(self.buffer[read:behind]))
-            prose, read = any(isinstance(event, Text) for event in more), behind
-            events += more
-        more = list(inner.finish(self.reason)) if self.reason and not prose and read == len(self.buffer) else []
-        events += more
-        if more[-1:] == [ChoiceEnd(self.index, "tool_calls")] and not any(isinstance(event, Text) for event in more):
-            self.drop(len(self.buffer))
-            self._events += events[:-1]
-            self.calls = inner.calls
-            return True
-        self._emit(Thought(self.index, self._take(max(inner.behind_call, 1))))
-        return False
-
-    def _content(self) -> Reading:
-        """Content up to the next marker, and the call that it begins."""
-        mark = yield from self._up_to((*self._openings, *self._format.drops), self._say)
-        if not mark or (mark in self._openings and ((yield from self._call(mark)) or mark not in self._format.drops)):
-            return
-        self.drop(len(mark))
-        self._trim = self._trim or not self._begun
-        if (yield from self._thought_begins()):  # gpt-oss thinks again between its calls
-            yield from self._thought()
-
-    @property
-    def _drops_a_cut_mark(self) -> bool:
-        """Whether half a marker at the end of the text was to begin a call, had there been more tokens."""
-        return self.reason == "length" and (self._forced or self.calls > 0)
 
     def _say(self, out: str) -> None:
         """Content; white space waits where a call may follow."""
         out = out.lstrip() if self._trim else out
         self._trim = self._trim and not out
         if self._trim:
-            self._logprobs.until(self.taken)
+            self._input.logprobs(self._input.taken)
         out = self._space + out
         kept = out.rstrip() if self._schemas or not self._begun else out
         self._space = out[len(kept) :]
@@ -14515,15 +14288,204 @@ class ChatParser(Parser):
             self._begun = self._has_text = True
             self._emit(Text(self.index, kept))
 
-    def _call(self, mark: str) -> Reading:
-        """A section of calls; false if the text only looks like one: then what cannot begin another was said."""
-        reader = CallReader(self, self._format.calls, self._schemas)
-        if (yield from reader.read(self._forced or mark != "")):
-            self.behind_call = self.behind_call if self._has_text else self.taken
-            return True
-        again = max(map(len, self._openings), default=0)  # a marker may begin in the last characters that were read
-        self._say(self._take(max(len(mark), reader.furthest - again) if mark not in self._format.drops else 0))
+    def _write(self, text: str) -> None:
+        """More of the last call's arguments."""
+        if text:
+            self._emit(CallArguments(self.index, self.calls - 1, text))
+
+    @property
+    def _drops_a_cut_mark(self) -> bool:
+        """Whether half a marker at the end of the text was to begin a call, had there been more tokens."""
+        return self._reason == "length" and (self._forced or self.calls > 0)
+
+    # From here on generators: each `yield` waits for more text
+
+    def _answer(self) -> Reading[None]:
+        if self._thinking or (not self._continued and (yield from self._thought_begins())):
+            yield from self._thought()
+        if self._unmarked and not self._continued:
+            while not self._input.text.strip() and not self._reason:
+                yield
+            yield from self._call("")
+        while self._input.text or not self._reason:
+            yield from self._content()
+
+    def _up_to(self, marks: Seq[str], tell: Callable[[str], None]) -> Reading[str]:
+        """Tells text up to the first of some marks, which it returns; "" at the end of the text."""
+        mark = re.compile("|".join(map(re.escape, sorted(marks, key=len, reverse=True))) or r"(?!)")
+        while True:
+            text = self._input.text
+            found = mark.search(text)
+            held = held_back(text, marks) if not self._reason or self._drops_a_cut_mark else 0
+            if found and not self._reason and found.start() >= len(text) - held:
+                found = None  # it may become a longer one
+            if before := self._input.take(found.start() if found else len(text) - held):
+                tell(before)
+            if found or self._reason:
+                self._input.drop(0 if found else held)
+                return found[0] if found else ""
+            yield
+
+    def _thought_begins(self) -> Reading[bool]:
+        """Whether a thought's opening marker comes next; takes that and the white space before it."""
+        opens, closes = self._format.thought
+        while True:
+            text = self._input.text
+            first = text.lstrip()
+            found = next((m for m in (opens, closes) if first.startswith(m)), "")
+            if found:
+                self._input.drop(len(text) - len(first) + len(found))
+                self._trim = True  # the end of a thought that was none
+                return found == opens
+            is_half = any(m.startswith(first) for m in self._format.thought)
+            if self._reason or not is_half:
+                self._input.drop(len(text) if is_half and self._drops_a_cut_mark else 0)
+                return False
+            yield
+
+    def _thought(self) -> Reading[None]:
+        """A thought up to its closing marker, without the line breaks before it."""
+        self._begun = self._trim = True
+        closes = self._format.thought[1]
+        while not self._input.text.strip("\n") and not self._reason:
+            yield
+        self._input.take(len(self._input.text) - len(self._input.text.lstrip("\n")))  # a token may go on with text
+        marks = (closes, *(() if self.calls else self._openings))
+        while mark := (yield from self._up_to(marks, lambda text: self._emit(Thought(self.index, text)))):
+            if mark == closes:
+                return self._input.drop(len(closes))
+            if (yield from self._call_in_thought()):
+                return
+
+    def _call_in_thought(self) -> Reading[bool]:
+        """Takes calls with which the text ends, although the thought that they stand in does not (Qwen 3 and 3.5 do that);
+        false if other text follows: then all this is thought."""
+        inner = ChatParser(self.index, replace(self._format, drops=()), self._schemas, "", self._hidden, continued=True)
+        closes, events, read, prose = self._format.thought[1], list[Event](), 0, False
+        while not prose and (read < len(self._input.text) or not self._reason):
+            if read == len(self._input.text):
+                yield
+            behind = min(read + 64, len(self._input.text))  # to read on would be for nothing if this is prose
+            if self._input.text.find(closes, max(0, read - len(closes)), behind) >= 0:
+                break
+            more = list(inner.push(self._input.text[read:behind]))
+            prose, read = any(isinstance(event, Text) for event in more), behind
+            events += more
+        if self._reason and not prose and read == len(self._input.text):
+            events += inner.finish(self._reason)
+            if events[-1] == ChoiceEnd(self.index, "tool_calls") and not any(isinstance(event, Text) for event in events):
+                self._input.drop(read)
+                self._events += events[:-1]
+                self.calls = inner.calls
+                return True
+        self._emit(Thought(self.index, self._input.take(max(inner.behind_call, 1))))
         return False
+
+    def _content(self) -> Reading[None]:
+        """Content up to the next marker, and the call that it begins."""
+        mark = yield from self._up_to((*self._openings, *self._format.drops), self._say)
+        if not mark or (mark in self._openings and ((yield from self._call(mark)) or mark not in self._format.drops)):
+            return
+        self._input.drop(len(mark))
+        self._trim = self._trim or not self._begun
+        if (yield from self._thought_begins()):  # gpt-oss thinks again between its calls
+            yield from self._thought()
+
+    def _call(self, mark: str) -> Reading[bool]:
+        """A section of calls; false if the text only looks like one: then its mark is text, unless that is dropped."""
+        call = yield from self._read(Markup.first, self._format.calls)
+        if not call:
+            self._say(self._input.take(0 if mark in self._format.drops else len(mark)))
+            return False
+        format, is_over = call.format, False
+        while call:
+            if call.name and not (yield from self._tell(call)):
+                self._is_broken = True
+                break
+            is_end = not call.name and call.ending not in "}]" and format.closes.rstrip().endswith(call.ending)
+            is_over = is_over or is_end
+            call = yield from self._read(Markup.behind, format, is_over)
+        self.behind_call = self.behind_call if self._has_text else self._input.taken
+        return True
+
+    def _read(self, read: Callable[..., None], *what: Any) -> Reading[Markup | None]:
+        """Reads markup and drops it, all of it again whenever more text came; None if the text goes on otherwise."""
+        while True:
+            while not self._reason and any(header.startswith(self._input.text) for header in self._headers):
+                yield  # so far as the template has it
+            text = self._input.text
+            markup = Markup(text, self._reason == "stop", self._names)
+            try:
+                read(markup, *what)
+                self._input.drop(markup.at)
+                return markup
+            except NoCall:
+                return None
+            except TextEnds:
+                if self._reason:  # it was cut: all of it belongs to a call
+                    if markup.name or self._forced or self.calls or text.startswith(self._openings):
+                        self._input.drop(len(text))
+                    return markup if markup.name or markup.key is not None else None
+            while not self._reason and len(self._input.text) <= len(text) + (len(text) // 8 if len(text) > MAX_HEADER else 0):
+                yield
+
+    def _tell(self, call: Markup) -> Reading[bool]:
+        """Tells of a call, and its arguments as they come; false if they are broken or cut."""
+        self._space, self._begun, self._trim = "", True, True
+        self.calls += 1
+        id = call.id if len(call.id) > 8 else f"call_{os.urandom(12).hex()}"  # short ones count the calls of a turn
+        self._emit(CallBegan(self.index, self.calls - 1, id, call.name))
+        params = call.format.params
+        if call.arguments is not None:
+            self._write(call.arguments)
+            return True
+        if params and not params.quote:
+            return (yield from self._parameters(call, params))
+        mender = JsonMender((params.quote,), call.format.closes.strip()[0]) if params else JsonMender()
+        while True:
+            self._input.drop(mender.read(self._input.text, 0))
+            self._write(mender.take())
+            if mender.done or mender.failed or self._reason:
+                self._input.drop(0 if mender.done or mender.failed else len(self._input.text))
+                return mender.done
+            yield
+
+    def _parameters(self, call: Markup, params: Params) -> Reading[bool]:
+        """Arguments that stand one by one."""
+        schema, behind, separator = json.dumps(self._schemas[call.name]), call.format.closes.rstrip(), "{"
+        begun: Markup | None = call
+        while begun and begun.key is not None:
+            self._write(f"{separator}{json.dumps(begun.key, ensure_ascii=False)}: ")
+            if not (yield from self._value(argument_types(schema, begun.key), begun.ending, behind)):
+                return False
+            separator, begun = ", ", (yield from self._read(Markup.parameter, params))
+        self._write("}" if separator == ", " else "")
+        return separator == ", "
+
+    def _value(self, types: int, closes: str, behind: str) -> Reading[bool]:
+        """An argument's value up to what closes it or its call (some models forget the first): a string as it comes, what has
+        another type when it is all there. False if it is cut."""
+        core, streams, at = closes.strip(), types == SchemaReader.TYPES["string"], 0
+        trail = closes[: len(closes) - len(closes.lstrip())]
+        marks = (core, trail + core, behind + "\n\n\n", trail + behind + "\n\n\n")
+        self._write('"' * streams)
+        while (end := self._input.text.find(core, at)) < 0 and not self._reason:
+            at = len(self._input.text) - held_back(self._input.text, marks)
+            if streams:
+                self._write(json.dumps(self._input.text[:at], ensure_ascii=False)[1:-1])
+                self._input.drop(at)
+                at = 0
+            yield
+        value, is_whole = self._input.text[: end if end >= 0 else None], end >= 0
+        if not is_whole and self._reason == "stop" and behind and value.rstrip().endswith(behind):
+            value, is_whole = value.rstrip().removesuffix(behind), True
+        value = value.removesuffix(trail) if is_whole else value
+        if streams:
+            self._write(json.dumps(value, ensure_ascii=False)[1:-1] + '"' * is_whole)
+        else:
+            self._write(as_json(value, types) if is_whole else value)
+        self._input.drop(end + len(core) if end >= 0 else len(self._input.text))
+        return is_whole
 
 
 def held_back(buffer: str, marks: Iterable[str]) -> int:

@@ -3489,6 +3489,9 @@ def test_answer_says_the_same_however_it_is_cut() -> None:
             assert all(isinstance(json.loads(arguments), dict) for _, arguments in whole.calls), text
 
 
+CALLED = '<tool_call>\n{"name": "f", "arguments": {"a": "x"}}\n</tool_call>'
+
+
 def check_in_pieces(format: Any, text: str, wanted: Answered, reason: str = "stop", **more: Any) -> None:
     """The answer is told so, whole and by character."""
     for pieces in ([text], text):
@@ -3511,9 +3514,6 @@ def check_in_pieces(format: Any, text: str, wanted: Answered, reason: str = "sto
 )  # fmt: skip
 def test_thoughts_stand_behind_markup_of_channels(prompt: str, text: str, wanted: Answered) -> None:
     check_in_pieces(derived_once(GPT_OSS), text, wanted, prompt=prompt)
-
-
-CALLED = '<tool_call>\n{"name": "f", "arguments": {"a": "x"}}\n</tool_call>'
 
 
 @cases(
@@ -3592,6 +3592,29 @@ def test_several_calls_stand_in_one_section(name: str, text: str, count: int) ->
     check_in_pieces(derived_once(FAMILIES[name]), text, Answered("", calls))
 
 
+@cases(
+    "name, text, wanted",
+    {
+        "behind another's beginning": ("hermes", f'<tool_call>{{"name": "zzz", {CALLED}', '<tool_call>{"name": "zzz",'),
+        "behind words about it": ("hermes", f"Use <tool_call> so: {CALLED}", "Use <tool_call> so:"),
+        "behind a mark of its own": ("hermes", f"<tool_call>\n{CALLED}", "<tool_call>"),
+        "before half of another": ("hermes", CALLED + '\n<tool_call>\n{"name": "f", "ar', '<tool_call>\n{"name": "f", "ar'),
+        "before half a mark": ("hermes", f"{CALLED}\n<tool_c", "<tool_c"),
+        "before half a pair": ("hermes", CALLED + ', "x": ', ', "x":'),
+        "before one of no function": ("bare", '{"name": "f", "parameters": {"a": "x"}}; {"name": "zzz"}', '; {"name": "zzz"}'),
+        "before half an argument": ("tags", "<tool_call>\n<function=f>\n<parameter=a>\nx\n</parameter>\n<param", "<param"),
+        "behind one of no function": (
+            "tags", "<tool_call>\n<function=zzz><tool_call>\n<function=f>\n<parameter=a>\nx\n</parameter>\n</function>",
+            "<tool_call>\n<function=zzz>"),
+        "with ends too many": ("hermes", CALLED.replace("\n</", "}}\n</") + "</tool_call>", ""),
+        "without arguments, with ends too many": ("keys and values", "<tool_call>get</tool_call>\n</tool_call> ] hi", "] hi"),
+    },
+)  # fmt: skip
+def test_text_beside_a_call_that_is_none_is_not_lost(name: str, text: str, wanted: str) -> None:
+    calls = (("get", "{}"),) if "get" in text else (("f", '{"a": "x"}'),)
+    check_in_pieces(format_of(name), text, Answered(wanted, calls))
+
+
 @pytest.mark.parametrize("name", SPOKEN)
 def test_forced_call_that_is_cut_anywhere_leaves_no_markup(name: str) -> None:
     for text in SPOKEN[name]:
@@ -3617,6 +3640,7 @@ OPENED = '<tool_call>{"name": "f", "arguments": {"a": '
         "calls in a thought, and prose": ("hermes", "<think>", f"{CALLED} and\n"),
         "calls in a thought": ("hermes", "<think>", f"{CALLED}\n"), "calls": ("bare", "", '{"name": "f", "parameters": {}}; '),
         "half a header": ("hermes", "", '<tool_call>\n{"name": "f", "x": "'),
+        "strings before names": ("hermes", "", '<tool_call>{"arguments": \''),
         "arguments first": ("hermes", "", '<tool_call>{"arguments": {"a": "'),
         "blanks": ("hermes", "", "<tool_call>" + " " * 900), "a long word": ("hermes", OPENED, "x"),
         "a long number": ("hermes", OPENED, "1"), "brackets": ("hermes", OPENED, "["), "half lists": ("hermes", OPENED, "[1, "),
@@ -3861,6 +3885,17 @@ def test_template_arguments_that_are_names_of_our_own_change_nothing() -> None:
     args = {"add_generation_prompt": False, "messages": [], "bos_token": "x", "self": 1, "tools": [], "known": "yes"}
     talk = chat(FRAME.replace("%s", "") + "{{ known }}")
     assert "".join(talk.prompt(asked(("user", "Hi"), template_args=args))) == "<|user|>Hi<|end|><|assistant|>yes"
+
+
+def test_results_have_the_ids_that_their_calls_have_in_the_prompt() -> None:
+    """Kimi K2 wants the function's name and the call's number in them, and writes nothing else of a result's call."""
+    source = ("{% for m in messages %}{% for c in m.tool_calls or [] %}{{ c.id }}{{ c.function }}{% endfor %}"
+              "{{ m.tool_call_id }}={{ m.content }};{% endfor %}")  # fmt: skip
+    calls = [{"id": name, "type": "function", "function": {"name": name, "arguments": {}}} for name in NAMES]
+    messages = [said("assistant", "", tool_calls=calls), *(said("tool", id, tool_call_id=id) for id in reversed(NAMES))]
+    telling = next(turns for turns in module.NATIVE if "functions." in str(turns(messages, [])))
+    prompt = module.Rendering({"": source}, "", "", *telling(messages, []), {}).run()
+    assert prompt.endswith("functions.add_to_list:1=add_to_list;functions.get_weather:0=get_weather;")
 
 
 def test_empty_turn_of_the_assistants_does_not_end_a_conversation() -> None:
