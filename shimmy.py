@@ -14550,7 +14550,7 @@ class GbnfReader(Reader):
 
 # ── D.3. Strings ──────────────────────────────────────────────────────────────────────────────────────────────────────
 # Sets of texts, with and, or and not, and the JSON strings of such a set: symbols that know what can still come.
-# Offers: Texts and its algebra (union, intersection, complement, word_texts, texts_by); shortest; StringShape, string_symbol,
+# Offers: Texts and its algebra (union, intersection, complement, word_texts, texts_by); has_text; StringShape, string_symbol,
 # string_fits, few_texts; JsonText; FORMATS. Uses: D.1's symbols, D.2's patterns.
 
 
@@ -14561,15 +14561,15 @@ class Texts:
     and intersections, there is a text as short as `least`.
     """
 
-    __slots__ = ("data", "kind", "least", "most", "moves", "nullable", "parts", "plain", "search", "shortest")
+    __slots__ = ("data", "kind", "least", "most", "moves", "nullable", "parts", "plain", "search", "sought")
     MAX_KEPT = 50_000
     made: ClassVar[dict[tuple[Any, ...], Texts]] = {}
 
     def __init__(self, kind: str, data: Any, parts: tuple[Texts, ...]) -> None:
         self.kind, self.data, self.parts = kind, data, parts
         self.moves: Moves | None = None
-        self.search: Any = None  # for its shortest text, as far as one thread came: it goes on from there when asked again
-        self.shortest: float | None = None  # the length of its shortest text, once that has been sought; inf: there is none
+        self.search: Any = None  # for a text, as far as one thread came: it goes on from there when asked again
+        self.sought: float | None = None  # the length of a text, once one has been sought; inf: there is none
         self.plain: bool = kind not in ("none", "not", "both") and all(part.plain for part in parts)
         self.nullable, self.least, self.most = False, 1, 1.0
         leasts, mosts = [part.least for part in parts], [part.most for part in parts]
@@ -14924,60 +14924,63 @@ def alive(at: Texts) -> bool:
     it cannot end.
     """
     try:
-        return at.plain or at.nullable or shortest(at) < math.inf
+        return at.plain or at.nullable or has_text(at)
     except InvalidRequest:
-        at.shortest = math.inf
+        at.sought = math.inf
         return False
 
 
-def _known_shortest(at: Texts) -> float | None:
-    """The length of the shortest text where that needs no search."""
+def _known_length(at: Texts) -> float | None:
+    """The length of a text where that needs no search; inf if there is none."""
     if at.plain or at.nullable:
         return at.least
-    if at.shortest is None and at.kind == "sized":
+    if at.sought is None and at.kind == "sized":
         (low, high), (inner,) = at.data, at.parts
-        found = _known_shortest(inner)
+        found = _known_length(inner)
         if found is not None and found < low and any(behind is inner for _, behind in moves(inner)):
             found = low  # a character that leads back here makes a text as long as it must be
-        if found is not None and found >= low:
-            return found if found <= high else math.inf
-    return at.shortest
+        if found is not None and (low <= found <= high or found == math.inf):
+            return found
+    return at.sought
 
 
-def shortest(at: Texts, spend: Callable[[int], None] = lambda steps: None) -> float:
-    """Finds the length of the shortest text, breadth first; inf if there is none. Raises InvalidRequest if that takes too long.
+def has_text(at: Texts, spend: Callable[[int], None] = lambda steps: None) -> bool:
+    """True if there is a text; looks breadth first. Raises InvalidRequest if that takes too long.
 
     Raises NotYet: what was derived is kept, and the next search goes quickly where this one has been. `spend` counts the steps.
     """
-    if at.kind == "sized" and _known_shortest(at) is None:
-        shortest(at.parts[0], spend)
+    if at.kind == "sized" and _known_length(at) is None:
+        has_text(at.parts[0], spend)
     thread, search = threading.get_ident(), at.search
     if not search or search[0] != thread:  # another thread's goes on by itself
-        search = thread, {at: None}, [at], 0, math.inf, 0, None
-    _, before, layer, length, found, rest, last = search
-    while layer and length < found:
+        search = thread, {at: None}, [at]
+    _, before, layer = search
+    last, rest = None, math.inf
+    while layer and last is None:
         longer: dict[Texts, Texts] = {}
         for one in layer:
-            known = _known_shortest(one)
+            known = _known_length(one)
             if known is None:
                 spend(2)
                 fresh = (behind for _, behind in moves(one) if behind not in before and behind not in longer)
                 longer |= dict.fromkeys(fresh, one)
-            elif length + known < found:
-                found, rest, last = length + known, known, one
+            elif known < math.inf:
+                last, rest = one, known
+                break
             if len(before) + len(longer) > MAX_SEARCH:
                 at.search = None
                 raise InvalidRequest("the string's patterns and formats together are too complex to tell what fits them")
-        before |= longer
-        layer, length = list(longer), length + 1
-        at.search = thread, before, layer, length, found, rest, last
-        TURN.kept()
-    at.search = None
-    if last is None:
+        else:
+            before |= longer
+            layer = list(longer)
+            at.search = thread, before, layer
+            TURN.kept()
+    at.search, found = None, last is not None
+    if not found:
         for one in before:
-            one.shortest = math.inf
+            one.sought = math.inf
     while last is not None:
-        last.shortest, rest = rest, rest + 1
+        last.sought, rest = rest, rest + 1
         last = before[last]
     return found
 
@@ -15059,7 +15062,7 @@ class JsonText(Symbol):
 @functools.lru_cache(maxsize=1000)
 def string_symbol(shape: StringShape) -> Symbol | None:
     """A JSON string of a shape, with its quotes; None if there is none. Raises InvalidRequest where that cannot be told."""
-    return None if shortest(shape.texts) == math.inf else InOrder((Word(b'"'), JsonText(shape.texts)))
+    return InOrder((Word(b'"'), JsonText(shape.texts))) if has_text(shape.texts) else None
 
 
 def string_fits(shape: StringShape, text: str) -> bool:
@@ -15996,7 +15999,7 @@ class Forms(SchemaReader):
 
     def string(self, shape: StringShape) -> Symbol | None:
         """A string; None if there is none of its shape. The search for one is counted."""
-        shortest(shape.texts, self.spend)
+        has_text(shape.texts, self.spend)
         return string_symbol(shape)
 
     # allOf: the meet of two forms
@@ -16210,7 +16213,7 @@ class Forms(SchemaReader):
 
     def fits(self, value: Any, node: Iterable[int]) -> bool:
         """True if a value fits schemas."""
-        return all(self._fits_form(value, self.form(number)) for number in node)
+        return all(self._fits_form(value, self.form(max(number, ~number))) == (number >= 0) for number in node)
 
     def _fits_form(self, value: Any, form: Form) -> bool:
         return any(self.fits_shape(value, shape) for shape, _ in form)
@@ -16508,32 +16511,47 @@ class Documents:
 
     def _has_enough(self, shape: ArrayShape) -> bool:
         """True if an array whose elements are all different can be as long as it must be."""
-        rest = shape.at(len(shape.first))
-        wanted = [(node, shape.low) for node in (*shape.first[: shape.low], rest) if node is not None]
-        if not shape.first:
-            wanted += [(self.shapes.node((*(rest or ()), number)), least) for number, least, _ in shape.contains]
-        if all(count < 2 or self._has_different(node, count) for node, count in wanted):
-            return True
-        if shape.first:
-            raise self.shapes.refuse("uniqueItems beside prefixItems is not supported where an element has few values")
-        return False
-
-    def _has_different(self, node: Node, count: int) -> bool:
-        """True if so many different values fit, as a try tells."""
-        taken = frozenset[Any]()
-        for _ in range(min(count, self.MAX_TAKEN)):
-            if not self.kept(value := Value(self, node, taken)):
-                return False
-            taken |= {comparable(self._example(value))}
+        first, contains = shape.first, shape.contains
+        if not first and all(most is None for _, _, most in contains[:1]) and len(contains) < 2:
+            rest = shape.at(0)
+            wanted = [] if rest is None else [(rest, shape.low)]
+            wanted += [(self.shapes.node((*(rest or ()), number)), least) for number, least, _ in contains]
+            return all(count < 2 or self._has_different(node, count) for node, count in wanted)
+        length = max(shape.low, sum(least for _, least, _ in contains) + len(first) if contains else 0)
+        # where there are so many of each kind, none takes what another needs
+        kinds = {node for index in range(min(len(first) + 1, length))
+                 for node, _ in self.elements(shape, index, (0,) * len(contains)) if node in self.possible}  # fmt: skip
+        if length > 1 and not all(self._has_different(node, length) for node in kinds):
+            raise self.shapes.refuse("uniqueItems beside prefixItems, maxContains or two contains is not supported where an "
+                                     "element has few values")  # fmt: skip
         return True
 
-    def _example(self, value: Value) -> Any:
-        """A document, written as chance has it, but ended where it can be."""
-        here, text = Automaton(value).start, b""
-        while not here.ends:
+    def _has_different(self, node: Node, count: int) -> bool:
+        """True if so many different values fit, as tries tell."""
+        taken, count, value = set[Any](), min(count, self.MAX_TAKEN), Value(self, node)
+        start = Automaton(value).start
+        try:
+            for number in range(2 * count if self.kept(value) else 0):  # mostly these differ
+                if len(taken) < count:
+                    taken.add(comparable(self._example(start, number)))
+            while len(taken) < count and self.kept(value := Value(self, node, frozenset(taken))):
+                taken.add(comparable(self._example(Automaton(value).start, 0)))
+        except LookupError:  # an array inside is scarce: when that is known, this one is looked at again
+            return True
+        return len(taken) == count
+
+    def _example(self, here: State, number: int) -> Any:
+        """A document: its first choices spell the number, later ones are as chance has it, and it ends where it can.
+
+        Raises LookupError at a dead end.
+        """
+        text = b""
+        while not here.ends or (number and here.bits):
             may = list(bytes_of(here.bits))
             ends = [byte for byte in (b']}"' if len(may) < self.WIDE else b'"') if byte in may]
-            byte = ends[0] if ends else may[zlib.crc32(text) % len(may)]
+            choice = number or zlib.crc32(b"%d" % len(text))
+            byte = ends[0] if ends and not number else may[choice % max(len(may), 1)]
+            number //= len(may)
             text, behind = text + bytes([byte]), here.step(byte)
             if behind is None or len(text) > self.MAX_EXAMPLE:
                 raise self.shapes.refuse("uniqueItems: the elements are too long to count them")
