@@ -14550,8 +14550,8 @@ class GbnfReader(Reader):
 
 # ── D.3. Strings ──────────────────────────────────────────────────────────────────────────────────────────────────────
 # Sets of texts, with and, or and not, and the JSON strings of such a set: symbols that know what can still come.
-# Offers: Texts and its algebra (union, intersection, complement, word_texts, texts_by); has_text; StringShape, string_symbol,
-# string_fits, few_texts; JsonText; FORMATS. Uses: D.1's symbols, D.2's patterns.
+# Offers: Texts and its algebra (union, intersection, complement, word_texts, but_not, texts_by); has, has_text, few_texts;
+# string_symbol, JsonText; FORMATS. Uses: D.1's symbols, D.2's patterns.
 
 
 class Texts:
@@ -14743,6 +14743,11 @@ class WordList:
 def word_texts(texts: frozenset[str]) -> Texts:
     """Just some texts."""
     return _make("words", WordList(sorted(texts), 0, len(texts), 0)) if texts else NONE
+
+
+def but_not(texts: Texts, words: Iterable[str]) -> Texts:
+    """A set without some texts."""
+    return intersection([texts, complement(word_texts(frozenset(words)))])
 
 
 def moves(texts: Texts) -> Moves:
@@ -15004,27 +15009,6 @@ def behind(at: Texts, code: int) -> Texts:
 
 
 @dataclass(frozen=True)
-class StringShape:
-    """The condition on a JSON string."""
-
-    texts: Texts = ALL
-
-    @classmethod
-    def of(cls, lows: Iterable[int], highs: Iterable[int], rules: Iterable[tuple[str, str, bool]]) -> StringShape:
-        """The shape by several bounds of the length, in code points, and by arguments of texts_by."""
-        texts = intersection(texts_by(*rule) for rule in rules)
-        return cls(sized(texts, max(lows, default=0), min(highs, default=math.inf)))
-
-    def within(self, texts: Texts) -> StringShape:
-        """The same, of just those texts."""
-        return StringShape(intersection([self.texts, texts]))
-
-    def but_not(self, texts: Iterable[str]) -> StringShape:
-        """The same without some texts."""
-        return self.within(complement(word_texts(frozenset(texts))))
-
-
-@dataclass(frozen=True)
 class JsonText(Symbol):
     """The rest of a JSON string behind its opening quote."""
 
@@ -15060,20 +15044,20 @@ class JsonText(Symbol):
 
 
 @functools.lru_cache(maxsize=1000)
-def string_symbol(shape: StringShape) -> Symbol | None:
-    """A JSON string of a shape, with its quotes; None if there is none. Raises InvalidRequest where that cannot be told."""
-    return InOrder((Word(b'"'), JsonText(shape.texts))) if has_text(shape.texts) else None
+def string_symbol(texts: Texts) -> Symbol | None:
+    """A JSON string of a set, with its quotes; None if there is none. Raises InvalidRequest where that cannot be told."""
+    return InOrder((Word(b'"'), JsonText(texts))) if has_text(texts) else None
 
 
-def string_fits(shape: StringShape, text: str) -> bool:
-    """True if a text has a shape."""
-    return functools.reduce(behind, map(ord, text), shape.texts).nullable
+def has(texts: Texts, text: str) -> bool:
+    """True if a text is in a set."""
+    return functools.reduce(behind, map(ord, text), texts).nullable
 
 
-def few_texts(shape: StringShape, most: int) -> set[str] | None:
-    """The texts of a shape; None if they are more than `most`, or longer than 1000 characters."""
+def few_texts(texts: Texts, most: int) -> set[str] | None:
+    """The texts of a set; None if they are more than `most`, or longer than 1000 characters."""
     found = set[str]()
-    layer = [("", shape.texts)] if alive(shape.texts) else []  # each can be finished, so texts are at least as many
+    layer = [("", texts)] if alive(texts) else []  # each can be finished, so texts are at least as many
     for _ in range(1000):
         if not layer or len(found) + len(layer) > most:
             break
@@ -15784,7 +15768,7 @@ class Property:
     said: bool = True
 
 
-Others = tuple[tuple[StringShape, Node], ...]  # kinds of properties that have no place of their own: their names, their schema
+Others = tuple[tuple[Texts, Node], ...]  # kinds of properties that have no place of their own: their names, their schema
 
 
 @dataclass(frozen=True)
@@ -15797,7 +15781,7 @@ class ObjectShape:
     """
 
     named: tuple[Property, ...] = ()
-    unnamed: Others = ((StringShape(), ()),)
+    unnamed: Others = ((ALL, ()),)
     low: int = 0
     high: int | None = None
     unsaid: Others = ()
@@ -15822,13 +15806,13 @@ class ObjectShape:
         """A property that has no place of its own."""
         for others in (self.unnamed, self.unsaid):
             for names, node in others:
-                if names == StringShape() or string_fits(names, name):
+                if names is ALL or has(names, name):
                     return Property(name, node, False, True, others is self.unnamed)
         raise AssertionError("every name has its kind")
 
 
-ANY_OBJECT = ObjectShape(unnamed=(), unsaid=((StringShape(), ()),))
-Shape = Constant | StringShape | NumberShape | ArrayShape | ObjectShape
+ANY_OBJECT = ObjectShape(unnamed=(), unsaid=((ALL, ()),))
+Shape = Constant | Texts | NumberShape | ArrayShape | ObjectShape
 Shapes = tuple[Shape, ...]  # a value that has one of these shapes
 Form = list[tuple[Any, int]]  # such values: a shape or Listed, and the types that keywords are about, or TYPED
 TYPED = 128  # a type is said
@@ -15855,7 +15839,7 @@ class Forms(SchemaReader):
         self._lists: dict[Node, frozenset[Any] | None] = {}
         self._enums: dict[int, frozenset[Any]] = {}
         words = Listed({comparable(value): value for value in (None, True, False)})
-        self.everything: Form = [(words, 0), (NumberShape(), 0), (StringShape(), 0), (ArrayShape(), 0), (ANY_OBJECT, 0)]
+        self.everything: Form = [(words, 0), (NumberShape(), 0), (ALL, 0), (ArrayShape(), 0), (ANY_OBJECT, 0)]
 
     def form(self, number: int) -> Form:
         """A schema's normal form; that of ~number is all that it does not allow."""
@@ -15939,9 +15923,10 @@ class Forms(SchemaReader):
             found.append((self._number(schema, bits & 24, excluded), said))
         if bits & 4:
             rules = [rule for key in ("pattern", "format") for rule in schema.get(key, ())]
-            low, high = ([schema[key]] if key in schema else [] for key in ("minLength", "maxLength"))
-            texts = StringShape.of(low, high, rules)
-            found.append((texts.but_not(one for one in excluded if isinstance(one, str)) if excluded else texts, said))
+            length = schema.get("minLength", 0), schema.get("maxLength", math.inf)
+            texts = sized(intersection(texts_by(*rule) for rule in rules), *length)
+            denied = [one for one in excluded if isinstance(one, str)]
+            found.append((but_not(texts, denied) if denied else texts, said))
         for kind in (list, dict):
             if bits & TYPE_BITS[kind]:
                 shape = self._array(schema) if kind is list else self._object(schema)
@@ -15971,11 +15956,11 @@ class Forms(SchemaReader):
             raise self.refuse(f"patternProperties: over {self.MAX_PATTERNS} patterns in one object")
         is_open = "additionalProperties" in schema
         rest: Node = self.node([schema["additionalProperties"]]) if is_open else ()
-        kinds: list[tuple[StringShape, tuple[int, ...]]] = [(StringShape(), ())]
+        kinds: list[tuple[Texts, tuple[int, ...]]] = [(ALL, ())]
         for pattern, number in patterns.items():
             texts = texts_by("pattern", pattern)
-            yes = [(names.within(texts), (*matched, number)) for names, matched in kinds]
-            no = [(names.within(complement(texts)), matched) for names, matched in kinds]
+            yes = [(intersection([names, texts]), (*matched, number)) for names, matched in kinds]
+            no = [(intersection([names, complement(texts)]), matched) for names, matched in kinds]
             kinds = [pair for pair in (*yes, *no) if len(patterns) == 1 or self.string(pair[0]) is not None]
         said = [(names, self.node(matched) if matched else rest) for names, matched in kinds if matched or is_open]
         unsaid = [(names, rest) for names, matched in kinds if not (matched or is_open)]
@@ -15995,12 +15980,12 @@ class Forms(SchemaReader):
     CLOSING: ClassVar = {"properties", "patternProperties", "required"}
 
     def matches(self, pattern: str, name: str) -> bool:
-        return string_fits(StringShape(texts=texts_by("pattern", pattern)), name)
+        return has(texts_by("pattern", pattern), name)
 
-    def string(self, shape: StringShape) -> Symbol | None:
-        """A string; None if there is none of its shape. The search for one is counted."""
-        has_text(shape.texts, self.spend)
-        return string_symbol(shape)
+    def string(self, texts: Texts) -> Symbol | None:
+        """A string of a set; None if there is none. The search for one is counted."""
+        has_text(texts, self.spend)
+        return string_symbol(texts)
 
     # allOf: the meet of two forms
 
@@ -16056,7 +16041,7 @@ class Forms(SchemaReader):
                                    mine.late and yours.late, mine.said or yours.said)  # fmt: skip
             if named[name].required and self._is_never(named[name].node):
                 return None
-        kinds: tuple[list[tuple[StringShape, Node]], ...] = ([], [])  # unnamed, unsaid
+        kinds: tuple[list[tuple[Texts, Node]], ...] = ([], [])  # unnamed, unsaid
         ours, theirs = ([(*kind, others is shape.unnamed) for others in (shape.unnamed, shape.unsaid) for kind in others]
                         for shape in (one, two))  # fmt: skip
         for (names, node, said), (more, other, also) in itertools.product(ours, theirs):
@@ -16134,7 +16119,7 @@ class Forms(SchemaReader):
             return any(self._is_empty(shape.at(index) or (), depth) for index in range(min(shape.low, 8)))
         if isinstance(shape, ObjectShape):
             return any(self._is_empty(prop.node, depth) for prop in shape.named if prop.required)
-        if isinstance(shape, StringShape):
+        if isinstance(shape, Texts):
             return self.string(shape) is None
         return isinstance(shape, NumberShape) and number_symbol(shape) is None
 
@@ -16224,8 +16209,8 @@ class Forms(SchemaReader):
             return comparable(value) in shape.values
         if not SHAPE_BITS[type(shape)] & type_bit(value):
             return False
-        if isinstance(shape, StringShape):
-            return string_fits(shape, value)
+        if isinstance(shape, Texts):
+            return has(shape, value)
         if isinstance(shape, NumberShape):
             return number_fits(shape, value)
         if shape.why:
@@ -16251,7 +16236,7 @@ class Forms(SchemaReader):
         return name not in names and not any(self.matches(pattern, name) for pattern in patterns)
 
 
-SHAPE_BITS = {ObjectShape: 1, ArrayShape: 2, StringShape: 4, NumberShape: 24}
+SHAPE_BITS = {ObjectShape: 1, ArrayShape: 2, Texts: 4, NumberShape: 24}
 
 
 def lower(one: Any, two: Any) -> Any:
@@ -16262,7 +16247,7 @@ def lower(one: Any, two: Any) -> Any:
 
 JOINS: dict[str, Callable[[Any, Any], Any]] = {  # by field
     "low": lambda one, two: max((bound for bound in (one, two) if bound is not None), default=None), "high": lower,
-    "texts": lambda one, two: intersection([one, two]), "excluded": frozenset.union,
+    "excluded": frozenset.union,
     **dict.fromkeys(("whole", "unique", "closed", "is_rest_said", "is_low_said", "why"), lambda one, two: one or two),
     **dict.fromkeys(("multiples", "not_multiples", "contains", "some", "wanted"),
                     lambda one, two: tuple(dict.fromkeys(one + two)))}  # fmt: skip
@@ -16270,9 +16255,10 @@ JOINS: dict[str, Callable[[Any, Any], Any]] = {  # by field
 
 def joined_shape(one: Any, two: Any) -> Any:
     """Two shapes of a kind as one, as far as their fields tell; None for strings and numbers of which there are none."""
+    if isinstance(one, Texts):
+        found = intersection([one, two])
+        return None if found is NONE else found
     found = replace(one, **{key: JOINS[key](getattr(one, key), getattr(two, key)) for key in vars(one) if key in JOINS})
-    if isinstance(found, StringShape) and found.texts is NONE:
-        return None
     if isinstance(found, NumberShape) and ((found.whole and 1 in found.not_multiples)
                                            or (found.low and found.high and found.low[0] > found.high[0])):  # fmt: skip
         return None
@@ -16301,7 +16287,7 @@ class SchemaShapes(Forms):
             if sum(not isinstance(shape, Constant) for shape in shapes) > self.MAX_SHAPES:
                 raise self.refuse(f"anyOf and oneOf leave over {self.MAX_SHAPES} alternatives that are not constants")
             free = {type(shape) for shape in shapes if shape in FREE} if len(shapes) > 1 else ()
-            if StringShape in free:
+            if Texts in free:
                 shapes = [shape for shape in shapes if not (isinstance(shape, Constant) and shape.text[0] == '"')]
             self._choices[node] = tuple(shape for shape in shapes if type(shape) not in free or shape in FREE)
         return self._choices[node]
@@ -16316,7 +16302,7 @@ class SchemaShapes(Forms):
         if isinstance(shape, Listed):
             self.spend(len(shape.values) // 8)
             yield from (Constant(self.json(value)) for value in shape.values.values())
-        elif isinstance(shape, (StringShape, NumberShape)):
+        elif isinstance(shape, (Texts, NumberShape)):
             yield shape
         elif shape.why:
             raise self.refuse(shape.why)
@@ -16344,7 +16330,7 @@ class SchemaShapes(Forms):
             return
         kinds = shape.unnamed if shape.closed else shape.unnamed + shape.unsaid
         named = dict(shape.places)
-        choice: Shapes = (StringShape(),)
+        choice: Shapes = (ALL,)
         if shape.names:
             choice = self.choice(shape.names)
             listed = (json.loads(one.text) for one in choice if isinstance(one, Constant) and one.text[0] == '"')
@@ -16358,11 +16344,11 @@ class SchemaShapes(Forms):
             properties = [Property(prop.name, prop.node if self.fits(prop.name, shape.names) else (self.never,),
                                    prop.required or prop.name in shape.wanted) for prop in properties]  # fmt: skip
         self.spend(len(properties) // 4)
-        unnamed = list[tuple[StringShape, Node]]()
+        unnamed = list[tuple[Texts, Node]]()
         for (names, node), wanted in itertools.product(kinds, choice):
-            both = joined_shape(names, wanted) if isinstance(wanted, StringShape) and node != (self.never,) else None
+            both = joined_shape(names, wanted) if isinstance(wanted, Texts) and node != (self.never,) else None
             if both:
-                unnamed.append((both.but_not(named) if named else both, node))
+                unnamed.append((but_not(both, named) if named else both, node))
         yield ObjectShape(tuple(properties), tuple(unnamed), shape.low, shape.high)
 
     def _with_some(self, shape: ObjectShape) -> Iterator[ObjectShape]:
@@ -16379,7 +16365,7 @@ class SchemaShapes(Forms):
                     yield from self._object_written(found)
 
 
-FREE: Shapes = (NumberShape(), StringShape(), ArrayShape(), ObjectShape())
+FREE: Shapes = (NumberShape(), ALL, ArrayShape(), ObjectShape())
 
 
 # ── E.3. Grammars ─────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -16427,7 +16413,7 @@ class Documents:
     def __init__(self, shapes: SchemaShapes) -> None:
         self.shapes = shapes
         self.possible: set[Node] = set()
-        self._leaves: dict[StringShape | NumberShape, Symbol | None] = {}
+        self._leaves: dict[Texts | NumberShape, Symbol | None] = {}
         self._live: dict[ArrayShape, set[Position]] = {}
         self._kept: dict[Part, list[Symbols]] = {}
         self._scarce: set[ArrayShape] = set()
@@ -16448,14 +16434,14 @@ class Documents:
             raise reader.refuse(f"no document can fit the schema{': ' if reader.dead_end else ''}{reader.dead_end}")
         return Value(self, root)
 
-    def leaf(self, shape: StringShape | NumberShape, taken: Iterable[Any] = ()) -> Symbol | None:
+    def leaf(self, shape: Texts | NumberShape, taken: Iterable[Any] = ()) -> Symbol | None:
         """A string or number that is none of those taken; None if there is none."""
-        if isinstance(shape, StringShape) and (texts := [value for value in taken if isinstance(value, str)]):
-            return string_symbol(shape.but_not(texts))
+        if isinstance(shape, Texts) and (texts := [value for value in taken if isinstance(value, str)]):
+            return string_symbol(but_not(shape, texts))
         if isinstance(shape, NumberShape) and (numbers := [value for value in taken if isinstance(value, (int, float))]):
             return another_number(shape, numbers)
         if shape not in self._leaves:
-            self._leaves[shape] = self.shapes.string(shape) if isinstance(shape, StringShape) else number_symbol(shape)
+            self._leaves[shape] = self.shapes.string(shape) if isinstance(shape, Texts) else number_symbol(shape)
         return self._leaves[shape]
 
     # What can be written at all: a required property that nothing fits makes its object impossible, and so on.
@@ -16661,10 +16647,12 @@ class Documents:
         taken = here.taken.union(*here.alike)
         return any(node in self.possible and self.leaf(names, taken) is not None for names, node in here.shape.unnamed)
 
-    def unlike(self, node: Node, heads: Mapping[Any, set[Any]], after: Any) -> list[Symbols]:
-        """A value and what follows it, so that the whole is none of those taken: `heads` maps the values that those have here
-        to the rest of them."""
+    def unlike(self, node: Node, taken: Iterable[tuple[Any, Any]], after: Any) -> list[Symbols]:
+        """A value and what follows it, so that the whole is none of those taken, of which each is its value here and the rest."""
         unique = isinstance(after, Elements) and after.shape.unique
+        heads: dict[Any, set[Any]] = {}
+        for value, rest in taken:
+            heads.setdefault(value, set()).add(rest)
         if not heads and not unique:
             return [(Value(self, node), after)]
         found, seen = list[Symbols](), after.seen if unique else frozenset()
@@ -16709,8 +16697,8 @@ class Value(Part):
                 found += self._of_shape(shape)
         return [any_text(constants), *found] if constants else found
 
-    def _of_shape(self, shape: StringShape | NumberShape | ObjectShape | ArrayShape) -> list[Symbols]:
-        if isinstance(shape, (StringShape, NumberShape)):
+    def _of_shape(self, shape: Texts | NumberShape | ObjectShape | ArrayShape) -> list[Symbols]:
+        if isinstance(shape, (Texts, NumberShape)):
             leaf = self.documents.leaf(shape, self.but)
             return [(leaf,)] if leaf else []
         inside: Members | Elements
@@ -16771,12 +16759,8 @@ class Members(Part):
 
     def _behind(self, name: str, node: Node, after: Members, alike: Iterable[Fields]) -> list[Symbols]:
         """The value of a property and the rest."""
-        heads: dict[Any, set[Any]] = {}
-        for one in alike:
-            if name in one:
-                rest = Fields((other, value) for other, value in one.items() if other != name)
-                heads.setdefault(one[name], set()).add(rest)
-        return self.documents.unlike(node, heads, after)
+        taken = ((one[name], Fields(pair for pair in one.items() if pair[0] != name)) for one in alike if name in one)
+        return self.documents.unlike(node, taken, after)
 
     def _unnamed(self) -> list[Symbols]:
         """Unnamed properties; where properties are counted, their names are told apart."""
@@ -16789,7 +16773,7 @@ class Members(Part):
             if node not in documents.possible:
                 continue
             for name in known[: documents.MAX_ALIKE]:
-                if string_fits(names, name):
+                if has(names, name):
                     again = replace(after, taken=self.taken | {name})
                     found += [(Word(self._key(name)), *behind) for behind in self._behind(name, node, again, self.alike)]
             key = documents.leaf(names, self.taken.union(known))
@@ -16820,15 +16804,13 @@ class Elements(Part):
         shape, documents, found = self.shape, self.documents, list[Symbols]()
         if documents.is_whole(shape, self.index, self.counts) and () not in self.alike:
             found.append((Word(b"]"),))
-        heads: dict[Any, set[Any]] = {}
-        for one in filter(None, self.alike):
-            heads.setdefault(one[0], set()).add(one[1:])
+        taken = [(one[0], one[1:]) for one in self.alike if one]
         live = documents.alive(shape, documents.possible) if shape.contains else None
         comma = (Word(b", "),) if self.index else ()
         for node, counts in documents.elements(shape, self.index, self.counts):
             after = Elements(documents, shape, documents.next(shape, self.index), counts, self.seen)
             if node in documents.possible and (live is None or (after.index, counts) in live):
-                found += [(*comma, *behind) for behind in documents.unlike(node, heads, after)]
+                found += [(*comma, *behind) for behind in documents.unlike(node, taken, after)]
         return found
 
     def follow(self, text: bytes) -> Symbols:
@@ -16880,23 +16862,16 @@ class OneText(Symbol):
     texts: Mapping[bytes, Symbols]
 
     @functools.cached_property
-    def _after(self) -> dict[int, Symbols]:
+    def after(self) -> dict[int, Symbols]:
         groups: dict[int, dict[bytes, Symbols]] = {}
         for text, after in self.texts.items():
             if text:
                 groups.setdefault(text[0], {})[text[1:]] = after
         return {byte: any_text(group) for byte, group in groups.items()}
 
-    @functools.cached_property
-    def firsts(self) -> int:
-        return sum(1 << byte for byte in self._after)
-
     @property
     def ends(self) -> bool:  # type: ignore[override]
         return b"" in self.texts
-
-    def step(self, byte: int) -> Symbols | None:
-        return self._after.get(byte)
 
     def left(self) -> Symbols:
         return self.texts[b""]
@@ -16968,7 +16943,7 @@ def argument_types(text: str, key: str) -> int:
     with contextlib.suppress(InvalidRequest, RecursionError):
         for shape in object_shapes(shapes):
             named = [prop.node for prop in shape.named if prop.name == key]
-            for node in named or [node for names, node in shape.unnamed if string_fits(names, key)][:1]:
+            for node in named or [node for names, node in shape.unnamed if has(names, key)][:1]:
                 found |= types_of(shapes.choice(node))
     return found or SchemaReader.EVERY_TYPE
 
@@ -16981,7 +16956,7 @@ def object_shapes(shapes: SchemaShapes) -> list[ObjectShape]:
 
 def types_of(shapes: Shapes) -> int:
     """The types of values of these shapes, as SchemaReader's bits."""
-    found, kinds = 0, {NumberShape: "number", StringShape: "string", ArrayShape: "array", ObjectShape: "object"}
+    found, kinds = 0, {NumberShape: "number", Texts: "string", ArrayShape: "array", ObjectShape: "object"}
     for shape in shapes:
         if isinstance(shape, Constant):
             found |= type_bit(json.loads(shape.text))
@@ -17034,12 +17009,12 @@ def plain_texts(documents: Documents, shapes: Shapes, marker: str) -> Symbols:
     """Strings as they are: what stands behind them, `marker`, does not occur in them. Raises InvalidRequest if there are none."""
     apart, found = texts_by("pattern", not_before(marker), False), list[Symbol]()
     for shape in shapes:
-        if isinstance(shape, Constant) and shape.text[0] == '"' and string_fits(StringShape(texts=apart), json.loads(shape.text)):
+        if isinstance(shape, Constant) and shape.text[0] == '"' and has(apart, json.loads(shape.text)):
             found.append(word(json.loads(shape.text)))
-        elif isinstance(shape, StringShape):
-            shape = shape.within(apart)
+        elif isinstance(shape, Texts):
+            shape = intersection([shape, apart])
             if documents.leaf(shape) is not None:
-                found.append(PlainText(shape.texts))
+                found.append(PlainText(shape))
     if not found:
         raise documents.shapes.refuse(f"no string can fit the schema and be written before {_said(marker)}")
     return tuple(found)

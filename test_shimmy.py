@@ -4066,12 +4066,12 @@ class Strings:
     excluded: frozenset[str] = frozenset()
 
     @functools.cached_property
-    def shape(self) -> module.StringShape:
+    def shape(self) -> module.Texts:
         groups = [("pattern", self.patterns, True), ("pattern", self.unlike, False),
                   ("format", self.formats, True), ("format", self.not_formats, False)]  # fmt: skip
         rules = [(key, value, wanted) for key, values, wanted in groups for value in values]
-        highs = [] if self.high is None else [self.high]
-        return module.StringShape.of([self.low], highs, rules).but_not(self.excluded)
+        texts = module.intersection(module.texts_by(*rule) for rule in rules)
+        return module.but_not(module.sized(texts, self.low, math.inf if self.high is None else self.high), self.excluded)
 
 
 def string_symbol(strings: Strings) -> module.Symbol | None:
@@ -4079,7 +4079,7 @@ def string_symbol(strings: Strings) -> module.Symbol | None:
 
 
 def string_fits(strings: Strings, text: str) -> bool:
-    return module.string_fits(strings.shape, text)
+    return module.has(strings.shape, text)
 
 
 def first_state(shape: Strings | NumberShape) -> State:
