@@ -14950,36 +14950,33 @@ def _known_length(at: Texts) -> float | None:
 
 
 def has_text(at: Texts, spend: Callable[[int], None] = lambda steps: None) -> bool:
-    """True if there is a text; looks breadth first. Raises InvalidRequest if that takes too long.
+    """True if there is a text. Raises InvalidRequest if it takes too long to tell.
 
-    Raises NotYet: what was derived is kept, and the next search goes quickly where this one has been. `spend` counts the steps.
+    Raises NotYet: the next search goes on where this one has been. `spend` counts the steps.
     """
-    if at.kind == "sized" and _known_length(at) is None:
+    is_sized = at.kind == "sized"  # such a text is found soonest by going on where one is, others by looking nearby
+    if is_sized and _known_length(at) is None:
         has_text(at.parts[0], spend)
-    thread, search = threading.get_ident(), at.search
-    if not search or search[0] != thread:  # another thread's goes on by itself
-        search = thread, {at: None}, [at]
-    _, before, layer = search
+    thread = threading.get_ident()
+    if not at.search or at.search[0] != thread:  # another thread's goes on by itself
+        at.search = thread, {at: None}, deque([at])
+    _, before, todo = at.search
     last, rest = None, math.inf
-    while layer and last is None:
-        longer: dict[Texts, Texts] = {}
-        for one in layer:
-            known = _known_length(one)
-            if known is None:
-                spend(2)
-                fresh = (behind for _, behind in moves(one) if behind not in before and behind not in longer)
-                longer |= dict.fromkeys(fresh, one)
-            elif known < math.inf:
-                last, rest = one, known
-                break
-            if len(before) + len(longer) > MAX_SEARCH:
-                at.search = None
-                raise InvalidRequest("the string's patterns and formats together are too complex to tell what fits them")
-        else:
-            before |= longer
-            layer = list(longer)
-            at.search = thread, before, layer
-            TURN.kept()
+    while todo:
+        one = todo[-1 if is_sized else 0]
+        known = _known_length(one)
+        if known is not None and known < math.inf:
+            last, rest = one, known
+            break
+        fresh = {behind: one for _, behind in (moves(one) if known is None else ()) if behind not in before}
+        (todo.pop if is_sized else todo.popleft)()
+        before |= fresh
+        todo += fresh
+        spend(2)
+        if len(before) > MAX_SEARCH:
+            at.search = None
+            raise InvalidRequest("the string's patterns and formats together are too complex to tell what fits them")
+        TURN.kept()
     at.search, found = None, last is not None
     if not found:
         for one in before:
@@ -15768,23 +15765,22 @@ class Property:
     said: bool = True
 
 
-Others = tuple[tuple[Texts, Node], ...]  # kinds of properties that have no place of their own: their names, their schema
+Others = tuple[tuple[Texts, Node, bool], ...]  # properties without a place of their own: names, schema, if a schema says so
 
 
 @dataclass(frozen=True)
 class ObjectShape:
     """Properties in their order, then unnamed ones: names of a shape, and their values' schema. `low` to `high` in all.
 
-    A form has what no schema speaks of apart, as `unsaid`: `closed` objects have none of it. Its `names` fit a schema; of the
+    A form has those that no schema speaks of, too: `closed` objects have none of them. Its `names` fit a schema; of the
     properties without these names and patterns `some` one must fit a schema; `wanted` ones are required where objects are
     written. `why` it cannot be honoured, if so.
     """
 
     named: tuple[Property, ...] = ()
-    unnamed: Others = ((ALL, ()),)
+    unnamed: Others = ((ALL, (), True),)
     low: int = 0
     high: int | None = None
-    unsaid: Others = ()
     closed: bool = False
     names: Node = ()
     some: tuple[tuple[tuple[str, ...], tuple[str, ...], int], ...] = ()
@@ -15796,7 +15792,12 @@ class ObjectShape:
 
     @functools.cached_property
     def _hash(self) -> int:
-        return hash((self.named, self.unnamed, self.low, self.high, self.unsaid, self.closed, self.names, self.some, self.why))
+        return hash((self.named, self.unnamed, self.low, self.high, self.closed, self.names, self.some, self.why))
+
+    @property
+    def is_open(self) -> bool:
+        """True if a schema speaks of further properties."""
+        return any(said for _, _, said in self.unnamed)
 
     @functools.cached_property
     def places(self) -> dict[str, Property]:
@@ -15804,14 +15805,13 @@ class ObjectShape:
 
     def at(self, name: str) -> Property:
         """A property that has no place of its own."""
-        for others in (self.unnamed, self.unsaid):
-            for names, node in others:
-                if names is ALL or has(names, name):
-                    return Property(name, node, False, True, others is self.unnamed)
+        for names, node, said in self.unnamed:
+            if names is ALL or has(names, name):
+                return Property(name, node, False, True, said)
         raise AssertionError("every name has its kind")
 
 
-ANY_OBJECT = ObjectShape(unnamed=(), unsaid=((ALL, ()),))
+ANY_OBJECT = ObjectShape(unnamed=((ALL, (), False),))
 Shape = Constant | Texts | NumberShape | ArrayShape | ObjectShape
 Shapes = tuple[Shape, ...]  # a value that has one of these shapes
 Form = list[tuple[Any, int]]  # such values: a shape or Listed, and the types that keywords are about, or TYPED
@@ -15836,8 +15836,8 @@ class Forms(SchemaReader):
         self.dead_end = ""  # why a form came to nothing
         self._forms: dict[int, Form] = {}
         self._following: list[int] = []  # schemas being followed with no bracket between them
-        self._lists: dict[Node, frozenset[Any] | None] = {}
-        self._enums: dict[int, frozenset[Any]] = {}
+        self._lists: dict[Node, dict[Any, Any] | None] = {}
+        self._enums: dict[int, dict[Any, Any]] = {}
         words = Listed({comparable(value): value for value in (None, True, False)})
         self.everything: Form = [(words, 0), (NumberShape(), 0), (ALL, 0), (ArrayShape(), 0), (ANY_OBJECT, 0)]
 
@@ -15882,11 +15882,8 @@ class Forms(SchemaReader):
         """The form of a value that fits several schemas."""
         allowed = self.listed(node) if len(node) > 1 else None
         if allowed is not None:
-            schemas = {number: self.schemas[max(number, ~number)] for number in node}
-            others = [number for number in node if schemas[number].keys() != {"enum"}]
-            enums = (schemas[number]["enum"] for number in node if number >= 0 and "enum" in schemas[number])
-            values = {key: value for value in min(enums, key=len) if (key := comparable(value)) in allowed}
-            values = {key: value for key, value in values.items() if self.fits(value, others)}
+            others = [number for number in node if self.schemas[max(number, ~number)].keys() != {"enum"}]
+            values = {key: value for key, value in allowed.items() if self.fits(value, others)}
             return [(Listed(values), TYPED)] if values else []
         return functools.reduce(lambda found, number: self.meet(found, self.form(number), "allOf"), node, self.everything)
 
@@ -15962,10 +15959,9 @@ class Forms(SchemaReader):
             yes = [(intersection([names, texts]), (*matched, number)) for names, matched in kinds]
             no = [(intersection([names, complement(texts)]), matched) for names, matched in kinds]
             kinds = [pair for pair in (*yes, *no) if len(patterns) == 1 or self.string(pair[0]) is not None]
-        said = [(names, self.node(matched) if matched else rest) for names, matched in kinds if matched or is_open]
-        unsaid = [(names, rest) for names, matched in kinds if not (matched or is_open)]
-        shape = ObjectShape((), tuple(said), schema.get("minProperties", 0), schema.get("maxProperties"),
-                            tuple(unsaid), "soft" not in schema and bool(schema.keys() & self.CLOSING),
+        unnamed = [(names, self.node(matched) if matched else rest, bool(matched or is_open)) for names, matched in kinds]
+        shape = ObjectShape((), tuple(unnamed), schema.get("minProperties", 0), schema.get("maxProperties"),
+                            "soft" not in schema and bool(schema.keys() & self.CLOSING),
                             self.node([schema["propertyNames"]]) if "propertyNames" in schema else (),
                             (schema["other"],) if "other" in schema else (), why=schema.get("why", ""))  # fmt: skip
         needed = set(schema.get("required", ()))
@@ -15973,7 +15969,7 @@ class Forms(SchemaReader):
         for name, number in properties.items():
             more = [one for pattern, one in patterns.items() if self.matches(pattern, name)] if patterns else ()
             named.append(Property(name, self.node([number, *more]), name in needed, False, is_said))
-        named += [replace(shape.at(name), required=True, said=is_said or bool(said)) for name in schema.get("required", ())
+        named += [replace(shape.at(name), required=True, said=is_said or shape.is_open) for name in schema.get("required", ())
                   if name not in properties]  # fmt: skip
         return replace(shape, named=tuple(named))
 
@@ -16032,8 +16028,8 @@ class Forms(SchemaReader):
 
     def _meet_objects(self, one: ObjectShape, two: ObjectShape) -> ObjectShape | None:
         named = {prop.name: prop for prop in sorted((*one.named, *two.named), key=operator.attrgetter("late"))}
-        both_say = [name for name in two.places if name in one.places or one.unnamed]
-        both_say += [name for name in one.places if name not in two.places] if two.unnamed else []
+        both_say = [name for name in two.places if name in one.places or one.is_open]
+        both_say += [name for name in one.places if name not in two.places] if two.is_open else []
         self.spend(len(both_say) // 8)
         for name in both_say:
             mine, yours = (shape.places.get(name) or shape.at(name) for shape in (one, two))
@@ -16041,32 +16037,31 @@ class Forms(SchemaReader):
                                    mine.late and yours.late, mine.said or yours.said)  # fmt: skip
             if named[name].required and self._is_never(named[name].node):
                 return None
-        kinds: tuple[list[tuple[Texts, Node]], ...] = ([], [])  # unnamed, unsaid
-        ours, theirs = ([(*kind, others is shape.unnamed) for others in (shape.unnamed, shape.unsaid) for kind in others]
-                        for shape in (one, two))  # fmt: skip
-        for (names, node, said), (more, other, also) in itertools.product(ours, theirs):
+        unnamed, is_simple = list[tuple[Texts, Node, bool]](), 1 in (len(one.unnamed), len(two.unnamed))
+        for (names, node, said), (more, other, also) in itertools.product(one.unnamed, two.unnamed):
             both = joined_shape(names, more)
-            if both and (len(ours) == 1 or len(theirs) == 1 or self.string(both) is not None):
-                kinds[not (said or also)].append((both, self.both(node, other)))
-        return replace(joined_shape(one, two), named=tuple(named.values()), unnamed=tuple(kinds[0]), unsaid=tuple(kinds[1]),
+            if both and (is_simple or self.string(both) is not None):
+                unnamed.append((both, self.both(node, other), said or also))
+        return replace(joined_shape(one, two), named=tuple(named.values()), unnamed=tuple(unnamed),
                        names=self.both(one.names, two.names))  # fmt: skip
 
     def _is_never(self, node: Node) -> bool:
         """True if schemas list values of which none is left."""
-        return node == (self.never,) or (len(node) > 1 and self.listed(node) == frozenset())
+        return node == (self.never,) or (len(node) > 1 and self.listed(node) == {})
 
-    def listed(self, node: Node) -> frozenset[Any] | None:
-        """The values that schemas leave as far as enum and not of enum tell, to compare with; None if that is no list."""
+    def listed(self, node: Node) -> dict[Any, Any] | None:
+        """The values that enum and not of enum leave, by what compares as they do; None if no schema lists any."""
         if node not in self._lists:
             self.spend(len(node) // 8)
-            lists = [self._values(number) for number in node if number >= 0 and "enum" in self.schemas[number]]
+            lists = sorted((self._values(number) for number in node if number >= 0 and "enum" in self.schemas[number]), key=len)
             denied = [self._values(~number) for number in node if number < 0 and self.schemas[~number].keys() == {"enum"}]
-            self._lists[node] = frozenset.intersection(*lists).difference(*denied) if lists else None
+            shared = set(lists[0]).intersection(*lists).difference(*denied) if lists else ()
+            self._lists[node] = {key: value for key, value in lists[0].items() if key in shared} if lists else None
         return self._lists[node]
 
-    def _values(self, number: int) -> frozenset[Any]:
+    def _values(self, number: int) -> dict[Any, Any]:
         if number not in self._enums:
-            self._enums[number] = frozenset(map(comparable, self.schemas[number]["enum"]))
+            self._enums[number] = {comparable(value): value for value in self.schemas[number]["enum"]}
         return self._enums[number]
 
     # oneOf: each option, without what fits another too
@@ -16101,7 +16096,8 @@ class Forms(SchemaReader):
             return {None: frozenset().union(*(shape.values for shape in shapes if isinstance(shape, Listed)))}
         if not all(isinstance(shape, ObjectShape) for shape in shapes):
             return {}
-        lists = [{prop.name: values for prop in shape.named if prop.required and (values := self.listed(prop.node)) is not None}
+        lists = [{prop.name: frozenset(values) for prop in shape.named
+                  if prop.required and (values := self.listed(prop.node)) is not None}
                  for shape in shapes if isinstance(shape, ObjectShape)]  # fmt: skip
         return {name: frozenset().union(*(own[name] for own in lists)) for name in set.intersection(*map(set, lists))}
 
@@ -16328,7 +16324,7 @@ class SchemaShapes(Forms):
         if shape.some:
             yield from self._with_some(shape)
             return
-        kinds = shape.unnamed if shape.closed else shape.unnamed + shape.unsaid
+        kinds = [(names, node) for names, node, said in shape.unnamed if said or not shape.closed]
         named = dict(shape.places)
         choice: Shapes = (ALL,)
         if shape.names:
@@ -16344,11 +16340,11 @@ class SchemaShapes(Forms):
             properties = [Property(prop.name, prop.node if self.fits(prop.name, shape.names) else (self.never,),
                                    prop.required or prop.name in shape.wanted) for prop in properties]  # fmt: skip
         self.spend(len(properties) // 4)
-        unnamed = list[tuple[Texts, Node]]()
+        unnamed = list[tuple[Texts, Node, bool]]()
         for (names, node), wanted in itertools.product(kinds, choice):
             both = joined_shape(names, wanted) if isinstance(wanted, Texts) and node != (self.never,) else None
             if both:
-                unnamed.append((but_not(both, named) if named else both, node))
+                unnamed.append((but_not(both, named) if named else both, node, True))
         yield ObjectShape(tuple(properties), tuple(unnamed), shape.low, shape.high)
 
     def _with_some(self, shape: ObjectShape) -> Iterator[ObjectShape]:
@@ -16465,7 +16461,7 @@ class Documents:
             if isinstance(shape, ObjectShape):
                 self.shapes.spend(len(shape.named) // 4)
                 yield from (prop.node for prop in shape.named)
-                yield from (node for _, node in shape.unnamed)
+                yield from (node for _, node, _ in shape.unnamed)
             elif isinstance(shape, ArrayShape):
                 for index in range(len(shape.first) + 1):
                     yield from (node for node, _ in self.elements(shape, index, (0,) * len(shape.contains)))
@@ -16546,12 +16542,9 @@ class Documents:
 
     def most_names(self, shape: ObjectShape, possible: set[Node]) -> int:
         """How many unnamed properties an object may have, counted as far as it must have some."""
-        found = 0
-        for names, node in shape.unnamed:
-            if node in possible and self.leaf(names) is not None and found < shape.low:
-                few = few_texts(names, min(shape.low, self.MAX_NAMES))
-                found += shape.low if few is None else len(few)
-        return found
+        kinds = (names for names, node, _ in shape.unnamed if shape.low and node in possible and self.leaf(names) is not None)
+        few = (few_texts(names, min(shape.low, self.MAX_NAMES)) for names in kinds)
+        return sum(shape.low if texts is None else len(texts) for texts in few)
 
     def kept(self, part: Part) -> list[Symbols]:
         """The alternatives for a part, found once. Raises NotYet."""
@@ -16645,7 +16638,7 @@ class Documents:
             if prop.required:
                 return False
         taken = here.taken.union(*here.alike)
-        return any(node in self.possible and self.leaf(names, taken) is not None for names, node in here.shape.unnamed)
+        return any(node in self.possible and self.leaf(names, taken) is not None for names, node, _ in here.shape.unnamed)
 
     def unlike(self, node: Node, taken: Iterable[tuple[Any, Any]], after: Any) -> list[Symbols]:
         """A value and what follows it, so that the whole is none of those taken, of which each is its value here and the rest."""
@@ -16769,7 +16762,7 @@ class Members(Part):
             return found  # those that are named and left out would be missing
         after = Members(documents, shape, self.at, self._counted(), False, self.taken)
         known = [name for name in dict.fromkeys(itertools.chain(*sorted(self.alike, key=list))) if name not in self.taken]
-        for names, node in shape.unnamed:
+        for names, node, _ in shape.unnamed:
             if node not in documents.possible:
                 continue
             for name in known[: documents.MAX_ALIKE]:
@@ -16943,7 +16936,7 @@ def argument_types(text: str, key: str) -> int:
     with contextlib.suppress(InvalidRequest, RecursionError):
         for shape in object_shapes(shapes):
             named = [prop.node for prop in shape.named if prop.name == key]
-            for node in named or [node for names, node in shape.unnamed if has(names, key)][:1]:
+            for node in named or [node for names, node, _ in shape.unnamed if has(names, key)][:1]:
                 found |= types_of(shapes.choice(node))
     return found or SchemaReader.EVERY_TYPE
 
@@ -16986,9 +16979,9 @@ def read_arguments(text: str, param: str, params: Params) -> tuple[Symbols, ...]
             raise documents.shapes.refuse(f"keyword {keyword} is not supported where arguments are written one by one")
     documents.root()  # tells what is possible
     for shape in objects:
-        arguments = tuple((one_argument(documents, prop, params), prop.required) for prop in shape.named
-                          if prop.node in documents.possible)  # fmt: skip
-        found.append((NamedArguments(arguments, format_text(params.closes if params.quote else "")),))
+        arguments = [(one_argument(documents, prop, params), prop.required) for prop in shape.named
+                     if prop.node in documents.possible]  # fmt: skip
+        found.append((in_turn(arguments, format_text(params.closes if params.quote else "")),))
     if not found:
         raise documents.shapes.refuse("a function's arguments are an object, and the schema allows none")
     return tuple(found)
@@ -17034,26 +17027,13 @@ class PlainText(JsonText):
         return [*end, *((OneChar(ranges), rest) for ranges, rest in self.longer())]
 
 
-@dataclass(frozen=True)
-class NamedArguments(Symbol):
-    """Arguments from the one at `at` on, in their order; those that are not required may be left out."""
-
-    options: tuple[tuple[Symbol, bool], ...]  # and whether it is required
-    separator: Symbol
-    at: int = 0
-    begun: bool = False  # one stands there already
-
-    def opened(self) -> Iterable[Symbols]:
-        for index, (argument, required) in enumerate(self.options[self.at :], self.at):
-            between = (self.separator,) if self.begun else ()
-            yield (*between, argument, NamedArguments(self.options, self.separator, index + 1, True))
-            if required:
-                return
-        yield ()
-
-    @property
-    def parts(self) -> Symbols:  # type: ignore[override]
-        return (self.separator, *(argument for argument, _ in self.options))
+def in_turn(arguments: Seq[tuple[Symbol, bool]], separator: Symbol) -> Symbol:
+    """Arguments in their order; those that are not required may be left out."""
+    first = later = word("")  # the rest, at the beginning and behind another
+    for argument, required in reversed(arguments):
+        begins, goes_on = InOrder((argument, later)), InOrder((separator, argument, later))
+        first, later = (begins, goes_on) if required else (AnyOf((begins, first)), AnyOf((goes_on, later)))
+    return first
 
 
 def json_symbol(param: str, schema: Mapping[str, Any]) -> Json:
