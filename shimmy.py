@@ -15341,8 +15341,8 @@ class GbnfReader(Reader):
 
 # ── D.3. Strings ──────────────────────────────────────────────────────────────────────────────────────────────────────
 # Sets of texts, with and, or and not, and the JSON strings of such a set: symbols that know what can still come.
-# Offers: Texts and its algebra (union, intersection, complement, word_texts, texts_by); shortest; StringShape, string_symbol,
-# string_fits, few_texts; JsonText; FORMATS. Uses: D.1's symbols, D.2's patterns.
+# Offers: Texts and its algebra (union, intersection, complement, word_texts, but_not, texts_by); has, has_text, few_texts;
+# string_symbol, JsonText; FORMATS. Uses: D.1's symbols, D.2's patterns.
 
 
 class Texts:
@@ -15352,15 +15352,15 @@ class Texts:
     and intersections, there is a text as short as `least`.
     """
 
-    __slots__ = ("data", "kind", "least", "most", "moves", "nullable", "parts", "plain", "search", "shortest")
+    __slots__ = ("data", "kind", "least", "most", "moves", "nullable", "parts", "plain", "search", "sought")
     MAX_KEPT = 50_000
     made: ClassVar[dict[tuple[Any, ...], Texts]] = {}
 
     def __init__(self, kind: str, data: Any, parts: tuple[Texts, ...]) -> None:
         self.kind, self.data, self.parts = kind, data, parts
         self.moves: Moves | None = None
-        self.search: Any = None  # for its shortest text, as far as one thread came: it goes on from there when asked again
-        self.shortest: float | None = None  # the length of its shortest text, once that has been sought; inf: there is none
+        self.search: Any = None  # for a text, as far as one thread came: it goes on from there when asked again
+        self.sought: float | None = None  # the length of a text, once one has been sought; inf: there is none
         self.plain: bool = kind not in ("none", "not", "both") and all(part.plain for part in parts)
         self.nullable, self.least, self.most = False, 1, 1.0
         leasts, mosts = [part.least for part in parts], [part.most for part in parts]
@@ -15534,6 +15534,11 @@ class WordList:
 def word_texts(texts: frozenset[str]) -> Texts:
     """Just some texts."""
     return _make("words", WordList(sorted(texts), 0, len(texts), 0)) if texts else NONE
+
+
+def but_not(texts: Texts, words: Iterable[str]) -> Texts:
+    """A set without some texts."""
+    return intersection([texts, complement(word_texts(frozenset(words)))])
 
 
 def moves(texts: Texts) -> Moves:
@@ -15715,60 +15720,60 @@ def alive(at: Texts) -> bool:
     it cannot end.
     """
     try:
-        return at.plain or at.nullable or shortest(at) < math.inf
+        return at.plain or at.nullable or has_text(at)
     except InvalidRequest:
-        at.shortest = math.inf
+        at.sought = math.inf
         return False
 
 
-def _known_shortest(at: Texts) -> float | None:
-    """The length of the shortest text where that needs no search."""
+def _known_length(at: Texts) -> float | None:
+    """The length of a text where that needs no search; inf if there is none."""
     if at.plain or at.nullable:
         return at.least
-    if at.shortest is None and at.kind == "sized":
+    if at.sought is None and at.kind == "sized":
         (low, high), (inner,) = at.data, at.parts
-        found = _known_shortest(inner)
+        found = _known_length(inner)
         if found is not None and found < low and any(behind is inner for _, behind in moves(inner)):
             found = low  # a character that leads back here makes a text as long as it must be
-        if found is not None and found >= low:
-            return found if found <= high else math.inf
-    return at.shortest
+        if found is not None and (low <= found <= high or found == math.inf):
+            return found
+    return at.sought
 
 
-def shortest(at: Texts, spend: Callable[[int], None] = lambda steps: None) -> float:
-    """Finds the length of the shortest text, breadth first; inf if there is none. Raises InvalidRequest if that takes too long.
+def has_text(at: Texts, spend: Callable[[int], None] = lambda steps: None) -> bool:
+    """True if there is a text. Raises InvalidRequest if it takes too long to tell.
 
-    Raises NotYet: what was derived is kept, and the next search goes quickly where this one has been. `spend` counts the steps.
+    Raises NotYet: the next search goes on where this one has been. `spend` counts the steps.
     """
-    if at.kind == "sized" and _known_shortest(at) is None:
-        shortest(at.parts[0], spend)
-    thread, search = threading.get_ident(), at.search
-    if not search or search[0] != thread:  # another thread's goes on by itself
-        search = thread, {at: None}, [at], 0, math.inf, 0, None
-    _, before, layer, length, found, rest, last = search
-    while layer and length < found:
-        longer: dict[Texts, Texts] = {}
-        for one in layer:
-            known = _known_shortest(one)
-            if known is None:
-                spend(2)
-                fresh = (behind for _, behind in moves(one) if behind not in before and behind not in longer)
-                longer |= dict.fromkeys(fresh, one)
-            elif length + known < found:
-                found, rest, last = length + known, known, one
-            if len(before) + len(longer) > MAX_SEARCH:
-                at.search = None
-                raise InvalidRequest("the string's patterns and formats together are too complex to tell what fits them")
-        before |= longer
-        layer, length = list(longer), length + 1
-        at.search = thread, before, layer, length, found, rest, last
+    is_sized = at.kind == "sized"  # such a text is found soonest by going on where one is, others by looking nearby
+    if is_sized and _known_length(at) is None:
+        has_text(at.parts[0], spend)
+    thread = threading.get_ident()
+    if not at.search or at.search[0] != thread:  # another thread's goes on by itself
+        at.search = thread, {at: None}, deque([at])
+    _, before, todo = at.search
+    last, rest = None, math.inf
+    while todo:
+        one = todo[-1 if is_sized else 0]
+        known = _known_length(one)
+        if known is not None and known < math.inf:
+            last, rest = one, known
+            break
+        fresh = {behind: one for _, behind in (moves(one) if known is None else ()) if behind not in before}
+        (todo.pop if is_sized else todo.popleft)()
+        before |= fresh
+        todo += fresh
+        spend(2)
+        if len(before) > MAX_SEARCH:
+            at.search = None
+            raise InvalidRequest("the string's patterns and formats together are too complex to tell what fits them")
         TURN.kept()
-    at.search = None
-    if last is None:
+    at.search, found = None, last is not None
+    if not found:
         for one in before:
-            one.shortest = math.inf
+            one.sought = math.inf
     while last is not None:
-        last.shortest, rest = rest, rest + 1
+        last.sought, rest = rest, rest + 1
         last = before[last]
     return found
 
@@ -15789,27 +15794,6 @@ def behind(at: Texts, code: int) -> Texts:
 
 
 # JSON strings
-
-
-@dataclass(frozen=True)
-class StringShape:
-    """The condition on a JSON string."""
-
-    texts: Texts = ALL
-
-    @classmethod
-    def of(cls, lows: Iterable[int], highs: Iterable[int], rules: Iterable[tuple[str, str, bool]]) -> StringShape:
-        """The shape by several bounds of the length, in code points, and by arguments of texts_by."""
-        texts = intersection(texts_by(*rule) for rule in rules)
-        return cls(sized(texts, max(lows, default=0), min(highs, default=math.inf)))
-
-    def within(self, texts: Texts) -> StringShape:
-        """The same, of just those texts."""
-        return StringShape(intersection([self.texts, texts]))
-
-    def but_not(self, texts: Iterable[str]) -> StringShape:
-        """The same without some texts."""
-        return self.within(complement(word_texts(frozenset(texts))))
 
 
 @dataclass(frozen=True)
@@ -15848,20 +15832,20 @@ class JsonText(Symbol):
 
 
 @functools.lru_cache(maxsize=1000)
-def string_symbol(shape: StringShape) -> Symbol | None:
-    """A JSON string of a shape, with its quotes; None if there is none. Raises InvalidRequest where that cannot be told."""
-    return None if shortest(shape.texts) == math.inf else InOrder((Word(b'"'), JsonText(shape.texts)))
+def string_symbol(texts: Texts) -> Symbol | None:
+    """A JSON string of a set, with its quotes; None if there is none. Raises InvalidRequest where that cannot be told."""
+    return InOrder((Word(b'"'), JsonText(texts))) if has_text(texts) else None
 
 
-def string_fits(shape: StringShape, text: str) -> bool:
-    """True if a text has a shape."""
-    return functools.reduce(behind, map(ord, text), shape.texts).nullable
+def has(texts: Texts, text: str) -> bool:
+    """True if a text is in a set."""
+    return functools.reduce(behind, map(ord, text), texts).nullable
 
 
-def few_texts(shape: StringShape, most: int) -> set[str] | None:
-    """The texts of a shape; None if they are more than `most`, or longer than 1000 characters."""
+def few_texts(texts: Texts, most: int) -> set[str] | None:
+    """The texts of a set; None if they are more than `most`, or longer than 1000 characters."""
     found = set[str]()
-    layer = [("", shape.texts)] if alive(shape.texts) else []  # each can be finished, so texts are at least as many
+    layer = [("", texts)] if alive(texts) else []  # each can be finished, so texts are at least as many
     for _ in range(1000):
         if not layer or len(found) + len(layer) > most:
             break
@@ -16572,23 +16556,22 @@ class Property:
     said: bool = True
 
 
-Others = tuple[tuple[StringShape, Node], ...]  # kinds of properties that have no place of their own: their names, their schema
+Others = tuple[tuple[Texts, Node, bool], ...]  # properties without a place of their own: names, schema, if a schema says so
 
 
 @dataclass(frozen=True)
 class ObjectShape:
     """Properties in their order, then unnamed ones: names of a shape, and their values' schema. `low` to `high` in all.
 
-    A form has what no schema speaks of apart, as `unsaid`: `closed` objects have none of it. Its `names` fit a schema; of the
+    A form has those that no schema speaks of, too: `closed` objects have none of them. Its `names` fit a schema; of the
     properties without these names and patterns `some` one must fit a schema; `wanted` ones are required where objects are
     written. `why` it cannot be honoured, if so.
     """
 
     named: tuple[Property, ...] = ()
-    unnamed: Others = ((StringShape(), ()),)
+    unnamed: Others = ((ALL, (), True),)
     low: int = 0
     high: int | None = None
-    unsaid: Others = ()
     closed: bool = False
     names: Node = ()
     some: tuple[tuple[tuple[str, ...], tuple[str, ...], int], ...] = ()
@@ -16600,7 +16583,12 @@ class ObjectShape:
 
     @functools.cached_property
     def _hash(self) -> int:
-        return hash((self.named, self.unnamed, self.low, self.high, self.unsaid, self.closed, self.names, self.some, self.why))
+        return hash((self.named, self.unnamed, self.low, self.high, self.closed, self.names, self.some, self.why))
+
+    @property
+    def is_open(self) -> bool:
+        """True if a schema speaks of further properties."""
+        return any(said for _, _, said in self.unnamed)
 
     @functools.cached_property
     def places(self) -> dict[str, Property]:
@@ -16608,15 +16596,14 @@ class ObjectShape:
 
     def at(self, name: str) -> Property:
         """A property that has no place of its own."""
-        for others in (self.unnamed, self.unsaid):
-            for names, node in others:
-                if names == StringShape() or string_fits(names, name):
-                    return Property(name, node, False, True, others is self.unnamed)
+        for names, node, said in self.unnamed:
+            if names is ALL or has(names, name):
+                return Property(name, node, False, True, said)
         raise AssertionError("every name has its kind")
 
 
-ANY_OBJECT = ObjectShape(unnamed=(), unsaid=((StringShape(), ()),))
-Shape = Constant | StringShape | NumberShape | ArrayShape | ObjectShape
+ANY_OBJECT = ObjectShape(unnamed=((ALL, (), False),))
+Shape = Constant | Texts | NumberShape | ArrayShape | ObjectShape
 Shapes = tuple[Shape, ...]  # a value that has one of these shapes
 Form = list[tuple[Any, int]]  # such values: a shape or Listed, and the types that keywords are about, or TYPED
 TYPED = 128  # a type is said
@@ -16640,10 +16627,10 @@ class Forms(SchemaReader):
         self.dead_end = ""  # why a form came to nothing
         self._forms: dict[int, Form] = {}
         self._following: list[int] = []  # schemas being followed with no bracket between them
-        self._lists: dict[Node, frozenset[Any] | None] = {}
-        self._enums: dict[int, frozenset[Any]] = {}
+        self._lists: dict[Node, dict[Any, Any] | None] = {}
+        self._enums: dict[int, dict[Any, Any]] = {}
         words = Listed({comparable(value): value for value in (None, True, False)})
-        self.everything: Form = [(words, 0), (NumberShape(), 0), (StringShape(), 0), (ArrayShape(), 0), (ANY_OBJECT, 0)]
+        self.everything: Form = [(words, 0), (NumberShape(), 0), (ALL, 0), (ArrayShape(), 0), (ANY_OBJECT, 0)]
 
     def form(self, number: int) -> Form:
         """A schema's normal form; that of ~number is all that it does not allow."""
@@ -16686,11 +16673,8 @@ class Forms(SchemaReader):
         """The form of a value that fits several schemas."""
         allowed = self.listed(node) if len(node) > 1 else None
         if allowed is not None:
-            schemas = {number: self.schemas[max(number, ~number)] for number in node}
-            others = [number for number in node if schemas[number].keys() != {"enum"}]
-            enums = (schemas[number]["enum"] for number in node if number >= 0 and "enum" in schemas[number])
-            values = {key: value for value in min(enums, key=len) if (key := comparable(value)) in allowed}
-            values = {key: value for key, value in values.items() if self.fits(value, others)}
+            others = [number for number in node if self.schemas[max(number, ~number)].keys() != {"enum"}]
+            values = {key: value for key, value in allowed.items() if self.fits(value, others)}
             return [(Listed(values), TYPED)] if values else []
         return functools.reduce(lambda found, number: self.meet(found, self.form(number), "allOf"), node, self.everything)
 
@@ -16727,9 +16711,10 @@ class Forms(SchemaReader):
             found.append((self._number(schema, bits & 24, excluded), said))
         if bits & 4:
             rules = [rule for key in ("pattern", "format") for rule in schema.get(key, ())]
-            low, high = ([schema[key]] if key in schema else [] for key in ("minLength", "maxLength"))
-            texts = StringShape.of(low, high, rules)
-            found.append((texts.but_not(one for one in excluded if isinstance(one, str)) if excluded else texts, said))
+            length = schema.get("minLength", 0), schema.get("maxLength", math.inf)
+            texts = sized(intersection(texts_by(*rule) for rule in rules), *length)
+            denied = [one for one in excluded if isinstance(one, str)]
+            found.append((but_not(texts, denied) if denied else texts, said))
         for kind in (list, dict):
             if bits & TYPE_BITS[kind]:
                 shape = self._array(schema) if kind is list else self._object(schema)
@@ -16759,16 +16744,15 @@ class Forms(SchemaReader):
             raise self.refuse(f"patternProperties: over {self.MAX_PATTERNS} patterns in one object")
         is_open = "additionalProperties" in schema
         rest: Node = self.node([schema["additionalProperties"]]) if is_open else ()
-        kinds: list[tuple[StringShape, tuple[int, ...]]] = [(StringShape(), ())]
+        kinds: list[tuple[Texts, tuple[int, ...]]] = [(ALL, ())]
         for pattern, number in patterns.items():
             texts = texts_by("pattern", pattern)
-            yes = [(names.within(texts), (*matched, number)) for names, matched in kinds]
-            no = [(names.within(complement(texts)), matched) for names, matched in kinds]
+            yes = [(intersection([names, texts]), (*matched, number)) for names, matched in kinds]
+            no = [(intersection([names, complement(texts)]), matched) for names, matched in kinds]
             kinds = [pair for pair in (*yes, *no) if len(patterns) == 1 or self.string(pair[0]) is not None]
-        said = [(names, self.node(matched) if matched else rest) for names, matched in kinds if matched or is_open]
-        unsaid = [(names, rest) for names, matched in kinds if not (matched or is_open)]
-        shape = ObjectShape((), tuple(said), schema.get("minProperties", 0), schema.get("maxProperties"),
-                            tuple(unsaid), "soft" not in schema and bool(schema.keys() & self.CLOSING),
+        unnamed = [(names, self.node(matched) if matched else rest, bool(matched or is_open)) for names, matched in kinds]
+        shape = ObjectShape((), tuple(unnamed), schema.get("minProperties", 0), schema.get("maxProperties"),
+                            "soft" not in schema and bool(schema.keys() & self.CLOSING),
                             self.node([schema["propertyNames"]]) if "propertyNames" in schema else (),
                             (schema["other"],) if "other" in schema else (), why=schema.get("why", ""))  # fmt: skip
         needed = set(schema.get("required", ()))
@@ -16776,19 +16760,19 @@ class Forms(SchemaReader):
         for name, number in properties.items():
             more = [one for pattern, one in patterns.items() if self.matches(pattern, name)] if patterns else ()
             named.append(Property(name, self.node([number, *more]), name in needed, False, is_said))
-        named += [replace(shape.at(name), required=True, said=is_said or bool(said)) for name in schema.get("required", ())
+        named += [replace(shape.at(name), required=True, said=is_said or shape.is_open) for name in schema.get("required", ())
                   if name not in properties]  # fmt: skip
         return replace(shape, named=tuple(named))
 
     CLOSING: ClassVar = {"properties", "patternProperties", "required"}
 
     def matches(self, pattern: str, name: str) -> bool:
-        return string_fits(StringShape(texts=texts_by("pattern", pattern)), name)
+        return has(texts_by("pattern", pattern), name)
 
-    def string(self, shape: StringShape) -> Symbol | None:
-        """A string; None if there is none of its shape. The search for one is counted."""
-        shortest(shape.texts, self.spend)
-        return string_symbol(shape)
+    def string(self, texts: Texts) -> Symbol | None:
+        """A string of a set; None if there is none. The search for one is counted."""
+        has_text(texts, self.spend)
+        return string_symbol(texts)
 
     # allOf: the meet of two forms
 
@@ -16835,8 +16819,8 @@ class Forms(SchemaReader):
 
     def _meet_objects(self, one: ObjectShape, two: ObjectShape) -> ObjectShape | None:
         named = {prop.name: prop for prop in sorted((*one.named, *two.named), key=operator.attrgetter("late"))}
-        both_say = [name for name in two.places if name in one.places or one.unnamed]
-        both_say += [name for name in one.places if name not in two.places] if two.unnamed else []
+        both_say = [name for name in two.places if name in one.places or one.is_open]
+        both_say += [name for name in one.places if name not in two.places] if two.is_open else []
         self.spend(len(both_say) // 8)
         for name in both_say:
             mine, yours = (shape.places.get(name) or shape.at(name) for shape in (one, two))
@@ -16844,32 +16828,31 @@ class Forms(SchemaReader):
                                    mine.late and yours.late, mine.said or yours.said)  # fmt: skip
             if named[name].required and self._is_never(named[name].node):
                 return None
-        kinds: tuple[list[tuple[StringShape, Node]], ...] = ([], [])  # unnamed, unsaid
-        ours, theirs = ([(*kind, others is shape.unnamed) for others in (shape.unnamed, shape.unsaid) for kind in others]
-                        for shape in (one, two))  # fmt: skip
-        for (names, node, said), (more, other, also) in itertools.product(ours, theirs):
+        unnamed, is_simple = list[tuple[Texts, Node, bool]](), 1 in (len(one.unnamed), len(two.unnamed))
+        for (names, node, said), (more, other, also) in itertools.product(one.unnamed, two.unnamed):
             both = joined_shape(names, more)
-            if both and (len(ours) == 1 or len(theirs) == 1 or self.string(both) is not None):
-                kinds[not (said or also)].append((both, self.both(node, other)))
-        return replace(joined_shape(one, two), named=tuple(named.values()), unnamed=tuple(kinds[0]), unsaid=tuple(kinds[1]),
+            if both and (is_simple or self.string(both) is not None):
+                unnamed.append((both, self.both(node, other), said or also))
+        return replace(joined_shape(one, two), named=tuple(named.values()), unnamed=tuple(unnamed),
                        names=self.both(one.names, two.names))  # fmt: skip
 
     def _is_never(self, node: Node) -> bool:
         """True if schemas list values of which none is left."""
-        return node == (self.never,) or (len(node) > 1 and self.listed(node) == frozenset())
+        return node == (self.never,) or (len(node) > 1 and self.listed(node) == {})
 
-    def listed(self, node: Node) -> frozenset[Any] | None:
-        """The values that schemas leave as far as enum and not of enum tell, to compare with; None if that is no list."""
+    def listed(self, node: Node) -> dict[Any, Any] | None:
+        """The values that enum and not of enum leave, by what compares as they do; None if no schema lists any."""
         if node not in self._lists:
             self.spend(len(node) // 8)
-            lists = [self._values(number) for number in node if number >= 0 and "enum" in self.schemas[number]]
+            lists = sorted((self._values(number) for number in node if number >= 0 and "enum" in self.schemas[number]), key=len)
             denied = [self._values(~number) for number in node if number < 0 and self.schemas[~number].keys() == {"enum"}]
-            self._lists[node] = frozenset.intersection(*lists).difference(*denied) if lists else None
+            shared = set(lists[0]).intersection(*lists).difference(*denied) if lists else ()
+            self._lists[node] = {key: value for key, value in lists[0].items() if key in shared} if lists else None
         return self._lists[node]
 
-    def _values(self, number: int) -> frozenset[Any]:
+    def _values(self, number: int) -> dict[Any, Any]:
         if number not in self._enums:
-            self._enums[number] = frozenset(map(comparable, self.schemas[number]["enum"]))
+            self._enums[number] = {comparable(value): value for value in self.schemas[number]["enum"]}
         return self._enums[number]
 
     # oneOf: each option, without what fits another too
@@ -16904,7 +16887,8 @@ class Forms(SchemaReader):
             return {None: frozenset().union(*(shape.values for shape in shapes if isinstance(shape, Listed)))}
         if not all(isinstance(shape, ObjectShape) for shape in shapes):
             return {}
-        lists = [{prop.name: values for prop in shape.named if prop.required and (values := self.listed(prop.node)) is not None}
+        lists = [{prop.name: frozenset(values) for prop in shape.named
+                  if prop.required and (values := self.listed(prop.node)) is not None}
                  for shape in shapes if isinstance(shape, ObjectShape)]  # fmt: skip
         return {name: frozenset().union(*(own[name] for own in lists)) for name in set.intersection(*map(set, lists))}
 
@@ -16922,7 +16906,7 @@ class Forms(SchemaReader):
             return any(self._is_empty(shape.at(index) or (), depth) for index in range(min(shape.low, 8)))
         if isinstance(shape, ObjectShape):
             return any(self._is_empty(prop.node, depth) for prop in shape.named if prop.required)
-        if isinstance(shape, StringShape):
+        if isinstance(shape, Texts):
             return self.string(shape) is None
         return isinstance(shape, NumberShape) and number_symbol(shape) is None
 
@@ -17001,7 +16985,7 @@ class Forms(SchemaReader):
 
     def fits(self, value: Any, node: Iterable[int]) -> bool:
         """True if a value fits schemas."""
-        return all(self._fits_form(value, self.form(number)) for number in node)
+        return all(self._fits_form(value, self.form(max(number, ~number))) == (number >= 0) for number in node)
 
     def _fits_form(self, value: Any, form: Form) -> bool:
         return any(self.fits_shape(value, shape) for shape, _ in form)
@@ -17012,8 +16996,8 @@ class Forms(SchemaReader):
             return comparable(value) in shape.values
         if not SHAPE_BITS[type(shape)] & type_bit(value):
             return False
-        if isinstance(shape, StringShape):
-            return string_fits(shape, value)
+        if isinstance(shape, Texts):
+            return has(shape, value)
         if isinstance(shape, NumberShape):
             return number_fits(shape, value)
         if shape.why:
@@ -17039,7 +17023,7 @@ class Forms(SchemaReader):
         return name not in names and not any(self.matches(pattern, name) for pattern in patterns)
 
 
-SHAPE_BITS = {ObjectShape: 1, ArrayShape: 2, StringShape: 4, NumberShape: 24}
+SHAPE_BITS = {ObjectShape: 1, ArrayShape: 2, Texts: 4, NumberShape: 24}
 
 
 def lower(one: Any, two: Any) -> Any:
@@ -17050,7 +17034,7 @@ def lower(one: Any, two: Any) -> Any:
 
 JOINS: dict[str, Callable[[Any, Any], Any]] = {  # by field
     "low": lambda one, two: max((bound for bound in (one, two) if bound is not None), default=None), "high": lower,
-    "texts": lambda one, two: intersection([one, two]), "excluded": frozenset.union,
+    "excluded": frozenset.union,
     **dict.fromkeys(("whole", "unique", "closed", "is_rest_said", "is_low_said", "why"), lambda one, two: one or two),
     **dict.fromkeys(("multiples", "not_multiples", "contains", "some", "wanted"),
                     lambda one, two: tuple(dict.fromkeys(one + two)))}  # fmt: skip
@@ -17058,9 +17042,10 @@ JOINS: dict[str, Callable[[Any, Any], Any]] = {  # by field
 
 def joined_shape(one: Any, two: Any) -> Any:
     """Two shapes of a kind as one, as far as their fields tell; None for strings and numbers of which there are none."""
+    if isinstance(one, Texts):
+        found = intersection([one, two])
+        return None if found is NONE else found
     found = replace(one, **{key: JOINS[key](getattr(one, key), getattr(two, key)) for key in vars(one) if key in JOINS})
-    if isinstance(found, StringShape) and found.texts is NONE:
-        return None
     if isinstance(found, NumberShape) and ((found.whole and 1 in found.not_multiples)
                                            or (found.low and found.high and found.low[0] > found.high[0])):  # fmt: skip
         return None
@@ -17089,7 +17074,7 @@ class SchemaShapes(Forms):
             if sum(not isinstance(shape, Constant) for shape in shapes) > self.MAX_SHAPES:
                 raise self.refuse(f"anyOf and oneOf leave over {self.MAX_SHAPES} alternatives that are not constants")
             free = {type(shape) for shape in shapes if shape in FREE} if len(shapes) > 1 else ()
-            if StringShape in free:
+            if Texts in free:
                 shapes = [shape for shape in shapes if not (isinstance(shape, Constant) and shape.text[0] == '"')]
             self._choices[node] = tuple(shape for shape in shapes if type(shape) not in free or shape in FREE)
         return self._choices[node]
@@ -17104,7 +17089,7 @@ class SchemaShapes(Forms):
         if isinstance(shape, Listed):
             self.spend(len(shape.values) // 8)
             yield from (Constant(self.json(value)) for value in shape.values.values())
-        elif isinstance(shape, (StringShape, NumberShape)):
+        elif isinstance(shape, (Texts, NumberShape)):
             yield shape
         elif shape.why:
             raise self.refuse(shape.why)
@@ -17130,9 +17115,9 @@ class SchemaShapes(Forms):
         if shape.some:
             yield from self._with_some(shape)
             return
-        kinds = shape.unnamed if shape.closed else shape.unnamed + shape.unsaid
+        kinds = [(names, node) for names, node, said in shape.unnamed if said or not shape.closed]
         named = dict(shape.places)
-        choice: Shapes = (StringShape(),)
+        choice: Shapes = (ALL,)
         if shape.names:
             choice = self.choice(shape.names)
             listed = (json.loads(one.text) for one in choice if isinstance(one, Constant) and one.text[0] == '"')
@@ -17146,11 +17131,11 @@ class SchemaShapes(Forms):
             properties = [Property(prop.name, prop.node if self.fits(prop.name, shape.names) else (self.never,),
                                    prop.required or prop.name in shape.wanted) for prop in properties]  # fmt: skip
         self.spend(len(properties) // 4)
-        unnamed = list[tuple[StringShape, Node]]()
+        unnamed = list[tuple[Texts, Node, bool]]()
         for (names, node), wanted in itertools.product(kinds, choice):
-            both = joined_shape(names, wanted) if isinstance(wanted, StringShape) and node != (self.never,) else None
+            both = joined_shape(names, wanted) if isinstance(wanted, Texts) and node != (self.never,) else None
             if both:
-                unnamed.append((both.but_not(named) if named else both, node))
+                unnamed.append((but_not(both, named) if named else both, node, True))
         yield ObjectShape(tuple(properties), tuple(unnamed), shape.low, shape.high)
 
     def _with_some(self, shape: ObjectShape) -> Iterator[ObjectShape]:
@@ -17167,7 +17152,7 @@ class SchemaShapes(Forms):
                     yield from self._object_written(found)
 
 
-FREE: Shapes = (NumberShape(), StringShape(), ArrayShape(), ObjectShape())
+FREE: Shapes = (NumberShape(), ALL, ArrayShape(), ObjectShape())
 
 
 # ── E.3. Grammars ─────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -17215,7 +17200,7 @@ class Documents:
     def __init__(self, shapes: SchemaShapes) -> None:
         self.shapes = shapes
         self.possible: set[Node] = set()
-        self._leaves: dict[StringShape | NumberShape, Symbol | None] = {}
+        self._leaves: dict[Texts | NumberShape, Symbol | None] = {}
         self._live: dict[ArrayShape, set[Position]] = {}
         self._kept: dict[Part, list[Symbols]] = {}
         self._scarce: set[ArrayShape] = set()
@@ -17236,14 +17221,14 @@ class Documents:
             raise reader.refuse(f"no document can fit the schema{': ' if reader.dead_end else ''}{reader.dead_end}")
         return Value(self, root)
 
-    def leaf(self, shape: StringShape | NumberShape, taken: Iterable[Any] = ()) -> Symbol | None:
+    def leaf(self, shape: Texts | NumberShape, taken: Iterable[Any] = ()) -> Symbol | None:
         """A string or number that is none of those taken; None if there is none."""
-        if isinstance(shape, StringShape) and (texts := [value for value in taken if isinstance(value, str)]):
-            return string_symbol(shape.but_not(texts))
+        if isinstance(shape, Texts) and (texts := [value for value in taken if isinstance(value, str)]):
+            return string_symbol(but_not(shape, texts))
         if isinstance(shape, NumberShape) and (numbers := [value for value in taken if isinstance(value, (int, float))]):
             return another_number(shape, numbers)
         if shape not in self._leaves:
-            self._leaves[shape] = self.shapes.string(shape) if isinstance(shape, StringShape) else number_symbol(shape)
+            self._leaves[shape] = self.shapes.string(shape) if isinstance(shape, Texts) else number_symbol(shape)
         return self._leaves[shape]
 
     # What can be written at all: a required property that nothing fits makes its object impossible, and so on.
@@ -17267,7 +17252,7 @@ class Documents:
             if isinstance(shape, ObjectShape):
                 self.shapes.spend(len(shape.named) // 4)
                 yield from (prop.node for prop in shape.named)
-                yield from (node for _, node in shape.unnamed)
+                yield from (node for _, node, _ in shape.unnamed)
             elif isinstance(shape, ArrayShape):
                 for index in range(len(shape.first) + 1):
                     yield from (node for node, _ in self.elements(shape, index, (0,) * len(shape.contains)))
@@ -17299,32 +17284,47 @@ class Documents:
 
     def _has_enough(self, shape: ArrayShape) -> bool:
         """True if an array whose elements are all different can be as long as it must be."""
-        rest = shape.at(len(shape.first))
-        wanted = [(node, shape.low) for node in (*shape.first[: shape.low], rest) if node is not None]
-        if not shape.first:
-            wanted += [(self.shapes.node((*(rest or ()), number)), least) for number, least, _ in shape.contains]
-        if all(count < 2 or self._has_different(node, count) for node, count in wanted):
-            return True
-        if shape.first:
-            raise self.shapes.refuse("uniqueItems beside prefixItems is not supported where an element has few values")
-        return False
-
-    def _has_different(self, node: Node, count: int) -> bool:
-        """True if so many different values fit, as a try tells."""
-        taken = frozenset[Any]()
-        for _ in range(min(count, self.MAX_TAKEN)):
-            if not self.kept(value := Value(self, node, taken)):
-                return False
-            taken |= {comparable(self._example(value))}
+        first, contains = shape.first, shape.contains
+        if not first and all(most is None for _, _, most in contains[:1]) and len(contains) < 2:
+            rest = shape.at(0)
+            wanted = [] if rest is None else [(rest, shape.low)]
+            wanted += [(self.shapes.node((*(rest or ()), number)), least) for number, least, _ in contains]
+            return all(count < 2 or self._has_different(node, count) for node, count in wanted)
+        length = max(shape.low, sum(least for _, least, _ in contains) + len(first) if contains else 0)
+        # where there are so many of each kind, none takes what another needs
+        kinds = {node for index in range(min(len(first) + 1, length))
+                 for node, _ in self.elements(shape, index, (0,) * len(contains)) if node in self.possible}  # fmt: skip
+        if length > 1 and not all(self._has_different(node, length) for node in kinds):
+            raise self.shapes.refuse("uniqueItems beside prefixItems, maxContains or two contains is not supported where an "
+                                     "element has few values")  # fmt: skip
         return True
 
-    def _example(self, value: Value) -> Any:
-        """A document, written as chance has it, but ended where it can be."""
-        here, text = Automaton(value).start, b""
-        while not here.ends:
+    def _has_different(self, node: Node, count: int) -> bool:
+        """True if so many different values fit, as tries tell."""
+        taken, count, value = set[Any](), min(count, self.MAX_TAKEN), Value(self, node)
+        start = Automaton(value).start
+        try:
+            for number in range(2 * count if self.kept(value) else 0):  # mostly these differ
+                if len(taken) < count:
+                    taken.add(comparable(self._example(start, number)))
+            while len(taken) < count and self.kept(value := Value(self, node, frozenset(taken))):
+                taken.add(comparable(self._example(Automaton(value).start, 0)))
+        except LookupError:  # an array inside is scarce: when that is known, this one is looked at again
+            return True
+        return len(taken) == count
+
+    def _example(self, here: State, number: int) -> Any:
+        """A document: its first choices spell the number, later ones are as chance has it, and it ends where it can.
+
+        Raises LookupError at a dead end.
+        """
+        text = b""
+        while not here.ends or (number and here.bits):
             may = list(bytes_of(here.bits))
             ends = [byte for byte in (b']}"' if len(may) < self.WIDE else b'"') if byte in may]
-            byte = ends[0] if ends else may[zlib.crc32(text) % len(may)]
+            choice = number or zlib.crc32(b"%d" % len(text))
+            byte = ends[0] if ends and not number else may[choice % max(len(may), 1)]
+            number //= len(may)
             text, behind = text + bytes([byte]), here.step(byte)
             if behind is None or len(text) > self.MAX_EXAMPLE:
                 raise self.shapes.refuse("uniqueItems: the elements are too long to count them")
@@ -17333,12 +17333,9 @@ class Documents:
 
     def most_names(self, shape: ObjectShape, possible: set[Node]) -> int:
         """How many unnamed properties an object may have, counted as far as it must have some."""
-        found = 0
-        for names, node in shape.unnamed:
-            if node in possible and self.leaf(names) is not None and found < shape.low:
-                few = few_texts(names, min(shape.low, self.MAX_NAMES))
-                found += shape.low if few is None else len(few)
-        return found
+        kinds = (names for names, node, _ in shape.unnamed if shape.low and node in possible and self.leaf(names) is not None)
+        few = (few_texts(names, min(shape.low, self.MAX_NAMES)) for names in kinds)
+        return sum(shape.low if texts is None else len(texts) for texts in few)
 
     def kept(self, part: Part) -> list[Symbols]:
         """The alternatives for a part, found once. Raises NotYet."""
@@ -17432,12 +17429,14 @@ class Documents:
             if prop.required:
                 return False
         taken = here.taken.union(*here.alike)
-        return any(node in self.possible and self.leaf(names, taken) is not None for names, node in here.shape.unnamed)
+        return any(node in self.possible and self.leaf(names, taken) is not None for names, node, _ in here.shape.unnamed)
 
-    def unlike(self, node: Node, heads: Mapping[Any, set[Any]], after: Any) -> list[Symbols]:
-        """A value and what follows it, so that the whole is none of those taken: `heads` maps the values that those have here
-        to the rest of them."""
+    def unlike(self, node: Node, taken: Iterable[tuple[Any, Any]], after: Any) -> list[Symbols]:
+        """A value and what follows it, so that the whole is none of those taken, of which each is its value here and the rest."""
         unique = isinstance(after, Elements) and after.shape.unique
+        heads: dict[Any, set[Any]] = {}
+        for value, rest in taken:
+            heads.setdefault(value, set()).add(rest)
         if not heads and not unique:
             return [(Value(self, node), after)]
         found, seen = list[Symbols](), after.seen if unique else frozenset()
@@ -17482,8 +17481,8 @@ class Value(Part):
                 found += self._of_shape(shape)
         return [any_text(constants), *found] if constants else found
 
-    def _of_shape(self, shape: StringShape | NumberShape | ObjectShape | ArrayShape) -> list[Symbols]:
-        if isinstance(shape, (StringShape, NumberShape)):
+    def _of_shape(self, shape: Texts | NumberShape | ObjectShape | ArrayShape) -> list[Symbols]:
+        if isinstance(shape, (Texts, NumberShape)):
             leaf = self.documents.leaf(shape, self.but)
             return [(leaf,)] if leaf else []
         inside: Members | Elements
@@ -17544,12 +17543,8 @@ class Members(Part):
 
     def _behind(self, name: str, node: Node, after: Members, alike: Iterable[Fields]) -> list[Symbols]:
         """The value of a property and the rest."""
-        heads: dict[Any, set[Any]] = {}
-        for one in alike:
-            if name in one:
-                rest = Fields((other, value) for other, value in one.items() if other != name)
-                heads.setdefault(one[name], set()).add(rest)
-        return self.documents.unlike(node, heads, after)
+        taken = ((one[name], Fields(pair for pair in one.items() if pair[0] != name)) for one in alike if name in one)
+        return self.documents.unlike(node, taken, after)
 
     def _unnamed(self) -> list[Symbols]:
         """Unnamed properties; where properties are counted, their names are told apart."""
@@ -17558,11 +17553,11 @@ class Members(Part):
             return found  # those that are named and left out would be missing
         after = Members(documents, shape, self.at, self._counted(), False, self.taken)
         known = [name for name in dict.fromkeys(itertools.chain(*sorted(self.alike, key=list))) if name not in self.taken]
-        for names, node in shape.unnamed:
+        for names, node, _ in shape.unnamed:
             if node not in documents.possible:
                 continue
             for name in known[: documents.MAX_ALIKE]:
-                if string_fits(names, name):
+                if has(names, name):
                     again = replace(after, taken=self.taken | {name})
                     found += [(Word(self._key(name)), *behind) for behind in self._behind(name, node, again, self.alike)]
             key = documents.leaf(names, self.taken.union(known))
@@ -17593,15 +17588,13 @@ class Elements(Part):
         shape, documents, found = self.shape, self.documents, list[Symbols]()
         if documents.is_whole(shape, self.index, self.counts) and () not in self.alike:
             found.append((Word(b"]"),))
-        heads: dict[Any, set[Any]] = {}
-        for one in filter(None, self.alike):
-            heads.setdefault(one[0], set()).add(one[1:])
+        taken = [(one[0], one[1:]) for one in self.alike if one]
         live = documents.alive(shape, documents.possible) if shape.contains else None
         comma = (Word(b", "),) if self.index else ()
         for node, counts in documents.elements(shape, self.index, self.counts):
             after = Elements(documents, shape, documents.next(shape, self.index), counts, self.seen)
             if node in documents.possible and (live is None or (after.index, counts) in live):
-                found += [(*comma, *behind) for behind in documents.unlike(node, heads, after)]
+                found += [(*comma, *behind) for behind in documents.unlike(node, taken, after)]
         return found
 
     def follow(self, text: bytes) -> Symbols:
@@ -17653,23 +17646,16 @@ class OneText(Symbol):
     texts: Mapping[bytes, Symbols]
 
     @functools.cached_property
-    def _after(self) -> dict[int, Symbols]:
+    def after(self) -> dict[int, Symbols]:
         groups: dict[int, dict[bytes, Symbols]] = {}
         for text, after in self.texts.items():
             if text:
                 groups.setdefault(text[0], {})[text[1:]] = after
         return {byte: any_text(group) for byte, group in groups.items()}
 
-    @functools.cached_property
-    def firsts(self) -> int:
-        return sum(1 << byte for byte in self._after)
-
     @property
     def ends(self) -> bool:  # type: ignore[override]
         return b"" in self.texts
-
-    def step(self, byte: int) -> Symbols | None:
-        return self._after.get(byte)
 
     def left(self) -> Symbols:
         return self.texts[b""]
@@ -17741,7 +17727,7 @@ def argument_types(text: str, key: str) -> int:
     with contextlib.suppress(InvalidRequest, RecursionError):
         for shape in object_shapes(shapes):
             named = [prop.node for prop in shape.named if prop.name == key]
-            for node in named or [node for names, node in shape.unnamed if string_fits(names, key)][:1]:
+            for node in named or [node for names, node, _ in shape.unnamed if has(names, key)][:1]:
                 found |= types_of(shapes.choice(node))
     return found or SchemaReader.EVERY_TYPE
 
@@ -17754,7 +17740,7 @@ def object_shapes(shapes: SchemaShapes) -> list[ObjectShape]:
 
 def types_of(shapes: Shapes) -> int:
     """The types of values of these shapes, as SchemaReader's bits."""
-    found, kinds = 0, {NumberShape: "number", StringShape: "string", ArrayShape: "array", ObjectShape: "object"}
+    found, kinds = 0, {NumberShape: "number", Texts: "string", ArrayShape: "array", ObjectShape: "object"}
     for shape in shapes:
         if isinstance(shape, Constant):
             found |= type_bit(json.loads(shape.text))
@@ -17784,9 +17770,9 @@ def read_arguments(text: str, param: str, params: Params) -> tuple[Symbols, ...]
             raise documents.shapes.refuse(f"keyword {keyword} is not supported where arguments are written one by one")
     documents.root()  # tells what is possible
     for shape in objects:
-        arguments = tuple((one_argument(documents, prop, params), prop.required) for prop in shape.named
-                          if prop.node in documents.possible)  # fmt: skip
-        found.append((NamedArguments(arguments, format_text(params.closes if params.quote else "")),))
+        arguments = [(one_argument(documents, prop, params), prop.required) for prop in shape.named
+                     if prop.node in documents.possible]  # fmt: skip
+        found.append((in_turn(arguments, format_text(params.closes if params.quote else "")),))
     if not found:
         raise documents.shapes.refuse("a function's arguments are an object, and the schema allows none")
     return tuple(found)
@@ -17807,12 +17793,12 @@ def plain_texts(documents: Documents, shapes: Shapes, marker: str) -> Symbols:
     """Strings as they are: what stands behind them, `marker`, does not occur in them. Raises InvalidRequest if there are none."""
     apart, found = texts_by("pattern", not_before(marker), False), list[Symbol]()
     for shape in shapes:
-        if isinstance(shape, Constant) and shape.text[0] == '"' and string_fits(StringShape(texts=apart), json.loads(shape.text)):
+        if isinstance(shape, Constant) and shape.text[0] == '"' and has(apart, json.loads(shape.text)):
             found.append(word(json.loads(shape.text)))
-        elif isinstance(shape, StringShape):
-            shape = shape.within(apart)
+        elif isinstance(shape, Texts):
+            shape = intersection([shape, apart])
             if documents.leaf(shape) is not None:
-                found.append(PlainText(shape.texts))
+                found.append(PlainText(shape))
     if not found:
         raise documents.shapes.refuse(f"no string can fit the schema and be written before {_said(marker)}")
     return tuple(found)
@@ -17832,26 +17818,13 @@ class PlainText(JsonText):
         return [*end, *((OneChar(ranges), rest) for ranges, rest in self.longer())]
 
 
-@dataclass(frozen=True)
-class NamedArguments(Symbol):
-    """Arguments from the one at `at` on, in their order; those that are not required may be left out."""
-
-    options: tuple[tuple[Symbol, bool], ...]  # and whether it is required
-    separator: Symbol
-    at: int = 0
-    begun: bool = False  # one stands there already
-
-    def opened(self) -> Iterable[Symbols]:
-        for index, (argument, required) in enumerate(self.options[self.at :], self.at):
-            between = (self.separator,) if self.begun else ()
-            yield (*between, argument, NamedArguments(self.options, self.separator, index + 1, True))
-            if required:
-                return
-        yield ()
-
-    @property
-    def parts(self) -> Symbols:  # type: ignore[override]
-        return (self.separator, *(argument for argument, _ in self.options))
+def in_turn(arguments: Seq[tuple[Symbol, bool]], separator: Symbol) -> Symbol:
+    """Arguments in their order; those that are not required may be left out."""
+    first = later = word("")  # the rest, at the beginning and behind another
+    for argument, required in reversed(arguments):
+        begins, goes_on = InOrder((argument, later)), InOrder((separator, argument, later))
+        first, later = (begins, goes_on) if required else (AnyOf((begins, first)), AnyOf((goes_on, later)))
+    return first
 
 
 def json_symbol(param: str, schema: Mapping[str, Any]) -> Json:

@@ -4222,12 +4222,12 @@ class Strings:
     excluded: frozenset[str] = frozenset()
 
     @functools.cached_property
-    def shape(self) -> module.StringShape:
+    def shape(self) -> module.Texts:
         groups = [("pattern", self.patterns, True), ("pattern", self.unlike, False),
                   ("format", self.formats, True), ("format", self.not_formats, False)]  # fmt: skip
         rules = [(key, value, wanted) for key, values, wanted in groups for value in values]
-        highs = [] if self.high is None else [self.high]
-        return module.StringShape.of([self.low], highs, rules).but_not(self.excluded)
+        texts = module.intersection(module.texts_by(*rule) for rule in rules)
+        return module.but_not(module.sized(texts, self.low, math.inf if self.high is None else self.high), self.excluded)
 
 
 def string_symbol(strings: Strings) -> module.Symbol | None:
@@ -4235,7 +4235,7 @@ def string_symbol(strings: Strings) -> module.Symbol | None:
 
 
 def string_fits(strings: Strings, text: str) -> bool:
-    return module.string_fits(strings.shape, text)
+    return module.has(strings.shape, text)
 
 
 def first_state(shape: Strings | NumberShape) -> State:
@@ -5491,6 +5491,7 @@ def test_schema_made_at_random_is_refused_or_holds_whatever_the_walk() -> None:
 
 # What a keyword admits, and what not: documents in the order and style in which they are written.
 OBJECT, ANY_ARRAY, ONE = {"type": "object"}, {"type": "array"}, {"const": 1}
+UNIQUE = {**ANY_ARRAY, "uniqueItems": True}
 NAMED_SCHEMAS = {"type": "object", "properties": {"a": {}, "b": {}, "c": {}}}
 KEYWORDS: dict[str, tuple[Any, list[Any], list[Any]]] = {
     "pattern": ({"pattern": "^a+$"}, ["a", "aaa"], ["", "b", "ab"]),
@@ -5587,6 +5588,13 @@ def told_apart(count: int) -> dict[str, Any]:
     "options that share a value": (
         {"oneOf": [*told_apart(300)["oneOf"], {**told_apart(1)["oneOf"][0], "required": ["kind", "n"]}]},
         {"kind": "v0"}, {"kind": "v0", "n": 1}),
+    "a hundred unlike objects": (
+        {"anyOf": [FLAG, {**UNIQUE, "minItems": 100, "items": {**OBJECT, "required": ["id", "mail"], "properties": {
+            "id": {"type": "string", "pattern": "^[A-Z]{2}-[0-9]{4}$"}, "mail": {"type": "string", "format": "email"}}}}]},
+        True, [{"id": "AB-1000", "mail": "a@b.c"}]),
+    "a long address without an x": (
+        {"type": "string", "format": "email", "not": {"pattern": "x"}, "minLength": 60, "maxLength": 64},
+        "a" * 40 + "@" + "b" * 20, "x" * 40 + "@" + "b" * 20),
 })  # fmt: skip
 def test_schema_with_many_kinds_is_read_soon(schema: Any, fitting: Any, others: Any) -> None:
     begun = time.thread_time()
@@ -5617,7 +5625,6 @@ def test_schema_without_a_choice_forces_its_whole_text(schema: Any, text: str) -
     assert begin(schema).forced(100) == text.encode()
 
 
-UNIQUE = {"type": "array", "uniqueItems": True}
 NULLS = {"type": "object", "additionalProperties": {"type": "null"}}
 STRINGS = {**UNIQUE, "items": {"type": "string"}}
 
@@ -5643,6 +5650,10 @@ STRINGS = {**UNIQUE, "items": {"type": "string"}}
     "names": {**NULLS, "minProperties": 3, "propertyNames": {"pattern": "^[abc]$"}},
     "lists that can only be empty": {"anyOf": [{"const": 1}, {**UNIQUE, "minItems": 2, "items": {"type": "array", "items": {
         "type": "object", "required": ["a"], "maxProperties": 0}}}]},
+    "lists that are too few, among others": {**UNIQUE, "minItems": 2, "items": {"anyOf": [
+        {"enum": [1, 2]}, {**UNIQUE, "minItems": 3, "items": {"enum": [1, 2]}}]}},
+    "lists with one list at most": {**UNIQUE, "items": {**ANY_ARRAY, "items": {"enum": [1, [1]]}, "contains": {"const": [1]},
+                                                        "maxContains": 1, "maxItems": 2}},
 })  # fmt: skip
 def test_schema_leads_into_no_dead_end(schema: Any) -> None:
     texts = list(filter(None, (walk(begin(schema), random.Random(seed), 600) for seed in range(40))))
@@ -5866,6 +5877,9 @@ def test_text_that_nests_too_deep_to_be_followed_is_refused() -> None:
                                         "prefixItems": [{"const": 1}, {"const": 1}]}, "uniqueItems"),
     "objects that can only be empty, without repeats": ({**UNIQUE, "prefixItems": [
         {**OBJECT, "maxProperties": 0}, {**OBJECT, "additionalProperties": False}]}, "uniqueItems"),
+    "elements that may take what must be contained": (
+        {**UNIQUE, "prefixItems": [{"enum": [1, [2]]}], "items": {"const": [2]}, "contains": {"const": [2]}, "minContains": 2},
+        "uniqueItems"),
 })  # fmt: skip
 def test_schema_is_refused_before_a_text_begins_and_by_its_field(schema: Any, said: str) -> None:
     with pytest.raises(InvalidRequest, match=f"^json_schema: .*{said}") as refused:
