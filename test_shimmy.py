@@ -6732,6 +6732,60 @@ def test_logprobs_match_a_full_softmax(kinds: Server, tmp_path: Path) -> None:
     assert top == pytest.approx(sorted(expected, reverse=True)[:5], abs=2e-2)
 
 
+ECHOED = """import json, sys, numpy, llama_cpp
+llama, prompt = llama_cpp.Llama(sys.argv[1], n_ctx=512, logits_all=True, verbose=False), json.loads(sys.argv[2])
+llama.eval(prompt)
+rows = llama.scores[: len(prompt) - 1].astype(float)
+rows -= rows.max(axis=1, keepdims=True)
+rows -= numpy.log(numpy.exp(rows).sum(axis=1, keepdims=True))
+print(json.dumps([float(row[token]) for row, token in zip(rows, prompt[1:])]))"""
+
+
+def test_an_echo_tells_the_log_probabilities_that_llama_cpp_has(kinds: Server, tmp_path: Path) -> None:
+    kind = "mamba"  # whose state must be saved on the way
+    path, prompt = write_kind(tmp_path / "same.gguf", kind), ids("What comes next, and what then? " * 4)
+    done = subprocess.run([sys.executable, "-c", ECHOED, path, json.dumps(prompt)], capture_output=True, check=True)
+    body = {"model": kind, "prompt": [prompt] * 2, "max_tokens": 0, "echo": True, "logprobs": 2}
+    with kinds.stream("/v1/completions", {"model": kind, "prompt": [9], "max_tokens": 60, "ignore_eos": True}) as busy:
+        next(busy)
+        document = kinds.post("/v1/completions", body).json()
+    for choice in document["choices"]:
+        first, *others = choice["logprobs"]["token_logprobs"]
+        assert first is None and choice["logprobs"]["top_logprobs"][0] is None
+        assert others == pytest.approx(json.loads(done.stdout.splitlines()[-1]), abs=2e-2)
+        assert "".join(choice["logprobs"]["tokens"]) == choice["text"] and choice["finish_reason"] == "length"
+    assert document["usage"]["completion_tokens"] == 0 and document["usage"]["prompt_tokens"] == 2 * len(prompt)
+
+
+def test_an_echo_with_logprobs_scores_an_answer_as_lm_eval_reads_it(tiny: Server) -> None:
+    context = "Schön ist, was gefällt. "
+    ask = {"model": "default", "prompt": context, "max_tokens": 8, "temperature": 0, "logprobs": 1, "ignore_eos": True}
+    written = tiny.post("/v1/completions", ask).json()["choices"][0]
+    ask |= {"prompt": context + written["text"], "max_tokens": 1, "echo": True, "stop": ["."], "stream": False}
+    for stream in (False, True):  # lm_eval/models/gguf.py, get_result
+        answers = tiny.streamed("/v1/completions", ask)[:-1] if stream else [tiny.post("/v1/completions", ask).json()]
+        choices = [choice for answer in answers for choice in answer["choices"]]
+        shown = {name: [value for choice in choices for value in (choice["logprobs"] or {name: []})[name]]
+                 for name in written["logprobs"]}  # fmt: skip
+        assert "".join(choice["text"] for choice in choices).startswith(ask["prompt"])
+        index = next(i for i, offset in enumerate(shown["text_offset"]) if offset >= len(context))
+        assert shown["tokens"][index:-1] == written["logprobs"]["tokens"]
+        assert shown["token_logprobs"][index:-1] == pytest.approx(written["logprobs"]["token_logprobs"], abs=0.05)
+        assert all(max(top, key=top.get) == token for token, top in zip(shown["tokens"][index:], shown["top_logprobs"][index:],
+                                                                        strict=True))  # fmt: skip
+
+
+@cases("fields, word", {
+    "too long": ({"prompt": "word " * 20_000, "logprobs": 20}, "49932 characters"),
+    "ids without logprobs": ({"prompt": [65, 66]}, "logprobs"),
+    "before a gap": ({"prompt": "a", "suffix": "b", "logprobs": 1}, "suffix"),
+    "no tokens": ({"prompt": "a", "echo": False, "max_tokens": 0}, "max_tokens"),
+})  # fmt: skip
+def test_completion_refuses_an_echo(fields: dict[str, Any], word: str, server: Server) -> None:
+    body = {"model": "recital", "echo": True, **fields}
+    assert_error(server.post("/v1/completions", body), 400, "invalid_request", word)
+
+
 def test_context_too_large_for_memory_is_refused_with_a_size_that_fits(serve: Callable[..., Server], tmp_path: Path) -> None:
     write_kind(tmp_path / "wide.gguf", "llama", context=1 << 24, kv_heads=1024)
     large = serve("--models-dir", tmp_path, "--ctx", str(1 << 24))
