@@ -2897,6 +2897,7 @@ class Loaded:
     memory_need: int = 0  # bytes of RAM that the engine takes when its pool is full
     devices: str = ""  # where the layers are, on a machine with more than a CPU
     on_gpu: bool = False  # some of them
+    gpu_bytes: int = 0  # memory that the model took on its GPUs, its whole KV cache too
 
 
 @dataclass(frozen=True)
@@ -3656,10 +3657,12 @@ class Llama:
         if not templates and not self.embedding:
             self.notes.append("the model has no chat template; chats are written in ChatML")
         ends = tuple(self.vocab.name(t).decode("utf-8", "replace") for t in sorted(self.vocab.eog))
+        free = {d.name: d.free for d in self.ggml.devices() if self.devices}
+        taken = sum(max(0, d.free - free[d.name]) for d in self.devices)  # since the load began; other programs may have a part
         chat = ChatFacts(templates, bos, bool(c.llama_vocab_get_add_bos(vocab)), eos, self.vocab.specials, ends,
                          self.vocab.gap_names())  # fmt: skip
         return Loaded(self.ctx, self.pool, options.parallel, chat, tuple(self.notes), int(self.pool * self.kv_bytes),
-                      self.plan.memory_need, self.placed, not self.on_cpu)  # fmt: skip
+                      self.plan.memory_need, self.placed, not self.on_cpu, taken)  # fmt: skip
 
     def _adapter(self, file: str) -> Any:
         adapter = self.c.llama_adapter_lora_init(self.model, os.fsencode(file))
@@ -9671,7 +9674,8 @@ def answer_ps(call: Call) -> dict[str, Any]:
         left = call.service.table.left(r.info.id)
         expires = time.time() + (9.2e9 if left is None else left)
         models.append({k: v for k, v in ollama_model(r.info).items() if k != "modified_at"} | {
-            "size": r.memory_bytes(), "size_vram": 0, "expires_at": rfc3339(expires), "context_length": r.loaded.ctx,
+            "size": r.memory_bytes() + r.loaded.gpu_bytes, "size_vram": r.loaded.gpu_bytes, "expires_at": rfc3339(expires),
+            "context_length": r.loaded.ctx,
         })  # fmt: skip
     return {"models": models}
 
@@ -9971,8 +9975,10 @@ class Handler(socketserver.BaseRequestHandler):
         self.out = Responder(self.request, self.server.access)
         self.route: Route | None = None
         self.wire = HttpWire(self.out)
-        run_request(self._answer_request, self.out.line, self.fail, self.leave)
-        self.reader.turn.release()
+        try:
+            run_request(self._answer_request, self.out.line, self.fail, self.leave)
+        finally:
+            self.reader.turn.release()
         known, route = ("GET", "HEAD", "POST", "OPTIONS"), self.route.label() if self.route else "other"
         method = self.out.head.method if self.out.head.method in known else "other"  # a client's words are without number
         self.service.metrics.answered(method, route, self._api(), self.out.line.status)
@@ -10162,7 +10168,7 @@ class Server(socketserver.ThreadingTCPServer):
         self.service.metrics.accepted += 1
         try:
             super().process_request(request, client_address)
-        except RuntimeError:  # can't start new thread
+        except (RuntimeError, MemoryError):  # can't start new thread
             self.count_connection(-1)
             self._refuse(request, "No thread can be started for another connection")
 
@@ -10280,12 +10286,12 @@ class SocketConnection(Wire):
         except OSError:  # the client broke off
             pass
         finally:
-            self._writer.close()
-            self._loop.call_later(SOCKET_CLOSE_SECONDS, self._writer.transport.abort)
             self._turn.release()
+            self._writer.close()
+            self._queue.put(None)
+            self._loop.call_later(SOCKET_CLOSE_SECONDS, self._writer.transport.abort)
             for request in list(self._requests):
                 self._cancel(request)
-            self._queue.put(None)
 
     async def _read(self) -> bytes:
         """The next bytes; none when the client has left, or answers no ping."""
@@ -10354,10 +10360,13 @@ class SocketConnection(Wire):
     def answer_all(self) -> None:
         """Answers the requests one after another, until the connection ends."""
         while request := self._queue.get():
-            if self._writer.is_closing():  # the client has left
-                request.turn.release()
-            else:
-                self._answer(request)
+            try:
+                if not self._writer.is_closing():  # else the client has left
+                    self._answer(request)
+            except Exception:  # a thread's border: the requests behind this one hold turns
+                log.exception("a WebSocket's request could not be answered")
+                self._loop.call_soon_threadsafe(self._writer.transport.abort)
+            request.turn.release()
             self._requests.popleft()
             self._used = time.monotonic()
 

@@ -14036,6 +14036,27 @@ def test_id_that_is_not_sane_is_replaced(sent: bytes, server: Server) -> None:
     assert reply.status == 200 and re.fullmatch(r"[0-9a-f]{16}", assert_id(reply))
 
 
+def test_a_large_body_gives_its_place_back_whatever_raises(serve: Callable[..., Server], models: Path, tmp_path: Path) -> None:
+    """Where even the error cannot be told; behind a WebSocket's request that ends so, another one holds a place."""
+    script = altered(
+        tmp_path,
+        ("threading.BoundedSemaphore(8)", "threading.BoundedSemaphore(1)"),
+        ("TURN_SECONDS = 10.0", "TURN_SECONDS = 0.2"),
+        ("        fail(ApiError(\"See the server's log\"))", "        raise"),
+        ("    value = parse_json(data, what)", "    assert b'boom' not in data\n    value = parse_json(data, what)"),
+    )
+    server, large = serve("--models-dir", models, script=script), " " * (module.TURN_BYTES + 1)
+    with pytest.raises(http.client.RemoteDisconnected):
+        server.post("/api/generate", f'{{"boom": "{large}"}}'.encode())
+    assert_error(server.post("/api/generate", f"{{{large}}}".encode()), 400, "invalid_request", "model")
+    with server.ws() as ws:
+        ws.send('{"boom": 1}')
+        with contextlib.suppress(ConnectionClosed):
+            ws.send(f"{{{large}}}")
+            ws.recv(HANG)
+    eventually(lambda: server.post("/api/generate", f"{{{large}}}".encode()).status == 400, "the place is free")
+
+
 def test_longest_sane_id_is_taken(server: Server) -> None:
     id = "".join(chr(c) for c in range(33, 127)) + "x" * 34
     assert_id(server.get("/health", **{"X-Request-Id": id}), id)
