@@ -260,6 +260,7 @@ MAX_BIASES = 1024
 MAX_MESSAGES = 4096  # of a chat; agents that run for hours send hundreds
 MAX_CHOICES = 16
 MAX_TEXTS = 256  # that one request may ask for, prompts times choices: half of what the queue holds
+MAX_ECHOED = MIB  # characters of prompts, times log probabilities for each token that are echoed: some 100 MB of answer
 MAX_INPUTS = 2048  # of an embedding request, OpenAI's bound
 MAX_TOKENIZED = MIB  # characters of /tokenize: about a second; a quarter as many tokens of /detokenize
 MAX_TOOLS = 128
@@ -633,6 +634,7 @@ class GenerateRequest:
     engine: Mapping[str, Any] = field(default_factory=dict)  # what the model is to be loaded with, as Ollama's options tell
     n: int = 1
     split_markers: bool = False  # take thoughts and tool calls out of the text
+    echo: bool = False  # the text begins with the prompt, with the log probabilities of its tokens
 
 
 @dataclass(frozen=True)
@@ -925,7 +927,7 @@ class TokenLogprob:
     """
 
     token: bytes
-    logprob: float
+    logprob: float  # not a number for a token that has none before it
     names: tuple[bytes, ...] = ()
     logprobs: tuple[float, ...] = ()
     id: int = -1
@@ -3081,6 +3083,7 @@ class Generate:
     thought: ThoughtBudget | None = None
     owner: str = ""  # whose cells the prompt may begin with
     spare: int = 0  # so many segments at the prompt's start may be left out where all do not fit
+    echo: bool = False  # give out the prompt too, with the log probabilities of its tokens
 
 
 @dataclass(frozen=True)
@@ -3144,6 +3147,7 @@ class Loaded:
     devices: str = ""  # where the layers are, on a machine with more than a CPU
     on_gpu: bool = False  # some of them
     sees: bool = False  # prompts may have pictures
+    gpu_bytes: int = 0  # memory that the model took on its GPUs, its whole KV cache too
 
 
 @dataclass(frozen=True)
@@ -3630,7 +3634,7 @@ class Vocabulary:
 
         `first` and `last` add the tokens that the model wants before and behind a text (BOS, CLS; EOS, SEP).
         """
-        parts, (before, _, behind) = list[Any](), self._ends
+        parts, (before, _, behind) = list[Any](), self.ends
         for text in texts:
             for at, part in enumerate(self._cut(text)):
                 # within a text SentencePiece puts no space before a part, as it does not behind a line break
@@ -3678,7 +3682,7 @@ class Vocabulary:
         """A query and a document as rerankers have learned them: in the model's own template, else BOS q EOS SEP d EOS."""
         texts = {"{query}": query, "{document}": document}
         if not self.rerank_template:
-            first, middle, last = self._ends
+            first, middle, last = self.ends
             return self.np.concatenate([first, self.tokens(query, special=False), middle, self.tokens(document, special=False),
                                         last])  # fmt: skip
         parts = re.split("({query}|{document})", self.rerank_template)
@@ -3687,7 +3691,7 @@ class Vocabulary:
         return self.tokens("".join(texts.get(part, part) for part in parts))  # in one piece: a space belongs to its word
 
     @functools.cached_property
-    def _ends(self) -> list[Any]:
+    def ends(self) -> list[Any]:
         """The tokens before a text, between two texts, and behind the last one, as the model wants them."""
         c, vocab = self.c, self.handle
         bert = self.kind == c.LLAMA_VOCAB_TYPE_WPM  # its tokenizer asks no flag: CLS text SEP
@@ -3919,10 +3923,12 @@ class Llama:
         if not templates and not self.embedding:
             self.notes.append("the model has no chat template; chats are written in ChatML")
         ends = tuple(self.vocab.name(t).decode("utf-8", "replace") for t in sorted(self.vocab.eog))
+        free = {d.name: d.free for d in self.ggml.devices() if self.devices}
+        taken = sum(max(0, d.free - free[d.name]) for d in self.devices)  # since the load began; other programs may have a part
         chat = ChatFacts(templates, bos, bool(c.llama_vocab_get_add_bos(vocab)), eos, self.vocab.specials, ends,
                          self.vocab.gap_names())  # fmt: skip
-        return Loaded(self.ctx, self.pool, chat, tuple(self.notes), int(self.pool * self.kv_bytes),
-                      self.plan.memory_need, self.placed, not self.on_cpu, self.eyes is not None)  # fmt: skip
+        return Loaded(self.ctx, self.pool, chat, tuple(self.notes), int(self.pool * self.kv_bytes), self.plan.memory_need,
+                      self.placed, not self.on_cpu, self.eyes is not None, taken)  # fmt: skip
 
     def _adapter(self, file: str) -> Any:
         adapter = self.c.llama_adapter_lora_init(self.model, os.fsencode(file))
@@ -3973,6 +3979,7 @@ class Rows:
     """Tokens on their way through a context: how many have their cells there, and in which of its rows."""
 
     media: Seq[Medium] = ()
+    scored = False  # whether the logits behind each token are wanted
 
     def __init__(self, tokens: Any, n_tokens: int, positions: Any) -> None:
         self.tokens, self.n_tokens = tokens, n_tokens  # int32, at least n_tokens of them
@@ -4073,8 +4080,8 @@ class Context:
             self.tokens[at:end] = sequence.tokens[done : done + count]
             self.positions[at:end] = sequence.positions[done : done + count]
             self.sequences[at:end] = self.pointers[sequence.row]
-            self.flags[at:end] = self.EVERY_ROW
-            self.flags[end - 1] = self.EVERY_ROW or done + count == sequence.n_tokens
+            self.flags[at:end] = every = self.EVERY_ROW or sequence.scored
+            self.flags[end - 1] = every or done + count == sequence.n_tokens
             at = end
         self.batch.n_tokens = at
         status = self._decode_media(plan) if plan[0][0].medium else int(self.c.llama_decode(self.handle, self.batch))
@@ -4973,6 +4980,22 @@ class Prompt:
     pictures: Mapping[str, Picture] = field(default_factory=dict)  # by key
 
 
+class Echo:
+    """A prompt that is given out with its tokens' log probabilities."""
+
+    def __init__(self, job: Generate, vocab: Vocabulary) -> None:
+        text = str(job.prompt[0]) if job.prompt and isinstance(job.prompt[0], str) else None
+        self.n_told = 0 if text is None else len(vocab.ends[0])  # tokens, also those that the model wants before a text
+        self._blank = b"" if text is None or text.startswith(" ") else b" "  # which SentencePiece puts before a text
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def tell(self, token: TokenLogprob) -> tuple[TokenLogprob, str]:
+        """The prompt's next token, and the text that it ends."""
+        token, self._blank = replace(token, token=token.token.removeprefix(self._blank)), b""
+        self.n_told += 1
+        return token, self._decoder.decode(token.token)
+
+
 class Sequence(Rows):
     """One text in the making. Owned by the step loop."""
 
@@ -4980,7 +5003,8 @@ class Sequence(Rows):
         self.submission, job = submission, submission.job
         assert isinstance(job, Generate)
         self.n_prompt, self.media, self.pictures = len(prompt.tokens), prompt.media, prompt.pictures
-        self.limit = min(llama.ctx, self.n_prompt + (job.sampling.max_tokens or llama.ctx))  # tokens: it ends with length
+        most = llama.ctx if job.sampling.max_tokens is None else job.sampling.max_tokens
+        self.limit = min(llama.ctx, self.n_prompt + most)  # tokens: it ends with length
         super().__init__(llama.np.empty(self.limit, llama.np.int32), self.n_prompt, self._positions(llama))
         self.tokens[: self.n_prompt] = prompt.tokens
         self.borders = () if llama.cuttable else turn_borders(prompt.tokens, llama.vocab)  # where its state is saved
@@ -5001,6 +5025,7 @@ class Sequence(Rows):
         self.started = self.first_token = 0.0
         self.unsent = ""  # text since the last message
         self.n_told = self.n_prompt  # tokens of which the messages have told
+        self.echo = Echo(job, llama.vocab) if job.echo else None
         self.logprobs: list[TokenLogprob] = []  # of its tokens
         self.unshown: deque[TokenLogprob] = deque()  # of later tokens
         self._ends: deque[int] = deque()  # the characters behind these tokens, as far as they were read
@@ -5023,6 +5048,11 @@ class Sequence(Rows):
     def border(self, count: int) -> int:
         """So many tokens, or fewer: cells cannot be cut within a part of a picture."""
         return next((m.start for m in self.media if m.start < count < m.end), count)
+
+    @property
+    def scored(self) -> bool:  # type: ignore[override]
+        """Until its first token, if the prompt is echoed."""
+        return self.echo is not None and not self.first_token
 
     @property
     def unread(self) -> int:
@@ -5097,8 +5127,9 @@ class Sequence(Rows):
         return text
 
     def common(self, other: Rows, limit: int) -> int:
-        """How many tokens both begin with, among the other's first `limit` and all of this one's but the last."""
-        size = min(self.n_tokens - 1, limit)
+        """How many tokens both begin with, among the other's first `limit` and all of this one's but the last. None that must
+        be computed for their logits."""
+        size = 0 if self.scored else min(self.n_tokens - 1, limit)
         different = self.tokens[:size] != other.tokens[:size]
         first = int(different.argmax()) if size else 0
         return self.border(first if size and different[first] else size)
@@ -5160,8 +5191,8 @@ class Embedding:
         return self.submission.cancelled or not self.missing or self.error is not None
 
 
-def fair_slices(prompts: list[Sequence], rows: int) -> list[tuple[Sequence, int]]:
-    """Shares `rows` among prompts; the long ones get what the short ones leave.
+def fair_slices(prompts: list[Sequence], rows: int, outputs: int = 0) -> list[tuple[Sequence, int]]:
+    """Shares `rows` among prompts; the long ones get what the short ones leave. Up to `outputs` rows may be scored.
 
     Each prompt's last token is left for a row of its own, as every later token has. So a prompt asked again, with all but
     that token in the cache, makes the same sums in the same order, and greedy text is the same text.
@@ -5171,8 +5202,8 @@ def fair_slices(prompts: list[Sequence], rows: int) -> list[tuple[Sequence, int]
     for i, sequence in enumerate(prompts):
         stops = (*sequence.borders, *(medium.start for medium in sequence.media))
         border = min((at - sequence.n_computed for at in stops if at > sequence.n_computed), default=rows)
-        count = min(sequence.pending - 1, rows // (len(prompts) - i), border)
-        rows -= count
+        count = min(sequence.pending - 1, rows // (len(prompts) - i), border, outputs if sequence.scored else rows)
+        rows, outputs = rows - count, outputs - count * sequence.scored
         if count > 0:
             slices.append((sequence, count))
     return slices
@@ -5726,11 +5757,11 @@ class Scheduler:
             more = min(sequence.pending - 1, rows // (len(jumping) - index))
             plan.append((sequence, 1 + more))
             rows -= more
-        return plan + fair_slices(prompts, rows)
+        return plan + fair_slices(prompts, rows, self.llama.main.n_seq - self.parallel)  # each may have one at its end
 
     def _long_prompts(self) -> list[Sequence]:
         """Prompts for the reader: in the main context they would take many slices beside the streams there."""
-        prompts = [s for s in self.running if not s.is_stream] if self.reader else []
+        prompts = [s for s in self.running if not s.is_stream and not s.scored] if self.reader else []
         decoding = sum(1 for s in self.running if s.is_stream) if prompts else 0
         most = self.SLICES * self.pace.prompt_rows(decoding) if decoding else math.inf
         return [s for s in prompts if s.unread > most and s.border(s.n_tokens - 1) == s.n_tokens - 1]  # the last token stays here
@@ -6304,26 +6335,45 @@ class Engine:
 
     def _sample(self, plan: Seq[tuple[Sequence, int]]) -> bool:
         """Picks a token for every sequence that is fully evaluated; whether one of them is a first token."""
-        ready, row = [], -1
+        ready, row, end = list[tuple[Sequence, int, slice]](), -1, 0  # each with its last row, and its part of the logits
         for sequence, count in plan:
             row += count
             sequence.n_computed += count
-            if sequence.n_computed == sequence.n_tokens:
-                ready.append((sequence, row))
-            elif sequence.n_computed in sequence.borders:
+            is_read = sequence.n_computed == sequence.n_tokens
+            if is_read or sequence.scored:
+                start, end = end, end + (count if sequence.scored else 1)
+                ready.append((sequence, row, slice(start, end)))
+            if not is_read and sequence.n_computed in sequence.borders:
                 self.scheduler.cache.save(Prefix(sequence, self.main.oldest(sequence.row)))
         if not ready:
             return False
-        logits = self.main.logits(len(ready))
+        logits = self.main.logits(end)
         peaks = logits.max(axis=1)  # not a number if one of them is none: what sorts them may then leave its array
         first = False
-        for (sequence, row), scores, peak in zip(ready, logits, peaks, strict=True):
-            first = first or not sequence.first_token
-            if math.isfinite(peak):
-                self._pick(sequence, scores, row)
-            else:
+        for sequence, row, part in ready:
+            if not self.llama.np.isfinite(peaks[part]).all():
                 self._fail(sequence, "the model's output is not a number")
+                continue
+            if sequence.scored:
+                self._score(sequence, logits[part])
+            if not sequence.pending and sequence.n_tokens >= sequence.limit:  # nothing but the echo was wanted
+                self._finish(sequence, "length")
+            elif not sequence.pending:
+                first = first or not sequence.first_token
+                self._pick(sequence, logits[part][-1], row)
         return first
+
+    def _score(self, sequence: Sequence, logits: Any) -> None:
+        """Gives out the prompt's tokens that its rows computed last were to predict; the first of all has no row before it."""
+        vocab, echo, alternatives = self.llama.vocab, sequence.echo, sequence.sampling.logprobs or 0
+        start, end = sequence.n_computed - len(logits) + 1, min(sequence.n_computed + 1, sequence.n_prompt)
+        assert echo
+        for at in range(echo.n_told, end):
+            token = int(sequence.tokens[at])
+            known = LogProbs(vocab, logits[at - start]).of(token, alternatives) if at else None
+            told, text = echo.tell(known or TokenLogprob(vocab.name(token), math.nan, id=token))
+            sequence.logprobs.append(told)
+            self.outbox.text(sequence, text)
 
     def _ask_again(self) -> None:
         """Resumes unfinished grammars, least served first."""
@@ -6385,7 +6435,7 @@ class Engine:
         self._show(sequence)
         if sequence.text.stopped or sequence.sampler.is_done:
             self._finish(sequence, "stop")
-        elif sequence.n_tokens >= sequence.limit:
+        elif sequence.n_tokens >= sequence.limit and not sequence.scored:
             self._finish(sequence, "length")
 
     def _show(self, sequence: Sequence) -> None:
@@ -7844,7 +7894,7 @@ class Service:
         messages, prompts = request.messages or (), request.prompts
         if not any(isinstance(content, Content) for content in (*prompts, *(message["content"] for message in messages))):
             return request
-        info, last = self.table.info(request.model, cancel), messages[-1] if continues(request) else None
+        info, last = self.table.info(request.model), messages[-1] if continues(request) else None
         look = Looker(self.tools.getter, cancel).look if info.projector else None
 
         def shown(content: Any, look: Callable[[Attachment], Picture] | None) -> Any:
@@ -7897,7 +7947,8 @@ class Service:
             sampling = replace(sampling, stop=(*sampling.stop, *chat.stops), constraint=constraint)
         seeds = [None if sampling.seed is None else sampling.seed + i for i in range(request.n)]
         markers = chat.markers if request.split_markers else frozenset()
-        jobs = [Generate(p, replace(sampling, seed=s), markers, budget, request.owner, spare) for p in prompts for s in seeds]
+        jobs = [Generate(p, replace(sampling, seed=s), markers, budget, request.owner, spare, request.echo and p != ("",))
+                for p in prompts for s in seeds]  # fmt: skip
         return jobs, [chat.parser(request, job.prompt[-1:], index) for index, job in enumerate(jobs)]
 
     def embed(self, request: EmbedRequest, cancel: Cancellation) -> Iterator[Event]:
@@ -8636,19 +8687,27 @@ class Completion(OpenAI):
         if body.get("prompt") is None:
             raise InvalidRequest("prompt is required: a string, or a list of strings or token ids", "prompt")
         prompts = read_texts("prompt", body["prompt"], MAX_TEXTS)
-        request = replace(self.common(body, optional(body, "logprobs", whole(0, 20))), prompts=prompts)
+        echo, limit = flag(body, "echo"), body.get("max_tokens")
+        nothing = echo and limit == 0 and limit is not False  # but the prompt is wanted
+        request = self.common({**body, "max_tokens": 1} if nothing else body, optional(body, "logprobs", whole(0, 20)))
+        sampling = replace(request.sampling, max_tokens=0) if nothing else request.sampling
+        request = replace(request, prompts=prompts, sampling=sampling, echo=echo and sampling.logprobs is not None)
         if (texts := len(prompts) * request.n) > MAX_TEXTS:
             raise InvalidRequest(f"prompt: prompts times n may be up to {MAX_TEXTS}, not {texts}", "prompt")
         if optional(body, "best_of", whole(1, MAX_CHOICES), request.n) != request.n:
             raise InvalidRequest(f"best_of must equal n ({request.n}): texts are not ranked here", "best_of")
         written = [p if isinstance(p, str) else "" for p in prompts for _ in range(request.n)]  # by choice
-        if flag(body, "echo") and (request.sampling.logprobs is not None or not all(isinstance(p, str) for p in prompts)):
-            raise InvalidRequest("echo is served for prompts of text without logprobs", "echo")
-        self._echo = written if flag(body, "echo") else []
-        self._offsets = [len(text) for text in written]  # characters so far: OpenAI counts from the prompt's start
+        if echo and not request.echo and not all(isinstance(p, str) for p in prompts):
+            raise InvalidRequest("echo of token ids needs logprobs: without them only prompts of text are echoed", "echo")
+        most = MAX_ECHOED // (1 + (sampling.logprobs or 0))
+        if request.echo and (size := request.n * sum(map(len, prompts))) > most:
+            raise InvalidRequest(f"echo: with so many logprobs prompts of up to {most} characters are echoed, not {size}", "echo")
+        self._echo = written if echo and not request.echo else []
+        # characters so far: OpenAI counts from the prompt's start
+        self._offsets = [0 if request.echo else len(text) for text in written]
         suffix = optional(body, "suffix", a_string, "")
-        if suffix and (len(prompts) > 1 or not isinstance(prompts[0], str)):
-            raise InvalidRequest("suffix is served for one prompt of text", "suffix")
+        if suffix and (len(prompts) > 1 or not isinstance(prompts[0], str) or request.echo):
+            raise InvalidRequest("suffix is served for one prompt of text, whose log probabilities are not told", "suffix")
         return replace(request, prompts=(), infill=Infill(written[0], suffix)) if suffix else request
 
     def documents(self, event: Event) -> Iterator[dict[str, Any]]:
@@ -8661,9 +8720,13 @@ class Completion(OpenAI):
         shown, tokens = None, choice.logprobs
         if tokens:
             words = [t.token.decode("utf-8", "replace") for t in tokens]
-            tops = [{token.decode("utf-8", "replace"): p for token, p in t.top} for t in tokens]
-            *offsets, self._offsets[index] = itertools.accumulate(map(len, words), initial=self._offsets[index])
-            shown = {"tokens": words, "token_logprobs": [t.logprob for t in tokens], "top_logprobs": tops, "text_offset": offsets}
+            known = [not math.isnan(t.logprob) for t in tokens]  # of a text's first token OpenAI tells null too
+            tops = [{token.decode("utf-8", "replace"): p for token, p in t.top} if k else None
+                    for t, k in zip(tokens, known, strict=True)]  # fmt: skip
+            begun = (sum(byte & 0xC0 != 0x80 for byte in t.token) for t in tokens)  # characters, of which a token may have a part
+            *offsets, self._offsets[index] = itertools.accumulate(begun, initial=self._offsets[index])
+            logprobs = [t.logprob if k else None for t, k in zip(tokens, known, strict=True)]
+            shown = {"tokens": words, "token_logprobs": logprobs, "top_logprobs": tops, "text_offset": offsets}
         return {"text": choice.said(), "index": index, "logprobs": shown, "finish_reason": choice.finish_reason}
 
 
@@ -10344,7 +10407,8 @@ def answer_ps(call: Call) -> dict[str, Any]:
     for r in call.service.table.workers():
         expires = time.time() + min(9.2e9, call.service.table.left(r.info.id))
         models.append({k: v for k, v in ollama_model(r.info).items() if k != "modified_at"} | {
-            "size": r.memory_bytes(), "size_vram": 0, "expires_at": rfc3339(expires), "context_length": r.loaded.ctx,
+            "size": r.memory_bytes() + r.loaded.gpu_bytes, "size_vram": r.loaded.gpu_bytes, "expires_at": rfc3339(expires),
+            "context_length": r.loaded.ctx,
         })  # fmt: skip
     return {"models": models}
 
@@ -10650,8 +10714,10 @@ class Handler(socketserver.BaseRequestHandler):
         self.out = Responder(self.request, self.server.access)
         self.route: Route | None = None
         self.wire = HttpWire(self.out)
-        run_request(self._answer_request, self.out.line, self.fail, self.leave)
-        self.reader.turn.release()
+        try:
+            run_request(self._answer_request, self.out.line, self.fail, self.leave)
+        finally:
+            self.reader.turn.release()
         known, route = ("GET", "HEAD", "POST", "OPTIONS"), self.route.label() if self.route else "other"
         method = self.out.head.method if self.out.head.method in known else "other"  # a client's words are without number
         self.service.metrics.answered(method, route, self._api(), self.out.line.status)
@@ -10842,7 +10908,7 @@ class Server(socketserver.ThreadingTCPServer):
         self.service.metrics.accepted += 1
         try:
             super().process_request(request, client_address)
-        except RuntimeError:  # can't start new thread
+        except (RuntimeError, MemoryError):  # can't start new thread
             self.count_connection(-1)
             self._refuse(request, "No thread can be started for another connection")
 
@@ -10960,12 +11026,12 @@ class SocketConnection(Wire):
         except OSError:  # the client broke off
             pass
         finally:
-            self._writer.close()
-            self._loop.call_later(SOCKET_CLOSE_SECONDS, self._writer.transport.abort)
             self._turn.release()
+            self._writer.close()
+            self._queue.put(None)
+            self._loop.call_later(SOCKET_CLOSE_SECONDS, self._writer.transport.abort)
             for request in list(self._requests):
                 self._cancel(request)
-            self._queue.put(None)
 
     async def _read(self) -> bytes:
         """The next bytes; none when the client has left, or answers no ping."""
@@ -11034,10 +11100,13 @@ class SocketConnection(Wire):
     def answer_all(self) -> None:
         """Answers the requests one after another, until the connection ends."""
         while request := self._queue.get():
-            if self._writer.is_closing():  # the client has left
-                request.turn.release()
-            else:
-                self._answer(request)
+            try:
+                if not self._writer.is_closing():  # else the client has left
+                    self._answer(request)
+            except Exception:  # a thread's border: the requests behind this one hold turns
+                log.exception("a WebSocket's request could not be answered")
+                self._loop.call_soon_threadsafe(self._writer.transport.abort)
+            request.turn.release()
             self._requests.popleft()
             self._used = time.monotonic()
 

@@ -6901,6 +6901,60 @@ def test_logprobs_match_a_full_softmax(kinds: Server, tmp_path: Path) -> None:
     assert top == pytest.approx(sorted(expected, reverse=True)[:5], abs=2e-2)
 
 
+ECHOED = """import json, sys, numpy, llama_cpp
+llama, prompt = llama_cpp.Llama(sys.argv[1], n_ctx=512, logits_all=True, verbose=False), json.loads(sys.argv[2])
+llama.eval(prompt)
+rows = llama.scores[: len(prompt) - 1].astype(float)
+rows -= rows.max(axis=1, keepdims=True)
+rows -= numpy.log(numpy.exp(rows).sum(axis=1, keepdims=True))
+print(json.dumps([float(row[token]) for row, token in zip(rows, prompt[1:])]))"""
+
+
+def test_an_echo_tells_the_log_probabilities_that_llama_cpp_has(kinds: Server, tmp_path: Path) -> None:
+    kind = "mamba"  # whose state must be saved on the way
+    path, prompt = write_kind(tmp_path / "same.gguf", kind), ids("What comes next, and what then? " * 4)
+    done = subprocess.run([sys.executable, "-c", ECHOED, path, json.dumps(prompt)], capture_output=True, check=True)
+    body = {"model": kind, "prompt": [prompt] * 2, "max_tokens": 0, "echo": True, "logprobs": 2}
+    with kinds.stream("/v1/completions", {"model": kind, "prompt": [9], "max_tokens": 60, "ignore_eos": True}) as busy:
+        next(busy)
+        document = kinds.post("/v1/completions", body).json()
+    for choice in document["choices"]:
+        first, *others = choice["logprobs"]["token_logprobs"]
+        assert first is None and choice["logprobs"]["top_logprobs"][0] is None
+        assert others == pytest.approx(json.loads(done.stdout.splitlines()[-1]), abs=2e-2)
+        assert "".join(choice["logprobs"]["tokens"]) == choice["text"] and choice["finish_reason"] == "length"
+    assert document["usage"]["completion_tokens"] == 0 and document["usage"]["prompt_tokens"] == 2 * len(prompt)
+
+
+def test_an_echo_with_logprobs_scores_an_answer_as_lm_eval_reads_it(tiny: Server) -> None:
+    context = "Schön ist, was gefällt. "
+    ask = {"model": "default", "prompt": context, "max_tokens": 8, "temperature": 0, "logprobs": 1, "ignore_eos": True}
+    written = tiny.post("/v1/completions", ask).json()["choices"][0]
+    ask |= {"prompt": context + written["text"], "max_tokens": 1, "echo": True, "stop": ["."], "stream": False}
+    for stream in (False, True):  # lm_eval/models/gguf.py, get_result
+        answers = tiny.streamed("/v1/completions", ask)[:-1] if stream else [tiny.post("/v1/completions", ask).json()]
+        choices = [choice for answer in answers for choice in answer["choices"]]
+        shown = {name: [value for choice in choices for value in (choice["logprobs"] or {name: []})[name]]
+                 for name in written["logprobs"]}  # fmt: skip
+        assert "".join(choice["text"] for choice in choices).startswith(ask["prompt"])
+        index = next(i for i, offset in enumerate(shown["text_offset"]) if offset >= len(context))
+        assert shown["tokens"][index:-1] == written["logprobs"]["tokens"]
+        assert shown["token_logprobs"][index:-1] == pytest.approx(written["logprobs"]["token_logprobs"], abs=0.05)
+        assert all(max(top, key=top.get) == token for token, top in zip(shown["tokens"][index:], shown["top_logprobs"][index:],
+                                                                        strict=True))  # fmt: skip
+
+
+@cases("fields, word", {
+    "too long": ({"prompt": "word " * 20_000, "logprobs": 20}, "49932 characters"),
+    "ids without logprobs": ({"prompt": [65, 66]}, "logprobs"),
+    "before a gap": ({"prompt": "a", "suffix": "b", "logprobs": 1}, "suffix"),
+    "no tokens": ({"prompt": "a", "echo": False, "max_tokens": 0}, "max_tokens"),
+})  # fmt: skip
+def test_completion_refuses_an_echo(fields: dict[str, Any], word: str, server: Server) -> None:
+    body = {"model": "recital", "echo": True, **fields}
+    assert_error(server.post("/v1/completions", body), 400, "invalid_request", word)
+
+
 def test_context_too_large_for_memory_is_refused_with_a_size_that_fits(serve: Callable[..., Server], tmp_path: Path) -> None:
     write_kind(tmp_path / "wide.gguf", "llama", context=1 << 24, kv_heads=1024)
     large = serve("--models-dir", tmp_path, "--ctx", str(1 << 24))
@@ -14432,6 +14486,27 @@ def test_id_that_is_not_sane_is_replaced(sent: bytes, server: Server) -> None:
     assert reply.status == 200 and re.fullmatch(r"[0-9a-f]{16}", assert_id(reply))
 
 
+def test_a_large_body_gives_its_place_back_whatever_raises(serve: Callable[..., Server], models: Path, tmp_path: Path) -> None:
+    """Where even the error cannot be told; behind a WebSocket's request that ends so, another one holds a place."""
+    script = altered(
+        tmp_path,
+        ("threading.BoundedSemaphore(8)", "threading.BoundedSemaphore(1)"),
+        ("TURN_SECONDS = 10.0", "TURN_SECONDS = 0.2"),
+        ("        fail(ApiError(\"See the server's log\"))", "        raise"),
+        ("    value = parse_json(data, what)", "    assert b'boom' not in data\n    value = parse_json(data, what)"),
+    )
+    server, large = serve("--models-dir", models, script=script), " " * (module.TURN_BYTES + 1)
+    with pytest.raises(http.client.RemoteDisconnected):
+        server.post("/api/generate", f'{{"boom": "{large}"}}'.encode())
+    assert_error(server.post("/api/generate", f"{{{large}}}".encode()), 400, "invalid_request", "model")
+    with server.ws() as ws:
+        ws.send('{"boom": 1}')
+        with contextlib.suppress(ConnectionClosed):
+            ws.send(f"{{{large}}}")
+            ws.recv(HANG)
+    eventually(lambda: server.post("/api/generate", f"{{{large}}}".encode()).status == 400, "the place is free")
+
+
 def test_longest_sane_id_is_taken(server: Server) -> None:
     id = "".join(chr(c) for c in range(33, 127)) + "x" * 34
     assert_id(server.get("/health", **{"X-Request-Id": id}), id)
@@ -16124,7 +16199,7 @@ def picture_of(width: int, height: int, noise: int = 0) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
 
 
-def seeing(it: Tab) -> Tab:
+def with_eyes(it: Tab) -> Tab:
     """Lets the page believe that recital sees."""
 
     def answer(route: Any) -> None:
@@ -16138,7 +16213,7 @@ def seeing(it: Tab) -> Tab:
 
 
 def test_page_sends_pictures_scaled_down_and_keeps_them(tab: Callable[..., Tab], server: Server) -> None:
-    it = seeing(tab(server))
+    it = with_eyes(tab(server))
     it.drop("wide.png", picture_of(2000, 10), "paste")
     it.page.set_input_files("#added", [{"name": "cat.png", "mimeType": "", "buffer": picture_of(4, 3)}])
     it.wait("#files img[alt='cat.png']")
@@ -16158,7 +16233,7 @@ def test_page_sends_pictures_scaled_down_and_keeps_them(tab: Callable[..., Tab],
 
 
 def test_page_takes_no_picture_for_a_model_that_does_not_see(tab: Callable[..., Tab], server: Server) -> None:
-    it = seeing(tab(server))
+    it = with_eyes(tab(server))
     it.page.select_option("#model", "plain")
     it.drop("cat.png", picture_of(4, 3))
     it.wait("#notice", "cat.png was not added: plain does not see pictures.")
