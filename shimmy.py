@@ -149,6 +149,11 @@ def user_cache() -> str:
     return os.path.join(own, "shimmy")
 
 
+def prefix_folder() -> str:
+    """Where engines keep prompts that they have read, across restarts."""
+    return os.path.join(user_cache(), "prefixes")
+
+
 def restart_from_bytecode() -> None:
     """Runs the same command line from cached bytecode, in this process. A script keeps its syntax tree, 57 MB, while it runs.
 
@@ -2964,6 +2969,13 @@ def parse_shares(words: str) -> tuple[float, ...]:
     return tuple(map(float, re.split("[,/]", words)))
 
 
+def parse_bytes(words: str) -> int:
+    """--cache-disk: a number of bytes, or of K, M, G or T of them."""
+    if not (found := re.fullmatch(r"(\d{1,9}(?:\.\d{1,3})?)([kmgt]?)(i?b)?", words.strip().lower())):
+        raise argparse.ArgumentTypeError(f"{words!r} is no size, such as 500M or 2G")
+    return int(float(found[1]) * 1024 ** " kmgt".index(found[2] or " "))
+
+
 def parse_override(words: str) -> tuple[str, str]:
     """--override-tensor: a regular expression for tensors' names, and the device that they go to."""
     pattern, equals, device = words.rpartition("=")
@@ -2999,6 +3011,8 @@ class EngineOptions:
                                                   metavar="A,B")  # fmt: skip
     flash_attn: str = knob("auto", "flash attention", choices=("auto", "on", "off"))
     batch: int = knob(512, "most tokens of prompts read in one step", type=int)
+    cache_disk: int = knob(2 << 30, "disk for prompts that were read, such as 500M; 0 keeps none", type=parse_bytes,
+                           metavar="SIZE")  # fmt: skip
     mmap: bool = knob(True, "map the weights from the file instead of reading them")
     lora: tuple[str, ...] = knob((), "LoRA adapter to apply (repeatable)", metavar="FILE")
     chat_template: str | None = knob(None, "chat template (jinja) in place of the model's own", metavar="FILE")  # its text
@@ -3206,6 +3220,8 @@ class Finished:
     stopped_by: str = ""  # the stop string that ended it
     forced_tokens: int = 0  # of those, the ones that a grammar left no choice about, which the model did not pick
     picture_tokens: int = 0  # of the prompt's
+    disk_bytes: int = 0  # read from the disk, where the prompt's beginning was kept
+    disk_seconds: float = 0.0  # spared by that
 
 
 @dataclass(frozen=True)
@@ -3996,6 +4012,18 @@ class Rows:
     def medium(self) -> Medium | None:
         """The part of a picture that comes next."""
         return next((m for m in self.media if m.start <= self.n_computed < m.end), None)
+
+    def border(self, count: int) -> int:
+        """So many tokens, or fewer: cells cannot be cut within a part of a picture."""
+        return next((m.start for m in self.media if m.start < count < m.end), count)
+
+    def common(self, other: Rows, limit: int) -> int:
+        """How many tokens both begin with, among the other's first `limit` and all of this one's but the last. None that must
+        be computed for their logits."""
+        size = 0 if self.scored else min(self.n_tokens - 1, limit)
+        different = self.tokens[:size] != other.tokens[:size]
+        first = int(different.argmax()) if size else 0
+        return self.border(first if size and different[first] else size)
 
 
 class Context:
@@ -5021,6 +5049,7 @@ class Sequence(Rows):
         self.sampler = Sampler(llama, job.sampling, prompt.tokens)  # kept through steps back
         self.stretches: Stretches = []
         self.n_cached = 0  # prompt tokens that were not evaluated
+        self.disk_bytes, self.disk_seconds = 0, 0.0  # read from the disk, and spared by that
         self.done = False
         self.started = self.first_token = 0.0
         self.unsent = ""  # text since the last message
@@ -5044,10 +5073,6 @@ class Sequence(Rows):
     def next_medium(self) -> Medium | None:
         """The next part of a picture that is not evaluated; text may come before it."""
         return next((m for m in self.media if m.end > self.n_computed), None)
-
-    def border(self, count: int) -> int:
-        """So many tokens, or fewer: cells cannot be cut within a part of a picture."""
-        return next((m.start for m in self.media if m.start < count < m.end), count)
 
     @property
     def scored(self) -> bool:  # type: ignore[override]
@@ -5126,14 +5151,6 @@ class Sequence(Rows):
         text, self._waiting = self._waiting[:size], self._waiting[size:]
         return text
 
-    def common(self, other: Rows, limit: int) -> int:
-        """How many tokens both begin with, among the other's first `limit` and all of this one's but the last. None that must
-        be computed for their logits."""
-        size = 0 if self.scored else min(self.n_tokens - 1, limit)
-        different = self.tokens[:size] != other.tokens[:size]
-        first = int(different.argmax()) if size else 0
-        return self.border(first if size and different[first] else size)
-
 
 Stretches = list[tuple[object, float]]  # whose cells a sequence has, up to which token each; its own are the last, without end
 
@@ -5152,11 +5169,25 @@ def held_cells(sequences: Iterable[Sequence]) -> int:
 class Prefix(Rows):
     """The beginning of a text that ended, for prompts that begin alike: its cells are in a row, or saved as bytes."""
 
-    def __init__(self, sequence: Sequence, oldest: int) -> None:
-        super().__init__(sequence.tokens[: sequence.n_computed].copy(), sequence.n_computed, sequence.positions)
-        self.n_computed, self.row = sequence.n_computed, sequence.row
-        self.owner, self.stretches, self.oldest = sequence.owner, sequence.stretches, oldest
+    def __init__(self, tokens: Any, owner: str, oldest: int, positions: Any) -> None:
+        super().__init__(tokens, len(tokens), positions)
+        self.n_computed, self.owner, self.oldest = len(tokens), owner, oldest
+        self.stretches: Stretches = []
         self.saved: Any = None
+        self.used, self.uses = time.monotonic(), 1
+        self.is_on_disk = False  # or need not be
+
+    @classmethod
+    def of(cls, sequence: Sequence, oldest: int) -> Prefix:
+        """What a sequence has in the cache."""
+        prefix = cls(sequence.tokens[: sequence.n_computed].copy(), sequence.owner, oldest, sequence.positions)
+        prefix.row, prefix.stretches = sequence.row, sequence.stretches
+        return prefix
+
+    def begins(self, other: Prefix) -> bool:
+        """Whether the other begins with all of it, and is the same client's."""
+        size = self.n_tokens
+        return size <= other.n_tokens and self.owner == other.owner and bool((other.tokens[:size] == self.tokens).all())
 
     def save(self, context: Context) -> None:
         """Saves the cells of its row as bytes, of a sliding window only what a next token sees (llama_kv_cache::state_write)."""
@@ -5285,6 +5316,8 @@ class Cache:
         self.llama, self.main = llama, llama.main
         self.rows: list[Sequence | Prefix | None] = [None] * llama.main.n_seq
         self.prefixes: list[Prefix] = []  # the one used least recently first
+        self.files = PrefixFiles(llama)
+        self._writing: Iterator[None] | None = None  # a prefix on its way to the disk
 
     def best_prefix(self, sequence: Sequence) -> tuple[Sequence | Prefix | None, int]:
         """Whose cells begin as this prompt does, and for how many tokens; at least one token stays to be evaluated."""
@@ -5303,6 +5336,57 @@ class Cache:
         seen = max(0, other.positions[length] - self.llama.n_swa)
         return (self.llama.cuttable or length == other.n_computed) and oldest <= seen
 
+    def fetch(self, sequence: Sequence, shared: int) -> tuple[Prefix, int] | None:
+        """A prefix from the disk and how much it lends, where to read it is quicker than to compute what it spares."""
+        best, longest = None, shared
+        for kept in self.files.listed(sequence.owner):
+            length = sequence.common(kept, kept.n_tokens)
+            if length > longest and self._can_lend(kept, length) and self.files.is_quicker(kept, length - shared):
+                best, longest = kept, length
+        began = time.perf_counter()
+        if best is None or (prefix := self.files.read(best)) is None:
+            return None
+        sequence.disk_bytes += best.size
+        sequence.disk_seconds += max(0.0, (longest - shared) * best.token_seconds - (time.perf_counter() - began))
+        self.add(prefix)
+        self._trim()
+        return prefix, longest
+
+    def write(self, token_seconds: float, hurry: bool = False) -> bool:
+        """Writes a block of a prefix that is not on the disk; False when there is none whose time has come.
+
+        `token_seconds` is how long a token takes to compute.
+        """
+        if self._writing is None:
+            prefix = next((p for p in self.prefixes if self.files.wants(p) and (hurry or self._quiet_in(p) <= 0)), None)
+            if prefix is None:
+                return False
+            prefix.is_on_disk = True  # or need not be
+            self._writing = self._written(prefix, token_seconds)
+        if next(self._writing, "written") == "written":
+            self._writing = None
+        return True
+
+    def _written(self, prefix: Prefix, token_seconds: float) -> Iterator[None]:
+        """Writes a prefix in place of shorter ones, unless another lends nearly all of it, as when a prompt is asked again."""
+        kept = self.files.listed(prefix.owner)
+        known = max((n for k in kept if self._can_lend(k, n := prefix.common(k, k.n_tokens))), default=0)
+        if prefix.n_tokens - known < self.files.LEAST:
+            return
+        shorter = [k for k in kept if k.begins(prefix) and self._can_lend(prefix, k.n_tokens)]
+        if prefix.saved is None:  # it stays in its row
+            prefix = copy.copy(prefix)
+            prefix.save(self.main)
+        if prefix.saved is not None:
+            yield from self.files.write(prefix, token_seconds, shorter)
+
+    def write_in(self) -> float | None:
+        """Seconds until a prefix is to be written; None if all are."""
+        return min((max(0.0, self._quiet_in(p)) for p in self.prefixes if self.files.wants(p)), default=None)
+
+    def _quiet_in(self, prefix: Prefix) -> float:
+        return prefix.used + self.files.QUIET - time.monotonic()
+
     def settle(self, sequence: Sequence, donor: Sequence | Prefix | None, shared: int) -> None:
         """Gives the sequence a row that begins with so many of the donor's cells, or none if there is no room for saved ones."""
         if None not in self.rows:
@@ -5311,6 +5395,7 @@ class Cache:
         if isinstance(donor, Prefix) and donor in self.prefixes:
             self.prefixes.remove(donor)
             self.prefixes.append(donor)
+            donor.used, donor.uses = time.monotonic(), donor.uses + 1
         if isinstance(donor, Prefix) and donor.saved is not None:
             shared = shared if self._restore(row, donor.saved) else 0
             if shared < donor.n_computed:
@@ -5365,7 +5450,7 @@ class Cache:
         if not whole and self.llama.cuttable:
             self._cut(sequence)
         if sequence.n_computed and (whole or self.llama.cuttable):
-            prefix = self.rows[sequence.row] = Prefix(sequence, self.main.oldest(sequence.row))
+            prefix = self.rows[sequence.row] = Prefix.of(sequence, self.main.oldest(sequence.row))
             self.add(prefix)
         else:
             self.empty(sequence.row)
@@ -5389,15 +5474,16 @@ class Cache:
             prefix.n_computed = 0  # nothing to lend
         else:
             self.add(prefix)
+        self._trim()
+
+    def _trim(self) -> None:
         while (saved := [p for p in self.prefixes if p.saved is not None]) and self._are_too_many(saved):
             self.prefixes.remove(saved[0])
 
     def add(self, prefix: Prefix) -> None:
         """Takes a prefix in; those go for which it can lend all that they have."""
         for other in list(self.prefixes):
-            size = other.n_computed
-            if (size <= prefix.n_computed and other.owner == prefix.owner and self._can_lend(prefix, size)
-                    and bool((prefix.tokens[:size] == other.tokens).all())):  # fmt: skip
+            if other.begins(prefix) and self._can_lend(prefix, other.n_computed):
                 self.prefixes.remove(other)
                 if other.saved is None:
                     self.empty(other.row)
@@ -5411,6 +5497,182 @@ class Cache:
         tokens, size = sum(p.n_computed for p in saved), sum(len(p.saved) for p in saved)
         most = max(self.llama.pool * self.llama.kv_bytes, self.SAVED_BYTES)
         return size > most or len(saved) > self.SAVED or (self.llama.cuttable and tokens > self.llama.pool)
+
+
+class KeptPrefix(Prefix):
+    """A prefix on the disk: its tokens, without its cells."""
+
+    def __init__(self, path: str, size: int, token_seconds: float, *told: Any) -> None:
+        super().__init__(*told)
+        self.path, self.size, self.token_seconds = path, size, token_seconds
+
+
+class PrefixFiles:
+    """Prefixes on the disk, which outlive their engine: one file each in the user's cache. Used by the step loop alone.
+
+    A file's name tells for which model and client it is, which text it holds, of how many tokens, and how often that was
+    asked for; its time says when, last. It is written aside and renamed, and has a checksum; one that is damaged goes when
+    it is met. Other servers may add and remove files meanwhile.
+    """
+
+    LEAST = 128  # tokens that are worth a file
+    QUIET = 10.0  # seconds without use before one is written: a chat's next turn would replace it
+    BLOCK = 8 * MIB  # bytes written at once
+    MAGIC = b"shimmy prefix 1\n"
+    HEAD = struct.Struct("<16sIIdQ")  # the magic, tokens, the oldest one with cells, seconds a token, bytes of cells
+    NAME = re.compile(r"([0-9a-f]{16})-([0-9a-f]{16})-(\d{1,9})-(\d{1,9})\.prefix")
+    STALE = 600.0  # seconds after which a file that was not written to its end is nobody's
+
+    def __init__(self, llama: Llama) -> None:
+        self.llama, self.folder, self.most = llama, prefix_folder(), llama.options.cache_disk
+        self._known: dict[str, KeptPrefix] = {}  # by name without the uses
+        self._read_speed = 0.0  # bytes a second, once measured
+        self._complained = False
+
+    @functools.cached_property
+    def _model(self) -> tuple[Any, ...]:
+        """Everything that must be equal for cells to be of use."""
+        llama, options = self.llama, self.llama.options
+        files = [_stamp(path) for path in (*shard_paths(llama.info.path), *options.lora)]
+        return ([stamp and stamp[2:] for stamp in files], options.kv_type, options.flash_attn, llama.on_cpu, llama.n_swa,
+                versions()["llama_cpp"])  # fmt: skip
+
+    def _kind(self, owner: str) -> str:
+        return self._digest(repr((self._model, owner)).encode())
+
+    @staticmethod
+    def _digest(data: Any) -> str:
+        import hashlib
+
+        return hashlib.sha256(data).hexdigest()[:16]
+
+    def wants(self, prefix: Prefix) -> bool:
+        """Whether the prefix is to be written; not where pictures stand, whose numbers are this engine's."""
+        wanted = bool(self.most) and not prefix.is_on_disk and prefix.n_tokens >= self.LEAST
+        return wanted and bool(prefix.tokens.min() >= 0)
+
+    def listed(self, owner: str) -> list[KeptPrefix]:
+        """The prefixes on the disk that this engine may use for a client."""
+        kind, found = self._kind(owner), list[KeptPrefix]()
+        for name, path in self._names() if self.most else ():
+            if not name.startswith(kind):
+                continue
+            text = name.rpartition("-")[0]
+            kept = self._known.get(text)
+            if kept is None or kept.path != path:
+                kept = self._read_head(path, owner)
+            if kept:
+                self._known[text] = kept
+                found.append(kept)
+        return found
+
+    def _names(self) -> list[tuple[str, str]]:
+        """The names of all files and where they are; those that somebody died over are removed."""
+        found = []
+        with contextlib.suppress(OSError), os.scandir(self.folder) as entries:
+            for entry in entries:
+                if self.NAME.fullmatch(entry.name):
+                    found.append((entry.name, entry.path))
+                elif entry.name.endswith(".part") and time.time() - entry.stat().st_mtime > self.STALE:
+                    self._remove(entry.path)
+        return found
+
+    def _read_head(self, path: str, owner: str) -> KeptPrefix | None:
+        try:
+            with open(path, "rb") as file:
+                magic, count, oldest, seconds, size = self.HEAD.unpack(file.read(self.HEAD.size))
+                whole = self.HEAD.size + 4 * count + size + 4
+                if magic != self.MAGIC or os.fstat(file.fileno()).st_size != whole:
+                    raise ValueError("not a whole prefix")
+                tokens = self.llama.np.frombuffer(file.read(4 * count), self.llama.np.int32)
+        except FileNotFoundError:  # another server removed it
+            return None
+        except (OSError, ValueError, struct.error):
+            self._remove(path)
+            return None
+        return KeptPrefix(path, size, seconds, tokens, owner, oldest, self.llama.counting)
+
+    def is_quicker(self, kept: KeptPrefix, tokens: int) -> bool:
+        """Whether to read it takes less time than to compute so many tokens, as far as that was measured."""
+        if tokens < self.LEAST // 2:
+            return False
+        return not (self._read_speed and kept.token_seconds) or kept.size / self._read_speed < tokens * kept.token_seconds
+
+    def read(self, kept: KeptPrefix) -> Prefix | None:
+        """The prefix with its cells; None where the file is gone or damaged."""
+        began = time.perf_counter()
+        try:
+            data = self.llama.np.fromfile(kept.path, self.llama.np.uint8)
+        except (OSError, MemoryError):
+            return None
+        cells = data[self.HEAD.size + 4 * kept.n_tokens : -4]
+        if len(cells) != kept.size or zlib.crc32(data[:-4]).to_bytes(4, "little") != data[-4:].tobytes():
+            self._remove(kept.path)
+            return None
+        speed = len(data) / max(time.perf_counter() - began, 1e-6)
+        self._read_speed = (self._read_speed + speed) / 2 if self._read_speed else speed
+        prefix = Prefix(kept.tokens, kept.owner, kept.oldest, kept.positions)
+        prefix.saved, prefix.is_on_disk = cells, True
+        self._was_used(kept)
+        return prefix
+
+    def _was_used(self, kept: KeptPrefix) -> None:
+        start, _, uses = kept.path.removesuffix(".prefix").rpartition("-")
+        with contextlib.suppress(OSError):
+            os.utime(kept.path)
+            os.replace(kept.path, f"{start}-{int(uses) + 1}.prefix")
+
+    def write(self, prefix: Prefix, token_seconds: float, shorter: Seq[KeptPrefix]) -> Iterator[None]:
+        """Writes a prefix in place of shorter ones, and of those worth least; yields between blocks."""
+        tokens, cells = prefix.tokens.astype("<i4").tobytes(), prefix.saved
+        head = self.HEAD.pack(self.MAGIC, prefix.n_tokens, prefix.oldest, token_seconds, len(cells))
+        name = f"{self._kind(prefix.owner)}-{self._digest(tokens)}-{prefix.n_tokens}-{prefix.uses}"
+        path = os.path.join(self.folder, name)
+        part, sum = f"{path}.{os.getpid()}.part", 0
+        try:
+            os.makedirs(self.folder, mode=0o700, exist_ok=True)
+            if not self._make_room(len(head) + len(tokens) + len(cells) + 4):
+                return
+            with open(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+                for block in (head, tokens, *(cells[at : at + self.BLOCK] for at in range(0, len(cells), self.BLOCK))):
+                    sum = zlib.crc32(block, sum)
+                    file.write(block)
+                    yield
+                file.write(sum.to_bytes(4, "little"))
+            os.replace(part, f"{path}.prefix")
+            for kept in shorter:
+                if kept.path != f"{path}.prefix":
+                    self._remove(kept.path)
+        except OSError as error:  # no room, or a folder that cannot be written
+            self._remove(part)
+            if not self._complained:
+                log.warning("prompts are not kept on the disk: %s", error)
+            self._complained = True
+
+    def _make_room(self, size: int) -> bool:
+        """Removes the files worth least until `size` more bytes fit: by tokens, how often and how lately asked for, and size."""
+        import shutil
+
+        now, files = time.time(), list[tuple[float, int, str]]()
+        for name, path in self._names():
+            with contextlib.suppress(OSError):
+                status = os.stat(path)
+                tokens, uses = map(int, name.removesuffix(".prefix").split("-")[2:])
+                worth = tokens * uses / (status.st_size * max(1.0, now - status.st_mtime))
+                files.append((worth, status.st_size, path))
+        held = sum(size for _, size, _ in files)
+        most = min(self.most, (shutil.disk_usage(self.folder).free + held) // 10)
+        for _, freed, path in sorted(files) if size <= most else ():
+            if held + size <= most:
+                break
+            self._remove(path)
+            held -= freed
+        return held + size <= most
+
+    @staticmethod
+    def _remove(path: str) -> None:
+        with contextlib.suppress(OSError):
+            os.remove(path)
 
 
 class Aside:
@@ -5515,7 +5777,7 @@ class PromptReader(Aside):
     def give_back(self) -> Iterator[tuple[Sequence, Prefix]]:
         """The sequences that are read, all but their last token, and what they have read; they leave."""
         for sequence in [s for s in self.reading if s.pending == 1]:
-            prefix = Prefix(sequence, 0)
+            prefix = Prefix.of(sequence, 0)
             prefix.save(self.context)
             self._leave(sequence.row)
             yield sequence, prefix
@@ -5720,6 +5982,7 @@ class Scheduler:
             if self.running and taken + needed > self.llama.pool:
                 return
             self.waiting.remove(sequence)
+            donor, shared = self.cache.fetch(sequence, shared) or (donor, shared)
             self.cache.settle(sequence, donor, shared)
             if not sequence.started:
                 sequence.n_cached, sequence.started = min(sequence.n_computed, sequence.n_prompt), time.perf_counter()
@@ -5873,7 +6136,7 @@ class Outbox:
         self._events.append(Finished(
             sequence.id, reason, sequence.n_prompt, generated, sequence.n_cached, first - started, now - first,
             sequence.text.stopped, min(sequence.n_jumped, generated),
-            sum(medium.end - medium.start for medium in sequence.media)))  # fmt: skip
+            sum(medium.end - medium.start for medium in sequence.media), sequence.disk_bytes, sequence.disk_seconds))  # fmt: skip
 
     def embedded(self, job: Embedding) -> None:
         """The end of an Embed job, with its vectors if it came so far."""
@@ -5927,6 +6190,7 @@ class Intake:
         self.llama, self.outbox = llama, outbox
         self.tokenizing, self.reading = Pulse(), Pulse()
         self.inbox: queue.SimpleQueue[Sequence | Embedding | None] = queue.SimpleQueue()  # None: look again, one is cancelled
+        self.closing = False  # the parent wants no more: the step loop ends as soon as it can
         self.in_step: Seq[Sequence | Embedding] = ()  # the step loop says what it decodes in the main context
         self._submits: queue.SimpleQueue[Submission] = queue.SimpleQueue()
         self._grammars: queue.SimpleQueue[tuple[Submission, Prompt]] = queue.SimpleQueue()  # prompts whose grammars take long
@@ -6161,18 +6425,27 @@ class Engine:
 
     def run(self) -> None:
         """Main loop: takes messages, steps while work remains, sleeps otherwise."""
-        while True:
+        while not self.intake.closing:
             if self.scheduler.active or self.scheduler.waiting or self.embedder.jobs:
                 self._take_all()
                 self.step()
             else:
                 self._rest()
                 self.pulse.begin("rest")
-                self._take(self.inbox.get())
+                with contextlib.suppress(queue.Empty):
+                    self._take(self.inbox.get(timeout=self.scheduler.cache.write_in()))
+
+        self._take_all()
+        while self._write_prefix(hurry=True):
+            pass
+        os._exit(0)
+
+    def _write_prefix(self, hurry: bool = False) -> bool:
+        return self.scheduler.cache.write(self.scheduler.pace.row, hurry)
 
     def _rest(self) -> None:
         """Idle work: saves prefixes, makes the prompt reader where several sequences ran at once, runs the cycle collector."""
-        while self.inbox.empty() and self._tidy():
+        while self.inbox.empty() and (self._tidy() or self._write_prefix()):
             pass
         if self._several and self._aside and not self.scheduler.reader and self.inbox.empty():
             self._make_reader()
@@ -6344,7 +6617,7 @@ class Engine:
                 start, end = end, end + (count if sequence.scored else 1)
                 ready.append((sequence, row, slice(start, end)))
             if not is_read and sequence.n_computed in sequence.borders:
-                self.scheduler.cache.save(Prefix(sequence, self.main.oldest(sequence.row)))
+                self.scheduler.cache.save(Prefix.of(sequence, self.main.oldest(sequence.row)))
         if not ready:
             return False
         logits = self.main.logits(end)
@@ -6472,6 +6745,7 @@ class Engine:
 
 
 BEAT_SECONDS = 1.0  # between two heartbeats of a child
+CLOSING_SECONDS = 2.0  # in which an engine that is to end may write prefixes to the disk
 START_SECONDS = 10.0  # a thread that has not begun by then never will
 
 
@@ -6526,6 +6800,10 @@ def _receive(pipe: Pipe, ready: queue.SimpleQueue[Intake]) -> None:
         try:
             message = pipe.receive()
         except (EOFError, OSError):
+            if intake:
+                intake.closing = True
+                intake.inbox.put(None)
+                time.sleep(CLOSING_SECONDS)
             os._exit(0)
         intake = intake or ready.get()
         intake.receive(message)
@@ -6608,6 +6886,7 @@ class Meter:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self.computed_tokens = self.cached_tokens = self.sought_tokens = self.generated_tokens = 0
+        self.disk_hits, self.disk_bytes, self.disk_seconds = 0, 0, 0.0
         self.loads = self.load_failures = self.deaths = 0
         self.ends = dict.fromkeys(self.ENDS.values(), 0)
         self.first_token, self.gap, self.per_token, self.queue = Histogram(), Histogram(), Histogram(), Histogram()
@@ -6637,6 +6916,9 @@ class Meter:
             self.cached_tokens += end.cached_tokens
             self.sought_tokens += end.prompt_tokens * job.generates
             self.generated_tokens += end.completion_tokens - job.tokens
+            self.disk_hits += end.disk_bytes > 0
+            self.disk_bytes += end.disk_bytes
+            self.disk_seconds += end.disk_seconds
             self.prompt_sizes.add(end.prompt_tokens)
             self.whole.add(now - job.began)
             self.inference.add(computing)
@@ -8004,6 +8286,7 @@ class Service:
             "directories": list(report.directories), "skipped": list(report.skipped),
             "models": len(report.models), "models_loaded": [w.info.id for w in self.table.workers()],
             "server": {"running": True, "pid": os.getpid()}, "known_faults": self.known_faults(),
+            "prefixes": kept_prefixes(),
         }  # fmt: skip
 
     def known_faults(self) -> dict[str, Any]:
@@ -8132,6 +8415,9 @@ METRICS: tuple[tuple[str, str, str, Any], ...] = (
     ("shimmy_model_memory_bytes", "gauge", "Resident memory of the model's engine.", "memory"),
     ("shimmy_model_loads_total", "counter", "Loads that succeeded.", "loads"),
     ("shimmy_model_load_failures_total", "counter", "Loads that failed.", "load_failures"),
+    ("shimmy_prefix_disk_hits_total", "counter", "Prompts whose beginning was read from the disk.", "disk_hits"),
+    ("shimmy_prefix_disk_read_bytes_total", "counter", "Bytes of prompts' beginnings read from the disk.", "disk_bytes"),
+    ("shimmy_prefix_disk_saved_seconds_total", "counter", "Seconds of computing that it spared.", "disk_seconds"),
     ("shimmy_engine_deaths_total", "counter", "Engines that crashed or hung.", "deaths"),
     ("shimmy_requests_total", "counter", "Requests by route, API and status; none: the client left before an answer.",
      lambda r: [({"method": m, "route": o, "api": a, "status": s}, n) for (m, o, a, s), n in list(r.metrics.answers.items())]),
@@ -12287,6 +12573,8 @@ def command_diag(args: argparse.Namespace) -> int:
     broken += [f"{kind} ({said.get('reason')})" for kind, said in known["rungs"].items() if isinstance(said, dict)]
     rows.append(("known faults", f"{', '.join(broken)}; to forget them, delete {known['file']}" if broken
                  else f"none (in {known['file']})"))  # fmt: skip
+    kept = document["prefixes"]
+    rows.append(("kept prompts", f"{kept['files']}, {human_bytes(kept['bytes'])} (in {kept['folder']})"))
     free = document["memory"]["available_bytes"]
     rows.append(("memory", f"{human_bytes(free)} available" if free is not None else "unknown"))
     answers = "answers" if state.get("key_accepted", True) else f"answers, but {server.refusal()}"
@@ -13081,6 +13369,14 @@ def physical_cores() -> int:
             quota, period = (group / "cpu.max").read_text().split()
             count = min(count, max(1, int(quota) // int(period)))
     return count
+
+
+def kept_prefixes() -> dict[str, Any]:
+    """What the folder of kept prompts holds."""
+    sizes = list[int]()
+    with contextlib.suppress(OSError), os.scandir(prefix_folder()) as entries:
+        sizes = [entry.stat().st_size for entry in entries]
+    return {"folder": prefix_folder(), "files": len(sizes), "bytes": sum(sizes)}
 
 
 def versions() -> dict[str, Any]:
