@@ -16531,35 +16531,24 @@ Node = tuple[int, ...]  # schemas that must all hold, by their number in SchemaR
 Result = TypeVar("Result")
 
 
-class SchemaReader:
-    """A client's JSON schema as checked dicts with a number each, equal ones once.
+def described(value: Any) -> str:
+    """A client's value for a message."""
+    return ("an object" if isinstance(value, dict) else "a list") if isinstance(value, (dict, list)) else _said(value)
 
-    A checked dict holds numbers where the client's holds schemas, and only keywords that are honoured; `type` is a bit for
-    each type, const an enum, multipleOf a list; pattern and format are lists of texts_by's arguments. `soft` is our own: the
-    schema was derived, and does not close an object.
-    """
+
+class Keywords:
+    """Checks the values of keywords, each by its method, and counts the work and the text that a schema makes."""
 
     MAX_STEPS = 60_000  # schemas read, joined and compared, some 10 µs each
     MAX_TEXT = 2_000_000  # characters of names and constants
-    MAX_DEPTH = 64
     MAX_COUNT = 10**9
     MAX_BOUND = 2**1024  # a number beyond is no bound
     TYPES: ClassVar = {"object": 1, "array": 2, "string": 4, "number": 24, "integer": 8, "boolean": 32, "null": 64}
     FRACTION, EVERY_TYPE = 16, 127  # a number that is no integer; all
 
-    def __init__(self, name: str, root: Any) -> None:
-        self.name, self.root, self.steps, self.size, self.depth = name, root, 0, 0, 0
-        self.schemas: list[dict[str, Any]] = []
-        self.numbers: dict[str, int] = {}  # JSON text → number
-        self._read: dict[int, int] = {}  # id of a client's dict → number
-        self._targets: dict[str, int] = {}
-        self._nodes: dict[tuple[int, ...], Node] = {}
-        self._has_ids = False  # of schemas inside: references are relative to those
-        said = root if isinstance(root, dict) else {}
-        self.base = next((said[key] for key in ("$id", "id") if isinstance(said.get(key), str)), "").partition("#")[0]
-        draft = re.search(r"draft-0?(\d)\b", str(said.get("$schema")))
-        self.lone_refs = draft is not None and int(draft[1]) < 8  # what stands beside $ref was ignored up to draft 7
-        self.free, self.never, self.null = self.number({}), self.number({"enum": []}), self.number({"enum": [None]})
+    def __init__(self, name: str) -> None:
+        self.name, self.steps, self.size = name, 0, 0
+        self.has_ids = False  # of schemas inside: references are relative to those
 
     def refuse(self, what: str) -> InvalidRequest:
         return InvalidRequest(f"{self.name}: {what}", self.name)
@@ -16579,77 +16568,15 @@ class SchemaReader:
         if not text.isascii() and any("\ud800" <= char <= "\udfff" for char in text):
             raise self.refuse("a name or constant holds half of a surrogate pair")
 
-    def number(self, schema: dict[str, Any]) -> int:
-        text = repr(schema)  # properties are written in the order that the client gave
-        if text not in self.numbers:
-            self.numbers[text] = len(self.schemas)
-            self.schemas.append(schema)
-        return self.numbers[text]
-
     def read(self, schema: Any, where: str = "the schema") -> int:
         """The number of a client's schema."""
-        self.spend()
-        if not isinstance(schema, dict):
-            if not isinstance(schema, bool):
-                raise self.refuse(f"{where} holds {self.said(schema)}, which is not a schema")
-            return self.free if schema else self.never
-        if self.depth > self.MAX_DEPTH:
-            raise self.refuse(f"the schema is nested over {self.MAX_DEPTH} levels deep")
-        number = self._read.get(id(schema))
-        if number is None:
-            self.depth += 1
-            number = self._read[id(schema)] = self._checked(schema)
-            self.depth -= 1
-        return number
-
-    def said(self, value: Any) -> str:
-        """A client's value for a message."""
-        return ("an object" if isinstance(value, dict) else "a list") if isinstance(value, (dict, list)) else _said(value)
-
-    def _checked(self, schema: dict[str, Any]) -> int:
-        """The number of a schema's checked dict."""
-        given = schema if self.OLDER.isdisjoint(schema) and None not in schema.values() else self._renewed(schema)
-        self._note_id(given)
-        found: dict[str, Any] = {}
-        readers = self.KEYWORDS
-        for key, value in given.items():
-            if (reader := readers.get(key)) is not None:
-                found[key] = reader(self, key, value)
-        return self.number(found) if self.REWRITTEN.isdisjoint(found) else self._rewritten(found)
-
-    def _note_id(self, schema: Any) -> None:
-        url = schema.get("$id") if isinstance(schema, dict) else None
-        self._has_ids = self._has_ids or (isinstance(url, str) and not url.startswith("#") and url.rstrip("#") != self.base)
-
-    def _renewed(self, schema: dict[str, Any]) -> dict[str, Any]:
-        """Keywords of older drafts in the words of the newest; those that are null are left out."""
-        given = {key: value for key, value in schema.items() if value is not None or key == "const"}
-        if "$ref" in given and self.lone_refs:
-            return {"$ref": given["$ref"]}
-        if isinstance(given.get("items"), list):
-            given |= {"prefixItems": given["items"], "items": given.get("additionalItems", True)}
-            if not given["prefixItems"]:
-                del given["prefixItems"]
-            elif "additionalItems" not in given:
-                del given["items"]
-        if isinstance(given.get("dependencies"), dict):
-            for name, needs in given["dependencies"].items():
-                key = "dependentRequired" if isinstance(needs, (list, str)) else "dependentSchemas"
-                given[key] = {**given.get(key, {}), name: [needs] if isinstance(needs, str) else needs}
-        for key, partner in (("exclusiveMinimum", "minimum"), ("exclusiveMaximum", "maximum")):
-            if given.get(key) is True:
-                if partner not in given:
-                    raise self.refuse(f"{key}: true needs {partner} beside it")
-                given[key] = given.pop(partner)
-            elif given.get(key) is False:
-                del given[key]
-        return given
+        raise NotImplementedError
 
     # Keywords: a method checks each one's value.
 
     def _must(self, fits: bool, key: str, what: str, value: Any) -> None:
         if not fits:
-            raise self.refuse(f"{key} must be {what}, not {self.said(value)}")
+            raise self.refuse(f"{key} must be {what}, not {described(value)}")
 
     def _schema(self, key: str, value: Any) -> int:
         return self.read(value, key)
@@ -16690,7 +16617,7 @@ class SchemaReader:
     def _types(self, key: str, value: Any) -> int:
         types = value if isinstance(value, list) else [value]
         if not types or not all(isinstance(kind, str) and kind in self.TYPES for kind in types):
-            raise self.refuse(f"type {self.said(value)} is unknown")
+            raise self.refuse(f"type {described(value)} is unknown")
         return functools.reduce(operator.or_, map(self.TYPES.__getitem__, types))
 
     def _names(self, key: str, value: Any) -> list[str]:
@@ -16699,40 +16626,24 @@ class SchemaReader:
         self.keep(*value)
         return list(dict.fromkeys(value))
 
-    def _needs(self, key: str, value: Any) -> dict[str, list[str]]:
-        return self._named(key, value, self._names)
-
-    def _enum(self, key: str, value: Any) -> list[Any]:
-        self.spend(len(self._list(key, value)) // 8)
-        return self._constants(key, value)
-
     def _constants(self, key: str, value: Any) -> Any:
+        if key == "enum":
+            self.spend(len(self._list(key, value)) // 8)
         try:
             self.keep(json.dumps(value, ensure_ascii=False, allow_nan=False))
         except ValueError:
             raise self.refuse("a number is too large for JSON") from None
         return value
 
-    def _flag(self, key: str, value: Any) -> bool:
-        return value is True
-
     def _reference(self, key: str, value: Any) -> str:
         self._must(isinstance(value, str), key, "a string", value)
-        if self._has_ids:
+        if self.has_ids:
             raise self.refuse(f"$ref {_said(value)} beside an $id inside the schema is not supported")
         return value  # type: ignore[no-any-return]
-
-    def _discriminator(self, key: str, value: Any) -> str | None:
-        name = value.get("propertyName") if isinstance(value, dict) else None
-        return name if isinstance(name, str) else None
 
     def _unsupported(self, key: str, value: Any) -> NoReturn:
         raise self.refuse(f"keyword {key} is not supported")
 
-    OLDER: ClassVar = {"items", "dependencies", "exclusiveMinimum", "exclusiveMaximum", "$ref"}
-    REWRITTEN: ClassVar = {"if", "then", "else", "dependentRequired", "dependentSchemas", "const", "nullable",
-                           "unevaluatedProperties", "unevaluatedItems"}  # fmt: skip
-    EVALUATING: ClassVar = ("$ref", "allOf", "anyOf", "oneOf", "not", "if", "dependentSchemas", "contains")
     KEYWORDS: ClassVar[dict[str, Callable[..., Any]]] = {
         key: reader for keys, reader in {
             ("items", "additionalProperties", "propertyNames", "contains", "not", "if", "then", "else",
@@ -16742,12 +16653,105 @@ class SchemaReader:
             ("minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties", "minContains",
              "maxContains"): _count,
             ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"): _bound,
-            ("pattern", "format"): _text, ("uniqueItems", "nullable"): _flag, ("multipleOf",): _factor, ("type",): _types,
-            ("required",): _names, ("dependentRequired",): _needs, ("enum",): _enum, ("const",): _constants,
-            ("$ref",): _reference, ("discriminator",): _discriminator,
+            ("pattern", "format"): _text, ("multipleOf",): _factor, ("type",): _types,
+            ("required",): _names, ("enum", "const"): _constants,
+            ("$ref",): _reference,
+            ("dependentRequired",): lambda reader, key, value: reader._named(key, value, reader._names),
+            ("uniqueItems", "nullable"): lambda reader, key, value: value is True,
+            ("discriminator",): lambda reader, key, value: value.get("propertyName") if isinstance(value, dict) else None,
             ("$dynamicRef", "$recursiveRef", "extends", "disallow", "divisibleBy"): _unsupported,
         }.items() for key in keys}  # fmt: skip
 
+
+class SchemaReader(Keywords):
+    """A client's JSON schema as checked dicts with a number each, equal ones once.
+
+    A checked dict holds numbers where the client's holds schemas, and only keywords that are honoured; `type` is a bit for
+    each type, const an enum, multipleOf a list; pattern and format are lists of texts_by's arguments. `soft` is our own: the
+    schema was derived, and does not close an object.
+    """
+
+    MAX_DEPTH = 64
+    def __init__(self, name: str, root: Any) -> None:
+        super().__init__(name)
+        self.root, self.depth = root, 0
+        self.schemas: list[dict[str, Any]] = []
+        self.numbers: dict[str, int] = {}  # JSON text → number
+        self._read: dict[int, int] = {}  # id of a client's dict → number
+        self._targets: dict[str, int] = {}
+        self._nodes: dict[tuple[int, ...], Node] = {}
+        said = root if isinstance(root, dict) else {}
+        self.base = next((said[key] for key in ("$id", "id") if isinstance(said.get(key), str)), "").partition("#")[0]
+        draft = re.search(r"draft-0?(\d)\b", str(said.get("$schema")))
+        self.lone_refs = draft is not None and int(draft[1]) < 8  # what stands beside $ref was ignored up to draft 7
+        self.free, self.never, self.null = self.number({}), self.number({"enum": []}), self.number({"enum": [None]})
+
+    def number(self, schema: dict[str, Any]) -> int:
+        text = repr(schema)  # properties are written in the order that the client gave
+        if text not in self.numbers:
+            self.numbers[text] = len(self.schemas)
+            self.schemas.append(schema)
+        return self.numbers[text]
+
+    def read(self, schema: Any, where: str = "the schema") -> int:
+        """The number of a client's schema."""
+        self.spend()
+        if not isinstance(schema, dict):
+            if not isinstance(schema, bool):
+                raise self.refuse(f"{where} holds {described(schema)}, which is not a schema")
+            return self.free if schema else self.never
+        if self.depth > self.MAX_DEPTH:
+            raise self.refuse(f"the schema is nested over {self.MAX_DEPTH} levels deep")
+        number = self._read.get(id(schema))
+        if number is None:
+            self.depth += 1
+            number = self._read[id(schema)] = self._checked(schema)
+            self.depth -= 1
+        return number
+
+    def _checked(self, schema: dict[str, Any]) -> int:
+        """The number of a schema's checked dict."""
+        given = schema if self.OLDER.isdisjoint(schema) and None not in schema.values() else self._renewed(schema)
+        self._note_id(given)
+        found: dict[str, Any] = {}
+        readers = self.KEYWORDS
+        for key, value in given.items():
+            if (reader := readers.get(key)) is not None:
+                found[key] = reader(self, key, value)
+        return self.number(found) if self.REWRITTEN.isdisjoint(found) else self._rewritten(found)
+
+    def _note_id(self, schema: Any) -> None:
+        url = schema.get("$id") if isinstance(schema, dict) else None
+        self.has_ids = self.has_ids or (isinstance(url, str) and not url.startswith("#") and url.rstrip("#") != self.base)
+
+    def _renewed(self, schema: dict[str, Any]) -> dict[str, Any]:
+        """Keywords of older drafts in the words of the newest; those that are null are left out."""
+        given = {key: value for key, value in schema.items() if value is not None or key == "const"}
+        if "$ref" in given and self.lone_refs:
+            return {"$ref": given["$ref"]}
+        if isinstance(given.get("items"), list):
+            given |= {"prefixItems": given["items"], "items": given.get("additionalItems", True)}
+            if not given["prefixItems"]:
+                del given["prefixItems"]
+            elif "additionalItems" not in given:
+                del given["items"]
+        if isinstance(given.get("dependencies"), dict):
+            for name, needs in given["dependencies"].items():
+                key = "dependentRequired" if isinstance(needs, (list, str)) else "dependentSchemas"
+                given[key] = {**given.get(key, {}), name: [needs] if isinstance(needs, str) else needs}
+        for key, partner in (("exclusiveMinimum", "minimum"), ("exclusiveMaximum", "maximum")):
+            if given.get(key) is True:
+                if partner not in given:
+                    raise self.refuse(f"{key}: true needs {partner} beside it")
+                given[key] = given.pop(partner)
+            elif given.get(key) is False:
+                del given[key]
+        return given
+
+    OLDER: ClassVar = {"items", "dependencies", "exclusiveMinimum", "exclusiveMaximum", "$ref"}
+    REWRITTEN: ClassVar = {"if", "then", "else", "dependentRequired", "dependentSchemas", "const", "nullable",
+                           "unevaluatedProperties", "unevaluatedItems"}  # fmt: skip
+    EVALUATING: ClassVar = ("$ref", "allOf", "anyOf", "oneOf", "not", "if", "dependentSchemas", "contains")
     def _rewritten(self, found: dict[str, Any]) -> int:
         """The number of a checked dict in which const is an enum and conditions are alternatives."""
         for key, plain in (("unevaluatedProperties", "additionalProperties"), ("unevaluatedItems", "items")):
@@ -16974,7 +16978,85 @@ Form = list[tuple[Any, int]]  # such values: a shape or Listed, and the types th
 TYPED = 128  # a type is said
 
 
-class Forms(SchemaReader):
+class Constants(SchemaReader):
+    """Tells which values fit, and which are listed."""
+
+    def __init__(self, name: str, root: Any) -> None:
+        super().__init__(name, root)
+        self._lists: dict[Node, dict[Any, Any] | None] = {}
+        self._enums: dict[int, dict[Any, Any]] = {}
+
+    def form(self, number: int) -> Form:
+        raise NotImplementedError
+
+    def fits(self, value: Any, node: Iterable[int]) -> bool:
+        """True if a value fits schemas."""
+        return all(self.fits_form(value, self.form(max(number, ~number))) == (number >= 0) for number in node)
+
+    def fits_form(self, value: Any, form: Form) -> bool:
+        return any(self.fits_shape(value, shape) for shape, _ in form)
+
+    def fits_shape(self, value: Any, shape: Any) -> bool:
+        self.spend()
+        if isinstance(shape, Listed):
+            return comparable(value) in shape.values
+        if not SHAPE_BITS[type(shape)] & type_bit(value):
+            return False
+        if isinstance(shape, Texts):
+            return has(shape, value)
+        if isinstance(shape, NumberShape):
+            return number_fits(shape, value)
+        if shape.why:
+            raise self.refuse(shape.why)
+        if not shape.low <= len(value) <= (len(value) if shape.high is None else shape.high):
+            return False
+        return self._fits_array(value, shape) if isinstance(shape, ArrayShape) else self._fits_object(value, shape)
+
+    def _fits_array(self, value: list[Any], shape: ArrayShape) -> bool:
+        counts = ((sum(self.fits(one, (number,)) for one in value), least, most) for number, least, most in shape.contains)
+        return ((not shape.unique or len(set(map(comparable, value))) == len(value))
+                and all(least <= count and (most is None or count <= most) for count, least, most in counts)
+                and all(self.fits(one, shape.at(i) or ()) for i, one in enumerate(value)))  # fmt: skip
+
+    def _fits_object(self, value: dict[str, Any], shape: ObjectShape) -> bool:
+        return (all(prop.name in value for prop in shape.named if prop.required)
+                and all(self.fits(one, (shape.places.get(name) or shape.at(name)).node) for name, one in value.items())
+                and all(self.fits(name, shape.names) for name in value)
+                and all(any(self.is_other(name, *outside) and self.fits(one, (number,)) for name, one in value.items())
+                        for *outside, number in shape.some))  # fmt: skip
+
+    def is_other(self, name: str, names: Iterable[str], patterns: Iterable[str]) -> bool:
+        return name not in names and not any(self.matches(pattern, name) for pattern in patterns)
+
+    def matches(self, pattern: str, name: str) -> bool:
+        return has(texts_by("pattern", pattern), name)
+
+    def string(self, texts: Texts) -> Symbol | None:
+        """A string of a set; None if there is none. The search for one is counted."""
+        has_text(texts, self.spend)
+        return string_symbol(texts)
+
+    def is_never(self, node: Node) -> bool:
+        """True if schemas list values of which none is left."""
+        return node == (self.never,) or (len(node) > 1 and self.listed(node) == {})
+
+    def listed(self, node: Node) -> dict[Any, Any] | None:
+        """The values that enum and not of enum leave, by what compares as they do; None if no schema lists any."""
+        if node not in self._lists:
+            self.spend(len(node) // 8)
+            lists = sorted((self._values(number) for number in node if number >= 0 and "enum" in self.schemas[number]), key=len)
+            denied = [self._values(~number) for number in node if number < 0 and self.schemas[~number].keys() == {"enum"}]
+            shared = set(lists[0]).intersection(*lists).difference(*denied) if lists else ()
+            self._lists[node] = {key: value for key, value in lists[0].items() if key in shared} if lists else None
+        return self._lists[node]
+
+    def _values(self, number: int) -> dict[Any, Any]:
+        if number not in self._enums:
+            self._enums[number] = {comparable(value): value for value in self.schemas[number]["enum"]}
+        return self._enums[number]
+
+
+class Forms(Constants):
     """Brings schemas into normal form: all that they allow, exactly."""
 
     MAX_OPTIONS = 1000  # cases of one value
@@ -16992,8 +17074,6 @@ class Forms(SchemaReader):
         self.dead_end = ""  # why a form came to nothing
         self._forms: dict[int, Form] = {}
         self._following: list[int] = []  # schemas being followed with no bracket between them
-        self._lists: dict[Node, dict[Any, Any] | None] = {}
-        self._enums: dict[int, dict[Any, Any]] = {}
         words = Listed({comparable(value): value for value in (None, True, False)})
         self.everything: Form = [(words, 0), (NumberShape(), 0), (ALL, 0), (ArrayShape(), 0), (ANY_OBJECT, 0)]
 
@@ -17030,7 +17110,7 @@ class Forms(SchemaReader):
         if "not" in schema:
             yield "not", self.form(~schema["not"])
         if "anyOf" in schema:
-            yield "anyOf", self.union([self.form(number) for number in schema["anyOf"]])
+            yield "anyOf", united([self.form(number) for number in schema["anyOf"]])
         if "oneOf" in schema:
             yield "oneOf", self._exactly_one(schema["oneOf"])
 
@@ -17043,17 +17123,6 @@ class Forms(SchemaReader):
             return [(Listed(values), TYPED)] if values else []
         return functools.reduce(lambda found, number: self.meet(found, self.form(number), "allOf"), node, self.everything)
 
-    def union(self, forms: Iterable[Form]) -> Form:
-        """The values of all forms."""
-        values: dict[int, dict[Any, Any]] = {}
-        found: dict[tuple[Any, int], None] = {}
-        for shape, said in itertools.chain.from_iterable(forms):
-            if isinstance(shape, Listed):
-                values.setdefault(said, {}).update(shape.values)
-            else:
-                found[shape, said] = None
-        return [*((Listed(values[said]), said) for said in values), *found]
-
     # One schema's own keywords
 
     def _plain(self, schema: dict[str, Any]) -> Form:
@@ -17064,7 +17133,7 @@ class Forms(SchemaReader):
             values = {comparable(value): value for value in schema["enum"] if type_bit(value) & bits}
             if rest := {key: value for key, value in schema.items() if key not in ("enum", "type")}:
                 form = self._plain(rest)
-                values = {key: value for key, value in values.items() if self._fits_form(value, form)}
+                values = {key: value for key, value in values.items() if self.fits_form(value, form)}
             return [(Listed(values), TYPED)] if values else []
         said = 0 if soft else TYPED
         if not soft and "type" not in schema:
@@ -17131,14 +17200,6 @@ class Forms(SchemaReader):
 
     CLOSING: ClassVar = {"properties", "patternProperties", "required"}
 
-    def matches(self, pattern: str, name: str) -> bool:
-        return has(texts_by("pattern", pattern), name)
-
-    def string(self, texts: Texts) -> Symbol | None:
-        """A string of a set; None if there is none. The search for one is counted."""
-        has_text(texts, self.spend)
-        return string_symbol(texts)
-
     # allOf: the meet of two forms
 
     def meet(self, ours: Form, theirs: Form, key: str) -> Form:
@@ -17154,13 +17215,9 @@ class Forms(SchemaReader):
         if len(found) > self.MAX_OPTIONS:
             raise self.refuse(f"{key} multiplies out into over {self.MAX_OPTIONS} alternatives")
         if not found and ours and theirs:
-            kinds = [self._kind(form[0][0]) for form in (ours, theirs)]
+            kinds = [kind_of(form[0][0]) for form in (ours, theirs)]
             self.dead_end = f"nothing is both {kinds[0]} and {kinds[1]}" if kinds[0] != kinds[1] else self.dead_end
         return list(found)
-
-    def _kind(self, shape: Any) -> str:
-        bits = type_bit(next(iter(shape.values.values()))) if isinstance(shape, Listed) else SHAPE_BITS[type(shape)]
-        return next(kind for kind, bit in self.TYPES.items() if bit & bits)
 
     def _meet(self, one: Any, two: Any) -> Any:
         """The shape of what has two shapes; None if that is seen to be nothing."""
@@ -17191,7 +17248,7 @@ class Forms(SchemaReader):
             mine, yours = (shape.places.get(name) or shape.at(name) for shape in (one, two))
             named[name] = Property(name, self.both(mine.node, yours.node), mine.required or yours.required,
                                    mine.late and yours.late, mine.said or yours.said)  # fmt: skip
-            if named[name].required and self._is_never(named[name].node):
+            if named[name].required and self.is_never(named[name].node):
                 return None
         unnamed, is_simple = list[tuple[Texts, Node, bool]](), 1 in (len(one.unnamed), len(two.unnamed))
         for (names, node, said), (more, other, also) in itertools.product(one.unnamed, two.unnamed):
@@ -17201,25 +17258,6 @@ class Forms(SchemaReader):
         return replace(joined_shape(one, two), named=tuple(named.values()), unnamed=tuple(unnamed),
                        names=self.both(one.names, two.names))  # fmt: skip
 
-    def _is_never(self, node: Node) -> bool:
-        """True if schemas list values of which none is left."""
-        return node == (self.never,) or (len(node) > 1 and self.listed(node) == {})
-
-    def listed(self, node: Node) -> dict[Any, Any] | None:
-        """The values that enum and not of enum leave, by what compares as they do; None if no schema lists any."""
-        if node not in self._lists:
-            self.spend(len(node) // 8)
-            lists = sorted((self._values(number) for number in node if number >= 0 and "enum" in self.schemas[number]), key=len)
-            denied = [self._values(~number) for number in node if number < 0 and self.schemas[~number].keys() == {"enum"}]
-            shared = set(lists[0]).intersection(*lists).difference(*denied) if lists else ()
-            self._lists[node] = {key: value for key, value in lists[0].items() if key in shared} if lists else None
-        return self._lists[node]
-
-    def _values(self, number: int) -> dict[Any, Any]:
-        if number not in self._enums:
-            self._enums[number] = {comparable(value): value for value in self.schemas[number]["enum"]}
-        return self._enums[number]
-
     # oneOf: each option, without what fits another too
 
     def _exactly_one(self, options: list[int]) -> Form:
@@ -17227,7 +17265,7 @@ class Forms(SchemaReader):
         for number, rivals in self._rivals(options):
             near = (self.form(~rival) for rival in rivals if not self._is_empty((number, rival)))
             found.append(functools.reduce(lambda form, other: self.meet(form, other, "oneOf"), near, self.form(number)))
-        return self.union(found)
+        return united(found)
 
     def _rivals(self, options: list[int]) -> Iterator[tuple[int, list[int]]]:
         """Each option, and the others that it may share a document with, as far as listed values tell: their own, or those of a
@@ -17260,7 +17298,7 @@ class Forms(SchemaReader):
     def _is_empty(self, node: Node, depth: int = 0) -> bool:
         """True if nothing fits all schemas, as far as a look 4 levels deep tells."""
         try:
-            return self._is_never(node) or (
+            return self.is_never(node) or (
                 depth < 4 and all(self._is_impossible(shape, depth + 1) for shape, _ in self.meeting(node)))
         except InvalidRequest:
             return False  # it cannot be told so
@@ -17300,7 +17338,7 @@ class Forms(SchemaReader):
                 found.append(self.form(value))
             else:
                 found += [self._plain({**option, "soft": "not"}) for option in self._denials(key, value, schema)]
-        return self.union(found)
+        return united(found)
 
     def _denials(self, key: str, value: Any, schema: dict[str, Any]) -> Iterator[dict[str, Any]]:
         """Schemas of which one holds where a keyword's demand is not met."""
@@ -17346,49 +17384,25 @@ class Forms(SchemaReader):
             yield {**of, "why": f"keyword not is not supported around {key}, and oneOf needs it where a document may fit two "
                                 "options: tell them apart by a required constant, or write anyOf"}  # fmt: skip
 
-    # Constants: does a value fit?
-
-    def fits(self, value: Any, node: Iterable[int]) -> bool:
-        """True if a value fits schemas."""
-        return all(self._fits_form(value, self.form(max(number, ~number))) == (number >= 0) for number in node)
-
-    def _fits_form(self, value: Any, form: Form) -> bool:
-        return any(self.fits_shape(value, shape) for shape, _ in form)
-
-    def fits_shape(self, value: Any, shape: Any) -> bool:
-        self.spend()
-        if isinstance(shape, Listed):
-            return comparable(value) in shape.values
-        if not SHAPE_BITS[type(shape)] & type_bit(value):
-            return False
-        if isinstance(shape, Texts):
-            return has(shape, value)
-        if isinstance(shape, NumberShape):
-            return number_fits(shape, value)
-        if shape.why:
-            raise self.refuse(shape.why)
-        if not shape.low <= len(value) <= (len(value) if shape.high is None else shape.high):
-            return False
-        return self._fits_array(value, shape) if isinstance(shape, ArrayShape) else self._fits_object(value, shape)
-
-    def _fits_array(self, value: list[Any], shape: ArrayShape) -> bool:
-        counts = ((sum(self.fits(one, (number,)) for one in value), least, most) for number, least, most in shape.contains)
-        return ((not shape.unique or len(set(map(comparable, value))) == len(value))
-                and all(least <= count and (most is None or count <= most) for count, least, most in counts)
-                and all(self.fits(one, shape.at(i) or ()) for i, one in enumerate(value)))  # fmt: skip
-
-    def _fits_object(self, value: dict[str, Any], shape: ObjectShape) -> bool:
-        return (all(prop.name in value for prop in shape.named if prop.required)
-                and all(self.fits(one, (shape.places.get(name) or shape.at(name)).node) for name, one in value.items())
-                and all(self.fits(name, shape.names) for name in value)
-                and all(any(self._is_other(name, *outside) and self.fits(one, (number,)) for name, one in value.items())
-                        for *outside, number in shape.some))  # fmt: skip
-
-    def _is_other(self, name: str, names: Iterable[str], patterns: Iterable[str]) -> bool:
-        return name not in names and not any(self.matches(pattern, name) for pattern in patterns)
-
-
 SHAPE_BITS = {ObjectShape: 1, ArrayShape: 2, Texts: 4, NumberShape: 24}
+
+
+def kind_of(shape: Any) -> str:
+    """The name of a shape's type."""
+    bits = type_bit(next(iter(shape.values.values()))) if isinstance(shape, Listed) else SHAPE_BITS[type(shape)]
+    return next(kind for kind, bit in SchemaReader.TYPES.items() if bit & bits)
+
+
+def united(forms: Iterable[Form]) -> Form:
+    """The values of all forms."""
+    values: dict[int, dict[Any, Any]] = {}
+    found: dict[tuple[Any, int], None] = {}
+    for shape, said in itertools.chain.from_iterable(forms):
+        if isinstance(shape, Listed):
+            values.setdefault(said, {}).update(shape.values)
+        else:
+            found[shape, said] = None
+    return [*((Listed(values[said]), said) for said in values), *found]
 
 
 def lower(one: Any, two: Any) -> Any:
@@ -17511,7 +17525,7 @@ class SchemaShapes(Forms):
             if inner.unnamed and self.form(number):
                 raise self.refuse("keyword not is not supported around additionalProperties where objects are open")
         for prop in shape.named:
-            if self._is_other(prop.name, names, patterns):
+            if self.is_other(prop.name, names, patterns):
                 needed = replace(ANY_OBJECT, named=(Property(prop.name, self.node([number]), True),))
                 if (found := self._meet_objects(rest, needed)) is not None:
                     yield from self._object_written(found)
@@ -18068,11 +18082,11 @@ class SchemaStructure(SchemaReader):
 
     def _type_names(self, key: str, value: Any) -> int:
         if not isinstance(value, str) and not (isinstance(value, list) and all(isinstance(name, str) for name in value)):
-            raise self.refuse(f"{key} must be a type or a list of types, not {self.said(value)}")
+            raise self.refuse(f"{key} must be a type or a list of types, not {described(value)}")
         return self.EVERY_TYPE
 
-    KEYWORDS: ClassVar = {key: read for key, read in SchemaReader.KEYWORDS.items() if read in (
-        SchemaReader._schema, SchemaReader._schemas, SchemaReader._named, SchemaReader._enum)} | {"type": _type_names}
+    KEYWORDS: ClassVar = {key: read for key, read in SchemaReader.KEYWORDS.items() if key == "enum" or read in (
+        Keywords._schema, Keywords._schemas, Keywords._named)} | {"type": _type_names}
 
 
 @functools.lru_cache(maxsize=512)
