@@ -13039,7 +13039,6 @@ def seer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[Any], s
         return workers[-1]
 
     service.table._residents._make_worker = make
-    service.table.start()
 
     def read(dialect: Any) -> str:
         with contextlib.suppress(GenerationFailed):
