@@ -1832,7 +1832,7 @@ class Chat:
 
     def prompt(self, request: GenerateRequest) -> tuple[str | Picture, ...]:
         """The prompt's segments. Raises InvalidRequest when the template refuses the messages, or runs away."""
-        pictures = PictureMarks(request.messages or ())
+        pictures = PictureMarks(request)
         messages = without_noise(pictures.messages)
         for message in messages:
             if THOUGHT_FIELDS[0] in message:
@@ -2013,20 +2013,19 @@ class Chat:
 class PictureMarks:
     """Marks the places of pictures in messages, so that a template renders plain text; no client's text can be a mark."""
 
-    def __init__(self, messages: Seq[dict[str, Any]]) -> None:
-        self._pictures: list[Picture] = []
-        self._mark = unused_in(messages) if any(isinstance(message["content"], tuple) for message in messages) else ""
-        self.messages = [{**message, "content": self._text(message["content"])} for message in messages]
+    def __init__(self, request: GenerateRequest) -> None:
+        contents = [message["content"] for message in request.messages or ()]
+        parts = itertools.chain(*(content for content in contents if isinstance(content, tuple)))
+        self._pictures = [part for part in parts if isinstance(part, Picture)]
+        self._mark = unused_in([contents, request.tools, request.template_args]) if self._pictures else ""
+        numbers = itertools.count()  # a template may leave turns out, or move them
 
-    def _text(self, content: str | tuple[str | Picture, ...]) -> str:
-        return content if isinstance(content, str) else "".join(map(self._marked, content))
+        def text(content: Any) -> str:
+            if isinstance(content, str):
+                return content
+            return "".join(part if isinstance(part, str) else f"{self._mark}{next(numbers)}{self._mark}" for part in content)
 
-    def _marked(self, part: str | Picture) -> str:
-        """A picture's mark holds its number: a template may leave a turn out, or write it elsewhere."""
-        if isinstance(part, str):
-            return part
-        self._pictures.append(part)
-        return f"{self._mark}{len(self._pictures) - 1}{self._mark}"
+        self.messages = [{**message, "content": text(message["content"])} for message in request.messages or ()]
 
     def apart(self, segment: str, mark: str) -> Iterator[str | Picture]:
         """The texts of a rendered segment, split also by another mark, and its pictures."""

@@ -13008,6 +13008,18 @@ def test_picture_is_checked_by_its_bytes(data: bytes, words: str) -> None:
     assert words in said
 
 
+@pytest.mark.parametrize("kind", [name for name, (_, words) in PICTURE_FILES.items() if " x " in words])
+def test_damaged_picture_is_a_picture_within_bounds_or_refused(kind: str) -> None:
+    data, chance = PICTURE_FILES[kind][0], random.Random(1)
+    for _ in range(500):
+        spoiled = bytearray(data[: chance.choice([len(data), chance.randrange(len(data))])] or b"?")
+        for _ in range(chance.randrange(8)):
+            spoiled[chance.randrange(len(spoiled))] = chance.choice([0, 1, 127, 255, chance.randrange(256)])
+        with contextlib.suppress(InvalidRequest):
+            picture = module.read_picture("images[0]", bytes(spoiled))
+            assert 0 < picture.width * picture.height <= module.MAX_PIXELS
+
+
 class SeeingWorker(FakeWorker):
     """Remembers the prompt of the job that it is given, and does no more."""
 
@@ -13137,6 +13149,15 @@ def test_llama_server_prompt_needs_a_marker_for_each_image() -> None:
         module.LlamaCompletion({"prompt": {"prompt_string": "<__media__>", "multimodal_data": [RED64]}})
 
 
+def test_no_text_of_a_client_can_be_a_picture() -> None:
+    picture, mark = module.Picture(RED, 32, 40), "\ufdd0"
+    tool = {"type": "function", "function": {"name": "f", "description": f"{mark}0{mark}"}}
+    request = module.GenerateRequest(messages=({"role": "user", "content": (f"{mark}1{mark}", picture)},), tools=(tool,))
+    template = "{% for t in tools or [] %}{{ t.function.name }}{{ t.function.description }}{% endfor %}{{ messages[0].content }}"
+    prompt = chat(template).prompt(request)
+    assert "".join(part if isinstance(part, str) else "(red)" for part in prompt) == f"f{mark}0{mark}{mark}1{mark}(red)"
+
+
 def test_template_that_leaves_a_picture_out_is_refused() -> None:
     picture = module.Picture(RED, 32, 40)
     request = module.GenerateRequest(messages=({"role": "user", "content": ("Look", picture)},))
@@ -13172,9 +13193,8 @@ def test_every_dialect_shows_the_model_the_same_picture(seeing: Server) -> None:
     assert again["usage"]["prompt_tokens_details"]["cached_tokens"] == tokens - 1
     assert [d["choices"][0]["message"]["content"] == text for d in (again, blue)] == [True, False]
 
-    parts = [{"type": "input_image", "image_url": RED64}, {"type": "input_text", "text": "Look"}]
-    response = seeing.post("/v1/responses", {"input": [{"role": "user", "content": parts}], "temperature": 0,
-                                             "max_output_tokens": 8}).json()  # fmt: skip
+    asked = {"input": [{"role": "user", "content": RESPONSE_PARTS}], "temperature": 0, "max_output_tokens": 8}
+    response = seeing.post("/v1/responses", asked).json()
     claude = pictured(messages=[{"role": "user", "content": [RED_SOURCE, LOOK]}])
     message, options = seeing.post("/v1/messages", claude).json(), {"temperature": 0, "num_predict": 8}
     ollama = {"model": "seer", "options": options, "stream": False}
@@ -13189,6 +13209,27 @@ def test_every_dialect_shows_the_model_the_same_picture(seeing: Server) -> None:
     }  # fmt: skip
     assert said == dict.fromkeys(said, text)
     assert seeing.post("/v1/messages/count_tokens", claude).json() == {"input_tokens": tokens}
+
+
+RESPONSE_PARTS = [{"type": "input_image", "image_url": RED64}, {"type": "input_text", "text": "Look"}]
+PACKAGES: dict[str, Callable[[Server], str]] = {  # ask as their documentation does
+    "openai": lambda seeing: seeing.client().chat.completions.create(
+        model="seer", **pictured()).choices[0].message.content,
+    "openai, responses": lambda seeing: seeing.client().responses.create(
+        model="seer", temperature=0, max_output_tokens=8, input=[{"role": "user", "content": RESPONSE_PARTS}]).output_text,
+    "anthropic": lambda seeing: anthropic_client(seeing).messages.create(
+        model="seer", max_tokens=8, messages=[{"role": "user", "content": [RED_SOURCE, LOOK]}], extra_body={"temperature": 0},
+    ).content[0].text,
+    "ollama": lambda seeing: ollama_client(seeing).chat(
+        "seer", [{"role": "user", "content": "Look", "images": [RED]}], options={"temperature": 0, "num_predict": 8},
+    ).message.content,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_client_package_shows_the_model_a_picture(package: str, seeing: Server) -> None:
+    expected = seeing.post("/v1/chat/completions", pictured()).json()["choices"][0]["message"]["content"]
+    assert PACKAGES[package](seeing) == expected
 
 
 def test_socket_shows_the_model_a_picture(seeing: Server) -> None:
