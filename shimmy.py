@@ -18972,7 +18972,7 @@ PAGE = r"""<!doctype html>
 [hidden] { display: none !important; }
 body { margin: 0; height: 100dvh; display: grid; grid-template-columns: 17rem minmax(0, 1fr); overflow: hidden; }
 :focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
-.unseen:not(:focus) { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); white-space: nowrap; }
+.unseen:not(:focus) { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); text-wrap: nowrap; }
 #skip:focus { position: fixed; z-index: 9; top: .5rem; left: .5rem; padding: .5rem 1rem; background: var(--raised); }
 .row { display: flex; flex-wrap: wrap; gap: .5rem; align-items: center; }
 button, input, select, textarea { font: inherit; color: var(--text); border-radius: .6rem; background: var(--raised); }
@@ -19020,7 +19020,7 @@ p { margin: 0; }
 .md a { color: var(--accent); }
 :not(pre) > code { font: .875em var(--mono); background: var(--code); border-radius: .3em; padding: .1em .3em; }
 .code { border: 1px solid var(--line); border-radius: .7rem; margin: .75em 0; background: var(--code); overflow: hidden; }
-.code .row { justify-content: space-between; padding: 0 .25rem 0 .9rem; font-size: .8rem; border-bottom: 1px solid var(--line); }
+.code .row { justify-content: space-between; padding: 0 .25rem 0 1rem; font-size: .8rem; border-bottom: 1px solid var(--line); }
 .code pre { margin: 0; padding: .75rem .9rem; overflow-x: auto; overflow-wrap: normal; font-size: .9rem; }
 .wide { overflow-wrap: normal; overflow-x: auto; margin: .75em 0; }
 table { border-collapse: collapse; font-size: .95em; }
@@ -19314,7 +19314,7 @@ function fit(value, shape) {
 function newChat(given, id = newId()) {
   const chat = {...fit(given, CHAT), id};
   chat.turns.forEach((turn, n) => turn.id || Object.assign(turn, {id: String(n), parent: chat.turns[n - 1]?.id || ""}));
-  chat.at ||= chat.turns.at(-1)?.id || "";
+  chat.at = (chat.turns.find(turn => turn.id === chat.at) || chat.turns.at(-1))?.id || "";
   return chat;
 }
 
@@ -19635,8 +19635,8 @@ function fillBox(question, files) {
   box.value = question;
   added = files;
   $("files").replaceChildren(...files.map(file => {
-    const drop = () => fillBox(box.value, files.filter(each => each !== file));
-    return make("div", {class: "row"}, fileView(file), button("×", drop, {class: "plain", "aria-label": `Remove ${file.name}`}));
+    const drop = () => fillBox(box.value, files.filter(each => each !== file)), label = `Remove ${file.name}`;
+    return make("div", {class: "row"}, fileView(file), button("×", drop, {class: "plain", "aria-label": label}));
   }));
 }
 
@@ -19791,10 +19791,11 @@ function takeSettings() {
 // Puts files beside the box: pictures where the model sees, and text.
 async function addFiles(files) {
   for (const file of files) {
-    const picture = await pictureOf(file), text = picture || file.size > 200000 ? "" : await file.text();
+    const picture = await pictureOf(file), readable = file.size <= 200000;
+    const text = picture ? "" : readable ? await file.text().catch(() => "\0") : "\0";
     if (picture && !modelOf(chosen(current))?.vision) {
       notice(`${file.name} was not added: ${chosen(current)} does not see pictures.`);
-    } else if (!picture && (file.size > 200000 || /[\0\ufffd]/.test(text))) {
+    } else if (/[\0\ufffd]/.test(text)) {
       notice(`${file.name} cannot be read: only pictures and text files of up to 200 kB can.`);
     } else fillBox(box.value, [...added, {name: file.name, text, picture}]);
   }
