@@ -16434,8 +16434,6 @@ def test_ollama_pull_of_what_is_not_there_has_the_hubs_status(hub: FakeHub, serv
     assert_ollama_error(reply, 404, "there is no tester/nothing")
 
 
-# Pull.
-
 @cases("size", {"negative": -5, "huge": 10**400})
 def test_pull_ignores_files_of_impossible_size(size: int, hub: FakeHub, tmp_path: Path) -> None:
     hub.sizes["recital-q4_k_m.gguf"] = size
