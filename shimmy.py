@@ -7119,17 +7119,15 @@ class Worker:
         with self._lock:
             if not self.alive:
                 raise GenerationFailed("The model's engine process ended")
-            if len(ids) > self.parallel + self.max_queue:
-                most = self.parallel + self.max_queue
+            most, held = self.parallel + self.max_queue, len(self._jobs)
+            if len(ids) > most:
                 raise InvalidRequest(f"n: {len(ids)} texts are more than the {most} that --max-queue leaves room for", "n")
-            waiting = len(self._jobs) - self.parallel
-            if waiting + len(ids) > self.max_queue:
-                raise Overloaded(f"{max(waiting, 0)} requests wait already (--max-queue {self.max_queue})")
+            if held + len(ids) > most:
+                raise Overloaded(f"{max(held - self.parallel, 0)} requests wait already (--max-queue {self.max_queue})")
             for id, job in zip(ids, jobs, strict=True):
                 timing = Timing(began or time.monotonic(), isinstance(job, Generate))
                 self._jobs[id] = generation, None if isinstance(job, Tokenize) else timing
-        for id, job in zip(ids, jobs, strict=True):
-            self._outbox.put(Submit(id, job))
+                self._outbox.put(Submit(id, job))
         cancel.on_cancel(lambda: generation.cancel(cancel.gently))
         return generation
 

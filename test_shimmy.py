@@ -6316,36 +6316,23 @@ def test_disabled_http_get_names_its_flag(serve: Callable[..., Server]) -> None:
 
 # Tools
 
-HANGING = """
-import time
-from shimmy import tool
+def test_tool_that_does_not_return_is_given_up_until_it_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    awake = threading.Event()
 
-@tool
-def sleeper(seconds: float) -> str:
-    '''Sleeps.'''
-    time.sleep(seconds)
-    return "awake"
-"""
+    def sleeper() -> str:
+        """Sleeps."""
+        return "awake" if awake.wait(HANG) else "in vain"
 
-
-def test_tool_that_does_not_return_is_given_up(serve: Callable[..., Server], tmp_path: Path) -> None:
-    (tmp_path / "tools.py").write_text(HANGING)
-    script = altered(tmp_path, ("TOOL_SECONDS = 30.0", "TOOL_SECONDS = 0.5"))
-    server = serve("--tools", tmp_path / "tools.py", script=script)
+    monkeypatch.setattr(module, "TOOL_SECONDS", 0.2)
+    monkeypatch.setitem(module.REGISTERED, "sleeper", module.make_tool(sleeper))
+    tools = module.Tools(module.ToolOptions())
     for _ in range(4):
-        assert_tool_failed(execute(server, "sleeper", 3600), "over 0.5 seconds")
+        assert tools.execute("sleeper", {}) == {"success": False, "result": None, "error": "sleeper took over 0.2 seconds"}
     with quickly():
-        assert_tool_failed(execute(server, "sleeper", 0), "have not come back")
-    assert execute(server, "calculator", "1 + 1").json()["result"] == 2
-
-
-def test_tool_that_returns_late_makes_room_again(serve: Callable[..., Server], tmp_path: Path) -> None:
-    (tmp_path / "tools.py").write_text(HANGING)
-    script = altered(tmp_path, ("TOOL_SECONDS = 30.0", "TOOL_SECONDS = 0.2"))
-    server = serve("--tools", tmp_path / "tools.py", script=script)
-    with ThreadPoolExecutor() as pool:
-        list(pool.map(lambda _: execute(server, "sleeper", 1.0), range(4)))
-    eventually(lambda: execute(server, "sleeper", 0).json()["result"] == "awake", "they have come back")
+        assert "4 calls of sleeper have not come back" in tools.execute("sleeper", {})["error"]
+    assert tools.execute("calculator", {"expression": "1 + 1"})["result"] == 2
+    awake.set()
+    eventually(lambda: tools.execute("sleeper", {})["result"] == "awake", "they have come back")
 
 
 def read_while_swapped(root: Path, path: str, swap: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> list[Any]:
@@ -6426,6 +6413,18 @@ def test_http_get_refuses_special_purpose_networks(url: str, server: Server) -> 
 
 def test_http_get_refuses_an_address_that_is_too_long(server: Server) -> None:
     assert_tool_failed(execute(server, "http_get", "http://127.0.0.1/" + "a" * 10_000), "characters")
+
+
+HANGING = """
+import time
+from shimmy import tool
+
+@tool
+def sleeper(seconds: float) -> str:
+    '''Sleeps.'''
+    time.sleep(seconds)
+    return "awake"
+"""
 
 
 def test_tool_whose_client_leaves_is_not_waited_for(serve: Callable[..., Server], tmp_path: Path) -> None:
@@ -17294,8 +17293,6 @@ def test_ollama_pull_of_what_is_not_there_has_the_hubs_status(hub: FakeHub, serv
     reply = serve("--allow-pull", env=hub.env).post("/api/pull", {"model": "tester/nothing"})
     assert_ollama_error(reply, 404, "there is no tester/nothing")
 
-
-# Pull.
 
 @cases("size", {"negative": -5, "huge": 10**400})
 def test_pull_ignores_files_of_impossible_size(size: int, hub: FakeHub, tmp_path: Path) -> None:
