@@ -14414,6 +14414,7 @@ class Markup(Scanner):
     arguments: str | None = None  # of the call as JSON, where they do not follow
     key: str | None = None  # of an argument that follows by itself
     ending = ""  # of that argument, or a piece of the ending of calls
+    behind_ending = ""  # what follows the end of CDATA
 
     def __init__(self, text: str, is_whole: bool, names: Collection[str]) -> None:
         super().__init__(text, is_whole)
@@ -14424,14 +14425,16 @@ class Markup(Scanner):
         if not self._either(*((self._call, format, opens) for format in formats for opens in format.beginnings)):
             raise NoCall
 
-    def behind(self, format: CallFormat, is_over: bool) -> None:
-        """The next call's beginning, a pair in a call's object or a piece of the ending; its end once more if it was there."""
+    def behind(self, format: CallFormat) -> None:
+        """The next call's beginning, a pair in a call's object, or a piece of the ending."""
         self._blanks()
-        if is_over:
-            return self._end([format.closes.strip(), MARKER.findall(format.closes.rstrip())[-1]])
         calls = ((self._call, format, opens, ",;") for opens in format.repeats)
-        if not self._either((self._end, format.closers[:1]), *calls, (self._pair, format), (self._end, format.closers)):
+        if not self._either((self.end, format.closers[:1]), *calls, (self._pair, format), (self.end, format.closers)):
             raise NoCall
+
+    def end(self, pieces: Iterable[str]) -> None:
+        self._blanks()
+        self.name, self.ending = "", self._one_of(pieces)
 
     def parameter(self, params: Params) -> None:
         """The beginning of an argument, where they stand one by one."""
@@ -14445,7 +14448,7 @@ class Markup(Scanner):
         self.key, self.ending = key, params.closes.replace(KEY, key)
         self._either((self._one_of, [params.keyed[len(params.keyed.rstrip()) :]]))
         if self._either((self._one_of, ["<![CDATA["])):
-            self.ending = f"]]>{self.ending.strip()}"
+            self.ending, self.behind_ending = "]]>", self.ending.strip()
 
     def _text(self, text: str) -> None:
         """A format's text: any white space where it has some, and its open places up to the text behind them."""
@@ -14533,9 +14536,6 @@ class Markup(Scanner):
         if first not in "{\"'nN" or not (text == "null" or text.startswith("{")):
             raise NoCall
         self.arguments = "{}" if text == "null" else text
-
-    def _end(self, pieces: Iterable[str]) -> None:
-        self.name, self.ending = "", self._one_of(pieces)
 
     def _pair(self, format: CallFormat) -> None:
         """A pair behind the name and the arguments in a call's object."""
@@ -14766,7 +14766,11 @@ class ChatParser(Parser):
                 break
             is_end = not call.name and call.ending not in "}]" and format.closes.rstrip().endswith(call.ending)
             is_over = is_over or is_end
-            call = yield from self._read(Markup.behind, format, is_over)
+            if is_over:  # what ends it may come twice
+                ends = [format.closes.strip(), MARKER.findall(format.closes.rstrip())[-1]]
+                call = yield from self._read(Markup.end, ends)
+            else:
+                call = yield from self._read(Markup.behind, format)
         self.behind_call = self.behind_call if self._has_text else self._input.taken
         return True
 
@@ -14788,7 +14792,8 @@ class ChatParser(Parser):
                     if markup.name or self._forced or self.calls or text.startswith(self._openings):
                         self._input.drop(len(text))
                     return markup if markup.name or markup.key is not None else None
-            while not self._reason and len(self._input.text) <= len(text) + (len(text) // 8 if len(text) > MAX_HEADER else 0):
+            more = len(text) // 8 if len(text) > MAX_HEADER else 0  # so that long arguments before a name cost linear time
+            while not self._reason and len(self._input.text) <= len(text) + more:
                 yield
 
     def _tell(self, call: Markup) -> Reading[bool]:
@@ -14820,6 +14825,8 @@ class ChatParser(Parser):
             self._write(f"{separator}{json.dumps(begun.key, ensure_ascii=False)}: ")
             if not (yield from self._value(argument_types(schema, begun.key), begun.ending, behind)):
                 return False
+            if begun.behind_ending:
+                yield from self._read(Markup.end, [begun.behind_ending])
             separator, begun = ", ", (yield from self._read(Markup.parameter, params))
         self._write("}" if separator == ", " else "")
         return separator == ", "

@@ -3669,6 +3669,13 @@ def test_argument_whose_end_is_missing_is_whole_where_the_call_ends() -> None:
     check_in_pieces(derived_once(FAMILIES["tags"]), cut, Answered("", (("f", '{"a": "hello'),), "", "stop"))
 
 
+@pytest.mark.parametrize("before, behind", [("", ""), ("\n", "\n"), ("", "\n\n")])
+def test_argument_may_stand_in_cdata(before: str, behind: str) -> None:
+    value, more = f"{before}<![CDATA[a </parameter> b]]>{behind}</parameter>", "\n<parameter=b>\n1\n</parameter>"
+    text = f"<tool_call>\n<function=f>\n<parameter=a>{value}{more}\n</function>\n</tool_call>"
+    check_in_pieces(derived_once(FAMILIES["tags"]), text, Answered("", (("f", '{"a": "a </parameter> b", "b": 1}'),)))
+
+
 def test_logprobs_go_with_their_own_text() -> None:
     parser = module.ChatParser(0, module.ChatFormat(), {"get_weather": {}}, "", frozenset({"<|quiet|>"}))
     tokens = ["<think>", "hm", "</think>", "One", " <", "|", "<|quiet|>", " two", " <tool", "_x", " three"]
