@@ -16576,8 +16576,6 @@ class Keywords:
         """The number of a client's schema."""
         raise NotImplementedError
 
-    # Keywords: a method checks each one's value.
-
     def _must(self, fits: bool, key: str, what: str, value: Any) -> None:
         if not fits:
             raise self.refuse(f"{key} must be {what}, not {described(value)}")
