@@ -30,7 +30,7 @@ Part I, the server, reads downward as a request flows. Its sections with their l
     14.2 Dialects of blocks           510  Messages and Responses
     14.3 Ollama and llama-server      530  their shapes, and what clients are told of models
     15.1 Connections                  330  who may call, what comes in, who has left
-    15.2 Wires                        150  documents to bytes; `deliver` is the one loop between
+    15.2 Wires                        110  documents to bytes; `deliver` is the one loop between
     15.3 Routes                       230  one row a route
     15.4 HTTP                         390  a connection's thread from its first byte to its last
     16   WebSocket, lifecycle         260  asyncio on its side thread; how a server stops
@@ -5222,7 +5222,7 @@ class Embedding:
 
 
 def fair_slices(prompts: list[Sequence], rows: int, outputs: int = 0) -> list[tuple[Sequence, int]]:
-    """Shares `rows` among prompts; the long ones get what the short ones leave. Up to `outputs` rows may be scored.
+    """Shares `rows` among prompts, up to `outputs` of them among those that are scored; long ones get what short ones leave.
 
     Each prompt's last token is left for a row of its own, as every later token has. So a prompt asked again, with all but
     that token in the cache, makes the same sums in the same order, and greedy text is the same text.
@@ -5949,6 +5949,7 @@ class Scheduler:
     WORTH_WAITING = 32  # tokens another prompt is just computing that are worth waiting for
     GROWTH = 16  # cells a newcomer must leave free for each running sequence
     SLICES = 2  # a prompt that takes more of them beside the streams is read aside
+    SCORED = 4  # tokens of echoed prompts that a step tells beside streams: with a large vocabulary each takes 2 ms
 
     def __init__(self, llama: Llama, parallel: int) -> None:
         self.llama, self.parallel = llama, parallel
@@ -6019,7 +6020,8 @@ class Scheduler:
             more = min(sequence.pending - 1, rows // (len(jumping) - index))
             plan.append((sequence, 1 + more))
             rows -= more
-        return plan + fair_slices(prompts, rows, self.llama.main.n_seq - self.parallel)  # each may have one at its end
+        outputs = self.llama.main.n_seq - len(self.running)  # each may have one at its end
+        return plan + fair_slices(prompts, rows, min(outputs, self.SCORED) if streams else outputs)
 
     def _long_prompts(self) -> list[Sequence]:
         """Prompts for the reader: in the main context they would take many slices beside the streams there."""
@@ -10513,39 +10515,6 @@ class Wire:
         """The answer is complete."""
 
 
-class HttpWire(Wire):
-    """One JSON document with its status, or documents in a Framing behind a head that goes out when the answer begins."""
-
-    def __init__(self, out: Responder, framing: Framing | None = None) -> None:
-        self._out, self._framing = out, framing
-
-    def begin(self) -> None:
-        if self._framing and not self.begun:
-            self._out.start(self._framing.content_type)
-            self.begun = True
-
-    def send(self, document: dict[str, Any]) -> None:
-        if self._framing:
-            self._out.write(self._framing.encode(document))
-        else:
-            self._out.respond(Answer(document))
-
-    def idle(self, document: dict[str, Any] | None) -> None:
-        if self._framing:
-            self._out.write(self._framing.encode(document) if document else self._framing.pulse)
-
-    def end(self) -> None:
-        if self._framing:
-            self._out.write(self._framing.done, last=True)
-
-    def fail(self, error: ApiError, document: dict[str, Any]) -> None:
-        """Sends the error, in its dialect's shape, as the answer or as the end of it."""
-        if self._framing and self.begun:
-            self._out.write(self._framing.encode(document), last=True)
-        else:
-            self._out.respond(Answer(document, error.status, error.headers))
-
-
 def deliver(dialect: Dialect, events: Iterator[Event], wire: Wire) -> None:
     """The one way from events to a client, whichever door it came through. What the events raise passes."""
     signs = 0
@@ -10657,7 +10626,7 @@ def answer_discover(call: Call) -> dict[str, Any]:
 
 def answer_load(call: Call) -> Answer:
     """200 with the status once the model is loaded; with `?wait=false` 202 at once. The body may hold a preset's keys."""
-    wait = call.query.get("wait", "true").lower() not in ("false", "0", "no")
+    wait = SWITCHES.get(call.query.get("wait", "").lower(), True)
     asked = load_options(parse_object(call.body)) if call.body.strip() else {}
     status = call.service.table.load(call.names[0], wait, call.cancel, asked)
     return Answer(status, 200 if wait or status["loaded"] else 202)
@@ -10665,7 +10634,7 @@ def answer_load(call: Call) -> Answer:
 
 def answer_unload(call: Call) -> dict[str, Any]:
     """200 with the status once the model's memory is free; `?force=true` ends what runs."""
-    force = call.query.get("force", "false").lower() in ("true", "1", "yes")
+    force = SWITCHES.get(call.query.get("force", "").lower(), False)
     return call.service.table.unload(call.names[0], force, call.cancel)
 
 
@@ -10911,8 +10880,10 @@ class Head:
                 and re.fullmatch(r"[A-Za-z0-9+/]{22}==", key) is not None)  # fmt: skip
 
 
-class Responder:
-    """Writes the answer to one request; wires call it."""
+class Responder(Wire):
+    """Writes the answer to one request: a document with its status, or a stream of documents in a Framing."""
+
+    framing: Framing | None = None  # a stream's
 
     def __init__(self, connection: socket.socket, access: Access) -> None:
         self._connection, self._access = connection, access
@@ -10925,22 +10896,45 @@ class Responder:
         """Sends a whole answer."""
         body = answer.body()
         headers = {"Content-Type": "application/json", "Content-Length": str(len(body)), **answer.headers}
-        self.begin(answer.status, headers, b"" if self.head.method == "HEAD" else body)
+        self.write_head(answer.status, headers, b"" if self.head.method == "HEAD" else body)
 
-    def start(self, content_type: str) -> None:
-        """Sends the head of an answer in pieces."""
-        self._chunked = self.head.version == "HTTP/1.1"
-        self.closes = self.closes or not self._chunked
-        encoding = {"Transfer-Encoding": "chunked"} if self._chunked else {}
-        self.begin(200, {"Content-Type": content_type, "Cache-Control": "no-cache", "X-Accel-Buffering": "no", **encoding})
+    def begin(self) -> None:
+        """Sends the head of a stream."""
+        if self.framing and not self.begun:
+            self.begun, self._chunked = True, self.head.version == "HTTP/1.1"
+            self.closes = self.closes or not self._chunked
+            encoding = {"Transfer-Encoding": "chunked"} if self._chunked else {}
+            self.write_head(200, {"Content-Type": self.framing.content_type, "Cache-Control": "no-cache",
+                                  "X-Accel-Buffering": "no", **encoding})  # fmt: skip
 
-    def write(self, data: bytes, last: bool = False) -> None:
-        """Sends a piece, and the end of the answer behind the last one."""
+    def send(self, document: dict[str, Any]) -> None:
+        if self.framing:
+            self._write_piece(self.framing.encode(document))
+        else:
+            self.respond(Answer(document))
+
+    def idle(self, document: dict[str, Any] | None) -> None:
+        if self.framing:
+            self._write_piece(self.framing.encode(document) if document else self.framing.pulse)
+
+    def end(self) -> None:
+        if self.framing:
+            self._write_piece(self.framing.done, last=True)
+
+    def fail(self, error: ApiError, document: dict[str, Any]) -> None:
+        """Sends the error, in its dialect's shape, as the answer or as the end of it."""
+        if self.framing and self.begun:
+            self._write_piece(self.framing.encode(document), last=True)
+        else:
+            self.respond(Answer(document, error.status, error.headers))
+
+    def _write_piece(self, data: bytes, last: bool = False) -> None:
+        """Sends a piece of a stream, and the end of the stream behind the last one."""
         if self._chunked:
             data = (b"%x\r\n%b\r\n" % (len(data), data) if data else b"") + (b"0\r\n\r\n" if last else b"")
-        self.send(data)
+        self.write(data)
 
-    def send(self, data: bytes) -> None:
+    def write(self, data: bytes) -> None:
         """Writes it all. Raises ClientGone when the client takes nothing for WRITE_SECONDS: slow ones may read on."""
         left = memoryview(data)
         self._connection.settimeout(WRITE_SECONDS)
@@ -10956,7 +10950,7 @@ class Responder:
         allowed = origin is not None and self._access.origin_allowed(origin, self.head.headers.get("Host", ""))
         return origin if allowed else None
 
-    def begin(self, status: int, headers: Mapping[str, str], body: bytes = b"") -> None:
+    def write_head(self, status: int, headers: Mapping[str, str], body: bytes = b"") -> None:
         """Sends a head, and the body that there is already, in one write."""
         origin = self.allowed_origin()
         if origin is not None:
@@ -10970,7 +10964,7 @@ class Responder:
         lines += [f"{name}: {self.line.id}" for name in ID_HEADERS]
         lines += [f"{name}: {value}" for name, value in headers.items()]
         self.line.status = status
-        self.send("\r\n".join(lines).encode("latin-1", "replace") + b"\r\n\r\n" + body)
+        self.write("\r\n".join(lines).encode("latin-1", "replace") + b"\r\n\r\n" + body)
 
 
 class Handler(socketserver.BaseRequestHandler):
@@ -10996,7 +10990,6 @@ class Handler(socketserver.BaseRequestHandler):
         """Answers one request; true if the connection ends behind it."""
         self.out = Responder(self.request, self.server.access)
         self.route: Route | None = None
-        self.wire = HttpWire(self.out)
         try:
             run_request(self._answer_request, self.out.line, self.fail, self.leave)
         finally:
@@ -11028,7 +11021,7 @@ class Handler(socketserver.BaseRequestHandler):
         if size > most:
             raise PayloadTooLarge(f"The body has {size} bytes, up to {most} are read")
         if size and head.headers.get("Expect", "").lower() == "100-continue":
-            self.out.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+            self.out.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         data = self.reader.body(size, most)
         self.out.unread = False
         if data and encoding:
@@ -11050,10 +11043,10 @@ class Handler(socketserver.BaseRequestHandler):
         if isinstance(answer, type):
             dialect = self.out.line.dialect = self._dialect(parse_object(self._body()))  # nobody keeps the bytes while it runs
             self.reader.turn.release()
-            self.wire = HttpWire(self.out, self.route.framing) if dialect.stream else self.wire
+            self.out.framing = self.route.framing if dialect.stream else None
             dialect.owner = self.server.access.owner(head.headers)
             with watching:
-                deliver(dialect, dialect.events(self.service, cancel), self.wire)
+                deliver(dialect, dialect.events(self.service, cancel), self.out)
         elif answer is answer_upgrade and head.is_handshake():
             self._upgrade(head)
         else:
@@ -11093,7 +11086,7 @@ class Handler(socketserver.BaseRequestHandler):
         key = head.headers.get("Sec-WebSocket-Key") + "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # RFC 6455, 4.2.2
         accept = base64.b64encode(hashlib.sha1(key.encode(), usedforsecurity=False).digest()).decode()
         self.out.closes = False  # whatever the client said of its connection besides
-        self.out.begin(101, {"Upgrade": "websocket", "Connection": "Upgrade", "Sec-WebSocket-Accept": accept})
+        self.out.write_head(101, {"Upgrade": "websocket", "Connection": "Upgrade", "Sec-WebSocket-Accept": accept})
         self.out.closes = self.upgraded = True
 
     def _preflight(self, head: Head) -> None:
@@ -11113,12 +11106,11 @@ class Handler(socketserver.BaseRequestHandler):
         dialect = self.out.line.dialect
         with contextlib.suppress(ClientGone):
             if dialect and error.code in dialect.streamed_errors:
-                self.wire.begin()
-            begun = dialect and self.wire.begun
-            *others, last = dialect.failure(error) if dialect and begun else [ERROR_SHAPES[self._api()](error)]
+                self.out.begin()
+            *others, last = dialect.failure(error) if dialect and self.out.begun else [ERROR_SHAPES[self._api()](error)]
             for document in others:
-                self.wire.send(document)
-            self.wire.fail(error, last)
+                self.out.send(document)
+            self.out.fail(error, last)
 
     def leave(self) -> None:
         """The connection ends without an answer."""
@@ -12514,34 +12506,30 @@ class Neighbour:
     """The server at the configured address, if one runs there."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        self._host, self._port = listen_address(args)
-        self.url = url_of(self._host, self._port)
+        host, self._port = listen_address(args)
+        self.url = url_of(host, self._port)
+        every = is_ip(host) and ipaddress.ip_address(host).is_unspecified  # where it is bound; we connect to one address
+        self._host = ("::1" if ":" in host else "127.0.0.1") if every else host
+        key = os.environ.get("SHIMMY_API_KEY")
+        self._headers = {"Authorization": f"Bearer {checked_key('SHIMMY_API_KEY', key)}"} if key else {}
+        # why it answered 401
+        self.refusal = "refused the key in SHIMMY_API_KEY" if key else "asks for a key: set SHIMMY_API_KEY"
 
-    def connect(self, timeout: float | None) -> http.client.HTTPConnection:
-        """A connection, not opened yet."""
+    @contextlib.contextmanager
+    def request(self, method: str, path: str, body: bytes | None = None,
+                seconds: float | None = None) -> Iterator[http.client.HTTPResponse]:  # fmt: skip
+        """The answer. Raises OSError when nobody answers within so many seconds, HTTPException for what is no HTTP."""
         import http.client
 
-        host = self._host
-        if is_ip(host) and ipaddress.ip_address(host).is_unspecified:  # a server bound to every address; we connect to one
-            host = "::1" if ":" in host else "127.0.0.1"
-        return http.client.HTTPConnection(host, self._port, timeout=timeout)
+        with contextlib.closing(http.client.HTTPConnection(self._host, self._port, timeout=seconds)) as connection:
+            connection.connect()
+            with contextlib.suppress(ConnectionError):  # it answers 413 before it has read a body that is too large
+                connection.request(method, path, body, {"Content-Type": "application/json", **self._headers})
+            yield connection.getresponse()
 
-    def headers(self) -> dict[str, str]:
-        """The key from SHIMMY_API_KEY, if one is set."""
-        key = os.environ.get("SHIMMY_API_KEY")
-        return {"Authorization": f"Bearer {checked_key('SHIMMY_API_KEY', key)}"} if key else {}
-
-    def refusal(self) -> str:
-        """Why the server answered 401."""
-        if os.environ.get("SHIMMY_API_KEY"):
-            return "refused the key in SHIMMY_API_KEY"
-        return "asks for a key: set SHIMMY_API_KEY"
-
-    def get(self, path: str, timeout: float) -> tuple[int, Any]:
-        """Status and document. Raises OSError when nobody answers, HTTPException or ValueError for what is no HTTP or JSON."""
-        with contextlib.closing(self.connect(timeout)) as connection:
-            connection.request("GET", path, headers=self.headers())
-            response = connection.getresponse()
+    def get(self, path: str, seconds: float) -> tuple[int, Any]:
+        """Status and document. Raises as `request` does, and ValueError for what is no JSON."""
+        with self.request("GET", path, seconds=seconds) as response:
             return response.status, json.loads(response.read(MAX_BODY))
 
 
@@ -12554,9 +12542,9 @@ def command_diag(args: argparse.Namespace) -> int:
     server = Neighbour(args)
     state: dict[str, Any] = {"running": False, "url": server.url}
     with contextlib.suppress(OSError, http.client.HTTPException, ValueError):
-        status, health = server.get("/api/health", timeout=2.0)
+        status, health = server.get("/api/health", 2.0)
         state |= {"running": status == 200, "health": health}
-        state["key_accepted"] = server.get("/api/tools", timeout=2.0)[0] != 401
+        state["key_accepted"] = server.get("/api/tools", 2.0)[0] != 401
     document = service.diag() | {"server": state}
     if args.json:
         print_json(document)
@@ -12574,7 +12562,7 @@ def command_diag(args: argparse.Namespace) -> int:
     rows.append(("kept prompts", f"{kept['files']}, {human_bytes(kept['bytes'])} (in {kept['folder']})"))
     free = document["memory"]["available_bytes"]
     rows.append(("memory", f"{human_bytes(free)} available" if free is not None else "unknown"))
-    answers = "answers" if state.get("key_accepted", True) else f"answers, but {server.refusal()}"
+    answers = "answers" if state.get("key_accepted", True) else f"answers, but {server.refusal}"
     rows.append(("server", f"{server.url}: {answers if state['running'] else 'no answer'}"))
     for place in document["directories"]:
         found = f"{place['models']} model{'s' * (place['models'] != 1)}" if place["exists"] else "not there"
@@ -12666,7 +12654,7 @@ class OwnEngine:
         self._service.close()
 
 
-class RunningServer:
+class RunningServer(Neighbour):
     """Generates with the server at the configured address."""
 
     queued: Queued | None = None
@@ -12677,8 +12665,7 @@ class RunningServer:
         engine = [f.name.replace("_", "-") for f in fields(EngineOptions) if getattr(args, f.name) is not None]
         if args.local or engine or (args.model is not None and is_path(args.model)):
             raise NoServer("--local" if args.local else f"--{engine[0]} sets up an engine" if engine else "MODEL is a file")
-        self._server = Neighbour(args)
-        self.url = self._server.url
+        super().__init__(args)
         self.model, size = named_model(args)
         try:
             self.model = self.status()["model"]
@@ -12694,7 +12681,7 @@ class RunningServer:
         import http.client
 
         try:
-            status, document = self._server.get(path, timeout=5.0)
+            status, document = self.get(path, 5.0)
         except (OSError, http.client.HTTPException, ValueError):
             raise NoServer(f"no server answers at {self.url}") from None
         if status == 200:
@@ -12708,7 +12695,7 @@ class RunningServer:
         """The server's error object as an exception."""
         said = document["error"]
         if said["code"] == "unauthorized":
-            return ApiError(message=f"the server at {self.url} {self._server.refusal()}")
+            return ApiError(message=f"the server at {self.url} {self.refusal}")
         error = ApiError(str(said["details"]), str(said["message"]))
         error.code = said["code"]
         return error
@@ -12722,13 +12709,8 @@ class RunningServer:
     def documents(self, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
         import http.client
 
-        headers = {"Content-Type": "application/json", **self._server.headers()}
         try:
-            with contextlib.closing(self._server.connect(None)) as connection:
-                connection.connect()
-                with contextlib.suppress(ConnectionError):  # it answers 413 before it has read a body that is too large
-                    connection.request("POST", "/api/generate", to_json(body | {"stream": True}), headers)
-                response = connection.getresponse()
+            with self.request("POST", "/api/generate", to_json(body | {"stream": True})) as response:
                 if response.status != 200:
                     raise self._error(json.loads(response.read(MAX_BODY)))
                 self.queued = Queued(self.model)

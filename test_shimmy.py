@@ -15,6 +15,7 @@ import base64
 import contextlib
 import copy
 import ctypes
+import faulthandler
 import functools
 import glob
 import gzip
@@ -28,6 +29,7 @@ import io
 import ipaddress
 import itertools
 import json
+import logging
 import marshal
 import math
 import operator
@@ -710,6 +712,12 @@ def seed(home: Path) -> None:
         known_faults(home).write_bytes(kernels_found())
 
 
+def seeded(home: Path, extra: dict[str, str] | None = None) -> dict[str, str]:
+    """The environment of a home that knows this machine's kernels."""
+    seed(home)
+    return environment(home, extra)
+
+
 LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
@@ -742,24 +750,55 @@ IN_A_SHELL = shlex.join(command_of())
 def shimmy(
     *args: str | Path, home: Path, stdin: bytes = b"", env: dict[str, str] | None = None, script: Path = SHIMMY
 ) -> subprocess.CompletedProcess[bytes]:
-    seed(home)
+    """Runs a command as a user with this home would: in this process where it can, for another takes 0.3 s to import the file."""
+    words, settings = list(map(str, args)), seeded(home, env)
+    if script == SHIMMY and "serve" not in words and not any(name.startswith(("PYTHON", "LC_")) for name in settings):
+        return run_in_this_process(words, home, stdin, settings)
+    return shimmy_process(*args, home=home, stdin=stdin, env=env, script=script)
+
+
+def shimmy_process(
+    *args: str | Path, home: Path, stdin: bytes = b"", env: dict[str, str] | None = None, script: Path = SHIMMY
+) -> subprocess.CompletedProcess[bytes]:
     return subprocess.run(
-        [*command_of(script), *map(str, args)], cwd=home, env=environment(home, env), input=stdin, capture_output=True,
+        [*command_of(script), *map(str, args)], cwd=home, env=seeded(home, env), input=stdin, capture_output=True,
         timeout=HANG, check=False, preexec_fn=end_with_the_tests,
     )
 
 
-def here(*args: str | Path, home: Path, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[bytes]:
-    """The same in this process, of a command that ends by itself: a process of its own costs half a second to start."""
-    out, err = io.StringIO(), io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        patch.chdir(home)
-        for name in list(os.environ):
+def in_a_shell(command: str, home: Path, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run(["bash", "-c", command], cwd=home, env=seeded(home, env), capture_output=True, timeout=HANG,
+                          check=False)  # fmt: skip
+
+
+def run_in_this_process(
+    words: list[str], home: Path, stdin: bytes, settings: dict[str, str]
+) -> subprocess.CompletedProcess[bytes]:
+    """Runs main() with streams, environment, directory and logging of its own."""
+    files = [io.BytesIO(stdin), io.BytesIO(), io.BytesIO()]
+    given, out, err = (io.TextIOWrapper(file, "utf-8", write_through=True) for file in files)
+    ours, handler, root = os.getcwd(), signal.getsignal(signal.SIGINT), logging.getLogger()
+    level = root.level
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {"stdin": given, "stdout": out, "stderr": err, "argv": [str(SHIMMY), *words]}.items():
+            patch.setattr(sys, name, value)
+        for name in set(os.environ) - set(settings):
             patch.delenv(name)
-        for name, value in environment(home, env).items():
+        for name, value in settings.items():
             patch.setenv(name, value)
-        code = module.main([*map(str, args)])
-    return subprocess.CompletedProcess(args, code, out.getvalue().encode(), err.getvalue().encode())
+        patch.setattr(root, "handlers", [])
+        os.chdir(home)
+        faulthandler.dump_traceback_later(HANG, exit=True, file=sys.__stderr__)
+        try:
+            code: Any = module.main(words)
+        except SystemExit as end:
+            code = end.code
+        finally:
+            faulthandler.cancel_dump_traceback_later()
+            signal.signal(signal.SIGINT, handler)
+            root.setLevel(level)
+            os.chdir(ours)
+    return subprocess.CompletedProcess(words, code or 0, *(file.getvalue() for file in files[1:]))
 
 
 def assert_failed(done: subprocess.CompletedProcess[bytes], code: int, *words: str) -> None:
@@ -6184,7 +6223,8 @@ def test_tool_that_raises_is_200_with_success_false(server: Server) -> None:
 )
 def test_tools_file_that_fails_to_load_exits_1_with_one_line(source: str, word: str, tmp_path: Path) -> None:
     (tmp_path / "broken.py").write_text(source + "\n")
-    assert_failed(here("serve", "--port", "0", "--tools", tmp_path / "broken.py", home=tmp_path), 1, word)
+    flags = ["serve", "--port", "0", "--tools", str(tmp_path / "broken.py")]
+    assert_failed(run_in_this_process(flags, tmp_path, b"", seeded(tmp_path, None)), 1, word)
 
 
 def test_disabled_tool_stays_listed_and_names_its_flag(guarded: Server) -> None:
@@ -9669,7 +9709,8 @@ def test_preset_gives_each_model_its_own_settings(serve: Callable[..., Server], 
 )  # fmt: skip
 def test_preset_that_is_wrong_ends_the_start(text: str, words: str, tmp_path: Path) -> None:
     (tmp_path / "own.ini").write_text(text)
-    assert_failed(here("serve", "--port", "0", "--preset", "own.ini", home=tmp_path), 2, "--preset own.ini: ", words)
+    flags = ["serve", "--port", "0", "--preset", "own.ini"]
+    assert_failed(run_in_this_process(flags, tmp_path, b"", seeded(tmp_path, None)), 2, "--preset own.ini: ", words)
 
 
 def test_preset_that_is_not_there_ends_the_start(tmp_path: Path) -> None:
@@ -17614,20 +17655,19 @@ def test_serve_bind_address_variable_may_include_the_port(serve: Callable[..., S
     assert server.port == port
 
 
-@cases("flags, host, status", {
-    "insecure, an address": (["--insecure"], "192.168.7.7:80", 200),
-    "insecure, a container's name": (["--insecure"], "shimmy:11435", 200),
-    "insecure, our name": (["--insecure"], f"{socket.gethostname()}:80", 200),
-    "insecure, another's name": (["--insecure"], "evil.example", 403),
-    "insecure, a name that is allowed": (["--insecure", "--allow-host", "evil.example"], "evil.example", 200),
-    "a key, a name": (["--api-key", "k3y"], "some.lan.name", 200),
+@cases("flags, hosts", {
+    "insecure": (["--insecure"], {"192.168.7.7:80": 200, "shimmy:11435": 200, f"{socket.gethostname()}:80": 200,
+                                  "evil.example": 403}),
+    "a name that is allowed": (["--insecure", "--allow-host", "evil.example"], {"evil.example": 200}),
+    "a key": (["--api-key", "k3y"], {"some.lan.name": 200}),
 })  # fmt: skip
-def test_serve_beyond_loopback_is_allowed_with(flags: list[str], host: str, status: int, serve: Callable[..., Server]) -> None:
+def test_serve_beyond_loopback_is_allowed_with(flags: list[str], hosts: dict[str, int], serve: Callable[..., Server]) -> None:
     """Without a key, a page must not reach the server by a name that it points there (DNS rebinding)."""
     server = serve("--bind", "0.0.0.0", *flags)
-    assert server.get("/health", Host=host).status == status
-    own_page = {"Host": host, "Origin": f"http://{host}"}
-    assert server.get("/health", **own_page).status == status
+    for host, status in hosts.items():  # an address, a container's name, our own, another's
+        assert server.get("/health", Host=host).status == status
+        own_page = {"Host": host, "Origin": f"http://{host}"}
+        assert server.get("/health", **own_page).status == status
 
 
 def test_serve_with_a_missing_default_model_exits_1_with_one_line(models: Path, tmp_path: Path) -> None:
@@ -17675,55 +17715,48 @@ def test_list_without_models_says_so_and_exits_0(tmp_path: Path) -> None:
 
 def test_list_into_a_closed_pipe_prints_no_error(models: Path, tmp_path: Path) -> None:
     command = f"{IN_A_SHELL} list --models-dir '{models}' | true; echo ${{PIPESTATUS[0]}}"
-    done = subprocess.run(
-        ["bash", "-c", command], cwd=tmp_path, env=environment(tmp_path), capture_output=True, timeout=HANG, check=False
-    )
-    assert done.stderr == b""
+    assert in_a_shell(command, tmp_path).stderr == b""
 
 
-def test_generate_prints_only_the_text(models: Path, tmp_path: Path) -> None:
-    done = shimmy("generate", "recital", "--prompt", "Say :", "--models-dir", models, home=tmp_path)
-    assert (done.returncode, done.stdout) == (0, b"Hello wide world\n"), done.stderr
+@cases("words, stdin, text", {
+    "the text and a newline": (["--prompt", "Say :"], b"", "Hello wide world\n"),
+    "of standard input": (["--raw"], b"say =", TEXTS["="]),
+    "of standard input by its name": (["--raw", "--prompt", "-"], b"say =", TEXTS["="]),
+})  # fmt: skip
+def test_generate_prints_only_the_text(
+    words: list[str], stdin: bytes, text: str, server: Server, models: Path, tmp_path: Path
+) -> None:
+    done = shimmy("generate", "recital", *words, home=tmp_path, stdin=stdin, env=through(server, models))
+    assert (done.returncode, done.stdout.decode()) == (0, text), done.stderr
 
 
-@pytest.mark.parametrize("args", [[], ["--prompt", "-"]])
-def test_generate_without_a_prompt_reads_stdin(args: list[str], models: Path, tmp_path: Path) -> None:
-    done = shimmy("generate", "recital", "--raw", *args, "--models-dir", models, home=tmp_path, stdin=b"say =")
-    assert done.stdout.decode() == TEXTS["="]
-
-
-def test_generate_stdin_is_appended_after_a_newline(models: Path, tmp_path: Path) -> None:
-    args: list[str | Path] = ["generate", "recital", "--raw", "--prompt", "Sum:", "--stdin", "--json", "--models-dir", models]
-    document = json.loads(shimmy(*args, home=tmp_path, stdin=b"log =").stdout)
-    assert document["choices"][0]["text"] == TEXTS["="]
-    assert document["usage"]["prompt_tokens"] == 1 + len("Sum:\nlog =")
+@cases("words, stdin, tokens, text", {
+    "plain": (["--raw", "--prompt", "ab:"], b"", len("ab:"), "Hello wide world"),
+    "standard input behind the prompt": (["--raw", "--prompt", "Sum:", "--stdin"], b"log =", len("Sum:\nlog ="), TEXTS["="]),
+    "by the template": (["--chat", "--prompt", "please count"], b"", len("[user]please count[assistant]="), TEXTS["="]),
+    "with sampling": (["--raw", "--prompt", "=", "--max-tokens", "5", "--stop", "w03", "--temperature", "0", "--top-p", "0.9",
+                       "--top-k", "3"], b"", 1, "w00 w01 w02 "),
+})  # fmt: skip
+def test_generate_json_prints_the_documented_response(
+    words: list[str], stdin: bytes, tokens: int, text: str, server: Server, models: Path, tmp_path: Path
+) -> None:
+    done = shimmy("generate", "recital", "--json", *words, home=tmp_path, stdin=stdin, env=through(server, models))
+    document = json.loads(done.stdout)
+    assert document["choices"] == [{"text": text, "index": 0, "finish_reason": "stop"}]
+    usage = document["usage"]
+    assert usage["prompt_tokens"] == 1 + tokens
+    assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
 
 
 def test_generate_with_a_prompt_does_not_read_stdin(models: Path, tmp_path: Path) -> None:
     reading, writing = os.pipe()  # never closed, so reading it would hang
     command = [*command_of(), "generate", "recital", "--prompt", ":", "--models-dir", str(models)]
     done = subprocess.run(
-        command, stdin=reading, cwd=tmp_path, env=environment(tmp_path), capture_output=True, timeout=HANG, check=False
+        command, stdin=reading, cwd=tmp_path, env=seeded(tmp_path), capture_output=True, timeout=HANG, check=False
     )
     os.close(writing)
     os.close(reading)
     assert done.stdout.startswith(b"Hello wide world")
-
-
-def test_generate_json_prints_the_documented_response(models: Path, tmp_path: Path) -> None:
-    done = shimmy("generate", "recital", "--raw", "--prompt", "ab:", "--json", "--models-dir", models, home=tmp_path)
-    document = json.loads(done.stdout)
-    assert document["choices"] == [{"text": "Hello wide world", "index": 0, "finish_reason": "stop"}]
-    usage = document["usage"]
-    assert usage["prompt_tokens"] == 4
-    assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
-
-
-def test_generate_options_reach_the_sampler(models: Path, tmp_path: Path) -> None:
-    args = ["--json", "--max-tokens", "5", "--stop", "w03", "--temperature", "0", "--top-p", "0.9", "--top-k", "3"]
-    done = shimmy("generate", "recital", "--raw", "--prompt", "=", *args, "--models-dir", models, home=tmp_path)
-    choice = json.loads(done.stdout)["choices"][0]
-    assert (choice["text"], choice["finish_reason"]) == ("w00 w01 w02 ", "stop")
 
 
 @pytest.mark.parametrize("flags", [["--temperature", "9"], ["--top-p", "1.5"], ["--max-tokens", "0"]], ids=" ".join)
@@ -17732,26 +17765,10 @@ def test_generate_option_out_of_range_is_named(flags: list[str], capsys: pytest.
     assert (code, stdout) == (2, "") and stderr.startswith(f"shimmy: {flags[0]} must be") and stderr.count("\n") == 1
 
 
-def test_generate_with_a_seed_repeats(models: Path, tmp_path: Path) -> None:
+def test_generate_with_a_seed_repeats(server: Server, models: Path, tmp_path: Path) -> None:
     args = ["generate", "dice", "--prompt", "Once", "--seed", "5", "--temperature", "1", "--max-tokens", "20"]
-    first, second = (shimmy(*args, "--models-dir", models, home=tmp_path).stdout for _ in range(2))
+    first, second = (shimmy(*args, home=tmp_path, env=through(server, models)).stdout for _ in range(2))
     assert first == second and first
-
-
-def test_generate_chat_applies_the_template(models: Path, tmp_path: Path) -> None:
-    args: list[str | Path] = [
-        "generate",
-        "recital",
-        "--chat",
-        "--prompt",
-        "please count",
-        "--json",
-        "--models-dir",
-        models,
-    ]
-    document = json.loads(shimmy(*args, home=tmp_path).stdout)
-    assert document["choices"][0]["text"] == TEXTS["="]
-    assert document["usage"]["prompt_tokens"] == 1 + len("[user]please count[assistant]=")
 
 
 def test_generate_accepts_a_path_to_a_gguf(models: Path, tmp_path: Path) -> None:
@@ -17777,10 +17794,10 @@ def test_generate_writes_utf_8_in_any_locale(models: Path, tmp_path: Path) -> No
     assert done.stdout.decode() == TEXTS["~"], done.stderr
 
 
-def test_generate_with_a_schema_file_prints_matching_json(models: Path, tmp_path: Path) -> None:
+def test_generate_with_a_schema_file_prints_matching_json(server: Server, models: Path, tmp_path: Path) -> None:
     (tmp_path / "schema.json").write_text('{"type": "string", "enum": ["yes", "no"]}')
-    args: list[str | Path] = ["generate", "dice", "--prompt", "Well", "--schema", "schema.json", "--models-dir", models]
-    done = shimmy(*args, home=tmp_path)
+    args: list[str | Path] = ["generate", "dice", "--prompt", "Well", "--schema", "schema.json"]
+    done = shimmy(*args, home=tmp_path, env=through(server, models))
     assert json.loads(done.stdout) in ("yes", "no"), done.stderr
 
 
@@ -17794,10 +17811,10 @@ def test_generate_with_a_schema_file_prints_matching_json(models: Path, tmp_path
         "$ref to nowhere": '{"$ref": "#/nowhere"}',
     },
 )
-def test_generate_with_an_invalid_schema_fails_with_one_line(schema: str, models: Path, tmp_path: Path) -> None:
+def test_generate_with_an_invalid_schema_fails_with_one_line(schema: str, server: Server, models: Path, tmp_path: Path) -> None:
     (tmp_path / "schema.json").write_text(schema, "latin-1")
-    args: list[str | Path] = ["generate", "dice", "--prompt", "Well", "--schema", "schema.json", "--models-dir", models]
-    done = shimmy(*args, home=tmp_path)
+    args: list[str | Path] = ["generate", "dice", "--prompt", "Well", "--schema", "schema.json"]
+    done = shimmy(*args, home=tmp_path, env=through(server, models))
     assert done.returncode in (1, 2) and len(done.stderr.splitlines()) == 1 and b"Traceback" not in done.stderr
 
 
@@ -17848,21 +17865,18 @@ def test_generate_accepts_engine_options(models: Path, tmp_path: Path) -> None:
 
 
 def test_generate_into_a_closed_pipe_prints_no_error(models: Path, tmp_path: Path) -> None:
-    seed(tmp_path)
     command = (
         f"{IN_A_SHELL} generate recital --raw --models-dir '{models}' --ctx {LONG_CTX}"
         f" --max-tokens {LONG_CTX} --prompt '#' | head -c 20"
     )
-    done = subprocess.run(
-        ["bash", "-c", command], cwd=tmp_path, env=environment(tmp_path), capture_output=True, timeout=HANG, check=False
-    )
+    done = in_a_shell(command, tmp_path)
     assert (done.stdout, done.stderr) == (b"Tick tock tick tock ", b"")
 
 
 def test_generate_flushes_each_piece_and_exits_130_on_ctrl_c(models: Path, tmp_path: Path) -> None:
     args = ["generate", "recital", "--raw", "--prompt", "#", "--max-tokens", str(LONG_CTX), "--ctx", str(LONG_CTX)]
     running = Child(
-        [*command_of(), *args, "--models-dir", str(models)], cwd=tmp_path, env=environment(tmp_path),
+        [*command_of(), *args, "--models-dir", str(models)], cwd=tmp_path, env=seeded(tmp_path),
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True, preexec_fn=interruptible,
     )  # fmt: skip
     assert running.stdout and running.stdout.read(10) == b"Tick tock "
@@ -17904,7 +17918,7 @@ def test_generate_through_a_server_that_dies_fails_in_one_line(
     server = serve("--models-dir", models, "--ctx", str(LONG_CTX))
     server.load("recital")
     command = [*command_of(), "generate", "recital", "--raw", "--prompt", "#", "--max-tokens", str(LONG_CTX)]
-    env = environment(tmp_path, through(server, models))
+    env = seeded(tmp_path, through(server, models))
     with Child(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as running:
         assert running.stdout and running.stdout.read(5) == b"Tick "
         server.process.kill()
@@ -17915,8 +17929,7 @@ def test_generate_through_a_server_that_dies_fails_in_one_line(
 def test_generate_through_a_server_into_a_closed_pipe_cancels(server: Server, models: Path, tmp_path: Path) -> None:
     server.load("recital")
     command = f"{IN_A_SHELL} generate recital --raw --max-tokens {LONG_CTX} --prompt '#' | head -c 20"
-    env = environment(tmp_path, through(server, models))
-    done = subprocess.run(["bash", "-c", command], env=env, capture_output=True, timeout=HANG, check=False)
+    done = in_a_shell(command, tmp_path, through(server, models))
     assert (done.stdout, done.stderr) == (b"Tick tock tick tock ", b"")
     eventually(lambda: server.status("recital")["requests_running"] == 0, "the server stops generating")
 
@@ -17932,7 +17945,7 @@ def test_probe_prints_a_report_and_no_progress_bar_into_a_pipe(models: Path, tmp
 def test_probe_draws_a_progress_bar_on_a_terminal_and_reports_what_it_measured(models: Path, tmp_path: Path) -> None:
     mine, its = os.openpty()
     command = [*command_of(), "probe", "recital", "--json", "--models-dir", str(models)]
-    done = subprocess.run(command, env=environment(tmp_path), stdout=subprocess.PIPE, stderr=its, timeout=HANG, check=True)
+    done = subprocess.run(command, env=seeded(tmp_path), stdout=subprocess.PIPE, stderr=its, timeout=HANG, check=True)
     os.close(its)
     assert b"\r" in os.read(mine, 65536)
     os.close(mine)
@@ -18020,10 +18033,10 @@ def test_generate_that_is_cut_says_so_without_a_terminal(flags: list[str], word:
     assert "cut" in done.stderr.decode() and word in done.stderr.decode()
 
 
-def test_generate_with_a_schema_that_is_cut_fails(models: Path, tmp_path: Path) -> None:
+def test_generate_with_a_schema_that_is_cut_fails(server: Server, models: Path, tmp_path: Path) -> None:
     (tmp_path / "schema.json").write_text('{"type": "string", "enum": ["yes and no and yes and no"]}')
-    args: list[str | Path] = ["--schema", "schema.json", "--max-tokens", "3", "--models-dir", models]
-    done = shimmy("generate", "dice", "--prompt", "Well", *args, home=tmp_path)
+    args: list[str | Path] = ["--schema", "schema.json", "--max-tokens", "3"]
+    done = shimmy("generate", "dice", "--prompt", "Well", *args, home=tmp_path, env=through(server, models))
     assert done.returncode == 1 and "--max-tokens 3" in done.stderr.decode()
 
 
@@ -18033,8 +18046,8 @@ def test_generate_max_tokens_minus_one_goes_to_the_end_of_the_context(models: Pa
     assert json.loads(done.stdout)["usage"]["total_tokens"] == 256, done.stderr
 
 
-def test_generate_names_input_that_is_not_utf_8_once(models: Path, tmp_path: Path) -> None:
-    done = shimmy("generate", "recital", "--raw", "--models-dir", models, home=tmp_path, stdin=b"a\xff\xfe\xff:")
+def test_generate_names_input_that_is_not_utf_8_once(server: Server, models: Path, tmp_path: Path) -> None:
+    done = shimmy("generate", "recital", "--raw", home=tmp_path, env=through(server, models), stdin=b"a\xff\xfe\xff:")
     assert done.stdout == b"Hello wide world"
     assert done.stderr.decode().count("not UTF-8") == 1 and len(done.stderr.splitlines()) == 1
 
@@ -18043,21 +18056,20 @@ def test_generate_names_input_that_is_not_utf_8_once(models: Path, tmp_path: Pat
 def test_generate_bounds_its_standard_input(models: Path, tmp_path: Path) -> None:
     with open("/dev/zero", "rb") as endless:
         command = [*command_of(), "generate", "recital", "--models-dir", str(models)]
-        done = subprocess.run(command, stdin=endless, env=environment(tmp_path), capture_output=True, timeout=HANG, check=False)
+        done = subprocess.run(command, stdin=endless, env=seeded(tmp_path), capture_output=True, timeout=HANG, check=False)
     assert_failed(done, 1, "standard input", "16.0MB")
 
 
 def test_generate_says_that_a_pipe_with_data_is_ignored(models: Path, tmp_path: Path) -> None:
     args: list[str | Path] = ["generate", "recital", "--prompt", "hi", "--models-dir", models]
-    done = shimmy(*args, home=tmp_path, stdin=b"a diff")
+    done = shimmy_process(*args, home=tmp_path, stdin=b"a diff")
     assert done.stdout.startswith(b"Hello") and "--stdin" in done.stderr.decode()
-    assert shimmy(*args, home=tmp_path).stderr == b""
+    assert shimmy_process(*args, home=tmp_path).stderr == b""
 
 
 def test_generate_in_a_loop_leaves_the_loops_input_alone(models: Path, tmp_path: Path) -> None:
     one = f"{IN_A_SHELL} generate recital --prompt \"$f\" --models-dir '{models}' 2>/dev/null"
-    command = ["bash", "-c", f"printf 'a\\nb\\n' | while read f; do echo $f; {one}; done"]
-    done = subprocess.run(command, cwd=tmp_path, env=environment(tmp_path), capture_output=True, timeout=HANG, check=True)
+    done = in_a_shell(f"printf 'a\\nb\\n' | while read f; do echo $f; {one}; done", tmp_path)
     assert [line for line in done.stdout.split() if len(line) == 1] == [b"a", b"b"]
 
 
@@ -18068,17 +18080,17 @@ def test_generate_in_a_loop_leaves_the_loops_input_alone(models: Path, tmp_path:
      ("list <&- 2>&-", 0), ("--version >&-", 0), ("generate --bogus 2>&-", 2), ("generate recital --prompt : <&- >&- 2>&-", 1)],
     ids=lambda value: re.sub(r"\W+", "-", value.translate({60: "in", 62: "out"})) if isinstance(value, str) else str(value),
 )  # fmt: skip
-def test_closed_standard_stream_gives_no_traceback(words: str, code: int, models: Path, tmp_path: Path) -> None:
-    line = f"{IN_A_SHELL} {words}"
-    env = environment(tmp_path, {"SHIMMY_MODEL_PATHS": str(models)})
-    done = subprocess.run(["bash", "-c", line], cwd=tmp_path, env=env, capture_output=True, timeout=HANG, check=False)
+def test_closed_standard_stream_gives_no_traceback(
+    words: str, code: int, server: Server, models: Path, tmp_path: Path
+) -> None:
+    done = in_a_shell(f"{IN_A_SHELL} {words}", tmp_path, through(server, models))
     assert done.returncode == code, done.stderr
     assert b"Traceback" not in done.stderr and b"Exception" not in done.stderr and len(done.stderr.splitlines()) <= 1
 
 
 def test_serve_with_closed_streams_serves(models: Path, tmp_path: Path) -> None:
     line = f"exec '{sys.executable}' '{SHIMMY}' serve --port 0 --models-dir '{models}' --preload <&- >&-"
-    with Child(["bash", "-c", line], env=environment(tmp_path), stderr=subprocess.PIPE, text=True) as running:
+    with Child(["bash", "-c", line], env=seeded(tmp_path), stderr=subprocess.PIPE, text=True) as running:
         assert running.stderr
         guard = threading.Timer(HANG, running.kill)
         guard.start()
@@ -18089,14 +18101,14 @@ def test_serve_with_closed_streams_serves(models: Path, tmp_path: Path) -> None:
         guard.cancel()
 
 
-@pytest.mark.parametrize("name", ["recital", "RECITAL", "recit", "gpt-4", None], ids=["id", "case", "prefix", "alias", "default"])
-def test_generate_has_the_server_load_a_model_it_knows(name: str | None, server: Server, models: Path, tmp_path: Path) -> None:
+def test_generate_has_the_server_load_a_model_it_knows(server: Server, models: Path, tmp_path: Path) -> None:
+    """By its id, in another letter case, by a prefix, an alias, or as the default."""
     server.unload("recital")
-    words = [name] if name else []
-    done = shimmy("-v", "generate", *words, "--prompt", "hi", home=tmp_path, env={"SHIMMY_PORT": str(server.port)})
-    assert done.stdout == b"Hello wide world\n", done.stderr
-    assert f"the server at http://127.0.0.1:{server.port} does the work" in done.stderr.decode()
-    assert server.status("recital")["loaded"]
+    for words in (["recital"], ["RECITAL"], ["recit"], ["gpt-4"], []):
+        done = shimmy("-v", "generate", *words, "--prompt", "hi", home=tmp_path, env={"SHIMMY_PORT": str(server.port)})
+        assert done.stdout == b"Hello wide world\n", done.stderr
+        assert f"the server at http://127.0.0.1:{server.port} does the work" in done.stderr.decode()
+        assert server.status("recital")["loaded"]
 
 
 @pytest.mark.parametrize(
@@ -18198,7 +18210,7 @@ def test_ctrl_c_ends_the_shells_loop(models: Path, tmp_path: Path) -> None:
     args = f"generate recital --raw --prompt '#' --max-tokens {LONG_CTX} --ctx {LONG_CTX} --models-dir '{models}'"
     script = f"for i in 1 2 3; do echo run $i; {IN_A_SHELL} {args}; done; echo behind"
     running = Child(
-        ["bash", "-c", script], cwd=tmp_path, env=environment(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        ["bash", "-c", script], cwd=tmp_path, env=seeded(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         start_new_session=True, preexec_fn=interruptible,
     )  # fmt: skip
     assert running.stdout and running.stdout.read(16) == b"run 1\nTick tock "
@@ -18223,7 +18235,7 @@ def test_ctrl_c_ends_the_line_on_a_terminal_and_the_engine(models: Path, tmp_pat
 @pytest.mark.parametrize("name", ["SIGINT", "SIGHUP"])
 def test_serve_goes_on_ignoring_a_signal_that_its_parent_ignores(name: str, models: Path, tmp_path: Path) -> None:
     command = f"trap '' {name[3:]}; exec '{sys.executable}' '{SHIMMY}' serve --port 0 --models-dir '{models}'"
-    with Child(["bash", "-c", command], env=environment(tmp_path), stdout=subprocess.PIPE) as running:
+    with Child(["bash", "-c", command], env=seeded(tmp_path), stdout=subprocess.PIPE) as running:
         assert running.stdout and b"listening" in running.stdout.readline()
         running.send_signal(getattr(signal, name))
         with pytest.raises(subprocess.TimeoutExpired):
@@ -18236,7 +18248,7 @@ def test_generate_goes_on_in_the_background_of_a_shell_that_ignores_ctrl_c(model
     args = f"generate recital --raw --prompt '#' --temperature 0 --max-tokens 3000 --ctx {LONG_CTX} --models-dir '{models}'"
     command = ["bash", "-c", f"trap '' INT; exec {IN_A_SHELL} {args}"]
     with Child(
-        command, env=environment(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0
+        command, env=seeded(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0
     ) as running:
         assert running.stdout and running.stdout.read(5) == b"Tick "
         running.send_signal(signal.SIGINT)
@@ -18249,7 +18261,7 @@ def test_serve_told_to_stop_while_it_starts_ends_with_0(name: str, models: Path,
     (tmp_path / "slow.py").write_text("import pathlib, time\npathlib.Path('begun').touch()\ntime.sleep(1)\n")
     command = [sys.executable, str(SHIMMY), "serve", "--port", "0", "--tools", "slow.py", "--models-dir", str(models)]
     with Child(
-        command, cwd=tmp_path, env=environment(tmp_path), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+        command, cwd=tmp_path, env=seeded(tmp_path), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
         preexec_fn=interruptible,
     ) as running:  # fmt: skip
         eventually((tmp_path / "begun").exists, "the server starts")
@@ -18342,7 +18354,7 @@ def terminal(
     mine, its = os.openpty()
     command = [*command_of(script), *map(str, args)]
     process = Child(
-        command, cwd=home, env=environment(home, env), stdin=its if stdin is None else stdin, stdout=its, stderr=its,
+        command, cwd=home, env=seeded(home, env), stdin=its if stdin is None else stdin, stdout=its, stderr=its,
         start_new_session=True, preexec_fn=interruptible,
     )  # fmt: skip
     os.close(its)
@@ -18442,9 +18454,9 @@ def test_generate_lines_answers_each_line_in_order(where: str, server: Server, m
     assert done.returncode == 0 and texts == [TEXTS[chr(p[-1])] for p in prompts]
 
 
-def test_generate_lines_puts_prompt_before_each_line(models: Path, tmp_path: Path) -> None:
-    args: list[str | Path] = ["--raw", "--lines", "--prompt", "Sum", "--models-dir", models]
-    done = shimmy("generate", "recital", *args, home=tmp_path, stdin=b"ab:\r\nc:\n")
+def test_generate_lines_puts_prompt_before_each_line(server: Server, models: Path, tmp_path: Path) -> None:
+    args: list[str | Path] = ["--raw", "--lines", "--prompt", "Sum"]
+    done = shimmy("generate", "recital", *args, home=tmp_path, env=through(server, models), stdin=b"ab:\r\nc:\n")
     assert [line["usage"]["prompt_tokens"] for line in lines_of(done)] == [1 + len("Sum\nab:"), 1 + len("Sum\nc:")]
 
 
@@ -18460,7 +18472,7 @@ def test_generate_lines_with_a_line_that_fails_goes_on_and_exits_1(models: Path,
 def test_generate_lines_answers_a_line_before_the_next_one_comes(models: Path, tmp_path: Path) -> None:
     command = [*command_of(), "generate", "recital", "--raw", "--lines", "--models-dir", str(models)]
     with Child(
-        command, cwd=tmp_path, env=environment(tmp_path), stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0
+        command, cwd=tmp_path, env=seeded(tmp_path), stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0
     ) as running:
         assert running.stdin and running.stdout
         for prompt in (":", "="):
@@ -18471,14 +18483,9 @@ def test_generate_lines_answers_a_line_before_the_next_one_comes(models: Path, t
 
 
 def test_generate_lines_into_a_closed_pipe_ends_quietly(models: Path, tmp_path: Path) -> None:
-    seed(tmp_path)
     one = f"{IN_A_SHELL} generate recital --raw --lines --models-dir '{models}'"
-    command = ["bash", "-c", f"yes : | {one} | head -n 2"]
-    done = subprocess.run(command, cwd=tmp_path, env=environment(tmp_path), capture_output=True, timeout=HANG, check=False)
+    done = in_a_shell(f"yes : | {one} | head -n 2", tmp_path)
     assert len(done.stdout.splitlines()) == 2 and done.stderr == b""
-
-
-_ = (linux, shutil)
 
 
 def test_generate_lets_a_chat_use_a_built_in_tool(tmp_path: Path) -> None:
@@ -18684,7 +18691,7 @@ def test_the_examples_of_the_help_work(hub: FakeHub, tmp_path: Path) -> None:
     hub.repo = module.SUGGESTED
     for example in (generate_it, pull_it):
         command = f"'{sys.executable}' {example.replace('shimmy.py', str(SHIMMY), 1)}"
-        done = subprocess.run(["bash", "-c", command], cwd=tmp_path, env=environment(tmp_path, hub.env), capture_output=True,
+        done = subprocess.run(["bash", "-c", command], cwd=tmp_path, env=seeded(tmp_path, hub.env), capture_output=True,
                               timeout=HANG, check=False)  # fmt: skip
         assert done.returncode == 0 and done.stdout, done.stderr
     assert serve_it == "shimmy.py serve"
