@@ -16969,7 +16969,7 @@ def hub() -> Iterator[FakeHub]:
     running.close()
 
 
-pull = functools.partial(here, "pull")
+pull = functools.partial(shimmy, "pull")
 
 
 @pytest.fixture
