@@ -1101,6 +1101,7 @@ linux = pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="finds e
 
 
 ALTERED: set[Path] = set()
+CONTEXT_BEGINS = "        n_batch = max(self.options.batch, self.options.parallel, self.eyes.whole if self.eyes else 0)\n"
 
 
 def altered(folder: Path, *changes: tuple[str, str]) -> Path:
@@ -14501,8 +14502,7 @@ def test_histograms_hold_each_request_once_in_rising_buckets(serve: Callable[...
 
 
 def test_time_to_first_token_has_the_load_in_it(serve: Callable[..., Server], models: Path, tmp_path: Path) -> None:
-    context = "        n_batch = max(self.options.batch, self.options.parallel, self.eyes.whole if self.eyes else 0)\n"
-    script = altered(tmp_path, (context, "        time.sleep(0.3)\n" + context))
+    script = altered(tmp_path, (CONTEXT_BEGINS, "        time.sleep(0.3)\n" + CONTEXT_BEGINS))
     own = serve("--models-dir", models, script=script)
     own.generate(":")
     now = scrape(own)
@@ -14582,8 +14582,7 @@ def test_death_of_an_engine_is_counted_and_its_requests_as_errors(serve: Callabl
     assert now.of("recital", "vllm:request_success_total", finished_reason="error") == 1
 
 
-STOPS_HERE = ("        n_batch = max(self.options.batch, self.options.parallel, self.eyes.whole if self.eyes else 0)\n",
-              "        n_batch = max(self.options.batch, self.options.parallel, self.eyes.whole if self.eyes else 0)\n        time.sleep(60)\n")  # fmt: skip
+STOPS_HERE = (CONTEXT_BEGINS, CONTEXT_BEGINS + "        time.sleep(60)\n")
 
 
 def test_metrics_answer_at_once_while_a_model_loads(serve: Callable[..., Server], models: Path, tmp_path: Path) -> None:
@@ -18368,7 +18367,7 @@ def terminal(
 
 def slow_load(folder: Path) -> Path:
     """A shimmy.py that takes its time over starting the engine and over the context."""
-    places = ("        n_batch = max(self.options.batch, self.options.parallel, self.eyes.whole if self.eyes else 0)\n",
+    places = (CONTEXT_BEGINS,
               "        self.c, self.np, self.ctypes = import")
     return altered(folder, *((place, "        time.sleep(0.7)\n" + place) for place in places))
 
