@@ -2694,6 +2694,12 @@ def test_projector_without_a_name_belongs_to_no_model_among_several(tmp_path: Pa
     assert sum("projector" in each["reason"] for each in scanned.skipped) == 2
 
 
+def test_projector_of_the_command_line_is_the_default_models_and_a_presets_its_own() -> None:
+    settings = module.Settings({"mmproj": "eyes.gguf"}, [module.Preset("seer", {"mmproj": "none"})])
+    found = [settings.of(plain_model(id=id), first).engine.mmproj for id, first in (("m", True), ("m", False), ("seer", True))]
+    assert found == ["eyes.gguf", None, "none"]
+
+
 def test_projector_of_a_hub_snapshot_and_of_ollamas_store_is_found(tmp_path: Path) -> None:
     def write(path: Path) -> Path:
         write_projector(path.with_name("mmproj-F16.gguf"))
@@ -9706,7 +9712,8 @@ def test_preset_gives_each_model_its_own_settings(serve: Callable[..., Server], 
      "a name for several": ("[a*]\nalias = b\n", "[a*] alias: a pattern means several models"),
      "twice": ("[a]\nctx = 5\nctx = 6\n", "option 'ctx' in section 'a' already exists"),
      "no INI": ("[a\n", "'[a"),
-     "no adapter": ("[a]\nlora = none.gguf\n", "[a] --lora none.gguf: there is no such file")},
+     "no adapter": ("[a]\nlora = none.gguf\n", "[a] --lora none.gguf: there is no such file"),
+     "no projector": ("[a]\nmmproj = eyes.gguf\n", "[a] --mmproj eyes.gguf: there is no such file")},
 )  # fmt: skip
 def test_preset_that_is_wrong_ends_the_start(text: str, words: str, tmp_path: Path) -> None:
     (tmp_path / "own.ini").write_text(text)
@@ -9749,7 +9756,7 @@ def test_load_with_other_settings_that_does_not_wait_is_answered_at_once_by_a_bu
      "out of range": ({"ctx": 0}, "ctx: '0' is no whole number from 1"),
          "sampling": ({"temperature": 1}, "a load takes the engine's settings"),
      "a file": ({"chat_template": "/etc/passwd"}, "chat_template names a file"),
-     "another": ({"lora": ["x"]}, "lora names a file"),
+     "another": ({"lora": ["x"]}, "lora names a file"), "a projector": ({"mmproj": "x"}, "mmproj names a file"),
      "no such device": ({"device": "CUDA9"}, "there is no such device"), "no object": ([1], "must be a JSON object")},
 )  # fmt: skip
 def test_load_refuses_settings_that_are_wrong_and_loses_nothing(body: Any, words: str, server: Server) -> None:
