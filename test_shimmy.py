@@ -1161,6 +1161,7 @@ linux = pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="finds e
 
 
 ALTERED: set[Path] = set()
+CONTEXT_BEGINS = "        n_batch = max(self.options.batch, self.options.parallel, self.eyes.whole if self.eyes else 0)\n"
 
 
 def altered(folder: Path, *changes: tuple[str, str]) -> Path:
@@ -2751,6 +2752,12 @@ def test_projector_without_a_name_belongs_to_no_model_among_several(tmp_path: Pa
     scanned = Catalog([SearchRoot(str(tmp_path), "--models-dir")]).scan()
     assert {m.id: bool(m.projector) for m in scanned.models} == {"seer": False, "gazer": True}
     assert sum("projector" in each["reason"] for each in scanned.skipped) == 2
+
+
+def test_projector_of_the_command_line_is_the_default_models_and_a_presets_its_own() -> None:
+    settings = module.Settings({"mmproj": "eyes.gguf"}, [module.Preset("seer", {"mmproj": "none"})])
+    found = [settings.of(plain_model(id=id), first).engine.mmproj for id, first in (("m", True), ("m", False), ("seer", True))]
+    assert found == ["eyes.gguf", None, "none"]
 
 
 def test_projector_of_a_hub_snapshot_and_of_ollamas_store_is_found(tmp_path: Path) -> None:
@@ -9898,7 +9905,8 @@ def test_preset_gives_each_model_its_own_settings(serve: Callable[..., Server], 
      "a name for several": ("[a*]\nalias = b\n", "[a*] alias: a pattern means several models"),
      "twice": ("[a]\nctx = 5\nctx = 6\n", "option 'ctx' in section 'a' already exists"),
      "no INI": ("[a\n", "'[a"),
-     "no adapter": ("[a]\nlora = none.gguf\n", "[a] --lora none.gguf: there is no such file")},
+     "no adapter": ("[a]\nlora = none.gguf\n", "[a] --lora none.gguf: there is no such file"),
+     "no projector": ("[a]\nmmproj = eyes.gguf\n", "[a] --mmproj eyes.gguf: there is no such file")},
 )  # fmt: skip
 def test_preset_that_is_wrong_ends_the_start(text: str, words: str, tmp_path: Path) -> None:
     (tmp_path / "own.ini").write_text(text)
@@ -9941,7 +9949,7 @@ def test_load_with_other_settings_that_does_not_wait_is_answered_at_once_by_a_bu
      "out of range": ({"ctx": 0}, "ctx: '0' is no whole number from 1"),
          "sampling": ({"temperature": 1}, "a load takes the engine's settings"),
      "a file": ({"chat_template": "/etc/passwd"}, "chat_template names a file"),
-     "another": ({"lora": ["x"]}, "lora names a file"),
+     "another": ({"lora": ["x"]}, "lora names a file"), "a projector": ({"mmproj": "x"}, "mmproj names a file"),
      "no such device": ({"device": "CUDA9"}, "there is no such device"), "no object": ([1], "must be a JSON object")},
 )  # fmt: skip
 def test_load_refuses_settings_that_are_wrong_and_loses_nothing(body: Any, words: str, server: Server) -> None:
@@ -14694,8 +14702,7 @@ def test_histograms_hold_each_request_once_in_rising_buckets(serve: Callable[...
 
 
 def test_time_to_first_token_has_the_load_in_it(serve: Callable[..., Server], models: Path, tmp_path: Path) -> None:
-    context = "        n_batch = max(self.options.batch, self.options.parallel)\n"
-    script = altered(tmp_path, (context, "        time.sleep(0.3)\n" + context))
+    script = altered(tmp_path, (CONTEXT_BEGINS, "        time.sleep(0.3)\n" + CONTEXT_BEGINS))
     own = serve("--models-dir", models, script=script)
     own.generate(":")
     now = scrape(own)
@@ -14775,8 +14782,7 @@ def test_death_of_an_engine_is_counted_and_its_requests_as_errors(serve: Callabl
     assert now.of("recital", "vllm:request_success_total", finished_reason="error") == 1
 
 
-STOPS_HERE = ("        n_batch = max(self.options.batch, self.options.parallel)\n",
-              "        n_batch = max(self.options.batch, self.options.parallel)\n        time.sleep(60)\n")  # fmt: skip
+STOPS_HERE = (CONTEXT_BEGINS, CONTEXT_BEGINS + "        time.sleep(60)\n")
 
 
 def test_metrics_answer_at_once_while_a_model_loads(serve: Callable[..., Server], models: Path, tmp_path: Path) -> None:
@@ -18360,9 +18366,9 @@ def test_generate_trims_the_key(guarded: Server, models: Path, tmp_path: Path) -
 
 def test_generate_gives_the_servers_answer_to_a_prompt_that_is_too_large(server: Server, models: Path, tmp_path: Path) -> None:
     server.load("recital")
-    large = b"\n" * (12 << 20)  # 24 MiB as JSON
+    large = b"\n" * ((16 << 20) - 1)  # twice as much as JSON
     done = shimmy("generate", "recital", home=tmp_path, stdin=b"x" + large, env=through(server, models))
-    assert_failed(done, 1, "16777216")
+    assert_failed(done, 1, "33554432")
 
 
 class HangsUp(http.server.BaseHTTPRequestHandler):
@@ -18561,7 +18567,7 @@ def terminal(
 
 def slow_load(folder: Path) -> Path:
     """A shimmy.py that takes its time over starting the engine and over the context."""
-    places = ("        n_batch = max(self.options.batch, self.options.parallel)\n",
+    places = (CONTEXT_BEGINS,
               "        self.c, self.np, self.ctypes = import")
     return altered(folder, *((place, "        time.sleep(0.7)\n" + place) for place in places))
 
