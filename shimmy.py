@@ -17554,7 +17554,7 @@ class Documents:
 
     MAX_KEPT = 10_000  # values, objects and arrays, as far as texts have reached them
     MAX_PLACES = 20_000  # of an array with contains
-    MAX_TAKEN, MAX_EXAMPLE = 100, 10_000  # values that are counted, and their length
+    MAX_TAKEN, MAX_EXAMPLE = 1000, 10_000  # values that are counted, and their length
     WIDE = 40  # so many bytes may come only within a string
     MAX_NAMES = 10_000  # names that an object may have, counted
     MAX_ALIKE = 16  # names of those taken that an object may have too, at a time
