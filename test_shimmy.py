@@ -5778,6 +5778,7 @@ def test_schema_leads_into_no_dead_end(schema: Any) -> None:
 @cases("schema", {
     "one value, twice": {**ANY_ARRAY, "uniqueItems": True, "minItems": 2, "items": {"const": {"a": 1}}},
     "two integers, three times": {**ANY_ARRAY, "uniqueItems": True, "minItems": 3, "items": {"enum": [1, 2]}},
+    "120 integers, 200 times": {**UNIQUE, "minItems": 200, "items": {"type": "integer", "minimum": 1, "maximum": 120}},
     "more properties than there are": {**NAMED_SCHEMAS, "minProperties": 4},
     "what nothing is": {"type": "string", "allOf": [{"pattern": "^a"}, {"pattern": "^b"}]},
     "contained twice, without repeats": {"uniqueItems": True, "contains": {"const": 1}, "minContains": 2},
