@@ -7811,7 +7811,7 @@ def eyes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     info = model_info(write_kind(folder / "seer.gguf", request.param, letters=controls))
     info = replace(info, projector=str(write_projector(folder / "mmproj-seer.gguf", make=make)))
     options = module.EngineOptions(ctx=512, kv_pool=1024, parallel=4, batch=32)
-    worker = module.Worker(info, module.Setup(options), 99, lambda *_: None, lambda _: None).start(lambda _: None)
+    worker = module.Worker(info, module.Setup(options), 99, lambda *_: None, lambda _: None).start()
     assert worker.loaded.sees
     yield worker
     worker.stop()
@@ -9930,7 +9930,7 @@ def test_load_takes_settings_and_tells_what_holds(serve: Callable[..., Server], 
     assert changed["context_length"] == 200 and changed["options"]["parallel"] == 2
     assert own.generate().text == TEXTS[":"]
     own.unload("recital")
-    assert own.post("/api/models/recital/load", {"ctx": None}).json()["options"] == {"threads": 1}
+    assert own.post("/api/models/recital/load", {"ctx": None}).json()["options"] == {"threads": 1, "cache_disk": 0}
 
 
 def test_load_with_other_settings_that_does_not_wait_is_answered_at_once_by_a_busy_model(
