@@ -16442,35 +16442,11 @@ def test_page_sends_a_text_file_before_the_question(tab: Callable[..., Tab], ser
     assert it.text(".user details pre") == "é ```x```" and it.page.locator("#files > *").count() == 0
 
 
-def picture_of(width: int, height: int, noise: int = 0) -> bytes:
-    """A PNG, grey, or of pixels that no format makes smaller."""
-    row = random.Random(noise).randbytes if noise else bytes
-    rows = b"".join(b"\0" + row(3 * width) for _ in range(height))
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
-
-    head = width.to_bytes(4, "big") + height.to_bytes(4, "big") + b"\x08\x02\0\0\0"
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
-
-
-def with_eyes(it: Tab) -> Tab:
-    """Lets the page believe that recital sees."""
-
-    def answer(route: Any) -> None:
-        listed = route.fetch().json()
-        route.fulfill(json={"models": [m | {"vision": m["id"] == "recital"} for m in listed["models"]]})
-
-    it.page.route("**/api/models", answer)
-    it.page.reload()
+def test_page_sends_pictures_scaled_down_and_keeps_them(tab: Callable[..., Tab], seeing: Server) -> None:
+    it = tab(seeing)
     eventually(lambda: "sees" in it.text("#model"), "the models are listed")
-    return it
-
-
-def test_page_sends_pictures_scaled_down_and_keeps_them(tab: Callable[..., Tab], server: Server) -> None:
-    it = with_eyes(tab(server))
-    it.drop("wide.png", picture_of(2000, 10), "paste")
-    it.page.set_input_files("#added", [{"name": "cat.png", "mimeType": "", "buffer": picture_of(4, 3)}])
+    it.drop("wide.png", png(np.full((10, 2000, 3), 90, np.uint8)), "paste")
+    it.page.set_input_files("#added", [{"name": "cat.png", "mimeType": "", "buffer": RED}])
     it.wait("#files img[alt='cat.png']")
     it.page.click("[aria-label='Remove cat.png']")
     with it.page.expect_request("**/v1/chat/completions") as sent:
@@ -16481,6 +16457,7 @@ def test_page_sends_pictures_scaled_down_and_keeps_them(tab: Callable[..., Tab],
     assert url.startswith("data:image/png;base64,")
     assert struct.unpack(">2I", base64.b64decode(url.partition(",")[2])[16:24]) == (1280, 7)
     it.done()
+    assert it.page.locator(".card.bad").count() == 0
     it.page.reload()
     assert it.page.locator(".user img").evaluate_all("all => all.map(i => [i.alt, i.naturalWidth])") == [["wide.png", 1280]]
     it.page.click("[aria-label='Edit and ask again']")
@@ -16488,16 +16465,17 @@ def test_page_sends_pictures_scaled_down_and_keeps_them(tab: Callable[..., Tab],
 
 
 def test_page_takes_no_picture_for_a_model_that_does_not_see(tab: Callable[..., Tab], server: Server) -> None:
-    it = with_eyes(tab(server))
-    it.page.select_option("#model", "plain")
-    it.drop("cat.png", picture_of(4, 3))
+    it = tab(server)
+    it.pick("plain")
+    it.drop("cat.png", RED)
     it.wait("#notice", "cat.png was not added: plain does not see pictures.")
     assert it.page.locator("#files > *").count() == 0
 
 
 def test_page_drops_the_oldest_pictures_where_its_storage_is_full(tab: Callable[..., Tab], server: Server) -> None:
     it = tab(server)
-    pictures = ["data:image/png;base64," + base64.b64encode(picture_of(100, 100, n)).decode() for n in (1, 2, 3)]
+    noise = [png(np.random.default_rng(n).integers(0, 256, (100, 100, 3), np.uint8)) for n in range(3)]
+    pictures = ["data:image/png;base64," + base64.b64encode(picture).decode() for picture in noise]
     files = [[{"name": f"{n}.png", "picture": url}] for n, url in enumerate(pictures)]
     old = talk("old", page_said("a", files=files[0]), "and", page_said("", files=files[1]))
     it.load(talk("new", page_said("b", files=files[2])), old)
