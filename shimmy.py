@@ -16099,10 +16099,10 @@ def has_text(at: Texts, spend: Callable[[int], None] = lambda steps: None) -> bo
     is_sized = at.kind == "sized"  # such a text is found soonest by going on where one is, others by looking nearby
     if is_sized and _known_length(at) is None:
         has_text(at.parts[0], spend)
-    thread = threading.get_ident()
-    if not at.search or at.search[0] != thread:  # another thread's goes on by itself
-        at.search = thread, {at: None}, deque([at])
-    _, before, todo = at.search
+    thread, search = threading.get_ident(), at.search
+    if not search or search[0] != thread:  # another thread's goes on by itself
+        search = at.search = thread, {at: None}, deque([at])
+    _, before, todo = search
     last, rest = None, math.inf
     while todo:
         one = todo[-1 if is_sized else 0]
@@ -17554,7 +17554,7 @@ class Documents:
 
     MAX_KEPT = 10_000  # values, objects and arrays, as far as texts have reached them
     MAX_PLACES = 20_000  # of an array with contains
-    MAX_TAKEN, MAX_EXAMPLE = 100, 10_000  # values that are counted, and their length
+    MAX_TAKEN, MAX_EXAMPLE = 1000, 10_000  # values that are counted, and their length
     WIDE = 40  # so many bytes may come only within a string
     MAX_NAMES = 10_000  # names that an object may have, counted
     MAX_ALIKE = 16  # names of those taken that an object may have too, at a time
@@ -17648,7 +17648,7 @@ class Documents:
     def _has_enough(self, shape: ArrayShape) -> bool:
         """True if an array whose elements are all different can be as long as it must be."""
         first, contains = shape.first, shape.contains
-        if not first and all(most is None for _, _, most in contains[:1]) and len(contains) < 2:
+        if not first and len(contains) < 2 and all(most is None for _, _, most in contains):
             rest = shape.at(0)
             wanted = [] if rest is None else [(rest, shape.low)]
             wanted += [(self.shapes.node((*(rest or ()), number)), least) for number, least, _ in contains]

@@ -443,8 +443,23 @@ def add_words(writer: gguf.GGUFWriter) -> None:
     writer.add_add_bos_token(False)
 
 
-def write_kind(path: Path, kind: str, context: int = 512, kv_heads: int = 2) -> Path:
-    """Writes a small random model with one kind of memory. Token 17 reads " w017", so its text converts back to ids."""
+def add_letters(writer: gguf.GGUFWriter, *controls: str) -> None:
+    """A vocabulary of 257 tokens: bytes, and control tokens for the end of a text and more."""
+    tokens = [*byte_alphabet()[: 256 - len(controls)], "<|endoftext|>", *controls]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([NORMAL] * (256 - len(controls)) + [CONTROL] * (1 + len(controls)))
+    writer.add_token_merges(["t h"])
+    writer.add_eos_token_id(256 - len(controls))
+    writer.add_add_bos_token(False)
+
+
+def write_kind(path: Path, kind: str, context: int = 512, kv_heads: int = 2, letters: Seq[str] | None = None) -> Path:
+    """Writes a small random model with one kind of memory. Token 17 reads " w017", so its text converts back to ids.
+
+    With `letters` it reads any text, and these control tokens.
+    """
     rng, width = np.random.default_rng(11), 64
     writer = gguf.GGUFWriter(str(path), kind)
     writer.add_context_length(context)
@@ -453,7 +468,7 @@ def write_kind(path: Path, kind: str, context: int = 512, kv_heads: int = 2) -> 
     writer.add_feed_forward_length(96)
     writer.add_layer_norm_rms_eps(1e-6)
     writer.add_file_type(gguf.LlamaFileType.ALL_F32)
-    add_words(writer)
+    add_words(writer) if letters is None else add_letters(writer, *letters)
     KIND_METADATA[kind](writer, kv_heads)
 
     def matrix(name: str, *shape: int) -> None:
@@ -466,7 +481,7 @@ def write_kind(path: Path, kind: str, context: int = 512, kv_heads: int = 2) -> 
     ones("token_embd_norm.weight" if kind == "lfm2" else "output_norm.weight")
     for layer in range(4):
         KIND_LAYERS[kind](f"blk.{layer}", layer, matrix, ones, width, kv_heads)
-    if kind in ("llama", "mamba"):
+    if kind in ("llama", "mamba", "qwen2vl"):
         matrix("output.weight", 257, width)
     finish(writer)
     return path
@@ -483,6 +498,11 @@ def attention_metadata(writer: gguf.GGUFWriter, kv_heads: int) -> None:
 def window_metadata(writer: gguf.GGUFWriter, kv_heads: int) -> None:
     attention_metadata(writer, kv_heads)
     writer.add_sliding_window(32)
+
+
+def sections_metadata(writer: gguf.GGUFWriter, kv_heads: int) -> None:
+    attention_metadata(writer, kv_heads)
+    writer.add_rope_dimension_sections([2, 3, 3, 0])  # half of a head's 16: time, height, width
 
 
 def mamba_metadata(writer: gguf.GGUFWriter, _: int) -> None:
@@ -515,6 +535,18 @@ def gemma_layer(b: str, layer: int, matrix: Any, ones: Any, width: int, kv_heads
     attention_layer(b, layer, matrix, ones, width, kv_heads)
     ones(f"{b}.post_attention_norm.weight")
     ones(f"{b}.post_ffw_norm.weight")
+
+
+def gemma3_layer(b: str, layer: int, matrix: Any, ones: Any, width: int, kv_heads: int) -> None:
+    gemma_layer(b, layer, matrix, ones, width, kv_heads)
+    for name in ("attn_q_norm", "attn_k_norm"):
+        ones(f"{b}.{name}.weight", array=np.full(16, 3.0))  # attention that chooses: positions and masks show
+
+
+def qwen2vl_layer(b: str, layer: int, matrix: Any, ones: Any, width: int, kv_heads: int) -> None:
+    attention_layer(b, layer, matrix, ones, width, kv_heads)
+    for name, size in (("attn_q", max(4, kv_heads) * 16), ("attn_k", kv_heads * 16), ("attn_v", kv_heads * 16)):
+        ones(f"{b}.{name}.bias", array=np.zeros(size))
 
 
 def mamba_layer(b: str, layer: int, matrix: Any, ones: Any, width: int, _: int) -> None:
@@ -566,10 +598,15 @@ def write_mixture(path: Path) -> Path:
 
 
 def write_projector(
-    path: Path, name: str = "Seer", width: int = 64, kind: gguf.LlamaFileType = gguf.LlamaFileType.ALL_F32, basename: str = ""
+    path: Path, name: str = "Seer", width: int = 64, kind: gguf.LlamaFileType = gguf.LlamaFileType.ALL_F32, basename: str = "",
+    make: str = "mlp",
 ) -> Path:  # fmt: skip
-    """Writes a random projector, LLaVA's: 32 x 32 pixels in patches of 8 x 8 become 16 tokens."""
-    rng, size = np.random.default_rng(3), 32
+    """Writes a random projector: 32 x 32 pixels in patches of 8 x 8 become 16 tokens.
+
+    LLaVA's; Gemma's, which takes the mean of 2 x 2 patches of 64 x 64 pixels; Qwen's, which takes pictures of any size, and
+    makes a token of 2 x 2 patches.
+    """
+    rng, size, side = np.random.default_rng(3), 32, 32 if make == "mlp" else 64
     path.parent.mkdir(parents=True, exist_ok=True)
     writer = gguf.GGUFWriter(str(path), "clip")
     writer.add_type("mmproj")
@@ -579,21 +616,42 @@ def write_projector(
         writer.add_basename(basename)
     writer.add_bool("clip.has_vision_encoder", True)
     writer.add_bool("clip.use_gelu", True)
-    writer.add_string("clip.projector_type", "mlp")
+    writer.add_string("clip.projector_type", make)
     for key, value in {"embedding_length": size, "feed_forward_length": size, "block_count": 2, "projection_dim": width,
-                       "attention.head_count": 2, "image_size": 32, "patch_size": 8}.items():  # fmt: skip
+                       "attention.head_count": 2, "image_size": side, "patch_size": 8, "projector.scale_factor": 2,
+                       "spatial_merge_size": 2}.items():  # fmt: skip
         writer.add_uint32(f"clip.vision.{key}", value)
     writer.add_float32("clip.vision.attention.layer_norm_epsilon", 1e-6)
     writer.add_array("clip.vision.image_mean", [0.5] * 3)
     writer.add_array("clip.vision.image_std", [0.25] * 3)
-    writer.add_tensor("v.patch_embd.weight", rng.normal(0, 0.3, (size, 3, 8, 8)).astype(np.float32))
-    writer.add_tensor("v.position_embd.weight", rng.normal(0, 1, (17, size)).astype(np.float32))
-    writer.add_tensor("v.class_embd", rng.normal(0, 1, size).astype(np.float32))
-    layers = [f"v.blk.{i}.{name}" for i in range(2) for name in ("attn_q", "attn_k", "attn_v", "attn_out", "ffn_up", "ffn_down")]
-    for tensor, rows, columns in [*((name, size, size) for name in layers), ("mm.0", width, size), ("mm.2", width, width)]:
-        writer.add_tensor(f"{tensor}.weight", rng.normal(0, 1 / np.sqrt(columns), (rows, columns)).astype(np.float32))
+
+    def draw(tensor: str, *shape: int, spread: float = 0.0) -> None:
+        values = rng.normal(0, spread or 1 / np.sqrt(shape[-1]), shape)
+        writer.add_tensor(tensor, values.astype(np.float32))
+
+    def linear(tensor: str, rows: int, columns: int) -> None:
+        draw(f"{tensor}.weight", rows, columns)
         writer.add_tensor(f"{tensor}.bias", np.zeros(rows, np.float32))
-    for norm in ("v.pre_ln", "v.post_ln", *(f"v.blk.{i}.ln{n}" for i in range(2) for n in (1, 2))):
+
+    draw("v.patch_embd.weight", size, 3, 8, 8, spread=0.3)
+    if make != "qwen2vl_merger":
+        draw("v.position_embd.weight", 17 if make == "mlp" else 64, size, spread=1)
+    for layer in range(2):
+        for part in ("attn_q", "attn_k", "attn_v", "attn_out", "ffn_up", "ffn_down"):
+            linear(f"v.blk.{layer}.{part}", size, size)
+    if make == "mlp":
+        draw("v.class_embd", size, spread=1)
+        linear("mm.0", width, size)
+        linear("mm.2", width, width)
+    elif make == "gemma3":
+        writer.add_tensor("v.patch_embd.bias", np.zeros(size, np.float32))
+        writer.add_tensor("mm.soft_emb_norm.weight", np.ones(size, np.float32))
+        draw("mm.input_projection.weight", size, width)
+    else:
+        draw("v.patch_embd.weight.1", size, 3, 8, 8, spread=0.3)
+        linear("mm.0", 4 * size, 4 * size)
+        linear("mm.2", width, 4 * size)
+    for norm in (*["v.pre_ln"] * (make == "mlp"), "v.post_ln", *(f"v.blk.{i}.ln{n}" for i in range(2) for n in (1, 2))):
         writer.add_tensor(f"{norm}.weight", np.ones(size, np.float32))
         writer.add_tensor(f"{norm}.bias", np.zeros(size, np.float32))
     finish(writer)
@@ -633,8 +691,10 @@ def plain_model(**fields: Any) -> Any:
     return module.ModelInfo(**named | fields)
 
 
-KIND_METADATA = {"llama": attention_metadata, "gemma2": window_metadata, "mamba": mamba_metadata, "lfm2": hybrid_metadata}
-KIND_LAYERS = {"llama": attention_layer, "gemma2": gemma_layer, "mamba": mamba_layer, "lfm2": hybrid_layer}
+KIND_METADATA = {"llama": attention_metadata, "gemma2": window_metadata, "mamba": mamba_metadata, "lfm2": hybrid_metadata,
+                 "gemma3": window_metadata, "qwen2vl": sections_metadata}  # fmt: skip
+KIND_LAYERS = {"llama": attention_layer, "gemma2": gemma_layer, "mamba": mamba_layer, "lfm2": hybrid_layer,
+               "gemma3": gemma3_layer, "qwen2vl": qwen2vl_layer}  # fmt: skip
 
 
 def with_bytes(path: Path, offset: int, data: bytes) -> Path:
@@ -1101,6 +1161,7 @@ linux = pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="finds e
 
 
 ALTERED: set[Path] = set()
+CONTEXT_BEGINS = "        n_batch = max(self.options.batch, self.options.parallel, self.eyes.whole if self.eyes else 0)\n"
 
 
 def altered(folder: Path, *changes: tuple[str, str]) -> Path:
@@ -2691,6 +2752,12 @@ def test_projector_without_a_name_belongs_to_no_model_among_several(tmp_path: Pa
     scanned = Catalog([SearchRoot(str(tmp_path), "--models-dir")]).scan()
     assert {m.id: bool(m.projector) for m in scanned.models} == {"seer": False, "gazer": True}
     assert sum("projector" in each["reason"] for each in scanned.skipped) == 2
+
+
+def test_projector_of_the_command_line_is_the_default_models_and_a_presets_its_own() -> None:
+    settings = module.Settings({"mmproj": "eyes.gguf"}, [module.Preset("seer", {"mmproj": "none"})])
+    found = [settings.of(plain_model(id=id), first).engine.mmproj for id, first in (("m", True), ("m", False), ("seer", True))]
+    assert found == ["eyes.gguf", None, "none"]
 
 
 def test_projector_of_a_hub_snapshot_and_of_ollamas_store_is_found(tmp_path: Path) -> None:
@@ -5711,6 +5778,7 @@ def test_schema_leads_into_no_dead_end(schema: Any) -> None:
 @cases("schema", {
     "one value, twice": {**ANY_ARRAY, "uniqueItems": True, "minItems": 2, "items": {"const": {"a": 1}}},
     "two integers, three times": {**ANY_ARRAY, "uniqueItems": True, "minItems": 3, "items": {"enum": [1, 2]}},
+    "120 integers, 200 times": {**UNIQUE, "minItems": 200, "items": {"type": "integer", "minimum": 1, "maximum": 120}},
     "more properties than there are": {**NAMED_SCHEMAS, "minProperties": 4},
     "what nothing is": {"type": "string", "allOf": [{"pattern": "^a"}, {"pattern": "^b"}]},
     "contained twice, without repeats": {"uniqueItems": True, "contains": {"const": 1}, "minContains": 2},
@@ -7704,6 +7772,139 @@ def ids(words: str) -> list[int]:
 
 
 STORY = "In the beginning there was a very long sentence, longer than any window that slides over it, and then "
+
+
+# Pictures, by the worker: each family has something of its own.
+
+EYES = {  # the projector and the tokens around a picture
+    "llama": ("mlp", ()),
+    "gemma3": ("gemma3", ("<start_of_image>", "<end_of_image>")),  # attention both ways within a picture; a sliding window
+    "qwen2vl": ("qwen2vl_merger", ("<|vision_start|>", "<|vision_end|>")),  # positions in two dimensions; any size
+}
+
+
+def noise(width: int, height: int, seed: int) -> Any:
+    """A picture unlike any other."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3)).astype(np.uint8)
+    return module.Picture(png(pixels), width, height)
+
+
+def words(count: int, seed: int) -> str:
+    return "".join(map(chr, np.random.default_rng(seed).integers(97, 123, count)))
+
+
+SIGHTS: dict[str, tuple[Any, ...]] = {
+    "none": (words(9, 1),),
+    "before": (noise(64, 64, 1), words(9, 1)),
+    "behind": (words(70, 2), noise(64, 64, 1), words(1, 1)),
+    "two": (words(3, 3), noise(64, 64, 1), words(3, 4), noise(96, 32, 2), words(5, 5)),
+    "other order": (words(3, 3), noise(96, 32, 2), words(3, 4), noise(64, 64, 1), words(5, 5)),
+    "twice": (noise(64, 64, 1), noise(64, 64, 1), words(3, 6)),
+    "wide": (words(3, 3), noise(320, 128, 3), words(5, 5)),
+}
+
+
+@pytest.fixture(scope="module", params=EYES)
+def eyes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A worker of each family."""
+    folder, (make, controls) = tmp_path_factory.mktemp(request.param), EYES[request.param]
+    info = model_info(write_kind(folder / "seer.gguf", request.param, letters=controls))
+    info = replace(info, projector=str(write_projector(folder / "mmproj-seer.gguf", make=make)))
+    options = module.EngineOptions(ctx=512, kv_pool=1024, parallel=4, batch=32)
+    worker = module.Worker(info, module.Setup(options), 99, lambda *_: None, lambda _: None).start(lambda _: None)
+    assert worker.loaded.sees
+    yield worker
+    worker.stop()
+
+
+@dataclass(frozen=True)
+class Sight:
+    """What a worker wrote of a prompt: token ids, their log probabilities, the likeliest first ones, and its end."""
+
+    ids: list[int]
+    logprobs: list[float]
+    first: dict[int, float]
+    end: Any
+
+
+def look(worker: Any, prompt: tuple[Any, ...], tokens: int = 12, cancel: Any = None) -> Sight:
+    sampling = module.Sampling(max_tokens=tokens, temperature=0.0, ignore_eos=True, logprobs=5)
+    events = list(worker.submit([module.Generate(prompt, sampling, frozenset())], cancel or Cancellation()))
+    said = [each for event in events if isinstance(event, module.Piece) for each in event.logprobs]
+    return Sight([each.id for each in said], [each.logprob for each in said],
+                 dict(zip(said[0].ids, said[0].logprobs, strict=True)), events[-1])  # fmt: skip
+
+
+def assert_same_sight(one: Sight, other: Sight) -> None:
+    """Asserts the same text up to rounding, which may break a tie."""
+    until = next((i for i, (mine, its) in enumerate(zip(one.ids, other.ids, strict=True)) if mine != its), 12) + 1
+    assert other.logprobs[:until] == pytest.approx(one.logprobs[:until], abs=0.02)
+
+
+def read_by_libmtmd(llama: Any, prompt: tuple[Any, ...]) -> np.ndarray:
+    """The log probabilities of the first token as libmtmd's own reader finds them."""
+    import llama_cpp.mtmd_cpp as mtmd
+
+    c, handle, chunks, past = llama.c, llama.eyes.handle, mtmd.mtmd_input_chunks_init(), ctypes.c_int32()
+    files = [part.data for part in prompt if isinstance(part, module.Picture)]
+    text = "".join(part if isinstance(part, str) else "<__media__>" for part in prompt).encode()
+    bitmaps = [mtmd.mtmd_helper_bitmap_init_from_buf(handle, (ctypes.c_uint8 * len(f))(*f), len(f), False) for f in files]
+    words = mtmd.mtmd_input_text(text=text, text_len=len(text), add_special=True, parse_special=True)
+    array = (ctypes.c_void_p * len(bitmaps))(*bitmaps)
+    assert mtmd.mtmd_tokenize(handle, chunks, ctypes.byref(words), array, len(bitmaps)) == 0
+    context = llama.main.handle
+    assert mtmd.mtmd_helper_eval_chunks(handle, context, chunks, 0, 0, llama.main.n_batch, True, ctypes.byref(past)) == 0
+    logits = np.ctypeslib.as_array(c.llama_get_logits_ith(context, -1), (llama.vocab.size,)).astype(float)
+    llama.main.clear(False)
+    return logits - logits.max() - np.log(np.exp(logits - logits.max()).sum())
+
+
+def test_pictures_are_read_as_libmtmd_reads_them(eyes: Any) -> None:
+    llama = module.Llama(module.Load(eyes.info, module.Setup(module.EngineOptions(ctx=512, parallel=1))), lambda _: None)
+    found = {name: look(eyes, prompt) for name, prompt in SIGHTS.items()}
+    for name, prompt in SIGHTS.items():
+        expected = read_by_libmtmd(llama, prompt)
+        assert found[name].first == pytest.approx({id: expected[id] for id in found[name].first}, abs=0.02), name
+        assert expected.argmax() in found[name].first
+    assert found["two"].first != pytest.approx(found["other order"].first, abs=0.02)
+    assert found["before"].end.picture_tokens == 16 and found["two"].end.picture_tokens in (28, 32)
+
+
+def test_pictures_are_lent_like_text(eyes: Any) -> None:
+    """Asked again, gone on with, left in a picture's middle, and at once with others, some of them cancelled."""
+    talks: list[tuple[Any, ...]] = [(words(40, i), noise(64, 64, i), words(20, i), noise(160, 96, i % 3), words(i + 1, i))
+                                    for i in range(8)]  # fmt: skip
+    talks += [(words(40, i), noise(64, 64, i), words(20, i), noise(160, 96, 9), words(3, i)) for i in range(3)]
+    alone = []
+    for talk in talks:
+        first, again = look(eyes, talk), look(eyes, talk)
+        assert again.end.cached_tokens == first.end.prompt_tokens - 1
+        assert_same_sight(first, again)
+        alone.append(first)
+    longer = (*talks[-1], words(9, 99), noise(64, 64, 99), words(2, 98))
+    gone_on = look(eyes, longer)
+    assert gone_on.end.cached_tokens >= alone[-1].end.prompt_tokens - 1
+
+    def ask(i: int) -> tuple[int, Sight | None]:
+        cancel = Cancellation()
+        if i % 5 == 0:
+            threading.Timer(i / 500, cancel.cancel).start()
+            with contextlib.suppress(module.Cancelled):
+                look(eyes, talks[i % 8], cancel=cancel)
+            return i, None
+        return i, look(eyes, talks[i % len(talks)], 12)
+
+    with ThreadPoolExecutor(8) as pool:
+        for i, sight in pool.map(ask, range(44)):
+            if sight:
+                assert_same_sight(alone[i % len(talks)], sight)
+    assert_same_sight(gone_on, look(eyes, longer))
+
+
+def test_picture_that_cannot_be_decoded_is_named(eyes: Any) -> None:
+    broken = module.Picture(RED[:60], 32, 40)
+    with pytest.raises(InvalidRequest, match="image 2 cannot be decoded"):
+        look(eyes, (words(2, 1), noise(64, 64, 1), broken, words(2, 1)))
 
 
 def test_generate_stops_at_max_tokens_with_length(server: Server) -> None:
@@ -9705,7 +9906,8 @@ def test_preset_gives_each_model_its_own_settings(serve: Callable[..., Server], 
      "a name for several": ("[a*]\nalias = b\n", "[a*] alias: a pattern means several models"),
      "twice": ("[a]\nctx = 5\nctx = 6\n", "option 'ctx' in section 'a' already exists"),
      "no INI": ("[a\n", "'[a"),
-     "no adapter": ("[a]\nlora = none.gguf\n", "[a] --lora none.gguf: there is no such file")},
+     "no adapter": ("[a]\nlora = none.gguf\n", "[a] --lora none.gguf: there is no such file"),
+     "no projector": ("[a]\nmmproj = eyes.gguf\n", "[a] --mmproj eyes.gguf: there is no such file")},
 )  # fmt: skip
 def test_preset_that_is_wrong_ends_the_start(text: str, words: str, tmp_path: Path) -> None:
     (tmp_path / "own.ini").write_text(text)
@@ -9748,7 +9950,7 @@ def test_load_with_other_settings_that_does_not_wait_is_answered_at_once_by_a_bu
      "out of range": ({"ctx": 0}, "ctx: '0' is no whole number from 1"),
          "sampling": ({"temperature": 1}, "a load takes the engine's settings"),
      "a file": ({"chat_template": "/etc/passwd"}, "chat_template names a file"),
-     "another": ({"lora": ["x"]}, "lora names a file"),
+     "another": ({"lora": ["x"]}, "lora names a file"), "a projector": ({"mmproj": "x"}, "mmproj names a file"),
      "no such device": ({"device": "CUDA9"}, "there is no such device"), "no object": ([1], "must be a JSON object")},
 )  # fmt: skip
 def test_load_refuses_settings_that_are_wrong_and_loses_nothing(body: Any, words: str, server: Server) -> None:
@@ -14501,8 +14703,7 @@ def test_histograms_hold_each_request_once_in_rising_buckets(serve: Callable[...
 
 
 def test_time_to_first_token_has_the_load_in_it(serve: Callable[..., Server], models: Path, tmp_path: Path) -> None:
-    context = "        n_batch = max(self.options.batch, self.options.parallel)\n"
-    script = altered(tmp_path, (context, "        time.sleep(0.3)\n" + context))
+    script = altered(tmp_path, (CONTEXT_BEGINS, "        time.sleep(0.3)\n" + CONTEXT_BEGINS))
     own = serve("--models-dir", models, script=script)
     own.generate(":")
     now = scrape(own)
@@ -14582,8 +14783,7 @@ def test_death_of_an_engine_is_counted_and_its_requests_as_errors(serve: Callabl
     assert now.of("recital", "vllm:request_success_total", finished_reason="error") == 1
 
 
-STOPS_HERE = ("        n_batch = max(self.options.batch, self.options.parallel)\n",
-              "        n_batch = max(self.options.batch, self.options.parallel)\n        time.sleep(60)\n")  # fmt: skip
+STOPS_HERE = (CONTEXT_BEGINS, CONTEXT_BEGINS + "        time.sleep(60)\n")
 
 
 def test_metrics_answer_at_once_while_a_model_loads(serve: Callable[..., Server], models: Path, tmp_path: Path) -> None:
@@ -18145,9 +18345,9 @@ def test_generate_trims_the_key(guarded: Server, models: Path, tmp_path: Path) -
 
 def test_generate_gives_the_servers_answer_to_a_prompt_that_is_too_large(server: Server, models: Path, tmp_path: Path) -> None:
     server.load("recital")
-    large = b"\n" * (12 << 20)  # 24 MiB as JSON
+    large = b"\n" * ((16 << 20) - 1)  # twice as much as JSON
     done = shimmy("generate", "recital", home=tmp_path, stdin=b"x" + large, env=through(server, models))
-    assert_failed(done, 1, "16777216")
+    assert_failed(done, 1, "33554432")
 
 
 class HangsUp(http.server.BaseHTTPRequestHandler):
@@ -18346,7 +18546,7 @@ def terminal(
 
 def slow_load(folder: Path) -> Path:
     """A shimmy.py that takes its time over starting the engine and over the context."""
-    places = ("        n_batch = max(self.options.batch, self.options.parallel)\n",
+    places = (CONTEXT_BEGINS,
               "        self.c, self.np, self.ctypes = import")
     return altered(folder, *((place, "        time.sleep(0.7)\n" + place) for place in places))
 
