@@ -5104,13 +5104,13 @@ def llama() -> Any:
     return module.Llama(module.Load(model_info(file), module.Setup(options)), lambda fraction: None)
 
 
-class Rows:
+class Rows(module.Rows):
     """A text that is decoded by hand."""
 
     def __init__(self, llama: Any, text: str) -> None:
         tokens = llama.vocab.tokens(text, first=True)
-        self.llama, self.row, self.n_computed, self.n_tokens = llama, 0, 0, len(tokens)
-        self.tokens = llama.np.zeros(512, llama.np.int32)
+        super().__init__(llama.np.zeros(512, llama.np.int32), len(tokens), llama.np.arange(513, dtype=llama.np.int32))
+        self.llama, self.row = llama, 0
         self.tokens[: self.n_tokens] = tokens
         llama.main.drop(0)
 
