@@ -846,7 +846,7 @@ def read_images(where: str, images: Any, newest: bool = True) -> tuple[Attachmen
     return tuple(Attachment(f"{where}[{i}]", "image", newest, image) for i, image in enumerate(listed))
 
 
-def beside(images: tuple[Attachment, ...], text: str) -> str | Content:
+def with_images(images: tuple[Attachment, ...], text: str) -> str | Content:
     """A text behind its images."""
     return Content((*images, text) if text else images) if images else text
 
@@ -1264,13 +1264,13 @@ class Projector:
 
 @functools.lru_cache(maxsize=4096)
 def plain_label(words: str) -> str:
-    """A name without what differs between a model and its projector."""
+    """Strips what differs between the names of a model and its projector, so that they can be compared."""
     words = QUANT_IN_NAME.sub("", SHARD.sub("", words)).lower()
     return re.sub(r"mmproj|gguf|[^a-z0-9]", "", words.removeprefix("mmproj-model"))
 
 
 def labels_of(meta: Mapping[str, Any], path: str) -> tuple[str, ...]:
-    """What a header and the file's name call a model or projector, the most telling first."""
+    """Names of a model or projector, by its header and its file; the most telling first."""
     named = (meta.get("general.basename"), meta.get("general.name"), pathlib.Path(path).stem)
     return tuple(str(name)[:200] for name in named if name)
 
@@ -8057,15 +8057,15 @@ class ModelTable:
 # events; ToolLoop answers where the server runs tools; METRICS are the rows of /metrics.
 
 
-class Looker:
-    """Makes the pictures of one request of what its client sent, within the bounds of all of them together."""
+class PictureReader:
+    """Decodes or fetches the images of one request, within bounds for all of them together."""
 
     def __init__(self, getter: HttpGetter, cancel: Cancellation) -> None:
         self._getter, self._cancel, self._count, self._left = getter, cancel, 0, MAX_PICTURES_BYTES
         self._deadline = time.monotonic() + getter.MAX_SECONDS  # for all that are fetched
 
-    def look(self, attachment: Attachment) -> Picture:
-        """Decodes or fetches an image. Raises InvalidRequest, which names the part and says what is wrong."""
+    def read(self, attachment: Attachment) -> Picture:
+        """Raises InvalidRequest, which names the part and says what is wrong."""
         self._count += 1
         if self._count > MAX_PICTURES:
             raise InvalidRequest(f"{attachment.where}: a request may have up to {MAX_PICTURES} images", attachment.where)
@@ -8176,7 +8176,7 @@ class Service:
         if not any(isinstance(content, Content) for content in (*prompts, *(message["content"] for message in messages))):
             return request
         info, last = self.table.info(request.model), messages[-1] if continues(request) else None
-        look = Looker(self.tools.getter, cancel).look if info.projector else None
+        look = PictureReader(self.tools.getter, cancel).read if info.projector else None
 
         def shown(content: Any, look: Callable[[Attachment], Picture] | None) -> Any:
             return content.shown(info.id, look) if isinstance(content, Content) else content
@@ -8695,7 +8695,7 @@ class Native(Dialect):
             raise InvalidRequest("prompt and messages exclude each other: send one of them", "prompt")
         if images and messages:
             raise InvalidRequest("images go with a prompt; in messages they are parts of the content", "images")
-        content = None if prompt is None else beside(images, prompt)
+        content = None if prompt is None else with_images(images, prompt)
         if system is not None:
             turns = messages or ({"role": "user", "content": content},)
             messages, content = ({"role": "system", "content": system}, *turns), None
@@ -9769,7 +9769,7 @@ class OllamaChat(Ollama):
             calls = listed(f"{where}.tool_calls", given(message, "tool_calls", []))
             named = [{"id": f"call{next(count):05d}", **call} for _, call in calls]
             text = flat_text(f"{where}.content", given(message, "content", ""), ("text", "refusal"))
-            content = beside(read_images(f"{where}.images", message.get("images"), message is newest), text)
+            content = with_images(read_images(f"{where}.images", message.get("images"), message is newest), text)
             turn = {**message, "tool_calls": named, "content": content, "name": given(message, "tool_name", message.get("name"))}
             if message.get("role") == "tool" and message.get("tool_call_id") is None and called:
                 turn["tool_call_id"] = called.popleft()
@@ -9798,7 +9798,7 @@ class OllamaGenerate(Ollama):
             raise InvalidRequest("images: a gap is filled by text alone; leave out suffix or images", "images")
         if suffix:
             return replace(request, infill=Infill(prompt, suffix))
-        content = beside(images, prompt)
+        content = with_images(images, prompt)
         if raw or not content:
             return replace(request, prompts=(content,) if content else ())
         turns = ({"role": "system", "content": system},) if system else ()
@@ -10005,7 +10005,7 @@ def llama_error(error: ApiError) -> dict[str, Any]:
 
 @functools.cache
 def media_marker() -> str:
-    """The text that stands for a picture in llama-server's prompts: another in each process, so that no text holds it."""
+    """Marks a picture in llama-server's prompts; random, so that no client's text holds it by chance."""
     return f"<__media_{os.urandom(16).hex()}__>"
 
 
@@ -12819,7 +12819,7 @@ def generate_body(args: argparse.Namespace, source: TextSource, prompt: str, sam
 
 
 def user_turn(args: argparse.Namespace, text: str) -> dict[str, Any]:
-    """What the user says: the text, behind the images that the command line names. Raises UsageError."""
+    """A turn of the user's: the text, behind the images that --image names. Raises UsageError."""
     parts: list[dict[str, Any]] = []
     for file in args.image:
         try:

@@ -13543,11 +13543,11 @@ def test_images_are_fetched_from_open_hosts_alone(monkeypatch: pytest.MonkeyPatc
         return (200, {}, RED) if url.endswith("cat.png") else (404, {}, b"")
 
     monkeypatch.setattr(module.HttpGetter, "fetch", fetch)
-    looker = module.Looker(module.HttpGetter(["a.example"]), Cancellation())
+    reader = module.PictureReader(module.HttpGetter(["a.example"]), Cancellation())
     cat = module.Attachment("images[0]", "image", True, "HTTPS://a.example/cat.png")
-    assert looker.look(cat).data == RED
+    assert reader.read(cat).data == RED
     with pytest.raises(InvalidRequest, match="its server answers 404"):
-        looker.look(replace(cat, source="https://a.example/dog.png"))
+        reader.read(replace(cat, source="https://a.example/dog.png"))
     assert [most for _, most in asked] == [module.MAX_PICTURES_BYTES, module.MAX_PICTURES_BYTES - len(RED)]
 
 
