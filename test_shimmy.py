@@ -848,7 +848,7 @@ def run_in_this_process(
             patch.setenv(name, value)
         patch.setattr(root, "handlers", [])
         os.chdir(home)
-        faulthandler.dump_traceback_later(HANG, exit=True, file=sys.__stderr__)
+        faulthandler.dump_traceback_later(HANG, exit=True, file=sys.__stderr__ or err)
         try:
             code: Any = module.main(words)
         except SystemExit as end:
@@ -2769,10 +2769,10 @@ def test_projector_of_a_hub_snapshot_and_of_ollamas_store_is_found(tmp_path: Pat
     ollama_model(tmp_path / "ollama", "seer", "1b", more={"projector": write_projector(tmp_path / "p.gguf").read_bytes()})
     roots = [SearchRoot(str(tmp_path / "hub"), "hub"), SearchRoot(str(tmp_path / "ollama"), "ollama", ollama=True)]
     hub, ollama = Catalog(roots).scan().models
-    assert os.path.basename(hub.projector) == "mmproj-F16.gguf"
+    assert hub.projector and os.path.basename(hub.projector) == "mmproj-F16.gguf"
     settings = module.Settings()
     fitted = ollama.fitted(settings.of(ollama, True).engine.mmproj)
-    assert "sha256-" in fitted.projector and fitted.weights_bytes > ollama.size_bytes
+    assert fitted.projector and "sha256-" in fitted.projector and fitted.weights_bytes > ollama.size_bytes
     assert not ollama.fitted("none").projector
 
 
@@ -4208,7 +4208,7 @@ def helpers() -> Iterator[module.Helpers]:
 
 def rendered(source: str, helpers: module.Helpers) -> str:
     facts = module.ChatFacts({"": source}, "<s>", False, "</s>", ())
-    return "".join(module.Chat(facts, helpers).prompt(asked(("user", "hi"))))
+    return "".join(map(str, module.Chat(facts, helpers).prompt(asked(("user", "hi")))))
 
 
 @pytest.mark.parametrize("name", MORE_TEMPLATES)
@@ -5104,13 +5104,13 @@ def llama() -> Any:
     return module.Llama(module.Load(model_info(file), module.Setup(options)), lambda fraction: None)
 
 
-class Rows:
+class Rows(module.Rows):
     """A text that is decoded by hand."""
 
     def __init__(self, llama: Any, text: str) -> None:
         tokens = llama.vocab.tokens(text, first=True)
-        self.llama, self.row, self.n_computed, self.n_tokens = llama, 0, 0, len(tokens)
-        self.tokens = llama.np.zeros(512, llama.np.int32)
+        super().__init__(llama.np.zeros(512, llama.np.int32), len(tokens), llama.np.arange(513, dtype=llama.np.int32))
+        self.llama, self.row = llama, 0
         self.tokens[: self.n_tokens] = tokens
         llama.main.drop(0)
 
@@ -7050,7 +7050,7 @@ def test_an_echo_with_logprobs_scores_an_answer_as_lm_eval_reads_it(tiny: Server
         choices = [choice for answer in answers for choice in answer["choices"]]
         shown = {name: [value for choice in choices for value in (choice["logprobs"] or {name: []})[name]]
                  for name in written["logprobs"]}  # fmt: skip
-        assert "".join(choice["text"] for choice in choices).startswith(ask["prompt"])
+        assert "".join(choice["text"] for choice in choices).startswith(str(ask["prompt"]))
         index = next(i for i, offset in enumerate(shown["text_offset"]) if offset >= len(context))
         assert shown["tokens"][index:-1] == written["logprobs"]["tokens"]
         assert shown["token_logprobs"][index:-1] == pytest.approx(written["logprobs"]["token_logprobs"], abs=0.05)
@@ -7789,18 +7789,18 @@ def noise(width: int, height: int, seed: int) -> Any:
     return module.Picture(png(pixels), width, height)
 
 
-def words(count: int, seed: int) -> str:
+def letters(count: int, seed: int) -> str:
     return "".join(map(chr, np.random.default_rng(seed).integers(97, 123, count)))
 
 
 SIGHTS: dict[str, tuple[Any, ...]] = {
-    "none": (words(9, 1),),
-    "before": (noise(64, 64, 1), words(9, 1)),
-    "behind": (words(70, 2), noise(64, 64, 1), words(1, 1)),
-    "two": (words(3, 3), noise(64, 64, 1), words(3, 4), noise(96, 32, 2), words(5, 5)),
-    "other order": (words(3, 3), noise(96, 32, 2), words(3, 4), noise(64, 64, 1), words(5, 5)),
-    "twice": (noise(64, 64, 1), noise(64, 64, 1), words(3, 6)),
-    "wide": (words(3, 3), noise(320, 128, 3), words(5, 5)),
+    "none": (letters(9, 1),),
+    "before": (noise(64, 64, 1), letters(9, 1)),
+    "behind": (letters(70, 2), noise(64, 64, 1), letters(1, 1)),
+    "two": (letters(3, 3), noise(64, 64, 1), letters(3, 4), noise(96, 32, 2), letters(5, 5)),
+    "other order": (letters(3, 3), noise(96, 32, 2), letters(3, 4), noise(64, 64, 1), letters(5, 5)),
+    "twice": (noise(64, 64, 1), noise(64, 64, 1), letters(3, 6)),
+    "wide": (letters(3, 3), noise(320, 128, 3), letters(5, 5)),
 }
 
 
@@ -7872,16 +7872,16 @@ def test_pictures_are_read_as_libmtmd_reads_them(eyes: Any) -> None:
 
 def test_pictures_are_lent_like_text(eyes: Any) -> None:
     """Asked again, gone on with, left in a picture's middle, and at once with others, some of them cancelled."""
-    talks: list[tuple[Any, ...]] = [(words(40, i), noise(64, 64, i), words(20, i), noise(160, 96, i % 3), words(i + 1, i))
+    talks: list[tuple[Any, ...]] = [(letters(40, i), noise(64, 64, i), letters(20, i), noise(160, 96, i % 3), letters(i + 1, i))
                                     for i in range(8)]  # fmt: skip
-    talks += [(words(40, i), noise(64, 64, i), words(20, i), noise(160, 96, 9), words(3, i)) for i in range(3)]
+    talks += [(letters(40, i), noise(64, 64, i), letters(20, i), noise(160, 96, 9), letters(3, i)) for i in range(3)]
     alone = []
     for talk in talks:
         first, again = look(eyes, talk), look(eyes, talk)
         assert again.end.cached_tokens == first.end.prompt_tokens - 1
         assert_same_sight(first, again)
         alone.append(first)
-    longer = (*talks[-1], words(9, 99), noise(64, 64, 99), words(2, 98))
+    longer = (*talks[-1], letters(9, 99), noise(64, 64, 99), letters(2, 98))
     gone_on = look(eyes, longer)
     assert gone_on.end.cached_tokens >= alone[-1].end.prompt_tokens - 1
 
@@ -7904,7 +7904,7 @@ def test_pictures_are_lent_like_text(eyes: Any) -> None:
 def test_picture_that_cannot_be_decoded_is_named(eyes: Any) -> None:
     broken = module.Picture(RED[:60], 32, 40)
     with pytest.raises(InvalidRequest, match="image 2 cannot be decoded"):
-        look(eyes, (words(2, 1), noise(64, 64, 1), broken, words(2, 1)))
+        look(eyes, (letters(2, 1), noise(64, 64, 1), broken, letters(2, 1)))
 
 
 def test_generate_stops_at_max_tokens_with_length(server: Server) -> None:
@@ -8064,8 +8064,8 @@ def test_kept_prompt_survives_a_restart_is_counted_and_spares_nothing_of_another
 def prefix_files(model: Path, most: int = 1 << 30) -> Any:
     """A model's prefixes on the disk, without an engine."""
     options = types.SimpleNamespace(cache_disk=most, kv_type="f16", flash_attn="auto", lora=())
-    llama = types.SimpleNamespace(options=options, info=types.SimpleNamespace(path=str(model)), on_cpu=True, n_swa=0, np=np,
-                                  counting=np.arange(10_000))  # fmt: skip
+    llama: Any = types.SimpleNamespace(options=options, info=types.SimpleNamespace(path=str(model)), on_cpu=True, n_swa=0, np=np,
+                                       counting=np.arange(10_000))  # fmt: skip
     return module.PrefixFiles(llama)
 
 
@@ -13460,7 +13460,7 @@ def test_every_dialect_shows_the_model_the_same_picture(seeing: Server) -> None:
     assert seeing.post("/v1/messages/count_tokens", claude).json() == {"input_tokens": tokens}
 
 
-RESPONSE_PARTS = [{"type": "input_image", "image_url": RED64}, {"type": "input_text", "text": "Look"}]
+RESPONSE_PARTS: Any = [{"type": "input_image", "image_url": RED64}, {"type": "input_text", "text": "Look"}]
 PACKAGES: dict[str, Callable[[Server], str]] = {  # ask as their documentation does
     "openai": lambda seeing: seeing.client().chat.completions.create(
         model="seer", **pictured()).choices[0].message.content,
@@ -16642,35 +16642,11 @@ def test_page_sends_a_text_file_before_the_question(tab: Callable[..., Tab], ser
     assert it.text(".user details pre") == "é ```x```" and it.page.locator("#files > *").count() == 0
 
 
-def picture_of(width: int, height: int, noise: int = 0) -> bytes:
-    """A PNG, grey, or of pixels that no format makes smaller."""
-    row = random.Random(noise).randbytes if noise else bytes
-    rows = b"".join(b"\0" + row(3 * width) for _ in range(height))
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
-
-    head = width.to_bytes(4, "big") + height.to_bytes(4, "big") + b"\x08\x02\0\0\0"
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
-
-
-def with_eyes(it: Tab) -> Tab:
-    """Lets the page believe that recital sees."""
-
-    def answer(route: Any) -> None:
-        listed = route.fetch().json()
-        route.fulfill(json={"models": [m | {"vision": m["id"] == "recital"} for m in listed["models"]]})
-
-    it.page.route("**/api/models", answer)
-    it.page.reload()
+def test_page_sends_pictures_scaled_down_and_keeps_them(tab: Callable[..., Tab], seeing: Server) -> None:
+    it = tab(seeing)
     eventually(lambda: "sees" in it.text("#model"), "the models are listed")
-    return it
-
-
-def test_page_sends_pictures_scaled_down_and_keeps_them(tab: Callable[..., Tab], server: Server) -> None:
-    it = with_eyes(tab(server))
-    it.drop("wide.png", picture_of(2000, 10), "paste")
-    it.page.set_input_files("#added", [{"name": "cat.png", "mimeType": "", "buffer": picture_of(4, 3)}])
+    it.drop("wide.png", png(np.full((10, 2000, 3), 90, np.uint8)), "paste")
+    it.page.set_input_files("#added", [{"name": "cat.png", "mimeType": "", "buffer": RED}])
     it.wait("#files img[alt='cat.png']")
     it.page.click("[aria-label='Remove cat.png']")
     with it.page.expect_request("**/v1/chat/completions") as sent:
@@ -16681,6 +16657,7 @@ def test_page_sends_pictures_scaled_down_and_keeps_them(tab: Callable[..., Tab],
     assert url.startswith("data:image/png;base64,")
     assert struct.unpack(">2I", base64.b64decode(url.partition(",")[2])[16:24]) == (1280, 7)
     it.done()
+    assert it.page.locator(".card.bad").count() == 0
     it.page.reload()
     assert it.page.locator(".user img").evaluate_all("all => all.map(i => [i.alt, i.naturalWidth])") == [["wide.png", 1280]]
     it.page.click("[aria-label='Edit and ask again']")
@@ -16688,16 +16665,17 @@ def test_page_sends_pictures_scaled_down_and_keeps_them(tab: Callable[..., Tab],
 
 
 def test_page_takes_no_picture_for_a_model_that_does_not_see(tab: Callable[..., Tab], server: Server) -> None:
-    it = with_eyes(tab(server))
-    it.page.select_option("#model", "plain")
-    it.drop("cat.png", picture_of(4, 3))
+    it = tab(server)
+    it.pick("plain")
+    it.drop("cat.png", RED)
     it.wait("#notice", "cat.png was not added: plain does not see pictures.")
     assert it.page.locator("#files > *").count() == 0
 
 
 def test_page_drops_the_oldest_pictures_where_its_storage_is_full(tab: Callable[..., Tab], server: Server) -> None:
     it = tab(server)
-    pictures = ["data:image/png;base64," + base64.b64encode(picture_of(100, 100, n)).decode() for n in (1, 2, 3)]
+    noise = [png(np.random.default_rng(n).integers(0, 256, (100, 100, 3), np.uint8)) for n in range(3)]
+    pictures = ["data:image/png;base64," + base64.b64encode(picture).decode() for picture in noise]
     files = [[{"name": f"{n}.png", "picture": url}] for n, url in enumerate(pictures)]
     old = talk("old", page_said("a", files=files[0]), "and", page_said("", files=files[1]))
     it.load(talk("new", page_said("b", files=files[2])), old)
