@@ -13,45 +13,45 @@
 
 Part I, the server, reads downward as a request flows. Its sections with their lines, 7 to 10 in the child:
 
-    1    Limits and errors            170  every bound with its reason; ApiError and its kinds
-    2    Requests and events          630  a body becomes a checked request; the events of its answer
-    3    Models on disk               400  the catalog of model files; presets
-    4    Chat                         800  messages to a prompt by the model's template (Helpers), its text back to events
-    5    Tools                        440  a Python function is a tool; ToolLoop runs what the server may
-    6    Messages                     390  jobs, what comes back of them, and the Pipe they cross
-    7    llama.cpp                    840  the library: model, contexts, vocabulary, kernels
+    1    Limits and errors            180  every bound with its reason; ApiError and its kinds
+    2    Requests and events          740  a body becomes a checked request; the events of its answer
+    3    Models on disk               490  the catalog of model files; presets
+    4    Chat                         840  messages to a prompt by the model's template (Helpers), its text back to events
+    5    Tools                        450  a Python function is a tool; what built-in ones may reach
+    6    Messages                     400  jobs, what comes back of them, and the Pipe they cross
+    7    llama.cpp                   1120  the library: model, contexts, vocabulary, kernels, Eyes
     8    Sampling                     480  how the next token is picked, and the text that tokens become
-    9    Scheduling                   750  who runs and who waits, whose cells are where, Prefix reuse
-    10   Engine                       690  the step loop, and the threads that feed it
-    11   Worker                       520  the parent's side of a child; Metrics
-    12   Models in memory             700  loads, evictions, the Ladder; ModelTable finds by name
-    13   Service                      430  the only way in for every door
-    14.1 Dialects                     510  what OpenAI's clients speak, and our own
-    14.2 Dialects of blocks           510  Messages and Responses
-    14.3 Ollama and llama-server      530  their shapes, and what clients are told of models
-    15.1 Connections                  330  who may call, what comes in, who has left
+    9    Scheduling                  1130  who runs and who waits, whose cells are where; Prefix, PrefixFiles
+    10   Engine                       770  the step loop, and the threads that feed it
+    11   Worker                       520  the parent's side of a child; the Ladder of its loads; Metrics
+    12   Models in memory             690  loads, evictions; ModelTable finds by name
+    13   Service                      490  the only way in for every door; ToolLoop runs what tools the server may
+    14.1 Dialects                     530  what OpenAI's clients speak, and our own
+    14.2 Dialects of blocks           520  Messages and Responses
+    14.3 Ollama and llama-server      550  their shapes, and what clients are told of models
+    15.1 Connections                  340  who may call, what comes in, who has left
     15.2 Wires                        110  documents to bytes; `deliver` is the one loop between
-    15.3 Routes                       230  one row a route
-    15.4 HTTP                         390  a connection's thread from its first byte to its last
+    15.3 Routes                       240  one row a route
+    15.4 HTTP                         420  a connection's thread from its first byte to its last
     16   WebSocket, lifecycle         260  asyncio on its side thread; how a server stops
-    17.1 Command line                 470  flags and their meaning
-    17.2 Commands                     610  serve, list, probe, diag, pull
+    17.1 Command line                 480  flags and their meaning
+    17.2 Commands                     600  serve, list, probe, diag, pull
     17.3 generate                     560  by a running server or an engine of its own; main
 
 Part II is a library that knows no request, route or model in memory. Each head says what it offers and uses.
 
-    A    The machine                  360  memory, cores, versions, known faults, child processes
-    B    GGUF headers                 310  a bounded reader, and the memory a model asks for
-    C    Formats                      980  how models write thoughts and calls, and the parser of it
-    D.1  Automata                     410  symbols, and the states of all readings of a text
+    A    The machine                  370  memory, cores, versions, known faults, child processes
+    B    GGUF headers                 380  a bounded reader, and the memory a model asks for
+    C    Formats                      950  how models write thoughts and calls, and the parser of it
+    D.1  Automata                     420  symbols, and the states of all readings of a text
     D.2  Patterns                     420  regular expressions and GBNF
-    D.3  Strings                      600  sets of texts, with and, or and not
+    D.3  Strings                      590  sets of texts, with and, or and not
     D.4  Numbers                      220  numbers by bounds and multiples
-    E.1  JSON schemas                 340  a client's schema, read and checked
-    E.2  Shapes                       650  its normal form: meet, union, not
-    E.3  Grammars                     740  its documents, and calls, as symbols
-    F    Pull                         670  from a hub or any address into the cache
-    G    Page                         840  the chat page at /
+    E.1  JSON schemas                 350  a client's schema, read and checked
+    E.2  Shapes                       660  its normal form: meet, union, not
+    E.3  Grammars                     730  its documents, and calls, as symbols
+    F    Pull                         680  from a hub or any address into the cache
+    G    Page                         960  the chat page at /
 
 Three seams. What the client speaks: a Dialect reads bodies and makes documents, a Wire sends them. What the model writes:
 Chat makes its prompts, reads its text and constrains it, by a ChatFormat derived from its template. What the engine
