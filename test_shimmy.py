@@ -475,11 +475,12 @@ def write_kind(path: Path, kind: str, context: int = 512, kv_heads: int = 2, let
     def ones(name: str, *shape: int, array: Any = None) -> None:
         writer.add_tensor(name, np.ones(shape or (width,), np.float32) if array is None else array.astype(np.float32))
 
-    writer.add_tensor("token_embd.weight", rng.normal(0, 1, (257, width)).astype(np.float32))
+    spread = 1 / 8 if kind == "gemma3" else 1  # Gemma multiplies it by 8
+    writer.add_tensor("token_embd.weight", rng.normal(0, spread, (257, width)).astype(np.float32))
     ones("token_embd_norm.weight" if kind == "lfm2" else "output_norm.weight")
     for layer in range(4):
         KIND_LAYERS[kind](f"blk.{layer}", layer, matrix, ones, width, kv_heads)
-    if kind in ("llama", "mamba", "qwen2vl"):
+    if kind in ("llama", "mamba", "gemma3", "qwen2vl"):
         matrix("output.weight", 257, width)
     finish(writer)
     return path
@@ -7621,18 +7622,18 @@ def noise(width: int, height: int, seed: int) -> Any:
     return module.Picture(png(pixels), width, height)
 
 
-def words(count: int, seed: int) -> str:
+def letters(count: int, seed: int) -> str:
     return "".join(map(chr, np.random.default_rng(seed).integers(97, 123, count)))
 
 
 SIGHTS: dict[str, tuple[Any, ...]] = {
-    "none": (words(9, 1),),
-    "before": (noise(64, 64, 1), words(9, 1)),
-    "behind": (words(70, 2), noise(64, 64, 1), words(1, 1)),
-    "two": (words(3, 3), noise(64, 64, 1), words(3, 4), noise(96, 32, 2), words(5, 5)),
-    "other order": (words(3, 3), noise(96, 32, 2), words(3, 4), noise(64, 64, 1), words(5, 5)),
-    "twice": (noise(64, 64, 1), noise(64, 64, 1), words(3, 6)),
-    "wide": (words(3, 3), noise(320, 128, 3), words(5, 5)),
+    "none": (letters(9, 1),),
+    "before": (noise(64, 64, 1), letters(9, 1)),
+    "behind": (letters(70, 2), noise(64, 64, 1), letters(1, 1)),
+    "two": (letters(3, 3), noise(64, 64, 1), letters(3, 4), noise(96, 32, 2), letters(5, 5)),
+    "other order": (letters(3, 3), noise(96, 32, 2), letters(3, 4), noise(64, 64, 1), letters(5, 5)),
+    "twice": (noise(64, 64, 1), noise(64, 64, 1), letters(3, 6)),
+    "wide": (letters(3, 3), noise(320, 128, 3), letters(5, 5)),
 }
 
 
@@ -7647,6 +7648,12 @@ def eyes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     assert worker.loaded.sees
     yield worker
     worker.stop()
+
+
+@pytest.fixture(scope="module")
+def llama_of_eyes(eyes: Any) -> Any:
+    """The same model in this process."""
+    return module.Llama(module.Load(eyes.info, module.Setup(module.EngineOptions(ctx=512, parallel=1))), lambda _: None)
 
 
 @dataclass(frozen=True)
@@ -7669,12 +7676,13 @@ def look(worker: Any, prompt: tuple[Any, ...], tokens: int = 12, cancel: Any = N
 
 def assert_same_sight(one: Sight, other: Sight) -> None:
     """Asserts the same text up to rounding, which may break a tie."""
+    assert other.first == pytest.approx(one.first, abs=0.1)
     until = next((i for i, (mine, its) in enumerate(zip(one.ids, other.ids, strict=True)) if mine != its), 12) + 1
-    assert other.logprobs[:until] == pytest.approx(one.logprobs[:until], abs=0.02)
+    assert other.logprobs[:until] == pytest.approx(one.logprobs[:until], abs=0.1)
 
 
-def read_by_libmtmd(llama: Any, prompt: tuple[Any, ...]) -> np.ndarray:
-    """The log probabilities of the first token as libmtmd's own reader finds them."""
+def assert_as_libmtmd(llama: Any, prompt: tuple[Any, ...], sight: Sight) -> None:
+    """Asserts that the likeliest first tokens are those that libmtmd's own reader finds."""
     import llama_cpp.mtmd_cpp as mtmd
 
     c, handle, chunks, past = llama.c, llama.eyes.handle, mtmd.mtmd_input_chunks_init(), ctypes.c_int32()
@@ -7688,32 +7696,33 @@ def read_by_libmtmd(llama: Any, prompt: tuple[Any, ...]) -> np.ndarray:
     assert mtmd.mtmd_helper_eval_chunks(handle, context, chunks, 0, 0, llama.main.n_batch, True, ctypes.byref(past)) == 0
     logits = np.ctypeslib.as_array(c.llama_get_logits_ith(context, -1), (llama.vocab.size,)).astype(float)
     llama.main.clear(False)
-    return logits - logits.max() - np.log(np.exp(logits - logits.max()).sum())
+    expected = logits - logits.max() - np.log(np.exp(logits - logits.max()).sum())
+    assert sight.first == pytest.approx({id: expected[id] for id in sight.first}, abs=0.1)
+    assert expected.argmax() in sight.first
 
 
-def test_pictures_are_read_as_libmtmd_reads_them(eyes: Any) -> None:
-    llama = module.Llama(module.Load(eyes.info, module.Setup(module.EngineOptions(ctx=512, parallel=1))), lambda _: None)
+def test_pictures_are_read_as_libmtmd_reads_them(eyes: Any, llama_of_eyes: Any) -> None:
     found = {name: look(eyes, prompt) for name, prompt in SIGHTS.items()}
     for name, prompt in SIGHTS.items():
-        expected = read_by_libmtmd(llama, prompt)
-        assert found[name].first == pytest.approx({id: expected[id] for id in found[name].first}, abs=0.02), name
-        assert expected.argmax() in found[name].first
-    assert found["two"].first != pytest.approx(found["other order"].first, abs=0.02)
+        assert_as_libmtmd(llama_of_eyes, prompt, found[name])
+    assert found["two"].first != pytest.approx(found["other order"].first, abs=0.1)
     assert found["before"].end.picture_tokens == 16 and found["two"].end.picture_tokens in (28, 32)
 
 
-def test_pictures_are_lent_like_text(eyes: Any) -> None:
+def test_pictures_are_lent_like_text(eyes: Any, llama_of_eyes: Any) -> None:
     """Asked again, gone on with, left in a picture's middle, and at once with others, some of them cancelled."""
-    talks: list[tuple[Any, ...]] = [(words(40, i), noise(64, 64, i), words(20, i), noise(160, 96, i % 3), words(i + 1, i))
-                                    for i in range(8)]  # fmt: skip
-    talks += [(words(40, i), noise(64, 64, i), words(20, i), noise(160, 96, 9), words(3, i)) for i in range(3)]
+    talks: list[tuple[Any, ...]] = [(letters(40, i), noise(64, 64, i), letters(20, i), noise(160, 96, i % 3), letters(i + 1, i))
+                                    for i in range(4)]  # fmt: skip
+    talks += [(letters(40, i), noise(64, 64, i), letters(20, i), noise(160, 96, 9), letters(3, i)) for i in range(2)]
+    talks += [(letters(20, 1), letters(20, 9)), (letters(40, 3), noise(64, 64, 9), letters(5, 9)), (letters(110, 9),)]
     alone = []
     for talk in talks:
         first, again = look(eyes, talk), look(eyes, talk)
         assert again.end.cached_tokens == first.end.prompt_tokens - 1
         assert_same_sight(first, again)
+        assert_as_libmtmd(llama_of_eyes, talk, first)
         alone.append(first)
-    longer = (*talks[-1], words(9, 99), noise(64, 64, 99), words(2, 98))
+    longer = (*talks[-1], letters(9, 99), noise(64, 64, 99), letters(2, 98))
     gone_on = look(eyes, longer)
     assert gone_on.end.cached_tokens >= alone[-1].end.prompt_tokens - 1
 
@@ -7722,12 +7731,12 @@ def test_pictures_are_lent_like_text(eyes: Any) -> None:
         if i % 5 == 0:
             threading.Timer(i / 500, cancel.cancel).start()
             with contextlib.suppress(module.Cancelled):
-                look(eyes, talks[i % 8], cancel=cancel)
+                look(eyes, talks[i % len(talks)], cancel=cancel)
             return i, None
         return i, look(eyes, talks[i % len(talks)], 12)
 
     with ThreadPoolExecutor(8) as pool:
-        for i, sight in pool.map(ask, range(44)):
+        for i, sight in pool.map(ask, range(24)):
             if sight:
                 assert_same_sight(alone[i % len(talks)], sight)
     assert_same_sight(gone_on, look(eyes, longer))
@@ -7736,7 +7745,7 @@ def test_pictures_are_lent_like_text(eyes: Any) -> None:
 def test_picture_that_cannot_be_decoded_is_named(eyes: Any) -> None:
     broken = module.Picture(RED[:60], 32, 40)
     with pytest.raises(InvalidRequest, match="image 2 cannot be decoded"):
-        look(eyes, (words(2, 1), noise(64, 64, 1), broken, words(2, 1)))
+        look(eyes, (letters(2, 1), noise(64, 64, 1), broken, letters(2, 1)))
 
 
 def test_generate_stops_at_max_tokens_with_length(server: Server) -> None:
