@@ -30,7 +30,7 @@ Part I, the server, reads downward as a request flows. Its sections with their l
     14.2 Dialects of blocks           510  Messages and Responses
     14.3 Ollama and llama-server      530  their shapes, and what clients are told of models
     15.1 Connections                  330  who may call, what comes in, who has left
-    15.2 Wires                        150  documents to bytes; `deliver` is the one loop between
+    15.2 Wires                        110  documents to bytes; `deliver` is the one loop between
     15.3 Routes                       230  one row a route
     15.4 HTTP                         390  a connection's thread from its first byte to its last
     16   WebSocket, lifecycle         260  asyncio on its side thread; how a server stops
@@ -65,10 +65,11 @@ even while it is stopped. A crash in native code ends one child, and one that fa
 killed; its worker fails what ran there, and while a model loads, the Ladder loads it again with less.
 
 Threads of the main process: one a connection, which blocks (HTTP); `accept`; `watcher`, which notices clients that leave;
-`websocket`, which runs asyncio from the first upgrade on; `run_loads` and `run_unloads`, one model after another;
-`first_scan` at the start; and for each worker one that reads, one that writes and one that watches. Threads of a child:
-one receives, one beats, one tokenizes, one reads grammars that take long (Intake); the main thread alone decodes: Engine
-takes the step that Scheduler plans, in cells that Cache gives out, and reads long prompts aside (PromptReader).
+`websocket`, which runs asyncio from the first upgrade on; `manage`, which begins loads and unloads, each in a thread of its
+own (Residents); `names`, which scans first; and for each worker one that reads, one that writes and one that watches.
+Threads of a child: one receives, one beats, one tokenizes, one reads grammars that take long (Intake); the main thread
+alone decodes: Engine takes the step that Scheduler plans, in cells that Cache gives out, and reads long prompts aside
+(PromptReader).
 """
 from __future__ import annotations
 
@@ -148,6 +149,11 @@ def user_cache() -> str:
     return os.path.join(own, "shimmy")
 
 
+def prefix_folder() -> str:
+    """Where engines keep prompts that they have read, across restarts."""
+    return os.path.join(user_cache(), "prefixes")
+
+
 def restart_from_bytecode() -> None:
     """Runs the same command line from cached bytecode, in this process. A script keeps its syntax tree, 57 MB, while it runs.
 
@@ -203,6 +209,7 @@ import socketserver
 import stat
 import struct
 import threading
+import types
 import urllib.parse
 import zlib
 from collections import Counter, defaultdict, deque
@@ -258,6 +265,7 @@ MAX_BIASES = 1024
 MAX_MESSAGES = 4096  # of a chat; agents that run for hours send hundreds
 MAX_CHOICES = 16
 MAX_TEXTS = 256  # that one request may ask for, prompts times choices: half of what the queue holds
+MAX_ECHOED = MIB  # characters of prompts, times log probabilities for each token that are echoed: some 100 MB of answer
 MAX_INPUTS = 2048  # of an embedding request, OpenAI's bound
 MAX_TOKENIZED = MIB  # characters of /tokenize: about a second; a quarter as many tokens of /detokenize
 MAX_TOOLS = 128
@@ -631,6 +639,7 @@ class GenerateRequest:
     engine: Mapping[str, Any] = field(default_factory=dict)  # what the model is to be loaded with, as Ollama's options tell
     n: int = 1
     split_markers: bool = False  # take thoughts and tool calls out of the text
+    echo: bool = False  # the text begins with the prompt, with the log probabilities of its tokens
 
 
 @dataclass(frozen=True)
@@ -923,7 +932,7 @@ class TokenLogprob:
     """
 
     token: bytes
-    logprob: float
+    logprob: float  # not a number for a token that has none before it
     names: tuple[bytes, ...] = ()
     logprobs: tuple[float, ...] = ()
     id: int = -1
@@ -1702,12 +1711,13 @@ class CallFormat:
         return common_suffix(self.opens, self.again) if self.again else self.opens
 
     @functools.cached_property
-    def closers(self) -> frozenset[str]:
-        """The pieces of text that may stand between two calls, and behind the last."""
+    def closers(self) -> tuple[str, ...]:
+        """The ending, and the pieces of text that may stand between two calls or behind the last, longest first."""
         ends = [self.again.removesuffix(self.call_opens), self.closes]
         if self.keys:  # behind the arguments may stand other pairs, and the object may stand in a list
             ends = [*(text[text.find("}") :] for text in ends), "]"]
-        return frozenset(p for p in MARKER.findall("".join(ends)) if not p.isspace())
+        pieces = [p for p in MARKER.findall("".join(ends)) if not p.isspace()]
+        return tuple(longest_first([*pieces, *filter(None, [self.closes.strip()])]))
 
     @functools.cached_property
     def known_keys(self) -> tuple[set[str], set[str], set[str]]:
@@ -1723,9 +1733,18 @@ class CallFormat:
         return tuple(dict.fromkeys(opens for index, opens in enumerate(found) if opens or not index))
 
     @functools.cached_property
+    def repeats(self) -> tuple[str, ...]:
+        """How another call of a section begins: as each does, or without any marker."""
+        return tuple({self.beginnings[-1], "" if self.keys else self.call_opens.lstrip()})
+
+    @functools.cached_property
     def marks(self) -> tuple[str, ...]:
         """The text to look for at each of these beginnings; none where a call has no marker."""
         return tuple(re.split(rf"\s*\n|[{ID}{ANY}]", opens)[0] for opens in self.beginnings)
+
+
+def longest_first(texts: Iterable[str]) -> list[str]:
+    return sorted(set(texts), key=len, reverse=True)
 
 
 HERMES = CallFormat("<tool_call>\n", '", "arguments": ', "}\n</tool_call>", head='{"name": "', keys=("name", "arguments"),
@@ -1775,14 +1794,12 @@ FAMILIES: tuple[tuple[str, dict[str, Any]], ...] = (
 
 def common_prefix(a: str, b: str) -> str:
     """The common prefix of two texts, in whole pieces."""
-    pairs = zip(MARKER.findall(a), MARKER.findall(b), strict=False)
-    return "".join(x for x, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+    return "".join(os.path.commonprefix([MARKER.findall(a), MARKER.findall(b)]))  # noqa: RUF071 - no paths
 
 
 def common_suffix(a: str, b: str) -> str:
     """The common suffix of two texts, in whole pieces."""
-    pairs = zip(reversed(MARKER.findall(a)), reversed(MARKER.findall(b)), strict=False)
-    return "".join(reversed([x for x, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)]))
+    return "".join(os.path.commonprefix([MARKER.findall(a)[::-1], MARKER.findall(b)[::-1]])[::-1])  # noqa: RUF071 - no paths
 
 
 @dataclass(frozen=True)
@@ -1815,7 +1832,7 @@ class Chat:
 
     def prompt(self, request: GenerateRequest) -> tuple[str | Picture, ...]:
         """The prompt's segments. Raises InvalidRequest when the template refuses the messages, or runs away."""
-        pictures = PictureMarks(request.messages or ())
+        pictures = PictureMarks(request)
         messages = without_noise(pictures.messages)
         for message in messages:
             if THOUGHT_FIELDS[0] in message:
@@ -1996,20 +2013,19 @@ class Chat:
 class PictureMarks:
     """Marks the places of pictures in messages, so that a template renders plain text; no client's text can be a mark."""
 
-    def __init__(self, messages: Seq[dict[str, Any]]) -> None:
-        self._pictures: list[Picture] = []
-        self._mark = unused_in(messages) if any(isinstance(message["content"], tuple) for message in messages) else ""
-        self.messages = [{**message, "content": self._text(message["content"])} for message in messages]
+    def __init__(self, request: GenerateRequest) -> None:
+        contents = [message["content"] for message in request.messages or ()]
+        parts = itertools.chain(*(content for content in contents if isinstance(content, tuple)))
+        self._pictures = [part for part in parts if isinstance(part, Picture)]
+        self._mark = unused_in([contents, request.tools, request.template_args]) if self._pictures else ""
+        numbers = itertools.count()  # a template may leave turns out, or move them
 
-    def _text(self, content: str | tuple[str | Picture, ...]) -> str:
-        return content if isinstance(content, str) else "".join(map(self._marked, content))
+        def text(content: Any) -> str:
+            if isinstance(content, str):
+                return content
+            return "".join(part if isinstance(part, str) else f"{self._mark}{next(numbers)}{self._mark}" for part in content)
 
-    def _marked(self, part: str | Picture) -> str:
-        """A picture's mark holds its number: a template may leave a turn out, or write it elsewhere."""
-        if isinstance(part, str):
-            return part
-        self._pictures.append(part)
-        return f"{self._mark}{len(self._pictures) - 1}{self._mark}"
+        self.messages = [{**message, "content": text(message["content"])} for message in request.messages or ()]
 
     def apart(self, segment: str, mark: str) -> Iterator[str | Picture]:
         """The texts of a rendered segment, split also by another mark, and its pictures."""
@@ -2144,7 +2160,6 @@ class Helpers:
     """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
         self._idle: list[Helper] = []
         self._free = threading.BoundedSemaphore(MAX_HELPERS)
         self._closed = False
@@ -2174,12 +2189,11 @@ class Helpers:
 
     def _take(self) -> Helper:
         """A process that waits, if it still lives, or a new one."""
-        with self._lock:
-            idle = self._idle.pop() if self._idle else None
-        if idle and idle.process.poll() is None:
-            return idle
-        if idle:
-            idle.end()
+        with contextlib.suppress(IndexError):
+            helper = self._idle.pop()
+            if helper.process.poll() is None:
+                return helper
+            helper.end()
         try:
             return Helper()
         except (OSError, RuntimeError) as error:
@@ -2187,18 +2201,15 @@ class Helpers:
 
     def _keep(self, helper: Helper) -> None:
         """Keeps the process for the next task."""
-        with self._lock:
-            if not self._closed:
-                self._idle.append(helper)
-                return
-        helper.end()
+        self._idle.append(helper)
+        if self._closed:
+            self.close()
 
     def close(self) -> None:
-        with self._lock:
-            self._closed = True
-            helpers, self._idle = self._idle, []
-        for helper in helpers:
-            helper.end()
+        self._closed = True
+        with contextlib.suppress(IndexError):
+            while True:
+                self._idle.pop().end()
 
 
 def helper_main() -> None:
@@ -2291,7 +2302,8 @@ class Rendering:
             return True
         at = 0
         for role, said in self._must_appear():
-            found = next((p for word in said if (p := _position(word, prompt, at)) >= 0), None)
+            # looked for behind the last one first: in order, a long chat costs one pass over its prompt
+            found = next((p for word in said for start in (at, 0) if (p := prompt.find(word, start)) >= 0), None)
             if found is None and role != "user":
                 return True
             if role != "call" and found is not None:
@@ -2315,12 +2327,6 @@ class Rendering:
 def _spellings(word: str) -> tuple[str, str]:
     """Text as it is, and as it stands in a JSON string."""
     return word, json.dumps(word, ensure_ascii=False)[1:-1]
-
-
-def _position(word: str, text: str, start: int) -> int:
-    """Where the word stands, looked for behind `start` first: in order, a long chat costs one pass over its prompt."""
-    found = text.find(word, start)
-    return found if found >= 0 else text.find(word)
 
 
 @functools.lru_cache(maxsize=16)
@@ -2378,20 +2384,16 @@ def in_call_form(as_text: bool, new_id: Callable[[str, str, int], str] | None) -
     one, the function's name and the call's number."""
 
     def reshape(messages: list[Any], tools: list[Any]) -> Turns:
-        shaped, ids = [], dict[str, str]()
-        for message in map(dict, messages):
-            calls = message["tool_calls"] = [{**c, "function": dict(c["function"])} for c in message.get("tool_calls", [])]
-            for call in calls:
+        shaped, ids = copy.deepcopy(messages), dict[str, str]()
+        for message in shaped:
+            for call in message.get("tool_calls", []):
                 function = call["function"]
                 if as_text:
                     function["arguments"] = json.dumps(function["arguments"], ensure_ascii=False)
                 if new_id:
-                    call["id"] = ids[call["id"]] = new_id(call["id"], function["name"], len(ids))
-            if not calls:
-                del message["tool_calls"]
+                    ids[call["id"]] = call["id"] = new_id(call["id"], function["name"], len(ids))
             if new_id and (id := message.get("tool_call_id")):
                 message["tool_call_id"] = ids.get(id) or new_id(id, message.get("name", ""), len(ids))
-            shaped.append(message)
         return shaped, tools
 
     return reshape
@@ -2485,7 +2487,8 @@ RESHAPES = (
 
 
 # ── 5. Tools ──────────────────────────────────────────────────────────────────────────────────────────────────────────
-# A Python function with type hints and a docstring is a tool; three are built in, and two of those start closed.
+# A Python function with type hints and a docstring is a tool: Tools checks a call and runs it in a thread, for a time.
+# Built in are calculator, file_read and http_get; the last two start closed. Their rounds in a chat: ToolLoop (13).
 
 
 class ToolError(Exception):
@@ -2639,14 +2642,13 @@ class ToolCall(threading.Thread):
 
     def run(self) -> None:
         """Calls the function, which is somebody's: it may return and raise anything, SystemExit too."""
+        result, failure = None, None
         try:
             result = self._tool.function(**self._arguments)
             json.dumps(result, allow_nan=False)
-            self._outcome.put((result, None))
-        except Exception as error:
-            self._outcome.put((None, error))
         except BaseException as error:
-            self._outcome.put((None, ToolError(f"{type(error).__name__}: {error}")))
+            failure = error if isinstance(error, Exception) else ToolError(f"{type(error).__name__}: {error}")
+        self._outcome.put((result, failure))
 
 
 def load_tools(path: str) -> None:
@@ -2938,7 +2940,8 @@ def is_global(address: str) -> bool:
 
 
 # ── 6. Messages ───────────────────────────────────────────────────────────────────────────────────────────────────────
-# What crosses the pipe between the server and an engine, and the pipe.
+# What crosses the pipe between the server and an engine: how a model is loaded (EngineOptions, Rung), jobs, and what comes
+# of them; and the Pipe, which believes nothing that a child sends.
 
 
 # Messages: parent to child
@@ -2963,6 +2966,13 @@ def parse_shares(words: str) -> tuple[float, ...]:
     if not re.fullmatch(r"\d+(\.\d+)?([,/]\d+(\.\d+)?)*", words) or not any(map(float, re.split("[,/]", words))):
         raise argparse.ArgumentTypeError(f"{words!r} is no list of shares, such as 3,1")
     return tuple(map(float, re.split("[,/]", words)))
+
+
+def parse_bytes(words: str) -> int:
+    """--cache-disk: a number of bytes, or of K, M, G or T of them."""
+    if not (found := re.fullmatch(r"(\d{1,9}(?:\.\d{1,3})?)([kmgt]?)(i?b)?", words.strip().lower())):
+        raise argparse.ArgumentTypeError(f"{words!r} is no size, such as 500M or 2G")
+    return int(float(found[1]) * 1024 ** " kmgt".index(found[2] or " "))
 
 
 def parse_override(words: str) -> tuple[str, str]:
@@ -3000,6 +3010,8 @@ class EngineOptions:
                                                   metavar="A,B")  # fmt: skip
     flash_attn: str = knob("auto", "flash attention", choices=("auto", "on", "off"))
     batch: int = knob(512, "most tokens of prompts read in one step", type=int)
+    cache_disk: int = knob(2 << 30, "disk for prompts that were read, such as 500M; 0 keeps none", type=parse_bytes,
+                           metavar="SIZE")  # fmt: skip
     mmap: bool = knob(True, "map the weights from the file instead of reading them")
     lora: tuple[str, ...] = knob((), "LoRA adapter to apply (repeatable)", metavar="FILE")
     chat_template: str | None = knob(None, "chat template (jinja) in place of the model's own", metavar="FILE")  # its text
@@ -3084,6 +3096,7 @@ class Generate:
     thought: ThoughtBudget | None = None
     owner: str = ""  # whose cells the prompt may begin with
     spare: int = 0  # so many segments at the prompt's start may be left out where all do not fit
+    echo: bool = False  # give out the prompt too, with the log probabilities of its tokens
 
 
 @dataclass(frozen=True)
@@ -3140,7 +3153,6 @@ class Loaded:
 
     ctx: int
     pool: int
-    parallel: int
     chat: ChatFacts
     notes: tuple[str, ...]
     pool_bytes: int = 0  # memory that the pool's KV cache takes when it is full
@@ -3148,6 +3160,7 @@ class Loaded:
     devices: str = ""  # where the layers are, on a machine with more than a CPU
     on_gpu: bool = False  # some of them
     sees: bool = False  # prompts may have pictures
+    gpu_bytes: int = 0  # memory that the model took on its GPUs, its whole KV cache too
 
 
 @dataclass(frozen=True)
@@ -3206,6 +3219,8 @@ class Finished:
     stopped_by: str = ""  # the stop string that ended it
     forced_tokens: int = 0  # of those, the ones that a grammar left no choice about, which the model did not pick
     picture_tokens: int = 0  # of the prompt's
+    disk_bytes: int = 0  # read from the disk, where the prompt's beginning was kept
+    disk_seconds: float = 0.0  # spared by that
 
 
 @dataclass(frozen=True)
@@ -3274,7 +3289,7 @@ def from_json_form(found: dict[str, Any]) -> Any:
     if "type" not in found:
         return found
     kind = list(sendable())[found["type"]]
-    values = [tupled(value) if isinstance(value, list) else value for value in found["fields"]]
+    values = tupled(found["fields"])
     if not all(map(isinstance, values, wanted_kinds(kind))):
         raise TypeError(f"a {kind.__name__} holds what it cannot")
     return kind(*values)
@@ -3634,7 +3649,7 @@ class Vocabulary:
 
         `first` and `last` add the tokens that the model wants before and behind a text (BOS, CLS; EOS, SEP).
         """
-        parts, (before, _, behind) = list[Any](), self._ends
+        parts, (before, _, behind) = list[Any](), self.ends
         for text in texts:
             for at, part in enumerate(self._cut(text)):
                 # within a text SentencePiece puts no space before a part, as it does not behind a line break
@@ -3682,7 +3697,7 @@ class Vocabulary:
         """A query and a document as rerankers have learned them: in the model's own template, else BOS q EOS SEP d EOS."""
         texts = {"{query}": query, "{document}": document}
         if not self.rerank_template:
-            first, middle, last = self._ends
+            first, middle, last = self.ends
             return self.np.concatenate([first, self.tokens(query, special=False), middle, self.tokens(document, special=False),
                                         last])  # fmt: skip
         parts = re.split("({query}|{document})", self.rerank_template)
@@ -3691,7 +3706,7 @@ class Vocabulary:
         return self.tokens("".join(texts.get(part, part) for part in parts))  # in one piece: a space belongs to its word
 
     @functools.cached_property
-    def _ends(self) -> list[Any]:
+    def ends(self) -> list[Any]:
         """The tokens before a text, between two texts, and behind the last one, as the model wants them."""
         c, vocab = self.c, self.handle
         bert = self.kind == c.LLAMA_VOCAB_TYPE_WPM  # its tokenizer asks no flag: CLS text SEP
@@ -3923,10 +3938,12 @@ class Llama:
         if not templates and not self.embedding:
             self.notes.append("the model has no chat template; chats are written in ChatML")
         ends = tuple(self.vocab.name(t).decode("utf-8", "replace") for t in sorted(self.vocab.eog))
+        free = {d.name: d.free for d in self.ggml.devices() if self.devices}
+        taken = sum(max(0, d.free - free[d.name]) for d in self.devices)  # since the load began; other programs may have a part
         chat = ChatFacts(templates, bos, bool(c.llama_vocab_get_add_bos(vocab)), eos, self.vocab.specials, ends,
                          self.vocab.gap_names())  # fmt: skip
-        return Loaded(self.ctx, self.pool, options.parallel, chat, tuple(self.notes), int(self.pool * self.kv_bytes),
-                      self.plan.memory_need, self.placed, not self.on_cpu, self.eyes is not None)  # fmt: skip
+        return Loaded(self.ctx, self.pool, chat, tuple(self.notes), int(self.pool * self.kv_bytes), self.plan.memory_need,
+                      self.placed, not self.on_cpu, self.eyes is not None, taken)  # fmt: skip
 
     def _adapter(self, file: str) -> Any:
         adapter = self.c.llama_adapter_lora_init(self.model, os.fsencode(file))
@@ -3977,6 +3994,7 @@ class Rows:
     """Tokens on their way through a context: how many have their cells there, and in which of its rows."""
 
     media: Seq[Medium] = ()
+    scored = False  # whether the logits behind each token are wanted
 
     def __init__(self, tokens: Any, n_tokens: int, positions: Any) -> None:
         self.tokens, self.n_tokens = tokens, n_tokens  # int32, at least n_tokens of them
@@ -3993,6 +4011,18 @@ class Rows:
     def medium(self) -> Medium | None:
         """The part of a picture that comes next."""
         return next((m for m in self.media if m.start <= self.n_computed < m.end), None)
+
+    def border(self, count: int) -> int:
+        """So many tokens, or fewer: cells cannot be cut within a part of a picture."""
+        return next((m.start for m in self.media if m.start < count < m.end), count)
+
+    def common(self, other: Rows, limit: int) -> int:
+        """How many tokens both begin with, among the other's first `limit` and all of this one's but the last. None that must
+        be computed for their logits."""
+        size = 0 if self.scored else min(self.n_tokens - 1, limit)
+        different = self.tokens[:size] != other.tokens[:size]
+        first = int(different.argmax()) if size else 0
+        return self.border(first if size and different[first] else size)
 
 
 class Context:
@@ -4077,8 +4107,8 @@ class Context:
             self.tokens[at:end] = sequence.tokens[done : done + count]
             self.positions[at:end] = sequence.positions[done : done + count]
             self.sequences[at:end] = self.pointers[sequence.row]
-            self.flags[at:end] = self.EVERY_ROW
-            self.flags[end - 1] = self.EVERY_ROW or done + count == sequence.n_tokens
+            self.flags[at:end] = every = self.EVERY_ROW or sequence.scored
+            self.flags[end - 1] = every or done + count == sequence.n_tokens
             at = end
         self.batch.n_tokens = at
         status = self._decode_media(plan) if plan[0][0].medium else int(self.c.llama_decode(self.handle, self.batch))
@@ -4977,6 +5007,22 @@ class Prompt:
     pictures: Mapping[str, Picture] = field(default_factory=dict)  # by key
 
 
+class Echo:
+    """A prompt that is given out with its tokens' log probabilities."""
+
+    def __init__(self, job: Generate, vocab: Vocabulary) -> None:
+        text = str(job.prompt[0]) if job.prompt and isinstance(job.prompt[0], str) else None
+        self.n_told = 0 if text is None else len(vocab.ends[0])  # tokens, also those that the model wants before a text
+        self._blank = b"" if text is None or text.startswith(" ") else b" "  # which SentencePiece puts before a text
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def tell(self, token: TokenLogprob) -> tuple[TokenLogprob, str]:
+        """The prompt's next token, and the text that it ends."""
+        token, self._blank = replace(token, token=token.token.removeprefix(self._blank)), b""
+        self.n_told += 1
+        return token, self._decoder.decode(token.token)
+
+
 class Sequence(Rows):
     """One text in the making. Owned by the step loop."""
 
@@ -4984,7 +5030,8 @@ class Sequence(Rows):
         self.submission, job = submission, submission.job
         assert isinstance(job, Generate)
         self.n_prompt, self.media, self.pictures = len(prompt.tokens), prompt.media, prompt.pictures
-        self.limit = min(llama.ctx, self.n_prompt + (job.sampling.max_tokens or llama.ctx))  # tokens: it ends with length
+        most = llama.ctx if job.sampling.max_tokens is None else job.sampling.max_tokens
+        self.limit = min(llama.ctx, self.n_prompt + most)  # tokens: it ends with length
         super().__init__(llama.np.empty(self.limit, llama.np.int32), self.n_prompt, self._positions(llama))
         self.tokens[: self.n_prompt] = prompt.tokens
         self.borders = () if llama.cuttable else turn_borders(prompt.tokens, llama.vocab)  # where its state is saved
@@ -5001,10 +5048,12 @@ class Sequence(Rows):
         self.sampler = Sampler(llama, job.sampling, prompt.tokens)  # kept through steps back
         self.stretches: Stretches = []
         self.n_cached = 0  # prompt tokens that were not evaluated
+        self.disk_bytes, self.disk_seconds = 0, 0.0  # read from the disk, and spared by that
         self.done = False
         self.started = self.first_token = 0.0
         self.unsent = ""  # text since the last message
         self.n_told = self.n_prompt  # tokens of which the messages have told
+        self.echo = Echo(job, llama.vocab) if job.echo else None
         self.logprobs: list[TokenLogprob] = []  # of its tokens
         self.unshown: deque[TokenLogprob] = deque()  # of later tokens
         self._ends: deque[int] = deque()  # the characters behind these tokens, as far as they were read
@@ -5024,9 +5073,10 @@ class Sequence(Rows):
         """The next part of a picture that is not evaluated; text may come before it."""
         return next((m for m in self.media if m.end > self.n_computed), None)
 
-    def border(self, count: int) -> int:
-        """So many tokens, or fewer: cells cannot be cut within a part of a picture."""
-        return next((m.start for m in self.media if m.start < count < m.end), count)
+    @property
+    def scored(self) -> bool:  # type: ignore[override]
+        """Until its first token, if the prompt is echoed."""
+        return self.echo is not None and not self.first_token
 
     @property
     def unread(self) -> int:
@@ -5100,13 +5150,6 @@ class Sequence(Rows):
         text, self._waiting = self._waiting[:size], self._waiting[size:]
         return text
 
-    def common(self, other: Rows, limit: int) -> int:
-        """How many tokens both begin with, among the other's first `limit` and all of this one's but the last."""
-        size = min(self.n_tokens - 1, limit)
-        different = self.tokens[:size] != other.tokens[:size]
-        first = int(different.argmax()) if size else 0
-        return self.border(first if size and different[first] else size)
-
 
 Stretches = list[tuple[object, float]]  # whose cells a sequence has, up to which token each; its own are the last, without end
 
@@ -5125,11 +5168,25 @@ def held_cells(sequences: Iterable[Sequence]) -> int:
 class Prefix(Rows):
     """The beginning of a text that ended, for prompts that begin alike: its cells are in a row, or saved as bytes."""
 
-    def __init__(self, sequence: Sequence, oldest: int) -> None:
-        super().__init__(sequence.tokens[: sequence.n_computed].copy(), sequence.n_computed, sequence.positions)
-        self.n_computed, self.row = sequence.n_computed, sequence.row
-        self.owner, self.stretches, self.oldest = sequence.owner, sequence.stretches, oldest
+    def __init__(self, tokens: Any, owner: str, oldest: int, positions: Any) -> None:
+        super().__init__(tokens, len(tokens), positions)
+        self.n_computed, self.owner, self.oldest = len(tokens), owner, oldest
+        self.stretches: Stretches = []
         self.saved: Any = None
+        self.used, self.uses = time.monotonic(), 1
+        self.is_on_disk = False  # or need not be
+
+    @classmethod
+    def of(cls, sequence: Sequence, oldest: int) -> Prefix:
+        """What a sequence has in the cache."""
+        prefix = cls(sequence.tokens[: sequence.n_computed].copy(), sequence.owner, oldest, sequence.positions)
+        prefix.row, prefix.stretches = sequence.row, sequence.stretches
+        return prefix
+
+    def begins(self, other: Prefix) -> bool:
+        """Whether the other begins with all of it, and is the same client's."""
+        size = self.n_tokens
+        return size <= other.n_tokens and self.owner == other.owner and bool((other.tokens[:size] == self.tokens).all())
 
     def save(self, context: Context) -> None:
         """Saves the cells of its row as bytes, of a sliding window only what a next token sees (llama_kv_cache::state_write)."""
@@ -5164,8 +5221,8 @@ class Embedding:
         return self.submission.cancelled or not self.missing or self.error is not None
 
 
-def fair_slices(prompts: list[Sequence], rows: int) -> list[tuple[Sequence, int]]:
-    """Shares `rows` among prompts; the long ones get what the short ones leave.
+def fair_slices(prompts: list[Sequence], rows: int, outputs: int = 0) -> list[tuple[Sequence, int]]:
+    """Shares `rows` among prompts, up to `outputs` of them among those that are scored; long ones get what short ones leave.
 
     Each prompt's last token is left for a row of its own, as every later token has. So a prompt asked again, with all but
     that token in the cache, makes the same sums in the same order, and greedy text is the same text.
@@ -5175,8 +5232,8 @@ def fair_slices(prompts: list[Sequence], rows: int) -> list[tuple[Sequence, int]
     for i, sequence in enumerate(prompts):
         stops = (*sequence.borders, *(medium.start for medium in sequence.media))
         border = min((at - sequence.n_computed for at in stops if at > sequence.n_computed), default=rows)
-        count = min(sequence.pending - 1, rows // (len(prompts) - i), border)
-        rows -= count
+        count = min(sequence.pending - 1, rows // (len(prompts) - i), border, outputs if sequence.scored else rows)
+        rows, outputs = rows - count, outputs - count * sequence.scored
         if count > 0:
             slices.append((sequence, count))
     return slices
@@ -5258,6 +5315,8 @@ class Cache:
         self.llama, self.main = llama, llama.main
         self.rows: list[Sequence | Prefix | None] = [None] * llama.main.n_seq
         self.prefixes: list[Prefix] = []  # the one used least recently first
+        self.files = PrefixFiles(llama)
+        self._writing: Iterator[None] | None = None  # a prefix on its way to the disk
 
     def best_prefix(self, sequence: Sequence) -> tuple[Sequence | Prefix | None, int]:
         """Whose cells begin as this prompt does, and for how many tokens; at least one token stays to be evaluated."""
@@ -5276,6 +5335,57 @@ class Cache:
         seen = max(0, other.positions[length] - self.llama.n_swa)
         return (self.llama.cuttable or length == other.n_computed) and oldest <= seen
 
+    def fetch(self, sequence: Sequence, shared: int) -> tuple[Prefix, int] | None:
+        """A prefix from the disk and how much it lends, where to read it is quicker than to compute what it spares."""
+        best, longest = None, shared
+        for kept in self.files.listed(sequence.owner):
+            length = sequence.common(kept, kept.n_tokens)
+            if length > longest and self._can_lend(kept, length) and self.files.is_quicker(kept, length - shared):
+                best, longest = kept, length
+        began = time.perf_counter()
+        if best is None or (prefix := self.files.read(best)) is None:
+            return None
+        sequence.disk_bytes += best.size
+        sequence.disk_seconds += max(0.0, (longest - shared) * best.token_seconds - (time.perf_counter() - began))
+        self.add(prefix)
+        self._trim()
+        return prefix, longest
+
+    def write(self, token_seconds: float, hurry: bool = False) -> bool:
+        """Writes a block of a prefix that is not on the disk; False when there is none whose time has come.
+
+        `token_seconds` is how long a token takes to compute.
+        """
+        if self._writing is None:
+            prefix = next((p for p in self.prefixes if self.files.wants(p) and (hurry or self._quiet_in(p) <= 0)), None)
+            if prefix is None:
+                return False
+            prefix.is_on_disk = True  # or need not be
+            self._writing = self._written(prefix, token_seconds)
+        if next(self._writing, "written") == "written":
+            self._writing = None
+        return True
+
+    def _written(self, prefix: Prefix, token_seconds: float) -> Iterator[None]:
+        """Writes a prefix in place of shorter ones, unless another lends nearly all of it, as when a prompt is asked again."""
+        kept = self.files.listed(prefix.owner)
+        known = max((n for k in kept if self._can_lend(k, n := prefix.common(k, k.n_tokens))), default=0)
+        if prefix.n_tokens - known < self.files.LEAST:
+            return
+        shorter = [k for k in kept if k.begins(prefix) and self._can_lend(prefix, k.n_tokens)]
+        if prefix.saved is None:  # it stays in its row
+            prefix = copy.copy(prefix)
+            prefix.save(self.main)
+        if prefix.saved is not None:
+            yield from self.files.write(prefix, token_seconds, shorter)
+
+    def write_in(self) -> float | None:
+        """Seconds until a prefix is to be written; None if all are."""
+        return min((max(0.0, self._quiet_in(p)) for p in self.prefixes if self.files.wants(p)), default=None)
+
+    def _quiet_in(self, prefix: Prefix) -> float:
+        return prefix.used + self.files.QUIET - time.monotonic()
+
     def settle(self, sequence: Sequence, donor: Sequence | Prefix | None, shared: int) -> None:
         """Gives the sequence a row that begins with so many of the donor's cells, or none if there is no room for saved ones."""
         if None not in self.rows:
@@ -5284,6 +5394,7 @@ class Cache:
         if isinstance(donor, Prefix) and donor in self.prefixes:
             self.prefixes.remove(donor)
             self.prefixes.append(donor)
+            donor.used, donor.uses = time.monotonic(), donor.uses + 1
         if isinstance(donor, Prefix) and donor.saved is not None:
             shared = shared if self._restore(row, donor.saved) else 0
             if shared < donor.n_computed:
@@ -5338,7 +5449,7 @@ class Cache:
         if not whole and self.llama.cuttable:
             self._cut(sequence)
         if sequence.n_computed and (whole or self.llama.cuttable):
-            prefix = self.rows[sequence.row] = Prefix(sequence, self.main.oldest(sequence.row))
+            prefix = self.rows[sequence.row] = Prefix.of(sequence, self.main.oldest(sequence.row))
             self.add(prefix)
         else:
             self.empty(sequence.row)
@@ -5362,15 +5473,16 @@ class Cache:
             prefix.n_computed = 0  # nothing to lend
         else:
             self.add(prefix)
+        self._trim()
+
+    def _trim(self) -> None:
         while (saved := [p for p in self.prefixes if p.saved is not None]) and self._are_too_many(saved):
             self.prefixes.remove(saved[0])
 
     def add(self, prefix: Prefix) -> None:
         """Takes a prefix in; those go for which it can lend all that they have."""
         for other in list(self.prefixes):
-            size = other.n_computed
-            if (size <= prefix.n_computed and other.owner == prefix.owner and self._can_lend(prefix, size)
-                    and bool((prefix.tokens[:size] == other.tokens).all())):  # fmt: skip
+            if other.begins(prefix) and self._can_lend(prefix, other.n_computed):
                 self.prefixes.remove(other)
                 if other.saved is None:
                     self.empty(other.row)
@@ -5384,6 +5496,182 @@ class Cache:
         tokens, size = sum(p.n_computed for p in saved), sum(len(p.saved) for p in saved)
         most = max(self.llama.pool * self.llama.kv_bytes, self.SAVED_BYTES)
         return size > most or len(saved) > self.SAVED or (self.llama.cuttable and tokens > self.llama.pool)
+
+
+class KeptPrefix(Prefix):
+    """A prefix on the disk: its tokens, without its cells."""
+
+    def __init__(self, path: str, size: int, token_seconds: float, *told: Any) -> None:
+        super().__init__(*told)
+        self.path, self.size, self.token_seconds = path, size, token_seconds
+
+
+class PrefixFiles:
+    """Prefixes on the disk, which outlive their engine: one file each in the user's cache. Used by the step loop alone.
+
+    A file's name tells for which model and client it is, which text it holds, of how many tokens, and how often that was
+    asked for; its time says when, last. It is written aside and renamed, and has a checksum; one that is damaged goes when
+    it is met. Other servers may add and remove files meanwhile.
+    """
+
+    LEAST = 128  # tokens that are worth a file
+    QUIET = 10.0  # seconds without use before one is written: a chat's next turn would replace it
+    BLOCK = 8 * MIB  # bytes written at once
+    MAGIC = b"shimmy prefix 1\n"
+    HEAD = struct.Struct("<16sIIdQ")  # the magic, tokens, the oldest one with cells, seconds a token, bytes of cells
+    NAME = re.compile(r"([0-9a-f]{16})-([0-9a-f]{16})-(\d{1,9})-(\d{1,9})\.prefix")
+    STALE = 600.0  # seconds after which a file that was not written to its end is nobody's
+
+    def __init__(self, llama: Llama) -> None:
+        self.llama, self.folder, self.most = llama, prefix_folder(), llama.options.cache_disk
+        self._known: dict[str, KeptPrefix] = {}  # by name without the uses
+        self._read_speed = 0.0  # bytes a second, once measured
+        self._complained = False
+
+    @functools.cached_property
+    def _model(self) -> tuple[Any, ...]:
+        """Everything that must be equal for cells to be of use."""
+        llama, options = self.llama, self.llama.options
+        files = [_stamp(path) for path in (*shard_paths(llama.info.path), *options.lora)]
+        return ([stamp and stamp[2:] for stamp in files], options.kv_type, options.flash_attn, llama.on_cpu, llama.n_swa,
+                versions()["llama_cpp"])  # fmt: skip
+
+    def _kind(self, owner: str) -> str:
+        return self._digest(repr((self._model, owner)).encode())
+
+    @staticmethod
+    def _digest(data: Any) -> str:
+        import hashlib
+
+        return hashlib.sha256(data).hexdigest()[:16]
+
+    def wants(self, prefix: Prefix) -> bool:
+        """Whether the prefix is to be written; not where pictures stand, whose numbers are this engine's."""
+        wanted = bool(self.most) and not prefix.is_on_disk and prefix.n_tokens >= self.LEAST
+        return wanted and bool(prefix.tokens.min() >= 0)
+
+    def listed(self, owner: str) -> list[KeptPrefix]:
+        """The prefixes on the disk that this engine may use for a client."""
+        kind, found = self._kind(owner), list[KeptPrefix]()
+        for name, path in self._names() if self.most else ():
+            if not name.startswith(kind):
+                continue
+            text = name.rpartition("-")[0]
+            kept = self._known.get(text)
+            if kept is None or kept.path != path:
+                kept = self._read_head(path, owner)
+            if kept:
+                self._known[text] = kept
+                found.append(kept)
+        return found
+
+    def _names(self) -> list[tuple[str, str]]:
+        """The names of all files and where they are; those that somebody died over are removed."""
+        found = []
+        with contextlib.suppress(OSError), os.scandir(self.folder) as entries:
+            for entry in entries:
+                if self.NAME.fullmatch(entry.name):
+                    found.append((entry.name, entry.path))
+                elif entry.name.endswith(".part") and time.time() - entry.stat().st_mtime > self.STALE:
+                    self._remove(entry.path)
+        return found
+
+    def _read_head(self, path: str, owner: str) -> KeptPrefix | None:
+        try:
+            with open(path, "rb") as file:
+                magic, count, oldest, seconds, size = self.HEAD.unpack(file.read(self.HEAD.size))
+                whole = self.HEAD.size + 4 * count + size + 4
+                if magic != self.MAGIC or os.fstat(file.fileno()).st_size != whole:
+                    raise ValueError("not a whole prefix")
+                tokens = self.llama.np.frombuffer(file.read(4 * count), self.llama.np.int32)
+        except FileNotFoundError:  # another server removed it
+            return None
+        except (OSError, ValueError, struct.error):
+            self._remove(path)
+            return None
+        return KeptPrefix(path, size, seconds, tokens, owner, oldest, self.llama.counting)
+
+    def is_quicker(self, kept: KeptPrefix, tokens: int) -> bool:
+        """Whether to read it takes less time than to compute so many tokens, as far as that was measured."""
+        if tokens < self.LEAST // 2:
+            return False
+        return not (self._read_speed and kept.token_seconds) or kept.size / self._read_speed < tokens * kept.token_seconds
+
+    def read(self, kept: KeptPrefix) -> Prefix | None:
+        """The prefix with its cells; None where the file is gone or damaged."""
+        began = time.perf_counter()
+        try:
+            data = self.llama.np.fromfile(kept.path, self.llama.np.uint8)
+        except (OSError, MemoryError):
+            return None
+        cells = data[self.HEAD.size + 4 * kept.n_tokens : -4]
+        if len(cells) != kept.size or zlib.crc32(data[:-4]).to_bytes(4, "little") != data[-4:].tobytes():
+            self._remove(kept.path)
+            return None
+        speed = len(data) / max(time.perf_counter() - began, 1e-6)
+        self._read_speed = (self._read_speed + speed) / 2 if self._read_speed else speed
+        prefix = Prefix(kept.tokens, kept.owner, kept.oldest, kept.positions)
+        prefix.saved, prefix.is_on_disk = cells, True
+        self._was_used(kept)
+        return prefix
+
+    def _was_used(self, kept: KeptPrefix) -> None:
+        start, _, uses = kept.path.removesuffix(".prefix").rpartition("-")
+        with contextlib.suppress(OSError):
+            os.utime(kept.path)
+            os.replace(kept.path, f"{start}-{int(uses) + 1}.prefix")
+
+    def write(self, prefix: Prefix, token_seconds: float, shorter: Seq[KeptPrefix]) -> Iterator[None]:
+        """Writes a prefix in place of shorter ones, and of those worth least; yields between blocks."""
+        tokens, cells = prefix.tokens.astype("<i4").tobytes(), prefix.saved
+        head = self.HEAD.pack(self.MAGIC, prefix.n_tokens, prefix.oldest, token_seconds, len(cells))
+        name = f"{self._kind(prefix.owner)}-{self._digest(tokens)}-{prefix.n_tokens}-{prefix.uses}"
+        path = os.path.join(self.folder, name)
+        part, sum = f"{path}.{os.getpid()}.part", 0
+        try:
+            os.makedirs(self.folder, mode=0o700, exist_ok=True)
+            if not self._make_room(len(head) + len(tokens) + len(cells) + 4):
+                return
+            with open(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+                for block in (head, tokens, *(cells[at : at + self.BLOCK] for at in range(0, len(cells), self.BLOCK))):
+                    sum = zlib.crc32(block, sum)
+                    file.write(block)
+                    yield
+                file.write(sum.to_bytes(4, "little"))
+            os.replace(part, f"{path}.prefix")
+            for kept in shorter:
+                if kept.path != f"{path}.prefix":
+                    self._remove(kept.path)
+        except OSError as error:  # no room, or a folder that cannot be written
+            self._remove(part)
+            if not self._complained:
+                log.warning("prompts are not kept on the disk: %s", error)
+            self._complained = True
+
+    def _make_room(self, size: int) -> bool:
+        """Removes the files worth least until `size` more bytes fit: by tokens, how often and how lately asked for, and size."""
+        import shutil
+
+        now, files = time.time(), list[tuple[float, int, str]]()
+        for name, path in self._names():
+            with contextlib.suppress(OSError):
+                status = os.stat(path)
+                tokens, uses = map(int, name.removesuffix(".prefix").split("-")[2:])
+                worth = tokens * uses / (status.st_size * max(1.0, now - status.st_mtime))
+                files.append((worth, status.st_size, path))
+        held = sum(size for _, size, _ in files)
+        most = min(self.most, (shutil.disk_usage(self.folder).free + held) // 10)
+        for _, freed, path in sorted(files) if size <= most else ():
+            if held + size <= most:
+                break
+            self._remove(path)
+            held -= freed
+        return held + size <= most
+
+    @staticmethod
+    def _remove(path: str) -> None:
+        with contextlib.suppress(OSError):
+            os.remove(path)
 
 
 class Aside:
@@ -5488,7 +5776,7 @@ class PromptReader(Aside):
     def give_back(self) -> Iterator[tuple[Sequence, Prefix]]:
         """The sequences that are read, all but their last token, and what they have read; they leave."""
         for sequence in [s for s in self.reading if s.pending == 1]:
-            prefix = Prefix(sequence, 0)
+            prefix = Prefix.of(sequence, 0)
             prefix.save(self.context)
             self._leave(sequence.row)
             yield sequence, prefix
@@ -5661,6 +5949,7 @@ class Scheduler:
     WORTH_WAITING = 32  # tokens another prompt is just computing that are worth waiting for
     GROWTH = 16  # cells a newcomer must leave free for each running sequence
     SLICES = 2  # a prompt that takes more of them beside the streams is read aside
+    SCORED = 4  # tokens of echoed prompts that a step tells beside streams: with a large vocabulary each takes 2 ms
 
     def __init__(self, llama: Llama, parallel: int) -> None:
         self.llama, self.parallel = llama, parallel
@@ -5693,6 +5982,7 @@ class Scheduler:
             if self.running and taken + needed > self.llama.pool:
                 return
             self.waiting.remove(sequence)
+            donor, shared = self.cache.fetch(sequence, shared) or (donor, shared)
             self.cache.settle(sequence, donor, shared)
             if not sequence.started:
                 sequence.n_cached, sequence.started = min(sequence.n_computed, sequence.n_prompt), time.perf_counter()
@@ -5730,11 +6020,12 @@ class Scheduler:
             more = min(sequence.pending - 1, rows // (len(jumping) - index))
             plan.append((sequence, 1 + more))
             rows -= more
-        return plan + fair_slices(prompts, rows)
+        outputs = self.llama.main.n_seq - len(self.running)  # each may have one at its end
+        return plan + fair_slices(prompts, rows, min(outputs, self.SCORED) if streams else outputs)
 
     def _long_prompts(self) -> list[Sequence]:
         """Prompts for the reader: in the main context they would take many slices beside the streams there."""
-        prompts = [s for s in self.running if not s.is_stream] if self.reader else []
+        prompts = [s for s in self.running if not s.is_stream and not s.scored] if self.reader else []
         decoding = sum(1 for s in self.running if s.is_stream) if prompts else 0
         most = self.SLICES * self.pace.prompt_rows(decoding) if decoding else math.inf
         return [s for s in prompts if s.unread > most and s.border(s.n_tokens - 1) == s.n_tokens - 1]  # the last token stays here
@@ -5846,7 +6137,7 @@ class Outbox:
         self._events.append(Finished(
             sequence.id, reason, sequence.n_prompt, generated, sequence.n_cached, first - started, now - first,
             sequence.text.stopped, min(sequence.n_jumped, generated),
-            sum(medium.end - medium.start for medium in sequence.media)))  # fmt: skip
+            sum(medium.end - medium.start for medium in sequence.media), sequence.disk_bytes, sequence.disk_seconds))  # fmt: skip
 
     def embedded(self, job: Embedding) -> None:
         """The end of an Embed job, with its vectors if it came so far."""
@@ -5900,6 +6191,7 @@ class Intake:
         self.llama, self.outbox = llama, outbox
         self.tokenizing, self.reading = Pulse(), Pulse()
         self.inbox: queue.SimpleQueue[Sequence | Embedding | None] = queue.SimpleQueue()  # None: look again, one is cancelled
+        self.closing = False  # the parent wants no more: the step loop ends as soon as it can
         self.in_step: Seq[Sequence | Embedding] = ()  # the step loop says what it decodes in the main context
         self._submits: queue.SimpleQueue[Submission] = queue.SimpleQueue()
         self._grammars: queue.SimpleQueue[tuple[Submission, Prompt]] = queue.SimpleQueue()  # prompts whose grammars take long
@@ -6134,18 +6426,27 @@ class Engine:
 
     def run(self) -> None:
         """Main loop: takes messages, steps while work remains, sleeps otherwise."""
-        while True:
+        while not self.intake.closing:
             if self.scheduler.active or self.scheduler.waiting or self.embedder.jobs:
                 self._take_all()
                 self.step()
             else:
                 self._rest()
                 self.pulse.begin("rest")
-                self._take(self.inbox.get())
+                with contextlib.suppress(queue.Empty):
+                    self._take(self.inbox.get(timeout=self.scheduler.cache.write_in()))
+
+        self._take_all()
+        while self._write_prefix(hurry=True):
+            pass
+        os._exit(0)
+
+    def _write_prefix(self, hurry: bool = False) -> bool:
+        return self.scheduler.cache.write(self.scheduler.pace.row, hurry)
 
     def _rest(self) -> None:
         """Idle work: saves prefixes, makes the prompt reader where several sequences ran at once, runs the cycle collector."""
-        while self.inbox.empty() and self._tidy():
+        while self.inbox.empty() and (self._tidy() or self._write_prefix()):
             pass
         if self._several and self._aside and not self.scheduler.reader and self.inbox.empty():
             self._make_reader()
@@ -6308,26 +6609,45 @@ class Engine:
 
     def _sample(self, plan: Seq[tuple[Sequence, int]]) -> bool:
         """Picks a token for every sequence that is fully evaluated; whether one of them is a first token."""
-        ready, row = [], -1
+        ready, row, end = list[tuple[Sequence, int, slice]](), -1, 0  # each with its last row, and its part of the logits
         for sequence, count in plan:
             row += count
             sequence.n_computed += count
-            if sequence.n_computed == sequence.n_tokens:
-                ready.append((sequence, row))
-            elif sequence.n_computed in sequence.borders:
-                self.scheduler.cache.save(Prefix(sequence, self.main.oldest(sequence.row)))
+            is_read = sequence.n_computed == sequence.n_tokens
+            if is_read or sequence.scored:
+                start, end = end, end + (count if sequence.scored else 1)
+                ready.append((sequence, row, slice(start, end)))
+            if not is_read and sequence.n_computed in sequence.borders:
+                self.scheduler.cache.save(Prefix.of(sequence, self.main.oldest(sequence.row)))
         if not ready:
             return False
-        logits = self.main.logits(len(ready))
+        logits = self.main.logits(end)
         peaks = logits.max(axis=1)  # not a number if one of them is none: what sorts them may then leave its array
         first = False
-        for (sequence, row), scores, peak in zip(ready, logits, peaks, strict=True):
-            first = first or not sequence.first_token
-            if math.isfinite(peak):
-                self._pick(sequence, scores, row)
-            else:
+        for sequence, row, part in ready:
+            if not self.llama.np.isfinite(peaks[part]).all():
                 self._fail(sequence, "the model's output is not a number")
+                continue
+            if sequence.scored:
+                self._score(sequence, logits[part])
+            if not sequence.pending and sequence.n_tokens >= sequence.limit:  # nothing but the echo was wanted
+                self._finish(sequence, "length")
+            elif not sequence.pending:
+                first = first or not sequence.first_token
+                self._pick(sequence, logits[part][-1], row)
         return first
+
+    def _score(self, sequence: Sequence, logits: Any) -> None:
+        """Gives out the prompt's tokens that its rows computed last were to predict; the first of all has no row before it."""
+        vocab, echo, alternatives = self.llama.vocab, sequence.echo, sequence.sampling.logprobs or 0
+        start, end = sequence.n_computed - len(logits) + 1, min(sequence.n_computed + 1, sequence.n_prompt)
+        assert echo
+        for at in range(echo.n_told, end):
+            token = int(sequence.tokens[at])
+            known = LogProbs(vocab, logits[at - start]).of(token, alternatives) if at else None
+            told, text = echo.tell(known or TokenLogprob(vocab.name(token), math.nan, id=token))
+            sequence.logprobs.append(told)
+            self.outbox.text(sequence, text)
 
     def _ask_again(self) -> None:
         """Resumes unfinished grammars, least served first."""
@@ -6389,7 +6709,7 @@ class Engine:
         self._show(sequence)
         if sequence.text.stopped or sequence.sampler.is_done:
             self._finish(sequence, "stop")
-        elif sequence.n_tokens >= sequence.limit:
+        elif sequence.n_tokens >= sequence.limit and not sequence.scored:
             self._finish(sequence, "length")
 
     def _show(self, sequence: Sequence) -> None:
@@ -6426,6 +6746,7 @@ class Engine:
 
 
 BEAT_SECONDS = 1.0  # between two heartbeats of a child
+CLOSING_SECONDS = 2.0  # in which an engine that is to end may write prefixes to the disk
 START_SECONDS = 10.0  # a thread that has not begun by then never will
 
 
@@ -6480,6 +6801,10 @@ def _receive(pipe: Pipe, ready: queue.SimpleQueue[Intake]) -> None:
         try:
             message = pipe.receive()
         except (EOFError, OSError):
+            if intake:
+                intake.closing = True
+                intake.inbox.put(None)
+                time.sleep(CLOSING_SECONDS)
             os._exit(0)
         intake = intake or ready.get()
         intake.receive(message)
@@ -6520,7 +6845,8 @@ def start_or_die(work: Callable[[], None], stack: int = 0) -> None:
 
 
 # ── 11. Worker ────────────────────────────────────────────────────────────────────────────────────────────────────────
-# The parent's side of a child: starts it, carries messages, notices its death.
+# The parent's side of a child: Worker starts it, queues jobs, carries messages, notices hangs and its death; Generation is
+# one request's part of that, bounded where a client reads slowly. Meter counts it; Ladder loads again what crashed.
 
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
@@ -6531,7 +6857,8 @@ class Histogram:
     """Values counted by the smallest bound that holds them. Whoever adds holds its owner's lock; anybody may read."""
 
     def __init__(self, bounds: tuple[float, ...] = SECONDS) -> None:
-        self.bounds, self.counts, self.sum = bounds, [0] * (len(bounds) + 1), 0.0
+        self.bounds, self.counts = bounds, [0] * (len(bounds) + 1)
+        self.sum: float = 0
 
     def add(self, value: float) -> None:
         self.counts[bisect.bisect_left(self.bounds, value)] += 1
@@ -6559,8 +6886,8 @@ class Meter:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self.prompt_tokens = self.computed_tokens = self.cached_tokens = self.sought_tokens = self.generated_tokens = 0
-        self.prompt_seconds = self.decode_seconds = 0.0
+        self.computed_tokens = self.cached_tokens = self.sought_tokens = self.generated_tokens = 0
+        self.disk_hits, self.disk_bytes, self.disk_seconds = 0, 0, 0.0
         self.loads = self.load_failures = self.deaths = 0
         self.ends = dict.fromkeys(self.ENDS.values(), 0)
         self.first_token, self.gap, self.per_token, self.queue = Histogram(), Histogram(), Histogram(), Histogram()
@@ -6586,13 +6913,13 @@ class Meter:
         with self._lock:
             self._recent.append((now, end))
             self.ends[self.ENDS[end.finish_reason]] += 1
-            self.prompt_tokens += end.prompt_tokens
             self.computed_tokens += end.prompt_tokens - end.cached_tokens
             self.cached_tokens += end.cached_tokens
             self.sought_tokens += end.prompt_tokens * job.generates
             self.generated_tokens += end.completion_tokens - job.tokens
-            self.prompt_seconds += end.prompt_seconds
-            self.decode_seconds += end.decode_seconds
+            self.disk_hits += end.disk_bytes > 0
+            self.disk_bytes += end.disk_bytes
+            self.disk_seconds += end.disk_seconds
             self.prompt_sizes.add(end.prompt_tokens)
             self.whole.add(now - job.began)
             self.inference.add(computing)
@@ -6655,7 +6982,7 @@ class Generation:
         self._given = self.taken = 0  # bytes of pieces, by the worker's reading thread and by the one that iterates
 
     def give(self, message: Any) -> None:
-        """Hands on a message; called by the worker's reading thread alone. A client too far behind is given up."""
+        """Hands on a message, pieces from the worker's reading thread alone. A client too far behind is given up."""
         self.inbox.put(message)
         if isinstance(message, Piece) and self._given - self.taken <= MAX_UNREAD:
             self._given += message.size
@@ -6725,6 +7052,7 @@ class Worker:
     SILENCE = 30  # seconds without any message: the child's heartbeat needs no more than its turn and the interpreter
     STARTING = 180  # the same while libraries are loaded, which may hold the interpreter; GPU builds have gigabytes of them
     _ids = itertools.count(1)
+    progress = 0.0  # how much of the weights is loaded, 0 to 1
 
     def __init__(self, info: ModelInfo, setup: Setup, max_queue: int, died: Callable[[Worker, str], None],
                  report: Callable[[str], None], meter: Meter | None = None) -> None:  # fmt: skip
@@ -6732,27 +7060,30 @@ class Worker:
         self.info, self.setup, self.max_queue, self._died, self._report = info, setup, max_queue, died, report
         self._meter = meter or Meter()
         self._lock = threading.Lock()
-        # by id, until the child says how a job ended, wanted or not; the meter does not count those of the tokenizer alone
+        # by id, until it is known how a job ended, wanted or not; the meter does not count those of the tokenizer alone
         self._jobs: dict[int, tuple[Generation, Timing | None]] = {}
         self._outbox: queue.SimpleQueue[Any] = queue.SimpleQueue()  # what the writing thread sends; None: no more
-        self._loading: queue.SimpleQueue[Progress | Loaded | LoadFailed] = queue.SimpleQueue()
-        self._heard, self._patience = False, self.STARTING  # since the last tick; and how long its silence is borne
+        self._outcome: queue.SimpleQueue[Loaded | LoadFailed] = queue.SimpleQueue()  # of the load
+        self._silent, self._patience = 0, self.STARTING  # ticks since its last message; and how many seconds are borne
         self._ended = threading.Event()
         self._why = ""  # why the child was given up
         self.cause = ""  # why the child ended by itself, as LoadFailed has it
         self._running = self.cells = 0
+        self.parallel = setup.options.parallel
         self._serving = self._stopping = False
-        self.alive = True
         self.chat: Chat | None = None  # the service's
 
-    def start(self, progress: Callable[[float], None]) -> Worker:
+    @property
+    def alive(self) -> bool:
+        return not (self._stopping or self._ended.is_set())
+
+    def start(self) -> Worker:
         """Starts the child and waits until the model is loaded. Raises LoadFailure if it is not, also after `stop`."""
         began, id = time.perf_counter(), printable(self.info.id)
         self._report(f"loading {id} ({human_bytes(self.info.size_bytes)})")
         self._start_child()
         self._outbox.put(Load(replace(self.info, path=os.path.abspath(self.info.path)), self.setup))
-        while isinstance(message := self._loading.get(), Progress):
-            progress(message.fraction)
+        message = self._outcome.get()
         if isinstance(message, LoadFailed):
             self.stop()
             raise LoadFailure(f"Model '{self.info.id}': {message.reason}", cause=message.cause)
@@ -6790,17 +7121,15 @@ class Worker:
         with self._lock:
             if not self.alive:
                 raise GenerationFailed("The model's engine process ended")
-            if len(ids) > self.loaded.parallel + self.max_queue:
-                most = self.loaded.parallel + self.max_queue
+            most, held = self.parallel + self.max_queue, len(self._jobs)
+            if len(ids) > most:
                 raise InvalidRequest(f"n: {len(ids)} texts are more than the {most} that --max-queue leaves room for", "n")
-            waiting = len(self._jobs) - self.loaded.parallel
-            if waiting + len(ids) > self.max_queue:
-                raise Overloaded(f"{max(waiting, 0)} requests wait already (--max-queue {self.max_queue})")
+            if held + len(ids) > most:
+                raise Overloaded(f"{max(held - self.parallel, 0)} requests wait already (--max-queue {self.max_queue})")
             for id, job in zip(ids, jobs, strict=True):
                 timing = Timing(began or time.monotonic(), isinstance(job, Generate))
                 self._jobs[id] = generation, None if isinstance(job, Tokenize) else timing
-        for id, job in zip(ids, jobs, strict=True):
-            self._outbox.put(Submit(id, job))
+                self._outbox.put(Submit(id, job))
         cancel.on_cancel(lambda: generation.cancel(cancel.gently))
         return generation
 
@@ -6819,7 +7148,7 @@ class Worker:
         try:
             while True:
                 message = self._pipe.receive()
-                self._heard = True
+                self._silent = 0
                 if not isinstance(message, Alive):
                     self._patience = self.SILENCE
                 elif message.stuck:
@@ -6828,10 +7157,12 @@ class Worker:
                     self._running, self.cells = message.running, message.cells
                     for event in message.events:
                         self._take(event)
-                elif isinstance(message, (Progress, Loaded, LoadFailed)) and not self._serving:
-                    self._loading.put(message)
                 elif isinstance(message, Accepted):
                     self._take(message)
+                elif isinstance(message, Progress):
+                    self.progress = min(1.0, max(0.0, message.fraction))  # it might send NaN
+                elif isinstance(message, (Loaded, LoadFailed)) and not self._serving:
+                    self._outcome.put(message)
         except (EOFError, OSError):
             pass
         except Exception:  # a thread's border: a child that cannot be understood is no use
@@ -6841,11 +7172,10 @@ class Worker:
         self._end()
 
     def _take(self, event: Any) -> None:
-        """Tells the meter what the child says of a job, whether or not anybody still waits for it, and hands it on."""
-        generation, timing = self._jobs.get(event.id, (None, None))
-        if isinstance(event, (Finished, Failed)):
-            with self._lock:
-                self._jobs.pop(event.id, None)
+        """Tells the meter what became of a job, whether or not anybody still waits for it, and hands it on."""
+        with self._lock:
+            ends = isinstance(event, (Finished, Failed))
+            generation, timing = (self._jobs.pop if ends else self._jobs.get)(event.id, (None, None))
         if timing and isinstance(event, Piece):
             self._meter.piece(timing, event.tokens)
         elif timing and isinstance(event, Finished):
@@ -6861,10 +7191,9 @@ class Worker:
         It counts ticks of a second, not the time of a clock: a machine that slept, or a server that was stopped and
         continued, finds its children alive.
         """
-        silent = 0
         while not self._ended.wait(BEAT_SECONDS):
-            silent, self._heard = 0 if self._heard else silent + 1, False
-            if silent * BEAT_SECONDS > self._patience:
+            self._silent += 1
+            if self._silent * BEAT_SECONDS > self._patience:
                 self._give_up(f"it said nothing for {self._patience} s")
         self._outbox.put(None)
 
@@ -6886,27 +7215,22 @@ class Worker:
         with self._lock:
             if self._ended.is_set():
                 return
-            self.alive, self._running, self.cells = False, 0, 0
+            self._running = self.cells = 0
             self.cause = "" if self._stopping else cause
             self._ended.set()
         if self._serving and not self._stopping:  # of a load the ladder tells
             log.error("%s: %s", self.info.id, reason)
-        self._loading.put(LoadFailed("it was unloaded while it loaded" if self._stopping else reason, self.cause))
-        self.fail_all(GenerationFailed(f"Model '{self.info.id}': {reason}"))
-        with self._lock:
-            jobs, self._jobs = self._jobs, {}
-        for _, timing in jobs.values():
-            if timing:
-                self._meter.failed(timing)
+        self._outcome.put(LoadFailed("it was unloaded while it loaded" if self._stopping else reason, self.cause))
+        self.fail_all(f"Model '{self.info.id}': {reason}")
         if self._serving:
             self._died(self, reason)
 
-    def fail_all(self, error: ApiError) -> None:
-        """Ends every generation with an error of its own: one that many threads raise would collect their tracebacks."""
+    def fail_all(self, details: str, kind: type[ApiError] = GenerationFailed) -> None:
+        """Ends every job with an error."""
         with self._lock:
-            generations = {generation for generation, _ in self._jobs.values()}
-        for generation in generations:
-            generation.inbox.put(type(error)(error.details, error.message, error.param))
+            ids = list(self._jobs)
+        for id in ids:
+            self._take(Failed(id, kind.code, details))
 
     def counts(self) -> tuple[int, int]:
         """Jobs that run, and jobs that wait."""
@@ -6921,7 +7245,7 @@ class Worker:
         options = {k: v for k, v in vars(self.setup.options).items() if v != getattr(usual, k)}
         options |= {"chat_template": "given"} if "chat_template" in options else {}
         return {
-            "context_length": loaded.ctx, "kv_pool": loaded.pool, "parallel": loaded.parallel, "options": options,
+            "context_length": loaded.ctx, "kv_pool": loaded.pool, "parallel": self.parallel, "options": options,
             "devices": loaded.devices, "fallback": self.setup.rung.words(),
         }  # fmt: skip
 
@@ -6938,9 +7262,8 @@ class Worker:
         Waits some ten seconds at most.
         """
         with self._lock:
-            self._stopping, self.alive = True, False
-            started = hasattr(self, "process")
-        if started:
+            self._stopping = True
+        if hasattr(self, "process"):
             self._pipe.close()
             if not self._ended.wait(3.0):
                 self._give_up("it was to be unloaded")
@@ -7000,8 +7323,7 @@ class Ladder:
         return rung if rung.plain else replace(rung, without=tuple(broken))
 
     def _known(self, model: ModelInfo) -> Rung:
-        known = self.faults.read().get("rungs")
-        said: Any = known.get(self._kind(model)) if isinstance(known, dict) else None
+        said: Any = self.faults.read().get("rungs", {}).get(self._kind(model))
         try:
             rung = Rung(plain=bool(said["plain"]), cpu=bool(said["cpu"]), gpu_share=float(said["gpu_share"]))
         except (KeyError, TypeError, ValueError):
@@ -7045,7 +7367,8 @@ class Ladder:
 
 
 # ── 12. Models in memory ──────────────────────────────────────────────────────────────────────────────────────────────
-# The life of each model: loading, loaded, unloading; what the names in requests mean; and the table of both.
+# Settings of each model; Residents loads, evicts, unloads (keep-alive too), and Lease waits for that; Names says what a
+# name in a request means; ModelTable is all of it by name.
 
 MakeWorker = Callable[[ModelInfo, Setup, Callable[[Worker, str], None]], Worker]  # not started yet; calls back when it dies
 
@@ -7125,10 +7448,10 @@ class Entry:
 
     info: ModelInfo
     state: str = "unloaded"  # unloaded, loading, loaded, unloading, failed; changed by Residents.move alone
-    progress: float = 0.0
     error: str | None = None
     worker: Worker | None = None  # while loaded and unloading
     starting: Worker | None = None  # while loading
+    ends: bool = False  # its requests are done, and the worker is being stopped
     load: PendingLoad | None = None
     asked: Mapping[str, Any] = field(default_factory=dict)  # fields of EngineOptions that requests gave for its last load
     crowded: str = ""  # why it did not fit beside the other models, until one of them is gone
@@ -7153,9 +7476,10 @@ class Entry:
     def status(self) -> dict[str, Any]:
         """The document of the status, load and unload routes, but for its memory: asking for that takes too long here."""
         running, waiting = self.worker.counts() if self.worker else (0, 0)
+        progress = 1.0 if self.worker else self.starting.progress if self.starting else 0.0
         return {
             "model": self.info.id, "status": self.state, "loaded": self.state == "loaded",
-            "progress": round(self.progress, 3), "memory_bytes": 0,
+            "progress": round(progress, 3), "memory_bytes": 0,
             "requests_running": running, "requests_waiting": waiting + self.waiting,
             "last_used": self.last_used and round(self.last_used, 3), "error": self.error,
         } | (self.worker.settings() if self.worker else {})  # fmt: skip
@@ -7175,9 +7499,9 @@ class TableOptions:
 class Residents:
     """The models in memory: loads, evicts and unloads them.
 
-    unloaded → loading → loaded → unloading → unloaded, or failed. One condition, `changed`, guards all entries. One
-    thread loads, a model at a time, another ends engines, so that no wait holds it. Methods are called with it held,
-    unless they say that they take it.
+    unloaded → loading → loaded → unloading → unloaded, or failed. One condition, `changed`, guards all entries. One thread
+    begins loads, one at a time, and unloads, each in a thread of its own, so that no wait holds the condition. Methods are
+    called with it held, unless they say that they take it.
     """
 
     FIRST_PAUSE, LONGEST_PAUSE = 5.0, 600.0  # seconds after a load that failed on every rung; twice as many each time
@@ -7187,7 +7511,7 @@ class Residents:
         """`settings` is asked with the condition held."""
         self.changed = threading.Condition()
         self.entries: dict[str, Entry] = {}  # by id
-        self.closed = False
+        self.closed = self._started = False
         self._make_worker, self._ladder, self._settings = make_worker, ladder, settings
         self._options, self._metrics = options, metrics
 
@@ -7195,7 +7519,6 @@ class Residents:
         """Takes an entry to a state with all that belongs to it, and wakes whoever waits."""
         self._metrics.meter(entry.info.id).moved(entry.state, state)
         entry.state, entry.worker, entry.starting, entry.error = state, worker, None, error
-        entry.progress = 1.0 if state in ("loaded", "unloading") else 0.0
         if not entry.in_memory:
             entry.departures += 1
             for other in self.entries.values():
@@ -7228,23 +7551,29 @@ class Residents:
                 raise GenerationFailed(f"{entry.error} (it is tried again in {pause:.0f} s, or by a request to load it)")
             if entry.state == "failed":
                 self.move(entry, "unloaded")
-            entry.load = load
+            self._started, entry.load = self._started or self._begin(self.manage), load
             self._schedule()
             self.changed.notify_all()
         return load
 
-    def _schedule(self) -> Entry | None:
-        """The model that loads now: one that does, else that which is wanted longest of those for which there is room."""
-        wanted = [(e.load, e) for e in self.entries.values() if e.load]
-        for load, entry in sorted(wanted, key=lambda each: (each[1].state != "loading", each[0].due)):
-            if entry.state == "loading":
-                return entry
+    def _schedule(self) -> None:
+        """Unless a model loads, begins the load that is wanted longest of those for which there is room."""
+        wanted = [] if any(e.state == "loading" for e in self.entries.values()) else self.entries.values()
+        for load, entry in sorted(((e.load, e) for e in wanted if e.load), key=lambda each: each[0].due):
             if not entry.waiting and not load.background:  # whoever wanted it has left
                 entry.load = None
-            elif self._has_room(entry, load):
+            elif self._has_room(entry, load) and self._begin(self._load, entry, load):
                 self.move(entry, "loading")
-                return entry
-        return None
+                break
+
+    @staticmethod
+    def _begin(work: Callable[..., None], *arguments: Any) -> bool:
+        """Begins work in a thread of its own; False if there is none to be had now."""
+        try:
+            threading.Thread(target=work, name=work.__name__.strip("_"), args=arguments, daemon=True).start()
+        except RuntimeError:
+            return False
+        return True
 
     def _has_room(self, entry: Entry, load: PendingLoad) -> bool:
         """True if a load may start; otherwise unloads the least recently used idle model, or says why it cannot begin.
@@ -7272,34 +7601,25 @@ class Residents:
                 self._end_load(entry, load.refusal)
         return False
 
-    def run_loads(self) -> None:
-        """The loading thread; takes the condition."""
-        while not self.closed:
-            with self.changed:
-                entry = self._schedule()
-                if not entry and not self.closed:
-                    self.changed.wait(1.0 if any(e.load for e in self.entries.values()) else None)
-            if entry and entry.load:
-                self._load(entry, entry.load)
-
     def _load(self, entry: Entry, load: PendingLoad) -> None:
-        """Loads a model; takes the condition to say how that ended."""
+        """A load's thread; takes the condition to say how it ended."""
         worker: Worker | None = None
         error: ApiError | None = None
         asked, others = dict(load.asked), list[Worker]()
         try:
             with self.changed:
-                settings = self._settings(entry, asked)
+                engine = self._settings(entry, asked).engine
                 others = [e.worker for e in self.entries.values() if e.worker]
                 idle = any(e.idle for e in self.entries.values())
-            setup = Setup(settings.engine, reserved=sum(other.reserved_bytes() for other in others), others_idle=idle)
-            info = entry.info.fitted(settings.engine.mmproj)
+            setup = Setup(engine, reserved=sum(other.reserved_bytes() for other in others), others_idle=idle)
+            info = entry.info.fitted(engine.mmproj)
             worker = self._ladder.load(info, setup, functools.partial(self._start, entry, info), bool(asked))
         except ApiError as failure:
             error = failure
         except Exception as failure:
             log.exception("loading %s failed", entry.info.id)
-            error = GenerationFailed(f"{type(failure).__name__}: {failure}", "The model could not be loaded")
+            error = LoadFailure(f"{type(failure).__name__}: {failure}")
+        cause = getattr(error, "cause", "")
         with self.changed:
             if worker:
                 entry.asked, entry.failures, entry.retry_at, entry.idle_since = asked, 0, 0.0, time.monotonic()
@@ -7308,12 +7628,12 @@ class Residents:
                     self.move(entry, "failed", error="the engine process ended right after the load")
                 if load.asked == asked:  # else it was asked for with other options meanwhile
                     self._end_load(entry)
-            elif error and getattr(error, "cause", "") == "room" and others:
+            elif error and cause == "room" and others:
                 self.move(entry, "unloaded")
                 entry.crowded = error.details
             elif error:  # what every rung failed at is not tried again and again
                 self._ladder.report(f"{printable(entry.info.id)} could not be loaded: {printable(error.details)}")
-                if getattr(error, "cause", "") and asked == entry.asked:  # what one client wished for keeps no other from it
+                if cause and asked == entry.asked:  # what one client wished for keeps no other from it
                     pause = self.FIRST_PAUSE * 2 ** min(entry.failures, 10)
                     entry.retry_at, entry.failures = time.monotonic() + min(self.LONGEST_PAUSE, pause), entry.failures + 1
                 self._end_load(entry, error)
@@ -7325,7 +7645,7 @@ class Residents:
             if self.closed:
                 raise Overloaded("The server is shutting down")
             entry.starting = starting
-        return starting.start(lambda fraction: setattr(entry, "progress", fraction))
+        return starting.start()
 
     def _end_load(self, entry: Entry, error: ApiError | None = None) -> None:
         """Tells everybody who waits for a load how it ended."""
@@ -7351,17 +7671,12 @@ class Residents:
         entry.idle_since, entry.last_used = time.monotonic(), time.time()
         self.changed.notify_all()
 
-    def keep_alive(self, entry: Entry) -> float:
-        """How many seconds the model stays when nobody uses it; below zero: for ever."""
-        if entry.keep_alive is not None:
-            return entry.keep_alive
-        own = self._settings(entry, {}).keep_alive
-        return self._options.keep_alive if own is None else own
-
-    def expires(self, entry: Entry) -> float:
-        """When an idle model has stayed for as long as it may, monotonic; infinite for one that may stay."""
-        keep = self.keep_alive(entry) if entry.idle else -1
-        return entry.idle_since + keep if keep >= 0 else math.inf
+    def left(self, entry: Entry) -> float:
+        """Seconds until the model goes if nobody comes; infinite for one that stays."""
+        wished = (entry.keep_alive, self._settings(entry, {}).keep_alive, self._options.keep_alive)
+        keep = next(seconds for seconds in wished if seconds is not None)
+        passed = time.monotonic() - entry.idle_since if entry.idle else 0.0
+        return max(0.0, keep - passed) if keep >= 0 else math.inf
 
     def unload(self, entry: Entry, force: bool, cancel: Cancellation) -> None:
         """Waits until the model is out of memory; force ends what runs, otherwise it may finish."""
@@ -7373,9 +7688,9 @@ class Residents:
             if entry.state == "loaded":
                 self.move(entry, "unloading", entry.worker)
             if force and entry.worker:
-                entry.worker.fail_all(GenerationFailed("The model was unloaded (force)", "Text generation was ended"))
+                entry.worker.fail_all("The model was unloaded (force)")
             if force and entry.starting:
-                threading.Thread(target=entry.starting.stop, name=f"stop {entry.info.id}", daemon=True).start()
+                self._begin(entry.starting.stop)
                 entry.starting = None
             self.changed.wait(1.0)
         if entry.state == "failed":
@@ -7383,29 +7698,26 @@ class Residents:
         if entry.state == "unloaded":
             entry.asked = {}
 
-    def run_unloads(self) -> None:
-        """The thread that ends engines; takes the condition."""
-        while not self.closed:
-            with self.changed:
-                held = [e for e in self.entries.values() if e.worker]
-                entry = self._leaving(held)
-                if not entry and not self.closed:
-                    left = min(map(self.expires, held), default=math.inf) - time.monotonic()
-                    self.changed.wait(max(0.0, min(3600.0, left)) if left < math.inf else None)  # no system waits for years
-            if entry and entry.worker:
-                entry.worker.stop()
-                with self.changed:
-                    entry.keep_alive = None
-                    self.move(entry, "unloaded")
+    def _unload(self, entry: Entry, worker: Worker) -> None:
+        """An unload's thread; takes the condition to say that it is over."""
+        worker.stop()
+        with self.changed:
+            entry.keep_alive, entry.ends = None, False
+            self.move(entry, "unloaded")
 
-    def _leaving(self, held: Iterable[Entry]) -> Entry | None:
-        """A model that is to go and whose requests are done, or that is idle for too long."""
-        for entry in held:
-            if self.expires(entry) <= time.monotonic():
-                self.move(entry, "unloading", entry.worker)
-            if entry.state == "unloading" and not (entry.leases and entry.worker and entry.worker.alive):
-                return entry
-        return None
+    def manage(self) -> None:
+        """The managing thread: begins loads, and unloads what is to go or idle for too long; takes the condition."""
+        with self.changed:
+            while not self.closed:
+                self._schedule()
+                held = [(e, e.worker) for e in self.entries.values() if e.worker]
+                for entry, worker in held:
+                    if entry.idle and not self.left(entry):
+                        self.move(entry, "unloading", worker)
+                    if entry.state == "unloading" and not entry.ends and not (entry.leases and worker.alive):
+                        entry.ends = self._begin(self._unload, entry, worker)
+                look = 1.0 if any(e.load or e.state == "unloading" for e in self.entries.values()) else 3600.0
+                self.changed.wait(min([look, *(self.left(e) for e, _ in held if e.idle)]))
 
     def close(self, engines: bool) -> None:
         """Ends every wait, and every child if the `engines` are to end too; idempotent; takes the condition."""
@@ -7568,23 +7880,7 @@ class ModelTable:
         self._residents = Residents(make_worker, ladder, self._settings_of, options, metrics or Metrics())
         self._changed = self._residents.changed  # guards the names too
         self._names = Names(options, {})
-        self._scanned = False  # the first scan is over, whatever came of it
-        self.taken = -math.inf  # when the scan began whose report is in the table
-
-    def start(self) -> None:
-        """Begins the first scan, and the threads that load and unload."""
-        for work in (self._first_scan, self._residents.run_loads, self._residents.run_unloads):
-            threading.Thread(target=work, name=work.__name__.strip("_"), daemon=True).start()
-
-    def _first_scan(self) -> None:
-        try:
-            self._refresh(math.inf)
-        except Exception:
-            log.exception("the scan for models failed")
-        finally:
-            with self._changed:
-                self._scanned = True
-                self._changed.notify_all()
+        self._taken = -math.inf  # when the scan began whose report is in the table
 
     def _refresh(self, age: float) -> None:
         """Takes over what a scan found that began at most `age` seconds ago; takes the condition.
@@ -7593,9 +7889,9 @@ class ModelTable:
         """
         report = self.catalog.scan(age)
         with self._changed:
-            if report.began <= self.taken:  # threads may come out of the catalog in another order
+            if report.began <= self._taken:  # threads may come out of the catalog in another order
                 return
-            self.taken, self._scanned, entries = report.began, True, self._residents.entries
+            self._taken, entries = report.began, self._residents.entries
             found = {m.id: entries.get(m.id) or Entry(m) for m in report.models}
             for model in report.models:
                 found[model.id].info = model
@@ -7623,48 +7919,43 @@ class ModelTable:
         with self._changed:
             return [self._fitted(e) for e in self._residents.entries.values()]
 
-    def names(self, cancel: Cancellation | None = None) -> Names:
-        """The names of what the last scan found; waits for the first one."""
-        with self._changed:
-            while not self._scanned and not self._residents.closed:
-                (cancel or Cancellation()).check()
-                self._changed.wait(1.0)
-            return self._names
+    def names(self) -> Names:
+        """The names of what the last scan found. Whoever asks first scans; the others wait for that."""
+        if self._taken == -math.inf:
+            self._refresh(math.inf)
+        return self._names
 
-    def resolve(self, name: str, cancel: Cancellation | None = None) -> str:
+    def resolve(self, name: str) -> str:
         """The id that `name` means: id, alias, stem in any case, or unambiguous prefix. Raises ModelNotFound.
 
-        A name not known looks at the disk again first: a file may have been copied there a moment ago.
+        For a name not known the disk is scanned again: a file may have been copied there a moment before it was asked for.
         """
         if len(name) > MAX_MODEL_NAME:
             raise ModelNotFound(f"Model '{printable(name, 80)}' is not available")
-        if len(found := self.names(cancel).resolve(name)) != 1:
-            self._refresh(0.25)
+        asked = time.monotonic()
+        if len(found := self.names().resolve(name)) != 1:
+            self._refresh(time.monotonic() - asked + 0.25)
             found = self._names.resolve(name)
         if len(found) != 1:
             raise self._names.not_found(name, self.catalog)
         return found[0]
 
-    def _find(self, name: str, cancel: Cancellation | None = None) -> Entry:
+    def _find(self, name: str) -> Entry:
         """The entry of the model that a name means; all that its header tells is read now. Raises ModelNotFound."""
-        id = self.resolve(name, cancel)
+        id = self.resolve(name)
         with self._changed:
-            entry = self._entry(id)
+            entry = self._residents.entries.get(id)
+        if entry is None:  # a scan has dropped it since
+            raise self._names.not_found(id, self.catalog)
         if entry.info.chat_template is None:
             whole = self.catalog.whole(entry.info)  # not under the condition: a large vocabulary takes 0.1 s
             with self._changed:
                 entry.info = whole
         return entry
 
-    def _entry(self, id: str) -> Entry:
-        """The entry, under the condition; a scan may have dropped it since the name was resolved."""
-        if id not in self._residents.entries:
-            raise self._names.not_found(id, self.catalog)
-        return self._residents.entries[id]
-
-    def info(self, name: str, cancel: Cancellation | None = None) -> ModelInfo:
+    def info(self, name: str) -> ModelInfo:
         """All that the header of the model tells. Raises ModelNotFound."""
-        entry = self._find(name, cancel)
+        entry = self._find(name)
         with self._changed:
             return self._fitted(entry)
 
@@ -7679,8 +7970,8 @@ class ModelTable:
 
     def settings(self, id: str) -> ModelSettings:
         """The settings that the model is loaded with, or will be."""
+        entry = self._find(id)
         with self._changed:
-            entry = self._entry(id)
             return self._settings_of(entry, entry.asked)
 
     # Life
@@ -7690,7 +7981,7 @@ class ModelTable:
 
         Raises ModelNotFound, InvalidRequest if the model cannot do that.
         """
-        entry = self._find(name, cancel)
+        entry = self._find(name)
         if refusal := entry.info.refusal(use):
             raise InvalidRequest(f"model: '{entry.info.id}' is {refusal}", "model")
         return Lease(self._residents, entry, cancel, asked)
@@ -7700,7 +7991,7 @@ class ModelTable:
 
         A model that is loaded with other options than `asked` is unloaded first, once its requests are done.
         """
-        entry = self._find(name, cancel)
+        entry = self._find(name)
         with self._changed:
             entry.retry_at = 0.0
             engine = self._settings_of(entry, entry.load.asked if entry.load else entry.asked).engine
@@ -7717,7 +8008,7 @@ class ModelTable:
 
     def unload(self, name: str, force: bool, cancel: Cancellation) -> dict[str, Any]:
         """`POST …/unload`: lets running generations finish (or ends them), frees the memory; idempotent."""
-        entry = self._find(name, cancel)
+        entry = self._find(name)
         cancel.on_cancel(self._residents.wake)
         with self._changed:
             self._residents.unload(entry, force, cancel)
@@ -7738,12 +8029,11 @@ class ModelTable:
         with self._changed:
             return [e.status() for e in self._residents.entries.values() if e.in_memory or e.waiting]
 
-    def left(self, id: str) -> float | None:
-        """Seconds until a loaded model is unloaded if nobody comes; None: it stays."""
+    def left(self, id: str) -> float:
+        """Seconds until a loaded model is unloaded if nobody comes; infinite: it stays."""
         with self._changed:
-            entry, now = self._residents.entries.get(id), time.monotonic()
-            keep = self._residents.keep_alive(entry) if entry else -1
-            return max(0.0, keep + (entry.idle_since - now if entry.idle else 0.0)) if entry and keep >= 0 else None
+            entry = self._residents.entries.get(id)
+            return self._residents.left(entry) if entry else math.inf
 
     def keep(self, id: str, seconds: float) -> None:
         """How long this model stays when nobody uses it, until it is unloaded; 0: it goes as soon as it is idle."""
@@ -7763,7 +8053,8 @@ class ModelTable:
 
 
 # ── 13. Service ───────────────────────────────────────────────────────────────────────────────────────────────────────
-# The only way in for HTTP, WebSocket and command line.
+# The only way in for HTTP, WebSocket and command line: Service makes a request into jobs, and what comes of them into
+# events; ToolLoop answers where the server runs tools; METRICS are the rows of /metrics.
 
 
 class Looker:
@@ -7884,7 +8175,7 @@ class Service:
         messages, prompts = request.messages or (), request.prompts
         if not any(isinstance(content, Content) for content in (*prompts, *(message["content"] for message in messages))):
             return request
-        info, last = self.table.info(request.model, cancel), messages[-1] if continues(request) else None
+        info, last = self.table.info(request.model), messages[-1] if continues(request) else None
         look = Looker(self.tools.getter, cancel).look if info.projector else None
 
         def shown(content: Any, look: Callable[[Attachment], Picture] | None) -> Any:
@@ -7937,7 +8228,8 @@ class Service:
             sampling = replace(sampling, stop=(*sampling.stop, *chat.stops), constraint=constraint)
         seeds = [None if sampling.seed is None else sampling.seed + i for i in range(request.n)]
         markers = chat.markers if request.split_markers else frozenset()
-        jobs = [Generate(p, replace(sampling, seed=s), markers, budget, request.owner, spare) for p in prompts for s in seeds]
+        jobs = [Generate(p, replace(sampling, seed=s), markers, budget, request.owner, spare, request.echo and p != ("",))
+                for p in prompts for s in seeds]  # fmt: skip
         return jobs, [chat.parser(request, job.prompt[-1:], index) for index, job in enumerate(jobs)]
 
     def embed(self, request: EmbedRequest, cancel: Cancellation) -> Iterator[Event]:
@@ -7993,6 +8285,7 @@ class Service:
             "directories": list(report.directories), "skipped": list(report.skipped),
             "models": len(report.models), "models_loaded": [w.info.id for w in self.table.workers()],
             "server": {"running": True, "pid": os.getpid()}, "known_faults": self.known_faults(),
+            "prefixes": kept_prefixes(),
         }  # fmt: skip
 
     def known_faults(self) -> dict[str, Any]:
@@ -8019,22 +8312,22 @@ class Scrape:
         self.service, self.metrics = service, service.metrics
         statuses = {s["model"]: s for s in service.table.statuses()}
         workers = {w.info.id: w for w in service.table.workers()}
-        self.models: dict[str, dict[str, Any]] = {}  # by id, each number and histogram by its name
+        self.models: dict[str, types.SimpleNamespace] = {}  # by id, its numbers and histograms
         for id, meter in sorted(self.metrics.meters.items()):
             status, worker = statuses.get(id, {}), workers.get(id)
             cells, pool = (worker.cells, worker.loaded.pool) if worker else (0, 0)
-            self.models[id] = vars(meter) | {
-                "running": status.get("requests_running", 0), "waiting": status.get("requests_waiting", 0),
-                "loaded": int(status.get("loaded", False)), "memory": worker.memory_bytes() if worker else 0,
-                "cells": cells, "pool": pool, "usage": cells / (pool or 1), "recent": meter.recent(),
-            }  # fmt: skip
+            self.models[id] = types.SimpleNamespace(
+                **vars(meter), recent=meter.recent(), cells=cells, pool=pool, usage=cells / (pool or 1),
+                running=status.get("requests_running", 0), waiting=status.get("requests_waiting", 0),
+                loaded=int(status.get("loaded", False)), memory=worker.memory_bytes() if worker else 0,
+            )  # fmt: skip
 
     def total(self, name: str) -> Any:
-        return sum(numbers[name] for numbers in self.models.values())
+        return sum(map(operator.attrgetter(name), self.models.values()))
 
     def rate(self, tokens: Callable[[Finished], int], seconds: Callable[[Finished], float]) -> list[Sample]:
         """Tokens per second, over what ended in the last minute."""
-        ends = [end for numbers in self.models.values() for end in numbers["recent"]]
+        ends = [end for numbers in self.models.values() for end in numbers.recent]
         return [({}, sum(map(tokens, ends)) / (sum(map(seconds, ends)) or 1.0))]
 
 
@@ -8048,7 +8341,7 @@ def metric_lines(scrape: Scrape, metric: tuple[str, str, str, Any]) -> Iterator[
     elif name.startswith("llamacpp:"):
         samples = [({}, scrape.total(read))]
     else:
-        samples = [({"model_name": id}, numbers[read]) for id, numbers in scrape.models.items()]
+        samples = [({"model_name": id}, operator.attrgetter(read)(numbers)) for id, numbers in scrape.models.items()]
     for labels, value in samples:
         if isinstance(value, Histogram):
             yield from histogram_lines(name, labels, value)
@@ -8076,15 +8369,15 @@ def sample_line(name: str, labels: Mapping[str, str], value: float) -> str:
 
 LABEL_ESCAPES = str.maketrans({"\\": r"\\", "\n": r"\n", '"': r"\""})
 
-# Name, type, help, and what is shown: a number or histogram by its name in Scrape.models, or a function's samples.
+# Name, type, help, and what is shown: an attribute of each of Scrape.models, or a function's samples.
 METRICS: tuple[tuple[str, str, str, Any], ...] = (
     # llama-server's names (tools/server): all models together, for it has one model and no labels
     ("llamacpp:prompt_tokens_total", "counter", "Prompt tokens computed.", "computed_tokens"),
     ("llamacpp:prompt_tokens_cached_total", "counter", "Prompt tokens found cached.", "cached_tokens"),
-    ("llamacpp:prompt_seconds_total", "counter", "Seconds from first step to first token.", "prompt_seconds"),
+    ("llamacpp:prompt_seconds_total", "counter", "Seconds from first step to first token.", "prefill.sum"),
     ("llamacpp:tokens_predicted_total", "counter", "Tokens generated.", "generated_tokens"),
     ("llamacpp:tokens_predicted_seconds_total", "counter", "Seconds from first to last token, of all sequences.",
-     "decode_seconds"),
+     "decode.sum"),
     ("llamacpp:prompt_tokens_seconds", "gauge", "Prompt tokens per second of requests that ended in the last minute.",
      lambda r: r.rate(lambda e: e.prompt_tokens - e.cached_tokens, lambda e: e.prompt_seconds)),
     ("llamacpp:predicted_tokens_seconds", "gauge", "Tokens per second of requests that ended in the last minute.",
@@ -8100,10 +8393,10 @@ METRICS: tuple[tuple[str, str, str, Any], ...] = (
     ("vllm:kv_cache_usage_perc", "gauge", "Share of the KV pool that running sequences hold; 1 is all.", "usage"),
     ("vllm:prefix_cache_queries_total", "counter", "Prompt tokens looked for in the cache.", "sought_tokens"),
     ("vllm:prefix_cache_hits_total", "counter", "Prompt tokens found there.", "cached_tokens"),
-    ("vllm:prompt_tokens_total", "counter", "Prompt tokens, cached ones too.", "prompt_tokens"),
+    ("vllm:prompt_tokens_total", "counter", "Prompt tokens, cached ones too.", "prompt_sizes.sum"),
     ("vllm:generation_tokens_total", "counter", "Tokens generated.", "generated_tokens"),
     ("vllm:request_success_total", "counter", "Sequences by how they ended; abort: the client left or cancelled.",
-     lambda r: [({"model_name": id, "finished_reason": why}, n) for id, m in r.models.items() for why, n in m["ends"].items()]),
+     lambda r: [({"model_name": id, "finished_reason": why}, n) for id, m in r.models.items() for why, n in m.ends.items()]),
     ("vllm:time_to_first_token_seconds", "histogram", "From the request to its first piece of text; a load counts.",
      "first_token"),
     ("vllm:inter_token_latency_seconds", "histogram", "Between two pieces of a text: a token, or those of 10 ms.", "gap"),
@@ -8121,6 +8414,9 @@ METRICS: tuple[tuple[str, str, str, Any], ...] = (
     ("shimmy_model_memory_bytes", "gauge", "Resident memory of the model's engine.", "memory"),
     ("shimmy_model_loads_total", "counter", "Loads that succeeded.", "loads"),
     ("shimmy_model_load_failures_total", "counter", "Loads that failed.", "load_failures"),
+    ("shimmy_prefix_disk_hits_total", "counter", "Prompts whose beginning was read from the disk.", "disk_hits"),
+    ("shimmy_prefix_disk_read_bytes_total", "counter", "Bytes of prompts' beginnings read from the disk.", "disk_bytes"),
+    ("shimmy_prefix_disk_saved_seconds_total", "counter", "Seconds of computing that it spared.", "disk_seconds"),
     ("shimmy_engine_deaths_total", "counter", "Engines that crashed or hung.", "deaths"),
     ("shimmy_requests_total", "counter", "Requests by route, API and status; none: the client left before an answer.",
      lambda r: [({"method": m, "route": o, "api": a, "status": s}, n) for (m, o, a, s), n in list(r.metrics.answers.items())]),
@@ -8138,15 +8434,6 @@ def metrics_text(service: Service) -> bytes:
     """All of METRICS in Prometheus' text format."""
     scrape = Scrape(service)
     return "".join(f"{line}\n" for metric in METRICS for line in metric_lines(scrape, metric)).encode()
-
-
-@dataclass
-class Called:
-    """A call as the model wrote it."""
-
-    id: str
-    name: str
-    arguments: str = ""
 
 
 class ToolLoop:
@@ -8173,7 +8460,7 @@ class ToolLoop:
         for count in range(MAX_TOOL_ROUNDS + 1):
             last = count == MAX_TOOL_ROUNDS or time.monotonic() > self._deadline
             request = replace(self._request, tools=self._request.tools[: len(self._request.tools) * (not last)])
-            self._calls: dict[int, Called] = {}
+            self._calls: dict[int, ToolResult] = {}  # by number, without their results yet
             self._said: list[str] = []
             self._reason = "stop"
             with contextlib.closing(answer(request, self._cancel)) as events:  # type: ignore[type-var]
@@ -8192,24 +8479,24 @@ class ToolLoop:
     def _passed_on(self, events: Iterator[Event], first: bool) -> Iterator[Event]:
         """The events of one round that the client sees: calls of built-in tools show as results only."""
         for event in events:
-            if isinstance(event, CallBegan):
-                self._calls[event.number] = Called(event.id, event.name)
-                self._client_calls += event.name not in self._request.builtins
-            elif isinstance(event, CallArguments):
-                self._calls[event.number].arguments += event.text
-            elif isinstance(event, Text):
-                self._said.append(event.text)
+            if isinstance(event, (CallBegan, CallArguments)):
+                if isinstance(event, CallBegan):
+                    self._calls[event.number] = ToolResult(0, event.id, event.name, "", None, None)
+                    self._client_calls += event.name not in self._request.builtins
+                else:
+                    written = self._calls[event.number].arguments + event.text
+                    self._calls[event.number] = replace(self._calls[event.number], arguments=written)
+                if self._calls[event.number].name not in self._request.builtins:
+                    yield replace(event, number=self._client_calls - 1)
             elif isinstance(event, ChoiceEnd):
                 self._reason = event.finish_reason
             elif isinstance(event, Usage):
                 self._used.append(event)
-            if isinstance(event, (CallBegan, CallArguments)):
-                if self._calls[event.number].name not in self._request.builtins:
-                    yield replace(event, number=self._client_calls - 1)
-            elif isinstance(event, (Text, Thought, Waiting)) or (isinstance(event, Queued) and first):
+            elif first or not isinstance(event, Queued):
+                self._said += [event.text] if isinstance(event, Text) else []
                 yield event
 
-    def _execute(self, call: Called) -> Generator[Waiting, None, ToolResult]:
+    def _execute(self, call: ToolResult) -> Generator[Waiting, None, ToolResult]:
         """Runs a call, with signs of life; what is wrong with it is told to the model."""
         self._cancel.check()
         left = self._deadline - time.monotonic()
@@ -8220,7 +8507,7 @@ class ToolLoop:
             answer = yield from self._tools.running(call.name, arguments, self._cancel, left)
         except ApiError as error:
             answer = {"result": None, "error": str(error)}
-        return ToolResult(0, call.id, call.name, call.arguments, answer["result"], answer["error"])
+        return replace(call, result=answer["result"], error=answer["error"])
 
     def _extend(self, results: Seq[ToolResult]) -> None:
         """Adds the model's turn and the results to the conversation."""
@@ -8685,19 +8972,27 @@ class Completion(OpenAI):
         if body.get("prompt") is None:
             raise InvalidRequest("prompt is required: a string, or a list of strings or token ids", "prompt")
         prompts = read_texts("prompt", body["prompt"], MAX_TEXTS)
-        request = replace(self.common(body, optional(body, "logprobs", whole(0, 20))), prompts=prompts)
+        echo, limit = flag(body, "echo"), body.get("max_tokens")
+        nothing = echo and limit == 0 and limit is not False  # but the prompt is wanted
+        request = self.common({**body, "max_tokens": 1} if nothing else body, optional(body, "logprobs", whole(0, 20)))
+        sampling = replace(request.sampling, max_tokens=0) if nothing else request.sampling
+        request = replace(request, prompts=prompts, sampling=sampling, echo=echo and sampling.logprobs is not None)
         if (texts := len(prompts) * request.n) > MAX_TEXTS:
             raise InvalidRequest(f"prompt: prompts times n may be up to {MAX_TEXTS}, not {texts}", "prompt")
         if optional(body, "best_of", whole(1, MAX_CHOICES), request.n) != request.n:
             raise InvalidRequest(f"best_of must equal n ({request.n}): texts are not ranked here", "best_of")
         written = [p if isinstance(p, str) else "" for p in prompts for _ in range(request.n)]  # by choice
-        if flag(body, "echo") and (request.sampling.logprobs is not None or not all(isinstance(p, str) for p in prompts)):
-            raise InvalidRequest("echo is served for prompts of text without logprobs", "echo")
-        self._echo = written if flag(body, "echo") else []
-        self._offsets = [len(text) for text in written]  # characters so far: OpenAI counts from the prompt's start
+        if echo and not request.echo and not all(isinstance(p, str) for p in prompts):
+            raise InvalidRequest("echo of token ids needs logprobs: without them only prompts of text are echoed", "echo")
+        most = MAX_ECHOED // (1 + (sampling.logprobs or 0))
+        if request.echo and (size := request.n * sum(map(len, prompts))) > most:
+            raise InvalidRequest(f"echo: with so many logprobs prompts of up to {most} characters are echoed, not {size}", "echo")
+        self._echo = written if echo and not request.echo else []
+        # characters so far: OpenAI counts from the prompt's start
+        self._offsets = [0 if request.echo else len(text) for text in written]
         suffix = optional(body, "suffix", a_string, "")
-        if suffix and (len(prompts) > 1 or not isinstance(prompts[0], str)):
-            raise InvalidRequest("suffix is served for one prompt of text", "suffix")
+        if suffix and (len(prompts) > 1 or not isinstance(prompts[0], str) or request.echo):
+            raise InvalidRequest("suffix is served for one prompt of text, whose log probabilities are not told", "suffix")
         return replace(request, prompts=(), infill=Infill(written[0], suffix)) if suffix else request
 
     def documents(self, event: Event) -> Iterator[dict[str, Any]]:
@@ -8710,9 +9005,13 @@ class Completion(OpenAI):
         shown, tokens = None, choice.logprobs
         if tokens:
             words = [t.token.decode("utf-8", "replace") for t in tokens]
-            tops = [{token.decode("utf-8", "replace"): p for token, p in t.top} for t in tokens]
-            *offsets, self._offsets[index] = itertools.accumulate(map(len, words), initial=self._offsets[index])
-            shown = {"tokens": words, "token_logprobs": [t.logprob for t in tokens], "top_logprobs": tops, "text_offset": offsets}
+            known = [not math.isnan(t.logprob) for t in tokens]  # of a text's first token OpenAI tells null too
+            tops = [{token.decode("utf-8", "replace"): p for token, p in t.top} if k else None
+                    for t, k in zip(tokens, known, strict=True)]  # fmt: skip
+            begun = (sum(byte & 0xC0 != 0x80 for byte in t.token) for t in tokens)  # characters, of which a token may have a part
+            *offsets, self._offsets[index] = itertools.accumulate(begun, initial=self._offsets[index])
+            logprobs = [t.logprob if k else None for t, k in zip(tokens, known, strict=True)]
+            shown = {"tokens": words, "token_logprobs": logprobs, "top_logprobs": tops, "text_offset": offsets}
         return {"text": choice.said(), "index": index, "logprobs": shown, "finish_reason": choice.finish_reason}
 
 
@@ -9386,7 +9685,7 @@ class OllamaRoute(Dialect):
 
     def _loads(self, service: Service, cancel: Cancellation) -> Iterator[Event]:
         if self._keep == 0:
-            yield Queued(service.table.resolve(self.request.model, cancel))
+            yield Queued(service.table.resolve(self.request.model))
         else:
             use = "embed" if isinstance(self.request, EmbedRequest) else "generate"
             yield from service.load(self.request.model, use, cancel, self.request.engine)
@@ -10216,39 +10515,6 @@ class Wire:
         """The answer is complete."""
 
 
-class HttpWire(Wire):
-    """One JSON document with its status, or documents in a Framing behind a head that goes out when the answer begins."""
-
-    def __init__(self, out: Responder, framing: Framing | None = None) -> None:
-        self._out, self._framing = out, framing
-
-    def begin(self) -> None:
-        if self._framing and not self.begun:
-            self._out.start(self._framing.content_type)
-            self.begun = True
-
-    def send(self, document: dict[str, Any]) -> None:
-        if self._framing:
-            self._out.write(self._framing.encode(document))
-        else:
-            self._out.respond(Answer(document))
-
-    def idle(self, document: dict[str, Any] | None) -> None:
-        if self._framing:
-            self._out.write(self._framing.encode(document) if document else self._framing.pulse)
-
-    def end(self) -> None:
-        if self._framing:
-            self._out.write(self._framing.done, last=True)
-
-    def fail(self, error: ApiError, document: dict[str, Any]) -> None:
-        """Sends the error, in its dialect's shape, as the answer or as the end of it."""
-        if self._framing and self.begun:
-            self._out.write(self._framing.encode(document), last=True)
-        else:
-            self._out.respond(Answer(document, error.status, error.headers))
-
-
 def deliver(dialect: Dialect, events: Iterator[Event], wire: Wire) -> None:
     """The one way from events to a client, whichever door it came through. What the events raise passes."""
     signs = 0
@@ -10348,7 +10614,7 @@ class Call:
 def answer_health(call: Call) -> dict[str, Any]:
     """The server's state; llama-server's older clients read the counts of slots."""
     workers = call.service.table.workers()
-    running, places = sum(w.counts()[0] for w in workers), sum(w.loaded.parallel for w in workers)
+    running, places = sum(w.counts()[0] for w in workers), sum(w.parallel for w in workers)
     return call.service.health() | {"slots_idle": places - running, "slots_processing": running}
 
 
@@ -10360,7 +10626,7 @@ def answer_discover(call: Call) -> dict[str, Any]:
 
 def answer_load(call: Call) -> Answer:
     """200 with the status once the model is loaded; with `?wait=false` 202 at once. The body may hold a preset's keys."""
-    wait = call.query.get("wait", "true").lower() not in ("false", "0", "no")
+    wait = SWITCHES.get(call.query.get("wait", "").lower(), True)
     asked = load_options(parse_object(call.body)) if call.body.strip() else {}
     status = call.service.table.load(call.names[0], wait, call.cancel, asked)
     return Answer(status, 200 if wait or status["loaded"] else 202)
@@ -10368,7 +10634,7 @@ def answer_load(call: Call) -> Answer:
 
 def answer_unload(call: Call) -> dict[str, Any]:
     """200 with the status once the model's memory is free; `?force=true` ends what runs."""
-    force = call.query.get("force", "false").lower() in ("true", "1", "yes")
+    force = SWITCHES.get(call.query.get("force", "").lower(), False)
     return call.service.table.unload(call.names[0], force, call.cancel)
 
 
@@ -10391,10 +10657,10 @@ def answer_ps(call: Call) -> dict[str, Any]:
     """The loaded models with their expiry. No expiry is sent as a far-future date."""
     models = []
     for r in call.service.table.workers():
-        left = call.service.table.left(r.info.id)
-        expires = time.time() + (9.2e9 if left is None else left)
+        expires = time.time() + min(9.2e9, call.service.table.left(r.info.id))
         models.append({k: v for k, v in ollama_model(r.info).items() if k != "modified_at"} | {
-            "size": r.memory_bytes(), "size_vram": 0, "expires_at": rfc3339(expires), "context_length": r.loaded.ctx,
+            "size": r.memory_bytes() + r.loaded.gpu_bytes, "size_vram": r.loaded.gpu_bytes, "expires_at": rfc3339(expires),
+            "context_length": r.loaded.ctx,
         })  # fmt: skip
     return {"models": models}
 
@@ -10404,14 +10670,14 @@ def answer_show(call: Call) -> dict[str, Any]:
     name = first_given(parse_object(call.body), a_string, "model", "name")
     if name is None:
         raise InvalidRequest("model is required: the name of a model, or default", "model")
-    return ollama_show(call.service, call.service.table.info(name, call.cancel))
+    return ollama_show(call.service, call.service.table.info(name))
 
 
 def answer_slots(call: Call) -> list[dict[str, Any]]:
     """The places for sequences of each loaded model, and which are taken: nothing of what is written there."""
     wanted = call.query.get("model")
-    id = None if wanted is None else call.service.table.info(wanted, call.cancel).id
-    places = [(r, i) for r in call.service.table.workers() if id in (None, r.info.id) for i in range(r.loaded.parallel)]
+    id = None if wanted is None else call.service.table.info(wanted).id
+    places = [(r, i) for r in call.service.table.workers() if id in (None, r.info.id) for i in range(r.parallel)]
     slots = [
         {"id": n, "id_task": -1, "n_ctx": r.loaded.ctx, "speculative": False, "model": r.info.id,
          "is_processing": i < r.counts()[0]}
@@ -10535,7 +10801,7 @@ ROUTES = (
     *_route("POST /v1/responses", Responses, framing=NAMED_SSE),
     *_route("GET /v1/models", answer_openai_models, api="openai"),
     *_route("GET /v1/models/{}", api="openai", answer=lambda call: listed_model(
-        call.service, call.service.table.info(call.names[0], call.cancel))),
+        call.service, call.service.table.info(call.names[0]))),
     *_route("GET /api/version", lambda call: {"version": OLLAMA_VERSION}, api="ollama"),  # clients compare it
     *_route("GET /api/tags", lambda call: {"models": list(map(ollama_model, call.service.table.infos()))}, api="ollama"),
     *_route("GET /api/ps", answer_ps, api="ollama"),
@@ -10550,7 +10816,7 @@ ROUTES = (
     *_route("POST /detokenize", answer_detokenize, needs_body=True, api="llama-server"),
     *_route("POST /apply-template", needs_body=True, api="llama-server", max_body=MAX_PICTURED_BODY, answer=answer_template),
     *_route("GET /props", api="llama-server", answer=lambda call: model_properties(
-        call.service, call.service.table.info(call.query.get("model", "default"), call.cancel))),
+        call.service, call.service.table.info(call.query.get("model", "default")))),
     *_route("GET /slots", answer_slots, api="llama-server"),
     *_route("GET /v1/health", lambda call: answer_health(call) | {"status": "ok"}, api="llama-server", keyless=True),
 )  # fmt: skip
@@ -10614,8 +10880,10 @@ class Head:
                 and re.fullmatch(r"[A-Za-z0-9+/]{22}==", key) is not None)  # fmt: skip
 
 
-class Responder:
-    """Writes the answer to one request; wires call it."""
+class Responder(Wire):
+    """Writes the answer to one request: a document with its status, or a stream of documents in a Framing."""
+
+    framing: Framing | None = None  # a stream's
 
     def __init__(self, connection: socket.socket, access: Access) -> None:
         self._connection, self._access = connection, access
@@ -10628,22 +10896,45 @@ class Responder:
         """Sends a whole answer."""
         body = answer.body()
         headers = {"Content-Type": "application/json", "Content-Length": str(len(body)), **answer.headers}
-        self.begin(answer.status, headers, b"" if self.head.method == "HEAD" else body)
+        self.write_head(answer.status, headers, b"" if self.head.method == "HEAD" else body)
 
-    def start(self, content_type: str) -> None:
-        """Sends the head of an answer in pieces."""
-        self._chunked = self.head.version == "HTTP/1.1"
-        self.closes = self.closes or not self._chunked
-        encoding = {"Transfer-Encoding": "chunked"} if self._chunked else {}
-        self.begin(200, {"Content-Type": content_type, "Cache-Control": "no-cache", "X-Accel-Buffering": "no", **encoding})
+    def begin(self) -> None:
+        """Sends the head of a stream."""
+        if self.framing and not self.begun:
+            self.begun, self._chunked = True, self.head.version == "HTTP/1.1"
+            self.closes = self.closes or not self._chunked
+            encoding = {"Transfer-Encoding": "chunked"} if self._chunked else {}
+            self.write_head(200, {"Content-Type": self.framing.content_type, "Cache-Control": "no-cache",
+                                  "X-Accel-Buffering": "no", **encoding})  # fmt: skip
 
-    def write(self, data: bytes, last: bool = False) -> None:
-        """Sends a piece, and the end of the answer behind the last one."""
+    def send(self, document: dict[str, Any]) -> None:
+        if self.framing:
+            self._write_piece(self.framing.encode(document))
+        else:
+            self.respond(Answer(document))
+
+    def idle(self, document: dict[str, Any] | None) -> None:
+        if self.framing:
+            self._write_piece(self.framing.encode(document) if document else self.framing.pulse)
+
+    def end(self) -> None:
+        if self.framing:
+            self._write_piece(self.framing.done, last=True)
+
+    def fail(self, error: ApiError, document: dict[str, Any]) -> None:
+        """Sends the error, in its dialect's shape, as the answer or as the end of it."""
+        if self.framing and self.begun:
+            self._write_piece(self.framing.encode(document), last=True)
+        else:
+            self.respond(Answer(document, error.status, error.headers))
+
+    def _write_piece(self, data: bytes, last: bool = False) -> None:
+        """Sends a piece of a stream, and the end of the stream behind the last one."""
         if self._chunked:
             data = (b"%x\r\n%b\r\n" % (len(data), data) if data else b"") + (b"0\r\n\r\n" if last else b"")
-        self.send(data)
+        self.write(data)
 
-    def send(self, data: bytes) -> None:
+    def write(self, data: bytes) -> None:
         """Writes it all. Raises ClientGone when the client takes nothing for WRITE_SECONDS: slow ones may read on."""
         left = memoryview(data)
         self._connection.settimeout(WRITE_SECONDS)
@@ -10659,7 +10950,7 @@ class Responder:
         allowed = origin is not None and self._access.origin_allowed(origin, self.head.headers.get("Host", ""))
         return origin if allowed else None
 
-    def begin(self, status: int, headers: Mapping[str, str], body: bytes = b"") -> None:
+    def write_head(self, status: int, headers: Mapping[str, str], body: bytes = b"") -> None:
         """Sends a head, and the body that there is already, in one write."""
         origin = self.allowed_origin()
         if origin is not None:
@@ -10673,7 +10964,7 @@ class Responder:
         lines += [f"{name}: {self.line.id}" for name in ID_HEADERS]
         lines += [f"{name}: {value}" for name, value in headers.items()]
         self.line.status = status
-        self.send("\r\n".join(lines).encode("latin-1", "replace") + b"\r\n\r\n" + body)
+        self.write("\r\n".join(lines).encode("latin-1", "replace") + b"\r\n\r\n" + body)
 
 
 class Handler(socketserver.BaseRequestHandler):
@@ -10699,9 +10990,10 @@ class Handler(socketserver.BaseRequestHandler):
         """Answers one request; true if the connection ends behind it."""
         self.out = Responder(self.request, self.server.access)
         self.route: Route | None = None
-        self.wire = HttpWire(self.out)
-        run_request(self._answer_request, self.out.line, self.fail, self.leave)
-        self.reader.turn.release()
+        try:
+            run_request(self._answer_request, self.out.line, self.fail, self.leave)
+        finally:
+            self.reader.turn.release()
         known, route = ("GET", "HEAD", "POST", "OPTIONS"), self.route.label() if self.route else "other"
         method = self.out.head.method if self.out.head.method in known else "other"  # a client's words are without number
         self.service.metrics.answered(method, route, self._api(), self.out.line.status)
@@ -10729,7 +11021,7 @@ class Handler(socketserver.BaseRequestHandler):
         if size > most:
             raise PayloadTooLarge(f"The body has {size} bytes, up to {most} are read")
         if size and head.headers.get("Expect", "").lower() == "100-continue":
-            self.out.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+            self.out.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         data = self.reader.body(size, most)
         self.out.unread = False
         if data and encoding:
@@ -10751,10 +11043,10 @@ class Handler(socketserver.BaseRequestHandler):
         if isinstance(answer, type):
             dialect = self.out.line.dialect = self._dialect(parse_object(self._body()))  # nobody keeps the bytes while it runs
             self.reader.turn.release()
-            self.wire = HttpWire(self.out, self.route.framing) if dialect.stream else self.wire
+            self.out.framing = self.route.framing if dialect.stream else None
             dialect.owner = self.server.access.owner(head.headers)
             with watching:
-                deliver(dialect, dialect.events(self.service, cancel), self.wire)
+                deliver(dialect, dialect.events(self.service, cancel), self.out)
         elif answer is answer_upgrade and head.is_handshake():
             self._upgrade(head)
         else:
@@ -10794,7 +11086,7 @@ class Handler(socketserver.BaseRequestHandler):
         key = head.headers.get("Sec-WebSocket-Key") + "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # RFC 6455, 4.2.2
         accept = base64.b64encode(hashlib.sha1(key.encode(), usedforsecurity=False).digest()).decode()
         self.out.closes = False  # whatever the client said of its connection besides
-        self.out.begin(101, {"Upgrade": "websocket", "Connection": "Upgrade", "Sec-WebSocket-Accept": accept})
+        self.out.write_head(101, {"Upgrade": "websocket", "Connection": "Upgrade", "Sec-WebSocket-Accept": accept})
         self.out.closes = self.upgraded = True
 
     def _preflight(self, head: Head) -> None:
@@ -10814,12 +11106,11 @@ class Handler(socketserver.BaseRequestHandler):
         dialect = self.out.line.dialect
         with contextlib.suppress(ClientGone):
             if dialect and error.code in dialect.streamed_errors:
-                self.wire.begin()
-            begun = dialect and self.wire.begun
-            *others, last = dialect.failure(error) if dialect and begun else [ERROR_SHAPES[self._api()](error)]
+                self.out.begin()
+            *others, last = dialect.failure(error) if dialect and self.out.begun else [ERROR_SHAPES[self._api()](error)]
             for document in others:
-                self.wire.send(document)
-            self.wire.fail(error, last)
+                self.out.send(document)
+            self.out.fail(error, last)
 
     def leave(self) -> None:
         """The connection ends without an answer."""
@@ -10892,7 +11183,7 @@ class Server(socketserver.ThreadingTCPServer):
         self.service.metrics.accepted += 1
         try:
             super().process_request(request, client_address)
-        except RuntimeError:  # can't start new thread
+        except (RuntimeError, MemoryError):  # can't start new thread
             self.count_connection(-1)
             self._refuse(request, "No thread can be started for another connection")
 
@@ -10937,7 +11228,7 @@ class Server(socketserver.ThreadingTCPServer):
         self.service.table.close(engines=False)
         self._await_quiet(grace)
         for worker in self.service.table.workers():
-            worker.fail_all(Overloaded("The server is shutting down"))
+            worker.fail_all("The server is shutting down", Overloaded)
         for cancel in () if self._await_quiet(1.0) else list(self._running):
             cancel.cancel()
         self.sockets.stop()
@@ -11010,12 +11301,12 @@ class SocketConnection(Wire):
         except OSError:  # the client broke off
             pass
         finally:
-            self._writer.close()
-            self._loop.call_later(SOCKET_CLOSE_SECONDS, self._writer.transport.abort)
             self._turn.release()
+            self._writer.close()
+            self._queue.put(None)
+            self._loop.call_later(SOCKET_CLOSE_SECONDS, self._writer.transport.abort)
             for request in list(self._requests):
                 self._cancel(request)
-            self._queue.put(None)
 
     async def _read(self) -> bytes:
         """The next bytes; none when the client has left, or answers no ping."""
@@ -11084,10 +11375,13 @@ class SocketConnection(Wire):
     def answer_all(self) -> None:
         """Answers the requests one after another, until the connection ends."""
         while request := self._queue.get():
-            if self._writer.is_closing():  # the client has left
-                request.turn.release()
-            else:
-                self._answer(request)
+            try:
+                if not self._writer.is_closing():  # else the client has left
+                    self._answer(request)
+            except Exception:  # a thread's border: the requests behind this one hold turns
+                log.exception("a WebSocket's request could not be answered")
+                self._loop.call_soon_threadsafe(self._writer.transport.abort)
+            request.turn.release()
             self._requests.popleft()
             self._used = time.monotonic()
 
@@ -11744,7 +12038,6 @@ def command_serve(args: argparse.Namespace) -> int:
         raise OSError(f"cannot listen on {address[0]}:{address[1]}: {error.strerror or error}{advice}") from None
     threading.Thread(target=server.serve_forever, args=(0.1,), name="accept", daemon=True).start()
     print(f"shimmy {__version__} is listening on {server.url}", flush=True)
-    service.table.start()
     threading.Thread(target=service.faults.kernels, name="kernels", daemon=True).start()  # before the first load asks
     if args.open:
         threading.Thread(target=open_page, args=(server.url,), name="browser", daemon=True).start()
@@ -12106,7 +12399,6 @@ def command_probe(args: argparse.Namespace) -> int:
     args.model = fetch_named(args.model)
     path = args.model if args.model and is_path(args.model) else None
     service = make_service(args, path)
-    service.table.start()
     with contextlib.closing(service):
         name = service.table.resolve("default" if path or args.model is None else args.model)
         with WaitingLine(lambda: loading_stage(service.table.status(name)) or "measuring"):
@@ -12214,34 +12506,30 @@ class Neighbour:
     """The server at the configured address, if one runs there."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        self._host, self._port = listen_address(args)
-        self.url = url_of(self._host, self._port)
+        host, self._port = listen_address(args)
+        self.url = url_of(host, self._port)
+        every = is_ip(host) and ipaddress.ip_address(host).is_unspecified  # where it is bound; we connect to one address
+        self._host = ("::1" if ":" in host else "127.0.0.1") if every else host
+        key = os.environ.get("SHIMMY_API_KEY")
+        self._headers = {"Authorization": f"Bearer {checked_key('SHIMMY_API_KEY', key)}"} if key else {}
+        # why it answered 401
+        self.refusal = "refused the key in SHIMMY_API_KEY" if key else "asks for a key: set SHIMMY_API_KEY"
 
-    def connect(self, timeout: float | None) -> http.client.HTTPConnection:
-        """A connection, not opened yet."""
+    @contextlib.contextmanager
+    def request(self, method: str, path: str, body: bytes | None = None,
+                seconds: float | None = None) -> Iterator[http.client.HTTPResponse]:  # fmt: skip
+        """The answer. Raises OSError when nobody answers within so many seconds, HTTPException for what is no HTTP."""
         import http.client
 
-        host = self._host
-        if is_ip(host) and ipaddress.ip_address(host).is_unspecified:  # a server bound to every address; we connect to one
-            host = "::1" if ":" in host else "127.0.0.1"
-        return http.client.HTTPConnection(host, self._port, timeout=timeout)
+        with contextlib.closing(http.client.HTTPConnection(self._host, self._port, timeout=seconds)) as connection:
+            connection.connect()
+            with contextlib.suppress(ConnectionError):  # it answers 413 before it has read a body that is too large
+                connection.request(method, path, body, {"Content-Type": "application/json", **self._headers})
+            yield connection.getresponse()
 
-    def headers(self) -> dict[str, str]:
-        """The key from SHIMMY_API_KEY, if one is set."""
-        key = os.environ.get("SHIMMY_API_KEY")
-        return {"Authorization": f"Bearer {checked_key('SHIMMY_API_KEY', key)}"} if key else {}
-
-    def refusal(self) -> str:
-        """Why the server answered 401."""
-        if os.environ.get("SHIMMY_API_KEY"):
-            return "refused the key in SHIMMY_API_KEY"
-        return "asks for a key: set SHIMMY_API_KEY"
-
-    def get(self, path: str, timeout: float) -> tuple[int, Any]:
-        """Status and document. Raises OSError when nobody answers, HTTPException or ValueError for what is no HTTP or JSON."""
-        with contextlib.closing(self.connect(timeout)) as connection:
-            connection.request("GET", path, headers=self.headers())
-            response = connection.getresponse()
+    def get(self, path: str, seconds: float) -> tuple[int, Any]:
+        """Status and document. Raises as `request` does, and ValueError for what is no JSON."""
+        with self.request("GET", path, seconds=seconds) as response:
             return response.status, json.loads(response.read(MAX_BODY))
 
 
@@ -12254,9 +12542,9 @@ def command_diag(args: argparse.Namespace) -> int:
     server = Neighbour(args)
     state: dict[str, Any] = {"running": False, "url": server.url}
     with contextlib.suppress(OSError, http.client.HTTPException, ValueError):
-        status, health = server.get("/api/health", timeout=2.0)
+        status, health = server.get("/api/health", 2.0)
         state |= {"running": status == 200, "health": health}
-        state["key_accepted"] = server.get("/api/tools", timeout=2.0)[0] != 401
+        state["key_accepted"] = server.get("/api/tools", 2.0)[0] != 401
     document = service.diag() | {"server": state}
     if args.json:
         print_json(document)
@@ -12270,9 +12558,11 @@ def command_diag(args: argparse.Namespace) -> int:
     broken += [f"{kind} ({said.get('reason')})" for kind, said in known["rungs"].items() if isinstance(said, dict)]
     rows.append(("known faults", f"{', '.join(broken)}; to forget them, delete {known['file']}" if broken
                  else f"none (in {known['file']})"))  # fmt: skip
+    kept = document["prefixes"]
+    rows.append(("kept prompts", f"{kept['files']}, {human_bytes(kept['bytes'])} (in {kept['folder']})"))
     free = document["memory"]["available_bytes"]
     rows.append(("memory", f"{human_bytes(free)} available" if free is not None else "unknown"))
-    answers = "answers" if state.get("key_accepted", True) else f"answers, but {server.refusal()}"
+    answers = "answers" if state.get("key_accepted", True) else f"answers, but {server.refusal}"
     rows.append(("server", f"{server.url}: {answers if state['running'] else 'no answer'}"))
     for place in document["directories"]:
         found = f"{place['models']} model{'s' * (place['models'] != 1)}" if place["exists"] else "not there"
@@ -12331,7 +12621,6 @@ class OwnEngine:
         check_packages()
         path = args.model if args.model and is_path(args.model) else None
         self._service = make_service(args, path)
-        self._service.table.start()
         try:
             info = self._service.table.info("default" if path else args.model or "default")
         except ModelNotFound as error:
@@ -12365,7 +12654,7 @@ class OwnEngine:
         self._service.close()
 
 
-class RunningServer:
+class RunningServer(Neighbour):
     """Generates with the server at the configured address."""
 
     queued: Queued | None = None
@@ -12376,8 +12665,7 @@ class RunningServer:
         engine = [f.name.replace("_", "-") for f in fields(EngineOptions) if getattr(args, f.name) is not None]
         if args.local or engine or (args.model is not None and is_path(args.model)):
             raise NoServer("--local" if args.local else f"--{engine[0]} sets up an engine" if engine else "MODEL is a file")
-        self._server = Neighbour(args)
-        self.url = self._server.url
+        super().__init__(args)
         self.model, size = named_model(args)
         try:
             self.model = self.status()["model"]
@@ -12393,7 +12681,7 @@ class RunningServer:
         import http.client
 
         try:
-            status, document = self._server.get(path, timeout=5.0)
+            status, document = self.get(path, 5.0)
         except (OSError, http.client.HTTPException, ValueError):
             raise NoServer(f"no server answers at {self.url}") from None
         if status == 200:
@@ -12407,7 +12695,7 @@ class RunningServer:
         """The server's error object as an exception."""
         said = document["error"]
         if said["code"] == "unauthorized":
-            return ApiError(message=f"the server at {self.url} {self._server.refusal()}")
+            return ApiError(message=f"the server at {self.url} {self.refusal}")
         error = ApiError(str(said["details"]), str(said["message"]))
         error.code = said["code"]
         return error
@@ -12421,13 +12709,8 @@ class RunningServer:
     def documents(self, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
         import http.client
 
-        headers = {"Content-Type": "application/json", **self._server.headers()}
         try:
-            with contextlib.closing(self._server.connect(None)) as connection:
-                connection.connect()
-                with contextlib.suppress(ConnectionError):  # it answers 413 before it has read a body that is too large
-                    connection.request("POST", "/api/generate", to_json(body | {"stream": True}), headers)
-                response = connection.getresponse()
+            with self.request("POST", "/api/generate", to_json(body | {"stream": True})) as response:
                 if response.status != 200:
                     raise self._error(json.loads(response.read(MAX_BODY)))
                 self.queued = Queued(self.model)
@@ -12870,7 +13153,7 @@ def complain(error: Exception, code: int) -> int:
 
 # ── A. The machine ────────────────────────────────────────────────────────────────────────────────────────────────────
 # Memory, cores, versions and faults of this machine, our child processes, and how sizes and foreign text are shown.
-# Offers: all but what begins with _. Uses: child_command, user_cache.
+# Offers: all but what begins with _. Uses: child_command, user_cache, _stamp (3).
 
 
 def human_count(count: int) -> str:
@@ -13065,6 +13348,14 @@ def physical_cores() -> int:
             quota, period = (group / "cpu.max").read_text().split()
             count = min(count, max(1, int(quota) // int(period)))
     return count
+
+
+def kept_prefixes() -> dict[str, Any]:
+    """What the folder of kept prompts holds."""
+    sizes = list[int]()
+    with contextlib.suppress(OSError), os.scandir(prefix_folder()) as entries:
+        sizes = [entry.stat().st_size for entry in entries]
+    return {"folder": prefix_folder(), "files": len(sizes), "bytes": sum(sizes)}
 
 
 def versions() -> dict[str, Any]:
@@ -13610,7 +13901,7 @@ def picture_fault(data: bytes, pixels: int) -> str:
 
 # ── C. Formats ────────────────────────────────────────────────────────────────────────────────────────────────────────
 # How a model writes thoughts and calls, derived from its own template, and the parser that reads its text by that.
-# Offers: Derivation, a template's ChatFormat; Parser and ChatParser, which turn text into events; JsonMender, as_json.
+# Offers: Derivation, a template's ChatFormat; Parser and ChatParser, which turn text into events.
 # Uses: CallFormat and Rendering (4), argument_types (E.3).
 
 
@@ -13674,8 +13965,10 @@ class Derivation:
             for ids, count in itertools.product(self.IDS, (2, 1)):  # some templates refuse two calls a turn, or drop one
                 with contextlib.suppress(Exception):
                     text = self._with_calls(ids[:count], thought, offered, native)
-                    if count == 1 or self.NAMES[1] in text:
-                        return (self._read(text),) if offered and count == 2 else (self._read(text), HERMES)
+                    format = self._read(text)
+                    begins = format.keys or format.opens.strip()  # something tells where a call does
+                    if begins and (count == 1 or self.NAMES[1] in text):
+                        return (format,) if offered and count == 2 else (format, HERMES)
         return ()
 
     def _with_calls(self, ids: Seq[str], thought: tuple[str, str], offered: bool, native: bool) -> str:
@@ -13692,8 +13985,7 @@ class Derivation:
             alone = self._turn(offered, native, tool_calls=calls)
             texts.append(alone[max(len(common_prefix(alone, header)), len(common_prefix(alone, begin))) :])
         texts = [self._calls_in(text, thought[1], end) for text in texts if self.NAMES[0] in text]
-        opens = [t[: t.index(self.NAMES[0])] for t in texts]
-        text = texts[min(range(len(texts)), key=lambda i: (not opens[i].strip(), len(opens[i])))]
+        text = min(texts, key=lambda t: (not t[: t.index(self.NAMES[0])].strip(), t.index(self.NAMES[0])))
         if ids[0].startswith("functions."):
             return text
         return functools.reduce(lambda t, id: t.replace(id, ID), ids, text)
@@ -13707,7 +13999,7 @@ class Derivation:
         return text[: min(cuts, default=len(text))].removesuffix(common_suffix(text, end))
 
     def _read(self, text: str) -> CallFormat:
-        """The format of the one or two calls that stand in `text`. Raises ValueError where it makes no sense."""
+        """The format of the one or two calls that stand in `text`. Raises ValueError where it is none that we know."""
         ends, starts = [], [text.index(n) for n in self.NAMES if n in text]
         named = []
         for at, name in zip(starts, self.NAMES, strict=False):
@@ -13724,8 +14016,6 @@ class Derivation:
                 value, end = json.JSONDecoder().raw_decode(text, brace.start())
                 if end > ends[0]:
                     return self._in_object(value, brace.start(), format)
-        if not format.opens.strip():
-            raise ValueError("nothing tells where a call begins")
         return format
 
     def _in_object(self, value: Any, brace: int, format: CallFormat) -> CallFormat:
@@ -13756,8 +14046,6 @@ class Derivation:
         rest = [text[at[-1] : starts[1]], text[text.index("value d") + 7 :]] if len(starts) == 2 else ["", text[at[-1] :]]
         last = after.replace("key_a", "key_b")
         again, closes = (r[len(quote) :] if quote else r[len(common_prefix(r, last)) :] for r in rest)
-        if not text[: starts[0]].strip():
-            raise ValueError("nothing tells where a call begins")
         return CallFormat(text[: starts[0]], named.removesuffix(opens), closes, again, params=params)
 
 
@@ -13786,24 +14074,27 @@ class Parser:
         yield ChoiceEnd(self.index, reason)
 
 
-Reading = Generator[None, None, Any]  # a coroutine that waits for text at each yield
-MAX_HEADER = 512  # characters from a call's marker to its arguments, or that stand for nothing in a call
+T = TypeVar("T")
+Reading = Generator[None, None, T]  # a coroutine that waits for text at each yield
+MAX_HEADER = 512  # characters from a call's marker to its arguments, between two of them, or of an unquoted word
 MAX_EARLY = 64 * 1024  # of arguments that stand before the name
 
 
-_BLANK, _STRING = r"[ \t\r\n]*", r'"[^"\\\x00-\x1f]*"'
-_NUMBER = r"-?(?:0|[1-9]\d*)(?:\.\d+)?(?:[eE][+-]?\d+)?"
-_SCALAR = f"(?:{_STRING}|{_NUMBER}|true|false|null)"
-_PAIR = rf"{_STRING}{_BLANK}:{_BLANK}{_SCALAR}{_BLANK}"
-_FLAT = (rf"\[{_BLANK}(?:{_SCALAR}{_BLANK}(?:,{_BLANK}{_SCALAR}{_BLANK})*)?\]"
-         rf"|\{{{_BLANK}(?:{_PAIR}(?:,{_BLANK}{_PAIR})*)?\}}")  # fmt: skip
-_VALUE = rf"(?:{_FLAT}|(?:{_NUMBER}|true|false|null)(?=[ \t\r\n,\]}}]))"
-_WORD = r"""[^\s,:=;\[\]{}()"'<]+"""
-_PAIRS = rf"{_STRING}{_BLANK}:{_BLANK}(?:{_VALUE}|{_STRING})"
-_PAIRS += rf"(?:{_BLANK},{_BLANK}{_PAIRS})*"
-JSON_TOKEN = re.compile(  # a piece of JSON text, as large as a pattern can tell, or of what looks like it
-    rf"(?P<pairs>{_PAIRS})|(?P<string>{_STRING})|(?P<value>{_VALUE})|(?P<open>[{{\[(])|(?P<close>[}}\])])|(?P<equals>=)"
-    rf"|(?P<blank>[ \t\r\n]+)|(?P<word>{_WORD})|.", re.S)  # fmt: skip
+def _values(inner: str) -> str:
+    """The pattern of a JSON value: a scalar, or a list or object of `inner` ones."""
+    pair = f"{_STRING}{_BLANK}:{_BLANK}{inner}"
+    items, pairs = (f"(?:{one}{_BLANK}(?:,{_BLANK}{one}{_BLANK})*)?" for one in (inner, pair))
+    return rf"(?:{_SCALAR}|\[{_BLANK}{items}\]|\{{{_BLANK}{pairs}\}})"
+
+
+_BLANK, _PLAIN, _ESCAPE = r"[ \t\r\n]*", r'[^"\\\x00-\x1f]', r'\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4})'
+_STRING = rf'"{_PLAIN}*(?:{_ESCAPE}{_PLAIN}*)*"'
+_LITERAL = r"(?:-?(?:0|[1-9]\d{0,199})(?:\.\d{1,199})?(?:[eE][+-]?\d{1,9})?|true|false|null)"
+_SCALAR = rf"(?:{_STRING}|{_LITERAL}(?=[ \t\r\n,\]}}]))"
+_VALUE = _values(_values(_SCALAR))
+_KEY = f"{_STRING}{_BLANK}:{_BLANK}"
+_PAIRS = f"(?:{_KEY}{_VALUE}{_BLANK},{_BLANK})*(?:{_KEY}{_VALUE}|(?P<key>{_KEY}))"
+_ELEMENTS = f"{_VALUE}(?:{_BLANK},{_BLANK}{_VALUE})*"
 
 
 class JsonMender:
@@ -13814,22 +14105,25 @@ class JsonMender:
     been read, and this one ends it.
     """
 
-    WANTED: ClassVar = {"pairs": ("key",), "string": ("key", "value", "element"), "value": ("value", "element"),
-                        "open": ("value", "element"), "close": (",", "key", "element"), "equals": (":",)}  # fmt: skip
-    STRING, WORD = re.compile(_STRING), re.compile(_WORD)
-    PLAIN: ClassVar = {'"': re.compile(r'[^"\\\x00-\x1f]+'), "'": re.compile(r"""[^"'\\\x00-\x1f]+""")}
-    ESCAPE = re.compile(r'\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4})')
-    NUMBER = re.compile(_NUMBER)
-    WORDS: ClassVar = {"True": "true", "False": "false", "None": "null"} | {w: w for w in ("true", "false", "null")}
-    BRACKETS: ClassVar = {"{": "}", "[": "]", "(": ")"}
+    # It wants a key, the colon behind it, a value, an element of a list, or what stands behind these: a comma or bracket.
+    # Most of what comes is JSON that needs no mending: as much of it as a pattern can tell is taken over in one piece.
+    RUNS: ClassVar = {wanted: re.compile(pattern) for wanted, pattern in {
+        "key": _PAIRS, "}": f"{_BLANK},{_BLANK}{_PAIRS}", "value": _VALUE, ":": rf"(?P<key>{_BLANK}:{_BLANK})",
+        "element": _ELEMENTS, "]": f"{_BLANK},{_BLANK}{_ELEMENTS}"}.items()}  # fmt: skip
+    TOKEN = re.compile(r"""(?P<blank>[ \t\r\n]+)|(?P<open>[{\[(])|(?P<close>[}\])])|(?P<comma>,)|(?P<equals>[:=])"""
+                       r"""|(?P<word>[^\s,:=;\[\]{}()"'<]+)|(?P<quote>.)""", re.S)  # fmt: skip
+    WANTED: ClassVar = {"open": ("value", "element"), "close": ("}", "]", "key", "element"), "comma": ("}", "]"),
+                        "equals": (":",), "word": ("key", "value", "element"), "quote": ("key", "value", "element")}  # fmt: skip
+    ESCAPE, LITERAL = re.compile(_ESCAPE), re.compile(_LITERAL)
+    PLAIN: ClassVar = {'"': re.compile(rf"{_PLAIN}+(?:{_ESCAPE}{_PLAIN}*)*"), "'": re.compile(r"""[^"'\\\x00-\x1f]+""")}
+    BRACKETS: ClassVar = {"{": ("}", "{", "}"), "[": ("]", "[", "]"), "(": (")", "[", "]")}  # what ends it; both in JSON
     BEHIND = frozenset(",:)]}= \t\r\n")  # what follows an apostrophe that ends a string
 
     def __init__(self, quotes: Seq[str] = ("'",), closes: str = "") -> None:
         self._quotes = quotes
         self._open = [(closes, "}")] if closes else []  # what ends each open bracket, here and in JSON
-        self._wants = "key" if closes else "value"  # or "element", ":", ","
+        self._wants = "key" if closes else "value"
         self._quote = ""  # of the string that is being read
-        self._word: list[str] = []  # that is being read
         self._comma = ""  # with the blanks behind it, until something follows
         self._written = ["{"] if closes else []
         self.done = self.failed = False
@@ -13849,119 +14143,97 @@ class JsonMender:
         return at
 
     def _token(self, text: str, at: int) -> int:
-        if self._word:
-            if found := self.WORD.match(text, at):
-                self._word.append(found[0])
-                return found.end()
-            self._end_word()
-            if self.done or self.failed:
-                return at
-        if text[at] == self._wants:
-            return self._separator(text, at)
-        found = JSON_TOKEN.match(text, at)
+        if found := self.RUNS[self._wants].match(text, at):
+            self._write(found[0])
+            self._end_value("value" if found.lastgroup else "")
+            return found.end()
+        found = self.TOKEN.match(text, at)
         assert found, "every character is a token"
-        if found.lastgroup == "pairs" and self._wants != "key":
-            found = self.STRING.match(text, at) or found
-        kind, piece = found.lastgroup or "string", found[0]
-        if kind == "word" or (kind == "value" and self._wants not in self.WANTED[kind] and self.WORD.match(text, at)):
-            self._word = [piece]
-        elif kind == "blank":
+        kind, piece, end = found.lastgroup or "", found[0], found.end()
+        if kind == "blank":
             self._comma += piece if self._comma else ""
             self._written.append("" if self._comma else piece)
+        elif kind == "word" and end == len(text) and len(piece) <= MAX_HEADER:
+            return at
         elif self._wants not in self.WANTED[kind] or (kind == "close" and piece != self._open[-1][0]):
             self.failed = True
-        elif found.lastgroup is None and self.STRING.match(text, at) is None:
+        elif kind == "word":
+            self._word(piece)
+        elif kind == "quote":
             return self._begin_string(text, at)
-        else:
-            self._take_over(kind, piece)
-        return at if self.failed else found.end()
-
-    def _take_over(self, kind: str, piece: str) -> None:
-        """A piece that is wanted. The comma before it was none too many, unless a bracket closes."""
-        if kind == "close":
+        elif kind == "close":
             self._written += [self._comma[1:], self._open.pop()[1]]
-        else:
-            self._written += [self._comma, {"(": "[", "=": ":"}.get(piece, piece)]
-        self._comma = ""
-        if kind == "open":
-            self._open.append((self.BRACKETS[piece], "}" if piece == "{" else "]"))
-            self._wants = "key" if piece == "{" else "element"
+            self._comma = ""
+            self._end_value()
+        elif kind == "comma":
+            self._comma, self._wants = piece, "key" if self._wants == "}" else "element"
         elif kind == "equals":
+            self._write(":")
             self._wants = "value"
         else:
-            self._end_value(kind == "string" and self._wants == "key")
+            ends, opens, closes = self.BRACKETS[piece]
+            self._write(opens)
+            self._open.append((ends, closes))
+            self._wants = "key" if opens == "{" else "element"
+        return at if self.failed else end
 
-    def _separator(self, text: str, at: int) -> int:
-        """A comma or colon, with the blanks behind it. A comma is written when something follows."""
-        end = at + 1
-        while end < len(text) and text[end] in " \n\r\t":
-            end += 1
-        if self._wants == ",":
-            self._comma, self._wants = text[at:end], "key" if self._open[-1][1] == "}" else "element"
-        else:
-            self._written.append(text[at:end])
-            self._wants = "value"
-        return end
+    def _write(self, text: str) -> None:
+        """Writes what is wanted: the comma before it was none too many."""
+        self._written += (self._comma, text) if self._comma else (text,)
+        self._comma = ""
 
-    def _end_value(self, is_key: bool) -> None:
-        self._wants = ":" if is_key else ","
+    def _end_value(self, wants: str = "") -> None:
+        """Wants this next, or what may stand behind a value."""
         self.done = not self._open
+        self._wants = wants or (self._open[-1][1] if self._open else "")
+
+    def _word(self, word: str) -> None:
+        """A key, or a value that stands without quotes: JSON's or Python's, or a string."""
+        import ast
+
+        is_key = self._wants == "key"
+        meant = json.dumps(word, ensure_ascii=False) if is_key or re.match(r"[^\W\d]", word) else ""
+        if not is_key and self.LITERAL.fullmatch(word):
+            meant = word
+        elif not is_key:
+            with contextlib.suppress(ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+                meant = json.dumps(ast.literal_eval(word), allow_nan=False)
+        self.failed = not meant or len(word) > MAX_HEADER
+        if not self.failed:
+            self._write(meant)
+            self._end_value(":" if is_key else "")
 
     def _begin_string(self, text: str, at: int) -> int:
         quote = next((q for q in ('"', *self._quotes) if q.startswith(text[at : at + len(q)])), "")
         self.failed = not quote
         if not quote or len(text) - at < len(quote):
             return at
-        self._written += [self._comma, '"']
-        self._quote, self._comma = quote, ""
+        self._write('"')
+        self._quote = quote
         return at + len(quote)
 
-    def _end_word(self) -> None:
-        word, self._word, is_key = "".join(self._word), [], self._wants == "key"
-        meant = json.dumps(word, ensure_ascii=False) if is_key else self.WORDS.get(word) or self._number(word)
-        if meant is None and re.match(r"[^\W\d]", word):
-            meant = json.dumps(word, ensure_ascii=False)
-        self.failed = meant is None or self._wants not in self.WANTED["string"]
-        if not self.failed:
-            self._written += [self._comma, meant or ""]
-            self._comma = ""
-            self._end_value(is_key)
-
-    def _number(self, word: str) -> str | None:
-        """A number as JSON writes it; Python has more ways to."""
-        if self.NUMBER.fullmatch(word):
-            return word
-        with contextlib.suppress(ValueError, OverflowError):
-            return json.dumps(int(word, 0))
-        with contextlib.suppress(ValueError):
-            return json.dumps(float(word)) if word[-1].isdigit() or word[-1] == "." else None
-        return None
-
     def _string(self, text: str, at: int) -> int:
-        """Some more of a string."""
-        if len(self._quote) > 1:
+        """Some more of a string, and its end."""
+        char, quote = text[at], self._quote
+        if len(quote) > 1:
             return self._raw(text, at)
-        char = text[at]
-        if char == self._quote:
-            if char == "'" and at + 1 == len(text):
-                return at
-            if char == "'" and text[at + 1] not in self.BEHIND:
-                self._written.append(char)
-            else:
-                self._end_string()
-            return at + 1
-        if char == "\\":
-            return self._escape(text, at)
-        if found := self.PLAIN[self._quote].match(text, at):
+        if found := self.PLAIN[quote].match(text, at):
             self._written.append(found[0])
             return found.end()
-        self._written.append(json.dumps(char)[1:-1])
+        if char == "\\":
+            return self._escape(text, at)
+        if char == quote == "'" and at + 1 == len(text):
+            return at
+        if char == quote and (char == '"' or text[at + 1] in self.BEHIND):
+            self._end_string()
+        else:
+            self._written.append(json.dumps(char)[1:-1])
         return at + 1
 
     def _end_string(self) -> None:
         self._written.append('"')
         self._quote = ""
-        self._end_value(self._wants == "key")
+        self._end_value(":" if self._wants == "key" else "")
 
     def _escape(self, text: str, at: int) -> int:
         """An escape: JSON's as it is, one of Python's as JSON has it, else its backslash."""
@@ -14006,362 +14278,286 @@ def as_json(text: str, types: int) -> str:
     return json.dumps(text, ensure_ascii=False)
 
 
-class TextEnded(Exception):
-    """More text is needed, and none will come."""
-
-
 class NoCall(Exception):
     """The text only looks like a call."""
 
 
+class TextEnds(Exception):
+    """There is too little text to tell."""
+
+
+@functools.lru_cache(maxsize=256)
+def parts_of(text: str) -> tuple[str, ...]:
+    """A format's text in parts: white space, open places, and what stands between these."""
+    return tuple(re.findall(rf"\s+|[{ID}{ANY}]|[^\s{ID}{ANY}]+", text))
+
+
 class Scanner:
-    """Reads pieces of text from a parser's buffer: each method reads on at `at`, waits until there is enough text to tell,
-    and raises NoCall if that does not fit."""
+    """Reads pieces of a text, each on from `at`. Raises NoCall where the text goes on otherwise, TextEnds where that cannot be
+    told yet."""
 
-    BLANKS = re.compile(r"\s*")
+    BLANKS, STRING = re.compile(r"\s*"), re.compile(rf"\s*({_STRING})")
+    KEY = re.compile(r'\s*"([^"\\\x00-\x1f]*)"\s*:')
 
-    def __init__(self, parser: ChatParser) -> None:
-        self._parser = parser
-        self.at = self.furthest = 0  # how far the buffer has been read, now and in ways that did not fit
-        self._header = 0  # from where on what is read counts as a call's header
+    def __init__(self, text: str, is_whole: bool) -> None:
+        self.text, self._is_whole = text, is_whole
+        self.at, self._limit = 0, MAX_HEADER
 
-    def _either(self, *readings: Reading) -> Reading:
-        """True if the text goes on in one of some ways; if not, it is read no further."""
-        at, taken = self.at, self._parser.taken
-        for reading in readings:
+    def _either(self, *ways: tuple[Any, ...]) -> bool:
+        """True if the text goes on in one of some ways, methods with their arguments; if not, it is read no further."""
+        at = self.at
+        for read, *what in ways:
             try:
-                yield from reading
+                read(*what)
                 return True
             except NoCall:
-                if self._parser.taken > taken:
-                    raise
-                self.at, self.furthest = at, max(self.at, self.furthest)
+                self.at = at
         return False
 
-    def _more(self) -> Reading:
-        if self._parser.reason:
-            raise TextEnded
-        yield
+    def _too_short(self) -> Exception:
+        return NoCall() if self._is_whole or len(self.text) > self._limit else TextEnds()
 
-    def _drop(self) -> None:
-        self._parser.drop(self.at)
-        self.at = self._header = 0
-
-    def _next(self, size: int) -> str:
-        return self._parser.buffer[self.at : self.at + size]
-
-    def _advance(self, size: int) -> None:
-        self.at += size
-        if self.at - self._header > MAX_HEADER:
-            self.at = self._header + MAX_HEADER
+    def _go_to(self, end: int) -> None:
+        if end > self._limit:
             raise NoCall
+        self.at = end
 
-    def _blanks(self) -> Reading:
+    def _next(self) -> str:
+        if self.at == len(self.text):
+            raise self._too_short()
+        return self.text[self.at]
+
+    def _blanks(self) -> str:
         """The next character that is no white space."""
-        while (found := self.BLANKS.match(self._parser.buffer, self.at)) and (
-                found.end() == len(self._parser.buffer) and found.end() - self._header <= MAX_HEADER):  # fmt: skip
-            yield from self._more()
-        self._advance(len(found[0]) if found else 0)
-        return self._next(1)
+        found = self.BLANKS.match(self.text, self.at)
+        self._go_to(found.end() if found else 0)
+        return self._next()
 
-    def _one_of(self, texts: Collection[str]) -> Reading:
-        """The longest of some texts that stands here."""
-        most = max(map(len, texts), default=0)
-        while len(rest := self._next(most)) < most and any(text.startswith(rest) and text != rest for text in texts):
-            yield from self._more()
-        found = max(filter(rest.startswith, texts), key=len, default="")
-        if not found:
+    def _char(self, chars: str) -> str:
+        """One of some characters, behind blanks."""
+        if (found := self._blanks()) not in chars:
             raise NoCall
-        self._advance(len(found))
+        self.at += 1
         return found
 
-    def _behind_blanks(self, texts: Collection[str]) -> Reading:
-        yield from self._blanks()
-        return (yield from self._one_of(texts))
+    def _one_of(self, texts: Iterable[str]) -> str:
+        """The first of some texts that stands here; the longest come first."""
+        left = len(self.text) - self.at
+        for text in texts:
+            if self.text.startswith(text, self.at):
+                self._go_to(self.at + len(text))
+                return text
+            if left < len(text) and not self._is_whole and text.startswith(self.text[self.at :]):
+                raise self._too_short()
+        raise NoCall
 
-    def _up_to(self, closes: str, most: int) -> Reading:
+    def _up_to(self, closes: str) -> str:
         """Text that differs from call to call; reads what stands behind it, too."""
-        most += len(closes)
-        while (size := self._next(most).find(closes)) < 0:
-            if len(self._next(most)) == most:
-                raise NoCall
-            yield from self._more()
-        found = self._next(size)
-        self._advance(size + len(closes))
+        end = self.text.find(closes, self.at, self._limit)
+        if end < 0:
+            raise self._too_short()
+        found = self.text[self.at : end]
+        self._go_to(end + len(closes))
         return found
 
-    def _json(self, most: int = MAX_HEADER, told: JsonMender | None = None) -> Reading:
-        """A JSON value, or what looks like one; `told`: the call's arguments, which are told as they come."""
-        mender, until = told or JsonMender(), self.at + most
-        while not mender.done:
-            self.at = mender.read(self._parser.buffer, self.at)
-            if told:
-                self._drop()
-                self._parser.write_arguments(mender.take())
-            if mender.failed or self.at > until:
-                self.at = min(self.at, until)
-                raise NoCall
-            if not mender.done:
-                yield from self._more()
+    def _json(self) -> str:
+        """A JSON value, or what looks like one."""
+        mender = JsonMender()
+        self._go_to(mender.read(self.text[: self._limit + 1], self.at))
+        if not mender.done:
+            raise NoCall if mender.failed else self._too_short()
         return mender.take()
 
-    def _string(self) -> Reading:
+    def _string(self) -> str:
         """A JSON string's value."""
-        if (yield from self._blanks()) != '"':
+        found = self.STRING.match(self.text, self.at, self._limit)
+        if found:
+            self._go_to(found.end())
+        elif self._blanks() != '"':
             raise NoCall
-        if found := JsonMender.STRING.match(self._parser.buffer, self.at):
-            self._advance(len(found[0]))
-            return found[0][1:-1]
-        return json.loads((yield from self._json()))
+        return str(json.loads(found[1] if found else self._json()))
 
-
-class CallReader(Scanner):
-    """Reads one section of calls in the forms of their formats, with white space, order and extra keys at will.
-
-    Text that certainly belongs to a call is dropped from the buffer as it is read; other text stays there.
-    """
-
-    PLAIN_KEY = re.compile(r'[^\n<>"/][^\n<>"]*')
-
-    def __init__(self, parser: ChatParser, formats: Seq[CallFormat], names: Iterable[str]) -> None:
-        super().__init__(parser)
-        self._formats, self._names = formats, frozenset(names)
-        self._name = self._id = ""  # of the call that is being read
-        self._early: str | None = None  # arguments that stood before the name
-        self._begun = False  # the client has been told of the call
-        self._rest: str | None = None  # of its arguments if it ends here; None where it cannot
-        self._found = False  # a call, at all
-
-    def read(self, marked: bool) -> Reading:
-        """True if calls were found; else the text, all of it still in the buffer, only looks like one. `marked`: nothing but
-        a call begins so."""
-        try:
-            yield from self._either(*(self._section(format, opens) for format in self._formats for opens in format.beginnings))
-        except TextEnded:
-            return self._end_of_text(marked)
-        except NoCall:  # in a call that has begun
-            pass
-        self._close()
-        return self._found
-
-    def _end_of_text(self, marked: bool) -> bool:
-        """Drops the rest of a text that ends inside a section, if it certainly belongs to calls."""
-        cut = self._parser.reason != "stop"
-        if cut and self._name:
-            self._begin()
-        self._close()
-        if self._found or (cut and marked):
-            self._parser.drop(len(self._parser.buffer))
-        return self._found or (cut and marked)
-
-    def _named(self, name: str) -> None:
-        if name not in self._names:
-            raise NoCall
-        self._close()
-        self._name = name
-        if self._early is not None:
-            self._begin()
-            self._parser.write_arguments(self._early)
-
-    def _begin(self) -> None:
-        if not self._begun:
-            self._parser.begin_call(self._id, self._name)
-            self._begun = self._found = True
-            self._id = ""
-        self._drop()
-
-    def _may_end(self, rest: str) -> None:
-        """Nothing must follow any more, though more may."""
-        self._begin()
-        self._rest = rest
-
-    def _close(self) -> None:
-        """Ends the call that was being read, if there is one."""
-        if self._rest is not None:
-            self._parser.write_arguments(self._rest)
-        elif self._begun:
-            self._parser.is_broken = True
-        self._begun, self._rest = False, None
-
-    def _text(self, text: str) -> Reading:
-        """A format's text: any white space where it has some, and its open places up to the piece of text behind them."""
-        pieces = iter(MARKER.findall(text))
-        for piece in pieces:
-            if piece.isspace():
-                yield from self._blanks()
-            elif piece not in (ID, ANY):
-                yield from self._one_of([piece])
-            elif closes := next(pieces, ""):
-                found = yield from self._up_to(closes, 64)
-                self._id = found if piece == ID else self._id
-
-    def _key(self) -> Reading:
-        key = yield from self._string()
-        yield from self._behind_blanks(":")
+    def _key(self) -> str:
+        if found := self.KEY.match(self.text, self.at, self._limit):
+            self._go_to(found.end())
+            return found[1]
+        key = self._string()
+        self._char(":")
         return key
 
-    def _section(self, format: CallFormat, opens: str) -> Reading:
-        """Calls, each followed by pieces of its ending, then perhaps by the next one, with its marker or without."""
-        yield from self._call(format, opens)
-        last = next((p for p in reversed(MARKER.findall(format.closes)) if not p.isspace() and p not in "}]"), "")
-        again = {format.beginnings[-1], "" if format.keys else format.call_opens.lstrip()}
-        while (yield from self._either(*(self._call(format, opens, ",;") for opens in again), self._other_pair(format),
-                                       self._behind_blanks(format.closers - {last}))):  # fmt: skip
-            self._drop()
-        yield from self._either(self._behind_blanks([last]))
-        self._drop()
 
-    def _other_pair(self, format: CallFormat) -> Reading:
-        """A pair behind the name and the arguments in a call's object."""
-        yield from self._behind_blanks("," if format.keys and format.keys[0] else "")
-        if (yield from self._key()) in set().union(*format.known_keys):
+class Markup(Scanner):
+    """Reads what stands at the beginning of a text around the arguments of calls, with white space, order and extra keys at
+    will."""
+
+    PLAIN_KEY = re.compile(r'[^\n<>"/][^\n<>"]*')
+    format: CallFormat  # of the call that begins here
+    name = id = ""
+    arguments: str | None = None  # of the call as JSON, where they do not follow
+    key: str | None = None  # of an argument that follows by itself
+    ending = ""  # of that argument, or a piece of the ending of calls
+    behind_ending = ""  # what follows the end of CDATA
+
+    def __init__(self, text: str, is_whole: bool, names: Collection[str]) -> None:
+        super().__init__(text, is_whole)
+        self._names = names
+
+    def first(self, formats: Seq[CallFormat]) -> None:
+        """The beginning of a section's first call."""
+        if not self._either(*((self._call, format, opens) for format in formats for opens in format.beginnings)):
             raise NoCall
-        yield from self._json()
 
-    def _call(self, format: CallFormat, opens: str, separators: str = "") -> Reading:
-        """A call from its beginning on, as far as it must go."""
-        self._name, self._early = "", None
-        if (yield from self._blanks()) in separators:
-            self._advance(1)
-            yield from self._blanks()
-        yield from self._text(opens)
-        rest = yield from self._behind_name(format) if format.keys is None else self._in_object(format, *format.keys)
-        self._may_end(rest)
+    def behind(self, format: CallFormat) -> None:
+        """The next call's beginning, a pair in a call's object, or a piece of the ending."""
+        self._blanks()
+        calls = ((self._call, format, opens, ",;") for opens in format.repeats)
+        if not self._either((self.end, format.closers[:1]), *calls, (self._pair, format), (self.end, format.closers)):
+            raise NoCall
 
-    def _in_object(self, format: CallFormat, name_key: str, arguments_key: str) -> Reading:
+    def end(self, pieces: Iterable[str]) -> None:
+        self._blanks()
+        self.name, self.ending = "", self._one_of(pieces)
+
+    def parameter(self, params: Params) -> None:
+        """The beginning of an argument, where they stand one by one."""
+        self._blanks()
+        self._text(params.opens)
+        closes, *rest = parts_of(params.keyed.strip())
+        key = self._up_to(closes)
+        if not self.PLAIN_KEY.fullmatch(key):
+            raise NoCall
+        self._text("".join(rest))
+        self.key, self.ending = key, params.closes.replace(KEY, key)
+        self._either((self._one_of, [params.keyed[len(params.keyed.rstrip()) :]]))
+        if self._either((self._one_of, ["<![CDATA["])):
+            self.ending, self.behind_ending = "]]>", self.ending.strip()
+
+    def _text(self, text: str) -> None:
+        """A format's text: any white space where it has some, and its open places up to the text behind them."""
+        parts = iter(parts_of(text))
+        for part in parts:
+            if part.isspace():
+                self._blanks()
+            elif part not in (ID, ANY):
+                self._one_of((part,))
+            elif closes := next(parts, ""):
+                found = self._up_to(closes)
+                self.id = found if part == ID else self.id
+
+    def _call(self, format: CallFormat, opens: str, separators: str = "") -> None:
+        """A call from its beginning on, up to its arguments."""
+        self.format, self._limit, self.name, self.id, self.arguments = format, MAX_HEADER, "", "", None
+        if self._blanks() in separators:
+            self.at += 1
+            self._blanks()
+        self._text(opens)
+        if format.keys is None:
+            self._behind_name(format)
+        else:
+            self._in_object(format, *format.keys)
+
+    def _in_object(self, format: CallFormat, name_key: str, arguments_key: str) -> None:
         """A call as a JSON object, perhaps in a list: its name and its arguments, in either order, between other pairs."""
-        if (yield from self._blanks()) == "[":
-            self._advance(1)
-        yield from self._behind_blanks("{")
+        if self._blanks() == "[":
+            self.at += 1
+        self._char("{")
         if not name_key:
-            self._named((yield from self._key()))
-            yield from self._arguments()
-            return ""
+            self._named(self._key())
+            return self._arguments()
         names, arguments, inner = format.known_keys
         argued = False
-        while not (self._name and argued):
-            key = yield from self._key()
-            if key in inner and not self._name:
-                yield from self._behind_blanks("{")
+        while not (self.name and argued):
+            key = self._key()
+            if key in inner and not self.name:
+                self._char("{")
                 continue
-            if key in names and not self._name:
-                self._named((yield from self._string()))
+            if key in names and not self.name:
+                self._named(self._string())
             elif key in arguments and not argued:
-                yield from self._arguments()
+                self._arguments()
                 argued = True
             elif key in names | arguments | inner:
                 raise NoCall
             else:
-                yield from self._json()
-            if not (self._name and argued) and (yield from self._behind_blanks(",}" if self._name else ",")) == "}":
-                return "{}"
-        return ""
+                self._json()
+            if not (self.name and argued) and self._char(",}" if self.name else ",") == "}":
+                self.arguments, argued = "{}", True
 
-    def _behind_name(self, format: CallFormat) -> Reading:
+    def _behind_name(self, format: CallFormat) -> None:
         """A call whose name stands by itself; without arguments there must be what ends it."""
-        name = yield from self._one_of(self._names)
-        while not (behind := self._next(1)):
-            yield from self._more()
-        if re.match(r"[\w.-]", behind):
+        name, params = self._one_of(self._names), format.params
+        if re.match(r"[\w.-]", self._next()):
             raise NoCall  # a longer name
         self._named(name)
-        yield from self._text(format.named)
-        start, params, separator = self.at, format.params, "{"
-        if params and params.quote:
-            yield from self._arguments(JsonMender((params.quote,), format.closes.strip()[0]))
-            return ""
-        while params and (yield from self._either(self._argument(format, params, separator))):
-            separator = ", "
-        if separator == ", ":
-            return "}"
-        if (yield from self._either(self._behind_blanks(format.closers))):
-            self.at = start
-            return "{}"
-        if params:
+        self._text(format.named)
+        self._blanks()
+        start = self.at
+        if params and (params.quote or self._either((self.parameter, params))):
+            return
+        if self._either((self._one_of, format.closers)):
+            self.at, self.arguments = start, "{}"
+        elif params:
             raise NoCall
-        yield from self._arguments()
-        return ""
+        else:
+            self._arguments()
 
-    def _arguments(self, mender: JsonMender | None = None) -> Reading:
-        """Arguments as a JSON object, or as this mender reads them; told as they come if their call has a name."""
-        first, start = (yield from self._blanks()), self.at
-        if mender or (first == "{" and self._name):
-            self._begin()
-            return (yield from self._json(sys.maxsize, mender or JsonMender()))
-        text = yield from self._json(MAX_EARLY)
-        text = mended(json.loads(text)) or "" if text.startswith('"') else text  # they may stand in a string
+    def _named(self, name: str) -> None:
+        if name not in self._names:
+            raise NoCall
+        self.name = name
+
+    def _arguments(self) -> None:
+        """Arguments as a JSON object. They are read here only where they stand before the name, or in a string."""
+        first, start = self._blanks(), self.at
+        if first == "{" and self.name:
+            return
+        limit, self._limit = self._limit, start + MAX_EARLY
+        text = self._json()
+        self._limit = limit + self.at - start
+        text = mended(json.loads(text)) or "" if text.startswith('"') else text
         if first not in "{\"'nN" or not (text == "null" or text.startswith("{")):
             raise NoCall
-        self._early = "{}" if text == "null" else text
-        self._header += self.at - start
-        if self._name:
-            self._begin()
-            self._parser.write_arguments(self._early)
+        self.arguments = "{}" if text == "null" else text
 
-    def _argument(self, format: CallFormat, params: Params, separator: str) -> Reading:
-        """One argument of those that stand one by one."""
-        yield from self._blanks()
-        yield from self._text(params.opens)
-        closes, *rest = MARKER.findall(params.keyed.strip())
-        key = yield from self._up_to(closes, MAX_HEADER)
-        if not self.PLAIN_KEY.fullmatch(key):
+    def _pair(self, format: CallFormat) -> None:
+        """A pair behind the name and the arguments in a call's object."""
+        self.name = ""
+        self._char("," if format.keys and format.keys[0] else "")
+        if self._key() in set().union(*format.known_keys):
             raise NoCall
-        yield from self._text("".join(rest))
-        self._begin()
-        self._rest = None
-        self._parser.write_arguments(f"{separator}{json.dumps(key, ensure_ascii=False)}: ")
-        yield from self._either(self._one_of([params.keyed[len(params.keyed.rstrip()) :]]))
-        closes = params.closes.replace(KEY, key)
-        if (yield from self._either(self._one_of(["<![CDATA["]))):
-            closes = f"]]>{closes.strip()}"
-        self._drop()
-        yield from self._value(self._parser.types(self._name, key), closes, format.closes.rstrip())
-        self._may_end("}")
-
-    def _value(self, types: int, closes: str, behind: str) -> Reading:
-        """An argument's value up to what closes it or its call (some models forget the first): a string as it comes, what has
-        another type when it is all there."""
-        parser, core, streams = self._parser, closes.strip(), types == SchemaReader.TYPES["string"]
-        trail = closes[: len(closes) - len(closes.lstrip())]
-        marks = (core, trail + core, behind + "\n\n\n", trail + behind + "\n\n\n")
-        parser.write_arguments('"' * streams)
-        while (at := parser.buffer.find(core, self.at)) < 0 and not parser.reason:
-            self.at = len(parser.buffer) - held_back(parser.buffer, marks)
-            if streams:
-                parser.write_arguments(json.dumps(parser.buffer[: self.at], ensure_ascii=False)[1:-1])
-                self._drop()
-            yield
-        value, is_whole = parser.buffer[: at if at >= 0 else None], at >= 0
-        if not is_whole and parser.reason == "stop" and behind and value.rstrip().endswith(behind):
-            value, is_whole = value.rstrip().removesuffix(behind), True
-        value = value.removesuffix(trail) if is_whole else value
-        if streams:
-            parser.write_arguments(json.dumps(value, ensure_ascii=False)[1:-1] + '"' * is_whole)
-        else:
-            parser.write_arguments(as_json(value, types) if is_whole else value)
-        self.at = at + len(core) if at >= 0 else len(parser.buffer)
-        self._drop()
-        if not is_whole:
-            raise TextEnded
+        self._json()
 
 
-class Alignment:
-    """Knows which tokens' log probabilities belong to which stretch of the text."""
+class Untold:
+    """The text that has come and is still to be told, and which tokens' log probabilities belong to it."""
 
     def __init__(self, hidden: frozenset[str]) -> None:
         self._hidden = hidden  # names of tokens that give no text
         self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
         self._tokens: deque[tuple[int, TokenLogprob]] = deque()
         self._size = 0
+        self.text, self.taken = "", 0
 
-    def add(self, logprobs: Seq[TokenLogprob]) -> None:
+    def add(self, text: str, logprobs: Seq[TokenLogprob]) -> None:
+        self.text += text
         for logprob in logprobs:
             self._tokens.append((self._size, logprob))
             if logprob.token.decode("utf-8", "replace") not in self._hidden:
                 self._size += len(self._decode(logprob.token))
 
-    def until(self, end: int | None) -> tuple[TokenLogprob, ...]:
-        """Takes the tokens that begin before this character; None: all."""
+    def take(self, size: int) -> str:
+        taken, self.text = self.text[:size], self.text[size:]
+        self.taken += len(taken)
+        return taken
+
+    def drop(self, size: int) -> None:
+        """Takes markup: its tokens' log probabilities belong to no text."""
+        if size:
+            self.take(size)
+            self.logprobs(self.taken)
+
+    def logprobs(self, end: int | None) -> tuple[TokenLogprob, ...]:
+        """Takes those of the tokens that begin before this character of all text; None: all."""
         taken = []
         while self._tokens and (end is None or self._tokens[0][0] < end):
             taken.append(self._tokens.popleft()[1])
@@ -14371,8 +14567,9 @@ class Alignment:
 class ChatParser(Parser):
     """Takes thoughts and tool calls out of the text, as a coroutine that stops wherever it needs more text to go on.
 
-    Only an answer's beginning is a thought: later its marker is text. What looks like a call but names no offered function
-    is text. Pieces may split anywhere; the events' texts joined are the same.
+    Only an answer's beginning is a thought: later its marker is text. What cannot be read as a call of an offered function is
+    text, and reading goes on behind the mark that looked like one. Pieces may split anywhere; the events' texts joined are the
+    same.
     """
 
     def __init__(self, index: int, format: ChatFormat, schemas: Mapping[str, Any], prompt_end: str, hidden: frozenset[str],
@@ -14381,10 +14578,11 @@ class ChatParser(Parser):
         self._format, self._schemas, self._hidden = format, schemas, hidden
         openings = [mark for call in format.calls for mark in call.marks] if schemas else []
         self._openings = tuple(filter(None, openings))
+        self._names = longest_first(schemas)
+        self._headers = [call.opens.lstrip() + call.head + name + call.named for call in format.calls for name in schemas]
         self._unmarked = "" in openings  # Llama 3: an answer that is a call has no marker
-        self._logprobs = Alignment(hidden)
-        self.buffer = ""
-        self.reason: str | None = None  # why the text ended, once it has
+        self._input = Untold(hidden)
+        self._reason = ""  # why the text ended, once it has
         self._space = ""  # white space that is dropped if a call follows
         self._trim = False  # white space behind a thought or call is dropped
         self._thinking = thinking or prompt_end.rstrip().endswith(format.thought[0])
@@ -14392,169 +14590,41 @@ class ChatParser(Parser):
         self._begun = continued or self._thinking  # a thought has begun, or content has
         self._events: list[Event] = []
         self.calls = 0
-        self.is_broken = False  # a call's arguments cannot be read
+        self._is_broken = False  # a call's arguments cannot be read
         self._has_text = False  # content that is more than white space
         self.behind_call = 0  # where the last one ends that stands before it
         opened = next((m for m in self._openings if prompt_end.endswith(m) and not continued), "")  # functionary: >>>
-        self.taken = -len(opened)
+        self._input.taken = -len(opened)
         self._reading = self._answer()
-        self._feed(opened)
+        self.push(opened)
 
     def push(self, text: str, logprobs: tuple[TokenLogprob, ...] = ()) -> Iterator[Event]:
-        self._logprobs.add(logprobs)
-        return self._feed(text)
-
-    def finish(self, reason: str) -> Iterator[Event]:
-        self.reason = reason
-        yield from self._feed("")
-        if self._space and not self.calls:
-            self._emit(Text(self.index, self._space))
-        if rest := self._logprobs.until(None):
-            self._events.append(Text(self.index, logprobs=rest))
-        yield from self._drain()
-        yield ChoiceEnd(self.index, "tool_calls" if self.calls and reason == "stop" and not self.is_broken else reason)
-
-    def _feed(self, text: str) -> Iterator[Event]:
-        self.buffer += text
+        self._input.add(text, logprobs)
         next(self._reading, None)
-        return self._drain()
-
-    def _drain(self) -> Iterator[Event]:
         events, self._events = self._events, []
         return iter(events)
 
+    def finish(self, reason: str) -> Iterator[Event]:
+        self._reason = reason
+        yield from self.push("")
+        if self._space and not self.calls:
+            self._emit(Text(self.index, self._space))
+        if rest := self._input.logprobs(None):
+            self._events.append(Text(self.index, logprobs=rest))
+        yield from self.push("")
+        yield ChoiceEnd(self.index, "tool_calls" if self.calls and reason == "stop" and not self._is_broken else reason)
+
     def _emit(self, event: Event) -> None:
         if isinstance(event, (Text, Thought)):
-            event = replace(event, logprobs=self._logprobs.until(self.taken - len(self._space)))
+            event = replace(event, logprobs=self._input.logprobs(self._input.taken - len(self._space)))
         self._events.append(event)
-
-    def _take(self, size: int) -> str:
-        taken, self.buffer = self.buffer[:size], self.buffer[size:]
-        self.taken += len(taken)
-        return taken
-
-    def drop(self, size: int) -> None:
-        """Takes markup: its tokens' log probabilities belong to no text."""
-        if size:
-            self._take(size)
-            self._logprobs.until(self.taken)
-
-    def begin_call(self, id: str, name: str) -> None:
-        self._space, self._begun, self._trim = "", True, True
-        self.calls += 1
-        id = id if len(id) > 8 else f"call_{os.urandom(12).hex()}"  # short ones count the calls of a turn
-        self._emit(CallBegan(self.index, self.calls - 1, id, name))
-
-    def write_arguments(self, text: str) -> None:
-        if text:
-            self._emit(CallArguments(self.index, self.calls - 1, text))
-
-    def types(self, name: str, key: str) -> int:
-        """The types that an argument may have."""
-        return argument_types(json.dumps(self._schemas[name]), key)
-
-    # From here on generators: each `yield` waits for more text
-
-    def _answer(self) -> Reading:
-        if self._thinking or (not self._continued and (yield from self._thought_begins())):
-            yield from self._thought()
-        if self._unmarked and not self._continued:
-            while not self.buffer.strip() and not self.reason:
-                yield
-            yield from self._call("")
-        while self.buffer or not self.reason:
-            yield from self._content()
-
-    def _up_to(self, marks: Seq[str], tell: Callable[[str], None]) -> Reading:
-        """Tells text up to the first of some marks, which it returns; "" at the end of the text."""
-        mark = re.compile("|".join(map(re.escape, sorted(marks, key=len, reverse=True))) or r"(?!)")
-        while True:
-            found = mark.search(self.buffer)
-            held = held_back(self.buffer, marks) if not self.reason or self._drops_a_cut_mark else 0
-            if found and not self.reason and found.start() >= len(self.buffer) - held:
-                found = None  # it may become a longer one
-            if text := self._take(found.start() if found else len(self.buffer) - held):
-                tell(text)
-            if found or self.reason:
-                self.drop(0 if found else held)
-                return found[0] if found else ""
-            yield
-
-    def _thought_begins(self) -> Reading:
-        """Whether a thought's opening marker comes next; takes that and the white space before it."""
-        opens, closes = self._format.thought
-        while True:
-            first = self.buffer.lstrip()
-            found = next((m for m in (opens, closes) if first.startswith(m)), "")
-            if found:
-                self.drop(len(self.buffer) - len(first) + len(found))
-                self._trim = True  # the end of a thought that was none
-                return found == opens
-            is_half = any(m.startswith(first) for m in self._format.thought)
-            if self.reason or not is_half:
-                self.drop(len(self.buffer) if is_half and self._drops_a_cut_mark else 0)
-                return False
-            yield
-
-    def _thought(self) -> Reading:
-        """A thought up to its closing marker, without the line breaks before it."""
-        self._begun = self._trim = True
-        closes = self._format.thought[1]
-        while not self.buffer.strip("\n") and not self.reason:
-            yield
-        self._take(len(self.buffer) - len(self.buffer.lstrip("\n")))  # a token may go on with text
-        marks = (closes, *(() if self.calls else self._openings))
-        while mark := (yield from self._up_to(marks, lambda text: self._emit(Thought(self.index, text)))):
-            if mark == closes:
-                return self.drop(len(closes))
-            if (yield from self._call_in_thought()):
-                return
-
-    def _call_in_thought(self) -> Reading:
-        """Takes calls with which the text ends, although the thought that they stand in does not (Qwen 3 and 3.5 do that);
-        false if other text follows: then all this is thought."""
-        inner = ChatParser(self.index, replace(self._format, drops=()), self._schemas, "", self._hidden, continued=True)
-        closes, events, read, prose = self._format.thought[1], list[Event](), 0, False
-        while not prose and (read < len(self.buffer) or not self.reason):
-            if read == len(self.buffer):
-                yield
-            behind = min(read + 64, len(self.buffer))  # to read on would be for nothing if this is prose
-            if self.buffer.find(closes, max(0, read - len(closes)), behind) >= 0:
-                break
-            more = list(inner.push(self.buffer[read:behind]))
-            prose, read = any(isinstance(event, Text) for event in more), behind
-            events += more
-        more = list(inner.finish(self.reason)) if self.reason and not prose and read == len(self.buffer) else []
-        events += more
-        if more[-1:] == [ChoiceEnd(self.index, "tool_calls")] and not any(isinstance(event, Text) for event in more):
-            self.drop(len(self.buffer))
-            self._events += events[:-1]
-            self.calls = inner.calls
-            return True
-        self._emit(Thought(self.index, self._take(max(inner.behind_call, 1))))
-        return False
-
-    def _content(self) -> Reading:
-        """Content up to the next marker, and the call that it begins."""
-        mark = yield from self._up_to((*self._openings, *self._format.drops), self._say)
-        if not mark or (mark in self._openings and ((yield from self._call(mark)) or mark not in self._format.drops)):
-            return
-        self.drop(len(mark))
-        self._trim = self._trim or not self._begun
-        if (yield from self._thought_begins()):  # gpt-oss thinks again between its calls
-            yield from self._thought()
-
-    @property
-    def _drops_a_cut_mark(self) -> bool:
-        """Whether half a marker at the end of the text was to begin a call, had there been more tokens."""
-        return self.reason == "length" and (self._forced or self.calls > 0)
 
     def _say(self, out: str) -> None:
         """Content; white space waits where a call may follow."""
         out = out.lstrip() if self._trim else out
         self._trim = self._trim and not out
         if self._trim:
-            self._logprobs.until(self.taken)
+            self._input.logprobs(self._input.taken)
         out = self._space + out
         kept = out.rstrip() if self._schemas or not self._begun else out
         self._space = out[len(kept) :]
@@ -14562,15 +14632,211 @@ class ChatParser(Parser):
             self._begun = self._has_text = True
             self._emit(Text(self.index, kept))
 
-    def _call(self, mark: str) -> Reading:
-        """A section of calls; false if the text only looks like one: then what cannot begin another was said."""
-        reader = CallReader(self, self._format.calls, self._schemas)
-        if (yield from reader.read(self._forced or mark != "")):
-            self.behind_call = self.behind_call if self._has_text else self.taken
-            return True
-        again = max(map(len, self._openings), default=0)  # a marker may begin in the last characters that were read
-        self._say(self._take(max(len(mark), reader.furthest - again) if mark not in self._format.drops else 0))
+    def _write(self, text: str) -> None:
+        """More of the last call's arguments."""
+        if text:
+            self._emit(CallArguments(self.index, self.calls - 1, text))
+
+    @property
+    def _drops_a_cut_mark(self) -> bool:
+        """Whether half a marker at the end of the text was to begin a call, had there been more tokens."""
+        return self._reason == "length" and (self._forced or self.calls > 0)
+
+    # From here on generators: each `yield` waits for more text
+
+    def _answer(self) -> Reading[None]:
+        if self._thinking or (not self._continued and (yield from self._thought_begins())):
+            yield from self._thought()
+        if self._unmarked and not self._continued:
+            while not self._input.text.strip() and not self._reason:
+                yield
+            yield from self._call("")
+        while self._input.text or not self._reason:
+            yield from self._content()
+
+    def _up_to(self, marks: Seq[str], tell: Callable[[str], None]) -> Reading[str]:
+        """Tells text up to the first of some marks, which it returns; "" at the end of the text."""
+        mark = re.compile("|".join(map(re.escape, sorted(marks, key=len, reverse=True))) or r"(?!)")
+        while True:
+            text = self._input.text
+            found = mark.search(text)
+            held = held_back(text, marks) if not self._reason or self._drops_a_cut_mark else 0
+            if found and not self._reason and found.start() >= len(text) - held:
+                found = None  # it may become a longer one
+            if before := self._input.take(found.start() if found else len(text) - held):
+                tell(before)
+            if found or self._reason:
+                self._input.drop(0 if found else held)
+                return found[0] if found else ""
+            yield
+
+    def _thought_begins(self) -> Reading[bool]:
+        """Whether a thought's opening marker comes next; takes that and the white space before it."""
+        opens, closes = self._format.thought
+        while True:
+            text = self._input.text
+            first = text.lstrip()
+            found = next((m for m in (opens, closes) if first.startswith(m)), "")
+            if found:
+                self._input.drop(len(text) - len(first) + len(found))
+                self._trim = True  # the end of a thought that was none
+                return found == opens
+            is_half = any(m.startswith(first) for m in self._format.thought)
+            if self._reason or not is_half:
+                self._input.drop(len(text) if is_half and self._drops_a_cut_mark else 0)
+                return False
+            yield
+
+    def _thought(self) -> Reading[None]:
+        """A thought up to its closing marker, without the line breaks before it."""
+        self._begun = self._trim = True
+        closes = self._format.thought[1]
+        while not self._input.text.strip("\n") and not self._reason:
+            yield
+        self._input.take(len(self._input.text) - len(self._input.text.lstrip("\n")))  # a token may go on with text
+        marks = (closes, *(() if self.calls else self._openings))
+        while mark := (yield from self._up_to(marks, lambda text: self._emit(Thought(self.index, text)))):
+            if mark == closes:
+                return self._input.drop(len(closes))
+            if (yield from self._call_in_thought()):
+                return
+
+    def _call_in_thought(self) -> Reading[bool]:
+        """Takes calls with which the text ends, although the thought that they stand in does not (Qwen 3 and 3.5 do that);
+        false if other text follows: then all this is thought."""
+        inner = ChatParser(self.index, replace(self._format, drops=()), self._schemas, "", self._hidden, continued=True)
+        closes, events, read, prose = self._format.thought[1], list[Event](), 0, False
+        while not prose and (read < len(self._input.text) or not self._reason):
+            if read == len(self._input.text):
+                yield
+            behind = min(read + 64, len(self._input.text))  # to read on would be for nothing if this is prose
+            if self._input.text.find(closes, max(0, read - len(closes)), behind) >= 0:
+                break
+            more = list(inner.push(self._input.text[read:behind]))
+            prose, read = any(isinstance(event, Text) for event in more), behind
+            events += more
+        if self._reason and not prose and read == len(self._input.text):
+            events += inner.finish(self._reason)
+            if events[-1] == ChoiceEnd(self.index, "tool_calls") and not any(isinstance(event, Text) for event in events):
+                self._input.drop(read)
+                self._events += events[:-1]
+                self.calls = inner.calls
+                return True
+        self._emit(Thought(self.index, self._input.take(max(inner.behind_call, 1))))
         return False
+
+    def _content(self) -> Reading[None]:
+        """Content up to the next marker, and the call that it begins."""
+        mark = yield from self._up_to((*self._openings, *self._format.drops), self._say)
+        if not mark or (mark in self._openings and ((yield from self._call(mark)) or mark not in self._format.drops)):
+            return
+        self._input.drop(len(mark))
+        self._trim = self._trim or not self._begun
+        if (yield from self._thought_begins()):  # gpt-oss thinks again between its calls
+            yield from self._thought()
+
+    def _call(self, mark: str) -> Reading[bool]:
+        """A section of calls; false if the text only looks like one: then its mark is text, unless that is dropped."""
+        call = yield from self._read(Markup.first, self._format.calls)
+        if not call:
+            self._say(self._input.take(0 if mark in self._format.drops else len(mark)))
+            return False
+        format, is_over = call.format, False
+        while call:
+            if call.name and not (yield from self._tell(call)):
+                self._is_broken = True
+                break
+            is_end = not call.name and call.ending not in "}]" and format.closes.rstrip().endswith(call.ending)
+            is_over = is_over or is_end
+            if is_over:  # what ends it may come twice
+                ends = [format.closes.strip(), MARKER.findall(format.closes.rstrip())[-1]]
+                call = yield from self._read(Markup.end, ends)
+            else:
+                call = yield from self._read(Markup.behind, format)
+        self.behind_call = self.behind_call if self._has_text else self._input.taken
+        return True
+
+    def _read(self, read: Callable[..., None], *what: Any) -> Reading[Markup | None]:
+        """Reads markup and drops it, all of it again whenever more text came; None if the text goes on otherwise."""
+        while True:
+            while not self._reason and any(header.startswith(self._input.text) for header in self._headers):
+                yield  # so far as the template has it
+            text = self._input.text
+            markup = Markup(text, self._reason == "stop", self._names)
+            try:
+                read(markup, *what)
+                self._input.drop(markup.at)
+                return markup
+            except NoCall:
+                return None
+            except TextEnds:
+                if self._reason:  # it was cut: all of it belongs to a call
+                    if markup.name or self._forced or self.calls or text.startswith(self._openings):
+                        self._input.drop(len(text))
+                    return markup if markup.name or markup.key is not None else None
+            more = len(text) // 8 if len(text) > MAX_HEADER else 0  # so that long arguments before a name cost linear time
+            while not self._reason and len(self._input.text) <= len(text) + more:
+                yield
+
+    def _tell(self, call: Markup) -> Reading[bool]:
+        """Tells of a call, and its arguments as they come; false if they are broken or cut."""
+        self._space, self._begun, self._trim = "", True, True
+        self.calls += 1
+        id = call.id if len(call.id) > 8 else f"call_{os.urandom(12).hex()}"  # short ones count the calls of a turn
+        self._emit(CallBegan(self.index, self.calls - 1, id, call.name))
+        params = call.format.params
+        if call.arguments is not None:
+            self._write(call.arguments)
+            return True
+        if params and not params.quote:
+            return (yield from self._parameters(call, params))
+        mender = JsonMender((params.quote,), call.format.closes.strip()[0]) if params else JsonMender()
+        while True:
+            self._input.drop(mender.read(self._input.text, 0))
+            self._write(mender.take())
+            if mender.done or mender.failed or self._reason:
+                self._input.drop(0 if mender.done or mender.failed else len(self._input.text))
+                return mender.done
+            yield
+
+    def _parameters(self, call: Markup, params: Params) -> Reading[bool]:
+        """Arguments that stand one by one."""
+        schema, behind, separator = json.dumps(self._schemas[call.name]), call.format.closes.rstrip(), "{"
+        begun: Markup | None = call
+        while begun and begun.key is not None:
+            self._write(f"{separator}{json.dumps(begun.key, ensure_ascii=False)}: ")
+            if not (yield from self._value(argument_types(schema, begun.key), begun.ending, behind)):
+                return False
+            if begun.behind_ending:
+                yield from self._read(Markup.end, [begun.behind_ending])
+            separator, begun = ", ", (yield from self._read(Markup.parameter, params))
+        self._write("}" if separator == ", " else "")
+        return separator == ", "
+
+    def _value(self, types: int, closes: str, behind: str) -> Reading[bool]:
+        """An argument's value up to what closes it or its call (some models forget the first): a string as it comes, what has
+        another type when it is all there. False if it is cut."""
+        core, streams, at = closes.strip(), types == SchemaReader.TYPES["string"], 0
+        trail = closes[: len(closes) - len(closes.lstrip())]
+        marks = (core, trail + core, behind + "\n\n\n", trail + behind + "\n\n\n")
+        self._write('"' * streams)
+        while (end := self._input.text.find(core, at)) < 0 and not self._reason:
+            at = len(self._input.text) - held_back(self._input.text, marks)
+            if streams:
+                self._write(json.dumps(self._input.text[:at], ensure_ascii=False)[1:-1])
+                self._input.drop(at)
+                at = 0
+            yield
+        value, is_whole = self._input.text[: end if end >= 0 else None], end >= 0
+        if not is_whole and self._reason == "stop" and behind and value.rstrip().endswith(behind):
+            value, is_whole = value.rstrip().removesuffix(behind), True
+        value = value.removesuffix(trail) if is_whole else value
+        if streams:
+            self._write(json.dumps(value, ensure_ascii=False)[1:-1] + '"' * is_whole)
+        else:
+            self._write(as_json(value, types) if is_whole else value)
+        self._input.drop(end + len(core) if end >= 0 else len(self._input.text))
+        return is_whole
 
 
 def held_back(buffer: str, marks: Iterable[str]) -> int:
@@ -15426,8 +15692,8 @@ class GbnfReader(Reader):
 
 # ── D.3. Strings ──────────────────────────────────────────────────────────────────────────────────────────────────────
 # Sets of texts, with and, or and not, and the JSON strings of such a set: symbols that know what can still come.
-# Offers: Texts and its algebra (union, intersection, complement, word_texts, texts_by); shortest; StringShape, string_symbol,
-# string_fits, few_texts; JsonText; FORMATS. Uses: D.1's symbols, D.2's patterns.
+# Offers: Texts and its algebra (union, intersection, complement, word_texts, but_not, texts_by); has, has_text, few_texts;
+# string_symbol, JsonText; FORMATS. Uses: D.1's symbols, D.2's patterns.
 
 
 class Texts:
@@ -15437,15 +15703,15 @@ class Texts:
     and intersections, there is a text as short as `least`.
     """
 
-    __slots__ = ("data", "kind", "least", "most", "moves", "nullable", "parts", "plain", "search", "shortest")
+    __slots__ = ("data", "kind", "least", "most", "moves", "nullable", "parts", "plain", "search", "sought")
     MAX_KEPT = 50_000
     made: ClassVar[dict[tuple[Any, ...], Texts]] = {}
 
     def __init__(self, kind: str, data: Any, parts: tuple[Texts, ...]) -> None:
         self.kind, self.data, self.parts = kind, data, parts
         self.moves: Moves | None = None
-        self.search: Any = None  # for its shortest text, as far as one thread came: it goes on from there when asked again
-        self.shortest: float | None = None  # the length of its shortest text, once that has been sought; inf: there is none
+        self.search: Any = None  # for a text, as far as one thread came: it goes on from there when asked again
+        self.sought: float | None = None  # the length of a text, once one has been sought; inf: there is none
         self.plain: bool = kind not in ("none", "not", "both") and all(part.plain for part in parts)
         self.nullable, self.least, self.most = False, 1, 1.0
         leasts, mosts = [part.least for part in parts], [part.most for part in parts]
@@ -15619,6 +15885,11 @@ class WordList:
 def word_texts(texts: frozenset[str]) -> Texts:
     """Just some texts."""
     return _make("words", WordList(sorted(texts), 0, len(texts), 0)) if texts else NONE
+
+
+def but_not(texts: Texts, words: Iterable[str]) -> Texts:
+    """A set without some texts."""
+    return intersection([texts, complement(word_texts(frozenset(words)))])
 
 
 def moves(texts: Texts) -> Moves:
@@ -15800,60 +16071,60 @@ def alive(at: Texts) -> bool:
     it cannot end.
     """
     try:
-        return at.plain or at.nullable or shortest(at) < math.inf
+        return at.plain or at.nullable or has_text(at)
     except InvalidRequest:
-        at.shortest = math.inf
+        at.sought = math.inf
         return False
 
 
-def _known_shortest(at: Texts) -> float | None:
-    """The length of the shortest text where that needs no search."""
+def _known_length(at: Texts) -> float | None:
+    """The length of a text where that needs no search; inf if there is none."""
     if at.plain or at.nullable:
         return at.least
-    if at.shortest is None and at.kind == "sized":
+    if at.sought is None and at.kind == "sized":
         (low, high), (inner,) = at.data, at.parts
-        found = _known_shortest(inner)
+        found = _known_length(inner)
         if found is not None and found < low and any(behind is inner for _, behind in moves(inner)):
             found = low  # a character that leads back here makes a text as long as it must be
-        if found is not None and found >= low:
-            return found if found <= high else math.inf
-    return at.shortest
+        if found is not None and (low <= found <= high or found == math.inf):
+            return found
+    return at.sought
 
 
-def shortest(at: Texts, spend: Callable[[int], None] = lambda steps: None) -> float:
-    """Finds the length of the shortest text, breadth first; inf if there is none. Raises InvalidRequest if that takes too long.
+def has_text(at: Texts, spend: Callable[[int], None] = lambda steps: None) -> bool:
+    """True if there is a text. Raises InvalidRequest if it takes too long to tell.
 
-    Raises NotYet: what was derived is kept, and the next search goes quickly where this one has been. `spend` counts the steps.
+    Raises NotYet: the next search goes on where this one has been. `spend` counts the steps.
     """
-    if at.kind == "sized" and _known_shortest(at) is None:
-        shortest(at.parts[0], spend)
+    is_sized = at.kind == "sized"  # such a text is found soonest by going on where one is, others by looking nearby
+    if is_sized and _known_length(at) is None:
+        has_text(at.parts[0], spend)
     thread, search = threading.get_ident(), at.search
     if not search or search[0] != thread:  # another thread's goes on by itself
-        search = thread, {at: None}, [at], 0, math.inf, 0, None
-    _, before, layer, length, found, rest, last = search
-    while layer and length < found:
-        longer: dict[Texts, Texts] = {}
-        for one in layer:
-            known = _known_shortest(one)
-            if known is None:
-                spend(2)
-                fresh = (behind for _, behind in moves(one) if behind not in before and behind not in longer)
-                longer |= dict.fromkeys(fresh, one)
-            elif length + known < found:
-                found, rest, last = length + known, known, one
-            if len(before) + len(longer) > MAX_SEARCH:
-                at.search = None
-                raise InvalidRequest("the string's patterns and formats together are too complex to tell what fits them")
-        before |= longer
-        layer, length = list(longer), length + 1
-        at.search = thread, before, layer, length, found, rest, last
+        search = at.search = thread, {at: None}, deque([at])
+    _, before, todo = search
+    last, rest = None, math.inf
+    while todo:
+        one = todo[-1 if is_sized else 0]
+        known = _known_length(one)
+        if known is not None and known < math.inf:
+            last, rest = one, known
+            break
+        fresh = {behind: one for _, behind in (moves(one) if known is None else ()) if behind not in before}
+        (todo.pop if is_sized else todo.popleft)()
+        before |= fresh
+        todo += fresh
+        spend(2)
+        if len(before) > MAX_SEARCH:
+            at.search = None
+            raise InvalidRequest("the string's patterns and formats together are too complex to tell what fits them")
         TURN.kept()
-    at.search = None
-    if last is None:
+    at.search, found = None, last is not None
+    if not found:
         for one in before:
-            one.shortest = math.inf
+            one.sought = math.inf
     while last is not None:
-        last.shortest, rest = rest, rest + 1
+        last.sought, rest = rest, rest + 1
         last = before[last]
     return found
 
@@ -15874,27 +16145,6 @@ def behind(at: Texts, code: int) -> Texts:
 
 
 # JSON strings
-
-
-@dataclass(frozen=True)
-class StringShape:
-    """The condition on a JSON string."""
-
-    texts: Texts = ALL
-
-    @classmethod
-    def of(cls, lows: Iterable[int], highs: Iterable[int], rules: Iterable[tuple[str, str, bool]]) -> StringShape:
-        """The shape by several bounds of the length, in code points, and by arguments of texts_by."""
-        texts = intersection(texts_by(*rule) for rule in rules)
-        return cls(sized(texts, max(lows, default=0), min(highs, default=math.inf)))
-
-    def within(self, texts: Texts) -> StringShape:
-        """The same, of just those texts."""
-        return StringShape(intersection([self.texts, texts]))
-
-    def but_not(self, texts: Iterable[str]) -> StringShape:
-        """The same without some texts."""
-        return self.within(complement(word_texts(frozenset(texts))))
 
 
 @dataclass(frozen=True)
@@ -15933,20 +16183,20 @@ class JsonText(Symbol):
 
 
 @functools.lru_cache(maxsize=1000)
-def string_symbol(shape: StringShape) -> Symbol | None:
-    """A JSON string of a shape, with its quotes; None if there is none. Raises InvalidRequest where that cannot be told."""
-    return None if shortest(shape.texts) == math.inf else InOrder((Word(b'"'), JsonText(shape.texts)))
+def string_symbol(texts: Texts) -> Symbol | None:
+    """A JSON string of a set, with its quotes; None if there is none. Raises InvalidRequest where that cannot be told."""
+    return InOrder((Word(b'"'), JsonText(texts))) if has_text(texts) else None
 
 
-def string_fits(shape: StringShape, text: str) -> bool:
-    """True if a text has a shape."""
-    return functools.reduce(behind, map(ord, text), shape.texts).nullable
+def has(texts: Texts, text: str) -> bool:
+    """True if a text is in a set."""
+    return functools.reduce(behind, map(ord, text), texts).nullable
 
 
-def few_texts(shape: StringShape, most: int) -> set[str] | None:
-    """The texts of a shape; None if they are more than `most`, or longer than 1000 characters."""
+def few_texts(texts: Texts, most: int) -> set[str] | None:
+    """The texts of a set; None if they are more than `most`, or longer than 1000 characters."""
     found = set[str]()
-    layer = [("", shape.texts)] if alive(shape.texts) else []  # each can be finished, so texts are at least as many
+    layer = [("", texts)] if alive(texts) else []  # each can be finished, so texts are at least as many
     for _ in range(1000):
         if not layer or len(found) + len(layer) > most:
             break
@@ -16267,35 +16517,24 @@ Node = tuple[int, ...]  # schemas that must all hold, by their number in SchemaR
 Result = TypeVar("Result")
 
 
-class SchemaReader:
-    """A client's JSON schema as checked dicts with a number each, equal ones once.
+def described(value: Any) -> str:
+    """A client's value for a message."""
+    return ("an object" if isinstance(value, dict) else "a list") if isinstance(value, (dict, list)) else _said(value)
 
-    A checked dict holds numbers where the client's holds schemas, and only keywords that are honoured; `type` is a bit for
-    each type, const an enum, multipleOf a list; pattern and format are lists of texts_by's arguments. `soft` is our own: the
-    schema was derived, and does not close an object.
-    """
+
+class Keywords:
+    """Checks the values of keywords, each by its method, and counts the work and the text that a schema makes."""
 
     MAX_STEPS = 60_000  # schemas read, joined and compared, some 10 µs each
     MAX_TEXT = 2_000_000  # characters of names and constants
-    MAX_DEPTH = 64
     MAX_COUNT = 10**9
     MAX_BOUND = 2**1024  # a number beyond is no bound
     TYPES: ClassVar = {"object": 1, "array": 2, "string": 4, "number": 24, "integer": 8, "boolean": 32, "null": 64}
     FRACTION, EVERY_TYPE = 16, 127  # a number that is no integer; all
 
-    def __init__(self, name: str, root: Any) -> None:
-        self.name, self.root, self.steps, self.size, self.depth = name, root, 0, 0, 0
-        self.schemas: list[dict[str, Any]] = []
-        self.numbers: dict[str, int] = {}  # JSON text → number
-        self._read: dict[int, int] = {}  # id of a client's dict → number
-        self._targets: dict[str, int] = {}
-        self._nodes: dict[tuple[int, ...], Node] = {}
-        self._has_ids = False  # of schemas inside: references are relative to those
-        said = root if isinstance(root, dict) else {}
-        self.base = next((said[key] for key in ("$id", "id") if isinstance(said.get(key), str)), "").partition("#")[0]
-        draft = re.search(r"draft-0?(\d)\b", str(said.get("$schema")))
-        self.lone_refs = draft is not None and int(draft[1]) < 8  # what stands beside $ref was ignored up to draft 7
-        self.free, self.never, self.null = self.number({}), self.number({"enum": []}), self.number({"enum": [None]})
+    def __init__(self, name: str) -> None:
+        self.name, self.steps, self.size = name, 0, 0
+        self.has_ids = False  # of schemas inside: references are relative to those
 
     def refuse(self, what: str) -> InvalidRequest:
         return InvalidRequest(f"{self.name}: {what}", self.name)
@@ -16315,77 +16554,13 @@ class SchemaReader:
         if not text.isascii() and any("\ud800" <= char <= "\udfff" for char in text):
             raise self.refuse("a name or constant holds half of a surrogate pair")
 
-    def number(self, schema: dict[str, Any]) -> int:
-        text = repr(schema)  # properties are written in the order that the client gave
-        if text not in self.numbers:
-            self.numbers[text] = len(self.schemas)
-            self.schemas.append(schema)
-        return self.numbers[text]
-
     def read(self, schema: Any, where: str = "the schema") -> int:
         """The number of a client's schema."""
-        self.spend()
-        if not isinstance(schema, dict):
-            if not isinstance(schema, bool):
-                raise self.refuse(f"{where} holds {self.said(schema)}, which is not a schema")
-            return self.free if schema else self.never
-        if self.depth > self.MAX_DEPTH:
-            raise self.refuse(f"the schema is nested over {self.MAX_DEPTH} levels deep")
-        number = self._read.get(id(schema))
-        if number is None:
-            self.depth += 1
-            number = self._read[id(schema)] = self._checked(schema)
-            self.depth -= 1
-        return number
-
-    def said(self, value: Any) -> str:
-        """A client's value for a message."""
-        return ("an object" if isinstance(value, dict) else "a list") if isinstance(value, (dict, list)) else _said(value)
-
-    def _checked(self, schema: dict[str, Any]) -> int:
-        """The number of a schema's checked dict."""
-        given = schema if self.OLDER.isdisjoint(schema) and None not in schema.values() else self._renewed(schema)
-        self._note_id(given)
-        found: dict[str, Any] = {}
-        readers = self.KEYWORDS
-        for key, value in given.items():
-            if (reader := readers.get(key)) is not None:
-                found[key] = reader(self, key, value)
-        return self.number(found) if self.REWRITTEN.isdisjoint(found) else self._rewritten(found)
-
-    def _note_id(self, schema: Any) -> None:
-        url = schema.get("$id") if isinstance(schema, dict) else None
-        self._has_ids = self._has_ids or (isinstance(url, str) and not url.startswith("#") and url.rstrip("#") != self.base)
-
-    def _renewed(self, schema: dict[str, Any]) -> dict[str, Any]:
-        """Keywords of older drafts in the words of the newest; those that are null are left out."""
-        given = {key: value for key, value in schema.items() if value is not None or key == "const"}
-        if "$ref" in given and self.lone_refs:
-            return {"$ref": given["$ref"]}
-        if isinstance(given.get("items"), list):
-            given |= {"prefixItems": given["items"], "items": given.get("additionalItems", True)}
-            if not given["prefixItems"]:
-                del given["prefixItems"]
-            elif "additionalItems" not in given:
-                del given["items"]
-        if isinstance(given.get("dependencies"), dict):
-            for name, needs in given["dependencies"].items():
-                key = "dependentRequired" if isinstance(needs, (list, str)) else "dependentSchemas"
-                given[key] = {**given.get(key, {}), name: [needs] if isinstance(needs, str) else needs}
-        for key, partner in (("exclusiveMinimum", "minimum"), ("exclusiveMaximum", "maximum")):
-            if given.get(key) is True:
-                if partner not in given:
-                    raise self.refuse(f"{key}: true needs {partner} beside it")
-                given[key] = given.pop(partner)
-            elif given.get(key) is False:
-                del given[key]
-        return given
-
-    # Keywords: a method checks each one's value.
+        raise NotImplementedError
 
     def _must(self, fits: bool, key: str, what: str, value: Any) -> None:
         if not fits:
-            raise self.refuse(f"{key} must be {what}, not {self.said(value)}")
+            raise self.refuse(f"{key} must be {what}, not {described(value)}")
 
     def _schema(self, key: str, value: Any) -> int:
         return self.read(value, key)
@@ -16426,7 +16601,7 @@ class SchemaReader:
     def _types(self, key: str, value: Any) -> int:
         types = value if isinstance(value, list) else [value]
         if not types or not all(isinstance(kind, str) and kind in self.TYPES for kind in types):
-            raise self.refuse(f"type {self.said(value)} is unknown")
+            raise self.refuse(f"type {described(value)} is unknown")
         return functools.reduce(operator.or_, map(self.TYPES.__getitem__, types))
 
     def _names(self, key: str, value: Any) -> list[str]:
@@ -16435,40 +16610,24 @@ class SchemaReader:
         self.keep(*value)
         return list(dict.fromkeys(value))
 
-    def _needs(self, key: str, value: Any) -> dict[str, list[str]]:
-        return self._named(key, value, self._names)
-
-    def _enum(self, key: str, value: Any) -> list[Any]:
-        self.spend(len(self._list(key, value)) // 8)
-        return self._constants(key, value)
-
     def _constants(self, key: str, value: Any) -> Any:
+        if key == "enum":
+            self.spend(len(self._list(key, value)) // 8)
         try:
             self.keep(json.dumps(value, ensure_ascii=False, allow_nan=False))
         except ValueError:
             raise self.refuse("a number is too large for JSON") from None
         return value
 
-    def _flag(self, key: str, value: Any) -> bool:
-        return value is True
-
     def _reference(self, key: str, value: Any) -> str:
         self._must(isinstance(value, str), key, "a string", value)
-        if self._has_ids:
+        if self.has_ids:
             raise self.refuse(f"$ref {_said(value)} beside an $id inside the schema is not supported")
         return value  # type: ignore[no-any-return]
-
-    def _discriminator(self, key: str, value: Any) -> str | None:
-        name = value.get("propertyName") if isinstance(value, dict) else None
-        return name if isinstance(name, str) else None
 
     def _unsupported(self, key: str, value: Any) -> NoReturn:
         raise self.refuse(f"keyword {key} is not supported")
 
-    OLDER: ClassVar = {"items", "dependencies", "exclusiveMinimum", "exclusiveMaximum", "$ref"}
-    REWRITTEN: ClassVar = {"if", "then", "else", "dependentRequired", "dependentSchemas", "const", "nullable",
-                           "unevaluatedProperties", "unevaluatedItems"}  # fmt: skip
-    EVALUATING: ClassVar = ("$ref", "allOf", "anyOf", "oneOf", "not", "if", "dependentSchemas", "contains")
     KEYWORDS: ClassVar[dict[str, Callable[..., Any]]] = {
         key: reader for keys, reader in {
             ("items", "additionalProperties", "propertyNames", "contains", "not", "if", "then", "else",
@@ -16478,12 +16637,105 @@ class SchemaReader:
             ("minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties", "minContains",
              "maxContains"): _count,
             ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"): _bound,
-            ("pattern", "format"): _text, ("uniqueItems", "nullable"): _flag, ("multipleOf",): _factor, ("type",): _types,
-            ("required",): _names, ("dependentRequired",): _needs, ("enum",): _enum, ("const",): _constants,
-            ("$ref",): _reference, ("discriminator",): _discriminator,
+            ("pattern", "format"): _text, ("multipleOf",): _factor, ("type",): _types,
+            ("required",): _names, ("enum", "const"): _constants,
+            ("$ref",): _reference,
+            ("dependentRequired",): lambda reader, key, value: reader._named(key, value, reader._names),
+            ("uniqueItems", "nullable"): lambda reader, key, value: value is True,
+            ("discriminator",): lambda reader, key, value: value.get("propertyName") if isinstance(value, dict) else None,
             ("$dynamicRef", "$recursiveRef", "extends", "disallow", "divisibleBy"): _unsupported,
         }.items() for key in keys}  # fmt: skip
 
+
+class SchemaReader(Keywords):
+    """A client's JSON schema as checked dicts with a number each, equal ones once.
+
+    A checked dict holds numbers where the client's holds schemas, and only keywords that are honoured; `type` is a bit for
+    each type, const an enum, multipleOf a list; pattern and format are lists of texts_by's arguments. `soft` is our own: the
+    schema was derived, and does not close an object.
+    """
+
+    MAX_DEPTH = 64
+    def __init__(self, name: str, root: Any) -> None:
+        super().__init__(name)
+        self.root, self.depth = root, 0
+        self.schemas: list[dict[str, Any]] = []
+        self.numbers: dict[str, int] = {}  # JSON text → number
+        self._read: dict[int, int] = {}  # id of a client's dict → number
+        self._targets: dict[str, int] = {}
+        self._nodes: dict[tuple[int, ...], Node] = {}
+        said = root if isinstance(root, dict) else {}
+        self.base = next((said[key] for key in ("$id", "id") if isinstance(said.get(key), str)), "").partition("#")[0]
+        draft = re.search(r"draft-0?(\d)\b", str(said.get("$schema")))
+        self.lone_refs = draft is not None and int(draft[1]) < 8  # what stands beside $ref was ignored up to draft 7
+        self.free, self.never, self.null = self.number({}), self.number({"enum": []}), self.number({"enum": [None]})
+
+    def number(self, schema: dict[str, Any]) -> int:
+        text = repr(schema)  # properties are written in the order that the client gave
+        if text not in self.numbers:
+            self.numbers[text] = len(self.schemas)
+            self.schemas.append(schema)
+        return self.numbers[text]
+
+    def read(self, schema: Any, where: str = "the schema") -> int:
+        """The number of a client's schema."""
+        self.spend()
+        if not isinstance(schema, dict):
+            if not isinstance(schema, bool):
+                raise self.refuse(f"{where} holds {described(schema)}, which is not a schema")
+            return self.free if schema else self.never
+        if self.depth > self.MAX_DEPTH:
+            raise self.refuse(f"the schema is nested over {self.MAX_DEPTH} levels deep")
+        number = self._read.get(id(schema))
+        if number is None:
+            self.depth += 1
+            number = self._read[id(schema)] = self._checked(schema)
+            self.depth -= 1
+        return number
+
+    def _checked(self, schema: dict[str, Any]) -> int:
+        """The number of a schema's checked dict."""
+        given = schema if self.OLDER.isdisjoint(schema) and None not in schema.values() else self._renewed(schema)
+        self._note_id(given)
+        found: dict[str, Any] = {}
+        readers = self.KEYWORDS
+        for key, value in given.items():
+            if (reader := readers.get(key)) is not None:
+                found[key] = reader(self, key, value)
+        return self.number(found) if self.REWRITTEN.isdisjoint(found) else self._rewritten(found)
+
+    def _note_id(self, schema: Any) -> None:
+        url = schema.get("$id") if isinstance(schema, dict) else None
+        self.has_ids = self.has_ids or (isinstance(url, str) and not url.startswith("#") and url.rstrip("#") != self.base)
+
+    def _renewed(self, schema: dict[str, Any]) -> dict[str, Any]:
+        """Keywords of older drafts in the words of the newest; those that are null are left out."""
+        given = {key: value for key, value in schema.items() if value is not None or key == "const"}
+        if "$ref" in given and self.lone_refs:
+            return {"$ref": given["$ref"]}
+        if isinstance(given.get("items"), list):
+            given |= {"prefixItems": given["items"], "items": given.get("additionalItems", True)}
+            if not given["prefixItems"]:
+                del given["prefixItems"]
+            elif "additionalItems" not in given:
+                del given["items"]
+        if isinstance(given.get("dependencies"), dict):
+            for name, needs in given["dependencies"].items():
+                key = "dependentRequired" if isinstance(needs, (list, str)) else "dependentSchemas"
+                given[key] = {**given.get(key, {}), name: [needs] if isinstance(needs, str) else needs}
+        for key, partner in (("exclusiveMinimum", "minimum"), ("exclusiveMaximum", "maximum")):
+            if given.get(key) is True:
+                if partner not in given:
+                    raise self.refuse(f"{key}: true needs {partner} beside it")
+                given[key] = given.pop(partner)
+            elif given.get(key) is False:
+                del given[key]
+        return given
+
+    OLDER: ClassVar = {"items", "dependencies", "exclusiveMinimum", "exclusiveMaximum", "$ref"}
+    REWRITTEN: ClassVar = {"if", "then", "else", "dependentRequired", "dependentSchemas", "const", "nullable",
+                           "unevaluatedProperties", "unevaluatedItems"}  # fmt: skip
+    EVALUATING: ClassVar = ("$ref", "allOf", "anyOf", "oneOf", "not", "if", "dependentSchemas", "contains")
     def _rewritten(self, found: dict[str, Any]) -> int:
         """The number of a checked dict in which const is an enum and conditions are alternatives."""
         for key, plain in (("unevaluatedProperties", "additionalProperties"), ("unevaluatedItems", "items")):
@@ -16657,23 +16909,22 @@ class Property:
     said: bool = True
 
 
-Others = tuple[tuple[StringShape, Node], ...]  # kinds of properties that have no place of their own: their names, their schema
+Others = tuple[tuple[Texts, Node, bool], ...]  # properties without a place of their own: names, schema, if a schema says so
 
 
 @dataclass(frozen=True)
 class ObjectShape:
     """Properties in their order, then unnamed ones: names of a shape, and their values' schema. `low` to `high` in all.
 
-    A form has what no schema speaks of apart, as `unsaid`: `closed` objects have none of it. Its `names` fit a schema; of the
+    A form has those that no schema speaks of, too: `closed` objects have none of them. Its `names` fit a schema; of the
     properties without these names and patterns `some` one must fit a schema; `wanted` ones are required where objects are
     written. `why` it cannot be honoured, if so.
     """
 
     named: tuple[Property, ...] = ()
-    unnamed: Others = ((StringShape(), ()),)
+    unnamed: Others = ((ALL, (), True),)
     low: int = 0
     high: int | None = None
-    unsaid: Others = ()
     closed: bool = False
     names: Node = ()
     some: tuple[tuple[tuple[str, ...], tuple[str, ...], int], ...] = ()
@@ -16685,7 +16936,12 @@ class ObjectShape:
 
     @functools.cached_property
     def _hash(self) -> int:
-        return hash((self.named, self.unnamed, self.low, self.high, self.unsaid, self.closed, self.names, self.some, self.why))
+        return hash((self.named, self.unnamed, self.low, self.high, self.closed, self.names, self.some, self.why))
+
+    @property
+    def is_open(self) -> bool:
+        """True if a schema speaks of further properties."""
+        return any(said for _, _, said in self.unnamed)
 
     @functools.cached_property
     def places(self) -> dict[str, Property]:
@@ -16693,21 +16949,98 @@ class ObjectShape:
 
     def at(self, name: str) -> Property:
         """A property that has no place of its own."""
-        for others in (self.unnamed, self.unsaid):
-            for names, node in others:
-                if names == StringShape() or string_fits(names, name):
-                    return Property(name, node, False, True, others is self.unnamed)
+        for names, node, said in self.unnamed:
+            if names is ALL or has(names, name):
+                return Property(name, node, False, True, said)
         raise AssertionError("every name has its kind")
 
 
-ANY_OBJECT = ObjectShape(unnamed=(), unsaid=((StringShape(), ()),))
-Shape = Constant | StringShape | NumberShape | ArrayShape | ObjectShape
+ANY_OBJECT = ObjectShape(unnamed=((ALL, (), False),))
+Shape = Constant | Texts | NumberShape | ArrayShape | ObjectShape
 Shapes = tuple[Shape, ...]  # a value that has one of these shapes
 Form = list[tuple[Any, int]]  # such values: a shape or Listed, and the types that keywords are about, or TYPED
 TYPED = 128  # a type is said
 
 
-class Forms(SchemaReader):
+class Constants(SchemaReader):
+    """Tells which values fit, and which are listed."""
+
+    def __init__(self, name: str, root: Any) -> None:
+        super().__init__(name, root)
+        self._lists: dict[Node, dict[Any, Any] | None] = {}
+        self._enums: dict[int, dict[Any, Any]] = {}
+
+    def form(self, number: int) -> Form:
+        raise NotImplementedError
+
+    def fits(self, value: Any, node: Iterable[int]) -> bool:
+        """True if a value fits schemas."""
+        return all(self.fits_form(value, self.form(max(number, ~number))) == (number >= 0) for number in node)
+
+    def fits_form(self, value: Any, form: Form) -> bool:
+        return any(self.fits_shape(value, shape) for shape, _ in form)
+
+    def fits_shape(self, value: Any, shape: Any) -> bool:
+        self.spend()
+        if isinstance(shape, Listed):
+            return comparable(value) in shape.values
+        if not SHAPE_BITS[type(shape)] & type_bit(value):
+            return False
+        if isinstance(shape, Texts):
+            return has(shape, value)
+        if isinstance(shape, NumberShape):
+            return number_fits(shape, value)
+        if shape.why:
+            raise self.refuse(shape.why)
+        if not shape.low <= len(value) <= (len(value) if shape.high is None else shape.high):
+            return False
+        return self._fits_array(value, shape) if isinstance(shape, ArrayShape) else self._fits_object(value, shape)
+
+    def _fits_array(self, value: list[Any], shape: ArrayShape) -> bool:
+        counts = ((sum(self.fits(one, (number,)) for one in value), least, most) for number, least, most in shape.contains)
+        return ((not shape.unique or len(set(map(comparable, value))) == len(value))
+                and all(least <= count and (most is None or count <= most) for count, least, most in counts)
+                and all(self.fits(one, shape.at(i) or ()) for i, one in enumerate(value)))  # fmt: skip
+
+    def _fits_object(self, value: dict[str, Any], shape: ObjectShape) -> bool:
+        return (all(prop.name in value for prop in shape.named if prop.required)
+                and all(self.fits(one, (shape.places.get(name) or shape.at(name)).node) for name, one in value.items())
+                and all(self.fits(name, shape.names) for name in value)
+                and all(any(self.is_other(name, *outside) and self.fits(one, (number,)) for name, one in value.items())
+                        for *outside, number in shape.some))  # fmt: skip
+
+    def is_other(self, name: str, names: Iterable[str], patterns: Iterable[str]) -> bool:
+        return name not in names and not any(self.matches(pattern, name) for pattern in patterns)
+
+    def matches(self, pattern: str, name: str) -> bool:
+        return has(texts_by("pattern", pattern), name)
+
+    def string(self, texts: Texts) -> Symbol | None:
+        """A string of a set; None if there is none. The search for one is counted."""
+        has_text(texts, self.spend)
+        return string_symbol(texts)
+
+    def is_never(self, node: Node) -> bool:
+        """True if schemas list values of which none is left."""
+        return node == (self.never,) or (len(node) > 1 and self.listed(node) == {})
+
+    def listed(self, node: Node) -> dict[Any, Any] | None:
+        """The values that enum and not of enum leave, by what compares as they do; None if no schema lists any."""
+        if node not in self._lists:
+            self.spend(len(node) // 8)
+            lists = sorted((self._values(number) for number in node if number >= 0 and "enum" in self.schemas[number]), key=len)
+            denied = [self._values(~number) for number in node if number < 0 and self.schemas[~number].keys() == {"enum"}]
+            shared = set(lists[0]).intersection(*lists).difference(*denied) if lists else ()
+            self._lists[node] = {key: value for key, value in lists[0].items() if key in shared} if lists else None
+        return self._lists[node]
+
+    def _values(self, number: int) -> dict[Any, Any]:
+        if number not in self._enums:
+            self._enums[number] = {comparable(value): value for value in self.schemas[number]["enum"]}
+        return self._enums[number]
+
+
+class Forms(Constants):
     """Brings schemas into normal form: all that they allow, exactly."""
 
     MAX_OPTIONS = 1000  # cases of one value
@@ -16725,10 +17058,8 @@ class Forms(SchemaReader):
         self.dead_end = ""  # why a form came to nothing
         self._forms: dict[int, Form] = {}
         self._following: list[int] = []  # schemas being followed with no bracket between them
-        self._lists: dict[Node, frozenset[Any] | None] = {}
-        self._enums: dict[int, frozenset[Any]] = {}
         words = Listed({comparable(value): value for value in (None, True, False)})
-        self.everything: Form = [(words, 0), (NumberShape(), 0), (StringShape(), 0), (ArrayShape(), 0), (ANY_OBJECT, 0)]
+        self.everything: Form = [(words, 0), (NumberShape(), 0), (ALL, 0), (ArrayShape(), 0), (ANY_OBJECT, 0)]
 
     def form(self, number: int) -> Form:
         """A schema's normal form; that of ~number is all that it does not allow."""
@@ -16763,7 +17094,7 @@ class Forms(SchemaReader):
         if "not" in schema:
             yield "not", self.form(~schema["not"])
         if "anyOf" in schema:
-            yield "anyOf", self.union([self.form(number) for number in schema["anyOf"]])
+            yield "anyOf", united([self.form(number) for number in schema["anyOf"]])
         if "oneOf" in schema:
             yield "oneOf", self._exactly_one(schema["oneOf"])
 
@@ -16771,24 +17102,10 @@ class Forms(SchemaReader):
         """The form of a value that fits several schemas."""
         allowed = self.listed(node) if len(node) > 1 else None
         if allowed is not None:
-            schemas = {number: self.schemas[max(number, ~number)] for number in node}
-            others = [number for number in node if schemas[number].keys() != {"enum"}]
-            enums = (schemas[number]["enum"] for number in node if number >= 0 and "enum" in schemas[number])
-            values = {key: value for value in min(enums, key=len) if (key := comparable(value)) in allowed}
-            values = {key: value for key, value in values.items() if self.fits(value, others)}
+            others = [number for number in node if self.schemas[max(number, ~number)].keys() != {"enum"}]
+            values = {key: value for key, value in allowed.items() if self.fits(value, others)}
             return [(Listed(values), TYPED)] if values else []
         return functools.reduce(lambda found, number: self.meet(found, self.form(number), "allOf"), node, self.everything)
-
-    def union(self, forms: Iterable[Form]) -> Form:
-        """The values of all forms."""
-        values: dict[int, dict[Any, Any]] = {}
-        found: dict[tuple[Any, int], None] = {}
-        for shape, said in itertools.chain.from_iterable(forms):
-            if isinstance(shape, Listed):
-                values.setdefault(said, {}).update(shape.values)
-            else:
-                found[shape, said] = None
-        return [*((Listed(values[said]), said) for said in values), *found]
 
     # One schema's own keywords
 
@@ -16800,7 +17117,7 @@ class Forms(SchemaReader):
             values = {comparable(value): value for value in schema["enum"] if type_bit(value) & bits}
             if rest := {key: value for key, value in schema.items() if key not in ("enum", "type")}:
                 form = self._plain(rest)
-                values = {key: value for key, value in values.items() if self._fits_form(value, form)}
+                values = {key: value for key, value in values.items() if self.fits_form(value, form)}
             return [(Listed(values), TYPED)] if values else []
         said = 0 if soft else TYPED
         if not soft and "type" not in schema:
@@ -16812,9 +17129,10 @@ class Forms(SchemaReader):
             found.append((self._number(schema, bits & 24, excluded), said))
         if bits & 4:
             rules = [rule for key in ("pattern", "format") for rule in schema.get(key, ())]
-            low, high = ([schema[key]] if key in schema else [] for key in ("minLength", "maxLength"))
-            texts = StringShape.of(low, high, rules)
-            found.append((texts.but_not(one for one in excluded if isinstance(one, str)) if excluded else texts, said))
+            length = schema.get("minLength", 0), schema.get("maxLength", math.inf)
+            texts = sized(intersection(texts_by(*rule) for rule in rules), *length)
+            denied = [one for one in excluded if isinstance(one, str)]
+            found.append((but_not(texts, denied) if denied else texts, said))
         for kind in (list, dict):
             if bits & TYPE_BITS[kind]:
                 shape = self._array(schema) if kind is list else self._object(schema)
@@ -16844,16 +17162,15 @@ class Forms(SchemaReader):
             raise self.refuse(f"patternProperties: over {self.MAX_PATTERNS} patterns in one object")
         is_open = "additionalProperties" in schema
         rest: Node = self.node([schema["additionalProperties"]]) if is_open else ()
-        kinds: list[tuple[StringShape, tuple[int, ...]]] = [(StringShape(), ())]
+        kinds: list[tuple[Texts, tuple[int, ...]]] = [(ALL, ())]
         for pattern, number in patterns.items():
             texts = texts_by("pattern", pattern)
-            yes = [(names.within(texts), (*matched, number)) for names, matched in kinds]
-            no = [(names.within(complement(texts)), matched) for names, matched in kinds]
+            yes = [(intersection([names, texts]), (*matched, number)) for names, matched in kinds]
+            no = [(intersection([names, complement(texts)]), matched) for names, matched in kinds]
             kinds = [pair for pair in (*yes, *no) if len(patterns) == 1 or self.string(pair[0]) is not None]
-        said = [(names, self.node(matched) if matched else rest) for names, matched in kinds if matched or is_open]
-        unsaid = [(names, rest) for names, matched in kinds if not (matched or is_open)]
-        shape = ObjectShape((), tuple(said), schema.get("minProperties", 0), schema.get("maxProperties"),
-                            tuple(unsaid), "soft" not in schema and bool(schema.keys() & self.CLOSING),
+        unnamed = [(names, self.node(matched) if matched else rest, bool(matched or is_open)) for names, matched in kinds]
+        shape = ObjectShape((), tuple(unnamed), schema.get("minProperties", 0), schema.get("maxProperties"),
+                            "soft" not in schema and bool(schema.keys() & self.CLOSING),
                             self.node([schema["propertyNames"]]) if "propertyNames" in schema else (),
                             (schema["other"],) if "other" in schema else (), why=schema.get("why", ""))  # fmt: skip
         needed = set(schema.get("required", ()))
@@ -16861,19 +17178,11 @@ class Forms(SchemaReader):
         for name, number in properties.items():
             more = [one for pattern, one in patterns.items() if self.matches(pattern, name)] if patterns else ()
             named.append(Property(name, self.node([number, *more]), name in needed, False, is_said))
-        named += [replace(shape.at(name), required=True, said=is_said or bool(said)) for name in schema.get("required", ())
+        named += [replace(shape.at(name), required=True, said=is_said or shape.is_open) for name in schema.get("required", ())
                   if name not in properties]  # fmt: skip
         return replace(shape, named=tuple(named))
 
     CLOSING: ClassVar = {"properties", "patternProperties", "required"}
-
-    def matches(self, pattern: str, name: str) -> bool:
-        return string_fits(StringShape(texts=texts_by("pattern", pattern)), name)
-
-    def string(self, shape: StringShape) -> Symbol | None:
-        """A string; None if there is none of its shape. The search for one is counted."""
-        shortest(shape.texts, self.spend)
-        return string_symbol(shape)
 
     # allOf: the meet of two forms
 
@@ -16890,13 +17199,9 @@ class Forms(SchemaReader):
         if len(found) > self.MAX_OPTIONS:
             raise self.refuse(f"{key} multiplies out into over {self.MAX_OPTIONS} alternatives")
         if not found and ours and theirs:
-            kinds = [self._kind(form[0][0]) for form in (ours, theirs)]
+            kinds = [kind_of(form[0][0]) for form in (ours, theirs)]
             self.dead_end = f"nothing is both {kinds[0]} and {kinds[1]}" if kinds[0] != kinds[1] else self.dead_end
         return list(found)
-
-    def _kind(self, shape: Any) -> str:
-        bits = type_bit(next(iter(shape.values.values()))) if isinstance(shape, Listed) else SHAPE_BITS[type(shape)]
-        return next(kind for kind, bit in self.TYPES.items() if bit & bits)
 
     def _meet(self, one: Any, two: Any) -> Any:
         """The shape of what has two shapes; None if that is seen to be nothing."""
@@ -16920,42 +17225,22 @@ class Forms(SchemaReader):
 
     def _meet_objects(self, one: ObjectShape, two: ObjectShape) -> ObjectShape | None:
         named = {prop.name: prop for prop in sorted((*one.named, *two.named), key=operator.attrgetter("late"))}
-        both_say = [name for name in two.places if name in one.places or one.unnamed]
-        both_say += [name for name in one.places if name not in two.places] if two.unnamed else []
+        both_say = [name for name in two.places if name in one.places or one.is_open]
+        both_say += [name for name in one.places if name not in two.places] if two.is_open else []
         self.spend(len(both_say) // 8)
         for name in both_say:
             mine, yours = (shape.places.get(name) or shape.at(name) for shape in (one, two))
             named[name] = Property(name, self.both(mine.node, yours.node), mine.required or yours.required,
                                    mine.late and yours.late, mine.said or yours.said)  # fmt: skip
-            if named[name].required and self._is_never(named[name].node):
+            if named[name].required and self.is_never(named[name].node):
                 return None
-        kinds: tuple[list[tuple[StringShape, Node]], ...] = ([], [])  # unnamed, unsaid
-        ours, theirs = ([(*kind, others is shape.unnamed) for others in (shape.unnamed, shape.unsaid) for kind in others]
-                        for shape in (one, two))  # fmt: skip
-        for (names, node, said), (more, other, also) in itertools.product(ours, theirs):
+        unnamed, is_simple = list[tuple[Texts, Node, bool]](), 1 in (len(one.unnamed), len(two.unnamed))
+        for (names, node, said), (more, other, also) in itertools.product(one.unnamed, two.unnamed):
             both = joined_shape(names, more)
-            if both and (len(ours) == 1 or len(theirs) == 1 or self.string(both) is not None):
-                kinds[not (said or also)].append((both, self.both(node, other)))
-        return replace(joined_shape(one, two), named=tuple(named.values()), unnamed=tuple(kinds[0]), unsaid=tuple(kinds[1]),
+            if both and (is_simple or self.string(both) is not None):
+                unnamed.append((both, self.both(node, other), said or also))
+        return replace(joined_shape(one, two), named=tuple(named.values()), unnamed=tuple(unnamed),
                        names=self.both(one.names, two.names))  # fmt: skip
-
-    def _is_never(self, node: Node) -> bool:
-        """True if schemas list values of which none is left."""
-        return node == (self.never,) or (len(node) > 1 and self.listed(node) == frozenset())
-
-    def listed(self, node: Node) -> frozenset[Any] | None:
-        """The values that schemas leave as far as enum and not of enum tell, to compare with; None if that is no list."""
-        if node not in self._lists:
-            self.spend(len(node) // 8)
-            lists = [self._values(number) for number in node if number >= 0 and "enum" in self.schemas[number]]
-            denied = [self._values(~number) for number in node if number < 0 and self.schemas[~number].keys() == {"enum"}]
-            self._lists[node] = frozenset.intersection(*lists).difference(*denied) if lists else None
-        return self._lists[node]
-
-    def _values(self, number: int) -> frozenset[Any]:
-        if number not in self._enums:
-            self._enums[number] = frozenset(map(comparable, self.schemas[number]["enum"]))
-        return self._enums[number]
 
     # oneOf: each option, without what fits another too
 
@@ -16964,7 +17249,7 @@ class Forms(SchemaReader):
         for number, rivals in self._rivals(options):
             near = (self.form(~rival) for rival in rivals if not self._is_empty((number, rival)))
             found.append(functools.reduce(lambda form, other: self.meet(form, other, "oneOf"), near, self.form(number)))
-        return self.union(found)
+        return united(found)
 
     def _rivals(self, options: list[int]) -> Iterator[tuple[int, list[int]]]:
         """Each option, and the others that it may share a document with, as far as listed values tell: their own, or those of a
@@ -16989,14 +17274,15 @@ class Forms(SchemaReader):
             return {None: frozenset().union(*(shape.values for shape in shapes if isinstance(shape, Listed)))}
         if not all(isinstance(shape, ObjectShape) for shape in shapes):
             return {}
-        lists = [{prop.name: values for prop in shape.named if prop.required and (values := self.listed(prop.node)) is not None}
+        lists = [{prop.name: frozenset(values) for prop in shape.named
+                  if prop.required and (values := self.listed(prop.node)) is not None}
                  for shape in shapes if isinstance(shape, ObjectShape)]  # fmt: skip
         return {name: frozenset().union(*(own[name] for own in lists)) for name in set.intersection(*map(set, lists))}
 
     def _is_empty(self, node: Node, depth: int = 0) -> bool:
         """True if nothing fits all schemas, as far as a look 4 levels deep tells."""
         try:
-            return self._is_never(node) or (
+            return self.is_never(node) or (
                 depth < 4 and all(self._is_impossible(shape, depth + 1) for shape, _ in self.meeting(node)))
         except InvalidRequest:
             return False  # it cannot be told so
@@ -17007,7 +17293,7 @@ class Forms(SchemaReader):
             return any(self._is_empty(shape.at(index) or (), depth) for index in range(min(shape.low, 8)))
         if isinstance(shape, ObjectShape):
             return any(self._is_empty(prop.node, depth) for prop in shape.named if prop.required)
-        if isinstance(shape, StringShape):
+        if isinstance(shape, Texts):
             return self.string(shape) is None
         return isinstance(shape, NumberShape) and number_symbol(shape) is None
 
@@ -17036,7 +17322,7 @@ class Forms(SchemaReader):
                 found.append(self.form(value))
             else:
                 found += [self._plain({**option, "soft": "not"}) for option in self._denials(key, value, schema)]
-        return self.union(found)
+        return united(found)
 
     def _denials(self, key: str, value: Any, schema: dict[str, Any]) -> Iterator[dict[str, Any]]:
         """Schemas of which one holds where a keyword's demand is not met."""
@@ -17082,49 +17368,25 @@ class Forms(SchemaReader):
             yield {**of, "why": f"keyword not is not supported around {key}, and oneOf needs it where a document may fit two "
                                 "options: tell them apart by a required constant, or write anyOf"}  # fmt: skip
 
-    # Constants: does a value fit?
+SHAPE_BITS = {ObjectShape: 1, ArrayShape: 2, Texts: 4, NumberShape: 24}
 
-    def fits(self, value: Any, node: Iterable[int]) -> bool:
-        """True if a value fits schemas."""
-        return all(self._fits_form(value, self.form(number)) for number in node)
 
-    def _fits_form(self, value: Any, form: Form) -> bool:
-        return any(self.fits_shape(value, shape) for shape, _ in form)
+def kind_of(shape: Any) -> str:
+    """The name of a shape's type."""
+    bits = type_bit(next(iter(shape.values.values()))) if isinstance(shape, Listed) else SHAPE_BITS[type(shape)]
+    return next(kind for kind, bit in SchemaReader.TYPES.items() if bit & bits)
 
-    def fits_shape(self, value: Any, shape: Any) -> bool:
-        self.spend()
+
+def united(forms: Iterable[Form]) -> Form:
+    """The values of all forms."""
+    values: dict[int, dict[Any, Any]] = {}
+    found: dict[tuple[Any, int], None] = {}
+    for shape, said in itertools.chain.from_iterable(forms):
         if isinstance(shape, Listed):
-            return comparable(value) in shape.values
-        if not SHAPE_BITS[type(shape)] & type_bit(value):
-            return False
-        if isinstance(shape, StringShape):
-            return string_fits(shape, value)
-        if isinstance(shape, NumberShape):
-            return number_fits(shape, value)
-        if shape.why:
-            raise self.refuse(shape.why)
-        if not shape.low <= len(value) <= (len(value) if shape.high is None else shape.high):
-            return False
-        return self._fits_array(value, shape) if isinstance(shape, ArrayShape) else self._fits_object(value, shape)
-
-    def _fits_array(self, value: list[Any], shape: ArrayShape) -> bool:
-        counts = ((sum(self.fits(one, (number,)) for one in value), least, most) for number, least, most in shape.contains)
-        return ((not shape.unique or len(set(map(comparable, value))) == len(value))
-                and all(least <= count and (most is None or count <= most) for count, least, most in counts)
-                and all(self.fits(one, shape.at(i) or ()) for i, one in enumerate(value)))  # fmt: skip
-
-    def _fits_object(self, value: dict[str, Any], shape: ObjectShape) -> bool:
-        return (all(prop.name in value for prop in shape.named if prop.required)
-                and all(self.fits(one, (shape.places.get(name) or shape.at(name)).node) for name, one in value.items())
-                and all(self.fits(name, shape.names) for name in value)
-                and all(any(self._is_other(name, *outside) and self.fits(one, (number,)) for name, one in value.items())
-                        for *outside, number in shape.some))  # fmt: skip
-
-    def _is_other(self, name: str, names: Iterable[str], patterns: Iterable[str]) -> bool:
-        return name not in names and not any(self.matches(pattern, name) for pattern in patterns)
-
-
-SHAPE_BITS = {ObjectShape: 1, ArrayShape: 2, StringShape: 4, NumberShape: 24}
+            values.setdefault(said, {}).update(shape.values)
+        else:
+            found[shape, said] = None
+    return [*((Listed(values[said]), said) for said in values), *found]
 
 
 def lower(one: Any, two: Any) -> Any:
@@ -17135,7 +17397,7 @@ def lower(one: Any, two: Any) -> Any:
 
 JOINS: dict[str, Callable[[Any, Any], Any]] = {  # by field
     "low": lambda one, two: max((bound for bound in (one, two) if bound is not None), default=None), "high": lower,
-    "texts": lambda one, two: intersection([one, two]), "excluded": frozenset.union,
+    "excluded": frozenset.union,
     **dict.fromkeys(("whole", "unique", "closed", "is_rest_said", "is_low_said", "why"), lambda one, two: one or two),
     **dict.fromkeys(("multiples", "not_multiples", "contains", "some", "wanted"),
                     lambda one, two: tuple(dict.fromkeys(one + two)))}  # fmt: skip
@@ -17143,9 +17405,10 @@ JOINS: dict[str, Callable[[Any, Any], Any]] = {  # by field
 
 def joined_shape(one: Any, two: Any) -> Any:
     """Two shapes of a kind as one, as far as their fields tell; None for strings and numbers of which there are none."""
+    if isinstance(one, Texts):
+        found = intersection([one, two])
+        return None if found is NONE else found
     found = replace(one, **{key: JOINS[key](getattr(one, key), getattr(two, key)) for key in vars(one) if key in JOINS})
-    if isinstance(found, StringShape) and found.texts is NONE:
-        return None
     if isinstance(found, NumberShape) and ((found.whole and 1 in found.not_multiples)
                                            or (found.low and found.high and found.low[0] > found.high[0])):  # fmt: skip
         return None
@@ -17174,7 +17437,7 @@ class SchemaShapes(Forms):
             if sum(not isinstance(shape, Constant) for shape in shapes) > self.MAX_SHAPES:
                 raise self.refuse(f"anyOf and oneOf leave over {self.MAX_SHAPES} alternatives that are not constants")
             free = {type(shape) for shape in shapes if shape in FREE} if len(shapes) > 1 else ()
-            if StringShape in free:
+            if Texts in free:
                 shapes = [shape for shape in shapes if not (isinstance(shape, Constant) and shape.text[0] == '"')]
             self._choices[node] = tuple(shape for shape in shapes if type(shape) not in free or shape in FREE)
         return self._choices[node]
@@ -17189,7 +17452,7 @@ class SchemaShapes(Forms):
         if isinstance(shape, Listed):
             self.spend(len(shape.values) // 8)
             yield from (Constant(self.json(value)) for value in shape.values.values())
-        elif isinstance(shape, (StringShape, NumberShape)):
+        elif isinstance(shape, (Texts, NumberShape)):
             yield shape
         elif shape.why:
             raise self.refuse(shape.why)
@@ -17215,9 +17478,9 @@ class SchemaShapes(Forms):
         if shape.some:
             yield from self._with_some(shape)
             return
-        kinds = shape.unnamed if shape.closed else shape.unnamed + shape.unsaid
+        kinds = [(names, node) for names, node, said in shape.unnamed if said or not shape.closed]
         named = dict(shape.places)
-        choice: Shapes = (StringShape(),)
+        choice: Shapes = (ALL,)
         if shape.names:
             choice = self.choice(shape.names)
             listed = (json.loads(one.text) for one in choice if isinstance(one, Constant) and one.text[0] == '"')
@@ -17231,11 +17494,11 @@ class SchemaShapes(Forms):
             properties = [Property(prop.name, prop.node if self.fits(prop.name, shape.names) else (self.never,),
                                    prop.required or prop.name in shape.wanted) for prop in properties]  # fmt: skip
         self.spend(len(properties) // 4)
-        unnamed = list[tuple[StringShape, Node]]()
+        unnamed = list[tuple[Texts, Node, bool]]()
         for (names, node), wanted in itertools.product(kinds, choice):
-            both = joined_shape(names, wanted) if isinstance(wanted, StringShape) and node != (self.never,) else None
+            both = joined_shape(names, wanted) if isinstance(wanted, Texts) and node != (self.never,) else None
             if both:
-                unnamed.append((both.but_not(named) if named else both, node))
+                unnamed.append((but_not(both, named) if named else both, node, True))
         yield ObjectShape(tuple(properties), tuple(unnamed), shape.low, shape.high)
 
     def _with_some(self, shape: ObjectShape) -> Iterator[ObjectShape]:
@@ -17246,13 +17509,13 @@ class SchemaShapes(Forms):
             if inner.unnamed and self.form(number):
                 raise self.refuse("keyword not is not supported around additionalProperties where objects are open")
         for prop in shape.named:
-            if self._is_other(prop.name, names, patterns):
+            if self.is_other(prop.name, names, patterns):
                 needed = replace(ANY_OBJECT, named=(Property(prop.name, self.node([number]), True),))
                 if (found := self._meet_objects(rest, needed)) is not None:
                     yield from self._object_written(found)
 
 
-FREE: Shapes = (NumberShape(), StringShape(), ArrayShape(), ObjectShape())
+FREE: Shapes = (NumberShape(), ALL, ArrayShape(), ObjectShape())
 
 
 # ── E.3. Grammars ─────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -17291,7 +17554,7 @@ class Documents:
 
     MAX_KEPT = 10_000  # values, objects and arrays, as far as texts have reached them
     MAX_PLACES = 20_000  # of an array with contains
-    MAX_TAKEN, MAX_EXAMPLE = 100, 10_000  # values that are counted, and their length
+    MAX_TAKEN, MAX_EXAMPLE = 1000, 10_000  # values that are counted, and their length
     WIDE = 40  # so many bytes may come only within a string
     MAX_NAMES = 10_000  # names that an object may have, counted
     MAX_ALIKE = 16  # names of those taken that an object may have too, at a time
@@ -17300,7 +17563,7 @@ class Documents:
     def __init__(self, shapes: SchemaShapes) -> None:
         self.shapes = shapes
         self.possible: set[Node] = set()
-        self._leaves: dict[StringShape | NumberShape, Symbol | None] = {}
+        self._leaves: dict[Texts | NumberShape, Symbol | None] = {}
         self._live: dict[ArrayShape, set[Position]] = {}
         self._kept: dict[Part, list[Symbols]] = {}
         self._scarce: set[ArrayShape] = set()
@@ -17321,14 +17584,14 @@ class Documents:
             raise reader.refuse(f"no document can fit the schema{': ' if reader.dead_end else ''}{reader.dead_end}")
         return Value(self, root)
 
-    def leaf(self, shape: StringShape | NumberShape, taken: Iterable[Any] = ()) -> Symbol | None:
+    def leaf(self, shape: Texts | NumberShape, taken: Iterable[Any] = ()) -> Symbol | None:
         """A string or number that is none of those taken; None if there is none."""
-        if isinstance(shape, StringShape) and (texts := [value for value in taken if isinstance(value, str)]):
-            return string_symbol(shape.but_not(texts))
+        if isinstance(shape, Texts) and (texts := [value for value in taken if isinstance(value, str)]):
+            return string_symbol(but_not(shape, texts))
         if isinstance(shape, NumberShape) and (numbers := [value for value in taken if isinstance(value, (int, float))]):
             return another_number(shape, numbers)
         if shape not in self._leaves:
-            self._leaves[shape] = self.shapes.string(shape) if isinstance(shape, StringShape) else number_symbol(shape)
+            self._leaves[shape] = self.shapes.string(shape) if isinstance(shape, Texts) else number_symbol(shape)
         return self._leaves[shape]
 
     # What can be written at all: a required property that nothing fits makes its object impossible, and so on.
@@ -17352,7 +17615,7 @@ class Documents:
             if isinstance(shape, ObjectShape):
                 self.shapes.spend(len(shape.named) // 4)
                 yield from (prop.node for prop in shape.named)
-                yield from (node for _, node in shape.unnamed)
+                yield from (node for _, node, _ in shape.unnamed)
             elif isinstance(shape, ArrayShape):
                 for index in range(len(shape.first) + 1):
                     yield from (node for node, _ in self.elements(shape, index, (0,) * len(shape.contains)))
@@ -17384,32 +17647,47 @@ class Documents:
 
     def _has_enough(self, shape: ArrayShape) -> bool:
         """True if an array whose elements are all different can be as long as it must be."""
-        rest = shape.at(len(shape.first))
-        wanted = [(node, shape.low) for node in (*shape.first[: shape.low], rest) if node is not None]
-        if not shape.first:
-            wanted += [(self.shapes.node((*(rest or ()), number)), least) for number, least, _ in shape.contains]
-        if all(count < 2 or self._has_different(node, count) for node, count in wanted):
-            return True
-        if shape.first:
-            raise self.shapes.refuse("uniqueItems beside prefixItems is not supported where an element has few values")
-        return False
-
-    def _has_different(self, node: Node, count: int) -> bool:
-        """True if so many different values fit, as a try tells."""
-        taken = frozenset[Any]()
-        for _ in range(min(count, self.MAX_TAKEN)):
-            if not self.kept(value := Value(self, node, taken)):
-                return False
-            taken |= {comparable(self._example(value))}
+        first, contains = shape.first, shape.contains
+        if not first and len(contains) < 2 and all(most is None for _, _, most in contains):
+            rest = shape.at(0)
+            wanted = [] if rest is None else [(rest, shape.low)]
+            wanted += [(self.shapes.node((*(rest or ()), number)), least) for number, least, _ in contains]
+            return all(count < 2 or self._has_different(node, count) for node, count in wanted)
+        length = max(shape.low, sum(least for _, least, _ in contains) + len(first) if contains else 0)
+        # where there are so many of each kind, none takes what another needs
+        kinds = {node for index in range(min(len(first) + 1, length))
+                 for node, _ in self.elements(shape, index, (0,) * len(contains)) if node in self.possible}  # fmt: skip
+        if length > 1 and not all(self._has_different(node, length) for node in kinds):
+            raise self.shapes.refuse("uniqueItems beside prefixItems, maxContains or two contains is not supported where an "
+                                     "element has few values")  # fmt: skip
         return True
 
-    def _example(self, value: Value) -> Any:
-        """A document, written as chance has it, but ended where it can be."""
-        here, text = Automaton(value).start, b""
-        while not here.ends:
+    def _has_different(self, node: Node, count: int) -> bool:
+        """True if so many different values fit, as tries tell."""
+        taken, count, value = set[Any](), min(count, self.MAX_TAKEN), Value(self, node)
+        start = Automaton(value).start
+        try:
+            for number in range(2 * count if self.kept(value) else 0):  # mostly these differ
+                if len(taken) < count:
+                    taken.add(comparable(self._example(start, number)))
+            while len(taken) < count and self.kept(value := Value(self, node, frozenset(taken))):
+                taken.add(comparable(self._example(Automaton(value).start, 0)))
+        except LookupError:  # an array inside is scarce: when that is known, this one is looked at again
+            return True
+        return len(taken) == count
+
+    def _example(self, here: State, number: int) -> Any:
+        """A document: its first choices spell the number, later ones are as chance has it, and it ends where it can.
+
+        Raises LookupError at a dead end.
+        """
+        text = b""
+        while not here.ends or (number and here.bits):
             may = list(bytes_of(here.bits))
             ends = [byte for byte in (b']}"' if len(may) < self.WIDE else b'"') if byte in may]
-            byte = ends[0] if ends else may[zlib.crc32(text) % len(may)]
+            choice = number or zlib.crc32(b"%d" % len(text))
+            byte = ends[0] if ends and not number else may[choice % max(len(may), 1)]
+            number //= len(may)
             text, behind = text + bytes([byte]), here.step(byte)
             if behind is None or len(text) > self.MAX_EXAMPLE:
                 raise self.shapes.refuse("uniqueItems: the elements are too long to count them")
@@ -17418,12 +17696,9 @@ class Documents:
 
     def most_names(self, shape: ObjectShape, possible: set[Node]) -> int:
         """How many unnamed properties an object may have, counted as far as it must have some."""
-        found = 0
-        for names, node in shape.unnamed:
-            if node in possible and self.leaf(names) is not None and found < shape.low:
-                few = few_texts(names, min(shape.low, self.MAX_NAMES))
-                found += shape.low if few is None else len(few)
-        return found
+        kinds = (names for names, node, _ in shape.unnamed if shape.low and node in possible and self.leaf(names) is not None)
+        few = (few_texts(names, min(shape.low, self.MAX_NAMES)) for names in kinds)
+        return sum(shape.low if texts is None else len(texts) for texts in few)
 
     def kept(self, part: Part) -> list[Symbols]:
         """The alternatives for a part, found once. Raises NotYet."""
@@ -17517,12 +17792,14 @@ class Documents:
             if prop.required:
                 return False
         taken = here.taken.union(*here.alike)
-        return any(node in self.possible and self.leaf(names, taken) is not None for names, node in here.shape.unnamed)
+        return any(node in self.possible and self.leaf(names, taken) is not None for names, node, _ in here.shape.unnamed)
 
-    def unlike(self, node: Node, heads: Mapping[Any, set[Any]], after: Any) -> list[Symbols]:
-        """A value and what follows it, so that the whole is none of those taken: `heads` maps the values that those have here
-        to the rest of them."""
+    def unlike(self, node: Node, taken: Iterable[tuple[Any, Any]], after: Any) -> list[Symbols]:
+        """A value and what follows it, so that the whole is none of those taken, of which each is its value here and the rest."""
         unique = isinstance(after, Elements) and after.shape.unique
+        heads: dict[Any, set[Any]] = {}
+        for value, rest in taken:
+            heads.setdefault(value, set()).add(rest)
         if not heads and not unique:
             return [(Value(self, node), after)]
         found, seen = list[Symbols](), after.seen if unique else frozenset()
@@ -17567,8 +17844,8 @@ class Value(Part):
                 found += self._of_shape(shape)
         return [any_text(constants), *found] if constants else found
 
-    def _of_shape(self, shape: StringShape | NumberShape | ObjectShape | ArrayShape) -> list[Symbols]:
-        if isinstance(shape, (StringShape, NumberShape)):
+    def _of_shape(self, shape: Texts | NumberShape | ObjectShape | ArrayShape) -> list[Symbols]:
+        if isinstance(shape, (Texts, NumberShape)):
             leaf = self.documents.leaf(shape, self.but)
             return [(leaf,)] if leaf else []
         inside: Members | Elements
@@ -17629,12 +17906,8 @@ class Members(Part):
 
     def _behind(self, name: str, node: Node, after: Members, alike: Iterable[Fields]) -> list[Symbols]:
         """The value of a property and the rest."""
-        heads: dict[Any, set[Any]] = {}
-        for one in alike:
-            if name in one:
-                rest = Fields((other, value) for other, value in one.items() if other != name)
-                heads.setdefault(one[name], set()).add(rest)
-        return self.documents.unlike(node, heads, after)
+        taken = ((one[name], Fields(pair for pair in one.items() if pair[0] != name)) for one in alike if name in one)
+        return self.documents.unlike(node, taken, after)
 
     def _unnamed(self) -> list[Symbols]:
         """Unnamed properties; where properties are counted, their names are told apart."""
@@ -17643,11 +17916,11 @@ class Members(Part):
             return found  # those that are named and left out would be missing
         after = Members(documents, shape, self.at, self._counted(), False, self.taken)
         known = [name for name in dict.fromkeys(itertools.chain(*sorted(self.alike, key=list))) if name not in self.taken]
-        for names, node in shape.unnamed:
+        for names, node, _ in shape.unnamed:
             if node not in documents.possible:
                 continue
             for name in known[: documents.MAX_ALIKE]:
-                if string_fits(names, name):
+                if has(names, name):
                     again = replace(after, taken=self.taken | {name})
                     found += [(Word(self._key(name)), *behind) for behind in self._behind(name, node, again, self.alike)]
             key = documents.leaf(names, self.taken.union(known))
@@ -17678,15 +17951,13 @@ class Elements(Part):
         shape, documents, found = self.shape, self.documents, list[Symbols]()
         if documents.is_whole(shape, self.index, self.counts) and () not in self.alike:
             found.append((Word(b"]"),))
-        heads: dict[Any, set[Any]] = {}
-        for one in filter(None, self.alike):
-            heads.setdefault(one[0], set()).add(one[1:])
+        taken = [(one[0], one[1:]) for one in self.alike if one]
         live = documents.alive(shape, documents.possible) if shape.contains else None
         comma = (Word(b", "),) if self.index else ()
         for node, counts in documents.elements(shape, self.index, self.counts):
             after = Elements(documents, shape, documents.next(shape, self.index), counts, self.seen)
             if node in documents.possible and (live is None or (after.index, counts) in live):
-                found += [(*comma, *behind) for behind in documents.unlike(node, heads, after)]
+                found += [(*comma, *behind) for behind in documents.unlike(node, taken, after)]
         return found
 
     def follow(self, text: bytes) -> Symbols:
@@ -17738,23 +18009,16 @@ class OneText(Symbol):
     texts: Mapping[bytes, Symbols]
 
     @functools.cached_property
-    def _after(self) -> dict[int, Symbols]:
+    def after(self) -> dict[int, Symbols]:
         groups: dict[int, dict[bytes, Symbols]] = {}
         for text, after in self.texts.items():
             if text:
                 groups.setdefault(text[0], {})[text[1:]] = after
         return {byte: any_text(group) for byte, group in groups.items()}
 
-    @functools.cached_property
-    def firsts(self) -> int:
-        return sum(1 << byte for byte in self._after)
-
     @property
     def ends(self) -> bool:  # type: ignore[override]
         return b"" in self.texts
-
-    def step(self, byte: int) -> Symbols | None:
-        return self._after.get(byte)
 
     def left(self) -> Symbols:
         return self.texts[b""]
@@ -17802,11 +18066,11 @@ class SchemaStructure(SchemaReader):
 
     def _type_names(self, key: str, value: Any) -> int:
         if not isinstance(value, str) and not (isinstance(value, list) and all(isinstance(name, str) for name in value)):
-            raise self.refuse(f"{key} must be a type or a list of types, not {self.said(value)}")
+            raise self.refuse(f"{key} must be a type or a list of types, not {described(value)}")
         return self.EVERY_TYPE
 
-    KEYWORDS: ClassVar = {key: read for key, read in SchemaReader.KEYWORDS.items() if read in (
-        SchemaReader._schema, SchemaReader._schemas, SchemaReader._named, SchemaReader._enum)} | {"type": _type_names}
+    KEYWORDS: ClassVar = {key: read for key, read in SchemaReader.KEYWORDS.items() if key == "enum" or read in (
+        Keywords._schema, Keywords._schemas, Keywords._named)} | {"type": _type_names}
 
 
 @functools.lru_cache(maxsize=512)
@@ -17826,7 +18090,7 @@ def argument_types(text: str, key: str) -> int:
     with contextlib.suppress(InvalidRequest, RecursionError):
         for shape in object_shapes(shapes):
             named = [prop.node for prop in shape.named if prop.name == key]
-            for node in named or [node for names, node in shape.unnamed if string_fits(names, key)][:1]:
+            for node in named or [node for names, node, _ in shape.unnamed if has(names, key)][:1]:
                 found |= types_of(shapes.choice(node))
     return found or SchemaReader.EVERY_TYPE
 
@@ -17839,7 +18103,7 @@ def object_shapes(shapes: SchemaShapes) -> list[ObjectShape]:
 
 def types_of(shapes: Shapes) -> int:
     """The types of values of these shapes, as SchemaReader's bits."""
-    found, kinds = 0, {NumberShape: "number", StringShape: "string", ArrayShape: "array", ObjectShape: "object"}
+    found, kinds = 0, {NumberShape: "number", Texts: "string", ArrayShape: "array", ObjectShape: "object"}
     for shape in shapes:
         if isinstance(shape, Constant):
             found |= type_bit(json.loads(shape.text))
@@ -17869,9 +18133,9 @@ def read_arguments(text: str, param: str, params: Params) -> tuple[Symbols, ...]
             raise documents.shapes.refuse(f"keyword {keyword} is not supported where arguments are written one by one")
     documents.root()  # tells what is possible
     for shape in objects:
-        arguments = tuple((one_argument(documents, prop, params), prop.required) for prop in shape.named
-                          if prop.node in documents.possible)  # fmt: skip
-        found.append((NamedArguments(arguments, format_text(params.closes if params.quote else "")),))
+        arguments = [(one_argument(documents, prop, params), prop.required) for prop in shape.named
+                     if prop.node in documents.possible]  # fmt: skip
+        found.append((in_turn(arguments, format_text(params.closes if params.quote else "")),))
     if not found:
         raise documents.shapes.refuse("a function's arguments are an object, and the schema allows none")
     return tuple(found)
@@ -17892,12 +18156,12 @@ def plain_texts(documents: Documents, shapes: Shapes, marker: str) -> Symbols:
     """Strings as they are: what stands behind them, `marker`, does not occur in them. Raises InvalidRequest if there are none."""
     apart, found = texts_by("pattern", not_before(marker), False), list[Symbol]()
     for shape in shapes:
-        if isinstance(shape, Constant) and shape.text[0] == '"' and string_fits(StringShape(texts=apart), json.loads(shape.text)):
+        if isinstance(shape, Constant) and shape.text[0] == '"' and has(apart, json.loads(shape.text)):
             found.append(word(json.loads(shape.text)))
-        elif isinstance(shape, StringShape):
-            shape = shape.within(apart)
+        elif isinstance(shape, Texts):
+            shape = intersection([shape, apart])
             if documents.leaf(shape) is not None:
-                found.append(PlainText(shape.texts))
+                found.append(PlainText(shape))
     if not found:
         raise documents.shapes.refuse(f"no string can fit the schema and be written before {_said(marker)}")
     return tuple(found)
@@ -17917,26 +18181,13 @@ class PlainText(JsonText):
         return [*end, *((OneChar(ranges), rest) for ranges, rest in self.longer())]
 
 
-@dataclass(frozen=True)
-class NamedArguments(Symbol):
-    """Arguments from the one at `at` on, in their order; those that are not required may be left out."""
-
-    options: tuple[tuple[Symbol, bool], ...]  # and whether it is required
-    separator: Symbol
-    at: int = 0
-    begun: bool = False  # one stands there already
-
-    def opened(self) -> Iterable[Symbols]:
-        for index, (argument, required) in enumerate(self.options[self.at :], self.at):
-            between = (self.separator,) if self.begun else ()
-            yield (*between, argument, NamedArguments(self.options, self.separator, index + 1, True))
-            if required:
-                return
-        yield ()
-
-    @property
-    def parts(self) -> Symbols:  # type: ignore[override]
-        return (self.separator, *(argument for argument, _ in self.options))
+def in_turn(arguments: Seq[tuple[Symbol, bool]], separator: Symbol) -> Symbol:
+    """Arguments in their order; those that are not required may be left out."""
+    first = later = word("")  # the rest, at the beginning and behind another
+    for argument, required in reversed(arguments):
+        begins, goes_on = InOrder((argument, later)), InOrder((separator, argument, later))
+        first, later = (begins, goes_on) if required else (AnyOf((begins, first)), AnyOf((goes_on, later)))
+    return first
 
 
 def json_symbol(param: str, schema: Mapping[str, Any]) -> Json:
@@ -17999,8 +18250,10 @@ def char_but(chars: str) -> OneChar:
 
 
 # ── F. Pull ───────────────────────────────────────────────────────────────────────────────────────────────────────────
-# Fetches models: from a Hugging Face hub into its cache, where every other tool finds them, or from any address.
-# Offers: Pull, Plan, read_wanted, repository, pulled_before. Uses: hub_home, hub_caches (3), some_of (12), user_cache.
+# Fetches models: from a Hugging Face hub into its cache, where every other tool finds them, or from any address. Pull plans
+# and asks, Download resumes one file and checks it.
+# Offers: Pull, Plan, Wanted, read_wanted, repository, pulled_before. Uses: Fetching (2), hub_home, hub_caches, SHARD and
+# QUANT_IN_NAME (3), some_of (12), user_cache, and how A shows sizes.
 
 MAX_LISTING = 32 * MIB  # a repository's files as JSON; the largest have some 10,000
 PULL_CHUNK = MIB
@@ -18281,8 +18534,8 @@ def retry_after(headers: http.client.HTTPMessage) -> float | None:
         return None
 
 
-class Hub:
-    """Speaks HTTP with the hub and with whoever it sends us to. The token goes to the hub's own address only."""
+class Pull:
+    """One pull: `plan` asks what there is, `run` fetches it; both yield how far they are. Only the hub gets its token."""
 
     BUSY = (429, 500, 502, 503, 504)
 
@@ -18440,163 +18693,7 @@ class Hub:
             return difflib.get_close_matches(repo, [id for id in ids if repository(id)], n=3, cutoff=0.3)
         return []
 
-
-def connection_words(error: BaseException) -> str:
-    """Why a connection failed, in the system's words."""
-    reason = getattr(error, "reason", error)
-    return printable(str(getattr(reason, "strerror", None) or reason or type(error).__name__))
-
-
-def is_safe_name(name: Any) -> bool:
-    """True for a path that stays below its folder on every system, and that a terminal can show."""
-    parts = name.split("/") if isinstance(name, str) and name.isprintable() else [""]
-    return all(part.strip(". ") and len(part) < 200 and not set(part) & set('\\:*?"<>|') for part in parts)
-
-
-# Fetching it
-
-
-class Download:
-    """One file on its way to the disk: resumes what is there, goes on after a cut, and checks what came."""
-
-    def __init__(self, hub: Hub, repo: str, file: RemoteFile, target: Target) -> None:
-        import hashlib
-
-        self._hub, self._repo, self._file, self._target = hub, repo, file, target
-        git = len(file.digest) == 40
-        self._new_hash = lambda: hashlib.sha1(b"blob %d\0" % file.size, usedforsecurity=False) if git else hashlib.sha256()
-        self._have = 0  # bytes in the partial file
-
-    def run(self) -> Iterator[Fetching]:
-        """Raises PullFailed, Forbidden, ModelNotFound, Cancelled, OSError; the part stays for the next time."""
-        target, size = self._target, self._file.size
-        for path in (target.partial, target.lock):
-            os.makedirs(os.path.dirname(path), exist_ok=True)
-        with open(target.lock, "a") as lock:
-            while not lock_file(lock):
-                yield self._event("waiting for another pull of ")
-                self._hub.pause(0.2)
-            if not target.holds(size):
-                with open(target.partial, "a+b", buffering=0) as part:
-                    yield from self._complete(part)
-                if self._file.digest and self._hash.hexdigest() != self._file.digest:
-                    os.remove(target.partial)
-                    what = "SHA-256" if len(self._file.digest) == 64 else "checksum"
-                    wrong = f"its {what} is wrong, so it was removed; pull it again"
-                    raise PullFailed(message=f"{printable(self._file.name)}: {wrong}")
-                os.replace(target.partial, target.blob)
-            target.link()
-        self._have = size
-        yield self._event("")
-
-    def _event(self, doing: str) -> Fetching:
-        return Fetching(doing + printable(self._file.name, 60), self._file.digest, self._have, self._file.size)
-
-    def _complete(self, part: BinaryIO) -> Iterator[Fetching]:
-        """Fetches what the part lacks, over as many connections as that takes."""
-        yield from self._take_up(part)
-        pauses = iter(PULL_RETRY_SECONDS)
-        while self._have < self._file.size:
-            before = self._have
-            try:
-                yield from self._receive(part)
-            except ConnectionLost as lost:
-                pauses = iter(PULL_RETRY_SECONDS) if self._have > before else pauses
-                pause = next(pauses, None)
-                if pause is None:
-                    left = f"; {human_bytes(self._have)} of {human_bytes(self._file.size)} are here, pull again to go on"
-                    raise PullFailed(message=f"{printable(self._file.name)}: {lost}{left}") from None
-                yield Fetching(f"{lost}: going on in {pause:.0f} s", self._file.digest, self._have, self._file.size)
-                self._hub.pause(pause)
-
-    def _restart(self, part: BinaryIO) -> None:
-        part.truncate(0)
-        self._have, self._hash = 0, self._new_hash()
-
-    def _take_up(self, part: BinaryIO) -> Iterator[Fetching]:
-        """Reads what an earlier pull has left."""
-        self._have, self._hash = 0, self._new_hash()
-        part.seek(0)
-        while chunk := part.read(PULL_CHUNK):
-            self._hash.update(chunk)
-            self._have += len(chunk)
-            yield self._event("")
-        if self._have > self._file.size:
-            self._restart(part)
-
-    def _receive(self, part: BinaryIO) -> Iterator[Fetching]:
-        """One connection's bytes, behind those that are here. Raises ConnectionLost when they end too early."""
-        headers = {"Range": f"bytes={self._have}-"} if self._have else {}
-        if self._have and self._file.etag:
-            headers["If-Range"] = self._file.etag
-        with contextlib.closing((yield from self._hub.get(self._file.url, headers))) as response:
-            if response.status not in (200, 206, 416):
-                raise (yield from self._hub.refusal(response, self._repo))
-            self._check_answer(response, part)
-            while chunk := self._hub.read(response):
-                if self._have + len(chunk) > self._file.size:
-                    raise PullFailed(message=f"{printable(self._file.name)}: the server sends more than {self._file.size} bytes")
-                self._append(part, chunk)
-                self._hash.update(chunk)
-                self._have += len(chunk)
-                yield self._event("")
-        if self._have < self._file.size:
-            raise ConnectionLost("the connection was cut")
-
-    def _append(self, part: BinaryIO, chunk: bytes) -> None:
-        """Writes all of a chunk, where a disk that becomes full takes a part of it first. Raises DiskFull."""
-        left = memoryview(chunk)
-        try:
-            while left:
-                left = left[part.write(left) :]
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                raise
-            room = f"make room for {human_bytes(self._file.size - self._target.begun())} and pull again to go on"
-            remove = f"or remove {printable(part.name, 400)}"
-            raise DiskFull(message=f"{printable(self._file.name)}: {error.strerror}: {room}, {remove}") from None
-
-    def _check_answer(self, response: http.client.HTTPResponse, part: BinaryIO) -> None:
-        """Starts anew if the server sends something else than the rest that was asked for."""
-        sent = re.fullmatch(r"bytes (\d{1,15})-\d+/(\d+|\*)", response.headers.get("Content-Range") or "")
-        goes_on = response.status == 206 and sent and int(sent[1]) == self._have and sent[2] in ("*", str(self._file.size))
-        if self._have and not goes_on:
-            self._restart(part)
-            if response.status != 200:
-                raise ConnectionLost("the server cannot go on where the part ends")
-        length = response.headers.get("Content-Length")
-        if length is not None and length.strip() != str(self._file.size - self._have):
-            told = f"the server sends {printable(length, 20)} bytes, not {self._file.size - self._have}"
-            raise PullFailed(message=f"{printable(self._file.name)}: {told}")
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The files that a pull will fetch, and where they go."""
-
-    title: str  # as one would ask for it
-    files: tuple[tuple[RemoteFile, Target], ...]
-    repo: str = ""
-    others: tuple[str, ...] = ()  # what else the repository has
-    commit: str = ""
-
-    @property
-    def path(self) -> str:
-        """Where the model lies afterwards."""
-        return self.files[0][1].path
-
-    @property
-    def size(self) -> int:
-        return sum(file.size for file, _ in self.files)
-
-    @property
-    def left(self) -> int:
-        """Bytes still to fetch."""
-        return sum(max(0, file.size - target.begun()) for file, target in self.files if not target.holds(file.size))
-
-
-class Pull(Hub):
-    """One pull: `plan` asks what there is, `run` fetches it. Both yield how far they are."""
+    # What is asked for
 
     def plan(self, wanted: Wanted, folder: str) -> Generator[Fetching, None, Plan]:
         """Raises ModelNotFound, Forbidden, PullFailed; `folder` takes what comes from an address."""
@@ -18659,6 +18756,160 @@ class Pull(Hub):
             raise PullFailed(message=f"the model cannot be written: {where}{error.strerror or error}") from None
 
 
+def connection_words(error: BaseException) -> str:
+    """Why a connection failed, in the system's words."""
+    reason = getattr(error, "reason", error)
+    return printable(str(getattr(reason, "strerror", None) or reason or type(error).__name__))
+
+
+def is_safe_name(name: Any) -> bool:
+    """True for a path that stays below its folder on every system, and that a terminal can show."""
+    parts = name.split("/") if isinstance(name, str) and name.isprintable() else [""]
+    return all(part.strip(". ") and len(part) < 200 and not set(part) & set('\\:*?"<>|') for part in parts)
+
+
+# Fetching it
+
+
+class Download:
+    """One file on its way to the disk: resumes what is there, goes on after a cut, and checks what came."""
+
+    def __init__(self, pull: Pull, repo: str, file: RemoteFile, target: Target) -> None:
+        import hashlib
+
+        self._pull, self._repo, self._file, self._target = pull, repo, file, target
+        git = len(file.digest) == 40
+        self._new_hash = lambda: hashlib.sha1(b"blob %d\0" % file.size, usedforsecurity=False) if git else hashlib.sha256()
+        self._have = 0  # bytes in the partial file
+
+    def run(self) -> Iterator[Fetching]:
+        """Raises PullFailed, Forbidden, ModelNotFound, Cancelled, OSError; the part stays for the next time."""
+        target, size = self._target, self._file.size
+        for path in (target.partial, target.lock):
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(target.lock, "a") as lock:
+            while not lock_file(lock):
+                yield self._event("waiting for another pull of ")
+                self._pull.pause(0.2)
+            if not target.holds(size):
+                with open(target.partial, "a+b", buffering=0) as part:
+                    yield from self._complete(part)
+                if self._file.digest and self._hash.hexdigest() != self._file.digest:
+                    os.remove(target.partial)
+                    what = "SHA-256" if len(self._file.digest) == 64 else "checksum"
+                    wrong = f"its {what} is wrong, so it was removed; pull it again"
+                    raise PullFailed(message=f"{printable(self._file.name)}: {wrong}")
+                os.replace(target.partial, target.blob)
+            target.link()
+        self._have = size
+        yield self._event("")
+
+    def _event(self, doing: str) -> Fetching:
+        return Fetching(doing + printable(self._file.name, 60), self._file.digest, self._have, self._file.size)
+
+    def _complete(self, part: BinaryIO) -> Iterator[Fetching]:
+        """Fetches what the part lacks, over as many connections as that takes."""
+        yield from self._take_up(part)
+        pauses = iter(PULL_RETRY_SECONDS)
+        while self._have < self._file.size:
+            before = self._have
+            try:
+                yield from self._receive(part)
+            except ConnectionLost as lost:
+                pauses = iter(PULL_RETRY_SECONDS) if self._have > before else pauses
+                pause = next(pauses, None)
+                if pause is None:
+                    left = f"; {human_bytes(self._have)} of {human_bytes(self._file.size)} are here, pull again to go on"
+                    raise PullFailed(message=f"{printable(self._file.name)}: {lost}{left}") from None
+                yield Fetching(f"{lost}: going on in {pause:.0f} s", self._file.digest, self._have, self._file.size)
+                self._pull.pause(pause)
+
+    def _restart(self, part: BinaryIO) -> None:
+        part.truncate(0)
+        self._have, self._hash = 0, self._new_hash()
+
+    def _take_up(self, part: BinaryIO) -> Iterator[Fetching]:
+        """Reads what an earlier pull has left."""
+        self._have, self._hash = 0, self._new_hash()
+        part.seek(0)
+        while chunk := part.read(PULL_CHUNK):
+            self._hash.update(chunk)
+            self._have += len(chunk)
+            yield self._event("")
+        if self._have > self._file.size:
+            self._restart(part)
+
+    def _receive(self, part: BinaryIO) -> Iterator[Fetching]:
+        """One connection's bytes, behind those that are here. Raises ConnectionLost when they end too early."""
+        headers = {"Range": f"bytes={self._have}-"} if self._have else {}
+        if self._have and self._file.etag:
+            headers["If-Range"] = self._file.etag
+        with contextlib.closing((yield from self._pull.get(self._file.url, headers))) as response:
+            if response.status not in (200, 206, 416):
+                raise (yield from self._pull.refusal(response, self._repo))
+            self._check_answer(response, part)
+            while chunk := self._pull.read(response):
+                if self._have + len(chunk) > self._file.size:
+                    raise PullFailed(message=f"{printable(self._file.name)}: the server sends more than {self._file.size} bytes")
+                self._append(part, chunk)
+                self._hash.update(chunk)
+                self._have += len(chunk)
+                yield self._event("")
+        if self._have < self._file.size:
+            raise ConnectionLost("the connection was cut")
+
+    def _append(self, part: BinaryIO, chunk: bytes) -> None:
+        """Writes all of a chunk, where a disk that becomes full takes a part of it first. Raises DiskFull."""
+        left = memoryview(chunk)
+        try:
+            while left:
+                left = left[part.write(left) :]
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise
+            room = f"make room for {human_bytes(self._file.size - self._target.begun())} and pull again to go on"
+            remove = f"or remove {printable(part.name, 400)}"
+            raise DiskFull(message=f"{printable(self._file.name)}: {error.strerror}: {room}, {remove}") from None
+
+    def _check_answer(self, response: http.client.HTTPResponse, part: BinaryIO) -> None:
+        """Starts anew if the server sends something else than the rest that was asked for."""
+        sent = re.fullmatch(r"bytes (\d{1,15})-\d+/(\d+|\*)", response.headers.get("Content-Range") or "")
+        goes_on = response.status == 206 and sent and int(sent[1]) == self._have and sent[2] in ("*", str(self._file.size))
+        if self._have and not goes_on:
+            self._restart(part)
+            if response.status != 200:
+                raise ConnectionLost("the server cannot go on where the part ends")
+        length = response.headers.get("Content-Length")
+        if length is not None and length.strip() != str(self._file.size - self._have):
+            told = f"the server sends {printable(length, 20)} bytes, not {self._file.size - self._have}"
+            raise PullFailed(message=f"{printable(self._file.name)}: {told}")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The files that a pull will fetch, and where they go."""
+
+    title: str  # as one would ask for it
+    files: tuple[tuple[RemoteFile, Target], ...]
+    repo: str = ""
+    others: tuple[str, ...] = ()  # what else the repository has
+    commit: str = ""
+
+    @property
+    def path(self) -> str:
+        """Where the model lies afterwards."""
+        return self.files[0][1].path
+
+    @property
+    def size(self) -> int:
+        return sum(file.size for file, _ in self.files)
+
+    @property
+    def left(self) -> int:
+        """Bytes still to fetch."""
+        return sum(max(0, file.size - target.begun()) for file, target in self.files if not target.holds(file.size))
+
+
 def free_disk(path: str) -> int | None:
     """Bytes free where the path is, or will be; None where nobody tells."""
     import shutil
@@ -18706,7 +18957,7 @@ PAGE = r"""<!doctype html>
 [hidden] { display: none !important; }
 body { margin: 0; height: 100dvh; display: grid; grid-template-columns: 17rem minmax(0, 1fr); overflow: hidden; }
 :focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
-.unseen:not(:focus) { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); white-space: nowrap; }
+.unseen:not(:focus) { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); text-wrap: nowrap; }
 #skip:focus { position: fixed; z-index: 9; top: .5rem; left: .5rem; padding: .5rem 1rem; background: var(--raised); }
 .row { display: flex; flex-wrap: wrap; gap: .5rem; align-items: center; }
 button, input, select, textarea { font: inherit; color: var(--text); border-radius: .6rem; background: var(--raised); }
@@ -18728,22 +18979,22 @@ main { display: grid; grid-template: auto minmax(0, 1fr) auto / minmax(0, 1fr); 
 header { display: flex; align-items: center; gap: .6rem; padding: .6rem .75rem; border-bottom: 1px solid var(--line); }
 #menu { display: none; }
 #model { width: auto; max-width: 32rem; text-overflow: ellipsis; }
-#state { color: var(--mute); font-size: .85rem; white-space: nowrap; }
+#state, .foot, .wait { color: var(--mute); font-size: .85rem; white-space: nowrap; }
 #tune { margin-left: auto; }
-#log { overflow-y: auto; padding: 1.5rem 1rem; overscroll-behavior: contain; }
+#log { overflow-y: auto; overflow-wrap: anywhere; padding: 1.5rem 1rem; overscroll-behavior: contain; }
 #log > * { max-width: 46rem; margin: 0 auto 1.5rem; }
 #log > .user { display: flex; flex-direction: column; align-items: flex-end; margin-bottom: .5rem; }
 .words { background: var(--tint); border-radius: 1.1rem 1.1rem .3rem 1.1rem; padding: .55rem 1rem; max-width: 88%; }
-.words, .thought div, .tool pre { white-space: pre-wrap; overflow-wrap: anywhere; }
-.foot { gap: .1rem; margin: .25rem 0 0 -.5rem; }
-.figures { color: var(--mute); font-size: .85rem; margin-left: .5rem; font-variant-numeric: tabular-nums; }
-.answer:not(:last-child) .again { display: none; }
-.wait { color: var(--mute); font-size: .9rem; }
+.words:empty, #files:empty { display: none; }
+img { max-width: min(100%, 24rem); max-height: 20rem; border-radius: .7rem; margin: .25rem 0; }
+#files img { max-height: 4rem; }
+.words, .thought div, details pre { white-space: pre-wrap; }
+.foot { gap: .1rem; margin: .25rem 0 0 -.5rem; font-variant-numeric: tabular-nums; }
+.figures { margin-left: .5rem; white-space: normal; }
 .card { border: 1px solid var(--line); border-radius: .9rem; padding: .75rem 1rem; margin: .5rem 0; background: var(--raised); }
 .card.bad { background: var(--bad-tint); border-color: transparent; color: var(--bad); }
-details { overflow-wrap: anywhere; border: 1px solid var(--line); border-radius: .7rem; padding: .4rem .75rem; margin: .5rem 0; }
-.tool pre { margin: .2rem 0; font: .85rem/1.5 var(--mono); max-height: 16rem; overflow-y: auto; }
-.md { overflow-wrap: anywhere; }
+details { border: 1px solid var(--line); border-radius: .7rem; padding: .4rem .75rem; margin: .5rem 0; }
+details pre { overflow-wrap: anywhere; margin: .2rem 0; font: .85rem/1.5 var(--mono); max-height: 16rem; overflow-y: auto; }
 p { margin: 0; }
 .md p { white-space: pre-line; margin: .75em 0; }
 .md li > p { margin: .15em 0; }
@@ -18754,20 +19005,19 @@ p { margin: 0; }
 .md a { color: var(--accent); }
 :not(pre) > code { font: .875em var(--mono); background: var(--code); border-radius: .3em; padding: .1em .3em; }
 .code { border: 1px solid var(--line); border-radius: .7rem; margin: .75em 0; background: var(--code); overflow: hidden; }
-.code .row { justify-content: space-between; padding: 0 .25rem 0 .9rem; font-size: .8rem; border-bottom: 1px solid var(--line); }
+.code .row { justify-content: space-between; padding: 0 .25rem 0 1rem; font-size: .8rem; border-bottom: 1px solid var(--line); }
 .code pre { margin: 0; padding: .75rem .9rem; overflow-x: auto; overflow-wrap: normal; font-size: .9rem; }
-.wide { overflow-x: auto; margin: .75em 0; }
+.wide { overflow-wrap: normal; overflow-x: auto; margin: .75em 0; }
 table { border-collapse: collapse; font-size: .95em; }
-th, td { border-bottom: 1px solid var(--line); padding: .35rem .8rem .35rem 0; text-align: left; overflow-wrap: normal;
-  white-space: pre-line; }
+th, td { border-bottom: 1px solid var(--line); padding: .35rem .8rem .35rem 0; text-align: left; white-space: pre-line; }
 .empty { text-align: center; padding-top: 12vh; color: var(--mute); text-wrap: balance; }
 #foot { padding: 0 1rem max(.75rem, env(safe-area-inset-bottom)); }
 #foot > * { max-width: 46rem; margin: 0 auto .5rem; }
 #notice { display: flex; gap: .75rem; align-items: center; justify-content: space-between; }
 #ask { display: flex; align-items: flex-end; border: 1px solid var(--edge); border-radius: 1.4rem; background: var(--raised); }
 #ask:focus-within { border-color: var(--accent); outline: 1px solid var(--accent); }
-#box { border: 0; background: none; padding: .65rem 1rem; outline: none; }
-#send { border-radius: 50%; margin: .3rem; padding: 0; width: 2.25rem; height: 2.25rem; flex: none; }
+#box { border: 0; background: none; padding: .65rem .25rem; outline: none; }
+#send, #add { border-radius: 50%; margin: .3rem; padding: 0; width: 2.25rem; height: 2.25rem; flex: none; font-size: 1.1rem; }
 dialog { width: min(36rem, 100vw - 1.5rem); border: 1px solid var(--line); border-radius: 1rem; background: var(--bg); }
 ::backdrop { background: #0007; }
 h2, legend { margin: 0; padding: 0; font-size: 1.1rem; font-weight: 600; }
@@ -18782,7 +19032,7 @@ small { display: block; color: var(--mute); line-height: 1.4; margin-bottom: .25
   #side:not(:popover-open) { display: none; }
   #model { flex: 1 1 0; }
 }
-@media (pointer: coarse) { #chats button, .foot button { min-width: 2.75rem; min-height: 2.75rem; } }
+@media (pointer: coarse) { #chats button, #files button, .foot button { min-width: 2.75rem; min-height: 2.75rem; } }
 @media (max-width: 32rem) { #state, .empty p + p { display: none; } }
 </style>
 </head>
@@ -18803,13 +19053,15 @@ small { display: block; color: var(--mute); line-height: 1.4; margin-bottom: .25
     <span id="state"></span>
     <button id="tune" type="button">Settings</button>
   </header>
-  <div id="log" tabindex="0" role="log" aria-live="off" aria-label="Conversation"></div>
+  <div id="log" tabindex="0" role="region" aria-label="Conversation"></div>
   <div id="foot">
     <div id="notice" class="card" role="alert" hidden></div>
+    <div id="files" class="row"></div>
     <form id="ask">
-      <label for="box" class="unseen">Your message</label>
-      <textarea id="box" rows="1" placeholder="Write a message" autocomplete="off" enterkeyhint="send"></textarea>
+      <button id="add" class="plain" type="button" aria-label="Add pictures or text files">+</button>
+      <textarea id="box" rows="1" aria-label="Your message" placeholder="Write a message" enterkeyhint="send"></textarea>
       <button id="send" class="main" type="submit"></button>
+      <input id="added" type="file" multiple hidden aria-label="Files to add">
     </form>
   </div>
 </main>
@@ -18851,7 +19103,7 @@ const button = (text, click, props) => make("button", {type: "button", click, ..
 
 function copyButton(text, label) {
   const node = button("Copy", () => {
-    const area = make("textarea", {class: "unseen"}, text);
+    const area = make("textarea", {class: "unseen"}, text());
     document.body.append(area);
     area.select();
     document.execCommand("copy");  // navigator.clipboard is missing where the page came over plain HTTP
@@ -18872,7 +19124,8 @@ function notice(...children) {
   $("notice").hidden = false;
 }
 
-// ── Markdown. The time it takes is linear in the text, whatever that is: nesting is bounded, and the length of a span.
+// ── Markdown is read by units, each of which adds one node: a block, an item of a list, a row of a table, a line of code.
+// The time it takes is linear in the text, whatever that is: nesting is bounded, and the length of a span.
 const DEEPEST = 6;  // quotes, lists and emphasis inside one another; what lies deeper is shown as it was written
 const FENCE = /^ {0,3}(`{3,}|~{3,}(?!~))([^`]*)$/;
 const HEADING = /^ {0,3}(#{1,6}) +(.*)$/;
@@ -18883,101 +19136,112 @@ const isBlank = line => !line.trim();
 const begins = line => [FENCE, HEADING, RULE, QUOTE, ITEM].some(start => start.test(line));
 const indent = line => line.length - line.trimStart().length;
 
-// Draws a growing text: what stays the same is left alone, and only the last block is read again.
+// Draws a growing text: only its last unit is read again.
 function drawMarkdown(parent, text) {
-  let {line, kept} = parent.drawn && text.startsWith(parent.drawn.text) ? parent.drawn : {line: 0, kept: 0};
-  const lines = text.split(/\r?\n/), nodes = [], first = kept;
-  for (let i = line; i < lines.length;) {
-    const [end, ...found] = blockAt(lines, i, 0);
-    if (found.length) [line, kept] = [i, first + nodes.length];
-    nodes.push(...found);
-    i = end;
-  }
-  parent.drawn = {text, line, kept};
-  const same = nodes.findIndex((node, n) => !parent.children[first + n]?.isEqualNode(node));
-  const stays = first + (same === -1 ? nodes.length : same);
-  while (parent.children.length > stays) parent.lastChild.remove();
-  nodes.slice(stays - first).forEach(node => parent.append(node));
+  const {from, open, node} = parent.drawn || {from: 0};
+  node?.remove();
+  const lines = text.slice(from).split("\n"), last = drawUnits(parent, lines.map(line => line.replace(/\r$/, "")), 0, open);
+  parent.drawn = {...last, from: text.length - lines.slice(last.line).join("\n").length};
 }
 
-function blocks(lines, depth) {
-  const nodes = [];
-  for (let i = 0; i < lines.length;) {
-    const [end, ...found] = blockAt(lines, i, depth);
-    nodes.push(...found);
-    i = end;
+// Returns the last unit: its line, its node, and which list, table or code was open before it.
+function drawUnits(parent, lines, depth, open) {
+  let last = {line: 0, open};
+  for (let line = 0; line < lines.length;) {
+    const unit = unitAt(lines, line, depth, open);
+    if (unit.node) {
+      (unit.into || parent).append(unit.node);
+      last = {line, open, node: unit.node};
+    }
+    ({end: line, open} = unit);
   }
-  return nodes;
+  return last;
 }
 
-// The block that begins at line i, and the line behind it.
-function blockAt(lines, i, depth) {
+function holding(node, lines, depth) {
+  drawUnits(node, lines, depth + 1);
+  return node;
+}
+
+// The unit that begins at line i: the line behind it, its node, what that goes into, and what is open behind it.
+function unitAt(lines, i, depth, open) {
   const line = lines[i], fence = FENCE.exec(line), heading = HEADING.exec(line);
-  const past = (from, test) => { while (from < lines.length && test(lines[from], from)) from++; return from; };
-  if (fence) {
-    const end = past(i + 1, l => !l.trim().startsWith(fence[1]) || l.trim().replaceAll(fence[1][0], ""));
-    const code = lines.slice(i + 1, end).map(l => l.slice(Math.min(indent(line), indent(l)))).join("\n");
-    return [end + 1, codeBlock(code, fence[2].trim().split(" ")[0])];
-  }
-  if (isBlank(line)) return [i + 1];
-  if (heading) return [i + 1, make("h" + heading[1].length, null, inline(heading[2].replace(/ #+ *$/, "")))];
-  if (RULE.test(line)) return [i + 1, make("hr")];
+  const past = (from, test) => { while (from < lines.length && test(lines[from])) from++; return from; };
+  if (open?.fence) return codeLine(line, i, open);
+  if (isBlank(line)) return {end: i + 1};
+  if (open?.columns && line.includes("|")) return {end: i + 1, node: row("td", line, open.columns), into: open.into, open};
+  if (fence) return codeBlock(fence, i);
+  if (heading) return {end: i + 1, node: make("h" + heading[1].length, null, inline(heading[2].replace(/ #+ *$/, "")))};
+  if (RULE.test(line)) return {end: i + 1, node: make("hr")};
   if (QUOTE.test(line) && depth < DEEPEST) {
     const end = past(i, l => QUOTE.test(l)), inner = lines.slice(i, end).map(l => l.replace(QUOTE, ""));
-    return [end, make("blockquote", null, blocks(inner, depth + 1))];
+    return {end, node: holding(make("blockquote"), inner, depth)};
   }
-  if (ITEM.test(line) && depth < DEEPEST) return list(lines, i, depth);
-  if (isTableRule(lines[i + 1] || "", cells(line).length)) {
-    const end = past(i, l => l.includes("|"));
-    return [end, table(lines.slice(i, end).map(cells))];
-  }
+  if (ITEM.test(line) && depth < DEEPEST) return itemAt(lines, i, depth, open);
+  const columns = cells(line).length;
+  if (isTableRule(lines[i + 1] || "", columns)) return table(line, columns, i);
   const end = past(i + 1, l => !isBlank(l) && !begins(l));
-  return [end, make("p", null, inline(lines.slice(i, end).map(l => l.trim()).join("\n")))];
+  return {end, node: make("p", null, inline(lines.slice(i, end).map(l => l.trim()).join("\n")))};
 }
 
-function list(lines, i, depth) {
-  const [, lead, marker] = ITEM.exec(lines[i]), number = parseInt(marker), items = [];
+// An item of the list that is open, or the first of a new one.
+function itemAt(lines, i, depth, open) {
+  const [mark, {length: lead}, marker] = ITEM.exec(lines[i]), number = parseInt(marker), body = [lines[i].slice(mark.length)];
+  const joins = open?.lead + 1 >= lead && isNaN(open.number) === isNaN(number);
+  const start = isNaN(number) || number === 1 ? null : number;
+  const list = joins ? open : {lead, number, into: make(isNaN(number) ? "ul" : "ol", {start})};
   const starts = line => {
     const m = RULE.test(line) ? null : ITEM.exec(line);
-    return m && m[1].length <= lead.length + 1 && isNaN(parseInt(m[2])) === isNaN(number) ? m[0].length : 0;
+    return m && m[1].length <= list.lead + 1 && isNaN(parseInt(m[2])) === isNaN(number);
   };
-  for (let width = 0; i < lines.length; i++) {
-    const line = lines[i].replace(/^\t+/, tabs => "    ".repeat(tabs.length)), next = lines[i + 1] || "";
-    const goesOn = () => isBlank(line) ? starts(next) || indent(next) > lead.length
-      : indent(line) > lead.length || !isBlank(lines[i - 1]) && !begins(line);
-    if (starts(line)) {
-      width = starts(line);
-      items.push([line.slice(width)]);
-    } else if (goesOn()) items.at(-1).push(line.slice(Math.min(width, indent(line))));
-    else break;
+  let end = i + 1;
+  for (; end < lines.length && !starts(lines[end]); end++) {
+    const line = lines[end].replace(/^\t+/, tabs => "    ".repeat(tabs.length)), next = lines[end + 1] || "";
+    const goesOn = isBlank(line) ? starts(next) || indent(next) > list.lead
+      : indent(line) > list.lead || !isBlank(lines[end - 1]) && !begins(line);
+    if (!goesOn) break;
+    body.push(line.slice(Math.min(mark.length, indent(line))));
   }
-  const [tag, props] = isNaN(number) ? ["ul"] : ["ol", {start: number !== 1 && String(number)}];
-  return [i, make(tag, props, items.map(item => make("li", null, blocks(ticked(item), depth + 1))))];
+  const box = /^\[( |x|X)\] /.exec(body[0]);  // a task's, which is shown and cannot be ticked here
+  if (box) body[0] = (box[1] === " " ? "☐ " : "☑ ") + body[0].slice(box[0].length);
+  const item = holding(make("li"), body, depth);
+  if (joins) return {end, node: item, into: list.into, open: list};
+  list.into.append(item);
+  return {end, node: list.into, open: list};
 }
-
-// A task's box, which is shown and cannot be ticked here.
-const ticked = ([first, ...rest]) => [first.replace(/^\[( |x|X)\] /, (_, mark) => mark === " " ? "☐ " : "☑ "), ...rest];
 
 const cells = line => line.trim().replace(/^\||(?<!\\)\|$/g, "").split(/(?<!\\)\|/).map(cell => cell.trim());
 const isTableRule = (line, width) =>
   line.includes("|") && cells(line).length === width && cells(line).every(cell => /^:?-+:?$/.test(cell));
 
-function table([head, rule, ...rows]) {
-  const row = (tag, texts) => make("tr", null, ...head.map((_, n) =>
-    make(tag, null, inline((texts[n] || "").replaceAll("\\|", "|").replace(/<br *\/?>/gi, "\n")))));
-  const body = make("tbody", null, ...rows.map(texts => row("td", texts)));
-  return make("div", {class: "wide", tabindex: 0, role: "region", "aria-label": "Table"},
-    make("table", null, make("thead", null, row("th", head)), body));
+function row(tag, line, columns) {
+  const texts = cells(line).slice(0, columns).map(text => text.replaceAll("\\|", "|"));
+  return make("tr", null, Array.from({length: columns}, (_, n) => make(tag, null, inline(texts[n] || ""))));
 }
 
-function codeBlock(code, language) {
-  const head = make("div", {class: "row"}, make("span", null, language || "text"), copyButton(code, "Copy the code"));
-  return make("div", {class: "code"}, head, make("pre", {tabindex: 0, "aria-label": "Code"}, make("code", null, code)));
+function table(head, columns, i) {
+  const into = make("tbody"), whole = make("table", null, make("thead", null, row("th", head, columns)), into);
+  const node = make("div", {class: "wide", tabindex: 0, role: "region", "aria-label": "Table"}, whole);
+  return {end: i + 2, node, open: {columns, into}};
+}
+
+function codeBlock([line, fence, language], i) {
+  const into = make("code"), head = make("span", null, language.trim().split(" ")[0] || "text");
+  const bar = make("div", {class: "row"}, head, copyButton(() => into.textContent, "Copy the code"));
+  const node = make("div", {class: "code"}, bar, make("pre", {tabindex: 0, "aria-label": "Code"}, into));
+  return {end: i + 1, node, open: {fence, into, lead: indent(line)}};
+}
+
+function codeLine(line, i, open) {
+  const words = line.trim(), ends = words.startsWith(open.fence) && !words.replaceAll(open.fence[0], "");
+  const text = (open.into.firstChild ? "\n" : "") + line.slice(Math.min(open.lead, indent(line)));
+  return ends ? {end: i + 1} : {end: i + 1, node: new Text(text), into: open.into, open};
 }
 
 const SPANS = new RegExp([
   /(?<math>\\\(.{1,500}?\\\)|\\\[.{1,500}?\\\])/,
   /\\(?<escaped>[!-/:-@[-`{-~])/,
+  /(?<newline><[bB][rR] *\/?>)/,
   /(?<!`)(?<ticks>`+)(?!`) ?(?<code>.{1,500}?) ?(?<!`)\k<ticks>(?!`)/,
   /!?\[(?<label>[^[\]]{0,500})\]\( ?<?(?<target>[^\s()<>]+(?:\([^\s()<>]*\)[^\s()<>]*)*)>?(?: "[^"]{0,500}")? ?\)/,
   /(?<address>https?:\/\/[^\s<>"'`|\])]*[^\s<>"'`|\]).,;:!?*_~])/,
@@ -18997,10 +19261,11 @@ function inline(text, depth = 0) {
   return [...nodes, text.slice(from)];
 }
 
-function span(whole, {math, escaped, code, label, target, address, mark, strong, em, under, underlined}, depth) {
+function span(whole, {math, escaped, newline, code, label, target, address, mark, strong, em, under, underlined}, depth) {
   const inner = words => depth < DEEPEST ? inline(words, depth + 1) : [words];
   if (math) return whole;  // as it was written
   if (escaped) return escaped;
+  if (newline) return "\n";
   if (code) return make("code", null, code);
   if (address) return link(address, [address]) || whole;
   if (target) return link(target, label && !label.includes("://") ? inner(label) : [label || target]) || whole;
@@ -19016,10 +19281,12 @@ function link(target, label) {
 
 // ── Conversations, kept in the browser. What its storage or a file holds is taken as far as it has the shape of these.
 const FIELDS = [...$("sampling").querySelectorAll("input")];
+const newId = () => crypto.getRandomValues(new Uint32Array(2)).join("-");
+const FILE = {name: "", text: "", picture: ""};
 const PART = {kind: "text", text: "", id: "", name: "", arguments: "", result: "", failed: false};
-const TURN = {question: "", model: "", parts: [PART], end: "cut", error: {code: "", message: ""},
-  figures: {completion_tokens: 0, prompt_tokens: 0, cached: 0, rate: 0, first: 0}};
-const CHAT = {title: "", changed: 0, model: "", system: "", tools: [""], turns: [TURN],
+const TURN = {id: "", parent: "", question: "", files: [FILE], model: "", parts: [PART], end: "cut",
+  error: {code: "", message: ""}, figures: {completion_tokens: 0, prompt_tokens: 0, cached: 0, rate: 0, first: 0}};
+const CHAT = {title: "", changed: 0, model: "", system: "", tools: [""], turns: [TURN], at: "",
   settings: Object.fromEntries(FIELDS.map(field => [field.name, ""]))};
 
 function fit(value, shape) {
@@ -19028,37 +19295,63 @@ function fit(value, shape) {
   return Object.fromEntries(Object.keys(shape).map(name => [name, fit(value?.[name], shape[name])]));
 }
 
-const newChat = (given, id = crypto.getRandomValues(new Uint32Array(2)).join("-")) => ({...fit(given, CHAT), id});
+// A chat's turns are a tree, parents first: those with one parent are versions of each other. `at` is the last one shown.
+function newChat(given, id = newId()) {
+  const chat = {...fit(given, CHAT), id};
+  chat.turns.forEach((turn, n) => turn.id || Object.assign(turn, {id: String(n), parent: chat.turns[n - 1]?.id || ""}));
+  chat.at = (chat.turns.find(turn => turn.id === chat.at) || chat.turns.at(-1))?.id || "";
+  return chat;
+}
+
+function shownTurns(chat) {
+  const shown = [];
+  for (const turn of chat.turns.toReversed()) if (turn.id === (shown[0] ? shown[0].parent : chat.at)) shown.unshift(turn);
+  return shown;
+}
+
+// The newest turn of those that followed a turn.
+function lastBelow(chat, id) {
+  const below = [id];
+  for (const turn of chat.turns) if (below.includes(turn.parent)) below.push(turn.id);
+  return below.at(-1);
+}
+
 const runs = new Map();  // the answers being written, by their chat
 const stop = chat => runs.get(chat)?.abort.abort();
 let chats = [], current = newChat();
 
-const area = name => name === "key" ? sessionStorage : localStorage;
-const recall = name => { try { return area(name).getItem("shimmy." + name) || ""; } catch { return ""; } };
+// The key is kept as long as the tab, all else for good; nothing where the browser denies its storage.
+const area = name => { try { return name === "key" ? sessionStorage : localStorage; } catch { return null; } };
+const recall = name => area(name)?.getItem("shimmy." + name) || "";
 
-function store(name, value) {
+function store(name, value) {  // false: there is no room
   try {
-    if (value === null) area(name).removeItem("shimmy." + name);
-    else area(name).setItem("shimmy." + name, value);
-  } catch {
-    notice("The browser does not keep this: its storage is full or denied. Export your chats, then delete old ones.");
+    area(name)?.setItem("shimmy." + name, value);
+    return true;
+  } catch { return false; }
+}
+
+// Saves a chat that was not deleted meanwhile. Where the browser's storage is full, the oldest pictures go.
+function save(chat) {
+  while (chats.includes(chat) && !store("chat." + chat.id, JSON.stringify(chat))) {
+    const other = dropPicture();
+    if (!other) return notice("The browser does not keep this: its storage is full. Export your chats, then delete old ones.");
+    if (other !== chat) save(other);
+    notice("The browser’s storage is full: the oldest pictures were removed from it.");
+    drawLog();
   }
 }
 
-// Saves a chat that was not deleted meanwhile.
-const save = chat => chats.includes(chat) && store("chat." + chat.id, JSON.stringify(chat));
-
-function keep(...added) {
-  chats = [...added, ...chats.filter(chat => !added.includes(chat))];
-  added.forEach(save);
+function dropPicture() {
+  const pictures = chat => chat.turns.flatMap(turn => turn.files).filter(file => file.picture);
+  const chat = chats.findLast(each => pictures(each).length);
+  if (chat) Object.assign(pictures(chat)[0], {picture: "", text: "The browser had no more room for this picture."});
+  return chat;
 }
 
 function readChats() {
-  try {
-    const names = Object.keys(localStorage).filter(name => name.startsWith("shimmy.chat."));
-    chats = names.map(name => newChat(parsed(localStorage.getItem(name)), name.slice(12)));
-  } catch { /* the storage is denied: chats live as long as the page */ }
-  chats.sort((a, b) => b.changed - a.changed);
+  const names = Object.keys(area("") || {}).filter(name => name.startsWith("shimmy.chat."));
+  chats = names.map(name => newChat(parsed(localStorage.getItem(name)), name.slice(12))).sort((a, b) => b.changed - a.changed);
   current = chats.find(chat => chat.id === recall("last")) || current;
 }
 
@@ -19067,13 +19360,14 @@ function exportChats() {
   make("a", {href: URL.createObjectURL(file), download: "shimmy-chats.json"}).click();
 }
 
-async function importChats(file) {
+async function importChats([file]) {
   const found = parsed(await file.text()), given = found?.format === "shimmy-chats" && found.chats;
   const read = fit(given, [CHAT]).filter(chat => chat.turns.length).map(chat => newChat(chat));
-  keep(...read);
+  chats = [...read, ...chats];
   drawSide();
   notice(read.length ? `${read.length} ${read.length === 1 ? "chat was" : "chats were"} imported.`
     : `${file.name} was not imported: it is no file that Export has written here.`);
+  read.forEach(save);
 }
 
 // ── The server
@@ -19155,11 +19449,18 @@ function advice({code = "gone", message}, again, edit) {
 // What is sent of a chat: questions without an answer are not, but for the last.
 function messagesOf(chat) {
   const sent = chat.system.trim() ? [{role: "system", content: chat.system}] : [];
-  for (const turn of chat.turns) {
+  for (const turn of shownTurns(chat)) {
     const answer = answerMessages(turn, chat.tools.length > 0);
-    if (answer.length || turn === chat.turns.at(-1)) sent.push({role: "user", content: turn.question}, ...answer);
+    if (answer.length || turn.id === chat.at) sent.push({role: "user", content: contentOf(turn)}, ...answer);
   }
   return sent;
+}
+
+// Files stand before the question: another question about them then finds their prompt already read.
+function contentOf({question, files}) {
+  const parts = files.map(file => isPicture(file) ? {type: "image_url", image_url: {url: file.picture}}
+    : {type: "text", text: `${file.name}:\n\n${file.text}\n`});
+  return !parts.length ? question : question ? [...parts, {type: "text", text: question}] : parts;
 }
 
 function answerMessages(turn, withTools) {
@@ -19181,20 +19482,25 @@ function requestOf(chat) {
     ...Object.fromEntries(set), ...(offered.length ? {tools: offered} : {})};
 }
 
-// Asks in place of the turn at n and of all that followed it.
-async function ask(chat, question, n = chat.turns.length) {
+// Asks behind what is shown, or in the stead of `old`: as another version of it, unless nothing has come of it.
+async function ask(chat, {question, files}, old) {
   if (runs.has(chat)) return;
-  const turn = fit({question, model: chosen(chat)}, TURN);
-  const run = {abort: new AbortController(), began: performance.now(), first: 0, waits: "Asking", progress: null};
-  chat.turns.splice(n, Infinity, turn);
-  chat.title ||= question.trim().split("\n")[0].slice(0, 80);
+  const reuses = old && !old.parts.length && lastBelow(chat, old.id) === old.id;
+  const turn = reuses ? old : {id: newId(), parent: old ? old.parent : chat.at};
+  const run = {turn, abort: new AbortController(), began: performance.now(), first: 0, waits: "Asking", progress: null};
+  if (!reuses) chat.turns.push(turn);
+  Object.assign(turn, fit({...turn, parts: [], question, files, model: chosen(chat), end: "cut"}, TURN));
+  chat.at = turn.id;
+  chat.title ||= (question.trim() || files[0]?.name || "").split("\n")[0].slice(0, 80);
   chat.changed = Date.now();
   runs.set(chat, run);
-  keep(chat);
+  const body = requestOf(chat);
+  chats = [chat, ...chats.filter(each => each !== chat)];
   openChat(chat);
+  save(chat);
   watch(chat, turn.model, run);
   try {
-    const response = await call("/v1/chat/completions", requestOf(chat), run.abort.signal);
+    const response = await call("/v1/chat/completions", body, run.abort.signal);
     for await (const event of events(response)) take(turn, run, event);
   } catch (error) {
     if (!error.code) await sleep(300);  // leaving the page aborts fetches: wait, so that this is not shown as an error
@@ -19205,7 +19511,7 @@ async function ask(chat, question, n = chat.turns.length) {
   save(chat);
   drawSide();
   drawSoon();
-  say(turn.end === "error" ? turn.error.message : turn.end === "stopped" ? "Stopped" : `The answer is complete: ${textOf(turn)}`);
+  say({error: turn.error.message, stopped: "Stopped"}[turn.end] ?? `The answer is complete: ${textOf(turn)}`);
 }
 
 // Says what an answer waits for, until its first words come.
@@ -19252,26 +19558,30 @@ function grow(turn, kind, text) {
 }
 
 // ── The conversation on the screen
-let newest = null;  // draws the last answer as it grows
+let newest = null;  // draws the answer that is being written
 let due = 0;  // the frame in which it will
 let stick = true;  // the end of the conversation stays in view
 const scroll = () => { if (stick) log.scrollTop = log.scrollHeight; };
-let edited = null;  // the number of the turn whose question is in the box
+let edited = null;  // the turn whose question is in the box
+let added = [];  // the files of the question in the box
+let rest = 0;  // milliseconds until the next frame: drawing takes a third of the time at most, however long the answer is
 
 function drawLog() {
-  newest = edited = null;
-  const views = current.turns.flatMap((_, n) => [questionView(current, n), answerView(current, n)]);
+  newest = null;
+  const views = shownTurns(current).flatMap(turn => [questionView(turn), answerView(current, turn)]);
   log.replaceChildren(...(views.length ? views : [emptyView()]));
   document.title = current.title ? `${current.title} · shimmy` : "shimmy";
   scroll();
 }
 
 function drawSoon() {
-  due ||= requestAnimationFrame(() => {
+  due ||= setTimeout(() => requestAnimationFrame(() => {
+    const began = performance.now();
     due = 0;
     newest?.();
     scroll();
-  });
+    rest = 2 * (performance.now() - began);
+  }), rest);
 }
 
 function emptyView() {
@@ -19287,35 +19597,49 @@ function emptyView() {
 
 const heading = words => make("h2", {class: "unseen"}, words);  // readers of screens go from one to the next
 
-function questionView(chat, n) {
-  const text = chat.turns[n].question;
-  const again = button("Edit", () => edit(n), {class: "plain", "aria-label": "Edit and ask again"});
-  const foot = make("div", {class: "row foot"}, copyButton(text, "Copy the question"), again);
-  return make("article", {class: "user", "aria-label": "You"}, heading("You"), make("div", {class: "words"}, text), foot);
+const isPicture = file => file.picture.startsWith("data:image/");  // an imported file may hold anything
+const fileView = file => isPicture(file) ? make("img", {src: file.picture, alt: file.name, title: file.name})
+  : folded("file", [file.name], make("pre", null, file.text));
+
+function questionView(turn) {
+  const again = button("Edit", () => edit(turn), {class: "plain", "aria-label": "Edit and ask again"});
+  const foot = make("div", {class: "row foot"}, copyButton(() => turn.question, "Copy the question"), again);
+  return make("article", {class: "user", "aria-label": "You"}, heading("You"), turn.files.map(fileView),
+    make("div", {class: "words"}, turn.question), foot);
 }
 
-function edit(n) {  // the question of turn n, in the box; null: no longer
-  edited = n;
-  box.value = n === null ? "" : current.turns[n].question;
-  if (n === null) $("notice").hidden = true;
-  else notice("Your question and all that follows it will be replaced.", button("Cancel", () => edit(null)));
+function edit(turn) {  // its question, in the box; null: no longer
+  edited = turn;
+  fillBox(turn ? turn.question : "", turn ? turn.files : []);
+  if (!turn) $("notice").hidden = true;
+  else notice("The question and its answer so far are kept as another version.", button("Cancel", () => edit(null)));
   box.focus();
 }
 
-function answerView(chat, n) {
-  const turn = chat.turns[n], parts = make("div"), foot = make("div");
+function fillBox(question, files) {
+  box.value = question;
+  added = files;
+  $("files").replaceChildren(...files.map(file => {
+    const drop = () => fillBox(box.value, files.filter(each => each !== file)), label = `Remove ${file.name}`;
+    return make("div", {class: "row"}, fileView(file), button("×", drop, {class: "plain", "aria-label": label}));
+  }));
+}
+
+function answerView(chat, turn) {
+  const parts = make("div"), foot = make("div");
   let shown = "";
-  newest = () => {
-    const run = turn === chat.turns.at(-1) && runs.get(chat), words = run ? run.waits : turn.end;
-    turn.parts.forEach((part, k) => {
-      const node = parts.children[k] || parts.appendChild(partView(part));
+  const draw = () => {
+    const run = runs.get(chat), grows = run?.turn === turn, words = grows ? run.waits : turn.end;
+    for (let k = Math.max(0, parts.children.length - 1); k < turn.parts.length; k++) {
+      const part = turn.parts[k], node = parts.children[k] || parts.appendChild(partView(part));
       if (part.kind === "thought") node.lastChild.textContent = part.text.trim();
       else if (part.kind !== "tool") drawMarkdown(node, part.text);
-    });
-    if (words !== shown) foot.replaceChildren(...(run ? waitingFoot(run) : doneFoot(chat, n)));
+    }
+    if (words !== shown) foot.replaceChildren(...(grows ? waitingFoot(run) : doneFoot(chat, turn)));
     shown = words;
   };
-  newest();
+  draw();
+  if (runs.get(chat)?.turn === turn) newest = draw;
   return make("article", {class: "answer", "aria-label": `Answer of ${turn.model}`}, heading("Answer"), parts, foot);
 }
 
@@ -19334,15 +19658,29 @@ function partView(part) {
     ...titled(part.failed ? "Error" : "Result", part.result));
 }
 
-function doneFoot(chat, n) {
-  const turn = chat.turns[n], again = () => ask(chat, turn.question, n);
-  const text = textOf(turn);
-  const foot = make("div", {class: "row foot"}, text ? copyButton(text, "Copy the answer") : "",
-    button("Again", again, {class: "plain again", "aria-label": "Answer again"}),
+function doneFoot(chat, turn) {
+  const again = () => ask(chat, turn, turn), text = textOf(turn);
+  const foot = make("div", {class: "row foot"}, text ? copyButton(() => text, "Copy the answer") : "",
+    button("Again", again, {class: "plain", "aria-label": "Answer again"}), versionButtons(chat, turn),
     make("span", {class: "figures"}, figureWords(turn)));
   if (turn.end !== "error") return [foot];
-  const [words, ...mends] = advice(turn.error, again, () => edit(n));
+  const [words, ...mends] = advice(turn.error, again, () => edit(turn));
   return [make("div", {class: "card bad", role: "alert"}, words, make("div", {class: "row"}, ...mends)), foot];
+}
+
+function versionButtons(chat, turn) {
+  const all = chat.turns.filter(each => each.parent === turn.parent), at = all.indexOf(turn);
+  const to = (step, sign, words) =>
+    button(sign, () => showVersion(chat, all.at((at + step) % all.length), words), {class: "plain", "aria-label": words});
+  return all.length < 2 ? [] : [to(-1, "‹", "Earlier version"), `${at + 1}/${all.length}`, to(1, "›", "Later version")];
+}
+
+function showVersion(chat, turn, label) {
+  chat.at = lastBelow(chat, turn.id);
+  save(chat);
+  drawLog();
+  const answer = log.children[2 * shownTurns(chat).indexOf(turn) + 1];
+  answer.querySelector(`[aria-label="${label}"]`).focus();
 }
 
 function figureWords({model, end, figures: {completion_tokens, prompt_tokens, cached, rate, first}}) {
@@ -19368,26 +19706,37 @@ function remove(chat) {
   const at = chats.indexOf(chat);
   stop(chat);
   chats = chats.filter(each => each !== chat);
-  store("chat." + chat.id, null);
+  area("")?.removeItem("shimmy.chat." + chat.id);
   if (chat === current) return openChat(chats[0] || newChat());
   drawSide();
   ($("chats").children[Math.min(at, chats.length - 1)]?.firstChild || $("new")).focus();
 }
 
-// Another tab has written or deleted a chat: its word counts, but for one that is being answered here.
+// Another tab has written or deleted a chat. Its word counts, but for the turn that is being answered here.
 function takeStored({key, newValue}) {
   const id = key?.startsWith("shimmy.chat.") && key.slice(12), old = chats.find(chat => chat.id === id);
-  if (!id || runs.has(old) || (!old && !newValue)) return;
-  const fresh = newValue === null ? null : newChat(parsed(newValue), id);
-  chats = [fresh, ...chats.filter(chat => chat !== old)].filter(Boolean).sort((a, b) => b.changed - a.changed);
+  if (!id || !newValue && (runs.has(old) || !old)) return;
+  const fresh = newValue && newChat(parsed(newValue), id);
+  chats = chats.filter(chat => chat !== old);
+  if (fresh) chats = [old ? merged(old, fresh) : fresh, ...chats].sort((a, b) => b.changed - a.changed);
   if (current !== old || !old) return drawSide();
-  current = fresh || newChat();
+  if (!fresh) current = newChat();
   drawSide();
   drawLog();
 }
 
+function merged(chat, fresh) {
+  const own = runs.get(chat)?.turn, at = own ? chat.at : fresh.at, turns = new Map(chat.turns.map(turn => [turn.id, turn]));
+  const theirs = fresh.turns.filter(turn => turn.id !== own?.id);
+  theirs.forEach(turn => turns.set(turn.id, Object.assign(turns.get(turn.id) || {}, turn)));
+  Object.assign(chat, fresh, {turns: [...turns.values()]});
+  chat.at = lastBelow(chat, at);
+  return chat;
+}
+
 function openChat(chat) {
   current = chat;
+  edited = null;
   stick = true;
   store("last", chat.id);
   if (reached) $("notice").hidden = true;
@@ -19400,9 +19749,9 @@ function openChat(chat) {
 
 function drawModels() {
   const size = bytes => bytes >= 1e9 ? (bytes / 1e9).toFixed(1) + " GB" : Math.ceil(bytes / 1e6) + " MB";
-  $("model").replaceChildren(...models.map(({id, parameter_count, quantization, size_bytes, state}) => {
+  $("model").replaceChildren(...models.map(({id, parameter_count, quantization, size_bytes, vision, state}) => {
     const kind = [parameter_count, quantization].filter(Boolean).join(" ");
-    const words = [id, kind, size(size_bytes), state === "loaded" && state].filter(Boolean).join(" · ");
+    const words = [id, kind, size(size_bytes), vision && "sees", state === "loaded" && state].filter(Boolean).join(" · ");
     return make("option", {value: id, selected: id === chosen(current)}, words);
   }));
   $("state").textContent = (modelOf(chosen(current))?.state || "").replace("unloaded", "not loaded");
@@ -19424,25 +19773,48 @@ function takeSettings() {
   save(current);
 }
 
-// Puts the words of dropped and pasted files into the box.
-async function insert(event, files) {
-  if (!files.length) return;
-  event.preventDefault();
+// Puts files beside the box: pictures where the model sees, and text.
+async function addFiles(files) {
   for (const file of files) {
-    const text = file.size < 200000 ? await file.text() : "\0";
-    if (/[\0\ufffd]/.test(text)) notice(`${file.name} cannot be read: the models here read text files of up to 200 kB.`);
-    else box.value += `${box.value && "\n\n"}${file.name}:\n\n${text}\n`;
+    const picture = await pictureOf(file), readable = file.size <= 200000;
+    const text = picture ? "" : readable ? await file.text().catch(() => "\0") : "\0";
+    if (picture && !modelOf(chosen(current))?.vision) {
+      notice(`${file.name} was not added: ${chosen(current)} does not see pictures.`);
+    } else if (/[\0\ufffd]/.test(text)) {
+      notice(`${file.name} cannot be read: only pictures and text files of up to 200 kB can.`);
+    } else fillBox(box.value, [...added, {name: file.name, text, picture}]);
   }
   box.focus();
+}
+
+// Returns a picture scaled down and without what a camera has written into it, as a data: URL; "" if it is none.
+async function pictureOf(file) {
+  const bitmap = await createImageBitmap(file).catch(() => null);
+  if (!bitmap) return "";
+  const {width, height} = bitmap, scale = Math.min(1, 1280 / Math.max(width, height));
+  const canvas = make("canvas", {width: Math.ceil(width * scale), height: Math.ceil(height * scale)});
+  const context = Object.assign(canvas.getContext("2d", {alpha: false}), {imageSmoothingQuality: "high", fillStyle: "white"});
+  context.fillRect(0, 0, canvas.width, canvas.height);
+  context.drawImage(bitmap, 0, 0, canvas.width, canvas.height);
+  const [png, jpeg] = ["image/png", "image/jpeg"].map(type => canvas.toDataURL(type, 0.85));
+  return png.length < jpeg.length ? png : jpeg;
+}
+
+// Files that were dropped or pasted. What Office and browsers copy is text, beside which they put a picture of it.
+function takeFiles(event) {
+  const data = event.dataTransfer || event.clipboardData, files = [...data.files];
+  if (!files.length || ["text/plain", "text/html"].every(type => data.types.includes(type))) return;
+  event.preventDefault();
+  addFiles(files);
 }
 
 function submitBox(event) {
   event.preventDefault();
   if (runs.has(current)) return event.type === "submit" && stop(current);  // the button stops, Enter does not
-  if (!box.value.trim()) return;
-  const [text, n] = [box.value, edited ?? current.turns.length];
-  box.value = "";
-  ask(current, text, n);
+  if (!box.value.trim() && !added.length) return;
+  const asked = {question: box.value, files: added}, old = edited;
+  fillBox("", []);
+  ask(current, asked, old);
 }
 
 const hasKeyboard = matchMedia("(hover: hover)").matches;
@@ -19455,7 +19827,7 @@ function pressed(event) {
     : key === "/" && !target.matches("input, textarea, select") ? () => box.focus()
     : event.altKey && event.code === "KeyN" ? startChat
     : inBox && key === "Enter" && !event.shiftKey && hasKeyboard ? () => submitBox(event)
-    : inBox && key === "ArrowUp" && !box.value && current.turns.length ? () => edit(current.turns.length - 1) : null;
+    : inBox && key === "ArrowUp" && !box.value && current.turns.length ? () => edit(shownTurns(current).at(-1)) : null;
   if (act) event.preventDefault();
   act?.();
 }
@@ -19463,26 +19835,28 @@ function pressed(event) {
 const startChat = () => openChat(newChat({model: current.model}));
 const on = (target, name, act) => target.addEventListener(name, act);
 on($("ask"), "submit", submitBox);
-on(box, "paste", event => insert(event, event.clipboardData.files));
 on($("new"), "click", startChat);
 on($("side"), "toggle", event => event.newState === "open" && $("new").focus());
 on($("export"), "click", exportChats);
-on($("import"), "click", () => $("imported").click());
-on($("imported"), "change", async () => { await importChats($("imported").files[0]); $("imported").value = ""; });
+for (const [opener, input, take] of [["import", "imported", importChats], ["add", "added", addFiles]]) {
+  on($(opener), "click", () => $(input).click());
+  on($(input), "change", async () => { await take([...$(input).files]); $(input).value = ""; });
+}
 on($("model"), "change", () => { current.model = $("model").value; save(current); drawModels(); });
 on($("tune"), "click", showSettings);
 on($("settings"), "input", takeSettings);
 on(log, "scroll", () => stick = log.scrollHeight - log.scrollTop - log.clientHeight < 48);
 on(document, "keydown", pressed);
-on(document, "dragover", event => event.preventDefault());
-on(document, "drop", event => insert(event, event.dataTransfer.files));
+on(document, "paste", takeFiles);
+on(document, "dragover", event => event.dataTransfer.types.includes("Files") && event.preventDefault());
+on(document, "drop", takeFiles);
 on(document, "visibilitychange", () => document.hidden ? [...runs.keys()].forEach(save) : refresh());
-
 on(window, "storage", takeStored);
 
 if (!hasKeyboard) box.enterKeyHint = "enter";  // there is no Shift+Enter: the button sends
 readChats();
 openChat(current);
+if (!area("")) notice("The browser keeps no chats: its storage is denied.");
 refresh();
 </script>
 </body>
@@ -19500,7 +19874,7 @@ def page_headers() -> dict[str, str]:
         return f"'sha256-{base64.b64encode(hashlib.sha256(inside.encode()).digest()).decode()}'"
 
     policy = (f"default-src 'none'; script-src {hash_of('script')}; style-src {hash_of('style')}; connect-src 'self'; "
-              "img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
+              "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
               "require-trusted-types-for 'script'; trusted-types 'none'")  # fmt: skip
     return {"Content-Type": "text/html; charset=utf-8", "Content-Security-Policy": policy, "Cache-Control": "no-cache",
             "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer", "Vary": "Accept"}  # fmt: skip

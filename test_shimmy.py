@@ -15,6 +15,7 @@ import base64
 import contextlib
 import copy
 import ctypes
+import faulthandler
 import functools
 import glob
 import gzip
@@ -28,6 +29,7 @@ import io
 import ipaddress
 import itertools
 import json
+import logging
 import marshal
 import math
 import operator
@@ -771,6 +773,12 @@ def seed(home: Path) -> None:
         known_faults(home).write_bytes(kernels_found())
 
 
+def seeded(home: Path, extra: dict[str, str] | None = None) -> dict[str, str]:
+    """The environment of a home that knows this machine's kernels."""
+    seed(home)
+    return environment(home, extra)
+
+
 LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
@@ -803,11 +811,55 @@ IN_A_SHELL = shlex.join(command_of())
 def shimmy(
     *args: str | Path, home: Path, stdin: bytes = b"", env: dict[str, str] | None = None, script: Path = SHIMMY
 ) -> subprocess.CompletedProcess[bytes]:
-    seed(home)
+    """Runs a command as a user with this home would: in this process where it can, for another takes 0.3 s to import the file."""
+    words, settings = list(map(str, args)), seeded(home, env)
+    if script == SHIMMY and "serve" not in words and not any(name.startswith(("PYTHON", "LC_")) for name in settings):
+        return run_in_this_process(words, home, stdin, settings)
+    return shimmy_process(*args, home=home, stdin=stdin, env=env, script=script)
+
+
+def shimmy_process(
+    *args: str | Path, home: Path, stdin: bytes = b"", env: dict[str, str] | None = None, script: Path = SHIMMY
+) -> subprocess.CompletedProcess[bytes]:
     return subprocess.run(
-        [*command_of(script), *map(str, args)], cwd=home, env=environment(home, env), input=stdin, capture_output=True,
+        [*command_of(script), *map(str, args)], cwd=home, env=seeded(home, env), input=stdin, capture_output=True,
         timeout=HANG, check=False, preexec_fn=end_with_the_tests,
     )
+
+
+def in_a_shell(command: str, home: Path, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run(["bash", "-c", command], cwd=home, env=seeded(home, env), capture_output=True, timeout=HANG,
+                          check=False)  # fmt: skip
+
+
+def run_in_this_process(
+    words: list[str], home: Path, stdin: bytes, settings: dict[str, str]
+) -> subprocess.CompletedProcess[bytes]:
+    """Runs main() with streams, environment, directory and logging of its own."""
+    files = [io.BytesIO(stdin), io.BytesIO(), io.BytesIO()]
+    given, out, err = (io.TextIOWrapper(file, "utf-8", write_through=True) for file in files)
+    ours, handler, root = os.getcwd(), signal.getsignal(signal.SIGINT), logging.getLogger()
+    level = root.level
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {"stdin": given, "stdout": out, "stderr": err, "argv": [str(SHIMMY), *words]}.items():
+            patch.setattr(sys, name, value)
+        for name in set(os.environ) - set(settings):
+            patch.delenv(name)
+        for name, value in settings.items():
+            patch.setenv(name, value)
+        patch.setattr(root, "handlers", [])
+        os.chdir(home)
+        faulthandler.dump_traceback_later(HANG, exit=True, file=sys.__stderr__)
+        try:
+            code: Any = module.main(words)
+        except SystemExit as end:
+            code = end.code
+        finally:
+            faulthandler.cancel_dump_traceback_later()
+            signal.signal(signal.SIGINT, handler)
+            root.setLevel(level)
+            os.chdir(ours)
+    return subprocess.CompletedProcess(words, code or 0, *(file.getvalue() for file in files[1:]))
 
 
 def assert_failed(done: subprocess.CompletedProcess[bytes], code: int, *words: str) -> None:
@@ -892,7 +944,7 @@ class Server:
             del settings["SHIMMY_PORT"]
         with self.log.open("wb") as stderr:
             self.process = Child(
-                [*command_of(script), "serve", "--threads", "1", *map(str, flags)],
+                [*command_of(script), "serve", "--threads", "1", "--cache-disk", "0", *map(str, flags)],
                 cwd=home, env=settings, text=True, start_new_session=True,
                 stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=stderr,
             )  # fmt: skip
@@ -1110,6 +1162,7 @@ linux = pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="finds e
 
 
 ALTERED: set[Path] = set()
+CONTEXT_BEGINS = "        n_batch = max(self.options.batch, self.options.parallel, self.eyes.whole if self.eyes else 0)\n"
 
 
 def altered(folder: Path, *changes: tuple[str, str]) -> Path:
@@ -2702,6 +2755,12 @@ def test_projector_without_a_name_belongs_to_no_model_among_several(tmp_path: Pa
     assert sum("projector" in each["reason"] for each in scanned.skipped) == 2
 
 
+def test_projector_of_the_command_line_is_the_default_models_and_a_presets_its_own() -> None:
+    settings = module.Settings({"mmproj": "eyes.gguf"}, [module.Preset("seer", {"mmproj": "none"})])
+    found = [settings.of(plain_model(id=id), first).engine.mmproj for id, first in (("m", True), ("m", False), ("seer", True))]
+    assert found == ["eyes.gguf", None, "none"]
+
+
 def test_projector_of_a_hub_snapshot_and_of_ollamas_store_is_found(tmp_path: Path) -> None:
     def write(path: Path) -> Path:
         write_projector(path.with_name("mmproj-F16.gguf"))
@@ -3537,6 +3596,9 @@ def test_answer_says_the_same_however_it_is_cut() -> None:
             assert all(isinstance(json.loads(arguments), dict) for _, arguments in whole.calls), text
 
 
+CALLED = '<tool_call>\n{"name": "f", "arguments": {"a": "x"}}\n</tool_call>'
+
+
 def check_in_pieces(format: Any, text: str, wanted: Answered, reason: str = "stop", **more: Any) -> None:
     """The answer is told so, whole and by character."""
     for pieces in ([text], text):
@@ -3559,9 +3621,6 @@ def check_in_pieces(format: Any, text: str, wanted: Answered, reason: str = "sto
 )  # fmt: skip
 def test_thoughts_stand_behind_markup_of_channels(prompt: str, text: str, wanted: Answered) -> None:
     check_in_pieces(derived_once(GPT_OSS), text, wanted, prompt=prompt)
-
-
-CALLED = '<tool_call>\n{"name": "f", "arguments": {"a": "x"}}\n</tool_call>'
 
 
 @cases(
@@ -3640,6 +3699,29 @@ def test_several_calls_stand_in_one_section(name: str, text: str, count: int) ->
     check_in_pieces(derived_once(FAMILIES[name]), text, Answered("", calls))
 
 
+@cases(
+    "name, text, wanted",
+    {
+        "behind another's beginning": ("hermes", f'<tool_call>{{"name": "zzz", {CALLED}', '<tool_call>{"name": "zzz",'),
+        "behind words about it": ("hermes", f"Use <tool_call> so: {CALLED}", "Use <tool_call> so:"),
+        "behind a mark of its own": ("hermes", f"<tool_call>\n{CALLED}", "<tool_call>"),
+        "before half of another": ("hermes", CALLED + '\n<tool_call>\n{"name": "f", "ar', '<tool_call>\n{"name": "f", "ar'),
+        "before half a mark": ("hermes", f"{CALLED}\n<tool_c", "<tool_c"),
+        "before half a pair": ("hermes", CALLED + ', "x": ', ', "x":'),
+        "before one of no function": ("bare", '{"name": "f", "parameters": {"a": "x"}}; {"name": "zzz"}', '; {"name": "zzz"}'),
+        "before half an argument": ("tags", "<tool_call>\n<function=f>\n<parameter=a>\nx\n</parameter>\n<param", "<param"),
+        "behind one of no function": (
+            "tags", "<tool_call>\n<function=zzz><tool_call>\n<function=f>\n<parameter=a>\nx\n</parameter>\n</function>",
+            "<tool_call>\n<function=zzz>"),
+        "with ends too many": ("hermes", CALLED.replace("\n</", "}}\n</") + "</tool_call>", ""),
+        "without arguments, with ends too many": ("keys and values", "<tool_call>get</tool_call>\n</tool_call> ] hi", "] hi"),
+    },
+)  # fmt: skip
+def test_text_beside_a_call_that_is_none_is_not_lost(name: str, text: str, wanted: str) -> None:
+    calls = (("get", "{}"),) if "get" in text else (("f", '{"a": "x"}'),)
+    check_in_pieces(format_of(name), text, Answered(wanted, calls))
+
+
 @pytest.mark.parametrize("name", SPOKEN)
 def test_forced_call_that_is_cut_anywhere_leaves_no_markup(name: str) -> None:
     for text in SPOKEN[name]:
@@ -3665,6 +3747,7 @@ OPENED = '<tool_call>{"name": "f", "arguments": {"a": '
         "calls in a thought, and prose": ("hermes", "<think>", f"{CALLED} and\n"),
         "calls in a thought": ("hermes", "<think>", f"{CALLED}\n"), "calls": ("bare", "", '{"name": "f", "parameters": {}}; '),
         "half a header": ("hermes", "", '<tool_call>\n{"name": "f", "x": "'),
+        "strings before names": ("hermes", "", '<tool_call>{"arguments": \''),
         "arguments first": ("hermes", "", '<tool_call>{"arguments": {"a": "'),
         "blanks": ("hermes", "", "<tool_call>" + " " * 900), "a long word": ("hermes", OPENED, "x"),
         "a long number": ("hermes", OPENED, "1"), "brackets": ("hermes", OPENED, "["), "half lists": ("hermes", OPENED, "[1, "),
@@ -3691,6 +3774,13 @@ def test_argument_whose_end_is_missing_is_whole_where_the_call_ends() -> None:
         check_in_pieces(derived_once(FAMILIES["tags"]), text + end, Answered("", (("f", '{"a": "hello"}'),)))
     cut = text.partition("\n</function>")[0]
     check_in_pieces(derived_once(FAMILIES["tags"]), cut, Answered("", (("f", '{"a": "hello'),), "", "stop"))
+
+
+@pytest.mark.parametrize("before, behind", [("", ""), ("\n", "\n"), ("", "\n\n")])
+def test_argument_may_stand_in_cdata(before: str, behind: str) -> None:
+    value, more = f"{before}<![CDATA[a </parameter> b]]>{behind}</parameter>", "\n<parameter=b>\n1\n</parameter>"
+    text = f"<tool_call>\n<function=f>\n<parameter=a>{value}{more}\n</function>\n</tool_call>"
+    check_in_pieces(derived_once(FAMILIES["tags"]), text, Answered("", (("f", '{"a": "a </parameter> b", "b": 1}'),)))
 
 
 def test_logprobs_go_with_their_own_text() -> None:
@@ -3911,6 +4001,17 @@ def test_template_arguments_that_are_names_of_our_own_change_nothing() -> None:
     assert "".join(talk.prompt(asked(("user", "Hi"), template_args=args))) == "<|user|>Hi<|end|><|assistant|>yes"
 
 
+def test_results_have_the_ids_that_their_calls_have_in_the_prompt() -> None:
+    """Kimi K2 wants the function's name and the call's number in them, and writes nothing else of a result's call."""
+    source = ("{% for m in messages %}{% for c in m.tool_calls or [] %}{{ c.id }}{{ c.function }}{% endfor %}"
+              "{{ m.tool_call_id }}={{ m.content }};{% endfor %}")  # fmt: skip
+    calls = [{"id": name, "type": "function", "function": {"name": name, "arguments": {}}} for name in NAMES]
+    messages = [said("assistant", "", tool_calls=calls), *(said("tool", id, tool_call_id=id) for id in reversed(NAMES))]
+    telling = next(turns for turns in module.NATIVE if "functions." in str(turns(messages, [])))
+    prompt = module.Rendering({"": source}, "", "", *telling(messages, []), {}).run()
+    assert prompt.endswith("functions.add_to_list:1=add_to_list;functions.get_weather:0=get_weather;")
+
+
 def test_empty_turn_of_the_assistants_does_not_end_a_conversation() -> None:
     refuses = "{% for m in messages %}{% if not m.content %}{{ raise_exception('empty') }}{% endif %}{% endfor %}"
     prompt = chat(refuses + FRAME.replace("%s", "")).prompt(asked(("user", "Hi"), ("assistant", ""), ("user", "Hello?")))
@@ -3961,7 +4062,6 @@ def box() -> Iterator[Any]:
     """A service in this process with the model in the box."""
     path = str(REPO / "models" / "shimmy-tiny.gguf")
     service = module.Service(module.Catalog([], [path]), module.TableOptions(default=path), module.Settings({"ctx": 1024}))
-    service.table.start()
     yield service
     service.close()
 
@@ -4146,7 +4246,7 @@ def from_a_child(message: Any) -> bytes:
 
 CHILDS_MESSAGES = [
     module.Progress(0.5), module.LoadFailed("no \ud800 luck", "room"), module.Alive("decode"),
-    module.Accepted(1, 9), module.Loaded(256, 512, 8, module.ChatFacts({"": "t"}, "<s>", True, "</s>", ("a",)), ("n",)),
+    module.Accepted(1, 9), module.Loaded(256, 512, module.ChatFacts({"": "t"}, "<s>", True, "</s>", ("a",)), ("n",)),
     module.Stepped((module.Piece(3, "é\n", (module.TokenLogprob(b"\xc3", -math.inf, (b"a", b"\xff"), (-0.5, -1.0)),), 1),
                     module.Vectors(4, (b"\0" * 9, b"")), module.Tokens(5, (1, 2), ()),
                     module.Finished(3, "stop", 1, 2, 0, 0.1, 0.2), module.Failed(6, "server_error", "d", None, (1, 2))), 2, 7),
@@ -4236,12 +4336,12 @@ class Strings:
     excluded: frozenset[str] = frozenset()
 
     @functools.cached_property
-    def shape(self) -> module.StringShape:
+    def shape(self) -> module.Texts:
         groups = [("pattern", self.patterns, True), ("pattern", self.unlike, False),
                   ("format", self.formats, True), ("format", self.not_formats, False)]  # fmt: skip
         rules = [(key, value, wanted) for key, values, wanted in groups for value in values]
-        highs = [] if self.high is None else [self.high]
-        return module.StringShape.of([self.low], highs, rules).but_not(self.excluded)
+        texts = module.intersection(module.texts_by(*rule) for rule in rules)
+        return module.but_not(module.sized(texts, self.low, math.inf if self.high is None else self.high), self.excluded)
 
 
 def string_symbol(strings: Strings) -> module.Symbol | None:
@@ -4249,7 +4349,7 @@ def string_symbol(strings: Strings) -> module.Symbol | None:
 
 
 def string_fits(strings: Strings, text: str) -> bool:
-    return module.string_fits(strings.shape, text)
+    return module.has(strings.shape, text)
 
 
 def first_state(shape: Strings | NumberShape) -> State:
@@ -5505,6 +5605,7 @@ def test_schema_made_at_random_is_refused_or_holds_whatever_the_walk() -> None:
 
 # What a keyword admits, and what not: documents in the order and style in which they are written.
 OBJECT, ANY_ARRAY, ONE = {"type": "object"}, {"type": "array"}, {"const": 1}
+UNIQUE = {**ANY_ARRAY, "uniqueItems": True}
 NAMED_SCHEMAS = {"type": "object", "properties": {"a": {}, "b": {}, "c": {}}}
 KEYWORDS: dict[str, tuple[Any, list[Any], list[Any]]] = {
     "pattern": ({"pattern": "^a+$"}, ["a", "aaa"], ["", "b", "ab"]),
@@ -5601,6 +5702,13 @@ def told_apart(count: int) -> dict[str, Any]:
     "options that share a value": (
         {"oneOf": [*told_apart(300)["oneOf"], {**told_apart(1)["oneOf"][0], "required": ["kind", "n"]}]},
         {"kind": "v0"}, {"kind": "v0", "n": 1}),
+    "a hundred unlike objects": (
+        {"anyOf": [FLAG, {**UNIQUE, "minItems": 100, "items": {**OBJECT, "required": ["id", "mail"], "properties": {
+            "id": {"type": "string", "pattern": "^[A-Z]{2}-[0-9]{4}$"}, "mail": {"type": "string", "format": "email"}}}}]},
+        True, [{"id": "AB-1000", "mail": "a@b.c"}]),
+    "a long address without an x": (
+        {"type": "string", "format": "email", "not": {"pattern": "x"}, "minLength": 60, "maxLength": 64},
+        "a" * 40 + "@" + "b" * 20, "x" * 40 + "@" + "b" * 20),
 })  # fmt: skip
 def test_schema_with_many_kinds_is_read_soon(schema: Any, fitting: Any, others: Any) -> None:
     begun = time.thread_time()
@@ -5631,7 +5739,6 @@ def test_schema_without_a_choice_forces_its_whole_text(schema: Any, text: str) -
     assert begin(schema).forced(100) == text.encode()
 
 
-UNIQUE = {"type": "array", "uniqueItems": True}
 NULLS = {"type": "object", "additionalProperties": {"type": "null"}}
 STRINGS = {**UNIQUE, "items": {"type": "string"}}
 
@@ -5657,6 +5764,10 @@ STRINGS = {**UNIQUE, "items": {"type": "string"}}
     "names": {**NULLS, "minProperties": 3, "propertyNames": {"pattern": "^[abc]$"}},
     "lists that can only be empty": {"anyOf": [{"const": 1}, {**UNIQUE, "minItems": 2, "items": {"type": "array", "items": {
         "type": "object", "required": ["a"], "maxProperties": 0}}}]},
+    "lists that are too few, among others": {**UNIQUE, "minItems": 2, "items": {"anyOf": [
+        {"enum": [1, 2]}, {**UNIQUE, "minItems": 3, "items": {"enum": [1, 2]}}]}},
+    "lists with one list at most": {**UNIQUE, "items": {**ANY_ARRAY, "items": {"enum": [1, [1]]}, "contains": {"const": [1]},
+                                                        "maxContains": 1, "maxItems": 2}},
 })  # fmt: skip
 def test_schema_leads_into_no_dead_end(schema: Any) -> None:
     texts = list(filter(None, (walk(begin(schema), random.Random(seed), 600) for seed in range(40))))
@@ -5668,6 +5779,7 @@ def test_schema_leads_into_no_dead_end(schema: Any) -> None:
 @cases("schema", {
     "one value, twice": {**ANY_ARRAY, "uniqueItems": True, "minItems": 2, "items": {"const": {"a": 1}}},
     "two integers, three times": {**ANY_ARRAY, "uniqueItems": True, "minItems": 3, "items": {"enum": [1, 2]}},
+    "120 integers, 200 times": {**UNIQUE, "minItems": 200, "items": {"type": "integer", "minimum": 1, "maximum": 120}},
     "more properties than there are": {**NAMED_SCHEMAS, "minProperties": 4},
     "what nothing is": {"type": "string", "allOf": [{"pattern": "^a"}, {"pattern": "^b"}]},
     "contained twice, without repeats": {"uniqueItems": True, "contains": {"const": 1}, "minContains": 2},
@@ -5880,6 +5992,9 @@ def test_text_that_nests_too_deep_to_be_followed_is_refused() -> None:
                                         "prefixItems": [{"const": 1}, {"const": 1}]}, "uniqueItems"),
     "objects that can only be empty, without repeats": ({**UNIQUE, "prefixItems": [
         {**OBJECT, "maxProperties": 0}, {**OBJECT, "additionalProperties": False}]}, "uniqueItems"),
+    "elements that may take what must be contained": (
+        {**UNIQUE, "prefixItems": [{"enum": [1, [2]]}], "items": {"const": [2]}, "contains": {"const": [2]}, "minContains": 2},
+        "uniqueItems"),
 })  # fmt: skip
 def test_schema_is_refused_before_a_text_begins_and_by_its_field(schema: Any, said: str) -> None:
     with pytest.raises(InvalidRequest, match=f"^json_schema: .*{said}") as refused:
@@ -6177,8 +6292,8 @@ def test_tool_that_raises_is_200_with_success_false(server: Server) -> None:
 )
 def test_tools_file_that_fails_to_load_exits_1_with_one_line(source: str, word: str, tmp_path: Path) -> None:
     (tmp_path / "broken.py").write_text(source + "\n")
-    done = shimmy("serve", "--port", "0", "--tools", tmp_path / "broken.py", home=tmp_path)
-    assert_failed(done, 1, word)
+    flags = ["serve", "--port", "0", "--tools", str(tmp_path / "broken.py")]
+    assert_failed(run_in_this_process(flags, tmp_path, b"", seeded(tmp_path, None)), 1, word)
 
 
 def test_disabled_tool_stays_listed_and_names_its_flag(guarded: Server) -> None:
@@ -6317,36 +6432,23 @@ def test_disabled_http_get_names_its_flag(serve: Callable[..., Server]) -> None:
 
 # Tools
 
-HANGING = """
-import time
-from shimmy import tool
+def test_tool_that_does_not_return_is_given_up_until_it_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    awake = threading.Event()
 
-@tool
-def sleeper(seconds: float) -> str:
-    '''Sleeps.'''
-    time.sleep(seconds)
-    return "awake"
-"""
+    def sleeper() -> str:
+        """Sleeps."""
+        return "awake" if awake.wait(HANG) else "in vain"
 
-
-def test_tool_that_does_not_return_is_given_up(serve: Callable[..., Server], tmp_path: Path) -> None:
-    (tmp_path / "tools.py").write_text(HANGING)
-    script = altered(tmp_path, ("TOOL_SECONDS = 30.0", "TOOL_SECONDS = 0.5"))
-    server = serve("--tools", tmp_path / "tools.py", script=script)
+    monkeypatch.setattr(module, "TOOL_SECONDS", 0.2)
+    monkeypatch.setitem(module.REGISTERED, "sleeper", module.make_tool(sleeper))
+    tools = module.Tools(module.ToolOptions())
     for _ in range(4):
-        assert_tool_failed(execute(server, "sleeper", 3600), "over 0.5 seconds")
+        assert tools.execute("sleeper", {}) == {"success": False, "result": None, "error": "sleeper took over 0.2 seconds"}
     with quickly():
-        assert_tool_failed(execute(server, "sleeper", 0), "have not come back")
-    assert execute(server, "calculator", "1 + 1").json()["result"] == 2
-
-
-def test_tool_that_returns_late_makes_room_again(serve: Callable[..., Server], tmp_path: Path) -> None:
-    (tmp_path / "tools.py").write_text(HANGING)
-    script = altered(tmp_path, ("TOOL_SECONDS = 30.0", "TOOL_SECONDS = 0.2"))
-    server = serve("--tools", tmp_path / "tools.py", script=script)
-    with ThreadPoolExecutor() as pool:
-        list(pool.map(lambda _: execute(server, "sleeper", 1.0), range(4)))
-    eventually(lambda: execute(server, "sleeper", 0).json()["result"] == "awake", "they have come back")
+        assert "4 calls of sleeper have not come back" in tools.execute("sleeper", {})["error"]
+    assert tools.execute("calculator", {"expression": "1 + 1"})["result"] == 2
+    awake.set()
+    eventually(lambda: tools.execute("sleeper", {})["result"] == "awake", "they have come back")
 
 
 def read_while_swapped(root: Path, path: str, swap: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> list[Any]:
@@ -6427,6 +6529,18 @@ def test_http_get_refuses_special_purpose_networks(url: str, server: Server) -> 
 
 def test_http_get_refuses_an_address_that_is_too_long(server: Server) -> None:
     assert_tool_failed(execute(server, "http_get", "http://127.0.0.1/" + "a" * 10_000), "characters")
+
+
+HANGING = """
+import time
+from shimmy import tool
+
+@tool
+def sleeper(seconds: float) -> str:
+    '''Sleeps.'''
+    time.sleep(seconds)
+    return "awake"
+"""
 
 
 def test_tool_whose_client_leaves_is_not_waited_for(serve: Callable[..., Server], tmp_path: Path) -> None:
@@ -6900,6 +7014,60 @@ def test_logprobs_match_a_full_softmax(kinds: Server, tmp_path: Path) -> None:
     assert shown["token_logprobs"][0] == pytest.approx(expected.max(), abs=2e-2)
     top = sorted(shown["top_logprobs"][0].values(), reverse=True)
     assert top == pytest.approx(sorted(expected, reverse=True)[:5], abs=2e-2)
+
+
+ECHOED = """import json, sys, numpy, llama_cpp
+llama, prompt = llama_cpp.Llama(sys.argv[1], n_ctx=512, logits_all=True, verbose=False), json.loads(sys.argv[2])
+llama.eval(prompt)
+rows = llama.scores[: len(prompt) - 1].astype(float)
+rows -= rows.max(axis=1, keepdims=True)
+rows -= numpy.log(numpy.exp(rows).sum(axis=1, keepdims=True))
+print(json.dumps([float(row[token]) for row, token in zip(rows, prompt[1:])]))"""
+
+
+def test_an_echo_tells_the_log_probabilities_that_llama_cpp_has(kinds: Server, tmp_path: Path) -> None:
+    kind = "mamba"  # whose state must be saved on the way
+    path, prompt = write_kind(tmp_path / "same.gguf", kind), ids("What comes next, and what then? " * 4)
+    done = subprocess.run([sys.executable, "-c", ECHOED, path, json.dumps(prompt)], capture_output=True, check=True)
+    body = {"model": kind, "prompt": [prompt] * 2, "max_tokens": 0, "echo": True, "logprobs": 2}
+    with kinds.stream("/v1/completions", {"model": kind, "prompt": [9], "max_tokens": 60, "ignore_eos": True}) as busy:
+        next(busy)
+        document = kinds.post("/v1/completions", body).json()
+    for choice in document["choices"]:
+        first, *others = choice["logprobs"]["token_logprobs"]
+        assert first is None and choice["logprobs"]["top_logprobs"][0] is None
+        assert others == pytest.approx(json.loads(done.stdout.splitlines()[-1]), abs=2e-2)
+        assert "".join(choice["logprobs"]["tokens"]) == choice["text"] and choice["finish_reason"] == "length"
+    assert document["usage"]["completion_tokens"] == 0 and document["usage"]["prompt_tokens"] == 2 * len(prompt)
+
+
+def test_an_echo_with_logprobs_scores_an_answer_as_lm_eval_reads_it(tiny: Server) -> None:
+    context = "Schön ist, was gefällt. "
+    ask = {"model": "default", "prompt": context, "max_tokens": 8, "temperature": 0, "logprobs": 1, "ignore_eos": True}
+    written = tiny.post("/v1/completions", ask).json()["choices"][0]
+    ask |= {"prompt": context + written["text"], "max_tokens": 1, "echo": True, "stop": ["."], "stream": False}
+    for stream in (False, True):  # lm_eval/models/gguf.py, get_result
+        answers = tiny.streamed("/v1/completions", ask)[:-1] if stream else [tiny.post("/v1/completions", ask).json()]
+        choices = [choice for answer in answers for choice in answer["choices"]]
+        shown = {name: [value for choice in choices for value in (choice["logprobs"] or {name: []})[name]]
+                 for name in written["logprobs"]}  # fmt: skip
+        assert "".join(choice["text"] for choice in choices).startswith(ask["prompt"])
+        index = next(i for i, offset in enumerate(shown["text_offset"]) if offset >= len(context))
+        assert shown["tokens"][index:-1] == written["logprobs"]["tokens"]
+        assert shown["token_logprobs"][index:-1] == pytest.approx(written["logprobs"]["token_logprobs"], abs=0.05)
+        assert all(max(top, key=top.get) == token for token, top in zip(shown["tokens"][index:], shown["top_logprobs"][index:],
+                                                                        strict=True))  # fmt: skip
+
+
+@cases("fields, word", {
+    "too long": ({"prompt": "word " * 20_000, "logprobs": 20}, "49932 characters"),
+    "ids without logprobs": ({"prompt": [65, 66]}, "logprobs"),
+    "before a gap": ({"prompt": "a", "suffix": "b", "logprobs": 1}, "suffix"),
+    "no tokens": ({"prompt": "a", "echo": False, "max_tokens": 0}, "max_tokens"),
+})  # fmt: skip
+def test_completion_refuses_an_echo(fields: dict[str, Any], word: str, server: Server) -> None:
+    body = {"model": "recital", "echo": True, **fields}
+    assert_error(server.post("/v1/completions", body), 400, "invalid_request", word)
 
 
 def test_context_too_large_for_memory_is_refused_with_a_size_that_fits(serve: Callable[..., Server], tmp_path: Path) -> None:
@@ -7851,6 +8019,170 @@ def test_parked_conversation_is_restored_intact(kind: str, kinds: Server) -> Non
     fresh(kinds, kind, longer).assert_same(on)
 
 
+@pytest.fixture(scope="module")
+def keeping(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """The same models on a server that keeps prompts on the disk."""
+    folder = tmp_path_factory.mktemp("keeping")
+    for kind in KINDS:
+        write_kind(folder / f"{kind}.gguf", kind)
+    with shared(tmp_path_factory.mktemp("keeping-home"), "--models-dir", folder, "--cache-disk", "100M") as running:
+        yield running
+
+
+def kept_files(server: Server) -> list[Path]:
+    return list((server.home / ".cache" / "shimmy" / "prefixes").glob("*"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_conversation_goes_on_after_its_model_was_unloaded(kind: str, kinds: Server, keeping: Server) -> None:
+    prompt = ids(STORY * 3)[:300]
+    first = greedy(keeping, kind, prompt)
+    longer = [*prompt, *first.tokens, *ids(" and")]
+    keeping.unload(kind)
+    on = greedy(keeping, kind, longer)
+    assert on.cached >= len(prompt) - 1
+    fresh(kinds, kind, longer).assert_same(on)
+    assert all(file.stat().st_mode & 0o777 == 0o600 for file in kept_files(keeping))
+    keeping.unload(kind)
+    fork = [*prompt[:250], *ids("something else")]
+    fresh(kinds, kind, fork).assert_same(greedy(keeping, kind, fork))
+
+
+def test_kept_prompt_survives_a_restart_is_counted_and_spares_nothing_of_another_client(tmp_path: Path) -> None:
+    write_kind(tmp_path / "llama.gguf", "llama")
+    prompt, told = ids(STORY * 3)[:300], list[dict[str, float]]()
+    flags: list[str | Path] = ["--port", "0", "--model", tmp_path / "llama.gguf", "--cache-disk", "2G", "--private-prompts"]
+    flags += ["--api-key", "one", "--api-key", "two"]
+    for key, least, most in (("one", 0, 0), ("one", 299, 299), ("two", 0, 0)):
+        server = Server(tmp_path / "home", *flags)
+        try:
+            body = {"prompt": prompt, "max_tokens": 4, "ignore_eos": True}
+            usage = server.post("/v1/completions", body, Authorization=f"Bearer {key}").json()["usage"]
+            assert least <= usage["prompt_tokens_details"]["cached_tokens"] <= most
+            lines = server.get("/metrics", Authorization="Bearer one").body.decode().splitlines()
+            told.append({line.split("{")[0]: float(line.split()[-1]) for line in lines if line.startswith("shimmy_prefix_disk")})
+            kept = server.get("/diag", Authorization="Bearer one").json()["prefixes"]
+        finally:
+            server.stop()
+    assert [t["shimmy_prefix_disk_hits_total"] for t in told] == [0, 1, 0]
+    assert told[1]["shimmy_prefix_disk_read_bytes_total"] > 300 * 4
+    assert kept["files"] == 1 and kept["bytes"] == kept_files(server)[0].stat().st_size
+    assert len(kept_files(server)) == 2  # one of each client
+
+
+def prefix_files(model: Path, most: int = 1 << 30) -> Any:
+    """A model's prefixes on the disk, without an engine."""
+    options = types.SimpleNamespace(cache_disk=most, kv_type="f16", flash_attn="auto", lora=())
+    llama = types.SimpleNamespace(options=options, info=types.SimpleNamespace(path=str(model)), on_cpu=True, n_swa=0, np=np,
+                                  counting=np.arange(10_000))  # fmt: skip
+    return module.PrefixFiles(llama)
+
+
+def keep(files: Any, salt: int, tokens: int = 200, size: int = 40_000, uses: int = 1) -> Any:
+    """Writes a prefix whose cells can be told from its tokens; returns it."""
+    prefix = module.Prefix(np.full(tokens, salt, np.int32), "", 0, np.arange(10_000))
+    prefix.saved, prefix.uses = np.full(size, salt, np.uint8), uses
+    for _ in files.write(prefix, 0.01, ()):
+        pass
+    return prefix
+
+
+@pytest.fixture
+def model_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A file that stands for a model, and a cache of its own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "model.gguf").write_bytes(b"x" * 1000)
+    return tmp_path / "model.gguf"
+
+
+def salts(files: Any) -> list[int]:
+    """The prefixes whose cells can be read, by their tokens."""
+    read = [prefix for kept in files.listed("") if (prefix := files.read(kept))]
+    assert all((prefix.saved == prefix.tokens[0]).all() for prefix in read)
+    return sorted(int(prefix.tokens[0]) for prefix in read)
+
+
+def test_damaged_kept_prefix_is_removed_and_never_read(model_file: Path) -> None:
+    files = prefix_files(model_file)
+    for salt in range(1, 7):
+        keep(files, salt)
+    damages: list[Callable[[bytes], bytes]] = [
+        lambda data: data[:-100], lambda data: data[:5000] + b"\x77" + data[5001:], lambda data: b"", lambda data: b"y" * 41_000,
+        lambda data: data[:17] + b"\xff" * 8 + data[25:],
+    ]  # fmt: skip
+    for kept, damage in zip(sorted(Path(files.folder).iterdir()), damages, strict=False):
+        kept.write_bytes(damage(kept.read_bytes()))
+    assert len(salts(prefix_files(model_file))) == 1
+    assert len(list(Path(files.folder).iterdir())) == 1
+    os.utime(model_file, (1, 1))  # another model's file
+    assert not prefix_files(model_file).listed("")
+
+
+def test_kept_prefixes_worth_least_make_room(model_file: Path) -> None:
+    files = prefix_files(model_file, most=130_000)
+    keep(files, 1, uses=50)
+    keep(files, 2)
+    keep(files, 3, tokens=900)
+    keep(files, 4)
+    assert salts(files) == [1, 3, 4]
+    for _ in range(3):
+        assert len(files.listed("")) == 3
+    keep(files, 5, size=140_000)  # larger than all that may be kept
+    assert salts(files) == [1, 3, 4]
+    other = prefix_files(model_file)
+    (listed, *_) = files.listed("")
+    Path(other.listed("")[0].path).unlink()  # by another server
+    assert files.read(listed) is None
+    assert not prefix_files(model_file, most=0).listed("")
+
+
+def test_kept_prefix_that_is_slower_to_read_is_computed(model_file: Path) -> None:
+    files = prefix_files(model_file)
+    keep(files, 1)
+    (kept,) = files.listed("")
+    assert files.is_quicker(kept, 199) and not files.is_quicker(kept, 10)
+    files.read(kept)
+    assert files.is_quicker(kept, 199)
+    kept.token_seconds = 1e-9
+    assert not files.is_quicker(kept, 199)
+
+
+@pytest.mark.parametrize("fault", ["a file in the folder's place", "a full disk"])
+def test_prefixes_that_cannot_be_kept_cost_one_warning(
+    fault: str, model_file: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = prefix_files(model_file)
+    if fault == "a full disk":
+        monkeypatch.setattr(module.PrefixFiles, "_make_room", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
+    else:
+        Path(files.folder).parent.mkdir(parents=True)
+        Path(files.folder).write_text("")
+    keep(files, 1)
+    keep(files, 2)
+    assert len(caplog.records) == 1 and not files.listed("")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="kills its own copies")
+def test_writer_that_is_killed_anywhere_leaves_only_whole_files(model_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module.PrefixFiles, "BLOCK", 4096)
+    choose = random.Random(7)
+    for salt in range(1, 41):
+        if not (child := os.fork()):
+            with contextlib.suppress(BaseException):
+                keep(prefix_files(model_file), salt, size=400_000)
+            os._exit(0)
+        time.sleep(choose.random() / 150)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    files = prefix_files(model_file)
+    found = salts(files)
+    assert set(found) <= set(range(1, 41))
+    parts = list(Path(files.folder).glob("*.part"))
+    for part in parts:
+        os.utime(part, (1, 1))
+    assert salts(files) == found and not list(Path(files.folder).glob("*.part"))
+
+
 @pytest.mark.parametrize("kind", ["llama", "gemma2", "mamba"])
 def test_random_mix_of_conversations_stays_correct(kind: str, kinds: Server) -> None:
     """More conversations than slots or the pool can hold, in random order, six at a time, some cancelled."""
@@ -8374,26 +8706,18 @@ def test_engine_lost_while_idle_is_replaced(number: int, words: str, breakable: 
     assert breakable.generate("=").text == TEXTS["="]
 
 
-def test_corrupt_tensor_type_fails_only_the_load(serve: Callable[..., Server], tmp_path: Path) -> None:
+def test_file_that_cannot_be_loaded_fails_only_that_load(serve: Callable[..., Server], tmp_path: Path) -> None:
     path = write_dice(tmp_path / "bad" / "corrupt.gguf")
-    data = path.read_bytes()
     name = b"blk.0.attn_q.weight"
-    at = data.index(name) + len(name) + 4 + 2 * 8  # skips the name, the dimension count and two dimensions
-    with_bytes(path, at, struct.pack("<I", 4000))
-    server = serve("--models-dir", path.parent)
-    if "corrupt" in server.ids():
-        reply = server.generate(model="corrupt")
-        assert reply.status == 500 and server.status("corrupt")["status"] == "failed"
-    assert server.get("/health").status == 200
-
-
-def test_engine_that_aborts_while_loading_fails_only_that_load(serve: Callable[..., Server], tmp_path: Path) -> None:
+    at = path.read_bytes().index(name) + len(name) + 4 + 2 * 8  # skips the name, the dimension count and two dimensions
+    with_bytes(path, at, struct.pack("<I", 4000))  # no such type of tensor
     doubled = [*VOCABULARY[:-1], VOCABULARY[-2]]  # two tokens with the same text make llama.cpp call abort()
     write_recital(tmp_path / "bad" / "doubled.gguf", tokens=doubled)
     write_recital(tmp_path / "bad" / "good.gguf")
     server = serve("--models-dir", tmp_path / "bad")
-    reply = server.generate(model="doubled")
-    assert reply.status == 500 and server.status("doubled")["status"] == "failed"
+    for model in {"doubled"} | ({"corrupt"} & set(server.ids())):
+        reply = server.generate(model=model)
+        assert reply.status == 500 and server.status(model)["status"] == "failed"
     assert server.generate(model="good").text == "Hello wide world"
 
 
@@ -8436,16 +8760,15 @@ HURRY = (("SILENCE = 30 ", "SILENCE = 2 "), ("STARTING = 180 ", "STARTING = 3 ")
 
 
 @linux
-def test_engine_with_a_full_pipe_that_hangs_is_unloaded_by_force(serve: Callable[..., Server], models: Path) -> None:
-    own = serve("--models-dir", models, "--ctx", str(LONG_CTX))
-    own.generate()
-    engine = own.engine("recital.gguf")
+def test_engine_with_a_full_pipe_that_hangs_is_unloaded_by_force(server: Server) -> None:
+    server.generate()
+    engine = server.engine("recital.gguf")
     os.kill(engine, signal.SIGSTOP)
     with ThreadPoolExecutor() as pool:
-        stuck = [pool.submit(own.generate, "x" * 300_000) for _ in range(3)]
-        eventually(lambda: own.status("recital")["requests_waiting"] == 3, "they are on their way")
+        stuck = [pool.submit(server.generate, "x" * 300_000) for _ in range(3)]
+        eventually(lambda: server.status("recital")["requests_waiting"] == 3, "they are on their way")
         started = time.monotonic()
-        assert own.unload("recital", "?force=true").json()["status"] == "unloaded"
+        assert server.unload("recital", "?force=true").json()["status"] == "unloaded"
         assert time.monotonic() - started < 20 and not alive(engine)
         for each in stuck:
             assert_error(each.result(), 500, "generation_failed")
@@ -8497,45 +8820,62 @@ def test_load_that_hangs_does_not_keep_the_server_or_the_engine_alive(stopped: C
     eventually(lambda: not alive(engine), "the engine is gone")
 
 
+@pytest.fixture(scope="module")
+def breakable(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server whose engine runs the file `break` with its next heartbeat."""
+    folder = tmp_path_factory.mktemp("breakable")
+    beat = '            pipe.send(Alive(next(filter(None, [pulse.beat() for pulse in pulses]), "")))\n'
+    lines = ("if os.path.exists('break'):", "    os.rename('break', 'broken')", "    exec(open('broken').read())")
+    breaks = "".join(f"            {line}\n" for line in lines)
+    script = altered(folder, (beat, breaks + beat), *HURRY)
+    flags: list[str | Path] = ["--port", "0", "--models-dir", models, "--ctx", str(LONG_CTX), "--parallel", "1"]
+    running = Server(folder / "home", *flags, script=script)
+    yield running
+    running.stop()
+
+
+def break_engine(server: Server, fault: str) -> None:
+    """Has a breakable engine run some lines of Python."""
+    (server.home / "broken").unlink(missing_ok=True)
+    (server.home / "next").write_text(fault)
+    (server.home / "next").rename(server.home / "break")
+    eventually((server.home / "broken").exists, "it breaks")
+
+
 @linux
-@pytest.mark.parametrize("task", ["decode", "sample", "tokenize"])
-def test_engine_that_does_not_come_back_from(task: str, serve: Callable[..., Server], models: Path, tmp_path: Path) -> None:
-    bounds = {"decode": ("900", "status = self.main.decode(plan)"), "sample": ("120", "urgent = self._sample(plan)"),
-              "tokenize": ("300", "job = submission.job\n        with self._answering(submission):")}  # fmt: skip
-    bound, line = bounds[task]
-    hang = f"\n        os.path.exists('hang') and time.sleep(1000)\n        {line}".strip()
-    script = altered(tmp_path, (line, hang), (f'"{task}": {bound},', f'"{task}": 1,'))
-    own = serve("--models-dir", models, "--ctx", str(LONG_CTX), script=script)
-    with own.endless() as stream:
+@cases("task, place", {"decode": ("decode", "Context.decode"), "sample": ("sample", "Engine._sample"),
+                       "tokenize": ("tokenize", "Intake._answering")})  # fmt: skip
+def test_engine_that_does_not_come_back_from(task: str, place: str, breakable: Server) -> None:
+    with breakable.endless() as stream:
         next(stream)
-        (own.home / "hang").touch()
-        newcomer = threading.Thread(target=own.generate)
+        break_engine(breakable, f"Pulse.LIMITS['{task}'] = 1; {place} = lambda *_: time.sleep(1000)")
+        newcomer = threading.Thread(target=breakable.generate)
         newcomer.start()
         rest = [event for event in stream if event != "[DONE]"]
         newcomer.join()
     assert f"'{task}' did not come to an end within 1 s" in rest[-1]["error"]["details"]
-    (own.home / "hang").unlink()
-    assert own.generate("=").text == TEXTS["="]
+    assert breakable.generate("=").text == TEXTS["="]
 
 
-def test_cancel_does_not_wait_for_the_tokenizer(serve: Callable[..., Server], models: Path, tmp_path: Path) -> None:
-    line = "job = submission.job\n        with self._answering(submission):"
-    slow = altered(tmp_path, (line, f"time.sleep(20)\n        {line}"))
-    own = serve("--models-dir", models, script=slow)
-    own.load("recital")
+@linux
+def test_cancel_does_not_wait_for_the_tokenizer(breakable: Server) -> None:
+    breakable.load("recital")
+    break_engine(breakable, "Intake._answering = lambda *_: time.sleep(1000)")
     started = time.monotonic()
-    with own.ws() as ws:
+    with breakable.ws() as ws:
         ws.send(json.dumps({"model": "recital", "prompt": ":"}))
-        eventually(lambda: own.status("recital")["requests_waiting"], "it is on its way")
+        eventually(lambda: breakable.status("recital")["requests_waiting"], "it is on its way")
         ws.send('{"cancel": true}')
         assert ws_answer(ws)[1]["finish_reason"] == "cancelled"
     assert time.monotonic() - started < 10
+    os.kill(engine_of(breakable), signal.SIGKILL)
+    eventually(lambda: not breakable.status("recital")["loaded"], "its death is known")
 
 
 def test_cancel_stops_the_engine_although_nobody_iterates(models: Path) -> None:
     """The thread that iterates may be stuck in a write to a client that does not read."""
     info, options = model_info(models / "recital.gguf"), module.EngineOptions(ctx=LONG_CTX, threads=1)
-    worker = module.Worker(info, module.Setup(options), 9, lambda *_: None, lambda _: None).start(lambda _: None)
+    worker = module.Worker(info, module.Setup(options), 9, lambda *_: None, lambda _: None).start()
     cancel, sampling = Cancellation(), module.Sampling(max_tokens=LONG_CTX, temperature=0)
     events = iter(worker.submit([module.Generate(("#",), sampling, frozenset())], cancel))
     while not isinstance(next(events), module.Piece):
@@ -8637,16 +8977,13 @@ def test_engine_out_of_memory_fails_requests_and_is_replaced(serve: Callable[...
 
 
 @linux
-def test_engine_whose_thread_has_no_memory_to_say_why_it_fails_is_replaced(
-    serve: Callable[..., Server], models: Path, tmp_path: Path
-) -> None:
-    places = ("prompt, constraint = self._prompt(job), job.sampling.constraint", 'log.exception("a job cannot begin")',
-              'log.exception("the engine fails")')  # fmt: skip
-    faults = [(old, "raise MemoryError") for old in places]
-    own = serve("--models-dir", models, script=altered(tmp_path, *faults))
-    reply = own.generate()
-    assert_error(reply, 500, "generation_failed")
-    assert_healthy(own)
+def test_engine_whose_thread_has_no_memory_to_say_why_it_fails_is_replaced(breakable: Server) -> None:
+    breakable.load("recital")
+    engine, logged = engine_of(breakable), len(breakable.log.read_text())
+    break_engine(breakable, "def fail(*_): raise MemoryError\nIntake._prompt = log.exception = fail")
+    eventually(lambda: breakable.generate().status == 500, "it fails")
+    eventually(lambda: not alive(engine), "it is gone")
+    assert breakable.generate().text == TEXTS[":"] and "Traceback" not in breakable.log.read_text()[logged:]
 
 
 def test_engine_whose_thread_never_begins_fails_its_load(serve: Callable[..., Server], models: Path, tmp_path: Path) -> None:
@@ -8663,28 +9000,13 @@ BABBLE = {
 }
 
 
-@pytest.fixture(scope="module")
-def breakable(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A server whose engine runs the file `break` with its next heartbeat."""
-    folder = tmp_path_factory.mktemp("breakable")
-    beat = '            pipe.send(Alive(next(filter(None, [pulse.beat() for pulse in pulses]), "")))\n'
-    lines = ("if os.path.exists('break'):", "    os.rename('break', 'broken')", "    exec(open('broken').read())")
-    breaks = "".join(f"            {line}\n" for line in lines)
-    script = altered(folder, (beat, breaks + beat), *HURRY)
-    flags: list[str | Path] = ["--port", "0", "--models-dir", models, "--ctx", str(LONG_CTX), "--parallel", "1"]
-    running = Server(folder / "home", *flags, script=script)
-    yield running
-    running.stop()
-
-
 @linux
 @cases("fault", BABBLE)
 def test_engine_whose_pipe_breaks_is_replaced(fault: str, breakable: Server) -> None:
     with breakable.endless() as stream:
         next(stream)
         engine = engine_of(breakable)
-        (breakable.home / "next").write_text(fault)
-        (breakable.home / "next").rename(breakable.home / "break")
+        break_engine(breakable, fault)
         rest = [event for event in stream if event != "[DONE]"]
     assert rest[-1]["error"]["code"] == "generation_failed"
     eventually(lambda: not alive(engine), "the engine is gone")
@@ -8832,6 +9154,9 @@ def test_model_whose_kernels_crash_loads_without_them_and_the_next_start_knows(
     serve: Callable[..., Server], stand_in: Callable[[str], dict[str, str]], models: Path
 ) -> None:
     first = serve("--models-dir", models, env=stand_in("crashes"))
+    asked = first.post("/api/models/recital/load", {"ctx": 512}).json()  # what a client asks for may be what crashes
+    assert asked["fallback"] == "without special CPU kernels" and first.get("/diag").json()["known_faults"]["rungs"] == {}
+    first.unload("recital")
     assert first.generate().text == TEXTS[":"]
     assert first.status("recital")["fallback"] == "without special CPU kernels"
     log = first.log.read_text()
@@ -8981,14 +9306,6 @@ def test_only_what_crashes_led_to_is_remembered(
     assert kept is None or known["reason"] == f"no luck: {next(c for c in causes if c != 'memory')}"
 
 
-def test_crash_of_what_a_client_asked_for_is_not_remembered(
-    serve: Callable[..., Server], stand_in: Callable[[str], dict[str, str]], models: Path
-) -> None:
-    own = serve("--models-dir", models, env=stand_in("crashes"))
-    assert own.post("/api/models/recital/load", {"ctx": 512}).json()["fallback"] == "without special CPU kernels"
-    assert own.get("/diag").json()["known_faults"]["rungs"] == {}
-
-
 def test_kernels_whose_trial_is_broken_off_from_outside_are_not_called_broken(tmp_path: Path) -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
         assert not module.has_crashed(-number)
@@ -9064,18 +9381,10 @@ def test_request_may_name_a_model_as(name: str, server: Server) -> None:
     assert server.generate(model=name, max_tokens=1).status == 200
 
 
-def test_request_by_file_stem_finds_the_model(serve: Callable[..., Server], tmp_path: Path) -> None:
-    write_recital(tmp_path / "stems" / "My_Recital One.gguf")
-    server = serve("--models-dir", tmp_path / "stems")
+def test_request_by_file_stem_finds_the_model(files: Server) -> None:
+    write_recital(files.home / "models" / "My_Recital One.gguf")
     for name in ("My_Recital One", "my-recital-one", "MY_RECITAL ONE"):
-        assert server.generate(model=name).text == "Hello wide world"
-
-
-def test_request_with_an_ambiguous_prefix_is_404(serve: Callable[..., Server], tmp_path: Path) -> None:
-    for name in ("ape-one", "ape-two"):
-        write_header(tmp_path / "apes" / f"{name}.gguf")
-    server = serve("--models-dir", tmp_path / "apes")
-    assert_error(server.generate(model="ape"), 404, "model_not_found", "ape")
+        assert files.generate(model=name).text == "Hello wide world"
 
 
 def test_request_cannot_name_a_path(server: Server, models: Path) -> None:
@@ -9092,23 +9401,18 @@ def test_v1_model_absent_or_aliased_means_default(model: dict[str, Any], server:
     assert server.post("/v1/chat/completions", body).message["content"] == "Hello wide world"
 
 
-def test_default_without_a_base_model_is_the_first_listed(serve: Callable[..., Server], tmp_path: Path) -> None:
-    for name in ("b-model", "a-model"):
-        write_header(tmp_path / "two" / f"{name}.gguf")
-    listed = serve("--models-dir", tmp_path / "two").get("/api/models").json()["models"]
+def test_default_without_a_base_model_is_the_first_listed_and_stays_so(serve: Callable[..., Server], tmp_path: Path) -> None:
+    for name in ("n-model", "m-model"):
+        write_header(tmp_path / "grow" / f"{name}.gguf")
+    server = serve("--models-dir", tmp_path / "grow")
+    listed = server.get("/api/models").json()["models"]
     assert listed[0]["id"] == "default"
     assert listed[0]["description"] == f"Base GGUF model: {listed[1]['id']}"
-    assert listed[1]["id"] in ("a-model", "b-model")
-
-
-def test_default_stays_the_same_after_a_rescan(serve: Callable[..., Server], tmp_path: Path) -> None:
-    write_header(tmp_path / "grow" / "m-model.gguf")
-    server = serve("--models-dir", tmp_path / "grow")
-    before = server.get("/api/models").json()["models"][0]["description"]
+    assert listed[1]["id"] in ("m-model", "n-model")
     write_header(tmp_path / "grow" / "a-model.gguf")
-    listed = server.post("/api/models/discover").json()["models"]
-    assert "a-model" in [model["id"] for model in listed]
-    assert server.get("/api/models").json()["models"][0]["description"] == before
+    again = server.post("/api/models/discover").json()["models"]
+    assert "a-model" in [model["id"] for model in again]
+    assert server.get("/api/models").json()["models"][0]["description"] == listed[0]["description"]
 
 
 def test_server_without_models_is_healthy_and_generate_is_404(serve: Callable[..., Server], tmp_path: Path) -> None:
@@ -9222,13 +9526,12 @@ def test_failed_load_is_reported_over_websocket(server: Server) -> None:
     assert text == "" and last["error"]["message"]
 
 
-def test_failed_model_loads_after_its_file_is_repaired(serve: Callable[..., Server], tmp_path: Path) -> None:
-    path = write_header(tmp_path / "mend" / "mended.gguf")
-    server = serve("--models-dir", path.parent)
-    assert server.generate(model="mended").status == 500
+def test_failed_model_loads_after_its_file_is_repaired(files: Server) -> None:
+    path = write_header(files.home / "models" / "mended.gguf")
+    assert files.generate(model="mended").status == 500
     write_recital(path)
-    server.post("/api/models/discover")
-    assert server.generate(model="mended").text == "Hello wide world"
+    files.post("/api/models/discover")
+    assert files.generate(model="mended").text == "Hello wide world"
 
 
 def test_unload_clears_a_failure(server: Server) -> None:
@@ -9237,12 +9540,12 @@ def test_unload_clears_a_failure(server: Server) -> None:
     assert (status["status"], status["error"]) == ("unloaded", None)
 
 
-def test_model_with_a_deleted_file_is_an_error(serve: Callable[..., Server], tmp_path: Path) -> None:
-    path = write_recital(tmp_path / "short" / "lived.gguf")
-    server = serve("--models-dir", path.parent)
-    assert "lived" in server.ids()
+def test_model_with_a_deleted_file_is_an_error(files: Server) -> None:
+    path = write_recital(files.home / "models" / "lived.gguf")
+    files.post("/api/models/discover")
+    assert "lived" in files.ids()
     path.unlink()
-    reply = server.generate(model="lived")
+    reply = files.generate(model="lived")
     assert reply.status in (404, 500) and reply.json()["error"]["code"] in ("model_not_found", "generation_failed")
 
 
@@ -9357,14 +9660,14 @@ def test_request_by_half_a_name_is_not_found(name: str, server: Server) -> None:
     assert_error(server.generate(model=name, max_tokens=1), 404, "model_not_found")
 
 
-def test_ambiguous_name_is_told_what_it_could_mean(serve: Callable[..., Server], tmp_path: Path) -> None:
+def test_ambiguous_name_is_told_what_it_could_mean(files: Server) -> None:
     for number in range(7):
-        write_header(tmp_path / "apes" / f"ape-{number}.gguf")
-    server = serve("--models-dir", tmp_path / "apes")
-    error = assert_error(server.generate(model="ape"), 404, "model_not_found")
+        write_header(files.home / "models" / f"ape-{number}.gguf")
+    files.post("/api/models/discover")
+    error = assert_error(files.generate(model="ape"), 404, "model_not_found")
     assert error["details"] == (
         "Model 'ape' is not available: it could mean ape-0, ape-1, ape-2, ape-3, ape-4 and 2 more")
-    message = server.chat(model="ape").json()["error"]["message"]
+    message = files.chat(model="ape").json()["error"]["message"]
     assert message == f"The specified model was not found: {error['details']}"
 
 
@@ -9377,23 +9680,27 @@ def test_v1_unknown_model_is_told_in_the_message_what_there_is(server: Server) -
 def test_models_named_in_vain_are_told_with_near_names(models: Path) -> None:
     options = TableOptions(default="recitol", aliases=(("gpt-*", "nonesuch"), ("ok", "dice"), ("d", "default")))
     table = ModelTable(Catalog([SearchRoot(str(models), "--models-dir")]), lambda *_: None, options)  # type: ignore[arg-type]
-    table.start()
     lost = list(table.names().unresolved(table.catalog))
     assert lost == [("--model", "recitol", "; did you mean recital?"), ("--alias gpt-*", "nonesuch", "")]
 
 
-def test_unknown_names_at_once_share_a_scan(serve: Callable[..., Server], models: Path, tmp_path: Path) -> None:
-    line = "skipped: dict[str, str] = {}  # reason by path\n"
-    told = "print('SCAN', file=sys.stderr, flush=True)\n        time.sleep(0.4)\n        "
-    script = altered(tmp_path, (line, told + line))
-    server = serve("--models-dir", models, script=script)
-    server.ids()
-    time.sleep(0.6)  # older than a look that serves an unknown name
-    before = server.log.read_text().count("SCAN")
+def test_unknown_names_at_once_share_a_scan(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table, scans, look = table_of(models, lambda *_: None), list[float](), Catalog._look
+
+    def slowly(catalog: Catalog, began: float) -> Any:
+        scans.append(began)
+        time.sleep(0.4)
+        return look(catalog, began)
+
+    def unknown(number: int) -> bool:
+        with pytest.raises(module.ModelNotFound):
+            table.resolve(f"nonesuch-{number}")
+        return True
+
+    monkeypatch.setattr(Catalog, "_look", slowly)
     with ThreadPoolExecutor(12) as pool:
-        replies = list(pool.map(lambda n: server.generate(model=f"nonesuch-{n}"), range(12)))
-    assert {reply.status for reply in replies} == {404}
-    assert server.log.read_text().count("SCAN") - before <= 3
+        assert all(pool.map(unknown, range(12)))
+    assert 1 <= len(scans) <= 3
 
 
 def test_first_scan_that_fails_leaves_nobody_waiting(serve: Callable[..., Server], tmp_path: Path) -> None:
@@ -9406,13 +9713,13 @@ def test_first_scan_that_fails_leaves_nobody_waiting(serve: Callable[..., Server
 class FakeWorker:
     """What a table asks of a worker, without a child."""
 
-    alive = True
-    loaded = types.SimpleNamespace(ctx=1, pool=1, parallel=1, devices="", memory_need=0, sees=False)
+    alive, progress = True, 0.0
+    parallel, loaded = 1, types.SimpleNamespace(ctx=1, pool=1, devices="", memory_need=0, sees=False)
 
     def __init__(self) -> None:
         self.measure, self.asked = threading.Event(), threading.Event()
 
-    def start(self, _: Any) -> FakeWorker:
+    def start(self) -> FakeWorker:
         return self
 
     def counts(self) -> tuple[int, int]:
@@ -9434,9 +9741,7 @@ class FakeWorker:
 
 
 def table_of(models: Path, start_worker: Any) -> ModelTable:
-    table = ModelTable(Catalog([SearchRoot(str(models), "--models-dir")]), start_worker, TableOptions())
-    table.start()
-    return table
+    return ModelTable(Catalog([SearchRoot(str(models), "--models-dir")]), start_worker, TableOptions())
 
 
 def test_failing_load_gives_each_waiter_an_exception_of_its_own(models: Path) -> None:
@@ -9477,6 +9782,23 @@ def test_memory_that_is_slow_to_ask_for_holds_up_nobody(models: Path) -> None:
         assert any(model["loaded"] for model in table.models()) and time.monotonic() - began < HANG / 4
         worker.measure.set()
         assert asked.result(HANG)["memory_bytes"] == 7
+    table.close()
+
+
+def test_engine_that_takes_long_to_end_holds_up_no_other_unload(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gone = threading.Event()
+    monkeypatch.setattr(FakeWorker, "memory_bytes", lambda _: 7)
+    monkeypatch.setattr(FakeWorker, "stop", lambda worker: None if worker is quick else gone.wait(HANG))
+    quick = FakeWorker()
+    table = table_of(models, lambda info, *_: quick if info.id == "recital" else FakeWorker())
+    for name in ("dice", "recital"):
+        assert table.load(name, True, Cancellation())["loaded"]
+    with ThreadPoolExecutor(1) as pool:
+        slow = pool.submit(table.unload, "dice", False, Cancellation())
+        eventually(lambda: table.status("dice")["status"] == "unloading", "it is to go")
+        assert table.unload("recital", False, Cancellation())["status"] == "unloaded" and not slow.done()
+        gone.set()
+        assert slow.result(HANG)["status"] == "unloaded"
     table.close()
 
 
@@ -9522,12 +9844,13 @@ def test_embedding_model_may_still_be_asked_about(tmp_path: Path) -> None:
         table.lease("a-bert", Cancellation())
 
 
-@pytest.fixture
-def full(serve: Callable[..., Server], models: Path, tmp_path: Path) -> Any:
+@pytest.fixture(scope="module")
+def full(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A server with room for one model, which is busy; who waits for room gives up after a second."""
-    script = altered(tmp_path, ("LOAD_WAIT_SECONDS = 60.0", "LOAD_WAIT_SECONDS = 1.0"))
-    server = serve("--models-dir", models, "--max-loaded", "1", "--ctx", str(LONG_CTX), script=script)
-    with server.endless() as stream:
+    folder = tmp_path_factory.mktemp("full")
+    script = altered(folder, ("LOAD_WAIT_SECONDS = 60.0", "LOAD_WAIT_SECONDS = 1.0"))
+    flags: list[str | Path] = ["--models-dir", models, "--max-loaded", "1", "--ctx", str(LONG_CTX)]
+    with shared(folder / "home", *flags, script=script) as server, server.endless() as stream:
         next(stream)
         yield server
 
@@ -9592,12 +9915,13 @@ def test_preset_gives_each_model_its_own_settings(serve: Callable[..., Server], 
      "a name for several": ("[a*]\nalias = b\n", "[a*] alias: a pattern means several models"),
      "twice": ("[a]\nctx = 5\nctx = 6\n", "option 'ctx' in section 'a' already exists"),
      "no INI": ("[a\n", "'[a"),
-     "no adapter": ("[a]\nlora = none.gguf\n", "[a] --lora none.gguf: there is no such file")},
+     "no adapter": ("[a]\nlora = none.gguf\n", "[a] --lora none.gguf: there is no such file"),
+     "no projector": ("[a]\nmmproj = eyes.gguf\n", "[a] --mmproj eyes.gguf: there is no such file")},
 )  # fmt: skip
 def test_preset_that_is_wrong_ends_the_start(text: str, words: str, tmp_path: Path) -> None:
     (tmp_path / "own.ini").write_text(text)
-    done = shimmy("serve", "--port", "0", "--preset", "own.ini", home=tmp_path)
-    assert_failed(done, 2, "--preset own.ini: ", words)
+    flags = ["serve", "--port", "0", "--preset", "own.ini"]
+    assert_failed(run_in_this_process(flags, tmp_path, b"", seeded(tmp_path, None)), 2, "--preset own.ini: ", words)
 
 
 def test_preset_that_is_not_there_ends_the_start(tmp_path: Path) -> None:
@@ -9635,7 +9959,7 @@ def test_load_with_other_settings_that_does_not_wait_is_answered_at_once_by_a_bu
      "out of range": ({"ctx": 0}, "ctx: '0' is no whole number from 1"),
          "sampling": ({"temperature": 1}, "a load takes the engine's settings"),
      "a file": ({"chat_template": "/etc/passwd"}, "chat_template names a file"),
-     "another": ({"lora": ["x"]}, "lora names a file"),
+     "another": ({"lora": ["x"]}, "lora names a file"), "a projector": ({"mmproj": "x"}, "mmproj names a file"),
      "no such device": ({"device": "CUDA9"}, "there is no such device"), "no object": ([1], "must be a JSON object")},
 )  # fmt: skip
 def test_load_refuses_settings_that_are_wrong_and_loses_nothing(body: Any, words: str, server: Server) -> None:
@@ -9686,11 +10010,14 @@ def test_ollamas_store_gives_parameters_system_message_and_adapters(serve: Calla
     assert "Speak:" not in own.post("/apply-template", {"model": "tiny:latest", "messages": own_words}).json()["prompt"]
 
 
-@cases("params", {"no JSON": b"{", "a list": b"[]", "out of range": b'{"temperature": 99}', "no number": b'{"num_ctx": "x"}'})
-def test_ollamas_parameters_that_are_wrong_leave_the_model_out_with_the_reason(params: bytes, tmp_path: Path) -> None:
-    ollama_model(tmp_path / ".ollama" / "models", "tiny", "latest", more={"params": params})
+def test_ollamas_parameters_that_are_wrong_leave_the_model_out_with_the_reason(tmp_path: Path) -> None:
+    wrong = {"no-json": b"{", "a-list": b"[]", "out-of-range": b'{"temperature": 99}', "no-number": b'{"num_ctx": "x"}'}
+    for tag, params in wrong.items():
+        ollama_model(tmp_path / ".ollama" / "models", "tiny", tag, more={"params": params})
     done = shimmy("list", "-v", home=tmp_path)
-    assert b"tiny:latest" not in done.stdout and b"latest: " in done.stderr
+    assert b"tiny:" not in done.stdout
+    for tag in wrong:
+        assert f"{tag}: " in done.stderr.decode()
 
 
 def test_context_that_one_client_wishes_for_in_vain_leaves_the_model_to_the_others(
@@ -12939,6 +13266,18 @@ def test_picture_is_checked_by_its_bytes(data: bytes, words: str) -> None:
     assert words in said
 
 
+@pytest.mark.parametrize("kind", [name for name, (_, words) in PICTURE_FILES.items() if " x " in words])
+def test_damaged_picture_is_a_picture_within_bounds_or_refused(kind: str) -> None:
+    data, chance = PICTURE_FILES[kind][0], random.Random(1)
+    for _ in range(500):
+        spoiled = bytearray(data[: chance.choice([len(data), chance.randrange(len(data))])] or b"?")
+        for _ in range(chance.randrange(8)):
+            spoiled[chance.randrange(len(spoiled))] = chance.choice([0, 1, 127, 255, chance.randrange(256)])
+        with contextlib.suppress(InvalidRequest):
+            picture = module.read_picture("images[0]", bytes(spoiled))
+            assert 0 < picture.width * picture.height <= module.MAX_PIXELS
+
+
 class SeeingWorker(FakeWorker):
     """Remembers the prompt of the job that it is given, and does no more."""
 
@@ -12970,7 +13309,6 @@ def seer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[Any], s
         return workers[-1]
 
     service.table._residents._make_worker = make
-    service.table.start()
 
     def read(dialect: Any) -> str:
         with contextlib.suppress(GenerationFailed):
@@ -13069,6 +13407,15 @@ def test_llama_server_prompt_needs_a_marker_for_each_image() -> None:
         module.LlamaCompletion({"prompt": {"prompt_string": "<__media__>", "multimodal_data": [RED64]}})
 
 
+def test_no_text_of_a_client_can_be_a_picture() -> None:
+    picture, mark = module.Picture(RED, 32, 40), "\ufdd0"
+    tool = {"type": "function", "function": {"name": "f", "description": f"{mark}0{mark}"}}
+    request = module.GenerateRequest(messages=({"role": "user", "content": (f"{mark}1{mark}", picture)},), tools=(tool,))
+    template = "{% for t in tools or [] %}{{ t.function.name }}{{ t.function.description }}{% endfor %}{{ messages[0].content }}"
+    prompt = chat(template).prompt(request)
+    assert "".join(part if isinstance(part, str) else "(red)" for part in prompt) == f"f{mark}0{mark}{mark}1{mark}(red)"
+
+
 def test_template_that_leaves_a_picture_out_is_refused() -> None:
     picture = module.Picture(RED, 32, 40)
     request = module.GenerateRequest(messages=({"role": "user", "content": ("Look", picture)},))
@@ -13104,9 +13451,8 @@ def test_every_dialect_shows_the_model_the_same_picture(seeing: Server) -> None:
     assert again["usage"]["prompt_tokens_details"]["cached_tokens"] == tokens - 1
     assert [d["choices"][0]["message"]["content"] == text for d in (again, blue)] == [True, False]
 
-    parts = [{"type": "input_image", "image_url": RED64}, {"type": "input_text", "text": "Look"}]
-    response = seeing.post("/v1/responses", {"input": [{"role": "user", "content": parts}], "temperature": 0,
-                                             "max_output_tokens": 8}).json()  # fmt: skip
+    asked = {"input": [{"role": "user", "content": RESPONSE_PARTS}], "temperature": 0, "max_output_tokens": 8}
+    response = seeing.post("/v1/responses", asked).json()
     claude = pictured(messages=[{"role": "user", "content": [RED_SOURCE, LOOK]}])
     message, options = seeing.post("/v1/messages", claude).json(), {"temperature": 0, "num_predict": 8}
     ollama = {"model": "seer", "options": options, "stream": False}
@@ -13121,6 +13467,27 @@ def test_every_dialect_shows_the_model_the_same_picture(seeing: Server) -> None:
     }  # fmt: skip
     assert said == dict.fromkeys(said, text)
     assert seeing.post("/v1/messages/count_tokens", claude).json() == {"input_tokens": tokens}
+
+
+RESPONSE_PARTS = [{"type": "input_image", "image_url": RED64}, {"type": "input_text", "text": "Look"}]
+PACKAGES: dict[str, Callable[[Server], str]] = {  # ask as their documentation does
+    "openai": lambda seeing: seeing.client().chat.completions.create(
+        model="seer", **pictured()).choices[0].message.content,
+    "openai, responses": lambda seeing: seeing.client().responses.create(
+        model="seer", temperature=0, max_output_tokens=8, input=[{"role": "user", "content": RESPONSE_PARTS}]).output_text,
+    "anthropic": lambda seeing: anthropic_client(seeing).messages.create(
+        model="seer", max_tokens=8, messages=[{"role": "user", "content": [RED_SOURCE, LOOK]}], extra_body={"temperature": 0},
+    ).content[0].text,
+    "ollama": lambda seeing: ollama_client(seeing).chat(
+        "seer", [{"role": "user", "content": "Look", "images": [RED]}], options={"temperature": 0, "num_predict": 8},
+    ).message.content,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_client_package_shows_the_model_a_picture(package: str, seeing: Server) -> None:
+    expected = seeing.post("/v1/chat/completions", pictured()).json()["choices"][0]["message"]["content"]
+    assert PACKAGES[package](seeing) == expected
 
 
 def test_socket_shows_the_model_a_picture(seeing: Server) -> None:
@@ -14345,8 +14712,7 @@ def test_histograms_hold_each_request_once_in_rising_buckets(serve: Callable[...
 
 
 def test_time_to_first_token_has_the_load_in_it(serve: Callable[..., Server], models: Path, tmp_path: Path) -> None:
-    context = "        n_batch = max(self.options.batch, self.options.parallel)\n"
-    script = altered(tmp_path, (context, "        time.sleep(0.3)\n" + context))
+    script = altered(tmp_path, (CONTEXT_BEGINS, "        time.sleep(0.3)\n" + CONTEXT_BEGINS))
     own = serve("--models-dir", models, script=script)
     own.generate(":")
     now = scrape(own)
@@ -14426,8 +14792,7 @@ def test_death_of_an_engine_is_counted_and_its_requests_as_errors(serve: Callabl
     assert now.of("recital", "vllm:request_success_total", finished_reason="error") == 1
 
 
-STOPS_HERE = ("        n_batch = max(self.options.batch, self.options.parallel)\n",
-              "        n_batch = max(self.options.batch, self.options.parallel)\n        time.sleep(60)\n")  # fmt: skip
+STOPS_HERE = (CONTEXT_BEGINS, CONTEXT_BEGINS + "        time.sleep(60)\n")
 
 
 def test_metrics_answer_at_once_while_a_model_loads(serve: Callable[..., Server], models: Path, tmp_path: Path) -> None:
@@ -14579,6 +14944,27 @@ def test_every_answer_has_an_id_of_its_own(method: str, path: str, body: Any, se
 def test_id_that_is_not_sane_is_replaced(sent: bytes, server: Server) -> None:
     (reply,) = exchange(server, head_of("GET", "/health").replace(b"\r\n\r\n", b"\r\nX-Request-Id: " + sent + b"\r\n\r\n"))
     assert reply.status == 200 and re.fullmatch(r"[0-9a-f]{16}", assert_id(reply))
+
+
+def test_a_large_body_gives_its_place_back_whatever_raises(serve: Callable[..., Server], models: Path, tmp_path: Path) -> None:
+    """Where even the error cannot be told; behind a WebSocket's request that ends so, another one holds a place."""
+    script = altered(
+        tmp_path,
+        ("threading.BoundedSemaphore(8)", "threading.BoundedSemaphore(1)"),
+        ("TURN_SECONDS = 10.0", "TURN_SECONDS = 0.2"),
+        ("        fail(ApiError(\"See the server's log\"))", "        raise"),
+        ("    value = parse_json(data, what)", "    assert b'boom' not in data\n    value = parse_json(data, what)"),
+    )
+    server, large = serve("--models-dir", models, script=script), " " * (module.TURN_BYTES + 1)
+    with pytest.raises(http.client.RemoteDisconnected):
+        server.post("/api/generate", f'{{"boom": "{large}"}}'.encode())
+    assert_error(server.post("/api/generate", f"{{{large}}}".encode()), 400, "invalid_request", "model")
+    with server.ws() as ws:
+        ws.send('{"boom": 1}')
+        with contextlib.suppress(ConnectionClosed):
+            ws.send(f"{{{large}}}")
+            ws.recv(HANG)
+    eventually(lambda: server.post("/api/generate", f"{{{large}}}".encode()).status == 400, "the place is free")
 
 
 def test_longest_sane_id_is_taken(server: Server) -> None:
@@ -15916,6 +16302,10 @@ class Tab:
     def markdown(self, text: str) -> str:
         return self.page.evaluate("text => { const d = make('div'); drawMarkdown(d, text); return d.innerHTML; }", text)
 
+    def drop(self, name: str, data: bytes, event: str = "drop") -> None:
+        """Drops a file on the box, or pastes it there."""
+        self.page.evaluate(DROP, [name, base64.b64encode(data).decode(), event])
+
     def load(self, *chats: dict[str, Any]) -> None:
         document = {"format": "shimmy-chats", "version": 1, "chats": chats}
         file = {"name": "chats.json", "mimeType": "application/json", "buffer": json.dumps(document).encode()}
@@ -15953,7 +16343,8 @@ def test_page_streams_an_answer_and_shows_its_figures(tab: Callable[..., Tab], s
     assert it.ask("hi") == "Hello wide world"
     figures = r"recital · 3 tokens · \d+(\.\d)? tokens/s · first token after \d+\.\d\d s · prompt \d+.*"
     assert re.fullmatch(figures, it.text(".figures"))
-    assert it.titles() == ["hi"] and it.text("#state") == "loaded"
+    assert it.titles() == ["hi"]
+    eventually(lambda: it.text("#state") == "loaded", "the model is shown as loaded")
 
 
 def test_page_shows_thoughts_folded(tab: Callable[..., Tab], server: Server) -> None:
@@ -16104,25 +16495,29 @@ def test_page_reload_in_mid_answer_keeps_what_was_written(tab: Callable[..., Tab
     eventually(lambda: server.status("recital")["requests_running"] == 0, "no request runs")
 
 
-def test_page_edit_asks_again_and_drops_what_followed(tab: Callable[..., Tab], server: Server) -> None:
+def test_page_keeps_the_versions_of_an_answer(tab: Callable[..., Tab], server: Server) -> None:
     it = tab(server)
     it.ask("hi")
-    it.ask("unicode")
-    it.page.locator("[aria-label='Edit and ask again']").first.click()
-    it.page.fill("#box", "count")
+    it.ask("=")
+    with it.page.expect_request("**/v1/chat/completions") as sent:
+        it.page.locator("[aria-label='Answer again']").first.click()
+    it.done()
+    assert sent.value.post_data_json["messages"] == [{"role": "user", "content": "hi"}] and it.questions() == ["hi"]
+    it.page.click("[aria-label='Edit and ask again']")
+    it.page.fill("#box", "unicode")
     it.press("Enter")
     it.done()
-    assert it.questions() == ["count"] and it.answer().startswith("w00 w01")
-
-
-def test_page_answers_again_in_place_of_the_last_answer(tab: Callable[..., Tab], server: Server) -> None:
-    it = tab(server)
-    it.ask("hi")
+    assert it.questions() == ["unicode"] and "3/3" in it.text(".answer .foot")
+    it.page.click("[aria-label='Later version']")  # the first comes behind the last
+    assert it.questions() == ["hi", "="] and "1/3" in it.page.locator(".answer .foot").first.inner_text()
+    assert it.page.evaluate("document.activeElement.ariaLabel") == "Later version"
+    it.page.reload()
+    assert it.questions() == ["hi", "="]
+    it.page.click("[aria-label='Earlier version']")
     with it.page.expect_request("**/v1/chat/completions") as sent:
-        it.page.click("[aria-label='Answer again']")
+        it.send("S")
+    assert [m["content"] for m in sent.value.post_data_json["messages"]] == ["unicode", "café and😀!!!", "S"]
     it.done()
-    assert sent.value.post_data_json["messages"] == [{"role": "user", "content": "hi"}]
-    assert it.page.locator(".answer").count() == 1
 
 
 def test_page_copies_the_answer_as_it_was_written(tab: Callable[..., Tab], server: Server) -> None:
@@ -16165,14 +16560,13 @@ def test_page_export_and_import_carry_the_talk_over(tab: Callable[..., Tab], ser
     assert other.answer() == "Hello wide world" and other.text(".figures") == it.text(".figures")
 
 
-@cases("text", {
-    "no JSON": "hello", "another format": "{}", "a list": "[]", "no chats": '{"format": "shimmy-chats", "chats": 3}',
-    "no turns": '{"format": "shimmy-chats", "chats": [{"title": "x"}]}', "null": "null",
-})  # fmt: skip
-def test_page_import_of_another_file_is_refused(text: str, tab: Callable[..., Tab], server: Server) -> None:
+def test_page_import_of_another_file_is_refused(tab: Callable[..., Tab], server: Server) -> None:
     it = tab(server)
-    it.page.set_input_files("#imported", {"name": "other.json", "mimeType": "application/json", "buffer": text.encode()})
-    it.wait("#notice", "other.json was not imported")
+    chats = '{"format": "shimmy-chats", "chats": %s}'
+    for text in ("hello", "{}", "[]", "null", chats % 3, chats % '[{"title": "x"}]'):  # the last has no turns
+        it.page.set_input_files("#imported", {"name": "other.json", "mimeType": "application/json", "buffer": text.encode()})
+        it.wait("#notice", "other.json was not imported")
+        it.page.click("#notice [aria-label=Dismiss]")
     assert it.titles() == []
 
 
@@ -16226,33 +16620,128 @@ def test_page_with_the_tiny_model_alone_says_how_to_get_a_real_one(tab: Callable
     assert "python shimmy.py pull OWNER/REPO" in it.wait(".empty", "Only the tiny").inner_text()
 
 
-DROP = """([name, type, data, event]) => {
+DROP = """([name, data, event]) => {
   const moved = new DataTransfer();
-  moved.items.add(new File([Uint8Array.from(data)], name, {type}));
+  moved.items.add(new File([Uint8Array.from(atob(data), letter => letter.charCodeAt(0))], name));
   const more = event === "drop" ? {dataTransfer: moved} : {clipboardData: moved};
   box.dispatchEvent(new (event === "drop" ? DragEvent : ClipboardEvent)(event, {bubbles: true, cancelable: true, ...more}));
 }"""
 
 
-@cases("name, kind, data", {
-    "image": ("cat.png", "image/png", b"\x89PNG\0\xff"), "binary": ("a.bin", "application/octet-stream", b"\x89\xff"),
-    "large": ("a.txt", "text/plain", b"a" * 300_000),
-})  # fmt: skip
-@cases("event", {"dropped": "drop", "pasted": "paste"})
-def test_page_refuses_files_kindly(
-    event: str, name: str, kind: str, data: bytes, tab: Callable[..., Tab], server: Server
-) -> None:
+def test_page_refuses_files_kindly(tab: Callable[..., Tab], server: Server) -> None:
     it = tab(server)
-    it.page.evaluate(DROP, [name, kind, list(data), event])
-    it.wait("#notice", f"{name} cannot be read: the models here read text files of up to 200 kB")
-    assert it.page.input_value("#box") == ""
+    files = {"cat.png": b"\x89PNG\0\xff", "a.bin": b"\x89\xff", "large.txt": b"a" * 300_000}
+    for event, (name, data) in itertools.product(("drop", "paste"), files.items()):
+        it.drop(name, data, event)
+        it.wait("#notice", f"{name} cannot be read: only pictures and text files of up to 200 kB can.")
+        it.page.click("#notice [aria-label=Dismiss]")
+    assert it.page.locator("#files > *").count() == 0
 
 
-def test_page_puts_a_dropped_text_file_into_the_box(tab: Callable[..., Tab], server: Server) -> None:
+def test_page_sends_a_text_file_before_the_question(tab: Callable[..., Tab], server: Server) -> None:
     it = tab(server)
-    it.page.evaluate(DROP, ["note.md", "text/markdown", list("é ```x```".encode()), "drop"])
-    eventually(lambda: it.page.input_value("#box"), "text in the box")
-    assert it.page.input_value("#box") == "note.md:\n\né ```x```\n"
+    it.drop("note.md", "é ```x```".encode())
+    it.wait("#files details", "note.md")
+    with it.page.expect_request("**/v1/chat/completions") as sent:
+        it.send("hi")
+    parts = [{"type": "text", "text": "note.md:\n\né ```x```\n"}, {"type": "text", "text": "hi"}]
+    assert sent.value.post_data_json["messages"] == [{"role": "user", "content": parts}]
+    it.done()
+    it.page.click(".user details summary")
+    assert it.text(".user details pre") == "é ```x```" and it.page.locator("#files > *").count() == 0
+
+
+def picture_of(width: int, height: int, noise: int = 0) -> bytes:
+    """A PNG, grey, or of pixels that no format makes smaller."""
+    row = random.Random(noise).randbytes if noise else bytes
+    rows = b"".join(b"\0" + row(3 * width) for _ in range(height))
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
+
+    head = width.to_bytes(4, "big") + height.to_bytes(4, "big") + b"\x08\x02\0\0\0"
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+def with_eyes(it: Tab) -> Tab:
+    """Lets the page believe that recital sees."""
+
+    def answer(route: Any) -> None:
+        listed = route.fetch().json()
+        route.fulfill(json={"models": [m | {"vision": m["id"] == "recital"} for m in listed["models"]]})
+
+    it.page.route("**/api/models", answer)
+    it.page.reload()
+    eventually(lambda: "sees" in it.text("#model"), "the models are listed")
+    return it
+
+
+def test_page_sends_pictures_scaled_down_and_keeps_them(tab: Callable[..., Tab], server: Server) -> None:
+    it = with_eyes(tab(server))
+    it.drop("wide.png", picture_of(2000, 10), "paste")
+    it.page.set_input_files("#added", [{"name": "cat.png", "mimeType": "", "buffer": picture_of(4, 3)}])
+    it.wait("#files img[alt='cat.png']")
+    it.page.click("[aria-label='Remove cat.png']")
+    with it.page.expect_request("**/v1/chat/completions") as sent:
+        it.send("What is this?")
+    ((picture, question),) = (m["content"] for m in sent.value.post_data_json["messages"])
+    assert question == {"type": "text", "text": "What is this?"} and picture["type"] == "image_url"
+    url = picture["image_url"]["url"]
+    assert url.startswith("data:image/png;base64,")
+    assert struct.unpack(">2I", base64.b64decode(url.partition(",")[2])[16:24]) == (1280, 7)
+    it.done()
+    it.page.reload()
+    assert it.page.locator(".user img").evaluate_all("all => all.map(i => [i.alt, i.naturalWidth])") == [["wide.png", 1280]]
+    it.page.click("[aria-label='Edit and ask again']")
+    assert it.page.locator("#files img").count() == 1 and it.page.input_value("#box") == "What is this?"
+
+
+def test_page_takes_no_picture_for_a_model_that_does_not_see(tab: Callable[..., Tab], server: Server) -> None:
+    it = with_eyes(tab(server))
+    it.page.select_option("#model", "plain")
+    it.drop("cat.png", picture_of(4, 3))
+    it.wait("#notice", "cat.png was not added: plain does not see pictures.")
+    assert it.page.locator("#files > *").count() == 0
+
+
+def test_page_drops_the_oldest_pictures_where_its_storage_is_full(tab: Callable[..., Tab], server: Server) -> None:
+    it = tab(server)
+    pictures = ["data:image/png;base64," + base64.b64encode(picture_of(100, 100, n)).decode() for n in (1, 2, 3)]
+    files = [[{"name": f"{n}.png", "picture": url}] for n, url in enumerate(pictures)]
+    old = talk("old", page_said("a", files=files[0]), "and", page_said("", files=files[1]))
+    it.load(talk("new", page_said("b", files=files[2])), old)
+    it.page.evaluate("""size => {
+      for (; size > 250; size >>= 1) try { localStorage.fill = (localStorage.fill || "") + "x".repeat(size); } catch {}
+    }""", 1 << 22)  # fmt: skip
+    it.page.click("#chats li:first-child .open")
+    it.ask("hi")
+    it.wait("#notice", "The browser’s storage is full: the oldest pictures were removed from it.")
+    it.page.reload()
+    assert it.answer() == "Hello wide world" and it.page.locator(".user img").count() == 1
+    it.page.click("#chats li:nth-child(2) .open")
+    assert it.page.locator(".user img").evaluate_all("all => all.map(i => i.alt)") == ["1.png"]
+    assert "no more room" in (it.page.locator(".user details").text_content() or "")
+
+
+def test_page_tabs_that_answer_in_one_chat_keep_both_answers(tab: Callable[..., Tab], server: Server) -> None:
+    it = tab(server)
+    it.ask("hi")
+    other = it.context.new_page()
+    other.goto(it.page.url)
+    other.wait_for_selector(".answer .figures")
+    it.send("forever")
+    other.wait_for_selector(".words >> text=forever")
+    other.fill("#box", "forever too")
+    other.keyboard.press("Enter")
+    it.wait(".words", "forever too")
+    other.wait_for_selector(".answer:last-child .md p")
+    for stopping in (other, it.page):  # whoever ends first has not seen the other's words
+        stopping.keyboard.press("Escape")
+        stopping.wait_for_selector("#send[aria-label=Send]")
+    for page in (it.page, other):
+        page.reload()
+        assert page.locator(".user .words").all_inner_texts() == ["hi", "forever", "forever too"]
+        assert all("Tick" in text for text in page.locator(".answer .md").all_inner_texts()[1:])
 
 
 # The page and hostile text.
@@ -16305,14 +16794,16 @@ MARKDOWN = {
     "relative link": ("[a](/b) [c](b:d) [e](//f)", "<p>[a](/b) [c](b:d) [e](//f)</p>"),
     "math": (r"\(x_1\) and \[*y*\], a\_b", r"<p>\(x_1\) and \[*y*\], a_b</p>"),
     "tasks": ("- [x] a\n- [ ] b\n- [y] c", "<ul><li><p>☑ a</p></li><li><p>☐ b</p></li><li><p>[y] c</p></li></ul>"),
+    "line break": ("a<br>b `<br>` <br", "<p>a\nb <code>&lt;br&gt;</code> &lt;br</p>"),
     "line break in a table": ("|a|\n|-|\n|b<br>c<BR />d|", '<div class="wide" tabindex="0" role="region" aria-label="Table">'
                               "<table><thead><tr><th>a</th></tr></thead><tbody><tr><td>b\nc\nd</td></tr></tbody></table></div>"),
 }  # fmt: skip
 
 
-@cases("text, html", MARKDOWN)
-def test_page_markdown(text: str, html: str, tab: Callable[..., Tab], server: Server) -> None:
-    assert tab(server).markdown(text) == html
+def test_page_markdown(tab: Callable[..., Tab], server: Server) -> None:
+    it = tab(server)
+    drawn = {name: (text, it.markdown(text)) for name, (text, _) in MARKDOWN.items()}
+    assert drawn == MARKDOWN
 
 
 def test_page_links_open_elsewhere_and_tell_nothing(tab: Callable[..., Tab], server: Server) -> None:
@@ -16348,15 +16839,17 @@ MARKDOWN_BOMBS = {
 }  # fmt: skip
 
 
-@cases("bomb", MARKDOWN_BOMBS)
-def test_page_markdown_bombs_are_shown_like_any_text(bomb: str, tab: Callable[..., Tab], server: Server) -> None:
-    deepest = """text => {
-      const drawn = make("div");
-      drawMarkdown(drawn, text);
-      const depth = e => { let n = 0; for (; e !== drawn; e = e.parentElement) n++; return n; };
-      return Math.max(...[...drawn.querySelectorAll("*")].map(depth));
-    }"""
-    assert tab(server).page.evaluate(deepest, bomb) < 30
+def test_page_markdown_bombs_are_shown_like_any_text(tab: Callable[..., Tab], server: Server) -> None:
+    it = tab(server)
+    for name, bomb in MARKDOWN_BOMBS.items():
+        deepest, seconds = it.page.evaluate("""text => {
+          const drawn = make("div"), began = performance.now();
+          drawMarkdown(drawn, text);
+          const seconds = (performance.now() - began) / 1000;
+          const depth = e => { let n = 0; for (; e !== drawn; e = e.parentElement) n++; return n; };
+          return [Math.max(...[...drawn.querySelectorAll("*")].map(depth)), seconds];
+        }""", bomb)  # fmt: skip
+        assert deepest < 30 and seconds < 5, name
 
 
 def test_page_draws_a_growing_answer_as_it_would_draw_it_whole(tab: Callable[..., Tab], server: Server) -> None:
@@ -16373,15 +16866,18 @@ def test_page_draws_a_growing_answer_as_it_would_draw_it_whole(tab: Callable[...
     assert same == "same"
 
 
-def test_page_draws_only_the_last_block_of_a_long_answer_again(tab: Callable[..., Tab], server: Server) -> None:
-    """110 kB took 96 ms, each time that a word came."""
-    milliseconds = tab(server).page.evaluate("""text => {
+def test_page_draws_only_the_end_of_a_long_answer_again(tab: Callable[..., Tab], server: Server) -> None:
+    """110 kB took 96 ms, each time that a word came; so did long lists, tables and code."""
+    words = "Some *words* and `code`, in a line.\n"
+    shapes = {"paragraphs": (words + "\n") * 2000, "list": ("- " + words) * 2000, "code": "```\n" + words * 2000,
+              "table": "|a|b|\n|-|-|\n" + "|some|words|\n" * 2000}  # fmt: skip
+    milliseconds = tab(server).page.evaluate("""shapes => Object.fromEntries(Object.entries(shapes).map(([name, text]) => {
       const drawn = make("div");
       drawMarkdown(drawn, text);
       const began = performance.now();
       for (let n = 0; n < 20; n++) drawMarkdown(drawn, text += "word ");
-      return (performance.now() - began) / 20; }""", "Some *words* and `code`, in a paragraph.\n\n" * 2700)  # fmt: skip
-    assert milliseconds < 20
+      return [name, (performance.now() - began) / 20]; }))""", shapes)  # fmt: skip
+    assert max(milliseconds.values()) < 5, milliseconds
 
 
 def test_page_composing_a_word_neither_sends_nor_stops(tab: Callable[..., Tab], server: Server) -> None:
@@ -16489,13 +16985,13 @@ def test_page_focus_goes_in_the_order_of_reading(tab: Callable[..., Tab], server
     it.ask("hi")
     it.page.focus("#skip")
     seen = []
-    for _ in range(13):
+    for _ in range(14):
         it.press("Tab")
         seen.append(it.page.evaluate("(e => e.id || e.getAttribute('aria-label') || e.textContent)(document.activeElement)"))
         assert it.page.evaluate("document.activeElement.matches(':focus-visible')"), seen
     assert seen == [
         "new", "hi", "Delete hi", "export", "import", "model", "tune", "log", "Copy the question", "Edit and ask again",
-        "Copy the answer", "Answer again", "box"]  # fmt: skip
+        "Copy the answer", "Answer again", "add", "box"]  # fmt: skip
 
 
 def test_page_every_field_and_button_has_a_name(tab: Callable[..., Tab], server: Server) -> None:
@@ -16579,7 +17075,6 @@ def test_page_scrolls_with_an_answer_only_from_its_end(tab: Callable[..., Tab], 
 
 COMMIT = "c0ffee" * 6 + "c0ff"
 REPO_NAME = "tester/Recital-GGUF"
-QUICK = ("PULL_RETRY_SECONDS = (1.0, 2.0, 4.0, 8.0, 16.0)", "PULL_RETRY_SECONDS = (0.01, 0.01, 0.01)")
 
 
 class FakeHub:
@@ -16683,10 +17178,13 @@ def hub() -> Iterator[FakeHub]:
     running.close()
 
 
+pull = functools.partial(shimmy, "pull")
+
+
 @pytest.fixture
-def quick(tmp_path: Path) -> Path:
-    """A shimmy.py that waits only briefly before it tries again."""
-    return altered(tmp_path, QUICK)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pull in this process waits only briefly before it tries again."""
+    monkeypatch.setattr(module, "PULL_RETRY_SECONDS", (0.01, 0.01, 0.01))
 
 
 def cache(home: Path) -> Path:
@@ -16711,7 +17209,7 @@ def test_pull_lays_files_out_as_the_hubs_cache(hub: FakeHub, tmp_path: Path) -> 
 
 def test_pulled_model_is_found_by_huggingface_hub(hub: FakeHub, tmp_path: Path) -> None:
     library = pytest.importorskip("huggingface_hub")
-    shimmy("pull", f"{REPO_NAME}:Q8_0", home=tmp_path, env=hub.env)
+    pull(f"{REPO_NAME}:Q8_0", home=tmp_path, env=hub.env)
     folder = cache(tmp_path).parent
     found = library.hf_hub_download(REPO_NAME, "recital-q8_0.gguf", cache_dir=folder, local_files_only=True)
     assert Path(found).read_bytes() == hub.files["recital-q8_0.gguf"]
@@ -16722,7 +17220,7 @@ def test_pulled_model_is_found_by_huggingface_hub(hub: FakeHub, tmp_path: Path) 
 
 
 def test_pull_ends_with_the_next_command(hub: FakeHub, tmp_path: Path) -> None:
-    done = shimmy("pull", REPO_NAME, home=tmp_path, env=hub.env)
+    done = pull(REPO_NAME, home=tmp_path, env=hub.env)
     assert 'generate recital-q4-k-m "Hello"' in done.stderr.decode()
     assert "there are also Q8_0 (488KB)" in done.stderr.decode()
 
@@ -16783,13 +17281,13 @@ def test_pull_offers_no_shards_that_are_not_all_there() -> None:
 
 def test_pull_fetches_every_shard(hub: FakeHub, tmp_path: Path) -> None:
     hub.files = {f"Q4_K_M/big-0000{i}-of-00003.gguf": os.urandom(1000 + i) for i in (1, 2, 3)}
-    done = shimmy("pull", REPO_NAME, home=tmp_path, env=hub.env)
+    done = pull(REPO_NAME, home=tmp_path, env=hub.env)
     assert done.stdout.decode().endswith("Q4_K_M/big-00001-of-00003.gguf\n"), done.stderr
     assert all(fetched(tmp_path, name) == data for name, data in hub.files.items())
 
 
 def test_pull_sends_the_token_to_the_hub_only(hub: FakeHub, tmp_path: Path) -> None:
-    done = shimmy("pull", REPO_NAME, home=tmp_path, env={**hub.env, "HF_TOKEN": "hf_secret"})
+    done = pull(REPO_NAME, home=tmp_path, env={**hub.env, "HF_TOKEN": "hf_secret"})
     sent = {(port, headers.get("Authorization")) for port, _, headers in hub.seen}
     assert done.returncode == 0 and sent == {("hub", "Bearer hf_secret"), ("cdn", None)}
 
@@ -16798,50 +17296,76 @@ def test_pull_reads_the_token_that_hf_auth_login_wrote(hub: FakeHub, tmp_path: P
     (tmp_path / ".cache" / "huggingface").mkdir(parents=True)
     (tmp_path / ".cache" / "huggingface" / "token").write_text("hf_stored\n")
     hub.gated, hub.token = True, "hf_stored"
-    assert shimmy("pull", REPO_NAME, home=tmp_path, env=hub.env).returncode == 0
+    assert pull(REPO_NAME, home=tmp_path, env=hub.env).returncode == 0
 
 
 @cases("token", {"none": "", "another account's": "hf_other"})
 def test_pull_of_a_gated_repository_says_where_its_licence_is(token: str, hub: FakeHub, tmp_path: Path) -> None:
     hub.gated, hub.token = True, "hf_right"
-    done = shimmy("pull", REPO_NAME, home=tmp_path, env={**hub.env, "HF_TOKEN": token})
+    done = pull(REPO_NAME, home=tmp_path, env={**hub.env, "HF_TOKEN": token})
     error = done.stderr.decode().splitlines()[-1]
     assert done.returncode == 1 and f"accept its licence at {hub.url}/{REPO_NAME}" in error and "HF_TOKEN" in error
 
 
-def test_pull_of_an_unknown_repository_offers_near_names(hub: FakeHub, tmp_path: Path) -> None:
-    done = shimmy("pull", "tester/Recitel-GGUF", home=tmp_path, env=hub.env)
-    assert_failed(done, 1, "there is no tester/Recitel-GGUF", "HF_TOKEN", f"did you mean {REPO_NAME}?")
+def says(body: bytes) -> Callable[[Any], None]:
+    """An answer of the hub's."""
+    return lambda request: request.reply(200, {}, body)
 
 
-def test_pull_of_an_unknown_quantization_names_those_that_are_there(hub: FakeHub, tmp_path: Path) -> None:
-    assert_failed(shimmy("pull", f"{REPO_NAME}:Q5_0", home=tmp_path, env=hub.env), 1, "no Q5_0", "Q4_K_M (391KB)", "Q8_0")
+NOWHERE = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_TOKEN": "hf_secret"}
+BRACKET, PORT = "http://[bad/x.gguf", "http://127.0.0.1:99999/x.gguf"  # no addresses
+FAILING_PULLS: dict[str, tuple[str, dict[str, Any], list[str]]] = {  # what is asked for, how the hub is, what is said
+    "an unknown repository": ("tester/Recitel-GGUF", {}, [
+        "there is no tester/Recitel-GGUF", "HF_TOKEN", f"did you mean {REPO_NAME}?"]),
+    "a search nested without end": (REPO_NAME, {"answer_api": lambda request: request.reply(
+        *((200, {}, b"[" * 100_000) if "search" in request.path else (404, {})))}, ["there is no"]),
+    "an unknown quantization": (f"{REPO_NAME}:Q5_0", {}, ["no Q5_0", "Q4_K_M (391KB)", "Q8_0"]),
+    "no GGUF": (REPO_NAME, {"files": {"model.safetensors": b"x"}}, ["no GGUF model", "-GGUF"]),
+    **{f"no name: {name}": (name, {"env": {"HF_ENDPOINT": NOWHERE["HF_ENDPOINT"]}}, ["OWNER/REPO"])
+       for name in ("recital", "../x", "a/..", "", "file:///etc/passwd")},
+    "an hour to wait": (REPO_NAME, {"answers": [(429, {"Retry-After": "3600"})]}, ["429", "3600 s"]),
+    **{f"no hub: {answer[:9]!r}": (REPO_NAME, {"answer_api": says(answer)}, ["no list"])
+       for answer in (b"<html>", b"[]", b'{"sha":"../..","siblings":[]}', b"[" * 100_000)},
+    "no network": (REPO_NAME, {"env": {"HF_ENDPOINT": NOWHERE["HF_ENDPOINT"]}}, [
+        "127.0.0.1:9 cannot be reached: Connection refused"]),
+    **{f"an endpoint {endpoint}": (REPO_NAME, {"env": {"HF_ENDPOINT": endpoint}}, ["HF_ENDPOINT", "write an address"])
+       for endpoint in ("huggingface.co", "file:///etc", "http://[x")},
+    **{f"a redirect to {place}": (REPO_NAME, {"answers": [(302, {"Location": place})] * 20}, ["redirects"])
+       for place in ("file:///etc/passwd", "/api/again")},
+    **{f"a redirect to {place}": ("{cdn}/x.gguf", {"answers": [(302, {"Location": place})], "env": NOWHERE}, [
+        "redirects to", "refused"]) for place in (BRACKET, PORT)},
+    **{f"no address: {place}": (place, {"env": NOWHERE}, ["is no model to fetch"])
+       for place in (BRACKET, PORT, "http:///x.gguf")},
+    "a web page": ("{cdn}/own.gguf", {"files": {"own.gguf": b"<html>"}}, ["no GGUF file"]),
+    **{f"a length {length[:9]}": ("{cdn}/x.gguf", {
+        "answers": [(200, {"Content-Length": length})], "answer_file": says(b"GGUF"), "env": NOWHERE}, [""])
+       for length in ("²", "9" * 400, "9" * 5000)},
+}  # fmt: skip
 
 
-def test_pull_of_a_repository_without_gguf_says_so(hub: FakeHub, tmp_path: Path) -> None:
-    hub.files = {"model.safetensors": b"x"}
-    assert_failed(shimmy("pull", REPO_NAME, home=tmp_path, env=hub.env), 1, "no GGUF model", "-GGUF")
-
-
-@cases("name", {"no slash": "recital", "a path up": "../x", "dots": "a/..", "empty": "", "file": "file:///etc/passwd"})
-def test_pull_of_what_is_no_name_fails_in_one_line(name: str, tmp_path: Path) -> None:
-    assert_failed(shimmy("pull", name, home=tmp_path, env={"HF_ENDPOINT": "http://127.0.0.1:9"}), 1, "OWNER/REPO")
+@cases("name, changes, words", FAILING_PULLS)
+def test_pull_that_fails_says_why_in_one_line(
+    name: str, changes: dict[str, Any], words: list[str], hub: FakeHub, tmp_path: Path
+) -> None:
+    for what, value in changes.items():
+        setattr(hub, what, copy.copy(value))
+    assert_failed(pull(name.format(cdn=hub.cdn), home=tmp_path, env=hub.env), 1, *words)
 
 
 @cases("cut", {"early": [0.3], "late": [0.99], "often": [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8]})
-def test_pull_goes_on_after_the_connection_was_cut(cut: list[float], hub: FakeHub, quick: Path, tmp_path: Path) -> None:
+def test_pull_goes_on_after_the_connection_was_cut(cut: list[float], hub: FakeHub, quick: None, tmp_path: Path) -> None:
     hub.cuts = list(cut)
-    done = shimmy("pull", REPO_NAME, home=tmp_path, env=hub.env, script=quick)
+    done = pull(REPO_NAME, home=tmp_path, env=hub.env)
     assert done.returncode == 0 and fetched(tmp_path, "recital-q4_k_m.gguf") == hub.files["recital-q4_k_m.gguf"]
     assert [headers.get("Range") for headers in hub.downloads()] == [None, *(f"bytes={int(c * 400_000)}-" for c in cut)]
 
 
-def test_pull_that_failed_is_continued_by_the_next(hub: FakeHub, quick: Path, tmp_path: Path) -> None:
+def test_pull_that_failed_is_continued_by_the_next(hub: FakeHub, quick: None, tmp_path: Path) -> None:
     hub.cuts = [0.5, 0.0, 0.0, 0.0]
-    cut = shimmy("pull", REPO_NAME, home=tmp_path, env=hub.env, script=quick)
+    cut = pull(REPO_NAME, home=tmp_path, env=hub.env)
     assert_failed_last(cut, "pull again to go on", "195KB of 391KB")
     assert [part.stat().st_size for part in parts(tmp_path)] == [200_000]
-    done = shimmy("pull", REPO_NAME, home=tmp_path, env=hub.env)
+    done = pull(REPO_NAME, home=tmp_path, env=hub.env)
     assert done.returncode == 0 and hub.downloads()[-1]["Range"] == "bytes=200000-"
     assert "195KB still to fetch" in done.stderr.decode()
     assert fetched(tmp_path, "recital-q4_k_m.gguf") == hub.files["recital-q4_k_m.gguf"] and not parts(tmp_path)
@@ -16854,43 +17378,38 @@ def assert_failed_last(done: subprocess.CompletedProcess[bytes], *words: str) ->
     assert all(word in message.splitlines()[-1] for word in words), message
 
 
-def test_pull_begins_anew_where_the_server_ignores_ranges(hub: FakeHub, quick: Path, tmp_path: Path) -> None:
+def test_pull_begins_anew_where_the_server_ignores_ranges(hub: FakeHub, quick: None, tmp_path: Path) -> None:
     hub.ignores_range, hub.cuts = True, [0.3]
-    assert shimmy("pull", REPO_NAME, home=tmp_path, env=hub.env, script=quick).returncode == 0
+    assert pull(REPO_NAME, home=tmp_path, env=hub.env).returncode == 0
     assert fetched(tmp_path, "recital-q4_k_m.gguf") == hub.files["recital-q4_k_m.gguf"]
 
 
 def test_pull_removes_what_has_the_wrong_checksum(hub: FakeHub, tmp_path: Path) -> None:
     hub.spoils = True
-    assert_failed_last(shimmy("pull", REPO_NAME, home=tmp_path, env=hub.env), "SHA-256 is wrong")
+    assert_failed_last(pull(REPO_NAME, home=tmp_path, env=hub.env), "SHA-256 is wrong")
     assert list((cache(tmp_path) / "blobs").iterdir()) == [] and not (cache(tmp_path) / "refs").exists()
 
 
 def test_pull_waits_as_long_as_a_busy_hub_asks_for(hub: FakeHub, tmp_path: Path) -> None:
     hub.answers = [(429, {"Retry-After": "2"})]
     began = time.monotonic()
-    assert shimmy("pull", REPO_NAME, home=tmp_path, env=hub.env).returncode == 0
+    assert pull(REPO_NAME, home=tmp_path, env=hub.env).returncode == 0
     assert time.monotonic() - began >= 2
-
-
-def test_pull_gives_up_where_the_hub_asks_for_an_hour(hub: FakeHub, tmp_path: Path) -> None:
-    hub.answers = [(429, {"Retry-After": "3600"})]
-    assert_failed(shimmy("pull", REPO_NAME, home=tmp_path, env=hub.env), 1, "429", "3600 s")
 
 
 def test_pull_of_a_file_larger_than_the_disk_does_not_begin(hub: FakeHub, tmp_path: Path) -> None:
     hub.sizes["recital-q4_k_m.gguf"] = 1 << 60
-    assert_failed_last(shimmy("pull", REPO_NAME, home=tmp_path, env=hub.env), "disk is too small", "1073741824.0GB")
+    assert_failed_last(pull(REPO_NAME, home=tmp_path, env=hub.env), "disk is too small", "1073741824.0GB")
     assert not hub.downloads()
 
 
 def test_pull_of_another_size_than_the_hub_states_fails(hub: FakeHub, tmp_path: Path) -> None:
     hub.sizes["recital-q4_k_m.gguf"] = 300_000
-    assert_failed_last(shimmy("pull", REPO_NAME, home=tmp_path, env=hub.env), "400000 bytes, not 300000")
+    assert_failed_last(pull(REPO_NAME, home=tmp_path, env=hub.env), "400000 bytes, not 300000")
 
 
 def test_pull_dry_run_fetches_nothing(hub: FakeHub, tmp_path: Path) -> None:
-    done = shimmy("pull", REPO_NAME, "--dry-run", home=tmp_path, env=hub.env)
+    done = pull(REPO_NAME, "--dry-run", home=tmp_path, env=hub.env)
     assert done.returncode == 0 and not hub.downloads() and not cache(tmp_path).exists()
     for word in (f"{REPO_NAME}:Q4_K_M: 391KB", "recital-q4_k_m.gguf", "fits the memory", "Q8_0 (488KB)", str(cache(tmp_path))):
         assert word in done.stdout.decode()
@@ -16898,13 +17417,13 @@ def test_pull_dry_run_fetches_nothing(hub: FakeHub, tmp_path: Path) -> None:
 
 def test_pull_dry_run_says_that_a_model_does_not_fit_the_memory(hub: FakeHub, tmp_path: Path) -> None:
     hub.sizes["recital-q4_k_m.gguf"] = 1 << 50
-    assert b"does not fit the memory" in shimmy("pull", REPO_NAME, "--dry-run", home=tmp_path, env=hub.env).stdout
+    assert b"does not fit the memory" in pull(REPO_NAME, "--dry-run", home=tmp_path, env=hub.env).stdout
 
 
 def test_pull_of_what_is_here_asks_only_the_list(hub: FakeHub, tmp_path: Path) -> None:
-    shimmy("pull", REPO_NAME, home=tmp_path, env=hub.env)
+    pull(REPO_NAME, home=tmp_path, env=hub.env)
     before = len(hub.downloads())
-    done = shimmy("pull", REPO_NAME, home=tmp_path, env=hub.env)
+    done = pull(REPO_NAME, home=tmp_path, env=hub.env)
     assert done.returncode == 0 and b"is here already" in done.stderr and len(hub.downloads()) == before
 
 
@@ -16935,7 +17454,7 @@ def test_ctrl_c_leaves_a_part_that_the_next_pull_continues(hub: FakeHub, tmp_pat
         _, stderr = running.communicate(timeout=HANG)
     assert running.returncode == -signal.SIGINT and b"Traceback" not in stderr
     hub.hold.set()
-    assert shimmy("pull", REPO_NAME, home=tmp_path, env=hub.env).returncode == 0
+    assert pull(REPO_NAME, home=tmp_path, env=hub.env).returncode == 0
     assert hub.downloads()[-1]["Range"] == "bytes=200000-"
 
 
@@ -16947,41 +17466,24 @@ def test_ctrl_c_leaves_a_part_that_the_next_pull_continues(hub: FakeHub, tmp_pat
 def test_pull_ignores_hostile_file_names(name: Any, hub: FakeHub, tmp_path: Path) -> None:
     del hub.files["recital-q4_k_m.gguf"]
     hub.names = [name]
-    done = shimmy("pull", REPO_NAME, home=tmp_path, env=hub.env)
+    done = pull(REPO_NAME, home=tmp_path, env=hub.env)
     assert done.stdout.decode().endswith("/recital-q8_0.gguf\n"), done.stderr
     assert b"evil" not in done.stderr and b"\x1b" not in done.stderr
 
 
-@cases("answer", {"no JSON": b"<html>", "a list": b"[]", "no commit": b'{"sha":"../..","siblings":[]}', "deep": b"[" * 100_000})
-def test_pull_from_what_is_no_hub_fails_in_one_line(answer: bytes, hub: FakeHub, tmp_path: Path) -> None:
-    hub.answer_api = lambda request: request.reply(200, {}, answer)  # type: ignore[method-assign]
-    assert_failed(shimmy("pull", REPO_NAME, home=tmp_path, env=hub.env), 1, "no list")
-
-
-def test_pull_without_a_network_fails_in_one_line(tmp_path: Path) -> None:
-    done = shimmy("pull", REPO_NAME, home=tmp_path, env={"HF_ENDPOINT": "http://127.0.0.1:9"})
-    assert_failed(done, 1, "127.0.0.1:9 cannot be reached: Connection refused")
-
-
-@cases("location", {"a file": "file:///etc/passwd", "in circles": "/api/again"})
-def test_pull_refuses_bad_redirects(location: str, hub: FakeHub, tmp_path: Path) -> None:
-    hub.answers = [(302, {"Location": location})] * 20
-    assert_failed(shimmy("pull", REPO_NAME, home=tmp_path, env=hub.env), 1, "redirects")
-
-
 def test_pull_of_an_address_lands_in_the_models_folder(hub: FakeHub, tmp_path: Path) -> None:
     hub.files = {"own.gguf": b"GGUF" + os.urandom(300_000)}
-    done = shimmy("pull", f"{hub.cdn}/own.gguf?download=true", home=tmp_path, env={**hub.env, "HF_TOKEN": "hf_secret"})
+    done = pull(f"{hub.cdn}/own.gguf?download=true", home=tmp_path, env={**hub.env, "HF_TOKEN": "hf_secret"})
     assert done.returncode == 0 and (tmp_path / "models" / "own.gguf").read_bytes() == hub.files["own.gguf"]
     assert [path.name for path in (tmp_path / "models").iterdir()] == ["own.gguf"]
     assert not any("Authorization" in headers for _, _, headers in hub.seen)
 
 
-def test_pull_of_an_address_resumes_the_same_file_only(hub: FakeHub, quick: Path, tmp_path: Path) -> None:
+def test_pull_of_an_address_resumes_the_same_file_only(hub: FakeHub, quick: None, tmp_path: Path) -> None:
     hub.files = {"own.gguf": b"GGUF" + os.urandom(300_000)}
     hub.cuts = [1.0, 0.5, 0.0, 0.0, 0.0]
-    assert shimmy("pull", f"{hub.cdn}/own.gguf", home=tmp_path, env=hub.env, script=quick).returncode == 1
-    assert shimmy("pull", f"{hub.cdn}/own.gguf", home=tmp_path, env=hub.env).returncode == 0
+    assert pull(f"{hub.cdn}/own.gguf", home=tmp_path, env=hub.env).returncode == 1
+    assert pull(f"{hub.cdn}/own.gguf", home=tmp_path, env=hub.env).returncode == 0
     last = hub.downloads()[-1]
     assert (last["Range"], last["If-Range"]) == ("bytes=150002-", '"v1"')
     assert (tmp_path / "models" / "own.gguf").read_bytes() == hub.files["own.gguf"]
@@ -16991,17 +17493,12 @@ def test_pull_of_an_address_overwrites_no_other_file(hub: FakeHub, tmp_path: Pat
     hub.files = {"own.gguf": b"GGUF" + os.urandom(3000)}
     (tmp_path / "models").mkdir()
     (tmp_path / "models" / "own.gguf").write_bytes(b"mine")
-    assert_failed(shimmy("pull", f"{hub.cdn}/own.gguf", home=tmp_path, env=hub.env), 1, "own.gguf", "another file")
+    assert_failed(pull(f"{hub.cdn}/own.gguf", home=tmp_path, env=hub.env), 1, "own.gguf", "another file")
     assert (tmp_path / "models" / "own.gguf").read_bytes() == b"mine"
 
 
-def test_pull_of_a_web_page_fails(hub: FakeHub, tmp_path: Path) -> None:
-    hub.files = {"own.gguf": b"<html>"}
-    assert_failed(shimmy("pull", f"{hub.cdn}/own.gguf", home=tmp_path, env=hub.env), 1, "no GGUF file")
-
-
 def test_pull_takes_an_address_of_the_hubs_pages(hub: FakeHub, tmp_path: Path) -> None:
-    done = shimmy("pull", f"{hub.url}/{REPO_NAME}/blob/main/recital-q8_0.gguf", home=tmp_path, env=hub.env)
+    done = pull(f"{hub.url}/{REPO_NAME}/blob/main/recital-q8_0.gguf", home=tmp_path, env=hub.env)
     assert done.returncode == 0 and fetched(tmp_path, "recital-q8_0.gguf") == hub.files["recital-q8_0.gguf"]
 
 
@@ -17054,60 +17551,24 @@ def test_ollama_pull_of_what_is_not_there_has_the_hubs_status(hub: FakeHub, serv
     assert_ollama_error(reply, 404, "there is no tester/nothing")
 
 
-# Pull.
-
-NOWHERE = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_TOKEN": "hf_secret"}
-
-
-@cases("place", {"no IPv6 address": "http://[bad/x.gguf", "no such port": "http://127.0.0.1:99999/x.gguf",
-                 "no host": "http:///x.gguf"})  # fmt: skip
-def test_pull_of_an_impossible_address_fails_in_one_line(place: str, tmp_path: Path) -> None:
-    assert_failed(shimmy("pull", place, home=tmp_path, env=NOWHERE), 1, "is no model to fetch")
-
-
-@cases("place", {"no IPv6 address": "http://[bad/x.gguf", "no such port": "http://127.0.0.1:99999/x.gguf"})
-def test_pull_refuses_a_redirect_to_an_impossible_address(place: str, hub: FakeHub, tmp_path: Path) -> None:
-    hub.answers = [(302, {"Location": place})]
-    assert_failed(shimmy("pull", f"{hub.cdn}/x.gguf", home=tmp_path, env=NOWHERE), 1, "redirects to", "refused")
-
-
-@cases("endpoint", {"no scheme": "huggingface.co", "a file": "file:///etc", "no host": "http://[x"})
-def test_pull_from_an_endpoint_that_is_no_address_fails_in_one_line(endpoint: str, tmp_path: Path) -> None:
-    done = shimmy("pull", REPO_NAME, home=tmp_path, env={"HF_ENDPOINT": endpoint})
-    assert_failed(done, 1, "HF_ENDPOINT", "write an address")
-
-
-@cases("length", {"no digits": "²", "hundreds of digits": "9" * 400, "more than Python reads": "9" * 5000})
-def test_pull_of_a_file_of_impossible_size_fails_in_one_line(length: str, hub: FakeHub, tmp_path: Path) -> None:
-    hub.answers = [(200, {"Content-Length": length})]
-    hub.answer_file = lambda request: request.reply(200, {}, b"GGUF")  # type: ignore[method-assign]
-    assert_failed(shimmy("pull", f"{hub.cdn}/x.gguf", home=tmp_path, env=NOWHERE), 1, "")
-
-
 @cases("size", {"negative": -5, "huge": 10**400})
 def test_pull_ignores_files_of_impossible_size(size: int, hub: FakeHub, tmp_path: Path) -> None:
     hub.sizes["recital-q4_k_m.gguf"] = size
-    done = shimmy("pull", REPO_NAME, home=tmp_path, env=hub.env)
+    done = pull(REPO_NAME, home=tmp_path, env=hub.env)
     assert done.returncode == 0 and done.stdout.endswith(b"recital-q8_0.gguf\n"), done.stderr
-
-
-def test_a_search_nested_without_end_offers_no_near_names(hub: FakeHub, tmp_path: Path) -> None:
-    hub.answer_api = lambda request: request.reply(*(  # type: ignore[method-assign]
-        (200, {}, b"[" * 100_000) if "search" in request.path else (404, {})))  # fmt: skip
-    assert_failed(shimmy("pull", REPO_NAME, home=tmp_path, env=hub.env), 1, "there is no")
 
 
 @cases("date", {"long ago": "Mon, 01 Jan 0001 00:00:00 -0000", "far away": "Mon, 01 Jan 2026 00:00:00 +99999999999999"})
 def test_pull_waits_its_own_time_when_a_server_names_an_impossible_date(
-    date: str, hub: FakeHub, quick: Path, tmp_path: Path
+    date: str, hub: FakeHub, quick: None, tmp_path: Path
 ) -> None:
     hub.answers = [(503, {"Retry-After": date})]
-    assert shimmy("pull", REPO_NAME, home=tmp_path, env=hub.env, script=quick).returncode == 0
+    assert pull(REPO_NAME, home=tmp_path, env=hub.env).returncode == 0
 
 
 def test_a_file_server_that_refuses_does_not_make_its_repository_gated(hub: FakeHub, tmp_path: Path) -> None:
     hub.answer_file = lambda request: request.reply(403, {})  # type: ignore[method-assign]
-    done = shimmy("pull", REPO_NAME, home=tmp_path, env=hub.env)
+    done = pull(REPO_NAME, home=tmp_path, env=hub.env)
     assert done.returncode == 1 and b"answers 403" in done.stderr and b"gated" not in done.stderr
 
 
@@ -17167,7 +17628,7 @@ def test_pull_onto_a_full_disk_says_what_to_do_and_keeps_the_part(hub: FakeHub, 
     done = subprocess.run([*small, str(SHIMMY), "pull", REPO_NAME], cwd=tmp_path, env=env, capture_output=True, timeout=HANG)
     assert_failed_last(done, "File too large", "make room for 270KB and pull again to go on", ".incomplete")
     assert [part.stat().st_size for part in parts(tmp_path)] == [123456]
-    assert shimmy("pull", REPO_NAME, home=tmp_path, env=hub.env).returncode == 0
+    assert pull(REPO_NAME, home=tmp_path, env=hub.env).returncode == 0
     assert fetched(tmp_path, "recital-q4_k_m.gguf") == hub.files["recital-q4_k_m.gguf"]
     assert hub.downloads()[-1]["Range"] == "bytes=123456-"
 
@@ -17403,20 +17864,19 @@ def test_serve_bind_address_variable_may_include_the_port(serve: Callable[..., S
     assert server.port == port
 
 
-@cases("flags, host, status", {
-    "insecure, an address": (["--insecure"], "192.168.7.7:80", 200),
-    "insecure, a container's name": (["--insecure"], "shimmy:11435", 200),
-    "insecure, our name": (["--insecure"], f"{socket.gethostname()}:80", 200),
-    "insecure, another's name": (["--insecure"], "evil.example", 403),
-    "insecure, a name that is allowed": (["--insecure", "--allow-host", "evil.example"], "evil.example", 200),
-    "a key, a name": (["--api-key", "k3y"], "some.lan.name", 200),
+@cases("flags, hosts", {
+    "insecure": (["--insecure"], {"192.168.7.7:80": 200, "shimmy:11435": 200, f"{socket.gethostname()}:80": 200,
+                                  "evil.example": 403}),
+    "a name that is allowed": (["--insecure", "--allow-host", "evil.example"], {"evil.example": 200}),
+    "a key": (["--api-key", "k3y"], {"some.lan.name": 200}),
 })  # fmt: skip
-def test_serve_beyond_loopback_is_allowed_with(flags: list[str], host: str, status: int, serve: Callable[..., Server]) -> None:
+def test_serve_beyond_loopback_is_allowed_with(flags: list[str], hosts: dict[str, int], serve: Callable[..., Server]) -> None:
     """Without a key, a page must not reach the server by a name that it points there (DNS rebinding)."""
     server = serve("--bind", "0.0.0.0", *flags)
-    assert server.get("/health", Host=host).status == status
-    own_page = {"Host": host, "Origin": f"http://{host}"}
-    assert server.get("/health", **own_page).status == status
+    for host, status in hosts.items():  # an address, a container's name, our own, another's
+        assert server.get("/health", Host=host).status == status
+        own_page = {"Host": host, "Origin": f"http://{host}"}
+        assert server.get("/health", **own_page).status == status
 
 
 def test_serve_with_a_missing_default_model_exits_1_with_one_line(models: Path, tmp_path: Path) -> None:
@@ -17464,55 +17924,48 @@ def test_list_without_models_says_so_and_exits_0(tmp_path: Path) -> None:
 
 def test_list_into_a_closed_pipe_prints_no_error(models: Path, tmp_path: Path) -> None:
     command = f"{IN_A_SHELL} list --models-dir '{models}' | true; echo ${{PIPESTATUS[0]}}"
-    done = subprocess.run(
-        ["bash", "-c", command], cwd=tmp_path, env=environment(tmp_path), capture_output=True, timeout=HANG, check=False
-    )
-    assert done.stderr == b""
+    assert in_a_shell(command, tmp_path).stderr == b""
 
 
-def test_generate_prints_only_the_text(models: Path, tmp_path: Path) -> None:
-    done = shimmy("generate", "recital", "--prompt", "Say :", "--models-dir", models, home=tmp_path)
-    assert (done.returncode, done.stdout) == (0, b"Hello wide world\n"), done.stderr
+@cases("words, stdin, text", {
+    "the text and a newline": (["--prompt", "Say :"], b"", "Hello wide world\n"),
+    "of standard input": (["--raw"], b"say =", TEXTS["="]),
+    "of standard input by its name": (["--raw", "--prompt", "-"], b"say =", TEXTS["="]),
+})  # fmt: skip
+def test_generate_prints_only_the_text(
+    words: list[str], stdin: bytes, text: str, server: Server, models: Path, tmp_path: Path
+) -> None:
+    done = shimmy("generate", "recital", *words, home=tmp_path, stdin=stdin, env=through(server, models))
+    assert (done.returncode, done.stdout.decode()) == (0, text), done.stderr
 
 
-@pytest.mark.parametrize("args", [[], ["--prompt", "-"]])
-def test_generate_without_a_prompt_reads_stdin(args: list[str], models: Path, tmp_path: Path) -> None:
-    done = shimmy("generate", "recital", "--raw", *args, "--models-dir", models, home=tmp_path, stdin=b"say =")
-    assert done.stdout.decode() == TEXTS["="]
-
-
-def test_generate_stdin_is_appended_after_a_newline(models: Path, tmp_path: Path) -> None:
-    args: list[str | Path] = ["generate", "recital", "--raw", "--prompt", "Sum:", "--stdin", "--json", "--models-dir", models]
-    document = json.loads(shimmy(*args, home=tmp_path, stdin=b"log =").stdout)
-    assert document["choices"][0]["text"] == TEXTS["="]
-    assert document["usage"]["prompt_tokens"] == 1 + len("Sum:\nlog =")
+@cases("words, stdin, tokens, text", {
+    "plain": (["--raw", "--prompt", "ab:"], b"", len("ab:"), "Hello wide world"),
+    "standard input behind the prompt": (["--raw", "--prompt", "Sum:", "--stdin"], b"log =", len("Sum:\nlog ="), TEXTS["="]),
+    "by the template": (["--chat", "--prompt", "please count"], b"", len("[user]please count[assistant]="), TEXTS["="]),
+    "with sampling": (["--raw", "--prompt", "=", "--max-tokens", "5", "--stop", "w03", "--temperature", "0", "--top-p", "0.9",
+                       "--top-k", "3"], b"", 1, "w00 w01 w02 "),
+})  # fmt: skip
+def test_generate_json_prints_the_documented_response(
+    words: list[str], stdin: bytes, tokens: int, text: str, server: Server, models: Path, tmp_path: Path
+) -> None:
+    done = shimmy("generate", "recital", "--json", *words, home=tmp_path, stdin=stdin, env=through(server, models))
+    document = json.loads(done.stdout)
+    assert document["choices"] == [{"text": text, "index": 0, "finish_reason": "stop"}]
+    usage = document["usage"]
+    assert usage["prompt_tokens"] == 1 + tokens
+    assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
 
 
 def test_generate_with_a_prompt_does_not_read_stdin(models: Path, tmp_path: Path) -> None:
     reading, writing = os.pipe()  # never closed, so reading it would hang
     command = [*command_of(), "generate", "recital", "--prompt", ":", "--models-dir", str(models)]
     done = subprocess.run(
-        command, stdin=reading, cwd=tmp_path, env=environment(tmp_path), capture_output=True, timeout=HANG, check=False
+        command, stdin=reading, cwd=tmp_path, env=seeded(tmp_path), capture_output=True, timeout=HANG, check=False
     )
     os.close(writing)
     os.close(reading)
     assert done.stdout.startswith(b"Hello wide world")
-
-
-def test_generate_json_prints_the_documented_response(models: Path, tmp_path: Path) -> None:
-    done = shimmy("generate", "recital", "--raw", "--prompt", "ab:", "--json", "--models-dir", models, home=tmp_path)
-    document = json.loads(done.stdout)
-    assert document["choices"] == [{"text": "Hello wide world", "index": 0, "finish_reason": "stop"}]
-    usage = document["usage"]
-    assert usage["prompt_tokens"] == 4
-    assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
-
-
-def test_generate_options_reach_the_sampler(models: Path, tmp_path: Path) -> None:
-    args = ["--json", "--max-tokens", "5", "--stop", "w03", "--temperature", "0", "--top-p", "0.9", "--top-k", "3"]
-    done = shimmy("generate", "recital", "--raw", "--prompt", "=", *args, "--models-dir", models, home=tmp_path)
-    choice = json.loads(done.stdout)["choices"][0]
-    assert (choice["text"], choice["finish_reason"]) == ("w00 w01 w02 ", "stop")
 
 
 @pytest.mark.parametrize("flags", [["--temperature", "9"], ["--top-p", "1.5"], ["--max-tokens", "0"]], ids=" ".join)
@@ -17521,26 +17974,10 @@ def test_generate_option_out_of_range_is_named(flags: list[str], capsys: pytest.
     assert (code, stdout) == (2, "") and stderr.startswith(f"shimmy: {flags[0]} must be") and stderr.count("\n") == 1
 
 
-def test_generate_with_a_seed_repeats(models: Path, tmp_path: Path) -> None:
+def test_generate_with_a_seed_repeats(server: Server, models: Path, tmp_path: Path) -> None:
     args = ["generate", "dice", "--prompt", "Once", "--seed", "5", "--temperature", "1", "--max-tokens", "20"]
-    first, second = (shimmy(*args, "--models-dir", models, home=tmp_path).stdout for _ in range(2))
+    first, second = (shimmy(*args, home=tmp_path, env=through(server, models)).stdout for _ in range(2))
     assert first == second and first
-
-
-def test_generate_chat_applies_the_template(models: Path, tmp_path: Path) -> None:
-    args: list[str | Path] = [
-        "generate",
-        "recital",
-        "--chat",
-        "--prompt",
-        "please count",
-        "--json",
-        "--models-dir",
-        models,
-    ]
-    document = json.loads(shimmy(*args, home=tmp_path).stdout)
-    assert document["choices"][0]["text"] == TEXTS["="]
-    assert document["usage"]["prompt_tokens"] == 1 + len("[user]please count[assistant]=")
 
 
 def test_generate_accepts_a_path_to_a_gguf(models: Path, tmp_path: Path) -> None:
@@ -17566,10 +18003,10 @@ def test_generate_writes_utf_8_in_any_locale(models: Path, tmp_path: Path) -> No
     assert done.stdout.decode() == TEXTS["~"], done.stderr
 
 
-def test_generate_with_a_schema_file_prints_matching_json(models: Path, tmp_path: Path) -> None:
+def test_generate_with_a_schema_file_prints_matching_json(server: Server, models: Path, tmp_path: Path) -> None:
     (tmp_path / "schema.json").write_text('{"type": "string", "enum": ["yes", "no"]}')
-    args: list[str | Path] = ["generate", "dice", "--prompt", "Well", "--schema", "schema.json", "--models-dir", models]
-    done = shimmy(*args, home=tmp_path)
+    args: list[str | Path] = ["generate", "dice", "--prompt", "Well", "--schema", "schema.json"]
+    done = shimmy(*args, home=tmp_path, env=through(server, models))
     assert json.loads(done.stdout) in ("yes", "no"), done.stderr
 
 
@@ -17583,10 +18020,10 @@ def test_generate_with_a_schema_file_prints_matching_json(models: Path, tmp_path
         "$ref to nowhere": '{"$ref": "#/nowhere"}',
     },
 )
-def test_generate_with_an_invalid_schema_fails_with_one_line(schema: str, models: Path, tmp_path: Path) -> None:
+def test_generate_with_an_invalid_schema_fails_with_one_line(schema: str, server: Server, models: Path, tmp_path: Path) -> None:
     (tmp_path / "schema.json").write_text(schema, "latin-1")
-    args: list[str | Path] = ["generate", "dice", "--prompt", "Well", "--schema", "schema.json", "--models-dir", models]
-    done = shimmy(*args, home=tmp_path)
+    args: list[str | Path] = ["generate", "dice", "--prompt", "Well", "--schema", "schema.json"]
+    done = shimmy(*args, home=tmp_path, env=through(server, models))
     assert done.returncode in (1, 2) and len(done.stderr.splitlines()) == 1 and b"Traceback" not in done.stderr
 
 
@@ -17637,21 +18074,18 @@ def test_generate_accepts_engine_options(models: Path, tmp_path: Path) -> None:
 
 
 def test_generate_into_a_closed_pipe_prints_no_error(models: Path, tmp_path: Path) -> None:
-    seed(tmp_path)
     command = (
         f"{IN_A_SHELL} generate recital --raw --models-dir '{models}' --ctx {LONG_CTX}"
         f" --max-tokens {LONG_CTX} --prompt '#' | head -c 20"
     )
-    done = subprocess.run(
-        ["bash", "-c", command], cwd=tmp_path, env=environment(tmp_path), capture_output=True, timeout=HANG, check=False
-    )
+    done = in_a_shell(command, tmp_path)
     assert (done.stdout, done.stderr) == (b"Tick tock tick tock ", b"")
 
 
 def test_generate_flushes_each_piece_and_exits_130_on_ctrl_c(models: Path, tmp_path: Path) -> None:
     args = ["generate", "recital", "--raw", "--prompt", "#", "--max-tokens", str(LONG_CTX), "--ctx", str(LONG_CTX)]
     running = Child(
-        [*command_of(), *args, "--models-dir", str(models)], cwd=tmp_path, env=environment(tmp_path),
+        [*command_of(), *args, "--models-dir", str(models)], cwd=tmp_path, env=seeded(tmp_path),
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True, preexec_fn=interruptible,
     )  # fmt: skip
     assert running.stdout and running.stdout.read(10) == b"Tick tock "
@@ -17693,7 +18127,7 @@ def test_generate_through_a_server_that_dies_fails_in_one_line(
     server = serve("--models-dir", models, "--ctx", str(LONG_CTX))
     server.load("recital")
     command = [*command_of(), "generate", "recital", "--raw", "--prompt", "#", "--max-tokens", str(LONG_CTX)]
-    env = environment(tmp_path, through(server, models))
+    env = seeded(tmp_path, through(server, models))
     with Child(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as running:
         assert running.stdout and running.stdout.read(5) == b"Tick "
         server.process.kill()
@@ -17704,8 +18138,7 @@ def test_generate_through_a_server_that_dies_fails_in_one_line(
 def test_generate_through_a_server_into_a_closed_pipe_cancels(server: Server, models: Path, tmp_path: Path) -> None:
     server.load("recital")
     command = f"{IN_A_SHELL} generate recital --raw --max-tokens {LONG_CTX} --prompt '#' | head -c 20"
-    env = environment(tmp_path, through(server, models))
-    done = subprocess.run(["bash", "-c", command], env=env, capture_output=True, timeout=HANG, check=False)
+    done = in_a_shell(command, tmp_path, through(server, models))
     assert (done.stdout, done.stderr) == (b"Tick tock tick tock ", b"")
     eventually(lambda: server.status("recital")["requests_running"] == 0, "the server stops generating")
 
@@ -17721,7 +18154,7 @@ def test_probe_prints_a_report_and_no_progress_bar_into_a_pipe(models: Path, tmp
 def test_probe_draws_a_progress_bar_on_a_terminal_and_reports_what_it_measured(models: Path, tmp_path: Path) -> None:
     mine, its = os.openpty()
     command = [*command_of(), "probe", "recital", "--json", "--models-dir", str(models)]
-    done = subprocess.run(command, env=environment(tmp_path), stdout=subprocess.PIPE, stderr=its, timeout=HANG, check=True)
+    done = subprocess.run(command, env=seeded(tmp_path), stdout=subprocess.PIPE, stderr=its, timeout=HANG, check=True)
     os.close(its)
     assert b"\r" in os.read(mine, 65536)
     os.close(mine)
@@ -17809,10 +18242,10 @@ def test_generate_that_is_cut_says_so_without_a_terminal(flags: list[str], word:
     assert "cut" in done.stderr.decode() and word in done.stderr.decode()
 
 
-def test_generate_with_a_schema_that_is_cut_fails(models: Path, tmp_path: Path) -> None:
+def test_generate_with_a_schema_that_is_cut_fails(server: Server, models: Path, tmp_path: Path) -> None:
     (tmp_path / "schema.json").write_text('{"type": "string", "enum": ["yes and no and yes and no"]}')
-    args: list[str | Path] = ["--schema", "schema.json", "--max-tokens", "3", "--models-dir", models]
-    done = shimmy("generate", "dice", "--prompt", "Well", *args, home=tmp_path)
+    args: list[str | Path] = ["--schema", "schema.json", "--max-tokens", "3"]
+    done = shimmy("generate", "dice", "--prompt", "Well", *args, home=tmp_path, env=through(server, models))
     assert done.returncode == 1 and "--max-tokens 3" in done.stderr.decode()
 
 
@@ -17822,8 +18255,8 @@ def test_generate_max_tokens_minus_one_goes_to_the_end_of_the_context(models: Pa
     assert json.loads(done.stdout)["usage"]["total_tokens"] == 256, done.stderr
 
 
-def test_generate_names_input_that_is_not_utf_8_once(models: Path, tmp_path: Path) -> None:
-    done = shimmy("generate", "recital", "--raw", "--models-dir", models, home=tmp_path, stdin=b"a\xff\xfe\xff:")
+def test_generate_names_input_that_is_not_utf_8_once(server: Server, models: Path, tmp_path: Path) -> None:
+    done = shimmy("generate", "recital", "--raw", home=tmp_path, env=through(server, models), stdin=b"a\xff\xfe\xff:")
     assert done.stdout == b"Hello wide world"
     assert done.stderr.decode().count("not UTF-8") == 1 and len(done.stderr.splitlines()) == 1
 
@@ -17832,21 +18265,20 @@ def test_generate_names_input_that_is_not_utf_8_once(models: Path, tmp_path: Pat
 def test_generate_bounds_its_standard_input(models: Path, tmp_path: Path) -> None:
     with open("/dev/zero", "rb") as endless:
         command = [*command_of(), "generate", "recital", "--models-dir", str(models)]
-        done = subprocess.run(command, stdin=endless, env=environment(tmp_path), capture_output=True, timeout=HANG, check=False)
+        done = subprocess.run(command, stdin=endless, env=seeded(tmp_path), capture_output=True, timeout=HANG, check=False)
     assert_failed(done, 1, "standard input", "16.0MB")
 
 
 def test_generate_says_that_a_pipe_with_data_is_ignored(models: Path, tmp_path: Path) -> None:
     args: list[str | Path] = ["generate", "recital", "--prompt", "hi", "--models-dir", models]
-    done = shimmy(*args, home=tmp_path, stdin=b"a diff")
+    done = shimmy_process(*args, home=tmp_path, stdin=b"a diff")
     assert done.stdout.startswith(b"Hello") and "--stdin" in done.stderr.decode()
-    assert shimmy(*args, home=tmp_path).stderr == b""
+    assert shimmy_process(*args, home=tmp_path).stderr == b""
 
 
 def test_generate_in_a_loop_leaves_the_loops_input_alone(models: Path, tmp_path: Path) -> None:
     one = f"{IN_A_SHELL} generate recital --prompt \"$f\" --models-dir '{models}' 2>/dev/null"
-    command = ["bash", "-c", f"printf 'a\\nb\\n' | while read f; do echo $f; {one}; done"]
-    done = subprocess.run(command, cwd=tmp_path, env=environment(tmp_path), capture_output=True, timeout=HANG, check=True)
+    done = in_a_shell(f"printf 'a\\nb\\n' | while read f; do echo $f; {one}; done", tmp_path)
     assert [line for line in done.stdout.split() if len(line) == 1] == [b"a", b"b"]
 
 
@@ -17857,17 +18289,17 @@ def test_generate_in_a_loop_leaves_the_loops_input_alone(models: Path, tmp_path:
      ("list <&- 2>&-", 0), ("--version >&-", 0), ("generate --bogus 2>&-", 2), ("generate recital --prompt : <&- >&- 2>&-", 1)],
     ids=lambda value: re.sub(r"\W+", "-", value.translate({60: "in", 62: "out"})) if isinstance(value, str) else str(value),
 )  # fmt: skip
-def test_closed_standard_stream_gives_no_traceback(words: str, code: int, models: Path, tmp_path: Path) -> None:
-    line = f"{IN_A_SHELL} {words}"
-    env = environment(tmp_path, {"SHIMMY_MODEL_PATHS": str(models)})
-    done = subprocess.run(["bash", "-c", line], cwd=tmp_path, env=env, capture_output=True, timeout=HANG, check=False)
+def test_closed_standard_stream_gives_no_traceback(
+    words: str, code: int, server: Server, models: Path, tmp_path: Path
+) -> None:
+    done = in_a_shell(f"{IN_A_SHELL} {words}", tmp_path, through(server, models))
     assert done.returncode == code, done.stderr
     assert b"Traceback" not in done.stderr and b"Exception" not in done.stderr and len(done.stderr.splitlines()) <= 1
 
 
 def test_serve_with_closed_streams_serves(models: Path, tmp_path: Path) -> None:
     line = f"exec '{sys.executable}' '{SHIMMY}' serve --port 0 --models-dir '{models}' --preload <&- >&-"
-    with Child(["bash", "-c", line], env=environment(tmp_path), stderr=subprocess.PIPE, text=True) as running:
+    with Child(["bash", "-c", line], env=seeded(tmp_path), stderr=subprocess.PIPE, text=True) as running:
         assert running.stderr
         guard = threading.Timer(HANG, running.kill)
         guard.start()
@@ -17878,14 +18310,14 @@ def test_serve_with_closed_streams_serves(models: Path, tmp_path: Path) -> None:
         guard.cancel()
 
 
-@pytest.mark.parametrize("name", ["recital", "RECITAL", "recit", "gpt-4", None], ids=["id", "case", "prefix", "alias", "default"])
-def test_generate_has_the_server_load_a_model_it_knows(name: str | None, server: Server, models: Path, tmp_path: Path) -> None:
+def test_generate_has_the_server_load_a_model_it_knows(server: Server, models: Path, tmp_path: Path) -> None:
+    """By its id, in another letter case, by a prefix, an alias, or as the default."""
     server.unload("recital")
-    words = [name] if name else []
-    done = shimmy("-v", "generate", *words, "--prompt", "hi", home=tmp_path, env={"SHIMMY_PORT": str(server.port)})
-    assert done.stdout == b"Hello wide world\n", done.stderr
-    assert f"the server at http://127.0.0.1:{server.port} does the work" in done.stderr.decode()
-    assert server.status("recital")["loaded"]
+    for words in (["recital"], ["RECITAL"], ["recit"], ["gpt-4"], []):
+        done = shimmy("-v", "generate", *words, "--prompt", "hi", home=tmp_path, env={"SHIMMY_PORT": str(server.port)})
+        assert done.stdout == b"Hello wide world\n", done.stderr
+        assert f"the server at http://127.0.0.1:{server.port} does the work" in done.stderr.decode()
+        assert server.status("recital")["loaded"]
 
 
 @pytest.mark.parametrize(
@@ -17944,9 +18376,9 @@ def test_generate_trims_the_key(guarded: Server, models: Path, tmp_path: Path) -
 
 def test_generate_gives_the_servers_answer_to_a_prompt_that_is_too_large(server: Server, models: Path, tmp_path: Path) -> None:
     server.load("recital")
-    large = b"\n" * (12 << 20)  # 24 MiB as JSON
+    large = b"\n" * ((16 << 20) - 1)  # twice as much as JSON
     done = shimmy("generate", "recital", home=tmp_path, stdin=b"x" + large, env=through(server, models))
-    assert_failed(done, 1, "16777216")
+    assert_failed(done, 1, "33554432")
 
 
 class HangsUp(http.server.BaseHTTPRequestHandler):
@@ -17987,7 +18419,7 @@ def test_ctrl_c_ends_the_shells_loop(models: Path, tmp_path: Path) -> None:
     args = f"generate recital --raw --prompt '#' --max-tokens {LONG_CTX} --ctx {LONG_CTX} --models-dir '{models}'"
     script = f"for i in 1 2 3; do echo run $i; {IN_A_SHELL} {args}; done; echo behind"
     running = Child(
-        ["bash", "-c", script], cwd=tmp_path, env=environment(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        ["bash", "-c", script], cwd=tmp_path, env=seeded(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         start_new_session=True, preexec_fn=interruptible,
     )  # fmt: skip
     assert running.stdout and running.stdout.read(16) == b"run 1\nTick tock "
@@ -18012,7 +18444,7 @@ def test_ctrl_c_ends_the_line_on_a_terminal_and_the_engine(models: Path, tmp_pat
 @pytest.mark.parametrize("name", ["SIGINT", "SIGHUP"])
 def test_serve_goes_on_ignoring_a_signal_that_its_parent_ignores(name: str, models: Path, tmp_path: Path) -> None:
     command = f"trap '' {name[3:]}; exec '{sys.executable}' '{SHIMMY}' serve --port 0 --models-dir '{models}'"
-    with Child(["bash", "-c", command], env=environment(tmp_path), stdout=subprocess.PIPE) as running:
+    with Child(["bash", "-c", command], env=seeded(tmp_path), stdout=subprocess.PIPE) as running:
         assert running.stdout and b"listening" in running.stdout.readline()
         running.send_signal(getattr(signal, name))
         with pytest.raises(subprocess.TimeoutExpired):
@@ -18025,7 +18457,7 @@ def test_generate_goes_on_in_the_background_of_a_shell_that_ignores_ctrl_c(model
     args = f"generate recital --raw --prompt '#' --temperature 0 --max-tokens 3000 --ctx {LONG_CTX} --models-dir '{models}'"
     command = ["bash", "-c", f"trap '' INT; exec {IN_A_SHELL} {args}"]
     with Child(
-        command, env=environment(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0
+        command, env=seeded(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0
     ) as running:
         assert running.stdout and running.stdout.read(5) == b"Tick "
         running.send_signal(signal.SIGINT)
@@ -18038,7 +18470,7 @@ def test_serve_told_to_stop_while_it_starts_ends_with_0(name: str, models: Path,
     (tmp_path / "slow.py").write_text("import pathlib, time\npathlib.Path('begun').touch()\ntime.sleep(1)\n")
     command = [sys.executable, str(SHIMMY), "serve", "--port", "0", "--tools", "slow.py", "--models-dir", str(models)]
     with Child(
-        command, cwd=tmp_path, env=environment(tmp_path), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+        command, cwd=tmp_path, env=seeded(tmp_path), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
         preexec_fn=interruptible,
     ) as running:  # fmt: skip
         eventually((tmp_path / "begun").exists, "the server starts")
@@ -18131,7 +18563,7 @@ def terminal(
     mine, its = os.openpty()
     command = [*command_of(script), *map(str, args)]
     process = Child(
-        command, cwd=home, env=environment(home, env), stdin=its if stdin is None else stdin, stdout=its, stderr=its,
+        command, cwd=home, env=seeded(home, env), stdin=its if stdin is None else stdin, stdout=its, stderr=its,
         start_new_session=True, preexec_fn=interruptible,
     )  # fmt: skip
     os.close(its)
@@ -18145,7 +18577,7 @@ def terminal(
 
 def slow_load(folder: Path) -> Path:
     """A shimmy.py that takes its time over starting the engine and over the context."""
-    places = ("        n_batch = max(self.options.batch, self.options.parallel)\n",
+    places = (CONTEXT_BEGINS,
               "        self.c, self.np, self.ctypes = import")
     return altered(folder, *((place, "        time.sleep(0.7)\n" + place) for place in places))
 
@@ -18231,9 +18663,9 @@ def test_generate_lines_answers_each_line_in_order(where: str, server: Server, m
     assert done.returncode == 0 and texts == [TEXTS[chr(p[-1])] for p in prompts]
 
 
-def test_generate_lines_puts_prompt_before_each_line(models: Path, tmp_path: Path) -> None:
-    args: list[str | Path] = ["--raw", "--lines", "--prompt", "Sum", "--models-dir", models]
-    done = shimmy("generate", "recital", *args, home=tmp_path, stdin=b"ab:\r\nc:\n")
+def test_generate_lines_puts_prompt_before_each_line(server: Server, models: Path, tmp_path: Path) -> None:
+    args: list[str | Path] = ["--raw", "--lines", "--prompt", "Sum"]
+    done = shimmy("generate", "recital", *args, home=tmp_path, env=through(server, models), stdin=b"ab:\r\nc:\n")
     assert [line["usage"]["prompt_tokens"] for line in lines_of(done)] == [1 + len("Sum\nab:"), 1 + len("Sum\nc:")]
 
 
@@ -18249,7 +18681,7 @@ def test_generate_lines_with_a_line_that_fails_goes_on_and_exits_1(models: Path,
 def test_generate_lines_answers_a_line_before_the_next_one_comes(models: Path, tmp_path: Path) -> None:
     command = [*command_of(), "generate", "recital", "--raw", "--lines", "--models-dir", str(models)]
     with Child(
-        command, cwd=tmp_path, env=environment(tmp_path), stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0
+        command, cwd=tmp_path, env=seeded(tmp_path), stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0
     ) as running:
         assert running.stdin and running.stdout
         for prompt in (":", "="):
@@ -18260,14 +18692,9 @@ def test_generate_lines_answers_a_line_before_the_next_one_comes(models: Path, t
 
 
 def test_generate_lines_into_a_closed_pipe_ends_quietly(models: Path, tmp_path: Path) -> None:
-    seed(tmp_path)
     one = f"{IN_A_SHELL} generate recital --raw --lines --models-dir '{models}'"
-    command = ["bash", "-c", f"yes : | {one} | head -n 2"]
-    done = subprocess.run(command, cwd=tmp_path, env=environment(tmp_path), capture_output=True, timeout=HANG, check=False)
+    done = in_a_shell(f"yes : | {one} | head -n 2", tmp_path)
     assert len(done.stdout.splitlines()) == 2 and done.stderr == b""
-
-
-_ = (linux, shutil)
 
 
 def test_generate_lets_a_chat_use_a_built_in_tool(tmp_path: Path) -> None:
@@ -18473,7 +18900,7 @@ def test_the_examples_of_the_help_work(hub: FakeHub, tmp_path: Path) -> None:
     hub.repo = module.SUGGESTED
     for example in (generate_it, pull_it):
         command = f"'{sys.executable}' {example.replace('shimmy.py', str(SHIMMY), 1)}"
-        done = subprocess.run(["bash", "-c", command], cwd=tmp_path, env=environment(tmp_path, hub.env), capture_output=True,
+        done = subprocess.run(["bash", "-c", command], cwd=tmp_path, env=seeded(tmp_path, hub.env), capture_output=True,
                               timeout=HANG, check=False)  # fmt: skip
         assert done.returncode == 0 and done.stdout, done.stderr
     assert serve_it == "shimmy.py serve"
@@ -19251,10 +19678,10 @@ def test_bench_measures_every_row(tmp_path: Path) -> None:
     for _ in range(3):  # on a machine that others keep busy two streams may not run at once, and the bench says so
         done = subprocess.run([sys.executable, __file__, "bench", "--model", model, *flags], capture_output=True, text=True)
         rows = json.loads(done.stdout)
-        assert done.returncode == 0 and len(rows) <= 33
+        assert done.returncode == 0 and len(rows) <= 34
         if "not measured" not in done.stderr:
             break
-    assert "not measured" not in done.stderr and len(rows) == 33
+    assert "not measured" not in done.stderr and len(rows) == 34
     assert all(row["value"] > 0 for row in rows.values())
 
 
@@ -19589,7 +20016,8 @@ def bench_own(table: BenchTable, options: argparse.Namespace) -> None:
         write_bench_model(model)
     with tempfile.TemporaryDirectory() as home:
         began = time.perf_counter()
-        server = Server(Path(home), "--port", "0", "--model", model, "--threads", str(options.threads))
+        flags = ["--threads", str(options.threads), "--cache-disk", "1G"]
+        server = Server(Path(home), "--port", "0", "--model", model, *flags)
         server.get("/health")
         table.add("start to first /health", time.perf_counter() - began, "s", (time.perf_counter() - began) / python_start(),
                   "python -c 'import http.server, json, argparse'")  # fmt: skip
@@ -19602,6 +20030,11 @@ def bench_own(table: BenchTable, options: argparse.Namespace) -> None:
             size = client.stream(bench_prompt(options.words, 2), 1).usage["prompt_tokens"]
             bench_url(table, client, options, lambda batch: batch * options.tokens / bare_seconds(model, batch, size, options))
             bench_hostile(table, client, options)
+            server.unload("default")
+            client.stream(bench_prompt(4, 1), 1)
+            seconds = client.first_token(bench_prompt(400, 41))
+            cold = table.rows["first token of a 400-word prompt, cold"]["value"]
+            table.add("first token of it, after an unload", seconds, "s", seconds / cold, "cold")
             server.unload("default")
             kept = (resident(server) - idle) / max(loaded - idle, 1e-9)
             table.add("memory after unload", resident(server), "MB", kept or None, "what loading took is still there")
