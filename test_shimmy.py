@@ -477,11 +477,12 @@ def write_kind(path: Path, kind: str, context: int = 512, kv_heads: int = 2, let
     def ones(name: str, *shape: int, array: Any = None) -> None:
         writer.add_tensor(name, np.ones(shape or (width,), np.float32) if array is None else array.astype(np.float32))
 
-    writer.add_tensor("token_embd.weight", rng.normal(0, 1, (257, width)).astype(np.float32))
+    spread = 1 / 8 if kind == "gemma3" else 1  # Gemma multiplies it by 8
+    writer.add_tensor("token_embd.weight", rng.normal(0, spread, (257, width)).astype(np.float32))
     ones("token_embd_norm.weight" if kind == "lfm2" else "output_norm.weight")
     for layer in range(4):
         KIND_LAYERS[kind](f"blk.{layer}", layer, matrix, ones, width, kv_heads)
-    if kind in ("llama", "mamba", "qwen2vl"):
+    if kind in ("llama", "mamba", "gemma3", "qwen2vl"):
         matrix("output.weight", 257, width)
     finish(writer)
     return path
@@ -7817,6 +7818,12 @@ def eyes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     worker.stop()
 
 
+@pytest.fixture(scope="module")
+def llama_of_eyes(eyes: Any) -> Any:
+    """The same model in this process."""
+    return module.Llama(module.Load(eyes.info, module.Setup(module.EngineOptions(ctx=512, parallel=1))), lambda _: None)
+
+
 @dataclass(frozen=True)
 class Sight:
     """What a worker wrote of a prompt: token ids, their log probabilities, the likeliest first ones, and its end."""
@@ -7837,12 +7844,13 @@ def look(worker: Any, prompt: tuple[Any, ...], tokens: int = 12, cancel: Any = N
 
 def assert_same_sight(one: Sight, other: Sight) -> None:
     """Asserts the same text up to rounding, which may break a tie."""
+    assert other.first == pytest.approx(one.first, abs=0.1)
     until = next((i for i, (mine, its) in enumerate(zip(one.ids, other.ids, strict=True)) if mine != its), 12) + 1
-    assert other.logprobs[:until] == pytest.approx(one.logprobs[:until], abs=0.02)
+    assert other.logprobs[:until] == pytest.approx(one.logprobs[:until], abs=0.1)
 
 
-def read_by_libmtmd(llama: Any, prompt: tuple[Any, ...]) -> np.ndarray:
-    """The log probabilities of the first token as libmtmd's own reader finds them."""
+def assert_as_libmtmd(llama: Any, prompt: tuple[Any, ...], sight: Sight) -> None:
+    """Asserts that the likeliest first tokens are those that libmtmd's own reader finds."""
     import llama_cpp.mtmd_cpp as mtmd
 
     c, handle, chunks, past = llama.c, llama.eyes.handle, mtmd.mtmd_input_chunks_init(), ctypes.c_int32()
@@ -7856,30 +7864,31 @@ def read_by_libmtmd(llama: Any, prompt: tuple[Any, ...]) -> np.ndarray:
     assert mtmd.mtmd_helper_eval_chunks(handle, context, chunks, 0, 0, llama.main.n_batch, True, ctypes.byref(past)) == 0
     logits = np.ctypeslib.as_array(c.llama_get_logits_ith(context, -1), (llama.vocab.size,)).astype(float)
     llama.main.clear(False)
-    return logits - logits.max() - np.log(np.exp(logits - logits.max()).sum())
+    expected = logits - logits.max() - np.log(np.exp(logits - logits.max()).sum())
+    assert sight.first == pytest.approx({id: expected[id] for id in sight.first}, abs=0.1)
+    assert expected.argmax() in sight.first
 
 
-def test_pictures_are_read_as_libmtmd_reads_them(eyes: Any) -> None:
-    llama = module.Llama(module.Load(eyes.info, module.Setup(module.EngineOptions(ctx=512, parallel=1))), lambda _: None)
+def test_pictures_are_read_as_libmtmd_reads_them(eyes: Any, llama_of_eyes: Any) -> None:
     found = {name: look(eyes, prompt) for name, prompt in SIGHTS.items()}
     for name, prompt in SIGHTS.items():
-        expected = read_by_libmtmd(llama, prompt)
-        assert found[name].first == pytest.approx({id: expected[id] for id in found[name].first}, abs=0.02), name
-        assert expected.argmax() in found[name].first
-    assert found["two"].first != pytest.approx(found["other order"].first, abs=0.02)
+        assert_as_libmtmd(llama_of_eyes, prompt, found[name])
+    assert found["two"].first != pytest.approx(found["other order"].first, abs=0.1)
     assert found["before"].end.picture_tokens == 16 and found["two"].end.picture_tokens in (28, 32)
 
 
-def test_pictures_are_lent_like_text(eyes: Any) -> None:
+def test_pictures_are_lent_like_text(eyes: Any, llama_of_eyes: Any) -> None:
     """Asked again, gone on with, left in a picture's middle, and at once with others, some of them cancelled."""
     talks: list[tuple[Any, ...]] = [(letters(40, i), noise(64, 64, i), letters(20, i), noise(160, 96, i % 3), letters(i + 1, i))
-                                    for i in range(8)]  # fmt: skip
-    talks += [(letters(40, i), noise(64, 64, i), letters(20, i), noise(160, 96, 9), letters(3, i)) for i in range(3)]
+                                    for i in range(4)]  # fmt: skip
+    talks += [(letters(40, i), noise(64, 64, i), letters(20, i), noise(160, 96, 9), letters(3, i)) for i in range(2)]
+    talks += [(letters(20, 1), letters(20, 9)), (letters(40, 3), noise(64, 64, 9), letters(5, 9)), (letters(110, 9),)]
     alone = []
     for talk in talks:
         first, again = look(eyes, talk), look(eyes, talk)
         assert again.end.cached_tokens == first.end.prompt_tokens - 1
         assert_same_sight(first, again)
+        assert_as_libmtmd(llama_of_eyes, talk, first)
         alone.append(first)
     longer = (*talks[-1], letters(9, 99), noise(64, 64, 99), letters(2, 98))
     gone_on = look(eyes, longer)
@@ -7890,12 +7899,12 @@ def test_pictures_are_lent_like_text(eyes: Any) -> None:
         if i % 5 == 0:
             threading.Timer(i / 500, cancel.cancel).start()
             with contextlib.suppress(module.Cancelled):
-                look(eyes, talks[i % 8], cancel=cancel)
+                look(eyes, talks[i % len(talks)], cancel=cancel)
             return i, None
         return i, look(eyes, talks[i % len(talks)], 12)
 
     with ThreadPoolExecutor(8) as pool:
-        for i, sight in pool.map(ask, range(44)):
+        for i, sight in pool.map(ask, range(24)):
             if sight:
                 assert_same_sight(alone[i % len(talks)], sight)
     assert_same_sight(gone_on, look(eyes, longer))
