@@ -7812,7 +7812,7 @@ def eyes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     info = model_info(write_kind(folder / "seer.gguf", request.param, letters=controls))
     info = replace(info, projector=str(write_projector(folder / "mmproj-seer.gguf", make=make)))
     options = module.EngineOptions(ctx=512, kv_pool=1024, parallel=4, batch=32)
-    worker = module.Worker(info, module.Setup(options), 99, lambda *_: None, lambda _: None).start(lambda _: None)
+    worker = module.Worker(info, module.Setup(options), 99, lambda *_: None, lambda _: None).start()
     assert worker.loaded.sees
     yield worker
     worker.stop()
