@@ -4010,7 +4010,7 @@ class Rows:
     @property
     def medium(self) -> Medium | None:
         """The part of a picture that comes next."""
-        return next((m for m in self.media if m.start <= self.n_computed < m.end), None)
+        return next((m for m in self.media if m.start <= self.n_computed < m.end), None) if self.media else None
 
     def border(self, count: int) -> int:
         """So many tokens, or fewer: cells cannot be cut within a part of a picture."""
@@ -5794,8 +5794,9 @@ class Encoder(Aside):
         self._work: Generator[Any, None, None] | None = None
 
     def waiting(self, key: str | None = None) -> list[Sequence]:
-        """The sequences that a picture comes next in which is not encoded: the one with this key, or any."""
-        sequences = [s for s in (*self.scheduler.active, *self.scheduler.waiting) if s.media and not s.submission.cancelled]
+        """The sequences that a picture comes next in: the one with this key, or for those that run any that is not encoded."""
+        sequences = [*self.scheduler.active, *(self.scheduler.waiting if key else ())]
+        sequences = [s for s in sequences if s.media and not s.submission.cancelled]
         keys = [(s, s.next_medium.key) for s in sequences if s.next_medium]
         return [s for s, k in keys if (k == key if key else k not in self.eyes.embeddings)]
 
@@ -6005,7 +6006,8 @@ class Scheduler:
         streams, long = [s for s in self.running if s.is_stream], self._long_prompts()
         reading = [s for s in self.running if not s.is_stream and s not in long]
         prompts = [s for s in reading if s.pending > 1 and not s.medium]
-        pictures = media_slices(reading, self.pace.prompt_rows(len(streams)) // (1 + bool(prompts)), self.llama.eyes)
+        rows = self.pace.prompt_rows(len(streams)) // (1 + bool(prompts)) if reading else 0
+        pictures = media_slices(reading, rows, self.llama.eyes)
         self._looked = bool(pictures) and not (self._looked and (streams or prompts))
         if self._looked:
             return pictures
