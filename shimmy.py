@@ -244,6 +244,7 @@ MAX_BODY = 16 * MIB  # a 128k-token prompt is under 1 MiB of text; 16 leaves roo
 MAX_PICTURED_BODY = 32 * MIB  # where pictures may come, a third longer in base64 than in their files
 MAX_PICTURES = 16  # of a request
 MAX_PICTURES_BYTES = 24 * MIB  # of a request's picture files, which come as 32 MiB of base64
+MAX_WAITING_PICTURES = 256 * MIB  # of all requests of a model, which hold them until they end
 MAX_PIXELS = 50_000_000  # of a picture: the largest photos of phones; to decode them takes 6 to 12 bytes of each
 MAX_SCANS = 100  # of a JPEG file, each of which passes over all its pixels; progressive ones have about 10
 MAX_HEAD = 64 * 1024  # request line and headers together
@@ -774,6 +775,9 @@ class Content:
     def media(self) -> list[Attachment]:
         return [part for part in self.parts if isinstance(part, Attachment)]
 
+    def images(self) -> list[Attachment]:
+        return [attachment for attachment in self.media() if attachment.word == "image"]
+
     def text(self, reads: str = "text") -> str:
         """The texts, and a note that stands for the media."""
         words = " and ".join(dict.fromkeys(attachment.word for attachment in self.media()))
@@ -786,21 +790,18 @@ class Content:
         Parts are joined as llama-server does: a newline between two texts, nothing beside a picture. Raises InvalidRequest
         for an image in the user's newest turn that the model does not see.
         """
-        images = [attachment for attachment in self.media() if attachment.word == "image"]
+        images = self.images()
         asked = next((image for image in images if image.newest), None)
         if look is None and asked:
             asked.refuse(f"{model} reads text only")
         if look is None or not images:
             return self.text("text" if look is None else "text and images")
         note = Content(tuple(m for m in self.media() if m.word != "image")).text("text and images")
+        parts = [part for part in (*self.parts, note) if part and (isinstance(part, str) or part.word == "image")]
         seen: list[Any] = []
-        for part in (*self.parts, note):
-            if isinstance(part, Attachment):
-                seen += [look(part)] if part.word == "image" else []
-            elif part and seen and isinstance(seen[-1], str):
-                seen[-1] += f"\n{part}"
-            elif part:
-                seen.append(part)
+        for is_text, group in itertools.groupby(parts, lambda part: isinstance(part, str)):
+            run = list(group)
+            seen += ["\n".join(map(str, run))] if is_text else map(look, run)  # type: ignore[arg-type]
         return tuple(seen)
 
 
@@ -1427,6 +1428,8 @@ def _walk(root: SearchRoot, notes: list[str]) -> Iterator[tuple[str, str, Stored
     """
     if os.path.isfile(root.path):
         yield root.path, pathlib.Path(root.path).stem, Stored()
+        beside = pathlib.Path(root.path).parent.glob("*.[gG][gG][uU][fF]")
+        yield from ((str(path), path.stem, Stored()) for path in sorted(beside) if "mmproj" in path.name.lower())
         return
 
     def failed(error: OSError) -> None:
@@ -1542,6 +1545,7 @@ class Catalog:
     def _look(self, began: float) -> ScanReport:
         deadline = time.thread_time() + SCAN_DETAIL_SECONDS
         models: dict[tuple[int, ...], ModelInfo] = {}  # by device and inode: the same file reached twice is one model
+        twins: list[ModelInfo] = []  # where it was reached again: a projector may lie there alone
         projectors: list[Projector] = []
         skipped: dict[str, str] = {}  # reason by path
         directories: list[dict[str, Any]] = []
@@ -1551,6 +1555,7 @@ class Catalog:
             for path, label, stored in (_walk_ollama if root.ollama else _walk)(root, notes):
                 stamp = _stamp(path)
                 if stamp and stamp[:2] in models:
+                    twins.append(replace(models[stamp[:2]], path=path))
                     continue
                 result = self._examine(path, root.source, label, time.thread_time() < deadline)
                 if stamp and isinstance(result, ModelInfo):
@@ -1564,7 +1569,10 @@ class Catalog:
                                 "models": len(models) - before,
                                 "notes": list(dict.fromkeys(printable(note, 400) for note in notes))})  # fmt: skip
         # the model that comes with shimmy stands last, unless it was asked for by path
-        ordered = sorted(with_projectors(list(models.values()), projectors), key=lambda m: is_boxed(m) and m.source != "--model")
+        there = {m.id: m.projector for m in with_projectors(twins, projectors) if m.projector}
+        found = [m if m.projector else replace(m, projector=there.get(m.id))
+                 for m in with_projectors(list(models.values()), projectors)]  # fmt: skip
+        ordered = sorted(found, key=lambda m: is_boxed(m) and m.source != "--model")
         reasons = ({"path": path, "reason": reason} for path, reason in skipped.items())
         return ScanReport(tuple(ordered), tuple(reasons), tuple(directories[len(self.files) :]), began)
 
@@ -3010,6 +3018,7 @@ class EngineOptions:
                                                   metavar="A,B")  # fmt: skip
     flash_attn: str = knob("auto", "flash attention", choices=("auto", "on", "off"))
     batch: int = knob(512, "most tokens of prompts read in one step", type=int)
+    cache_dir: str | None = knob(None, "where prompts that were read are kept (default: in the user's cache)", metavar="DIR")
     cache_disk: int = knob(2 << 30, "disk for prompts that were read, such as 500M; 0 keeps none", type=parse_bytes,
                            metavar="SIZE")  # fmt: skip
     mmap: bool = knob(True, "map the weights from the file instead of reading them")
@@ -3097,6 +3106,11 @@ class Generate:
     owner: str = ""  # whose cells the prompt may begin with
     spare: int = 0  # so many segments at the prompt's start may be left out where all do not fit
     echo: bool = False  # give out the prompt too, with the log probabilities of its tokens
+
+
+def pictures_of(job: Job) -> list[Picture]:
+    """The pictures in a job's prompt."""
+    return [part for part in job.prompt if isinstance(part, Picture)] if isinstance(job, Generate) else []
 
 
 @dataclass(frozen=True)
@@ -4395,14 +4409,33 @@ class Eyes:
 
     def encode(self, picture: Picture) -> Generator[Any, None, None]:
         """The embeddings of a picture's parts, one after another. Raises PictureError."""
-        with self._opened(self._decoded(picture.data)) as chunks:
-            for chunk in chunks:
+        with contextlib.ExitStack() as opened:
+            for chunk in self._prepared(picture, opened):
                 count = self.c.mtmd_input_chunk_get_n_tokens(chunk)
                 if self._is_text(chunk):
                     continue
                 if status := self.c.mtmd_encode_chunk(self.handle, chunk):
                     raise PictureError(f"cannot be encoded: mtmd_encode_chunk returned {status}")
                 yield self.np.ctypeslib.as_array(self.c.mtmd_get_output_embd(self.handle), (count, self.width)).copy()
+
+    def _prepared(self, picture: Picture, opened: contextlib.ExitStack) -> list[Any]:
+        """A picture's chunks, made in another thread: streams step meanwhile, for a large one takes seconds."""
+        found = list[Any]()
+
+        def prepare() -> None:
+            try:
+                found.append(opened.enter_context(self._opened(self._decoded(picture.data))))
+            except Exception as error:  # a thread's border
+                found.append(error)
+
+        thread = threading.Thread(target=prepare, name="prepare", daemon=True)
+        thread.start()
+        while thread.is_alive():
+            thread.join(0.002)
+            self.pause()
+        if isinstance(found[0], Exception):
+            raise found[0]
+        return list(found[0])
 
     def _decoded(self, data: bytes) -> Any:
         """libmtmd's bitmap of a file, null if there is none in it.
@@ -5335,11 +5368,16 @@ class Cache:
         seen = max(0, other.positions[length] - self.llama.n_swa)
         return (self.llama.cuttable or length == other.n_computed) and oldest <= seen
 
-    def fetch(self, sequence: Sequence, shared: int) -> tuple[Prefix, int] | None:
-        """A prefix from the disk and how much it lends, where to read it is quicker than to compute what it spares."""
+    def fetch(self, sequence: Sequence, shared: int, beside: bool) -> tuple[Prefix, int] | None:
+        """A prefix from the disk and how much it lends, where to read it is quicker than to compute what it spares.
+
+        Beside streams only one that holds them up no longer than a step.
+        """
         best, longest = None, shared
         for kept in self.files.listed(sequence.owner):
             length = sequence.common(kept, kept.n_tokens)
+            if (self.llama.cuttable and kept.n_tokens > self.llama.pool) or (beside and kept.size > self.files.BESIDE):
+                continue
             if length > longest and self._can_lend(kept, length) and self.files.is_quicker(kept, length - shared):
                 best, longest = kept, length
         began = time.perf_counter()
@@ -5357,7 +5395,8 @@ class Cache:
         `token_seconds` is how long a token takes to compute.
         """
         if self._writing is None:
-            prefix = next((p for p in self.prefixes if self.files.wants(p) and (hurry or self._quiet_in(p) <= 0)), None)
+            newest = reversed(self.prefixes)  # in a hurry there may not be time for all
+            prefix = next((p for p in newest if self.files.wants(p) and (hurry or self._quiet_in(p) <= 0)), None)
             if prefix is None:
                 return False
             prefix.is_on_disk = True  # or need not be
@@ -5517,24 +5556,36 @@ class PrefixFiles:
     LEAST = 128  # tokens that are worth a file
     QUIET = 10.0  # seconds without use before one is written: a chat's next turn would replace it
     BLOCK = 8 * MIB  # bytes written at once
+    BESIDE = 32 * MIB  # read while streams wait; some 50 ms
     MAGIC = b"shimmy prefix 1\n"
     HEAD = struct.Struct("<16sIIdQ")  # the magic, tokens, the oldest one with cells, seconds a token, bytes of cells
     NAME = re.compile(r"([0-9a-f]{16})-([0-9a-f]{16})-(\d{1,9})-(\d{1,9})\.prefix")
     STALE = 600.0  # seconds after which a file that was not written to its end is nobody's
 
     def __init__(self, llama: Llama) -> None:
-        self.llama, self.folder, self.most = llama, prefix_folder(), llama.options.cache_disk
-        self._known: dict[str, KeptPrefix] = {}  # by name without the uses
+        self.llama, self.most = llama, llama.options.cache_disk
+        self.folder = os.path.abspath(llama.options.cache_dir or prefix_folder())
+        self._listing: tuple[Any, list[tuple[str, str]]] = (None, [])  # the folder's stamp, and its files then
+        self._known: dict[str, KeptPrefix] = {}  # by path
         self._read_speed = 0.0  # bytes a second, once measured
         self._complained = False
+        self._model = self._identity() if self.most else ()
 
-    @functools.cached_property
-    def _model(self) -> tuple[Any, ...]:
+    def _identity(self) -> tuple[Any, ...]:
         """Everything that must be equal for cells to be of use."""
+        import importlib.metadata
+
         llama, options = self.llama, self.llama.options
-        files = [_stamp(path) for path in (*shard_paths(llama.info.path), *options.lora)]
-        return ([stamp and stamp[2:] for stamp in files], options.kv_type, options.flash_attn, llama.on_cpu, llama.n_swa,
-                versions()["llama_cpp"])  # fmt: skip
+        files = [self._file_identity(path) for path in (*shard_paths(llama.info.path), *options.lora)]
+        return (files, options.kv_type, options.flash_attn, llama.on_cpu, llama.n_swa,
+                importlib.metadata.version("llama-cpp-python"))  # fmt: skip
+
+    def _file_identity(self, path: str) -> tuple[Any, ...]:
+        """Size and time of a file, and a part of its middle: those of one archive may be alike in the others."""
+        with open(path, "rb") as file:
+            status = os.fstat(file.fileno())
+            file.seek(status.st_size // 2)
+            return status.st_size, status.st_mtime_ns, self._digest(file.read(MIB))
 
     def _kind(self, owner: str) -> str:
         return self._digest(repr((self._model, owner)).encode())
@@ -5552,29 +5603,35 @@ class PrefixFiles:
 
     def listed(self, owner: str) -> list[KeptPrefix]:
         """The prefixes on the disk that this engine may use for a client."""
-        kind, found = self._kind(owner), list[KeptPrefix]()
-        for name, path in self._names() if self.most else ():
-            if not name.startswith(kind):
-                continue
-            text = name.rpartition("-")[0]
-            kept = self._known.get(text)
-            if kept is None or kept.path != path:
-                kept = self._read_head(path, owner)
+        if not self.most:
+            return []
+        kind, known = self._kind(owner), dict[str, KeptPrefix]()
+        for name, path in self._names():
+            kept = self._known.get(path) or (self._read_head(path, owner) if name.startswith(kind) else None)
             if kept:
-                self._known[text] = kept
-                found.append(kept)
-        return found
+                known[path] = kept
+        self._known = known
+        return [kept for path, kept in known.items() if os.path.basename(path).startswith(kind)]
 
     def _names(self) -> list[tuple[str, str]]:
         """The names of all files and where they are; those that somebody died over are removed."""
-        found = []
-        with contextlib.suppress(OSError), os.scandir(self.folder) as entries:
-            for entry in entries:
-                if self.NAME.fullmatch(entry.name):
-                    found.append((entry.name, entry.path))
-                elif entry.name.endswith(".part") and time.time() - entry.stat().st_mtime > self.STALE:
-                    self._remove(entry.path)
-        return found
+        stamp = _stamp(self.folder)
+        if stamp is None or stamp != self._listing[0]:
+            found = []
+            with contextlib.suppress(OSError), os.scandir(self.folder) as entries:
+                for entry in entries:
+                    if self.NAME.fullmatch(entry.name):
+                        found.append((entry.name, entry.path))
+                    elif entry.name.endswith(".part"):
+                        self._remove_stale(entry)
+            self._listing = stamp, found
+        return self._listing[1]
+
+    def _remove_stale(self, entry: os.DirEntry[str]) -> None:
+        """Removes a file that another engine has not written to its end, unless it may still be at it."""
+        with contextlib.suppress(OSError):
+            if not entry.name.endswith(f".{os.getpid()}.part") and time.time() - entry.stat().st_mtime > self.STALE:
+                self._remove(entry.path)
 
     def _read_head(self, path: str, owner: str) -> KeptPrefix | None:
         try:
@@ -5620,6 +5677,7 @@ class PrefixFiles:
         with contextlib.suppress(OSError):
             os.utime(kept.path)
             os.replace(kept.path, f"{start}-{int(uses) + 1}.prefix")
+            self._listing = None, []
 
     def write(self, prefix: Prefix, token_seconds: float, shorter: Seq[KeptPrefix]) -> Iterator[None]:
         """Writes a prefix in place of shorter ones, and of those worth least; yields between blocks."""
@@ -5639,6 +5697,7 @@ class PrefixFiles:
                     yield
                 file.write(sum.to_bytes(4, "little"))
             os.replace(part, f"{path}.prefix")
+            self._listing = None, []
             for kept in shorter:
                 if kept.path != f"{path}.prefix":
                     self._remove(kept.path)
@@ -5668,8 +5727,8 @@ class PrefixFiles:
             held -= freed
         return held + size <= most
 
-    @staticmethod
-    def _remove(path: str) -> None:
+    def _remove(self, path: str) -> None:
+        self._listing = None, []
         with contextlib.suppress(OSError):
             os.remove(path)
 
@@ -5696,7 +5755,7 @@ class Aside:
             if now + self._longest >= self._due():
                 self._step()
             self._resumed_at = time.perf_counter()
-            self._aborted = self.unwanted()
+            self._aborted = self._aborted or self.unwanted()
         except Exception as error:
             self._aborted, self._error = True, error
         return not self._aborted
@@ -5983,7 +6042,7 @@ class Scheduler:
             if self.running and taken + needed > self.llama.pool:
                 return
             self.waiting.remove(sequence)
-            donor, shared = self.cache.fetch(sequence, shared) or (donor, shared)
+            donor, shared = self.cache.fetch(sequence, shared, any(s.is_stream for s in self.running)) or (donor, shared)
             self.cache.settle(sequence, donor, shared)
             if not sequence.started:
                 sequence.n_cached, sequence.started = min(sequence.n_computed, sequence.n_prompt), time.perf_counter()
@@ -6251,7 +6310,7 @@ class Intake:
             elif isinstance(job, Embed):
                 self._hand_on(Embedding(submission, (yield from self._inputs(job, submission)), self.llama))
             else:
-                yield from self._look_at([s for s in job.prompt if isinstance(s, Picture)], submission)
+                yield from self._look_at(pictures_of(job), submission)
                 prompt, constraint = self._prompt(job), job.sampling.constraint
                 if constraint is None or self.llama.machines.are_quick_to_make(constraint.grammar):
                     self._begin(submission, prompt)
@@ -6313,7 +6372,9 @@ class Intake:
         if pictures and not self.llama.eyes:
             raise InvalidRequest("the model does not see pictures")
         for number, picture in enumerate(pictures, 1):
-            if self.llama.eyes and not submission.cancelled:
+            if submission.cancelled:
+                raise Cancelled
+            if self.llama.eyes:
                 try:
                     self.llama.eyes.layout(picture)
                 except PictureError as error:
@@ -6755,7 +6816,9 @@ START_SECONDS = 10.0  # a thread that has not begun by then never will
 def engine_main() -> None:
     """The child's main: messages on stdin and stdout. Never returns."""
     die_with_parent()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # which a whole group may get: the parent says when it ends
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
     os.environ.setdefault("GGML_NO_BACKTRACE", "1")  # else an abort() in native code starts a debugger
     # llama.cpp's threads wait for each other busily, GNU's OpenMP for milliseconds: beside one other busy program a step then
     # took up to twenty times as long; some 30 µs at most cost nothing where there is none
@@ -7063,7 +7126,7 @@ class Worker:
         self._meter = meter or Meter()
         self._lock = threading.Lock()
         # by id, until it is known how a job ended, wanted or not; the meter does not count those of the tokenizer alone
-        self._jobs: dict[int, tuple[Generation, Timing | None]] = {}
+        self._jobs: dict[int, tuple[Generation, Timing | None, int]] = {}  # and the bytes of its pictures
         self._outbox: queue.SimpleQueue[Any] = queue.SimpleQueue()  # what the writing thread sends; None: no more
         self._outcome: queue.SimpleQueue[Loaded | LoadFailed] = queue.SimpleQueue()  # of the load
         self._silent, self._patience = 0, self.STARTING  # ticks since its last message; and how many seconds are borne
@@ -7128,9 +7191,12 @@ class Worker:
                 raise InvalidRequest(f"n: {len(ids)} texts are more than the {most} that --max-queue leaves room for", "n")
             if held + len(ids) > most:
                 raise Overloaded(f"{max(held - self.parallel, 0)} requests wait already (--max-queue {self.max_queue})")
-            for id, job in zip(ids, jobs, strict=True):
+            sizes = [sum(len(part.data) for part in pictures_of(job)) for job in jobs]
+            if held and sum(sizes) + sum(size for _, _, size in self._jobs.values()) > MAX_WAITING_PICTURES:
+                raise Overloaded(f"the images of other requests take {human_bytes(MAX_WAITING_PICTURES)}")
+            for id, job, size in zip(ids, jobs, sizes, strict=True):
                 timing = Timing(began or time.monotonic(), isinstance(job, Generate))
-                self._jobs[id] = generation, None if isinstance(job, Tokenize) else timing
+                self._jobs[id] = generation, None if isinstance(job, Tokenize) else timing, size
                 self._outbox.put(Submit(id, job))
         cancel.on_cancel(lambda: generation.cancel(cancel.gently))
         return generation
@@ -7177,7 +7243,7 @@ class Worker:
         """Tells the meter what became of a job, whether or not anybody still waits for it, and hands it on."""
         with self._lock:
             ends = isinstance(event, (Finished, Failed))
-            generation, timing = (self._jobs.pop if ends else self._jobs.get)(event.id, (None, None))
+            generation, timing, _ = (self._jobs.pop if ends else self._jobs.get)(event.id, (None, None, 0))
         if timing and isinstance(event, Piece):
             self._meter.piece(timing, event.tokens)
         elif timing and isinstance(event, Finished):
@@ -7543,6 +7609,7 @@ class Residents:
             raise Overloaded("The server is shutting down")
         if self.entries.get(entry.info.id) is not entry:  # a scan has dropped it since its name was resolved
             raise ModelNotFound(f"Model '{entry.info.id}' is not available")
+        self._started = self._started or self._begin(self.manage)
         load = entry.load or PendingLoad(time.monotonic() + LOAD_WAIT_SECONDS, dict(entry.asked))
         load.background |= background
         if entry.state != "loading":
@@ -7553,7 +7620,7 @@ class Residents:
                 raise GenerationFailed(f"{entry.error} (it is tried again in {pause:.0f} s, or by a request to load it)")
             if entry.state == "failed":
                 self.move(entry, "unloaded")
-            self._started, entry.load = self._started or self._begin(self.manage), load
+            entry.load = load
             self._schedule()
             self.changed.notify_all()
         return load
@@ -7691,8 +7758,7 @@ class Residents:
                 self.move(entry, "unloading", entry.worker)
             if force and entry.worker:
                 entry.worker.fail_all("The model was unloaded (force)")
-            if force and entry.starting:
-                self._begin(entry.starting.stop)
+            if force and entry.starting and self._begin(entry.starting.stop):
                 entry.starting = None
             self.changed.wait(1.0)
         if entry.state == "failed":
@@ -8068,6 +8134,7 @@ class PictureReader:
 
     def read(self, attachment: Attachment) -> Picture:
         """Raises InvalidRequest, which names the part and says what is wrong."""
+        self._cancel.check()
         self._count += 1
         if self._count > MAX_PICTURES:
             raise InvalidRequest(f"{attachment.where}: a request may have up to {MAX_PICTURES} images", attachment.where)
@@ -8085,7 +8152,7 @@ class PictureReader:
         head, _, told = source.partition(",") if source.startswith("data:") else (";base64", "", source)
         with contextlib.suppress(ValueError):  # also from letters outside ASCII
             if told and head.endswith(";base64"):
-                return base64.b64decode("".join(told.split()), validate=True)
+                return base64.b64decode(told.encode().translate(None, b" \t\r\n"), validate=True)
         raise InvalidRequest(f"{where}: an image must be base64, a data: URL of it, or an http or https address", where)
 
     def _fetched(self, where: str, url: str) -> bytes:
@@ -8097,6 +8164,22 @@ class PictureReader:
         if status != 200:
             raise InvalidRequest(f"{where}: the image cannot be fetched: its server answers {status}", where)
         return data
+
+
+def without_older_images(messages: Seq[dict[str, Any]]) -> tuple[dict[str, Any], ...]:
+    """The messages with a note in place of the oldest images, where there are more than MAX_PICTURES: agents send screenshots.
+
+    Half as many go at once, so that a conversation's beginning, which is cached, changes seldom.
+    """
+    counts = [len(m["content"].images()) if isinstance(m["content"], Content) else 0 for m in messages]
+    step, begin = MAX_PICTURES // 2, 0
+    first = -(-max(0, sum(counts) - MAX_PICTURES) // step) * step  # so many of the first ones go, and all of their messages'
+    kept = []
+    for message, count in zip(messages, counts, strict=True):
+        goes = begin < first and count and not any(image.newest for image in message["content"].images())
+        kept.append({**message, "content": message["content"].text(f"the newest {MAX_PICTURES} images")} if goes else message)
+        begin += count
+    return tuple(kept)
 
 
 class Service:
@@ -8137,7 +8220,7 @@ class Service:
             worker = yield from lease.waited()
             request = self._filled(request, self.table.settings(worker.info.id))
             jobs, parsers = self._jobs(request, self._chat(worker))
-            if not worker.loaded.sees and any(isinstance(part, Picture) for part in jobs[0].prompt):
+            if not worker.loaded.sees and any(map(pictures_of, jobs)):
                 raise InvalidRequest(f"model: the projector of {worker.info.id} cannot be loaded, so it sees no images", "model")
             generation = worker.submit(jobs, cancel, began)
             ends: list[Finished] = []
@@ -8183,6 +8266,8 @@ class Service:
         def shown(content: Any, look: Callable[[Attachment], Picture] | None) -> Any:
             return content.shown(info.id, look) if isinstance(content, Content) else content
 
+        if look:
+            messages = without_older_images(messages)
         turns = tuple({**m, "content": shown(m["content"], None if m is last else look)} for m in messages)
         return replace(request, messages=turns if messages else None, prompts=tuple(shown(p, look) for p in prompts))
 
@@ -10195,8 +10280,11 @@ class Access:
         return bool(separator) and scheme in self.APP_SCHEMES and APP_PLACE.fullmatch(place) is not None
 
     def owner(self, headers: Any) -> str:
-        """Whom the request's cached prompts belong to: everybody, or the key's number where keys are kept apart."""
-        return str(self._key(headers)) if self.private and self.api_keys else ""
+        """Whom the request's cached prompts belong to: everybody, or the key, by its hash, where keys are kept apart."""
+        import hashlib
+
+        key = self._key(headers) if self.private else None
+        return "" if key is None else hashlib.sha256(self.api_keys[key].encode()).hexdigest()
 
     def _key(self, headers: Any) -> int | None:
         """The number of the key that fits, compared in constant time; None: none does."""
@@ -10611,6 +10699,13 @@ class Call:
     body: bytes
     cancel: Cancellation
     accept: str = ""  # kinds of answer that the client reads: a browser begins with text/html
+    parsed: Callable[[], None] = lambda: None  # the body's place is free: others may be read
+
+    def document(self) -> dict[str, Any]:
+        """The body, before what may wait for a model."""
+        document = parse_object(self.body)
+        self.parsed()
+        return document
 
 
 def answer_health(call: Call) -> dict[str, Any]:
@@ -10723,7 +10818,7 @@ def answer_detokenize(call: Call) -> dict[str, Any]:
 
 def answer_template(call: Call) -> dict[str, Any]:
     """The prompt that a chat becomes, with the marker of /props in the place of each picture."""
-    parts = call.service.render(ChatCompletion(parse_object(call.body)).request, call.cancel)
+    parts = call.service.render(ChatCompletion(call.document()).request, call.cancel)
     return {"prompt": "".join(part if isinstance(part, str) else media_marker() for part in parts)}
 
 
@@ -10799,7 +10894,7 @@ ROUTES = (
     *_route("POST /v1/reranking", Rerank),
     *_route("POST /v1/messages", Messages, framing=NAMED_SSE),
     *_route("POST /v1/messages/count_tokens", needs_body=True, api="anthropic", max_body=MAX_PICTURED_BODY, answer=lambda call: {
-        "input_tokens": call.service.count_tokens(Messages(parse_object(call.body)).request, call.cancel)}),
+        "input_tokens": call.service.count_tokens(Messages(call.document()).request, call.cancel)}),
     *_route("POST /v1/responses", Responses, framing=NAMED_SSE),
     *_route("GET /v1/models", answer_openai_models, api="openai"),
     *_route("GET /v1/models/{}", api="openai", answer=lambda call: listed_model(
@@ -11052,7 +11147,8 @@ class Handler(socketserver.BaseRequestHandler):
         elif answer is answer_upgrade and head.is_handshake():
             self._upgrade(head)
         else:
-            call = Call(self.service, names, head.query, self._body(), cancel, head.headers.get("Accept", ""))
+            call = Call(self.service, names, head.query, self._body(), cancel, head.headers.get("Accept", ""),
+                        self.reader.turn.release)  # fmt: skip
             with watching:
                 told = answer(call)
                 self.out.respond(told if isinstance(told, Answer) else Answer(told))
@@ -11945,7 +12041,8 @@ def preset_of(pattern: str, pairs: Mapping[str, Any]) -> Preset:
     return Preset(pattern, engine_fields(args), sampling, tuple(args.alias), args.preload, args.keep_alive)
 
 
-FILE_SETTINGS = ("lora", "chat-template", "chat-template-file", "mmproj", "mm")  # only presets and the command line name files
+# what names files, as only presets and the command line may
+FILE_SETTINGS = ("cache-dir", "lora", "chat-template", "chat-template-file", "mmproj", "mm")
 
 
 def load_options(body: Mapping[str, Any]) -> dict[str, Any]:
@@ -12947,10 +13044,10 @@ def converse(args: argparse.Namespace, source: TextSource, sampling: dict[str, A
             print(CHAT_HELP if command == "/help" else "there is no such command; /help shows those there are")
         elif text.strip():
             asked = user_turn(args, decoded(os.fsencode(text), "the text"))
-            args.image = []  # the first turn is about them
             answer = Collected(source, generate_body(args, source, "", sampling) | {"messages": [*turns, asked]})
             answer_turn(answer, source)
-            if answer.text:  # it counts even if it was stopped
+            if answer.text:  # it counts even if it was stopped; its images were for this turn
+                args.image = []
                 turns += [asked, {"role": "assistant", "content": answer.text}]
             answer.report_speed()
             report_cut(args, answer.last, sampling["max_tokens"])
@@ -19722,7 +19819,7 @@ function takeStored({key, newValue}) {
   chats = chats.filter(chat => chat !== old);
   if (fresh) chats = [old ? merged(old, fresh) : fresh, ...chats].sort((a, b) => b.changed - a.changed);
   if (current !== old || !old) return drawSide();
-  if (!fresh) current = newChat();
+  if (!fresh) { current = newChat(); edited = null; }
   drawSide();
   drawLog();
 }
