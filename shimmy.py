@@ -15,23 +15,23 @@ Part I, the server, reads downward as a request flows. Its sections with their l
 
     1    Limits and errors            180  every bound with its reason; ApiError and its kinds
     2    Requests and events          740  a body becomes a checked request; the events of its answer
-    3    Models on disk               490  the catalog of model files; presets
+    3    Models on disk               500  the catalog of model files; presets
     4    Chat                         840  messages to a prompt by the model's template (Helpers), its text back to events
     5    Tools                        450  a Python function is a tool; what built-in ones may reach
-    6    Messages                     400  jobs, what comes back of them, and the Pipe they cross
-    7    llama.cpp                   1120  the library: model, contexts, vocabulary, kernels, Eyes
+    6    Messages                     410  jobs, what comes back of them, and the Pipe they cross
+    7    llama.cpp                   1140  the library: model, contexts, vocabulary, kernels, Eyes
     8    Sampling                     480  how the next token is picked, and the text that tokens become
-    9    Scheduling                  1130  who runs and who waits, whose cells are where; Prefix, PrefixFiles
+    9    Scheduling                  1160  who runs and who waits, whose cells are where; Prefix, PrefixFiles
     10   Engine                       770  the step loop, and the threads that feed it
     11   Worker                       520  the parent's side of a child; the Ladder of its loads; Metrics
     12   Models in memory             690  loads, evictions; ModelTable finds by name
-    13   Service                      490  the only way in for every door; ToolLoop runs what tools the server may
+    13   Service                      510  the only way in for every door; ToolLoop runs what tools the server may
     14.1 Dialects                     530  what OpenAI's clients speak, and our own
     14.2 Dialects of blocks           520  Messages and Responses
     14.3 Ollama and llama-server      550  their shapes, and what clients are told of models
     15.1 Connections                  340  who may call, what comes in, who has left
     15.2 Wires                        110  documents to bytes; `deliver` is the one loop between
-    15.3 Routes                       240  one row a route
+    15.3 Routes                       250  one row a route
     15.4 HTTP                         420  a connection's thread from its first byte to its last
     16   WebSocket, lifecycle         260  asyncio on its side thread; how a server stops
     17.1 Command line                 480  flags and their meaning
