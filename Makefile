@@ -60,9 +60,10 @@ test-page: .venv/.page
 CLIENTS := $(CURDIR)/.venv/clients
 CLIENT_TESTS := client or strictly or requires or real_model or langchain or litellm or instructor or pydantic_ai or agents or \
   llama_index or anthropic or claude or ollama or reference or template or huggingface
-test-models: .venv/.clients .venv/.reference
+test-models: .venv/.clients .venv/.reference .venv/.llama-server
 	PYTHONPATH=$(CLIENTS)/2 NODE_PATH=$(CURDIR)/.venv/node/node_modules SHIMMY_TEMPLATES=$$(echo $(CURDIR)/.venv/reference/llama_cpp_python-*/vendor/llama.cpp/models/templates) \
 	  SHIMMY_TEST_EMBEDDER=$(CURDIR)/.venv/reference/minilm.gguf SHIMMY_TEST_REFERENCE=$(CURDIR)/.venv/reference/minilm.json \
+	  SHIMMY_LLAMA_SERVER=$(CURDIR)/.venv/reference/build/bin/llama-server \
 	  $(BIN)/python -m pytest -q test_shimmy.py -k "($(CLIENT_TESTS)) and not test_llm" $(ARGS)
 	PYTHONPATH=$(CLIENTS)/3 $(BIN)/python -m pytest -q test_shimmy.py -k "pydantic_ai or agents or client_library or twenty_prompts" $(ARGS)
 	PYTHONPATH=$(CLIENTS)/llm $(BIN)/python -m pytest -q test_shimmy.py -k "test_llm" $(ARGS)
@@ -135,6 +136,14 @@ BUILD_FLAGS = $(if $(BROKEN_AMX),CFLAGS="$(CFLAGS) -mno-amx-tile -mno-amx-int8 -
 	@rm -rf $(CLIENTS)/wheel; touch $@
 
 # all-MiniLM-L6-v2 by llama.cpp's own converter, and its vectors as transformers computes them
+# llama.cpp's own server, whose answers about pictures ours must equal: half an hour of compiling on two cores, once
+.venv/.llama-server: .venv/.reference
+	@$(BIN)/python -m pip install -q --disable-pip-version-check cmake==4.1.2
+	@cd .venv/reference && $(abspath $(BIN))/cmake -S llama_cpp_python-*/vendor/llama.cpp -B build -DGGML_NATIVE=OFF -DLLAMA_CURL=OFF \
+	  -DLLAMA_OPENSSL=OFF -DLLAMA_BUILD_UI=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF > build.log
+	@cd .venv/reference && $(abspath $(BIN))/cmake --build build --target llama-server -j 2 >> build.log
+	@touch $@
+
 .venv/.reference: .venv/.test
 	@mkdir -p .venv/reference && $(PYTHON) -m venv .venv/reference/venv
 	@.venv/reference/venv/bin/pip install -q --disable-pip-version-check torch==2.13.0 transformers sentencepiece

@@ -2349,7 +2349,7 @@ def wants_parts(source: str) -> bool:
     """True for a template that takes content as a list of parts alone, as SmolVLM's does."""
 
     def shows(content: Any) -> bool:
-        given = {"messages": [{"role": "user", "content": content}], "bos_token": "", "eos_token": ""}
+        given = {"messages": [{"role": "user", "content": content}], **dict.fromkeys(("bos_token", "eos_token"), "")}
         try:
             return ANY in compiled_template(source).render(given)
         except Exception:  # a template may raise anything

@@ -7816,6 +7816,50 @@ SIGHTS: dict[str, tuple[Any, ...]] = {
 }
 
 
+LLAMA_SERVER = os.environ.get("SHIMMY_LLAMA_SERVER", "")
+
+
+def marked(marker: str, sight: tuple[Any, ...]) -> dict[str, Any]:
+    """A body for llama-server's /completion, with its marker in the place of each picture."""
+    words = [part if isinstance(part, str) else marker for part in sight]
+    media = [base64.b64encode(part.data).decode() for part in sight if not isinstance(part, str)]
+    prompt = {"prompt_string": "".join(words), "multimodal_data": media} if media else "".join(words)
+    return {"prompt": prompt, "n_predict": 12, "temperature": 0, "ignore_eos": True}
+
+
+@pytest.mark.skipif(not LLAMA_SERVER, reason="SHIMMY_LLAMA_SERVER names no llama-server")
+@pytest.mark.parametrize("family", EYES)
+def test_answers_about_pictures_equal_llama_servers(family: str, serve: Callable[..., Server], tmp_path: Path) -> None:
+    make, controls = EYES[family]
+    (tmp_path / "models").mkdir()
+    model = write_kind(tmp_path / "models" / "seer.gguf", family, letters=controls)
+    projector = write_projector(tmp_path / "models" / "mmproj-seer.gguf", make=make)
+    ours, port = serve("--models-dir", tmp_path / "models", "--model", "seer"), free_port()
+    theirs = Child([LLAMA_SERVER, "-m", model, "--mmproj", projector, "--port", str(port), "-c", "1024", "-np", "1"])
+
+    def ask(port: int, method: str, path: str, body: Any = None) -> Any:
+        with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=HANG)) as connection:
+            connection.request(method, path, encoded(body))
+            return json.loads(connection.getresponse().read())
+
+    def is_ready() -> bool:
+        with contextlib.suppress(OSError, ValueError):
+            return bool(ask(port, "GET", "/health") == {"status": "ok"})
+        return False
+
+    try:
+        eventually(is_ready, "llama-server")
+        for name, sight in SIGHTS.items():
+            asked = [ask(p, "POST", "/completion", marked(ask(p, "GET", "/props")["media_marker"], sight))
+                     for p in (port, ours.port)]  # fmt: skip
+            # a character that is cut at the end is nothing there, and U+FFFD here
+            expected, found = ((a["content"].rstrip("\ufffd"), a["tokens_evaluated"]) for a in asked)
+            assert found == expected, name
+    finally:
+        theirs.kill()
+        theirs.wait()
+
+
 @pytest.fixture(scope="module", params=EYES)
 def eyes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """A worker of each family."""
