@@ -32,8 +32,8 @@ Part I, the server, reads downward as a request flows. Its sections with their l
     15.1 Connections                  340  who may call, what comes in, who has left
     15.2 Wires                        110  documents to bytes; `deliver` is the one loop between
     15.3 Routes                       250  one row a route
-    15.4 HTTP                         420  a connection's thread from its first byte to its last
-    16   WebSocket, lifecycle         260  asyncio on its side thread; how a server stops
+    15.4 HTTP                         420  a connection's thread from its first byte to its last; how a server stops
+    16   WebSocket, lifecycle         260  asyncio on its side thread
     17.1 Command line                 480  flags and their meaning
     17.2 Commands                     600  serve, list, probe, diag, pull
     17.3 generate                     560  by a running server or an engine of its own; main
@@ -4053,8 +4053,8 @@ class Context:
         self.llama, self.c, self.np, self.ctypes = llama, llama.c, llama.np, llama.ctypes
         self.cells, self.n_batch, self.n_seq = cells, n_batch, n_seq
         # llama.cpp gives a cell that a sliding window has left to the next sequence that wants one, unless two rows own it:
-        # a row's twin is so many rows further
-        self.twins = n_seq if llama.n_swa and 2 * n_seq <= MAX_ROWS else 0
+        # a row's twin is so many rows further. What makes vectors lends no cells
+        self.twins = n_seq if llama.n_swa and 2 * n_seq <= MAX_ROWS and not self.EVERY_ROW else 0
         self.pause_every = self.PAUSE_EVERY
         self._abort = self.ctypes.create_string_buffer(2)
         asked = itertools.count(1)
@@ -5045,14 +5045,14 @@ class Echo:
 
     def __init__(self, job: Generate, vocab: Vocabulary) -> None:
         text = str(job.prompt[0]) if job.prompt and isinstance(job.prompt[0], str) else None
-        self.n_told = 0 if text is None else len(vocab.ends[0])  # tokens, also those that the model wants before a text
+        self.n_echoed = 0 if text is None else len(vocab.ends[0])  # tokens, also those that the model wants before a text
         self._blank = b"" if text is None or text.startswith(" ") else b" "  # which SentencePiece puts before a text
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def tell(self, token: TokenLogprob) -> tuple[TokenLogprob, str]:
         """The prompt's next token, and the text that it ends."""
         token, self._blank = replace(token, token=token.token.removeprefix(self._blank)), b""
-        self.n_told += 1
+        self.n_echoed += 1
         return token, self._decoder.decode(token.token)
 
 
@@ -6369,17 +6369,17 @@ class Intake:
 
     def _look_at(self, pictures: Seq[Picture], submission: Submission) -> Iterator[None]:
         """Lays pictures out; yields between them. Raises InvalidRequest for one that cannot be read."""
-        if pictures and not self.llama.eyes:
-            raise InvalidRequest("the model does not see pictures")
+        eyes = self.llama.eyes
+        if eyes is None:
+            return  # the parent refuses pictures
         for number, picture in enumerate(pictures, 1):
             if submission.cancelled:
                 raise Cancelled
-            if self.llama.eyes:
-                try:
-                    self.llama.eyes.layout(picture)
-                except PictureError as error:
-                    raise InvalidRequest(f"image {number} {error}") from None
-                yield
+            try:
+                eyes.layout(picture)
+            except PictureError as error:
+                raise InvalidRequest(f"image {number} {error}") from None
+            yield
 
     def _prompt(self, job: Generate) -> Prompt:
         """The prompt's cells; of its spare segments only the last ones, as many as fit beside the rest and an answer."""
@@ -6482,9 +6482,9 @@ class Engine:
         self.scheduler = Scheduler(llama, llama.options.parallel)
         self.embedder = Embedder(llama, self.scheduler, self._step_streams)
         self.encoder = Encoder(llama.eyes, self.scheduler, self._step_streams) if llama.eyes else None
-        self._aside = llama.on_cpu  # whether to make a prompt reader: a GPU is quick with slices
+        self._may_read_aside = llama.on_cpu  # whether to make a prompt reader: a GPU is quick with slices
         # whether to make it soon: several sequences have run at once, or the first picture must not hold up a stream
-        self._several = llama.eyes is not None
+        self._wants_reader = llama.eyes is not None
         self._sought = 0.0  # seconds of this step in which grammars were asked
 
     def run(self) -> None:
@@ -6511,7 +6511,7 @@ class Engine:
         """Idle work: saves prefixes, makes the prompt reader where several sequences ran at once, runs the cycle collector."""
         while self.inbox.empty() and (self._tidy() or self._write_prefix()):
             pass
-        if self._several and self._aside and not self.scheduler.reader and self.inbox.empty():
+        if self._wants_reader and self._may_read_aside and not self.scheduler.reader and self.inbox.empty():
             self._make_reader()
         if gc.get_count()[2] >= self.GARBAGE and self.inbox.empty():
             gc.collect()
@@ -6540,7 +6540,7 @@ class Engine:
     def step(self) -> None:
         """A step of the main context, or a batch of the prompt reader with the main context's steps in between."""
         self.scheduler.admit()
-        self._several = self._several or len(self.scheduler.running) > 1
+        self._wants_reader = self._wants_reader or len(self.scheduler.running) > 1
         self.scheduler.move_aside()
         reader = self.scheduler.reader
         if reader and (plan := reader.plan()):
@@ -6592,13 +6592,13 @@ class Engine:
 
     def _make_reader(self) -> None:
         """Makes the prompt reader. Clearing its memory takes as long as many steps, so it is made when none runs."""
-        self._several = False
+        self._wants_reader = False
         free, need = available_memory(), self.llama.kv_bytes * self.llama.ctx + 64 * MIB
         try:
             if free is None or free > 2 * need:
                 self.scheduler.reader = PromptReader(self.llama, self.scheduler.due, self._step_streams)
         except LoadError as error:
-            self._aside = False
+            self._may_read_aside = False
             log.warning("long prompts are read in slices: %s", error)
 
     def _read_aside(self, reader: PromptReader, plan: Seq[tuple[Sequence, int]]) -> None:
@@ -6610,7 +6610,7 @@ class Engine:
             self._flush()
 
     def _step_streams(self) -> None:
-        """In the middle of the prompt reader's batch: lets newcomers in and streams step."""
+        """Between operations of what is computed aside (prompts, pictures, vectors): lets newcomers in and streams step."""
         self._take_all()
         self.scheduler.admit()
         self._decode()
@@ -6705,7 +6705,7 @@ class Engine:
         vocab, echo, alternatives = self.llama.vocab, sequence.echo, sequence.sampling.logprobs or 0
         start, end = sequence.n_computed - len(logits) + 1, min(sequence.n_computed + 1, sequence.n_prompt)
         assert echo
-        for at in range(echo.n_told, end):
+        for at in range(echo.n_echoed, end):
             token = int(sequence.tokens[at])
             known = LogProbs(vocab, logits[at - start]).of(token, alternatives) if at else None
             told, text = echo.tell(known or TokenLogprob(vocab.name(token), math.nan, id=token))
@@ -6868,6 +6868,7 @@ def _receive(pipe: Pipe, ready: queue.SimpleQueue[Intake]) -> None:
         except (EOFError, OSError):
             if intake:
                 intake.closing = True
+                intake.llama.main.abort(True)
                 intake.inbox.put(None)
                 time.sleep(CLOSING_SECONDS)
             os._exit(0)
@@ -7674,9 +7675,10 @@ class Residents:
         """A load's thread; takes the condition to say how it ended."""
         worker: Worker | None = None
         error: ApiError | None = None
-        asked, others = dict(load.asked), list[Worker]()
+        asked, others = dict[str, Any](), list[Worker]()
         try:
             with self.changed:
+                asked = dict(load.asked)
                 engine = self._settings(entry, asked).engine
                 others = [e.worker for e in self.entries.values() if e.worker]
                 idle = any(e.idle for e in self.entries.values())
@@ -14691,7 +14693,7 @@ class ChatParser(Parser):
         self.calls = 0
         self._is_broken = False  # a call's arguments cannot be read
         self._has_text = False  # content that is more than white space
-        self.behind_call = 0  # where the last one ends that stands before it
+        self.behind_call = 0  # in all text: the end of the last call before any content
         opened = next((m for m in self._openings if prompt_end.endswith(m) and not continued), "")  # functionary: >>>
         self._input.taken = -len(opened)
         self._reading = self._answer()

@@ -7713,7 +7713,7 @@ def test_memory_of_processes_on_windows() -> None:
 # Sequences start, share cells, wait, get preempted and end without losing or mixing tokens.
 
 # Reads every prompt aside: the models here are too fast for the reader to be used otherwise.
-ALL_ASIDE = (("    SLICES = 2 ", "    SLICES = 0 "), ("if self._several and self._aside", "if self._aside"))
+ALL_ASIDE = (("    SLICES = 2 ", "    SLICES = 0 "), ("if self._wants_reader and self._may", "if self._may"))
 
 
 @pytest.fixture(scope="module")
