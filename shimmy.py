@@ -731,6 +731,8 @@ def read_message(where: str, message: Any, newest: bool) -> dict[str, Any]:
     if content is None and role != "assistant":
         raise InvalidRequest(f"{where}.content is required", f"{where}.content")
     content = flat_content(f"{where}.content", "" if content is None else content, newest=newest)
+    if images := read_images(f"{where}.images", message.get("images"), newest):  # Ollama's, which others take over
+        content = Content((*images, *(content.parts if isinstance(content, Content) else (content,))))
     read: dict[str, Any] = {"role": "system" if role == "developer" else role, "content": content}
     for name in ("name", "tool_call_id", *reversed(THOUGHT_FIELDS)):
         if message.get(name) is not None:
@@ -8374,7 +8376,7 @@ class Service:
             "directories": list(report.directories), "skipped": list(report.skipped),
             "models": len(report.models), "models_loaded": [w.info.id for w in self.table.workers()],
             "server": {"running": True, "pid": os.getpid()}, "known_faults": self.known_faults(),
-            "prefixes": kept_prefixes(),
+            "prefixes": kept_prefixes(self.settings.engine.cache_dir or prefix_folder(), self.settings.engine.cache_disk),
         }  # fmt: skip
 
     def known_faults(self) -> dict[str, Any]:
@@ -8830,7 +8832,7 @@ class NativeSocket(Native):
 
 UNBUILT: dict[str, tuple[Any, ...]] = {  # fields of OpenAI's and vLLM's that are known here but not served, but for these values
     "guided_regex": (), "functions": ([],), "function_call": ("none", "auto"), "modalities": (["text"],), "audio": (),
-    "prediction": (), "web_search_options": (),
+    "prediction": (), "web_search_options": (), "images": ([],), "multimodal_data": ([],),  # these go into messages
 }  # fmt: skip
 
 
@@ -9852,13 +9854,10 @@ class OllamaChat(Ollama):
     def _messages(body: Mapping[str, Any]) -> tuple[dict[str, Any], ...] | None:
         """The messages as templates want them. Calls have no ids in this API: results follow in the order of the calls."""
         read, count, called = [], itertools.count(), deque[str]()
-        messages = listed("messages", given(body, "messages", []))
-        newest = newest_turn([message for _, message in messages])
-        for where, message in messages:
+        for where, message in listed("messages", given(body, "messages", [])):
             calls = listed(f"{where}.tool_calls", given(message, "tool_calls", []))
             named = [{"id": f"call{next(count):05d}", **call} for _, call in calls]
-            text = flat_text(f"{where}.content", given(message, "content", ""), ("text", "refusal"))
-            content = with_images(read_images(f"{where}.images", message.get("images"), message is newest), text)
+            content = flat_text(f"{where}.content", given(message, "content", ""), ("text", "refusal"))
             turn = {**message, "tool_calls": named, "content": content, "name": given(message, "tool_name", message.get("name"))}
             if message.get("role") == "tool" and message.get("tool_call_id") is None and called:
                 turn["tool_call_id"] = called.popleft()
@@ -10103,7 +10102,8 @@ def read_marked(where: str, prompt: Mapping[str, Any]) -> Content:
     texts = a_string(f"{where}.prompt_string", prompt.get("prompt_string")).split(media_marker())
     media = read_images(f"{where}.multimodal_data", prompt.get("multimodal_data"))
     if len(media) != len(texts) - 1:
-        raise InvalidRequest(f"{where}: {len(media)} images are given for {len(texts) - 1} media_marker (/props tells it)", where)
+        raise InvalidRequest(f"{where}: {len(media)} images are given, and the media_marker of /props stands "
+                             f"{len(texts) - 1} times in the text", where)  # fmt: skip
     return Content((texts[0], *itertools.chain(*zip(media, texts[1:], strict=True))))
 
 
@@ -10161,6 +10161,8 @@ class LlamaCompletion(Dialect):
         """The request with its prompts."""
         if body.get("prompt") is None:
             raise InvalidRequest("prompt is required: a string, token ids, or a list of these", "prompt")
+        if body.get("multimodal_data"):
+            raise InvalidRequest("multimodal_data is a field of prompt, beside its prompt_string", "multimodal_data")
         given = body["prompt"] if isinstance(body["prompt"], list) else [body["prompt"]]
         if not any(isinstance(prompt, dict) for prompt in given):
             return replace(request, prompts=read_texts("prompt", body["prompt"], MAX_TEXTS))
@@ -12660,7 +12662,8 @@ def command_diag(args: argparse.Namespace) -> int:
     rows.append(("known faults", f"{', '.join(broken)}; to forget them, delete {known['file']}" if broken
                  else f"none (in {known['file']})"))  # fmt: skip
     kept = document["prefixes"]
-    rows.append(("kept prompts", f"{kept['files']}, {human_bytes(kept['bytes'])} (in {kept['folder']})"))
+    held = f"{kept['files']}, {human_bytes(kept['bytes'])}" if kept["most"] else "off"
+    rows.append(("kept prompts", f"{held} (in {kept['folder']})"))
     free = document["memory"]["available_bytes"]
     rows.append(("memory", f"{human_bytes(free)} available" if free is not None else "unknown"))
     answers = "answers" if state.get("key_accepted", True) else f"answers, but {server.refusal}"
@@ -13451,12 +13454,12 @@ def physical_cores() -> int:
     return count
 
 
-def kept_prefixes() -> dict[str, Any]:
-    """What the folder of kept prompts holds."""
+def kept_prefixes(folder: str, most: int) -> dict[str, Any]:
+    """The folder of kept prompts, its files, and how many bytes they may have."""
     sizes = list[int]()
-    with contextlib.suppress(OSError), os.scandir(prefix_folder()) as entries:
+    with contextlib.suppress(OSError), os.scandir(folder) as entries:
         sizes = [entry.stat().st_size for entry in entries]
-    return {"folder": prefix_folder(), "files": len(sizes), "bytes": sum(sizes)}
+    return {"folder": os.path.abspath(folder), "files": len(sizes), "bytes": sum(sizes), "most": most}
 
 
 def versions() -> dict[str, Any]:

@@ -13456,7 +13456,7 @@ def test_image_that_is_none_is_refused_by_its_place(body: Any, words: str, seer:
 
 
 def test_llama_server_prompt_needs_a_marker_for_each_image() -> None:
-    with pytest.raises(InvalidRequest, match="1 images are given for 0 media_marker"):
+    with pytest.raises(InvalidRequest, match="1 images are given, and the media_marker of /props stands 0 times"):
         module.LlamaCompletion({"prompt": {"prompt_string": "<__media__>", "multimodal_data": [RED64]}})
 
 
@@ -13566,6 +13566,17 @@ PACKAGES: dict[str, Callable[[Server], str]] = {  # ask as their documentation d
 def test_client_package_shows_the_model_a_picture(package: str, seeing: Server) -> None:
     expected = seeing.post("/v1/chat/completions", pictured()).json()["choices"][0]["message"]["content"]
     assert PACKAGES[package](seeing) == expected
+
+
+def test_images_beside_a_message_are_shown_and_elsewhere_refused(seeing: Server) -> None:
+    ask = {"max_tokens": 8, "temperature": 0}
+    turn = {"role": "user", "content": LOOK["text"], "images": [RED64]}
+    expected = seeing.post("/v1/chat/completions", pictured()).json()["choices"][0]["message"]["content"]
+    found = seeing.post("/v1/chat/completions", {**ask, "messages": [turn]}).json()["choices"][0]["message"]["content"]
+    assert found == expected
+    for path, field in (("/v1/completions", "images"), ("/completion", "multimodal_data")):
+        refused = seeing.post(path, {**ask, "prompt": "Look", field: [RED64]})
+        assert refused.status == 400 and field in refused.body.decode()
 
 
 def test_socket_shows_the_model_a_picture(seeing: Server) -> None:
