@@ -1754,6 +1754,7 @@ class CallFormat:
 
 
 def longest_first(texts: Iterable[str]) -> list[str]:
+    """The texts without repeats, so that of two where one begins with the other the longer is tried first."""
     return sorted(set(texts), key=len, reverse=True)
 
 
@@ -3021,7 +3022,7 @@ class EngineOptions:
     flash_attn: str = knob("auto", "flash attention", choices=("auto", "on", "off"))
     batch: int = knob(512, "most tokens of prompts read in one step", type=int)
     cache_dir: str | None = knob(None, "where prompts that were read are kept (default: in the user's cache)", metavar="DIR")
-    cache_disk: int = knob(2 << 30, "disk for prompts that were read, such as 500M; 0 keeps none", type=parse_bytes,
+    cache_disk: int = knob(2 << 30, "disk for prompts that were read (default: 2G); 0 keeps none", type=parse_bytes,
                            metavar="SIZE")  # fmt: skip
     mmap: bool = knob(True, "map the weights from the file instead of reading them")
     lora: tuple[str, ...] = knob((), "LoRA adapter to apply (repeatable)", metavar="FILE")
@@ -11807,7 +11808,7 @@ def _engine_flags(sub: argparse.ArgumentParser) -> None:
     group = sub.add_argument_group("engine")
     for f in fields(EngineOptions):
         flag, more = "--" + f.name.replace("_", "-"), dict[str, Any](f.metadata)
-        if f.default not in (None, True, ()):
+        if f.default not in (None, True, ()) and "(default" not in more["help"]:
             more["help"] += f" (default: {f.default})"
         if f.default is True:
             group.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, **more)
