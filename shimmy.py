@@ -2998,6 +2998,18 @@ def parse_override(words: str) -> tuple[str, str]:
     return pattern, device
 
 
+def parse_servers(words: str) -> tuple[str, ...]:
+    """--rpc: up to 16 RPC servers (GGML_RPC_MAX_SERVERS), which llama.cpp reaches by IPv4 alone."""
+    servers = tuple(dict.fromkeys(map(str.strip, words.split(","))))
+    for server in servers:
+        found = re.fullmatch(r"(?a)[\w-]{1,63}(?:\.[\w-]{1,63})*:(\d{1,5})", server)
+        if not found or not 0 < int(found[1]) < 1 << 16:
+            raise argparse.ArgumentTypeError(f"{server!r} is no HOST:PORT; the host is a name or an IPv4 address")
+    if len(servers) > 16:
+        raise argparse.ArgumentTypeError(f"{len(servers)} servers are more than 16")
+    return servers
+
+
 @dataclass(frozen=True)
 class EngineOptions:
     """How a model is loaded; flags of serve, generate and probe alike, in llama.cpp's words."""
@@ -3019,6 +3031,8 @@ class EngineOptions:
     main_gpu: int | None = knob(None, "the GPU to use alone, by its number among those used", type=int)
     tensor_split: tuple[float, ...] | None = knob(None, "how to share the layers out over the GPUs", type=parse_shares,
                                                   metavar="A,B")  # fmt: skip
+    rpc: tuple[str, ...] | None = knob(None, "llama.cpp's RPC servers, which take layers like GPUs, by commas",
+                                       type=parse_servers, metavar="HOST:PORT,…")  # fmt: skip
     flash_attn: str = knob("auto", "flash attention", choices=("auto", "on", "off"))
     batch: int = knob(512, "most tokens of prompts read in one step", type=int)
     cache_dir: str | None = knob(None, "where prompts that were read are kept (default: in the user's cache)", metavar="DIR")
@@ -3040,11 +3054,16 @@ class Rung:
     without: tuple[str, ...] = ()  # these special kernels of the CPU
     plain: bool = False  # all of them
     cpu: bool = False  # the GPU
+    local: bool = False  # RPC servers
 
-    def below(self, cause: str, gpu: bool) -> Rung | None:
+    def below(self, cause: str, gpu: bool, rpc: bool = False) -> Rung | None:
         """The next rung that may mend a crash, a hang, or a want of memory; None if no other can."""
         if cause == "memory" and not self.small_pool:
             return replace(self, small_pool=True)
+        rpc = rpc and not self.local
+        gpu = gpu or rpc
+        if rpc and cause != "memory":
+            return replace(self, local=True)
         if gpu and not self.cpu and self.gpu_share > 0.25:
             return replace(self, gpu_share=self.gpu_share / 2)
         if cause != "memory" and not self.plain:
@@ -3055,6 +3074,7 @@ class Rung:
         """What is given up, for people; "" at the top."""
         given_up = [
             (self.small_pool, "with a KV pool of one context"), (self.cpu, "on the CPU alone"),
+            (self.local, "without RPC servers"),
             (self.gpu_share < 1 and not self.cpu, f"with {self.gpu_share:.0%} of the layers on the GPU"),
             (self.plain, "without special CPU kernels"),
             (bool(self.without) and not self.plain, f"without the {' and '.join(self.without)} kernels of the CPU"),
@@ -3178,6 +3198,7 @@ class Loaded:
     on_gpu: bool = False  # some of them
     sees: bool = False  # prompts may have pictures
     gpu_bytes: int = 0  # memory that the model took on its GPUs, its whole KV cache too
+    servers: tuple[str, ...] = ()  # RPC servers that it uses
 
 
 @dataclass(frozen=True)
@@ -3405,6 +3426,11 @@ class Device:
     total: int
     handle: Any = field(default=None, compare=False)  # where it is, in the process that asked
 
+    @property
+    def remote(self) -> bool:
+        """True if it belongs to an RPC server, whose address is its description."""
+        return self.name.startswith("RPC")
+
 
 class Ggml:
     """The functions of libggml that llama_cpp does not bind: devices, and the CPU's special kernels (ggml-backend.h).
@@ -3451,11 +3477,17 @@ class Ggml:
     def cpu(self) -> int:
         return int(self.call("ggml_backend_dev_by_type", self._ctypes.c_void_p, self.KINDS.index("CPU")))
 
-    def _cpu_function(self, name: bytes, result: Any, *kinds: Any) -> Any:
-        """A function that only the CPU backend has, or None."""
-        registry = self.call("ggml_backend_dev_backend_reg", self._ctypes.c_void_p, self.cpu)
-        address = self.call("ggml_backend_reg_get_proc_address", self._ctypes.c_void_p, registry, name)
+    def _function(self, backend: bytes, name: bytes, result: Any, *kinds: Any) -> Any:
+        """A function that only one backend has, such as CPU or RPC; None without it."""
+        registry = self.call("ggml_backend_reg_by_name", self._ctypes.c_void_p, backend)
+        address = registry and self.call("ggml_backend_reg_get_proc_address", self._ctypes.c_void_p, registry, name)
         return self._ctypes.CFUNCTYPE(result, *kinds)(address) if address else None
+
+    def add_server(self, server: str) -> None:
+        """Adds the devices of an RPC server, RPC0 and on. It has just answered: else this ends the process."""
+        pointer = self._ctypes.c_void_p
+        add = self._function(b"RPC", b"ggml_backend_rpc_add_server", pointer, self._ctypes.c_char_p)
+        self.call("ggml_backend_register", None, pointer(add(server.encode())))
 
     def kernels(self) -> dict[str, int]:
         """The CPU's extra buffer types by name, in the order in which weights are offered to them."""
@@ -3466,7 +3498,7 @@ class Ggml:
     def _extra(self) -> Any:
         """llama.cpp's list of them, ended by a null; None if there is none."""
         c = self._ctypes
-        ask = self._cpu_function(b"ggml_backend_dev_get_extra_bufts", c.POINTER(c.c_void_p), c.c_void_p)
+        ask = self._function(b"CPU", b"ggml_backend_dev_get_extra_bufts", c.POINTER(c.c_void_p), c.c_void_p)
         return ask(self.cpu) if ask else None
 
     def leave_out(self, names: Seq[str]) -> None:
@@ -3494,7 +3526,7 @@ class Ggml:
         blocks["scale"], blocks["bits"] = 0.5, (numbers[..., None] + 8) * 17
         self.call("ggml_backend_tensor_set", None, weights, blocks.tobytes(), 0, blocks.nbytes)
         backend = self.call("ggml_backend_dev_init", pointer, self.cpu, None)
-        self._cpu_function(b"ggml_backend_set_n_threads", None, pointer, c.c_int)(backend, min(2, len(processors())))
+        self._function(b"CPU", b"ggml_backend_set_n_threads", None, pointer, c.c_int)(backend, min(2, len(processors())))
         matrix = np.repeat(numbers / 2, 32, axis=1)
         for rows in self.ROWS:
             values = ((np.arange(rows)[:, None] * 3 + np.arange(side)) % 5 / 2 - 1).astype("<f4")
@@ -3530,9 +3562,10 @@ def build_main() -> None:
         ggml = Ggml(llama)
         shown = [{k: v for k, v in vars(device).items() if k != "handle"} for device in ggml.devices()]
         print(json.dumps({"engine": llama.llama_print_system_info().decode().strip(" |\n"),
-                          "gpu_offload": bool(llama.llama_supports_gpu_offload()), "devices": shown}))  # fmt: skip
+                          "gpu_offload": bool(llama.llama_supports_gpu_offload()), "rpc": bool(llama.llama_supports_rpc()),
+                          "devices": shown}))  # fmt: skip
     except (ImportError, OSError, RuntimeError, StopIteration) as error:
-        print(json.dumps({"engine": f"not usable: {error}", "gpu_offload": False, "devices": []}))
+        print(json.dumps({"engine": f"not usable: {error}", "gpu_offload": False, "rpc": False, "devices": []}))
 
 
 def kernels_main() -> None:
@@ -3790,6 +3823,7 @@ class Llama:
         self.info, self.setup, self.options = load.model, load.setup, load.setup.options
         self.size_bytes, self.embedding = load.model.size_bytes, load.model.embedding
         self.notes: list[str] = []
+        self.absent: list[str] = []  # RPC servers that are left out, and why
         self.log_lines: deque[tuple[int, str]] = deque(maxlen=20)  # warnings and errors: level, text
         self.log_callback = self.c.llama_log_callback(self._on_log)  # kept: the library calls it until the process ends
         self.c.llama_log_set(self.log_callback, ctypes.c_void_p())
@@ -3823,16 +3857,31 @@ class Llama:
 
     def _devices(self) -> list[Device]:
         """The devices beside the CPU that the options name; all GPUs if they name none. LoadError for one that is not there."""
-        known = {d.name: d for d in self.ggml.devices() if d.kind != "CPU"}
         wanted, main = self.options.device, self.options.main_gpu
         if self.setup.rung.cpu or wanted in (("none",), ()):
             return []
-        if unknown := set(wanted or ()) - set(known):
+        if not self.setup.rung.local:
+            self._add_servers()
+        known = {d.name: d for d in self.ggml.devices() if d.kind != "CPU"}
+        if unknown := {name for name in set(wanted or ()) - set(known) if not (self.absent and name.startswith("RPC"))}:
             raise LoadError(f"there is no device {min(unknown)}; there are {', '.join(known) or 'none but the CPU'}")
-        used = [known[name] for name in wanted] if wanted else [d for d in known.values() if d.kind in ("GPU", "IGPU")]
+        # the output is where the last layers are: not on another machine, if possible, for logits are large
+        found = sorted((d for d in known.values() if d.kind in ("GPU", "IGPU")), key=lambda d: not d.remote)
+        used = [known[name] for name in wanted if name in known] if wanted else found
         if main is not None and main >= len(used):
             raise LoadError(f"--main-gpu {main}: there are {len(used)} GPUs, the first one is 0")
         return used if main is None else [used[main]]
+
+    def _add_servers(self) -> None:
+        """Adds the RPC servers that answer."""
+        for server in self.options.rpc or ():
+            try:
+                ask_rpc_server(server)
+            except OSError as error:
+                self.absent.append(f"without the RPC server {server}: {error.strerror or error}")
+            else:
+                self.ggml.add_server(server)
+        self.notes += self.absent
 
     def _plan(self) -> LoadPlan:
         """Raises LoadError when the model does not fit."""
@@ -3843,7 +3892,10 @@ class Llama:
         if self.options.ctx and own and self.options.ctx > own:
             self.notes.append(f"--ctx {self.options.ctx} is beyond the model's own context; using {own}")
         free = None if free is None else free - self.setup.reserved
-        return plan_load(self.info, self.setup, free, [d.free for d in self.devices], weights)
+        try:
+            return plan_load(self.info, self.setup, free, [d.free for d in self.devices], weights)
+        except LoadError as error:
+            raise LoadError("; ".join([str(error), *self.absent]), error.cause) from None
 
     def _load_model(self, progress: Callable[[float], None]) -> None:
         said = [0.0]
@@ -3870,7 +3922,7 @@ class Llama:
         params.n_gpu_layers = self.plan.gpu_layers  # 0 without devices
         self._devices_array = (self.ctypes.c_void_p * (len(self.devices) + 1))(*[d.handle for d in self.devices], None)
         params.devices = self.ctypes.cast(self._devices_array, kinds["devices"])
-        if options.tensor_split:
+        if options.tensor_split and not self.absent:  # else by the memory of those that are there
             most = max(c.llama_max_devices(), len(options.tensor_split))
             self._split = (self.ctypes.c_float * most)(*options.tensor_split)
             params.tensor_split = self.ctypes.cast(self._split, kinds["tensor_split"])
@@ -3910,7 +3962,8 @@ class Llama:
     @property
     def placed(self) -> str:
         """Where the layers are; "" where there is only the CPU."""
-        layers, names = int(self.c.llama_model_n_layer(self.model)), ", ".join(d.name for d in self.devices)
+        layers = int(self.c.llama_model_n_layer(self.model))
+        names = ", ".join(f"{d.name} ({d.description})" if d.remote else d.name for d in self.devices)
         if self.on_cpu:
             return f"on the CPU, not on {names}" if names else ""
         moe = f", experts of {self.plan.cpu_moe} layers on the CPU" if self.plan.cpu_moe else ""
@@ -3923,17 +3976,19 @@ class Llama:
         rows["id"] = self.np.arange(self.vocab.size)
         return rows
 
-    def trial(self) -> None:
-        """Decodes a few tokens and then one, as steps do: what cannot work on this machine shows before it counts as loaded."""
+    def trial(self) -> float:
+        """Decodes a few tokens and then one, as steps do, so that what cannot work here shows now; returns that one's seconds."""
         count = min(4, self.main.n_batch, max(1, self.ctx - 2))
         rows = Rows(self.vocab.nothing.repeat(count + 1), 0, self.counting)
         rows.row = 0
         for more in (count, 1):
+            began = time.perf_counter()
             rows.n_tokens += more
             if status := self.main.decode([(rows, more)]):
                 raise self.refusal(f"llama.cpp cannot compute: llama_decode returned {status}")
             rows.n_computed += more
         self.main.clear(False)
+        return time.perf_counter() - began
 
     def metadata(self, key: str) -> str:
         """A value of the GGUF header as text, "" when absent."""
@@ -3956,11 +4011,13 @@ class Llama:
             self.notes.append("the model has no chat template; chats are written in ChatML")
         ends = tuple(self.vocab.name(t).decode("utf-8", "replace") for t in sorted(self.vocab.eog))
         free = {d.name: d.free for d in self.ggml.devices() if self.devices}
+        devices = "; ".join(filter(None, [self.placed, *self.absent]))
+        servers = tuple(dict.fromkeys(d.description for d in self.devices if d.remote))
         taken = sum(max(0, d.free - free[d.name]) for d in self.devices)  # since the load began; other programs may have a part
         chat = ChatFacts(templates, bos, bool(c.llama_vocab_get_add_bos(vocab)), eos, self.vocab.specials, ends,
                          self.vocab.gap_names())  # fmt: skip
         return Loaded(self.ctx, self.pool, chat, tuple(self.notes), int(self.pool * self.kv_bytes), self.plan.memory_need,
-                      self.placed, not self.on_cpu, self.eyes is not None, taken)  # fmt: skip
+                      devices, not self.on_cpu, self.eyes is not None, taken, servers)  # fmt: skip
 
     def _adapter(self, file: str) -> Any:
         adapter = self.c.llama_adapter_lora_init(self.model, os.fsencode(file))
@@ -4362,15 +4419,16 @@ class Eyes:
     def _open(self, path: str, most: int = -1) -> Any:
         """Loads the projector, for pictures of so many tokens at most; by default as many as it says."""
         llama, params = self.llama, self.c.mtmd_context_params_default()
-        params.use_gpu, params.print_timings, params.warmup = not llama.on_cpu, False, False
-        if not llama.on_cpu:
-            params.device = llama.devices[0].handle
+        gpu = None if llama.on_cpu else next((d for d in llama.devices if not d.remote), None)
+        params.use_gpu, params.print_timings, params.warmup = gpu is not None, False, False
+        if gpu:
+            params.device = gpu.handle
         params.n_threads, params.image_max_tokens = llama.threads, most
         asked = itertools.count(1)
         self._callback = llama.c.ggml_backend_sched_eval_callback(  # kept: the library calls it
             lambda _tensor, asks, _data: next(asked) % Context.PAUSE_EVERY == 0 if asks else self.pause()
         )
-        if llama.on_cpu:
+        if not gpu:
             params.cb_eval = self._callback
         llama.log_lines.clear()
         handle = self.c.mtmd_init_from_file(os.fsencode(path), llama.model, params)
@@ -6146,7 +6204,7 @@ class Scheduler:
 class Pulse:
     """What one of the child's threads is doing. That thread alone begins tasks; the heartbeat thread counts beats."""
 
-    LIMITS: ClassVar = {  # seconds for one task; those not named may take for ever
+    LIMITS: ClassVar[dict[str, float]] = {  # seconds for one task; those not named may take for ever
         "load": 600,  # a hundredth of the file, or what comes after: a GPU's kernels are compiled for minutes
         "decode": 900,  # the longest step known: 512 tokens of 70B on two cores
         "sample": 120,  # all sequences of a step; a grammar of ten equal alternatives never comes back
@@ -6154,11 +6212,12 @@ class Pulse:
     }
 
     def __init__(self) -> None:
+        self.limits = dict(self.LIMITS)
         self._task: tuple[str, float, int] = ("rest", math.inf, 0)  # its limit, and how many there were before
         self._seen, self._beats = self._task, 0
 
     def begin(self, task: str, limit: float | None = None) -> None:
-        self._task = (task, limit or self.LIMITS.get(task) or math.inf, self._task[2] + 1)
+        self._task = (task, limit or self.limits.get(task) or math.inf, self._task[2] + 1)
 
     def beat(self) -> str:
         """Called every second by the heartbeat thread. What has taken too long, or ""."""
@@ -6848,7 +6907,10 @@ def engine_main() -> None:
         pulse.begin("load")
         llama = Llama(load, progress)
         pulse.begin("trial", 60 + llama.size_bytes // (50 * MIB))  # the first step reads the weights from a slow disk
-        llama.trial()
+        seconds = llama.trial()
+        if any(device.remote for device in llama.devices):
+            # a server that stops does not say so; a token takes no longer among a batch than alone
+            pulse.limits["decode"] = min(pulse.limits["decode"], 30 + seconds * llama.main.n_batch)
         engine = Engine(llama, pipe, pulse)
         pulses += [engine.intake.tokenizing, engine.intake.reading]
         for work in (engine.intake.tokenize, engine.intake.read_grammars):
@@ -7373,11 +7435,11 @@ class Ladder:
                 first = first or failure
                 mendable = failure.cause not in ("", "room")
                 gpu = mendable and self._uses_gpu(setup.options)
-                lower = rung.below(failure.cause, gpu) if mendable else None
+                lower = rung.below(failure.cause, gpu, bool(setup.options.rpc)) if mendable else None
                 if lower is None:
                     raise (failure if failure.cause == "room" else first) from None
                 self._say(f"{printable(failure.details)}; trying again {lower.words()}", True)
-                if failure.cause != "memory":
+                if failure.cause != "memory" and lower.local == rung.local:  # no server is remembered
                     crash, kept = crash or failure.details, kept.below(failure.cause, gpu) or kept
                 rung = lower
         if crash and not asked:
@@ -7430,11 +7492,12 @@ class Ladder:
         if not cause or time.monotonic() - worker.loaded_at > self.YOUNG:
             return
         self._crashes[model.id] += 1
-        lower = worker.setup.rung.below(cause, worker.loaded.on_gpu)
+        rung = worker.setup.rung
+        lower = rung.below(cause, worker.loaded.on_gpu, bool(worker.setup.options.rpc))
         if lower and self._crashes[model.id] % 2 == 0:
             self._lowered[model.id] = lower
             self._say(f"{printable(model.id)} crashed twice soon after it was loaded; it goes on {lower.words()}", True)
-            if cause != "memory":
+            if cause != "memory" and lower.local == rung.local:
                 self._remember(model, lower, f"the engine crashed twice ({cause})")
 
 
@@ -7526,6 +7589,7 @@ class Entry:
     ends: bool = False  # its requests are done, and the worker is being stopped
     load: PendingLoad | None = None
     asked: Mapping[str, Any] = field(default_factory=dict)  # fields of EngineOptions that requests gave for its last load
+    servers: tuple[str, ...] = ()  # RPC servers that are its own while it is in memory: each serves one client at a time
     crowded: str = ""  # why it did not fit beside the other models, until one of them is gone
     departures: int = 0  # times that it has left the memory
     failures: int = 0  # loads in a row that failed on every rung
@@ -7682,7 +7746,7 @@ class Residents:
         try:
             with self.changed:
                 asked = dict(load.asked)
-                engine = self._settings(entry, asked).engine
+                engine = self._with_servers(entry, self._settings(entry, asked).engine)
                 others = [e.worker for e in self.entries.values() if e.worker]
                 idle = any(e.idle for e in self.entries.values())
             setup = Setup(engine, reserved=sum(other.reserved_bytes() for other in others), others_idle=idle)
@@ -7697,6 +7761,7 @@ class Residents:
         with self.changed:
             if worker:
                 entry.asked, entry.failures, entry.retry_at, entry.idle_since = asked, 0, 0.0, time.monotonic()
+                entry.servers = worker.loaded.servers
                 self.move(entry, "loaded", worker)
                 if not worker.alive:
                     self.move(entry, "failed", error="the engine process ended right after the load")
@@ -7711,6 +7776,15 @@ class Residents:
                     pause = self.FIRST_PAUSE * 2 ** min(entry.failures, 10)
                     entry.retry_at, entry.failures = time.monotonic() + min(self.LONGEST_PAUSE, pause), entry.failures + 1
                 self._end_load(entry, error)
+
+    def _with_servers(self, entry: Entry, engine: EngineOptions) -> EngineOptions:
+        """Gives a model those of its RPC servers that no other model in memory has."""
+        others = [e for e in self.entries.values() if e.in_memory and e is not entry]
+        taken = {server: other.info.id for other in others for server in other.servers}
+        entry.servers = tuple(server for server in engine.rpc or () if server not in taken)
+        for server in [server for server in engine.rpc or () if server in taken]:
+            log.warning("%s: without the RPC server %s: %s has it", printable(entry.info.id), server, printable(taken[server]))
+        return replace(engine, rpc=entry.servers or None)
 
     def _start(self, entry: Entry, info: ModelInfo, setup: Setup) -> Worker:
         """Starts one engine for a load; takes the condition. Raises LoadFailure."""
@@ -8372,13 +8446,27 @@ class Service:
         """Versions, engine, memory, and where models were looked for: `diag` and `GET /diag`."""
         self.table.models()  # waits for the first scan
         report = self.table.catalog.report
-        return versions() | engine_build() | {
+        build = engine_build()
+        return versions() | build | {
+            "devices": [*build["devices"], *self._servers()],
             "memory": {"resident_bytes": self.memory_bytes(), "available_bytes": available_memory()},
             "directories": list(report.directories), "skipped": list(report.skipped),
             "models": len(report.models), "models_loaded": [w.info.id for w in self.table.workers()],
             "server": {"running": True, "pid": os.getpid()}, "known_faults": self.known_faults(),
             "prefixes": kept_prefixes(self.settings.engine.cache_dir or prefix_folder(), self.settings.engine.cache_disk),
         }  # fmt: skip
+
+    def _servers(self) -> Iterator[dict[str, Any]]:
+        """The RPC servers as devices. One that a model uses would not answer, and is not asked."""
+        used = {server: worker.info.id for worker in self.table.workers() for server in worker.loaded.servers}
+        for server in dict.fromkeys([*(self.settings.engine.rpc or ()), *used]):
+            free, total, words = 0, 0, f"RPC server, used by {used.get(server)}"
+            if server not in used:
+                try:
+                    (free, total), words = ask_rpc_server(server), "RPC server"
+                except OSError as error:
+                    words = f"RPC server, not usable: {error.strerror or error}"
+            yield {"name": server, "description": words, "kind": "RPC", "free": free, "total": total}
 
     def known_faults(self) -> dict[str, Any]:
         """The kernels and rungs that KnownFaults remembers, and its file."""
@@ -11650,6 +11738,7 @@ def count(least: int, most: int | None = None) -> Callable[[str], int]:
 
 ENGINE_BOUNDS = {"ctx": (1, 1 << 24), "parallel": (1, 200), "kv_pool": (1, 1 << 26), "threads": (1, 1024), "batch": (1, 65536),
                  "n_cpu_moe": (0, 4096), "main_gpu": (0, 64)}  # fmt: skip
+REBUILD = "CMAKE_ARGS=-DGGML_{}=on pip install --force-reinstall --no-cache-dir llama-cpp-python"
 
 
 def alias(words: str) -> tuple[str, str]:
@@ -11768,6 +11857,7 @@ def parser() -> Arguments:
     _engine_flags(probe)
     diag = command("diag", "show versions, memory, search directories and whether a server runs", command_diag)
     diag.add_argument("--json", action="store_true", help="as JSON")
+    _engine_flags(diag, "rpc")
     _address_flags(diag)
     completion = command("completion", "print a script that completes commands and flags in a shell", command_completion)
     completion.add_argument("shell", choices=("bash", "zsh", "fish"))
@@ -11803,10 +11893,10 @@ def _address_flags(sub: argparse.ArgumentParser) -> None:
     group.add_argument("--port", type=count(0, 65535), metavar="N", help="port; wins over the one in --bind; 0 picks one")
 
 
-def _engine_flags(sub: argparse.ArgumentParser) -> None:
-    """One flag for each field of EngineOptions."""
+def _engine_flags(sub: argparse.ArgumentParser, only: str = "") -> None:
+    """One flag for each field of EngineOptions, or for one."""
     group = sub.add_argument_group("engine")
-    for f in fields(EngineOptions):
+    for f in (f for f in fields(EngineOptions) if only in ("", f.name)):
         flag, more = "--" + f.name.replace("_", "-"), dict[str, Any](f.metadata)
         if f.default not in (None, True, ()) and "(default" not in more["help"]:
             more["help"] += f" (default: {f.default})"
@@ -11917,15 +12007,19 @@ def engine_fields(args: argparse.Namespace) -> dict[str, Any]:
     if "chat_template" in found:
         found["chat_template"] = read_file("--chat-template", found["chat_template"])
     named = {"--device": found.get("device") or (), "--override-tensor": [d for _, d in found.get("override_tensor", ())]}
-    if not any(named.values()) and "main_gpu" not in found:
+    if not any(named.values()) and not found.keys() & {"main_gpu", "rpc"}:
         return found
-    devices = engine_build()["devices"]  # a helper process is asked
+    build = engine_build()  # a helper process is asked
+    if "rpc" in found and not build["rpc"]:
+        raise UsageError(f"--rpc: this build of llama-cpp-python has no RPC; to get one: {REBUILD.format('RPC')}")
+    devices = build["devices"]
     there = [d["name"] for d in devices]
     for flag, names in named.items():
-        if unknown := [name for name in names if name not in there and not (flag == "--device" and names == ("none",))]:
+        names = [name for name in names if not (build["rpc"] and name.startswith("RPC"))]  # known when a model loads
+        if unknown := [name for name in names if name not in there and not (flag == "--device" and names == ["none"])]:
             raise UsageError(f"{flag} {unknown[0]}: there is no such device; there are {', '.join(there) or 'none'}")
     gpus = [d for d in devices if d["kind"] in ("GPU", "IGPU")]
-    if found.get("main_gpu", -1) >= len(found.get("device") or gpus):
+    if found.get("main_gpu", -1) >= len(found.get("device") or gpus) and "rpc" not in found:
         raise UsageError(f"--main-gpu {found['main_gpu']}: there are {len(gpus)} GPUs, the first one is 0")
     return found
 
@@ -12046,16 +12140,17 @@ def preset_of(pattern: str, pairs: Mapping[str, Any]) -> Preset:
     return Preset(pattern, engine_fields(args), sampling, tuple(args.alias), args.preload, args.keep_alive)
 
 
-# what names files, as only presets and the command line may
-FILE_SETTINGS = ("cache-dir", "lora", "chat-template", "chat-template-file", "mmproj", "mm")
+# what names files, or machines that are to be reached, as only presets and the command line may
+OWN_SETTINGS = ("cache-dir", "lora", "chat-template", "chat-template-file", "mmproj", "mm", "rpc")
 
 
 def load_options(body: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of EngineOptions from the body of a load: a preset's keys, but those that name files. Raises InvalidRequest."""
+    """Fields of EngineOptions from the body of a load: a preset's keys, but OWN_SETTINGS. Raises InvalidRequest."""
     body = {key: value for key, value in body.items() if value is not None}
     for key in body:
-        if key.strip().replace("_", "-") in FILE_SETTINGS and body[key] != "none":
-            raise InvalidRequest(f"{printable(key)} names a file, which only a preset and the command line may", key)
+        if key.strip().replace("_", "-") in OWN_SETTINGS and body[key] != "none":
+            kind = "server" if key.strip() == "rpc" else "file"
+            raise InvalidRequest(f"{printable(key)} names a {kind}, which only a preset and the command line may", key)
     try:
         preset = preset_of("", body)
     except UsageError as error:
@@ -12228,8 +12323,8 @@ def tell_serving(args: argparse.Namespace, service: Service, url: str) -> None:
     threads = engine.threads or physical_cores()
     rows.append(("engine", f"{threads} thread{'s' * (threads != 1)}"))
     if gpu and engine.gpu_layers != 0 and not engine_build()["gpu_offload"]:
-        build = f"CMAKE_ARGS=-DGGML_{gpu[1]}=on pip install --force-reinstall --no-cache-dir llama-cpp-python"
-        rows.append(("engine", f"no GPU in this build of llama-cpp-python, although the machine has {gpu[0]} one: {build}"))
+        rows.append(("engine", f"no GPU in this build of llama-cpp-python, although the machine has {gpu[0]} one: "
+                     f"{REBUILD.format(gpu[1])}"))  # fmt: skip
     key = ' -H "Authorization: Bearer KEY"' if args.api_key or os.environ.get("SHIMMY_API_KEY") else ""
     body = '{"messages":[{"role":"user","content":"Hello!"}]}'
     rows += [("page", f"{url}/"), ("try", f"curl {url}/v1/chat/completions{key} -d '{body}'")]
@@ -12653,9 +12748,9 @@ def command_diag(args: argparse.Namespace) -> int:
     if args.json:
         print_json(document)
         return 0
-    rows = [(key, document[key]) for key in [*versions(), "engine", "gpu_offload"]]
+    rows = [(key, document[key]) for key in [*versions(), "engine", "gpu_offload", "rpc"]]
     for device in document["devices"]:
-        room = f", {human_bytes(device['free'])} free" if device["kind"] != "CPU" else ""
+        room = f", {human_bytes(device['free'])} free" if device["kind"] != "CPU" and device["total"] else ""
         rows.append(("device", f"{device['name']}: {device['description']}{room}"))
     known = document["known_faults"]  # what native code cannot do here
     broken = [f"{name} kernels ({fault})" for name, fault in known["kernels"].items() if fault]
@@ -13382,6 +13477,40 @@ def output_of(command: Seq[str], seconds: float | None = None) -> str:
     return subprocess.run(command, capture_output=True, text=True, timeout=seconds).stdout  # noqa: S603  # nosec B603
 
 
+RPC_SECONDS = 3.0  # in which an RPC server answers, unless it serves another client
+
+
+def ask_rpc_server(server: str, seconds: float = RPC_SECONDS) -> tuple[int, int]:
+    """Free and total bytes of the devices of one of llama.cpp's RPC servers, by its own protocol (ggml-rpc.cpp).
+
+    Where nobody answers, or somebody else, native code ends the process or waits for ever. Raises OSError.
+    """
+    import socket
+    import struct
+
+    host, _, port = server.rpartition(":")
+    with socket.create_connection((socket.gethostbyname(host), int(port)), seconds) as connection:
+        answers = connection.makefile("rb")
+
+        def ask(command: int, body: bytes, size: int) -> bytes:
+            connection.sendall(struct.pack("<BQ", command, len(body)) + body)
+            answer = answers.read(8 + size)
+            if len(answer) != 8 + size or answer[:8] != struct.pack("<Q", size):
+                raise ConnectionError("it is no RPC server of llama.cpp's")
+            return answer[8:]
+
+        try:
+            ask(14, bytes(24), 28)  # HELLO: what else than TCP it might use
+            (count,) = struct.unpack("<I", ask(15, b"", 4))  # DEVICE_COUNT
+            # GET_DEVICE_MEMORY
+            sizes = [struct.unpack("<QQ", ask(11, struct.pack("<I", device), 16)) for device in range(min(count, 16))]
+        except TimeoutError:
+            # a reset: once it comes to us, an answer to a closed connection would end it by SIGPIPE
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            raise ConnectionError("it does not answer, or serves another client") from None
+    return sum(free for free, _ in sizes), sum(total for _, total in sizes)
+
+
 _starting = threading.Lock()
 
 
@@ -13511,7 +13640,8 @@ def engine_build() -> dict[str, Any]:
             try:
                 _known_build.update(json.loads(output_of(child_command("build_main"), 60)))
             except (OSError, ValueError, subprocess.SubprocessError):
-                return {"engine": "not usable: is llama-cpp-python installed?", "gpu_offload": False, "devices": []}
+                return {"engine": "not usable: is llama-cpp-python installed?", "gpu_offload": False, "rpc": False,
+                        "devices": []}  # fmt: skip
         return dict(_known_build)
 
 

@@ -9389,22 +9389,285 @@ def test_known_faults_in_a_folder_that_cannot_be_written_cost_only_time(tmp_path
 
 
 @cases(
-    "cause, gpu, words",
-    {"memory": ("memory", False, ["with a KV pool of one context"]),
-     "memory, with a GPU": ("memory", True, [
+    "cause, gpu, rpc, words",
+    {"memory": ("memory", False, False, ["with a KV pool of one context"]),
+     "memory, with a GPU": ("memory", True, False, [
          "with a KV pool of one context", "with a KV pool of one context, with 50% of the layers on the GPU",
          "with a KV pool of one context, with 25% of the layers on the GPU", "with a KV pool of one context, on the CPU alone"]),
-     "crash": ("crash", False, ["without special CPU kernels"]),
-     "hang, with a GPU": ("hang", True, [
+     "memory, with an RPC server": ("memory", False, True, [
+         "with a KV pool of one context", "with a KV pool of one context, with 50% of the layers on the GPU",
+         "with a KV pool of one context, with 25% of the layers on the GPU", "with a KV pool of one context, on the CPU alone"]),
+     "crash": ("crash", False, False, ["without special CPU kernels"]),
+     "crash, with an RPC server": ("crash", False, True, [
+         "without RPC servers", "without RPC servers, without special CPU kernels"]),
+     "hang, with a GPU": ("hang", True, False, [
          "with 50% of the layers on the GPU", "with 25% of the layers on the GPU",
          "with 25% of the layers on the GPU, without special CPU kernels", "on the CPU alone, without special CPU kernels"])},
 )  # fmt: skip
-def test_rungs_that_a_cause_leads_down(cause: str, gpu: bool, words: list[str]) -> None:
-    found, rung = list[str](), module.Rung().below(cause, gpu)
+def test_rungs_that_a_cause_leads_down(cause: str, gpu: bool, rpc: bool, words: list[str]) -> None:
+    found, rung = list[str](), module.Rung().below(cause, gpu, rpc)
     while rung:
         found.append(rung.words())
-        rung = rung.below(cause, gpu)
+        rung = rung.below(cause, gpu, rpc)
     assert found == words
+
+
+# llama.cpp's RPC servers. What needs a build of llama.cpp that reaches them runs under `make test-rpc`.
+
+
+@contextlib.contextmanager
+def answering(answer: Callable[[socket.socket], None]) -> Iterator[str]:
+    """Runs a server that treats its connections so; yields its HOST:PORT."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def run() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    answer(listener.accept()[0])
+
+        threading.Thread(target=run, daemon=True).start()
+        yield f"127.0.0.1:{listener.getsockname()[1]}"
+        listener.shutdown(socket.SHUT_RDWR)
+
+
+def speak_rpc(connection: socket.socket) -> None:
+    """Answers as an RPC server with two devices does, each with some bytes of memory."""
+    memory = [struct.pack("<QQQ", 16, free, total) for free, total in ((5, 7), (6, 8))]
+    with connection, connection.makefile("rb") as asked:
+        for reply in (struct.pack("<Q", 28) + bytes(28), struct.pack("<QI", 4, 2), *memory):
+            asked.read(struct.unpack("<BQ", asked.read(9))[1])
+            connection.sendall(reply)
+
+
+def test_rpc_server_tells_the_memory_of_its_devices() -> None:
+    with answering(speak_rpc) as address:
+        assert module.ask_rpc_server(address) == (11, 15)
+
+
+@cases(
+    "answer, words",
+    {"closes": (b"", "no RPC server"), "another protocol": (b"HTTP/1.1 400 Bad Request\r\n\r\n" + b"no" * 20, "no RPC server"),
+     "a short answer": (struct.pack("<Q", 28) + b"ab", "no RPC server"), "nobody is there": (None, "Connection refused")},
+)  # fmt: skip
+def test_rpc_server_that_is_none_is_told_apart(answer: bytes | None, words: str) -> None:
+    def speak(connection: socket.socket) -> None:
+        with connection:
+            connection.recv(64)
+            connection.sendall(answer or b"")
+
+    with answering(speak) as address, pytest.raises(OSError, match=words):
+        module.ask_rpc_server(address if answer is not None else f"127.0.0.1:{free_port()}")
+
+
+def test_rpc_server_that_does_not_answer_in_time_is_left_by_a_reset() -> None:
+    """It may serve another client: what it sends when it comes to this one must not meet a connection that was closed."""
+    connections: list[socket.socket] = []
+    with answering(connections.append) as address, pytest.raises(OSError, match="does not answer, or serves another client"):
+        module.ask_rpc_server(address, 0.1)
+    assert len(connections[0].recv(64)) == 33
+    with pytest.raises(ConnectionResetError):
+        connections[0].send(b"hello")
+
+
+@cases(
+    "servers, words",
+    {"no port": ("box", "'box' is no HOST:PORT"), "no host": (":1", "':1' is no HOST:PORT"), "port 0": ("box:0", "'box:0' is no"),
+     "IPv6": ("[::1]:50052", "a name or an IPv4 address"), "an empty one": ("box:1,", "'' is no HOST:PORT"),
+     "no name": ("a..b:1", "'a..b:1' is no"), "many": (",".join(f"box:{n}" for n in range(1, 18)), "17 servers are more than 16"),
+     "this build": ("box:1,box:2", "no RPC; to get one: CMAKE_ARGS=-DGGML_RPC=on pip install")},
+)  # fmt: skip
+def test_rpc_flag_is_checked(servers: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    build = {"engine": "x", "gpu_offload": False, "rpc": False, "devices": []}
+    monkeypatch.setattr(module, "engine_build", lambda: build)
+    done = shimmy("probe", "--rpc", servers, home=tmp_path)
+    assert done.returncode == 2 and words in done.stderr.decode() and not done.stdout
+    (tmp_path / "own.ini").write_text(f"[*]\nrpc = {servers}\n")
+    flags = ["serve", "--port", "0", "--preset", "own.ini"]
+    assert_failed(run_in_this_process(flags, tmp_path, b"", seeded(tmp_path, None)), 2, "--preset own.ini: [*] ", words)
+
+
+SAYS_RPC = ('if "rpc" in found and not build["rpc"]:', "if False:")  # so far as no server answers, any build will do
+
+
+def test_model_loads_without_rpc_servers_that_do_not_answer(serve: Callable[..., Server], models: Path, tmp_path: Path) -> None:
+    absent, connections = f"127.0.0.1:{free_port()}", list[socket.socket]()
+    script = altered(tmp_path, SAYS_RPC, ("RPC_SECONDS = 3.0", "RPC_SECONDS = 0.2"))
+    with answering(connections.append) as silent:
+        own = serve("--models-dir", models, "--rpc", f"{absent},{silent}", script=script)
+        assert own.generate().text == TEXTS[":"]
+        status, devices = own.status("recital"), own.get("/diag").json()["devices"]
+    why = {absent: "Connection refused", silent: "it does not answer, or serves another client"}
+    assert status["devices"] == "; ".join(f"without the RPC server {each}: {words}" for each, words in why.items())
+    assert status["options"]["rpc"] == [absent, silent] and status["fallback"] == ""
+    for each, words in why.items():
+        assert f"recital: without the RPC server {each}: {words}" in own.log.read_text()
+        row = {"name": each, "description": f"RPC server, not usable: {words}", "kind": "RPC", "free": 0, "total": 0}
+        assert row in devices
+
+
+def test_model_that_fits_nowhere_without_its_rpc_servers_fails_with_the_reason(models: Path, tmp_path: Path) -> None:
+    absent = f"127.0.0.1:{free_port()}"
+    script = altered(tmp_path, SAYS_RPC, ("free, weights, own = available_memory()", "free, weights, own = 1000"))
+    done = shimmy("probe", "recital", "--models-dir", models, "--rpc", absent, home=tmp_path, script=script)
+    assert_failed(done, 1, "the weights need", f"without the RPC server {absent}: Connection refused")
+
+
+def test_rpc_server_belongs_to_one_model_at_a_time(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[Any] = []
+    monkeypatch.setattr(FakeWorker, "memory_bytes", lambda _: 7)
+    monkeypatch.setattr(FakeWorker, "stop", lambda _: None, raising=False)
+
+    def make(_: Any, setup: module.Setup, __: Any) -> Any:
+        given.append(setup.options.rpc)
+        worker = FakeWorker()
+        worker.loaded = types.SimpleNamespace(**vars(FakeWorker.loaded) | {"servers": tuple(setup.options.rpc or ())[:2]})
+        return worker
+
+    catalog = Catalog([SearchRoot(str(models), "--models-dir")])
+    settings = module.Settings({"rpc": ("a:1", "b:1", "c:1")})
+    table = ModelTable(catalog, make, TableOptions(), settings=settings)
+    for name in ("recital", "dice", "plain"):  # the first one is found to use two, so the third is the second's
+        assert table.load(name, True, Cancellation())["loaded"]
+    table.unload("recital", False, Cancellation())
+    table.load("recital", True, Cancellation())
+    assert given == [("a:1", "b:1", "c:1"), ("c:1",), None, ("a:1", "b:1")]
+    table.close()
+
+
+RPC = os.environ.get("SHIMMY_RPC", "")  # a folder with llama.cpp's libraries, built with RPC, and ggml-rpc-server
+with_rpc = pytest.mark.skipif(not RPC, reason="make test-rpc builds llama.cpp's RPC server")
+
+
+class RpcServer:
+    """llama.cpp's RPC server on loopback."""
+
+    def __init__(self) -> None:
+        self.port = free_port()
+        self.address = f"127.0.0.1:{self.port}"
+        self.start()
+
+    def start(self) -> None:
+        command = [f"{RPC}/ggml-rpc-server", "-p", str(self.port), "-t", "1"]
+        self.process = Child(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        eventually(self.answers, "the RPC server")
+
+    def answers(self) -> bool:
+        with contextlib.suppress(OSError):
+            return module.ask_rpc_server(self.address)[1] > 0
+        return False
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+@pytest.fixture
+def remotes() -> Iterator[list[RpcServer]]:
+    """Two RPC servers."""
+    both = [RpcServer(), RpcServer()]
+    yield both
+    for each in both:
+        each.kill()
+
+
+@pytest.fixture(scope="module")
+def half_billion() -> Path:
+    """The model that the benchmark measures: random, of the shape of one with half a billion parameters."""
+    return bench_model()
+
+
+@pytest.fixture
+def spread(
+    serve: Callable[..., Server], half_billion: Path, remotes: list[RpcServer]
+) -> Callable[..., Server]:
+    """Starts a server of that model, with flags of its own; `near` is on this machine alone."""
+
+    def start(*flags: str, near: bool = False) -> Server:
+        rpc = [] if near else ["--rpc", ",".join(each.address for each in remotes)]
+        return serve("--models-dir", half_billion.parent, "--model", half_billion, "--ctx", "1024", *rpc, *flags,
+                     env={"LLAMA_CPP_LIB_PATH": RPC})  # fmt: skip
+
+    return start
+
+
+def timed(server: Server, prompt: str, tokens: int) -> tuple[str, float]:
+    """A greedy answer, and the seconds it took."""
+    server.generate(prompt, "default", max_tokens=1, temperature=0)
+    began = time.monotonic()
+    text = server.generate(prompt, "default", max_tokens=tokens, temperature=0, ignore_eos=True).text
+    return text, time.monotonic() - began
+
+
+@with_rpc
+def test_model_spread_over_rpc_servers_writes_what_it_writes_alone(spread: Callable[..., Server]) -> None:
+    """Weights that stay here are kept as they are in the file: the servers do not rearrange theirs."""
+    prompt, found = bench_prompt(40, 7), dict[str, tuple[str, float]]()
+    ways = {"near": ["--override-tensor", ".*=CPU"], "spread": [], "split": ["--tensor-split", "3,1"],
+            "one": ["--device", "RPC1"], "half": ["--gpu-layers", "12"]}  # fmt: skip
+    for name, flags in ways.items():
+        own = spread(*flags, near=name == "near")
+        found[name] = timed(own, prompt, 48)
+        print(f"{name:8} {48 / found[name][1]:5.1f} tokens/s  {own.status('default')['devices']}")
+        own.stop()
+    assert {text for text, _ in found.values()} == {found["near"][0]}
+
+
+@with_rpc
+def test_rpc_server_that_is_killed_in_mid_stream_fails_its_requests_and_the_model_goes_on_with_the_other(
+    spread: Callable[..., Server], remotes: list[RpcServer]
+) -> None:
+    own = spread()
+    words = bench_prompt(8, 1)
+    for left in (remotes[1:], []):
+        with own.stream("/api/generate", {"model": "default", "prompt": words, "max_tokens": 900, "ignore_eos": True}) as stream:
+            next(stream)
+            remotes[1 - len(left)].kill()
+            began, last = time.monotonic(), list(stream)[-1]
+        assert last["error"]["code"] == "generation_failed" and time.monotonic() - began < 5
+        assert own.generate(words, "default", max_tokens=3).status == 200
+        status = own.status("default")
+        assert all(f"({each.address})" in status["devices"] for each in left)
+        assert f"without the RPC server {remotes[1 - len(left)].address}: Connection refused" in status["devices"]
+    assert own.get("/diag").json()["known_faults"]["rungs"] == {}
+    assert_healthy(own)
+
+
+@with_rpc
+def test_rpc_server_that_stops_in_mid_stream_is_given_up_in_time_and_used_again_when_it_goes_on(
+    spread: Callable[..., Server], remotes: list[RpcServer]
+) -> None:
+    own, stopped = spread(), remotes[0]
+    words = bench_prompt(8, 1)
+    with own.stream("/api/generate", {"model": "default", "prompt": words, "max_tokens": 900, "ignore_eos": True}) as stream:
+        next(stream)
+        stopped.process.send_signal(signal.SIGSTOP)
+        began, last = time.monotonic(), list(stream)[-1]
+    print(f"given up after {time.monotonic() - began:.0f} s: {last['error']['details']}")
+    assert last["error"]["code"] == "generation_failed" and "'decode' did not come to an end" in last["error"]["details"]
+    assert time.monotonic() - began < 180
+    assert own.generate(words, "default", max_tokens=3).status == 200
+    assert f"without the RPC server {stopped.address}: it does not answer" in own.status("default")["devices"]
+    stopped.process.send_signal(signal.SIGCONT)
+    own.unload("default")
+    eventually(stopped.answers, "it answers")
+    assert own.load("default").status == 200 and stopped.address in own.status("default")["devices"]
+    assert "without" not in own.status("default")["devices"]
+
+
+@with_rpc
+def test_rpc_server_that_serves_another_client_is_left_out_and_lives_on(
+    spread: Callable[..., Server], remotes: list[RpcServer]
+) -> None:
+    with socket.create_connection(("127.0.0.1", remotes[0].port)) as other:
+        other.sendall(struct.pack("<BQ", 14, 24) + bytes(24))
+        other.recv(64)
+        own = spread("--max-loaded", "2")
+        assert own.load("default").status == 200
+        assert f"{remotes[0].address}: it does not answer, or serves another client" in own.status("default")["devices"]
+    time.sleep(0.5)
+    assert remotes[0].process.poll() is None and remotes[0].answers()
+    used = {each["name"]: each["description"] for each in own.get("/diag").json()["devices"]}
+    assert used[remotes[0].address] == "RPC server" and used[remotes[1].address].startswith("RPC server, used by ")
 
 
 # ── Models in memory ──────────────────────────────────────────────────────────────────────────────────────────────────
@@ -9769,7 +10032,7 @@ class FakeWorker:
     """What a table asks of a worker, without a child."""
 
     alive, progress = True, 0.0
-    parallel, loaded = 1, types.SimpleNamespace(ctx=1, pool=1, devices="", memory_need=0, sees=False)
+    parallel, loaded = 1, types.SimpleNamespace(ctx=1, pool=1, devices="", memory_need=0, sees=False, servers=())
 
     def __init__(self) -> None:
         self.measure, self.asked = threading.Event(), threading.Event()
@@ -10015,6 +10278,7 @@ def test_load_with_other_settings_that_does_not_wait_is_answered_at_once_by_a_bu
          "sampling": ({"temperature": 1}, "a load takes the engine's settings"),
      "a file": ({"chat_template": "/etc/passwd"}, "chat_template names a file"),
      "another": ({"lora": ["x"]}, "lora names a file"), "a projector": ({"mmproj": "x"}, "mmproj names a file"),
+     "a server": ({"rpc": "127.0.0.1:1"}, "rpc names a server"),
      "no such device": ({"device": "CUDA9"}, "there is no such device"), "no object": ([1], "must be a JSON object")},
 )  # fmt: skip
 def test_load_refuses_settings_that_are_wrong_and_loses_nothing(body: Any, words: str, server: Server) -> None:
@@ -19858,6 +20122,16 @@ def write_bench_model(path: Path, layers: int = 24, vocabulary: int = 32_000) ->
     return path
 
 
+def bench_model() -> Path:
+    """That model in the user's cache."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "shimmy-bench"
+    model = cache / "half-billion.q4_k_m.gguf"
+    if not model.exists():
+        print(f"making {model} (a minute, once)", file=sys.stderr)
+        write_bench_model(model)
+    return model
+
+
 def bare_loop(model: str, batch: int, prompt: int, tokens: int, threads: int) -> float:
     """Times one process that reads `batch` prompts and decodes `tokens` tokens of each, in seconds."""
     import llama_cpp as c
@@ -20078,11 +20352,7 @@ def bench(arguments: list[str]) -> None:
 
 def bench_own(table: BenchTable, options: argparse.Namespace) -> None:
     """Measures our own server: start, memory, and everything that bench_url measures."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "shimmy-bench"
-    model = Path(options.model).resolve() if options.model else cache / "half-billion.q4_k_m.gguf"
-    if not model.exists():
-        print(f"making {model} (a minute, once)", file=sys.stderr)
-        write_bench_model(model)
+    model = Path(options.model).resolve() if options.model else bench_model()
     with tempfile.TemporaryDirectory() as home:
         began = time.perf_counter()
         flags = ["--threads", str(options.threads), "--cache-disk", "1G"]
