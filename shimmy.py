@@ -3090,6 +3090,7 @@ class Setup:
     rung: Rung = Rung()
     reserved: int = 0  # bytes that count as free, and that other engines have mapped or will fill
     others_idle: bool = False  # models that nobody uses are in memory: better that they go than to do with less
+    taken: tuple[str, ...] = ()  # RPC servers that other models have
 
 
 @dataclass(frozen=True)
@@ -3860,8 +3861,7 @@ class Llama:
         wanted, main = self.options.device, self.options.main_gpu
         if self.setup.rung.cpu or wanted in (("none",), ()):
             return []
-        if not self.setup.rung.local:
-            self._add_servers()
+        self._add_servers()
         known = {d.name: d for d in self.ggml.devices() if d.kind != "CPU"}
         if unknown := {name for name in set(wanted or ()) - set(known) if not (self.absent and name.startswith("RPC"))}:
             raise LoadError(f"there is no device {min(unknown)}; there are {', '.join(known) or 'none but the CPU'}")
@@ -3873,9 +3873,11 @@ class Llama:
         return used if main is None else [used[main]]
 
     def _add_servers(self) -> None:
-        """Adds the RPC servers that answer."""
+        """Adds the RPC servers that answer, and notes why the others are left out."""
         for server in self.options.rpc or ():
             try:
+                if self.setup.rung.local or server in self.setup.taken:
+                    raise ConnectionError("another model has it" if server in self.setup.taken else "the engine failed with it")
                 ask_rpc_server(server)
             except OSError as error:
                 self.absent.append(f"without the RPC server {server}: {error.strerror or error}")
@@ -3938,6 +3940,8 @@ class Llama:
         """Patterns of tensors' names, and the buffer types that these go to: as asked, and experts that stay on the CPU."""
         devices, rules = {d.name: d.handle for d in self.ggml.devices()}, list[tuple[str, int]]()
         for pattern, name in self.options.override_tensor:
+            if self.absent and name.startswith("RPC"):
+                continue
             if name not in devices:
                 raise LoadError(f"--override-tensor {pattern}={name}: there is no device {name}, only {', '.join(devices)}")
             rules.append((pattern, devices[name]))
@@ -6208,6 +6212,7 @@ class Pulse:
         "load": 600,  # a hundredth of the file, or what comes after: a GPU's kernels are compiled for minutes
         "decode": 900,  # the longest step known: 512 tokens of 70B on two cores
         "sample": 120,  # all sequences of a step; a grammar of ten equal alternatives never comes back
+        "move": 600,  # cells between a device, maybe a distant one, and the disk
         "tokenize": 300,  # one text: a megabyte takes a second, a grammar's start a tenth
     }
 
@@ -6571,6 +6576,7 @@ class Engine:
 
     def _rest(self) -> None:
         """Idle work: saves prefixes, makes the prompt reader where several sequences ran at once, runs the cycle collector."""
+        self.pulse.begin("move")
         while self.inbox.empty() and (self._tidy() or self._write_prefix()):
             pass
         if self._wants_reader and self._may_read_aside and not self.scheduler.reader and self.inbox.empty():
@@ -6601,6 +6607,7 @@ class Engine:
 
     def step(self) -> None:
         """A step of the main context, or a batch of the prompt reader with the main context's steps in between."""
+        self.pulse.begin("move")
         self.scheduler.admit()
         self._wants_reader = self._wants_reader or len(self.scheduler.running) > 1
         self.scheduler.move_aside()
@@ -7489,15 +7496,14 @@ class Ladder:
     def died(self, worker: Worker) -> None:
         """An engine ended by itself: the second crash of a young one takes its model a rung down."""
         model, cause = worker.info, worker.cause
-        if not cause or time.monotonic() - worker.loaded_at > self.YOUNG:
-            return
+        if not cause or worker.loaded.servers or time.monotonic() - worker.loaded_at > self.YOUNG:
+            return  # with RPC servers it is likely one of these, and the next load asks whether they are there
         self._crashes[model.id] += 1
-        rung = worker.setup.rung
-        lower = rung.below(cause, worker.loaded.on_gpu, bool(worker.setup.options.rpc))
+        lower = worker.setup.rung.below(cause, worker.loaded.on_gpu)
         if lower and self._crashes[model.id] % 2 == 0:
             self._lowered[model.id] = lower
             self._say(f"{printable(model.id)} crashed twice soon after it was loaded; it goes on {lower.words()}", True)
-            if cause != "memory" and lower.local == rung.local:
+            if cause != "memory":
                 self._remember(model, lower, f"the engine crashed twice ({cause})")
 
 
@@ -7746,10 +7752,13 @@ class Residents:
         try:
             with self.changed:
                 asked = dict(load.asked)
-                engine = self._with_servers(entry, self._settings(entry, asked).engine)
+                engine = self._settings(entry, asked).engine
+                taken = {s for e in self.entries.values() if e.in_memory and e is not entry for s in e.servers}
+                entry.servers = tuple(server for server in engine.rpc or () if server not in taken)
                 others = [e.worker for e in self.entries.values() if e.worker]
                 idle = any(e.idle for e in self.entries.values())
-            setup = Setup(engine, reserved=sum(other.reserved_bytes() for other in others), others_idle=idle)
+            reserved = sum(other.reserved_bytes() for other in others)
+            setup = Setup(engine, reserved=reserved, others_idle=idle, taken=tuple(taken))
             info = entry.info.fitted(engine.mmproj)
             worker = self._ladder.load(info, setup, functools.partial(self._start, entry, info), bool(asked))
         except ApiError as failure:
@@ -7776,15 +7785,6 @@ class Residents:
                     pause = self.FIRST_PAUSE * 2 ** min(entry.failures, 10)
                     entry.retry_at, entry.failures = time.monotonic() + min(self.LONGEST_PAUSE, pause), entry.failures + 1
                 self._end_load(entry, error)
-
-    def _with_servers(self, entry: Entry, engine: EngineOptions) -> EngineOptions:
-        """Gives a model those of its RPC servers that no other model in memory has."""
-        others = [e for e in self.entries.values() if e.in_memory and e is not entry]
-        taken = {server: other.info.id for other in others for server in other.servers}
-        entry.servers = tuple(server for server in engine.rpc or () if server not in taken)
-        for server in [server for server in engine.rpc or () if server in taken]:
-            log.warning("%s: without the RPC server %s: %s has it", printable(entry.info.id), server, printable(taken[server]))
-        return replace(engine, rpc=entry.servers or None)
 
     def _start(self, entry: Entry, info: ModelInfo, setup: Setup) -> Worker:
         """Starts one engine for a load; takes the condition. Raises LoadFailure."""
