@@ -3825,6 +3825,7 @@ class Llama:
         self.size_bytes, self.embedding = load.model.size_bytes, load.model.embedding
         self.notes: list[str] = []
         self.absent: list[str] = []  # RPC servers that are left out, and why
+        self.token_seconds = math.inf  # of a step for one token, where RPC servers have a part in it
         self.log_lines: deque[tuple[int, str]] = deque(maxlen=20)  # warnings and errors: level, text
         self.log_callback = self.c.llama_log_callback(self._on_log)  # kept: the library calls it until the process ends
         self.c.llama_log_set(self.log_callback, ctypes.c_void_p())
@@ -3980,8 +3981,8 @@ class Llama:
         rows["id"] = self.np.arange(self.vocab.size)
         return rows
 
-    def trial(self) -> float:
-        """Decodes a few tokens and then one, as steps do, so that what cannot work here shows now; returns that one's seconds."""
+    def trial(self) -> None:
+        """Decodes a few tokens and then one, as steps do: what cannot work on this machine shows before it counts as loaded."""
         count = min(4, self.main.n_batch, max(1, self.ctx - 2))
         rows = Rows(self.vocab.nothing.repeat(count + 1), 0, self.counting)
         rows.row = 0
@@ -3991,8 +3992,9 @@ class Llama:
             if status := self.main.decode([(rows, more)]):
                 raise self.refusal(f"llama.cpp cannot compute: llama_decode returned {status}")
             rows.n_computed += more
+        if any(device.remote for device in self.devices):
+            self.token_seconds = time.perf_counter() - began
         self.main.clear(False)
-        return time.perf_counter() - began
 
     def metadata(self, key: str) -> str:
         """A value of the GGUF header as text, "" when absent."""
@@ -6217,12 +6219,11 @@ class Pulse:
     }
 
     def __init__(self) -> None:
-        self.limits = dict(self.LIMITS)
         self._task: tuple[str, float, int] = ("rest", math.inf, 0)  # its limit, and how many there were before
         self._seen, self._beats = self._task, 0
 
     def begin(self, task: str, limit: float | None = None) -> None:
-        self._task = (task, limit or self.limits.get(task) or math.inf, self._task[2] + 1)
+        self._task = (task, limit or self.LIMITS.get(task) or math.inf, self._task[2] + 1)
 
     def beat(self) -> str:
         """Called every second by the heartbeat thread. What has taken too long, or ""."""
@@ -6697,10 +6698,11 @@ class Engine:
             return
         if all(count == 1 for _, count in plan):
             self._tidy()  # takes as long as a short step; beside a prompt it would add to the gap
-        decoding = sum(1 for s, _ in plan if s.is_stream)
+        decoding, tokens = sum(1 for s, _ in plan if s.is_stream), sum(count for _, count in plan)
         self.main.abort(False)
         self.intake.in_step = [s for s, _ in plan]
-        self.pulse.begin("decode")
+        # an RPC server that stops does not say so; tokens of one step take much less than each alone
+        self.pulse.begin("decode", min(Pulse.LIMITS["decode"], 30 + 4 * tokens * self.llama.token_seconds))
         with self._undisturbed(decoding):
             started = time.perf_counter()
             status = self.main.decode(plan)
@@ -6708,7 +6710,7 @@ class Engine:
         if status:
             self._recover(status, plan)
             return
-        scheduler.pace.record(decoding, sum(count for _, count in plan), scheduler.stepped_at - started)
+        scheduler.pace.record(decoding, tokens, scheduler.stepped_at - started)
         self.pulse.begin("sample")
         urgent = self._sample(plan)
         if urgent or self.outbox.due():
@@ -6914,10 +6916,7 @@ def engine_main() -> None:
         pulse.begin("load")
         llama = Llama(load, progress)
         pulse.begin("trial", 60 + llama.size_bytes // (50 * MIB))  # the first step reads the weights from a slow disk
-        seconds = llama.trial()
-        if any(device.remote for device in llama.devices):
-            # a server that stops does not say so; a token takes no longer among a batch than alone
-            pulse.limits["decode"] = min(pulse.limits["decode"], 30 + seconds * llama.main.n_batch)
+        llama.trial()
         engine = Engine(llama, pipe, pulse)
         pulses += [engine.intake.tokenizing, engine.intake.reading]
         for work in (engine.intake.tokenize, engine.intake.read_grammars):

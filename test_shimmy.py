@@ -9636,7 +9636,7 @@ def test_rpc_server_that_is_killed_in_mid_stream_fails_its_requests_and_the_mode
 def test_rpc_server_that_stops_in_mid_stream_is_given_up_in_time_and_used_again_when_it_goes_on(
     spread: Callable[..., Server], remotes: list[RpcServer]
 ) -> None:
-    own, stopped = spread("--batch", "64"), remotes[0]
+    own, stopped = spread(), remotes[0]
     words = bench_prompt(8, 1)
     with own.stream("/api/generate", {"model": "default", "prompt": words, "max_tokens": 900, "ignore_eos": True}) as stream:
         next(stream)
@@ -9644,7 +9644,7 @@ def test_rpc_server_that_stops_in_mid_stream_is_given_up_in_time_and_used_again_
         began, last = time.monotonic(), list(stream)[-1]
     print(f"given up after {time.monotonic() - began:.0f} s: {last['error']['details']}")
     assert last["error"]["code"] == "generation_failed" and "'decode' did not come to an end" in last["error"]["details"]
-    assert time.monotonic() - began < 180
+    assert time.monotonic() - began < 60
     assert own.generate(words, "default", max_tokens=3).status == 200
     assert f"without the RPC server {stopped.address}: it does not answer" in own.status("default")["devices"]
     stopped.process.send_signal(signal.SIGCONT)
