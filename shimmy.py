@@ -6701,7 +6701,7 @@ class Engine:
         decoding, tokens = sum(1 for s, _ in plan if s.is_stream), sum(count for _, count in plan)
         self.main.abort(False)
         self.intake.in_step = [s for s, _ in plan]
-        # an RPC server that stops does not say so; tokens of one step take much less than each alone
+        # an RPC server that stops does not say so; four times what each token took by itself allows for a long context
         self.pulse.begin("decode", min(Pulse.LIMITS["decode"], 30 + 4 * tokens * self.llama.token_seconds))
         with self._undisturbed(decoding):
             started = time.perf_counter()
