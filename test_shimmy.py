@@ -19509,7 +19509,8 @@ def test_readme_names_every_flag_of_serve(capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_readme_flags_exist(capsys: pytest.CaptureFixture[str]) -> None:
-    others = "prefer-binary extra-index-url url no-cache-dir no-install-recommends create-home now install build target force-reinstall"
+    others = ("prefer-binary extra-index-url url no-cache-dir no-install-recommends create-home now install build target "
+              "force-reinstall")  # fmt: skip
     commands = ("serve", "generate", "list", "probe", "diag", "pull")
     help = "".join(run_here(capsys, command, "--help")[1] for command in commands)
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) - {f"--{name}" for name in others.split()}
