@@ -13484,12 +13484,9 @@ def ask_rpc_server(server: str, seconds: float = RPC_SECONDS) -> tuple[int, int]
 
     Where nobody answers, or somebody else, native code ends the process or waits for ever. Raises OSError.
     """
-    import socket
-    import struct
-
     host, _, port = server.rpartition(":")
-    with socket.create_connection((socket.gethostbyname(host), int(port)), seconds) as connection:
-        answers = connection.makefile("rb")
+    address = socket.gethostbyname(host), int(port)
+    with socket.create_connection(address, seconds) as connection, connection.makefile("rb") as answers:
 
         def ask(command: int, body: bytes, size: int) -> bytes:
             connection.sendall(struct.pack("<BQ", command, len(body)) + body)
