@@ -17301,8 +17301,8 @@ class Forms(Constants):
             shape = self._meet(one, two)
             if shape is not None:
                 found[shape, said | more] = None
-        if len(found) > self.MAX_OPTIONS:
-            raise self.refuse(f"{key} multiplies out into over {self.MAX_OPTIONS} alternatives")
+            if len(found) > self.MAX_OPTIONS:
+                raise self.refuse(f"{key} multiplies out into over {self.MAX_OPTIONS} alternatives")
         if not found and ours and theirs:
             kinds = [kind_of(form[0][0]) for form in (ours, theirs)]
             self.dead_end = f"nothing is both {kinds[0]} and {kinds[1]}" if kinds[0] != kinds[1] else self.dead_end
@@ -17325,8 +17325,8 @@ class Forms(Constants):
         longest = max(len(one.first), len(two.first))
         self.spend(longest)
         firsts = [[*shape.first, *[shape.rest or ()] * (longest - len(shape.first))] for shape in (one, two)]
-        return replace(joined_shape(one, two), first=tuple(self.both(a, b) for a, b in zip(*firsts, strict=True)),
-                       rest=self.both(one.rest or (), two.rest or ()))  # fmt: skip
+        return joined_shape(one, two, first=tuple(self.both(a, b) for a, b in zip(*firsts, strict=True)),
+                            rest=self.both(one.rest or (), two.rest or ()))  # fmt: skip
 
     def _meet_objects(self, one: ObjectShape, two: ObjectShape) -> ObjectShape | None:
         named = {prop.name: prop for prop in sorted((*one.named, *two.named), key=operator.attrgetter("late"))}
@@ -17344,8 +17344,8 @@ class Forms(Constants):
             both = joined_shape(names, more)
             if both and (is_simple or self.string(both) is not None):
                 unnamed.append((both, self.both(node, other), said or also))
-        return replace(joined_shape(one, two), named=tuple(named.values()), unnamed=tuple(unnamed),
-                       names=self.both(one.names, two.names))  # fmt: skip
+        return joined_shape(one, two, named=tuple(named.values()), unnamed=tuple(unnamed),
+                            names=self.both(one.names, two.names))  # fmt: skip
 
     # oneOf: each option, without what fits another too
 
@@ -17508,12 +17508,13 @@ JOINS: dict[str, Callable[[Any, Any], Any]] = {  # by field
                     lambda one, two: tuple(dict.fromkeys(one + two)))}  # fmt: skip
 
 
-def joined_shape(one: Any, two: Any) -> Any:
-    """Two shapes of a kind as one, as far as their fields tell; None for strings and numbers of which there are none."""
+def joined_shape(one: Any, two: Any, **own: Any) -> Any:
+    """Two shapes of a kind as one, by their fields and its `own`; None for strings and numbers of which there are none."""
     if isinstance(one, Texts):
-        found = intersection([one, two])
+        found = one if one is two else intersection([one, two])
         return None if found is NONE else found
-    found = replace(one, **{key: JOINS[key](getattr(one, key), getattr(two, key)) for key in vars(one) if key in JOINS})
+    joined = {key: JOINS[key](getattr(one, key), getattr(two, key)) for key in vars(one) if key in JOINS}
+    found = replace(one, **joined, **own)
     if isinstance(found, NumberShape) and ((found.whole and 1 in found.not_multiples)
                                            or (found.low and found.high and found.low[0] > found.high[0])):  # fmt: skip
         return None
