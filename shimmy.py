@@ -4695,6 +4695,8 @@ class Sampler:
 class Grammar:
     """A grammar at work on one text: from its start, or from behind the first marker (`Constraint.after`) on."""
 
+    TOO_INTRICATE = "the grammar is too intricate: what may come next is not found in time"
+
     def __init__(self, llama: Llama, constraint: Constraint) -> None:
         """Raises InvalidRequest for a grammar that cannot be followed. Not for the step loop: reading one may take seconds."""
         self._vocab, self.param = llama.vocab, constraint.param
@@ -4702,6 +4704,8 @@ class Grammar:
             self._machine = llama.machines.of(constraint.grammar)
         except InvalidRequest as error:
             raise self.named(error) from None
+        except NotYet:
+            raise self.named(InvalidRequest(self.TOO_INTRICATE)) from None
         self._state = self._machine.automaton.start
         self._marker, self._seen = (constraint.after or "").encode(), b""  # no marker once the grammar has begun
         self._markers = {t: name.encode() for t, name in llama.vocab.marker_pieces.items()
@@ -6735,7 +6739,7 @@ class Engine:
             return question()
         except NotYet:
             if sequence.sought > self.SEEKING:
-                fault = InvalidRequest("the grammar is too intricate: what may come next is not found in time")
+                fault = InvalidRequest(Grammar.TOO_INTRICATE)
         except InvalidRequest as error:
             fault = error
         finally:
@@ -14212,9 +14216,9 @@ class JsonMender:
 
     # It wants a key, the colon behind it, a value, an element of a list, or what stands behind these: a comma or bracket.
     # Most of what comes is JSON that needs no mending: as much of it as a pattern can tell is taken over in one piece.
-    RUNS: ClassVar = {wanted: re.compile(pattern) for wanted, pattern in {
-        "key": _PAIRS, "}": f"{_BLANK},{_BLANK}{_PAIRS}", "value": _VALUE, ":": rf"(?P<key>{_BLANK}:{_BLANK})",
-        "element": _ELEMENTS, "]": f"{_BLANK},{_BLANK}{_ELEMENTS}"}.items()}  # fmt: skip
+    RUNS: ClassVar = {"key": _PAIRS, "}": f"{_BLANK},{_BLANK}{_PAIRS}", "value": _VALUE, ":": rf"(?P<key>{_BLANK}:{_BLANK})",
+                      "element": _ELEMENTS, "]": f"{_BLANK},{_BLANK}{_ELEMENTS}"}  # fmt: skip
+    run = staticmethod(functools.cache(re.compile))  # at their first use, for they take 0.1 s
     TOKEN = re.compile(r"""(?P<blank>[ \t\r\n]+)|(?P<open>[{\[(])|(?P<close>[}\])])|(?P<comma>,)|(?P<equals>[:=])"""
                        r"""|(?P<word>[^\s,:=;\[\]{}()"'<]+)|(?P<quote>.)""", re.S)  # fmt: skip
     WANTED: ClassVar = {"open": ("value", "element"), "close": ("}", "]", "key", "element"), "comma": ("}", "]"),
@@ -14248,7 +14252,7 @@ class JsonMender:
         return at
 
     def _token(self, text: str, at: int) -> int:
-        if found := self.RUNS[self._wants].match(text, at):
+        if found := self.run(self.RUNS[self._wants]).match(text, at):
             self._write(found[0])
             self._end_value("value" if found.lastgroup else "")
             return found.end()
@@ -15213,6 +15217,8 @@ class Turn(threading.local):
     All such work counts here, automata of parts within automata and searches in strings too.
     """
 
+    READING = 20.0  # seconds in which a grammar must be read; the slowest of MaskBench's 11,305 schemas take 1
+
     _ends = math.inf
     _is_limited = False
     _gate: Gate | None = None
@@ -15250,13 +15256,15 @@ class Turn(threading.local):
 
     @contextlib.contextmanager
     def behind(self, gate: Gate | None, client: Any) -> Iterator[None]:
-        """Lets work go on only while a gate is open and its client waits for it."""
+        """Lets work go on only while a gate is open and its client waits for it, and so long that other clients' can wait."""
         self._gate, self._client = gate, client
+        self.begin(self.READING)
         if gate:
             gate.count(1)
         try:
             yield
         finally:
+            self.begin(math.inf)
             self._gate = self._client = None
             if gate:
                 gate.count(-1)
@@ -17783,16 +17791,15 @@ class Documents:
         return len(taken) == count
 
     def _example(self, here: State, number: int) -> Any:
-        """A document: its first choices spell the number, later ones are as chance has it, and it ends where it can.
-
-        Raises LookupError at a dead end.
+        """A document: its first choices spell the number, of later ones a quarter are as chance has it, the others end what they
+        can. Raises LookupError at a dead end.
         """
         text = b""
         while not here.ends or (number and here.bits):
             may = list(bytes_of(here.bits))
             ends = [byte for byte in (b']}"' if len(may) < self.WIDE else b'"') if byte in may]
-            choice = number or zlib.crc32(b"%d" % len(text))
-            byte = ends[0] if ends and not number else may[choice % max(len(may), 1)]
+            chance = zlib.crc32(b"%d" % len(text))
+            byte = ends[0] if ends and not number and chance % 4 else may[(number or chance >> 2) % max(len(may), 1)]
             number //= len(may)
             text, behind = text + bytes([byte]), here.step(byte)
             if behind is None or len(text) > self.MAX_EXAMPLE:
