@@ -5139,9 +5139,11 @@ def test_time_does_not_change_what_is_forced_nor_what_is_said_behind_it(serve: S
 
 
 def test_grammar_that_takes_too_many_steps_for_a_token_ends_its_own_text(serve: Serve, tmp_path: Path) -> None:
-    script = altered(tmp_path, NO_TIME[0], ("SEEKING, SEEKING_EACH = 5.0", "SEEKING, SEEKING_EACH = 0.0"))
+    script = altered(tmp_path, NO_TIME[0], ("SEEKING, SEEKING_EACH = 5.0", "SEEKING, SEEKING_EACH = 0.0"),
+                     (" READING = 20.0", " READING = 0.05"))  # fmt: skip
     hasty = serve("--models-dir", REPO / "models", "--model", TINY, script=script)
     assert_error(hasty.chat("hi", TINY, grammar=MANY), 400, "invalid_request", "intricate")
+    assert_error(hasty.generate("hi", TINY, json_schema=told_apart(1000)), 400, "invalid_request", "json_schema: the grammar is")
     assert hasty.chat("hi", TINY, max_tokens=4).status == 200
 
 
@@ -5385,6 +5387,9 @@ def told_apart(count: int) -> dict[str, Any]:
     "a long address without an x": (
         {"type": "string", "format": "email", "not": {"pattern": "x"}, "minLength": 60, "maxLength": 64},
         "a" * 40 + "@" + "b" * 20, "x" * 40 + "@" + "b" * 20),
+    "different elements that must contain what no string is": (
+        {**UNIQUE, "prefixItems": [{**UNIQUE, "contains": {"type": "boolean"}}, {**OBJECT, "required": ["a"]}]},
+        [[True], {"a": 1}], [["x"], {"a": 1}]),
 })  # fmt: skip
 def test_schema_with_many_kinds_is_read_soon(schema: Any, fitting: Any, others: Any) -> None:
     begun = time.thread_time()
