@@ -1054,6 +1054,15 @@ def assert_healthy(server: Server) -> None:
     assert server.get("/health").status == 200
 
 
+def assert_refuses_balancers(server: Server, *words: str) -> None:
+    """Asserts that balancers are told to send nobody, and when to ask again, while the server itself is well."""
+    for path in ("/ready", "/health?ready"):
+        reply = server.get(path)
+        assert_error(reply, 503, "overloaded", *words)
+        assert int(reply.headers["Retry-After"]) > 0
+    assert server.get("/health").status == 200
+
+
 @contextlib.contextmanager
 def shared(home: Path, *flags: str | Path, script: Path = SHIMMY) -> Iterator[Server]:
     """Runs a server for several tests, and checks at the end that it is still healthy."""
@@ -8399,7 +8408,9 @@ def test_full_queue_answers_503_with_retry_after(tight: Server) -> None:
             assert_error(reply, 503, "overloaded", "--max-queue 1")
             assert int(reply.headers["Retry-After"]) > 0 and tight.status("recital")["requests_running"] == 2
             assert tight.chat().json()["error"]["type"] == "overloaded_error"
+            assert_refuses_balancers(tight, "--max-queue 1")
         assert waiting.result().text == "Hello wide world"
+    assert tight.get("/ready").json() == {"status": "ready"}
 
 
 def test_client_that_leaves_while_queued_frees_its_place(tight: Server) -> None:
@@ -9250,6 +9261,7 @@ def test_model_that_always_dies_fails_with_the_first_reason_and_is_not_loaded_ag
     loads = own.log.read_text().count("loading recital")
     assert loads == 2  # as configured, and without special kernels
     assert_error(own.generate(), 500, "generation_failed", "signal 11", "tried again in")
+    assert_refuses_balancers(own, "tried again in")
     assert own.log.read_text().count("loading recital") == loads and own.status("recital")["status"] == "failed"
     assert own.load("recital").status == 500  # who asks for the load has it tried
     assert own.log.read_text().count("loading recital") == 2 * loads
@@ -9473,6 +9485,9 @@ def test_server_without_models_is_healthy_and_generate_is_404(serve: Callable[..
     server = serve(script=Path(shutil.copy(SHIMMY, tmp_path / "shimmy.py")))
     assert server.get("/health").json()["models_loaded"] == 0
     assert_error(server.generate(model="default"), 404, "model_not_found")
+    assert_refuses_balancers(server, "No GGUF model")
+    write_recital(server.home / "models" / "recital.gguf")
+    eventually(lambda: server.get("/ready").status == 200, "the file is found")
 
 
 @pytest.mark.parametrize("action", ["load", "unload"])
@@ -13971,7 +13986,7 @@ def test_key_is_accepted(headers: dict[str, str], guarded: Server) -> None:
     assert guarded.request("GET", "/api/models", None, headers).status == 200
 
 
-@pytest.mark.parametrize("path", ["/health", "/api/health", "/api/health/"])
+@pytest.mark.parametrize("path", ["/health", "/api/health", "/api/health/", "/ready", "/health?ready"])
 def test_health_needs_no_key(path: str, guarded: Server) -> None:
     assert guarded.get(path).status == 200
 
@@ -15982,8 +15997,9 @@ def test_serve_lets_a_stream_finish_before_it_exits(serve: Callable[..., Server]
     assert rest[-1] == "[DONE]" and server.process.wait(HANG) == 0
 
 
-def test_serve_exits_immediately_on_a_second_signal(serve: Callable[..., Server], models: Path) -> None:
-    server = serve("--models-dir", models, "--ctx", str(LONG_CTX))
+@cases("flags", {"plain": [], "drains": ["--grace", "60"]})
+def test_serve_exits_immediately_on_a_second_signal(flags: list[str], serve: Callable[..., Server], models: Path) -> None:
+    server = serve("--models-dir", models, "--ctx", str(LONG_CTX), *flags)
     with server.endless() as stream:
         next(stream)
         children = descendants(server.process.pid)
@@ -15992,6 +16008,39 @@ def test_serve_exits_immediately_on_a_second_signal(serve: Callable[..., Server]
         server.signal(signal.SIGTERM)
         server.process.wait(HANG)
     eventually(lambda: not any(map(alive, children)), "the engine ends")
+
+
+def test_balancers_are_told_when_it_has_preloaded_and_when_it_drains(
+    serve: Callable[..., Server], models: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "home0").mkdir()
+    (tmp_path / "home0" / "hold").touch()
+    script = altered(tmp_path, HOLD, ("LINGER_SECONDS = 3.0", "LINGER_SECONDS = 1.0"))
+    flags = ["--model", "recital", "--preload", "--ctx", str(LONG_CTX), "--grace", "60"]
+    own = serve("--models-dir", models, *flags, script=script)
+    eventually(lambda: own.status("recital")["status"] == "loading", "it preloads")
+    assert_refuses_balancers(own, "starting")
+    (own.home / "hold").unlink()
+    eventually(lambda: own.get("/ready").status == 200, "it has preloaded")
+    assert "Connection" not in own.get("/ready").headers
+    with own.endless() as stream:
+        next(stream)
+        own.signal(signal.SIGTERM)
+        eventually(lambda: own.get("/ready").status == 503, "it drains")
+        assert_refuses_balancers(own, "shutting down")
+        reply = own.generate()
+        assert reply.text == TEXTS[":"] and reply.headers["Connection"] == "close"
+        eventually(lambda: refuses(own), "nobody is accepted any more")
+        assert all(next(stream)["choices"] for _ in range(100))
+    assert own.process.wait(HANG) == 0 and "Traceback" not in own.log.read_text()
+
+
+def refuses(server: Server) -> bool:
+    try:
+        socket.create_connection((server.host, server.port)).close()
+    except ConnectionError:
+        return True
+    return False
 
 
 @linux
@@ -19216,7 +19265,7 @@ def test_readme_python_runs(block: str, documented: Server) -> None:
 
 
 def test_readme_blocks_name_their_language_and_none_is_left_out() -> None:
-    known = {"sh", "python", "nginx", "ini", "dockerfile", "caddyfile"}
+    known = {"sh", "python", "nginx", "haproxy", "ini", "dockerfile", "caddyfile"}
     assert {language for language, _ in BLOCKS} == known and README.count("\n```") == 2 * len(BLOCKS)
     for start in NOT_RUN:
         assert [b for b in blocks_of("sh") if b.startswith(start)], f"README no longer says {start!r}"
