@@ -8368,15 +8368,6 @@ class Service:
             "uptime_seconds": round(time.monotonic() - self._began, 1),
         }  # fmt: skip
 
-    def check_ready(self) -> None:
-        """Raises Overloaded, which says why, unless a new request would be taken. Takes microseconds."""
-        if self.unready:
-            raise Overloaded("; ".join(sorted(self.unready)))
-        self.table.check_available()
-        waiting = [sum(w.counts()) - w.parallel for w in self.table.workers()]
-        if waiting and min(waiting) >= self.max_queue:
-            raise Overloaded(f"{min(waiting)} requests wait already (--max-queue {self.max_queue})")
-
     def memory_bytes(self) -> int:
         return resident_bytes([os.getpid(), *(w.process.pid for w in self.table.workers())])
 
@@ -10733,8 +10724,14 @@ class Call:
 
 
 def answer_ready(call: Call) -> dict[str, Any]:
-    """200 if a new request would be taken, for balancers that ask every second; else 503 with why."""
-    call.service.check_ready()
+    """200 if a new request would be taken, for balancers that ask every second; else Overloaded says why."""
+    service = call.service
+    if service.unready:
+        raise Overloaded("; ".join(sorted(service.unready)))
+    service.table.check_available()
+    waiting = [sum(w.counts()) - w.parallel for w in service.table.workers()]
+    if waiting and min(waiting) >= service.max_queue:
+        raise Overloaded(f"{min(waiting)} requests wait already (--max-queue {service.max_queue})")
     return {"status": "ready"}
 
 

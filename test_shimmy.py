@@ -56,9 +56,10 @@ import traceback
 import tracemalloc
 import types
 import zlib
+from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from collections.abc import Sequence as Seq
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias, TypeVar
@@ -19361,18 +19362,23 @@ class Proxied:
         return connection.getresponse()
 
 
-def nginx_files(folder: Path, port: int, upstream: int) -> Path:
-    """README's configuration for ports of a test's own, and what surrounds it on a real machine."""
+def nginx_files(folder: Path, port: int, upstream: int) -> list[str | Path]:
+    """The command that runs nginx by README's configuration for ports of a test's own."""
     certify = "openssl req -x509 -newkey rsa:2048 -nodes -subj /CN=llm.example.com -days 2 -keyout privkey.pem -out fullchain.pem"
     subprocess.run(certify.split(), cwd=folder, check=True, capture_output=True)
-    (block,) = blocks_of("nginx")
-    own = block.replace("listen 443", f"listen 127.0.0.1:{port}").replace("/etc/letsencrypt/live/llm.example.com", str(folder))
+    own = blocks_of("nginx")[0].replace("listen 443", f"listen 127.0.0.1:{port}")
+    own = own.replace("/etc/letsencrypt/live/llm.example.com", str(folder))
     own = own.replace(str(module.DEFAULT_PORT), str(upstream))
+    return nginx_command(folder, own)
+
+
+def nginx_command(folder: Path, text: str) -> list[str | Path]:
+    """The command that runs nginx by this text, in what surrounds it on a real machine."""
     temporary = "".join(f"{name}_temp_path {folder / name};" for name in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi"))
     user = "user root;" if os.geteuid() == 0 else ""
     (folder / "nginx.conf").write_text(f"{user} daemon off; pid {folder}/pid; error_log {folder}/error.log; events {{}}\n"
-                                       f"http {{ access_log off; {temporary}\n{own}\n}}")  # fmt: skip
-    return folder / "nginx.conf"
+                                       f"http {{ access_log off; {temporary}\n{text}\n}}")  # fmt: skip
+    return ["nginx", "-c", folder / "nginx.conf", "-p", folder]
 
 
 @pytest.fixture(scope="module")
@@ -19384,7 +19390,7 @@ def proxied(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     with shared(home, "--models-dir", models, "--model", "recital", *flags) as server:
-        process = Child(["nginx", "-c", nginx_files(folder, port, server.port), "-p", folder], stderr=subprocess.PIPE)
+        process = Child(nginx_files(folder, port, server.port), stderr=subprocess.PIPE)
         context = ssl.create_default_context(cafile=folder / "fullchain.pem")
         context.check_hostname = False
         found = Proxied(port, context, {"Host": host, "Authorization": "Bearer k", "Origin": f"https://{host}"})
@@ -19440,6 +19446,169 @@ def test_keys_hosts_origins_and_ids_hold_behind_nginx(proxied: Proxied) -> None:
 def test_large_bodies_pass_nginx(proxied: Proxied) -> None:
     body = {"model": "recital", "prompt": ":", "unknown": "a" * 15_000_000}
     assert proxied.request("POST", "/api/generate", body).status == 200
+
+
+# Replicas behind HAProxy, and behind nginx.
+
+replicated = pytest.mark.skipif(not os.environ.get("SHIMMY_REPLICAS"), reason="make test-replicas runs it")
+
+
+@dataclass(frozen=True)
+class Replicas:
+    """Three servers behind a balancer."""
+
+    port: int
+    servers: list[Server]
+
+    def connect(self) -> http.client.HTTPConnection:
+        return http.client.HTTPConnection("127.0.0.1", self.port, timeout=HANG)
+
+    def status(self) -> int:
+        with contextlib.closing(self.connect()) as connection, contextlib.suppress(OSError):
+            connection.request("GET", "/v1/models")
+            return connection.getresponse().status
+        return 0
+
+    def running(self) -> list[int]:
+        return [server.get("/health").json()["requests_running"] for server in self.servers]
+
+    def outcome(self, body: dict[str, Any]) -> str:
+        """How a request ended: whole, told (by an error event), closed (its stream broke off), or lost."""
+        with contextlib.closing(self.connect()) as connection:
+            try:
+                connection.request("POST", "/v1/completions", encoded(body))
+                response = connection.getresponse()
+            except (OSError, http.client.HTTPException) as error:
+                return f"lost: {error!r}"
+            try:
+                data = response.read()
+            except http.client.IncompleteRead as error:
+                data = error.partial
+        if response.status != 200 or not (body["stream"] or data.endswith(b"}\n")):
+            return f"lost: {response.status} {data[:200]!r}"
+        return "told" if b'"error"' in data else "closed" if body["stream"] and b"[DONE]" not in data else "whole"
+
+    def cached(self, messages: list[dict[str, str]], server: Server | None = None, **headers: str) -> int:
+        """Appends the answer; returns how many tokens of the prompt were there already, in the replicas' or a server's cache."""
+        with contextlib.closing((server or self).connect()) as connection:
+            connection.request("POST", "/v1/chat/completions", encoded({"messages": messages}), headers)
+            document = json.loads(connection.getresponse().read())
+        messages.append(document["choices"][0]["message"])
+        return int(document["usage"]["prompt_tokens_details"]["cached_tokens"])
+
+
+@contextlib.contextmanager
+def behind(balancer: Callable[[Path, list[int]], list[str | Path]], folder: Path, models: Path) -> Iterator[Replicas]:
+    """Starts three servers and their balancer, whose command is made for four ports: its own, and theirs."""
+    flags = ["--models-dir", models, "--model", "recital", "--ctx", str(LONG_CTX), "--preload", "--grace", "8"]
+    with contextlib.ExitStack() as stack:
+        servers = [Server(folder / f"replica{i}", "--port", "0", *flags) for i in range(3)]
+        for server in servers:
+            stack.callback(server.stop)
+        eventually(lambda: all(s.get("/ready").status == 200 for s in servers), "all are ready")
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        process = stack.enter_context(Child(balancer(folder, [port, *(s.port for s in servers)]), stderr=subprocess.PIPE))
+        stack.callback(process.kill)
+        found = Replicas(port, servers)
+        eventually(lambda: found.status() == 200, "the balancer answers")
+        yield found
+
+
+def by_haproxy(folder: Path, ports: list[int]) -> list[str | Path]:
+    """README's file for ports of a test's own."""
+    (text,) = blocks_of("haproxy")
+    for said, port in zip((8080, 11435, 11436, 11437), ports, strict=True):
+        assert text.count(f"127.0.0.1:{said}\n") == 1
+        text = text.replace(f"127.0.0.1:{said}\n", f"127.0.0.1:{port}\n")
+    (folder / "haproxy.cfg").write_text(text)
+    return ["haproxy", "-db", "-f", folder / "haproxy.cfg"]
+
+
+def by_nginx(folder: Path, ports: list[int]) -> list[str | Path]:
+    """The same with nginx, without TLS."""
+    server, upstream = blocks_of("nginx")
+    (passing,) = re.findall(r"`(proxy_pass http://replicas;[^`]+)`", README)
+    server = re.sub(r" *(ssl_\w+|server_name) .*\n", "", server).replace("proxy_pass http://127.0.0.1:11435;", passing)
+    for said, port in zip(("443 ssl", "127.0.0.1:11435", "127.0.0.1:11436", "127.0.0.1:11437"), ports, strict=True):
+        server, upstream = (part.replace(f"{said};", f"127.0.0.1:{port};") for part in (server, upstream))
+    return nginx_command(folder, upstream + server)
+
+
+@replicated
+@cases("balancer", {"HAProxy": by_haproxy, "nginx": by_nginx})
+def test_no_request_is_lost_where_a_replica_is_killed_and_another_drained_under_load(
+    balancer: Callable[[Path, list[int]], list[str | Path]], models: Path, tmp_path: Path
+) -> None:
+    ends, over = Counter[str](), threading.Event()
+    endless = {"model": "recital", "prompt": "#", "max_tokens": LONG_CTX, "stream": True}
+
+    def ask(replicas: Replicas, number: int) -> None:
+        while not over.is_set():
+            ends[replicas.outcome(endless | {"max_tokens": 300, "stream": number % 3 > 0})] += 1
+
+    with behind(balancer, tmp_path, models) as replicas, ThreadPoolExecutor(32) as pool:
+        killed, drained, _ = replicas.servers
+        long: list[Future[str]] = []
+        while not all(replicas.running()):
+            long.append(pool.submit(replicas.outcome, endless))
+            eventually(lambda: sum(replicas.running()) == len(long), "it runs")
+        held = replicas.running()
+        clients = [pool.submit(ask, replicas, number) for number in range(12)]
+        time.sleep(3)
+        killed.process.kill()
+        time.sleep(3)
+        drained.signal(signal.SIGTERM)
+        assert drained.process.wait(HANG) == 0
+        time.sleep(2)
+        over.set()
+        for client in clients:
+            client.result()
+        replicas.servers[2].signal(signal.SIGTERM)
+        assert Counter(each.result() for each in long) == {"closed": held[0], "told": held[1] + held[2]}
+    print(dict(ends))
+    assert set(ends) <= {"whole", "closed"} and ends["whole"] > 50 and 0 < ends["closed"] <= 12
+    assert not re.search("Traceback", drained.log.read_text())
+
+
+@pytest.fixture(scope="module")
+def replicas(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Replicas]:
+    with behind(by_haproxy, tmp_path_factory.mktemp("replicas"), models) as found:
+        yield found
+
+
+@replicated
+@cases("name", {"by a header": "X-Session-Id", "by the first message": "Unknown"})
+def test_second_turn_finds_the_first_in_the_cache_of_its_replica(name: str, replicas: Replicas) -> None:
+    for number in range(4):
+        headers = {name: f"session {number}"}
+        chat = [{"role": "system", "content": f"{name} {number} " * 20}, {"role": "user", "content": f"{name} {number}"}]
+        replicas.cached(chat, **headers)
+        chat.append({"role": "user", "content": "hi"})
+        stuck, elsewhere = replicas.cached(chat.copy(), **headers), [replicas.cached(chat.copy(), s) for s in replicas.servers]
+        print(f"{stuck} tokens were cached; asked directly, at the three replicas {elsewhere}")
+        assert stuck > 200 and max(sorted(elsewhere)[:2]) < 50
+
+
+@replicated
+def test_streams_websockets_ids_and_refusals_pass_haproxy(replicas: Replicas) -> None:
+    with contextlib.closing(replicas.connect()) as connection:
+        body = {"model": "recital", "prompt": "#", "max_tokens": LONG_CTX, "stream": True}
+        connection.request("POST", "/api/generate", encoded(body), {"X-Request-Id": "edge-1"})
+        response = connection.getresponse()
+        assert response.headers["X-Request-Id"] == "edge-1" and b"ick" in b"".join(response.readline() for _ in range(3))
+    with ws_connect(f"ws://127.0.0.1:{replicas.port}/ws/generate", proxy=None, open_timeout=HANG) as ws:
+        ws.send(json.dumps({"model": "recital", "prompt": "#", "max_tokens": LONG_CTX}))
+        assert "ick" in json.loads(ws.recv(HANG))["token"]
+        ws.send(json.dumps({"cancel": True}))
+        assert ws_answer(ws)[1]["finish_reason"] == "cancelled"
+    for server in replicas.servers:  # runs last
+        server.signal(signal.SIGTERM)
+    with contextlib.closing(replicas.connect()) as connection:
+        eventually(lambda: replicas.status() == 503, "none is ready")
+        connection.request("GET", "/v1/models")
+        response = connection.getresponse()
+        assert int(response.headers["Retry-After"]) > 0 and json.loads(response.read())["error"]["code"] == "overloaded"
 
 
 # ── What the shared servers logged ────────────────────────────────────────────────────────────────────────────────────
