@@ -19488,8 +19488,8 @@ class Replicas:
             return f"lost: {response.status} {data[:200]!r}"
         return "told" if b'"error"' in data else "closed" if body["stream"] and b"[DONE]" not in data else "whole"
 
-    def cached(self, messages: list[dict[str, str]], server: Server | None = None, **headers: str) -> int:
-        """Appends the answer; returns how many tokens of the prompt were there already, in the replicas' or a server's cache."""
+    def cached(self, messages: list[dict[str, str]], headers: dict[str, str], server: Server | None = None) -> int:
+        """Appends the answer; returns how many tokens of the prompt its replica, or this server, had in its cache."""
         with contextlib.closing((server or self).connect()) as connection:
             connection.request("POST", "/v1/chat/completions", encoded({"messages": messages}), headers)
             document = json.loads(connection.getresponse().read())
@@ -19500,7 +19500,7 @@ class Replicas:
 @contextlib.contextmanager
 def behind(balancer: Callable[[Path, list[int]], list[str | Path]], folder: Path, models: Path) -> Iterator[Replicas]:
     """Starts three servers and their balancer, whose command is made for four ports: its own, and theirs."""
-    flags = ["--models-dir", models, "--model", "recital", "--ctx", str(LONG_CTX), "--preload", "--grace", "8"]
+    flags: list[str | Path] = ["--models-dir", models, "--model", "recital", "--ctx", str(LONG_CTX), "--preload", "--grace", "8"]
     with contextlib.ExitStack() as stack:
         servers = [Server(folder / f"replica{i}", "--port", "0", *flags) for i in range(3)]
         for server in servers:
@@ -19583,9 +19583,10 @@ def test_second_turn_finds_the_first_in_the_cache_of_its_replica(name: str, repl
     for number in range(4):
         headers = {name: f"session {number}"}
         chat = [{"role": "system", "content": f"{name} {number} " * 20}, {"role": "user", "content": f"{name} {number}"}]
-        replicas.cached(chat, **headers)
+        replicas.cached(chat, headers)
         chat.append({"role": "user", "content": "hi"})
-        stuck, elsewhere = replicas.cached(chat.copy(), **headers), [replicas.cached(chat.copy(), s) for s in replicas.servers]
+        stuck = replicas.cached(chat.copy(), headers)
+        elsewhere = [replicas.cached(chat.copy(), headers, server) for server in replicas.servers]
         print(f"{stuck} tokens were cached; asked directly, at the three replicas {elsewhere}")
         assert stuck > 200 and max(sorted(elsewhere)[:2]) < 50
 
