@@ -5,6 +5,7 @@
 # make audit  looks the installed packages up among the known vulnerabilities
 # make test-models  drives clients and real models, downloaded first (1 GB); tens of minutes
 # make test-rpc  spreads a model over llama.cpp's RPC servers, which it compiles; 15 minutes the first time
+# make test-replicas  kills one of three servers behind HAProxy and nginx, and drains another; a few minutes
 # make fuzz   20,000 schemas made at random and their documents; an hour
 # make bench  measures this machine's speed (ARGS="--json", ARGS="--url URL --model NAME")
 
@@ -19,7 +20,7 @@ ARGS ?=
 # how many minutes of mixed traffic `make soak` runs; set at all, it also multiplies the examples of the fuzz tests
 SHIMMY_SOAK ?= 10
 
-.PHONY: run test types security compiled test-page soak audit test-models test-rpc fuzz bench model model-eval clean
+.PHONY: run test types security compiled test-page soak audit test-models test-rpc test-replicas fuzz bench model model-eval clean
 .DELETE_ON_ERROR:
 
 run: .venv/.run
@@ -71,6 +72,11 @@ test-models: .venv/.clients .venv/.reference .venv/.llama-server
 
 test-rpc: .venv/.rpc
 	SHIMMY_RPC=$(CURDIR)/.venv/reference/rpc/bin $(BIN)/python -m pytest -q -rP test_shimmy.py -k rpc $(ARGS)
+
+test-replicas: .venv/.test
+	@command -v haproxy >/dev/null && command -v nginx >/dev/null || { [ $$(id -u) = 0 ] && apt-get install -q -y haproxy nginx; } || { \
+	  echo "HAProxy and nginx are needed: apt install haproxy nginx, and try again."; exit 1; }
+	SHIMMY_REPLICAS=1 $(BIN)/python -m pytest -q test_shimmy.py -k "replica or haproxy" -rP $(ARGS)
 
 fuzz: .venv/.test
 	SHIMMY_FUZZ=20000 $(BIN)/python -m pytest -q -n 2 test_shimmy.py -k "schema_made_at_random or temperature_1" -rP $(ARGS)
