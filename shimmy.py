@@ -4699,6 +4699,8 @@ class Sampler:
 class Grammar:
     """A grammar at work on one text: from its start, or from behind the first marker (`Constraint.after`) on."""
 
+    TOO_INTRICATE = "the grammar is too intricate: what may come next is not found in time"
+
     def __init__(self, llama: Llama, constraint: Constraint) -> None:
         """Raises InvalidRequest for a grammar that cannot be followed. Not for the step loop: reading one may take seconds."""
         self._vocab, self.param = llama.vocab, constraint.param
@@ -4706,6 +4708,8 @@ class Grammar:
             self._machine = llama.machines.of(constraint.grammar)
         except InvalidRequest as error:
             raise self.named(error) from None
+        except NotYet:
+            raise self.named(InvalidRequest(self.TOO_INTRICATE)) from None
         self._state = self._machine.automaton.start
         self._marker, self._seen = (constraint.after or "").encode(), b""  # no marker once the grammar has begun
         self._markers = {t: name.encode() for t, name in llama.vocab.marker_pieces.items()
@@ -6739,7 +6743,7 @@ class Engine:
             return question()
         except NotYet:
             if sequence.sought > self.SEEKING:
-                fault = InvalidRequest("the grammar is too intricate: what may come next is not found in time")
+                fault = InvalidRequest(Grammar.TOO_INTRICATE)
         except InvalidRequest as error:
             fault = error
         finally:
@@ -14265,9 +14269,9 @@ class JsonMender:
 
     # It wants a key, the colon behind it, a value, an element of a list, or what stands behind these: a comma or bracket.
     # Most of what comes is JSON that needs no mending: as much of it as a pattern can tell is taken over in one piece.
-    RUNS: ClassVar = {wanted: re.compile(pattern) for wanted, pattern in {
-        "key": _PAIRS, "}": f"{_BLANK},{_BLANK}{_PAIRS}", "value": _VALUE, ":": rf"(?P<key>{_BLANK}:{_BLANK})",
-        "element": _ELEMENTS, "]": f"{_BLANK},{_BLANK}{_ELEMENTS}"}.items()}  # fmt: skip
+    RUNS: ClassVar = {"key": _PAIRS, "}": f"{_BLANK},{_BLANK}{_PAIRS}", "value": _VALUE, ":": rf"(?P<key>{_BLANK}:{_BLANK})",
+                      "element": _ELEMENTS, "]": f"{_BLANK},{_BLANK}{_ELEMENTS}"}  # fmt: skip
+    run = staticmethod(functools.cache(re.compile))  # at their first use, for they take 0.1 s
     TOKEN = re.compile(r"""(?P<blank>[ \t\r\n]+)|(?P<open>[{\[(])|(?P<close>[}\])])|(?P<comma>,)|(?P<equals>[:=])"""
                        r"""|(?P<word>[^\s,:=;\[\]{}()"'<]+)|(?P<quote>.)""", re.S)  # fmt: skip
     WANTED: ClassVar = {"open": ("value", "element"), "close": ("}", "]", "key", "element"), "comma": ("}", "]"),
@@ -14301,7 +14305,7 @@ class JsonMender:
         return at
 
     def _token(self, text: str, at: int) -> int:
-        if found := self.RUNS[self._wants].match(text, at):
+        if found := self.run(self.RUNS[self._wants]).match(text, at):
             self._write(found[0])
             self._end_value("value" if found.lastgroup else "")
             return found.end()
@@ -15266,6 +15270,8 @@ class Turn(threading.local):
     All such work counts here, automata of parts within automata and searches in strings too.
     """
 
+    READING = 20.0  # seconds in which a grammar must be read; the slowest of MaskBench's 11,305 schemas take 1
+
     _ends = math.inf
     _is_limited = False
     _gate: Gate | None = None
@@ -15303,13 +15309,15 @@ class Turn(threading.local):
 
     @contextlib.contextmanager
     def behind(self, gate: Gate | None, client: Any) -> Iterator[None]:
-        """Lets work go on only while a gate is open and its client waits for it."""
+        """Lets work go on only while a gate is open and its client waits for it, and so long that other clients' can wait."""
         self._gate, self._client = gate, client
+        self.begin(self.READING)
         if gate:
             gate.count(1)
         try:
             yield
         finally:
+            self.begin(math.inf)
             self._gate = self._client = None
             if gate:
                 gate.count(-1)
@@ -17354,8 +17362,8 @@ class Forms(Constants):
             shape = self._meet(one, two)
             if shape is not None:
                 found[shape, said | more] = None
-        if len(found) > self.MAX_OPTIONS:
-            raise self.refuse(f"{key} multiplies out into over {self.MAX_OPTIONS} alternatives")
+            if len(found) > self.MAX_OPTIONS:
+                raise self.refuse(f"{key} multiplies out into over {self.MAX_OPTIONS} alternatives")
         if not found and ours and theirs:
             kinds = [kind_of(form[0][0]) for form in (ours, theirs)]
             self.dead_end = f"nothing is both {kinds[0]} and {kinds[1]}" if kinds[0] != kinds[1] else self.dead_end
@@ -17378,8 +17386,8 @@ class Forms(Constants):
         longest = max(len(one.first), len(two.first))
         self.spend(longest)
         firsts = [[*shape.first, *[shape.rest or ()] * (longest - len(shape.first))] for shape in (one, two)]
-        return replace(joined_shape(one, two), first=tuple(self.both(a, b) for a, b in zip(*firsts, strict=True)),
-                       rest=self.both(one.rest or (), two.rest or ()))  # fmt: skip
+        return joined_shape(one, two, first=tuple(self.both(a, b) for a, b in zip(*firsts, strict=True)),
+                            rest=self.both(one.rest or (), two.rest or ()))  # fmt: skip
 
     def _meet_objects(self, one: ObjectShape, two: ObjectShape) -> ObjectShape | None:
         named = {prop.name: prop for prop in sorted((*one.named, *two.named), key=operator.attrgetter("late"))}
@@ -17397,8 +17405,8 @@ class Forms(Constants):
             both = joined_shape(names, more)
             if both and (is_simple or self.string(both) is not None):
                 unnamed.append((both, self.both(node, other), said or also))
-        return replace(joined_shape(one, two), named=tuple(named.values()), unnamed=tuple(unnamed),
-                       names=self.both(one.names, two.names))  # fmt: skip
+        return joined_shape(one, two, named=tuple(named.values()), unnamed=tuple(unnamed),
+                            names=self.both(one.names, two.names))  # fmt: skip
 
     # oneOf: each option, without what fits another too
 
@@ -17561,12 +17569,13 @@ JOINS: dict[str, Callable[[Any, Any], Any]] = {  # by field
                     lambda one, two: tuple(dict.fromkeys(one + two)))}  # fmt: skip
 
 
-def joined_shape(one: Any, two: Any) -> Any:
-    """Two shapes of a kind as one, as far as their fields tell; None for strings and numbers of which there are none."""
+def joined_shape(one: Any, two: Any, **own: Any) -> Any:
+    """Two shapes of a kind as one, by their fields and its `own`; None for strings and numbers of which there are none."""
     if isinstance(one, Texts):
-        found = intersection([one, two])
+        found = one if one is two else intersection([one, two])
         return None if found is NONE else found
-    found = replace(one, **{key: JOINS[key](getattr(one, key), getattr(two, key)) for key in vars(one) if key in JOINS})
+    joined = {key: JOINS[key](getattr(one, key), getattr(two, key)) for key in vars(one) if key in JOINS}
+    found = replace(one, **joined, **own)
     if isinstance(found, NumberShape) and ((found.whole and 1 in found.not_multiples)
                                            or (found.low and found.high and found.low[0] > found.high[0])):  # fmt: skip
         return None
@@ -17835,16 +17844,15 @@ class Documents:
         return len(taken) == count
 
     def _example(self, here: State, number: int) -> Any:
-        """A document: its first choices spell the number, later ones are as chance has it, and it ends where it can.
-
-        Raises LookupError at a dead end.
+        """A document: its first choices spell the number, of later ones a quarter are as chance has it, the others end what they
+        can. Raises LookupError at a dead end.
         """
         text = b""
         while not here.ends or (number and here.bits):
             may = list(bytes_of(here.bits))
             ends = [byte for byte in (b']}"' if len(may) < self.WIDE else b'"') if byte in may]
-            choice = number or zlib.crc32(b"%d" % len(text))
-            byte = ends[0] if ends and not number else may[choice % max(len(may), 1)]
+            chance = zlib.crc32(b"%d" % len(text))
+            byte = ends[0] if ends and not number and chance % 4 else may[(number or chance >> 2) % max(len(may), 1)]
             number //= len(may)
             text, behind = text + bytes([byte]), here.step(byte)
             if behind is None or len(text) > self.MAX_EXAMPLE:
