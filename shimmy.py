@@ -12334,13 +12334,16 @@ def _after_scan(args: argparse.Namespace, service: Service, signals: StopSignals
     if lost:
         signals.stop(2)
         return
-    tell_serving(args, service, url)
     ids = [model.id for model in service.table.infos()]
+    wanted = [id for id in ids for preset in service.settings.presets if preset.preload and preset.means(id)]
+    preloads = dict.fromkeys([*(["default"] if args.preload else []), *wanted])
+    if not preloads:  # what is told below takes a second or two
+        service.unready.discard(STARTING)
+    tell_serving(args, service, url)
     for preset in service.settings.presets:
         if preset.pattern != "*" and not any(map(preset.means, ids)):
             log.warning("--preset %s: [%s] means no model that is here", args.preset, printable(preset.pattern))
-    wanted = [id for id in ids for preset in service.settings.presets if preset.preload and preset.means(id)]
-    for name in dict.fromkeys([*(["default"] if args.preload else []), *wanted]):
+    for name in preloads:
         try:
             service.table.load(name, True, Cancellation())
         except ApiError as error:
@@ -12639,6 +12642,7 @@ PROBE_PROMPT = "Once upon a time there was a small server that could tell storie
 def command_probe(args: argparse.Namespace) -> int:
     """Loads a model, generates, and says how it went."""
     check_packages()
+    args.cache_disk = 0  # the prompt that an earlier probe kept would be read in no time
     args.model = fetch_named(args.model)
     path = args.model if args.model and is_path(args.model) else None
     service = make_service(args, path)
