@@ -5596,8 +5596,10 @@ def holds(schema: Any, text: str | bytes) -> bool:
     """Whether a document fits; a $ref that leads to itself says nothing, and jsonschema follows it without end."""
     try:
         return bool(Draft202012Validator(schema, format_checker=CHECKED_FORMATS).is_valid(json.loads(text)))
-    except RecursionError:
-        return True
+    except BaseException as error:  # jsonschema's tables, in Rust, make a panic of a RecursionError
+        if "RecursionError" in repr(error):
+            return True
+        raise
 
 
 def test_schema_made_at_random_is_refused_or_holds_whatever_the_walk() -> None:
