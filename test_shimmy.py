@@ -16457,6 +16457,7 @@ def test_page_stops_an_answer_and_the_server_stops_too(how: str, tab: Callable[.
     it = tab(server)
     it.send("forever")
     it.wait(".answer .md", "Tick tock tick")
+    it.page.evaluate("rest = 1e6")  # as if a frame had taken that long to draw
     it.page.click("#send") if how == "button" else it.press("Escape")
     it.wait(".figures", "stopped")
     assert "Tick tock" in it.answer()
