@@ -19802,7 +19802,7 @@ async function ask(chat, {question, files}, old) {
   runs.delete(chat);
   save(chat);
   drawSide();
-  drawSoon();
+  drawNewest();  // at once: who stopped a long answer waits for no frame
   say({error: turn.error.message, stopped: "Stopped"}[turn.end] ?? `The answer is complete: ${textOf(turn)}`);
 }
 
@@ -19866,14 +19866,16 @@ function drawLog() {
   scroll();
 }
 
+function drawNewest() {
+  const began = performance.now();
+  due = 0;
+  newest?.();
+  scroll();
+  rest = 2 * (performance.now() - began);
+}
+
 function drawSoon() {
-  due ||= setTimeout(() => requestAnimationFrame(() => {
-    const began = performance.now();
-    due = 0;
-    newest?.();
-    scroll();
-    rest = 2 * (performance.now() - began);
-  }), rest);
+  due ||= setTimeout(() => requestAnimationFrame(drawNewest), rest);
 }
 
 function emptyView() {

@@ -5272,8 +5272,10 @@ def holds(schema: Any, text: str | bytes) -> bool:
     """Whether a document fits; a $ref that leads to itself says nothing, and jsonschema follows it without end."""
     try:
         return bool(Draft202012Validator(schema, format_checker=CHECKED_FORMATS).is_valid(json.loads(text)))
-    except RecursionError:
-        return True
+    except BaseException as error:  # jsonschema's tables, in Rust, make a panic of a RecursionError
+        if "RecursionError" in repr(error):
+            return True
+        raise
 
 
 def test_schema_made_at_random_is_refused_or_holds_whatever_the_walk() -> None:
@@ -15293,6 +15295,7 @@ def test_page_stops_an_answer_and_the_server_stops_too(how: str, tab: Callable[.
     it = tab(server)
     it.send("forever")
     it.wait(".answer .md", "Tick tock tick")
+    it.page.evaluate("rest = 1e6")  # as if a frame had taken that long to draw
     it.page.click("#send") if how == "button" else it.press("Escape")
     it.wait(".figures", "stopped")
     assert "Tick tock" in it.answer()
