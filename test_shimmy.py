@@ -1216,10 +1216,6 @@ def requests_of(server: Server, model: str = "recital") -> tuple[int, int]:
     return status["requests_running"], status["requests_waiting"]
 
 
-def has_requests(server: Server, model: str, counts: tuple[int, int]) -> bool:
-    return requests_of(server, model) == counts
-
-
 # What runs longer under make soak.
 
 SOAK = float(os.environ.get("SHIMMY_SOAK", 0))  # minutes of `make soak`; 0: the plain suite
@@ -1323,23 +1319,11 @@ def serve(tmp_path: Path) -> Iterator[Serve]:
         each.stop()
 
 
-@pytest.fixture(scope="module")
-def kinds(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A server with one small random model for each kind of memory."""
-    folder = tmp_path_factory.mktemp("kinds")
-    write_kinds(folder)
-    with shared(tmp_path_factory.mktemp("kinds-home"), "--models-dir", folder, "--max-loaded", "4") as running:
-        yield running
-
-
-@pytest.fixture(scope="session")
-def spelling(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A server with a speller that sends each character by itself instead of 10 ms of them together."""
-    folder = tmp_path_factory.mktemp("spelling")
-    write_speller(folder / "models" / "speller.gguf")
-    script = altered(folder, ("FLUSH_SECONDS = 0.01", "FLUSH_SECONDS = 0.0"))
-    with shared(folder / "home", "--models-dir", folder / "models", script=script) as running:
-        yield running
+# with one small random model for each kind of memory
+kinds = serving("--max-loaded", "4", write=lambda folder: write_kinds(folder))
+# with a speller that sends each character by itself instead of 10 ms of them together
+spelling = serving(write=lambda folder: write_speller(folder / "speller.gguf"),
+                   changes=[("FLUSH_SECONDS = 0.01", "FLUSH_SECONDS = 0.0")])  # fmt: skip
 
 
 # ── The file ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -8001,11 +7985,9 @@ def test_clients_that_leave_their_errands_while_the_models_load_are_waited_for_n
         with contextlib.ExitStack() as clients:
             for errand in ERRANDS.values():
                 clients.enter_context(requested(errands, errand))
-            waiting = {"bert": 2, "reranker": 1, "gap": 4}
-            for model, count in waiting.items():
-                eventually(functools.partial(has_requests, errands, model, (0, count)), "all wait")
-        for model in waiting:
-            eventually(functools.partial(has_requests, errands, model, (0, 0)), "nobody is left")
+            waiting = {"bert": (0, 2), "reranker": (0, 1), "gap": (0, 4)}
+            eventually(lambda: {model: requests_of(errands, model) for model in waiting} == waiting, "all wait")
+        eventually(lambda: {requests_of(errands, model) for model in waiting} == {(0, 0)}, "nobody is left")
         assert sorted(errands.status(model)["status"] for model in waiting) == ["loading", "unloaded", "unloaded"]
     for errand in ERRANDS.values():
         nobody_left_at(errands, errand)
@@ -9262,7 +9244,7 @@ def test_load_with_other_settings_that_does_not_wait_is_answered_at_once_by_a_bu
 @cases("body, words", {
     "no such key": ({"speed": 1}, "speed: there is no such setting"), "no number": ({"ctx": "x"}, "ctx: 'x' is no whole number"),
     "out of range": ({"ctx": 0}, "ctx: '0' is no whole number from 1"),
-        "sampling": ({"temperature": 1}, "a load takes the engine's settings"),
+    "sampling": ({"temperature": 1}, "a load takes the engine's settings"),
     "a file": ({"chat_template": "/etc/passwd"}, "chat_template names a file"),
     "another": ({"lora": ["x"]}, "lora names a file"), "a projector": ({"mmproj": "x"}, "mmproj names a file"),
     "no such device": ({"device": "CUDA9"}, "there is no such device"), "no object": ([1], "must be a JSON object"),
@@ -9697,7 +9679,7 @@ def calculator(expression: str) -> str:
 
 @pytest.fixture(scope="module")
 def boxed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A server with the model in the boxed."""
+    """A server with the model in the box."""
     running = Server(tmp_path_factory.mktemp("box"), "--port", "0", "--models-dir", REPO / "models", "--model", TINY)
     running.load(TINY)
     with pytest.MonkeyPatch.context() as patch:
@@ -17392,6 +17374,7 @@ def test_pull_without_a_network_asks_about_the_network(tmp_path: Path) -> None:
     done = shimmy("pull", "someone/something", home=tmp_path, env=env)
     assert_failed(done, 1, "is the network there? HF_ENDPOINT names another hub")
 
+
 @cases("other,used", {"no other": (False, "shimmy 0"), "another program": (True, "the other one")})
 def test_completion_makes_shimmy_a_command_unless_there_is_one(other: bool, used: str, tmp_path: Path) -> None:
     script = shimmy("completion", "bash", home=tmp_path).stdout.decode()
@@ -18057,6 +18040,8 @@ def test_bench_measures_every_row(tmp_path: Path) -> None:
             break
     assert "not measured" not in done.stderr and len(rows) == 34
     assert all(row["value"] > 0 for row in rows.values())
+
+
 def test_bench_without_a_server_fails_with_a_message(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     with pytest.raises(SystemExit, match=r"^bench: .*refused"):
