@@ -4,6 +4,7 @@
 # make soak   runs the long tests, with more examples of everything hostile (ARGS="-k fuzz", SHIMMY_SOAK=120 minutes)
 # make audit  looks the installed packages up among the known vulnerabilities
 # make test-models  drives clients and real models, downloaded first (1 GB); tens of minutes
+# make test-replicas  kills one of three servers behind HAProxy and nginx, and drains another; a few minutes
 # make fuzz   20,000 schemas made at random and their documents; an hour
 # make bench  measures this machine's speed (ARGS="--json", ARGS="--url URL --model NAME")
 
@@ -18,7 +19,7 @@ ARGS ?=
 # how many minutes of mixed traffic `make soak` runs; set at all, it also multiplies the examples of the fuzz tests
 SHIMMY_SOAK ?= 10
 
-.PHONY: run test types security compiled test-page soak audit test-models fuzz bench model model-eval clean
+.PHONY: run test types security compiled test-page soak audit test-models test-replicas fuzz bench model model-eval clean
 .DELETE_ON_ERROR:
 
 run: .venv/.run
@@ -67,6 +68,11 @@ test-models: .venv/.clients .venv/.reference .venv/.llama-server
 	  $(BIN)/python -m pytest -q test_shimmy.py -k "($(CLIENT_TESTS)) and not test_llm" $(ARGS)
 	PYTHONPATH=$(CLIENTS)/3 $(BIN)/python -m pytest -q test_shimmy.py -k "pydantic_ai or agents or client_library or twenty_prompts" $(ARGS)
 	PYTHONPATH=$(CLIENTS)/llm $(BIN)/python -m pytest -q test_shimmy.py -k "test_llm" $(ARGS)
+
+test-replicas: .venv/.test
+	@command -v haproxy >/dev/null && command -v nginx >/dev/null || { [ $$(id -u) = 0 ] && apt-get install -q -y haproxy nginx; } || { \
+	  echo "HAProxy and nginx are needed: apt install haproxy nginx, and try again."; exit 1; }
+	SHIMMY_REPLICAS=1 $(BIN)/python -m pytest -q test_shimmy.py -k "replica or haproxy" -rP $(ARGS)
 
 fuzz: .venv/.test
 	SHIMMY_FUZZ=20000 $(BIN)/python -m pytest -q -n 2 test_shimmy.py -k "schema_made_at_random or temperature_1" -rP $(ARGS)

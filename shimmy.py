@@ -258,6 +258,7 @@ PING_SECONDS = 15.0  # silence before a sign of life keeps clients and proxies p
 HEAD_SIGNS = 2  # signs of life that are due before the headers of a stream are sent, although its request is not queued yet
 LOAD_WAIT_SECONDS = 60.0  # how long a request waits for room when every loaded model is busy
 GRACE_SECONDS = 5.0  # streams may finish so long after SIGTERM
+LINGER_SECONDS = 3.0  # of an operator's --grace, in which requests are still taken: a balancer's two checks, a second apart
 MAX_STOPS = 64  # SillyTavern sends one for each name in a chat
 MAX_STOP = 256  # characters of one; each is looked for with every token
 MAX_BREAKERS = 16  # of DRY; for each one llama.cpp walks the vocabulary, up to 12 ms with 49,000 tokens
@@ -374,6 +375,9 @@ class PayloadTooLarge(ApiError, status=413, code="payload_too_large", message="T
 class Overloaded(ApiError, status=503, code="overloaded", message="The server is busy, try again",
                  headers={"Retry-After": "2"}):  # fmt: skip
     """The queue, the models or the connections are at their bound; try again."""
+
+
+SHUTTING_DOWN = "The server is shutting down"
 
 
 class GenerationFailed(ApiError, code="generation_failed", message="Text generation failed"):
@@ -4695,6 +4699,8 @@ class Sampler:
 class Grammar:
     """A grammar at work on one text: from its start, or from behind the first marker (`Constraint.after`) on."""
 
+    TOO_INTRICATE = "the grammar is too intricate: what may come next is not found in time"
+
     def __init__(self, llama: Llama, constraint: Constraint) -> None:
         """Raises InvalidRequest for a grammar that cannot be followed. Not for the step loop: reading one may take seconds."""
         self._vocab, self.param = llama.vocab, constraint.param
@@ -4702,6 +4708,8 @@ class Grammar:
             self._machine = llama.machines.of(constraint.grammar)
         except InvalidRequest as error:
             raise self.named(error) from None
+        except NotYet:
+            raise self.named(InvalidRequest(self.TOO_INTRICATE)) from None
         self._state = self._machine.automaton.start
         self._marker, self._seen = (constraint.after or "").encode(), b""  # no marker once the grammar has begun
         self._markers = {t: name.encode() for t, name in llama.vocab.marker_pieces.items()
@@ -6735,7 +6743,7 @@ class Engine:
             return question()
         except NotYet:
             if sequence.sought > self.SEEKING:
-                fault = InvalidRequest("the grammar is too intricate: what may come next is not found in time")
+                fault = InvalidRequest(Grammar.TOO_INTRICATE)
         except InvalidRequest as error:
             fault = error
         finally:
@@ -7597,6 +7605,12 @@ class Residents:
                 other.crowded = ""
         self.changed.notify_all()
 
+    def status(self, entry: Entry) -> dict[str, Any]:
+        """The entry's status with its memory, asked for without the condition: off Linux that starts a process. Takes it."""
+        with self.changed:
+            status, worker, settings = entry.status(), entry.worker, self._settings(entry, {})
+        return status | {"memory_bytes": worker.memory_bytes() if worker else 0, "sampling": dict(settings.sampling)}
+
     def wake(self) -> None:
         """Lets waiters look again; takes the condition."""
         with self.changed:
@@ -7610,7 +7624,7 @@ class Residents:
         Raises Overloaded when the server ends, GenerationFailed in the pause after a load that failed on every rung.
         """
         if self.closed:
-            raise Overloaded("The server is shutting down")
+            raise Overloaded(SHUTTING_DOWN)
         if self.entries.get(entry.info.id) is not entry:  # a scan has dropped it since its name was resolved
             raise ModelNotFound(f"Model '{entry.info.id}' is not available")
         self._started = self._started or self._begin(self.manage)
@@ -7717,7 +7731,7 @@ class Residents:
         starting = self._make_worker(info, setup, functools.partial(self._died, entry))
         with self.changed:
             if self.closed:
-                raise Overloaded("The server is shutting down")
+                raise Overloaded(SHUTTING_DOWN)
             entry.starting = starting
         return starting.start()
 
@@ -8074,10 +8088,10 @@ class ModelTable:
             if is_new or (not wait and entry.state != "loaded"):
                 self._residents.want(entry, background=not wait).asked.update(asked or {})
         if not wait:
-            return self._status(entry)
+            return self._residents.status(entry)
         with Lease(self._residents, entry, cancel, asked) as lease:
             lease.wait()
-            return self._status(entry)
+            return self._residents.status(entry)
 
     def unload(self, name: str, force: bool, cancel: Cancellation) -> dict[str, Any]:
         """`POST …/unload`: lets running generations finish (or ends them), frees the memory; idempotent."""
@@ -8085,28 +8099,27 @@ class ModelTable:
         cancel.on_cancel(self._residents.wake)
         with self._changed:
             self._residents.unload(entry, force, cancel)
-        return self._status(entry)
+        return self._residents.status(entry)
 
     def status(self, name: str) -> dict[str, Any]:
         """The model's status, as the status route tells it."""
-        return self._status(self._find(name))
-
-    def _status(self, entry: Entry) -> dict[str, Any]:
-        """The entry's status with its memory, asked for without the condition: off Linux that starts a process."""
-        with self._changed:
-            status, worker, settings = entry.status(), entry.worker, self._settings_of(entry, {})
-        return status | {"memory_bytes": worker.memory_bytes() if worker else 0, "sampling": dict(settings.sampling)}
+        return self._residents.status(self._find(name))
 
     def statuses(self) -> list[dict[str, Any]]:
-        """The status of each model that is in memory or waited for, but for its memory."""
+        """The status of each model that is in memory or waited for, without its memory; `left` are the seconds it stays."""
         with self._changed:
-            return [e.status() for e in self._residents.entries.values() if e.in_memory or e.waiting]
+            held = [e for e in self._residents.entries.values() if e.in_memory or e.waiting]
+            return [e.status() | {"left": self._residents.left(e)} for e in held]
 
-    def left(self, id: str) -> float:
-        """Seconds until a loaded model is unloaded if nobody comes; infinite: it stays."""
+    def check_available(self) -> None:
+        """Raises Overloaded if no model can be had: none is here, or none is in memory and a load failed on every rung."""
+        if not self.names().resolve("default") and not self.infos():
+            raise Overloaded("No GGUF model was found")
         with self._changed:
-            entry = self._residents.entries.get(id)
-            return self._residents.left(entry) if entry else math.inf
+            entries = self._residents.entries.values()
+            pause = max((e.retry_at for e in entries if e.state == "failed"), default=0.0) - time.monotonic()
+            if pause > 0 and not any(e.in_memory for e in entries):
+                raise Overloaded(f"The last load of a model failed; it is tried again in {pause:.0f} s")
 
     def keep(self, id: str, seconds: float) -> None:
         """How long this model stays when nobody uses it, until it is unloaded; 0: it goes as soon as it is idle."""
@@ -8198,6 +8211,7 @@ class Service:
         self.table = ModelTable(catalog, self._make_worker, table, self.metrics, settings, Ladder(self.faults, report))
         self.tools, self.helpers = Tools(tools), Helpers()
         self.started, self._began = time.time(), time.monotonic()
+        self.unready: set[str] = set()  # why balancers should send nobody here, whatever the models do
 
     def _make_worker(self, info: ModelInfo, setup: Setup, died: Callable[[Worker, str], None]) -> Worker:
         return Worker(info, setup, self.max_queue, died, self._report, self.metrics.meter(info.id))
@@ -10713,8 +10727,22 @@ class Call:
         return document
 
 
+def answer_ready(call: Call) -> dict[str, Any]:
+    """200 if a new request would be taken, for balancers that ask every second; else Overloaded says why."""
+    service = call.service
+    if service.unready:
+        raise Overloaded("; ".join(sorted(service.unready)))
+    service.table.check_available()
+    waiting = [sum(w.counts()) - w.parallel for w in service.table.workers()]
+    if waiting and min(waiting) >= service.max_queue:
+        raise Overloaded(f"{min(waiting)} requests wait already (--max-queue {service.max_queue})")
+    return {"status": "ready"}
+
+
 def answer_health(call: Call) -> dict[str, Any]:
-    """The server's state; llama-server's older clients read the counts of slots."""
+    """The server's state, `?ready` as /ready; llama-server's older clients read the counts of slots."""
+    if "ready" in call.query:
+        return answer_ready(call)
     workers = call.service.table.workers()
     running, places = sum(w.counts()[0] for w in workers), sum(w.parallel for w in workers)
     return call.service.health() | {"slots_idle": places - running, "slots_processing": running}
@@ -10758,8 +10786,9 @@ def answer_openai_models(call: Call) -> dict[str, Any]:
 def answer_ps(call: Call) -> dict[str, Any]:
     """The loaded models with their expiry. No expiry is sent as a far-future date."""
     models = []
+    left = {s["model"]: s["left"] for s in call.service.table.statuses()}
     for r in call.service.table.workers():
-        expires = time.time() + min(9.2e9, call.service.table.left(r.info.id))
+        expires = time.time() + min(9.2e9, left.get(r.info.id, 0.0))
         models.append({k: v for k, v in ollama_model(r.info).items() if k != "modified_at"} | {
             "size": r.memory_bytes() + r.loaded.gpu_bytes, "size_vram": r.loaded.gpu_bytes, "expires_at": rfc3339(expires),
             "context_length": r.loaded.ctx,
@@ -10778,7 +10807,7 @@ def answer_show(call: Call) -> dict[str, Any]:
 def answer_slots(call: Call) -> list[dict[str, Any]]:
     """The places for sequences of each loaded model, and which are taken: nothing of what is written there."""
     wanted = call.query.get("model")
-    id = None if wanted is None else call.service.table.info(wanted).id
+    id = None if not wanted else call.service.table.info(wanted).id
     places = [(r, i) for r in call.service.table.workers() if id in (None, r.info.id) for i in range(r.parallel)]
     slots = [
         {"id": n, "id_task": -1, "n_ctx": r.loaded.ctx, "speculative": False, "model": r.info.id,
@@ -10880,6 +10909,7 @@ ROUTES = (
     *_route("GET /", answer_root, keyless=True),
     *_route("GET /health", answer_health, keyless=True),
     *_route("GET /api/health", answer_health, keyless=True),
+    *_route("GET /ready", answer_ready, keyless=True),
     *_route("GET /diag", lambda call: call.service.diag()),
     *_route("GET /metrics", lambda call: Answer(metrics_text(call.service), headers=PROMETHEUS)),
     *_route("POST /api/generate", Native, ollamas=_OLLAMA_GENERATE),
@@ -10918,7 +10948,7 @@ ROUTES = (
     *_route("POST /detokenize", answer_detokenize, needs_body=True, api="llama-server"),
     *_route("POST /apply-template", needs_body=True, api="llama-server", max_body=MAX_PICTURED_BODY, answer=answer_template),
     *_route("GET /props", api="llama-server", answer=lambda call: model_properties(
-        call.service, call.service.table.info(call.query.get("model", "default")))),
+        call.service, call.service.table.info(call.query.get("model") or "default"))),
     *_route("GET /slots", answer_slots, api="llama-server"),
     *_route("GET /v1/health", lambda call: answer_health(call) | {"status": "ok"}, api="llama-server", keyless=True),
 )  # fmt: skip
@@ -10958,7 +10988,7 @@ class Head:
         host = self.headers.get("Host", "").lower()
         if target.scheme and (target.netloc.lower() != host or target.scheme not in ("http", "https")):
             raise InvalidRequest("The request's address and its Host header name different hosts")  # RFC 9112, 3.2.2
-        self.query = dict(urllib.parse.parse_qsl(target.query))
+        self.query = dict(urllib.parse.parse_qsl(target.query, keep_blank_values=True))
         self.segments = [urllib.parse.unquote(s) for s in target.path.split("/") if s]
         self._read_length()
 
@@ -11131,9 +11161,9 @@ class Handler(socketserver.BaseRequestHandler):
         return uncompressed(data, encoding, most) if data else data
 
     def _answer(self, head: Head, cancel: Cancellation) -> None:
+        self.out.closes = self.out.closes or bool(self.service.unready)  # the client's next connection may lead elsewhere
         if self.server.stopping:
-            self.out.closes = True
-            raise Overloaded("The server is shutting down")
+            raise Overloaded(SHUTTING_DOWN)
         if head.method == "OPTIONS":
             self.server.access.check({"Host": head.headers.get("Host", "")}, keyless=True)
             return self._preflight(head)
@@ -11321,17 +11351,24 @@ class Server(socketserver.ThreadingTCPServer):
                 self._running.discard(cancel)
                 self._changed.notify_all()
 
-    def stop(self, grace: float = GRACE_SECONDS) -> None:
-        """Stop accepting, let requests finish within `grace` seconds, call the rest off, end the engines."""
+    def stop(self, grace: float | None = None) -> None:
+        """Stops accepting, lets requests finish within GRACE_SECONDS, calls the rest off, ends the engines. Idempotent.
+
+        With a `grace` of the operator's, /ready says first that nobody should be sent here, and requests are still taken for
+        LINGER_SECONDS of it.
+        """
         if self.stopping:
             return
+        until = time.monotonic() + (GRACE_SECONDS if grace is None else grace)
+        self.service.unready.add(SHUTTING_DOWN)
+        time.sleep(min(LINGER_SECONDS, grace or 0.0))
         self.stopping = True
         self.shutdown()
         self.server_close()
         self.service.table.close(engines=False)
-        self._await_quiet(grace)
+        self._await_quiet(until - time.monotonic())
         for worker in self.service.table.workers():
-            worker.fail_all("The server is shutting down", Overloaded)
+            worker.fail_all(SHUTTING_DOWN, Overloaded)
         for cancel in () if self._await_quiet(1.0) else list(self._running):
             cancel.cancel()
         self.sockets.stop()
@@ -11465,7 +11502,7 @@ class SocketConnection(Wire):
         elif self._server.stopping or waiting >= self.PENDING:
             request.turn.release()
             full = f"{waiting} requests wait on this connection already"
-            error = Overloaded("The server is shutting down" if self._server.stopping else full)
+            error = Overloaded(SHUTTING_DOWN if self._server.stopping else full)
             self._protocol.send_text(to_json(ERROR_SHAPES["shimmy"](error)))
         else:
             self._requests.append(request)
@@ -11831,6 +11868,8 @@ def _serve_flags(sub: argparse.ArgumentParser) -> None:
     add("--keep-alive", type=duration, default=-1, metavar="5m", help="unload models idle for so long; 0: at once, "
         "-1: never (default)")  # fmt: skip
     add("--max-queue", type=count(0), default=512, metavar="N", help="requests that may wait (default: 512)")
+    add("--grace", type=count(0, 86_400), metavar="SECONDS", help="behind a balancer: at SIGTERM say so at /ready, take "
+        f"requests for {LINGER_SECONDS:.0f} s more, and let them finish within so long")  # fmt: skip
     add("--open", action="store_true", help="open the chat page in a browser")
     add = sub.add_argument_group("access").add_argument
     add("--api-key", action="append", default=[], metavar="KEY", help="ask every client for this key, or one of "
@@ -12122,6 +12161,9 @@ class StopSignals:
                 return self._codes.get(timeout=1.0)  # Windows runs signal handlers between waits only
 
 
+STARTING = "The server is starting"
+
+
 def command_serve(args: argparse.Namespace) -> int:
     """Listens, then waits for a signal; models load on demand. Exits with 2 if a model named by a flag is not found."""
     check_packages()
@@ -12135,6 +12177,7 @@ def command_serve(args: argparse.Namespace) -> int:
             log.warning("--models-dir %s: there is no such directory", directory)
     service = make_service(args, args.model, tools=tools, max_queue=args.max_queue, allow_pull=args.allow_pull,
                            report=log.warning)  # fmt: skip
+    service.unready.add(STARTING)
     try:
         server = Server(address, service, access)
     except OSError as error:
@@ -12151,8 +12194,9 @@ def command_serve(args: argparse.Namespace) -> int:
     if not code:
         busy = [(s["model"], s["requests_running"] + s["requests_waiting"]) for s in service.table.statuses()]
         who = ", ".join(f"{printable(model)} ({requests})" for model, requests in busy if requests)
-        log.warning("shutting down%s", f": waiting up to {GRACE_SECONDS:.0f} s for the requests of {who}" if who else "")
-    server.stop()
+        grace = GRACE_SECONDS if args.grace is None else args.grace
+        log.warning("shutting down%s", f": waiting up to {grace:.0f} s for the requests of {who}" if who else "")
+    server.stop(None if code else args.grace)
     return code
 
 
@@ -12207,6 +12251,7 @@ def _after_scan(args: argparse.Namespace, service: Service, signals: StopSignals
             service.table.load(name, True, Cancellation())
         except ApiError as error:
             log.error("preload: %s", error)
+    service.unready.discard(STARTING)
 
 
 def tell_serving(args: argparse.Namespace, service: Service, url: str) -> None:
@@ -12518,31 +12563,39 @@ def command_probe(args: argparse.Namespace) -> int:
         ("context", f"{result['context_length']:,} tokens{f', up to {most:,} would fit' if most else ''}"),
         *((key, result[key]) for key in ("devices", "fallback") if result[key]),
         ("prompt", f"{result['prompt_tokens_per_second']:,.0f} tokens/s"),
-        ("generated", f"{result['generated_tokens_per_second']:,.0f} tokens/s"),
+        ("generated", f"{result['generated_tokens_per_second']:,.0f} tokens/s, "
+                      f"{result['generated_tokens_per_second_together']:,.0f} by {result['parallel']} at once"),
     ])  # fmt: skip
     return 0
 
 
 def probe(service: Service, name: str) -> dict[str, Any]:
-    """Loads a model for real and generates 64 tokens; speeds in tokens per second."""
-    cancel, engine = Cancellation(), service.table.settings(name).engine
-    most = service.table.info(name).largest_context(engine.kv_type)
+    """Loads a model for real and generates, alone and then as many at once as may run; speeds in tokens per second."""
+    cancel, info, engine = Cancellation(), service.table.info(name), service.table.settings(name).engine
+    most, kv = info.largest_context(engine.kv_type), info.kv or KvShape()
     with service.table.lease(name, cancel) as lease:
         worker = lease.wait()
         assert worker
         words = min(worker.loaded.ctx // 8, 100)  # a word is up to six tokens in the smallest vocabularies
         prompt = " ".join(PROBE_PROMPT.split()[:words])
-        sampling = Sampling(max_tokens=64, temperature=0.0, ignore_eos=True)
-        events = list(service.generate(GenerateRequest(name, (prompt,), sampling=sampling), cancel))
-        usage = next(e for e in events if isinstance(e, Usage))
+
+        def measure(count: int, tokens: int) -> tuple[Usage, float]:
+            sampling = Sampling(max_tokens=tokens, temperature=0.0, ignore_eos=True)
+            events = service.generate(GenerateRequest(name, (prompt,), sampling=sampling, n=count), cancel)
+            usage = next(e for e in list(events) if isinstance(e, Usage))
+            return usage, round((usage.completion_tokens - count) / max(usage.decode_seconds, 1e-9), 1)
+
+        (usage, alone), (_, together) = measure(1, 64), measure(worker.parallel, 32)
         return {
             "model": name, "path": worker.info.path, "load_seconds": round(worker.load_seconds, 3),
             "memory_bytes": worker.memory_bytes(), "available_bytes": available_memory(),
+            "weights_bytes": info.weights_bytes, "kv_bytes_per_token": kv.token_bytes(engine.kv_type),
+            "state_bytes_per_sequence": kv.state_bytes(1), "parallel": worker.parallel,
             "context_length": worker.loaded.ctx, "largest_context": most,
             "devices": worker.loaded.devices, "fallback": worker.setup.rung.words(),
             "prompt_tokens": usage.prompt_tokens, "completion_tokens": usage.completion_tokens,
             "prompt_tokens_per_second": round(usage.prompt_tokens / max(usage.prompt_seconds, 1e-9), 1),
-            "generated_tokens_per_second": round((usage.completion_tokens - 1) / max(usage.decode_seconds, 1e-9), 1),
+            "generated_tokens_per_second": alone, "generated_tokens_per_second_together": together,
         }  # fmt: skip
 
 
@@ -14212,9 +14265,9 @@ class JsonMender:
 
     # It wants a key, the colon behind it, a value, an element of a list, or what stands behind these: a comma or bracket.
     # Most of what comes is JSON that needs no mending: as much of it as a pattern can tell is taken over in one piece.
-    RUNS: ClassVar = {wanted: re.compile(pattern) for wanted, pattern in {
-        "key": _PAIRS, "}": f"{_BLANK},{_BLANK}{_PAIRS}", "value": _VALUE, ":": rf"(?P<key>{_BLANK}:{_BLANK})",
-        "element": _ELEMENTS, "]": f"{_BLANK},{_BLANK}{_ELEMENTS}"}.items()}  # fmt: skip
+    RUNS: ClassVar = {"key": _PAIRS, "}": f"{_BLANK},{_BLANK}{_PAIRS}", "value": _VALUE, ":": rf"(?P<key>{_BLANK}:{_BLANK})",
+                      "element": _ELEMENTS, "]": f"{_BLANK},{_BLANK}{_ELEMENTS}"}  # fmt: skip
+    run = staticmethod(functools.cache(re.compile))  # at their first use, for they take 0.1 s
     TOKEN = re.compile(r"""(?P<blank>[ \t\r\n]+)|(?P<open>[{\[(])|(?P<close>[}\])])|(?P<comma>,)|(?P<equals>[:=])"""
                        r"""|(?P<word>[^\s,:=;\[\]{}()"'<]+)|(?P<quote>.)""", re.S)  # fmt: skip
     WANTED: ClassVar = {"open": ("value", "element"), "close": ("}", "]", "key", "element"), "comma": ("}", "]"),
@@ -14248,7 +14301,7 @@ class JsonMender:
         return at
 
     def _token(self, text: str, at: int) -> int:
-        if found := self.RUNS[self._wants].match(text, at):
+        if found := self.run(self.RUNS[self._wants]).match(text, at):
             self._write(found[0])
             self._end_value("value" if found.lastgroup else "")
             return found.end()
@@ -15213,6 +15266,8 @@ class Turn(threading.local):
     All such work counts here, automata of parts within automata and searches in strings too.
     """
 
+    READING = 20.0  # seconds in which a grammar must be read; the slowest of MaskBench's 11,305 schemas take 1
+
     _ends = math.inf
     _is_limited = False
     _gate: Gate | None = None
@@ -15250,13 +15305,15 @@ class Turn(threading.local):
 
     @contextlib.contextmanager
     def behind(self, gate: Gate | None, client: Any) -> Iterator[None]:
-        """Lets work go on only while a gate is open and its client waits for it."""
+        """Lets work go on only while a gate is open and its client waits for it, and so long that other clients' can wait."""
         self._gate, self._client = gate, client
+        self.begin(self.READING)
         if gate:
             gate.count(1)
         try:
             yield
         finally:
+            self.begin(math.inf)
             self._gate = self._client = None
             if gate:
                 gate.count(-1)
@@ -17301,8 +17358,8 @@ class Forms(Constants):
             shape = self._meet(one, two)
             if shape is not None:
                 found[shape, said | more] = None
-        if len(found) > self.MAX_OPTIONS:
-            raise self.refuse(f"{key} multiplies out into over {self.MAX_OPTIONS} alternatives")
+            if len(found) > self.MAX_OPTIONS:
+                raise self.refuse(f"{key} multiplies out into over {self.MAX_OPTIONS} alternatives")
         if not found and ours and theirs:
             kinds = [kind_of(form[0][0]) for form in (ours, theirs)]
             self.dead_end = f"nothing is both {kinds[0]} and {kinds[1]}" if kinds[0] != kinds[1] else self.dead_end
@@ -17325,8 +17382,8 @@ class Forms(Constants):
         longest = max(len(one.first), len(two.first))
         self.spend(longest)
         firsts = [[*shape.first, *[shape.rest or ()] * (longest - len(shape.first))] for shape in (one, two)]
-        return replace(joined_shape(one, two), first=tuple(self.both(a, b) for a, b in zip(*firsts, strict=True)),
-                       rest=self.both(one.rest or (), two.rest or ()))  # fmt: skip
+        return joined_shape(one, two, first=tuple(self.both(a, b) for a, b in zip(*firsts, strict=True)),
+                            rest=self.both(one.rest or (), two.rest or ()))  # fmt: skip
 
     def _meet_objects(self, one: ObjectShape, two: ObjectShape) -> ObjectShape | None:
         named = {prop.name: prop for prop in sorted((*one.named, *two.named), key=operator.attrgetter("late"))}
@@ -17344,8 +17401,8 @@ class Forms(Constants):
             both = joined_shape(names, more)
             if both and (is_simple or self.string(both) is not None):
                 unnamed.append((both, self.both(node, other), said or also))
-        return replace(joined_shape(one, two), named=tuple(named.values()), unnamed=tuple(unnamed),
-                       names=self.both(one.names, two.names))  # fmt: skip
+        return joined_shape(one, two, named=tuple(named.values()), unnamed=tuple(unnamed),
+                            names=self.both(one.names, two.names))  # fmt: skip
 
     # oneOf: each option, without what fits another too
 
@@ -17508,12 +17565,13 @@ JOINS: dict[str, Callable[[Any, Any], Any]] = {  # by field
                     lambda one, two: tuple(dict.fromkeys(one + two)))}  # fmt: skip
 
 
-def joined_shape(one: Any, two: Any) -> Any:
-    """Two shapes of a kind as one, as far as their fields tell; None for strings and numbers of which there are none."""
+def joined_shape(one: Any, two: Any, **own: Any) -> Any:
+    """Two shapes of a kind as one, by their fields and its `own`; None for strings and numbers of which there are none."""
     if isinstance(one, Texts):
-        found = intersection([one, two])
+        found = one if one is two else intersection([one, two])
         return None if found is NONE else found
-    found = replace(one, **{key: JOINS[key](getattr(one, key), getattr(two, key)) for key in vars(one) if key in JOINS})
+    joined = {key: JOINS[key](getattr(one, key), getattr(two, key)) for key in vars(one) if key in JOINS}
+    found = replace(one, **joined, **own)
     if isinstance(found, NumberShape) and ((found.whole and 1 in found.not_multiples)
                                            or (found.low and found.high and found.low[0] > found.high[0])):  # fmt: skip
         return None
@@ -17782,16 +17840,15 @@ class Documents:
         return len(taken) == count
 
     def _example(self, here: State, number: int) -> Any:
-        """A document: its first choices spell the number, later ones are as chance has it, and it ends where it can.
-
-        Raises LookupError at a dead end.
+        """A document: its first choices spell the number, of later ones a quarter are as chance has it, the others end what they
+        can. Raises LookupError at a dead end.
         """
         text = b""
         while not here.ends or (number and here.bits):
             may = list(bytes_of(here.bits))
             ends = [byte for byte in (b']}"' if len(may) < self.WIDE else b'"') if byte in may]
-            choice = number or zlib.crc32(b"%d" % len(text))
-            byte = ends[0] if ends and not number else may[choice % max(len(may), 1)]
+            chance = zlib.crc32(b"%d" % len(text))
+            byte = ends[0] if ends and not number and chance % 4 else may[(number or chance >> 2) % max(len(may), 1)]
             number //= len(may)
             text, behind = text + bytes([byte]), here.step(byte)
             if behind is None or len(text) > self.MAX_EXAMPLE:

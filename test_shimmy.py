@@ -56,9 +56,10 @@ import traceback
 import tracemalloc
 import types
 import zlib
+from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from collections.abc import Sequence as Seq
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias, TypeVar
@@ -962,6 +963,15 @@ def assert_healthy(server: Server) -> None:
     """Asserts that a server still responds and has logged no traceback, except from the test's own tools file."""
     tracebacks = server.log.read_text().split("Traceback")[1:]
     assert not [text for text in tracebacks if "mytools.py" not in text]
+    assert server.get("/health").status == 200
+
+
+def assert_refuses_balancers(server: Server, *words: str) -> None:
+    """Asserts that balancers are told to send nobody, and when to ask again, while the server itself is well."""
+    for path in ("/ready", "/health?ready"):
+        reply = server.get(path)
+        assert_error(reply, 503, "overloaded", *words)
+        assert int(reply.headers["Retry-After"]) > 0
     assert server.get("/health").status == 200
 
 
@@ -5123,9 +5133,11 @@ def test_time_does_not_change_what_is_forced_nor_what_is_said_behind_it(serve: S
 
 
 def test_grammar_that_takes_too_many_steps_for_a_token_ends_its_own_text(serve: Serve, tmp_path: Path) -> None:
-    script = altered(tmp_path, NO_TIME[0], ("SEEKING, SEEKING_EACH = 5.0", "SEEKING, SEEKING_EACH = 0.0"))
+    script = altered(tmp_path, NO_TIME[0], ("SEEKING, SEEKING_EACH = 5.0", "SEEKING, SEEKING_EACH = 0.0"),
+                     (" READING = 20.0", " READING = 0.05"))  # fmt: skip
     hasty = serve("--models-dir", REPO / "models", "--model", TINY, script=script)
     assert_error(hasty.chat("hi", TINY, grammar=MANY), 400, "invalid_request", "intricate")
+    assert_error(hasty.generate("hi", TINY, json_schema=told_apart(1000)), 400, "invalid_request", "json_schema: the grammar is")
     assert hasty.chat("hi", TINY, max_tokens=4).status == 200
 
 
@@ -5369,6 +5381,9 @@ def told_apart(count: int) -> dict[str, Any]:
     "a long address without an x": (
         {"type": "string", "format": "email", "not": {"pattern": "x"}, "minLength": 60, "maxLength": 64},
         "a" * 40 + "@" + "b" * 20, "x" * 40 + "@" + "b" * 20),
+    "different elements that must contain what no string is": (
+        {**UNIQUE, "prefixItems": [{**UNIQUE, "contains": {"type": "boolean"}}, {**OBJECT, "required": ["a"]}]},
+        [[True], {"a": 1}], [["x"], {"a": 1}]),
 })  # fmt: skip
 def test_schema_with_many_kinds_is_read_soon(schema: Any, fitting: Any, others: Any) -> None:
     begun = time.thread_time()
@@ -7737,7 +7752,9 @@ def test_full_queue_answers_503_with_retry_after_and_a_client_that_leaves_frees_
             assert_error(reply, 503, "overloaded", "--max-queue 1")
             assert int(reply.headers["Retry-After"]) > 0 and tight.status("recital")["requests_running"] == 2
             assert tight.chat().json()["error"]["type"] == "overloaded_error"
+            assert_refuses_balancers(tight, "--max-queue 1")
         assert waiting.result().text == "Hello wide world"
+    assert tight.get("/ready").json() == {"status": "ready"}
 
 
 # ── Engine ────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -8552,6 +8569,7 @@ def test_model_that_always_dies_fails_with_the_first_reason_and_is_not_loaded_ag
     loads = own.log.read_text().count("loading recital")
     assert loads == 2  # as configured, and without special kernels
     assert_error(own.generate(), 500, "generation_failed", "signal 11", "tried again in")
+    assert_refuses_balancers(own, "tried again in")
     assert own.log.read_text().count("loading recital") == loads and own.status("recital")["status"] == "failed"
     assert own.load("recital").status == 500  # who asks for the load has it tried
     assert own.log.read_text().count("loading recital") == 2 * loads
@@ -8745,6 +8763,9 @@ def test_server_without_models_is_healthy_and_generate_is_404(serve: Serve, tmp_
     server = serve(script=altered(tmp_path))  # beside which there is no model in the box
     assert server.get("/health").json()["models_loaded"] == 0
     assert_error(server.generate(model="default"), 404, "model_not_found")
+    assert_refuses_balancers(server, "No GGUF model")
+    write_recital(server.home / "models" / "recital.gguf")
+    eventually(lambda: server.get("/ready").status == 200, "the file is found")
 
 
 def test_unknown_model_is_404_on_its_own_routes_and_no_request_names_a_path(server: Server, models: Path) -> None:
@@ -12772,7 +12793,7 @@ def test_key_is_accepted_and_health_needs_none(guarded: Server) -> None:
     for name, key in {"Authorization": "Bearer s3cret", "authorization": "bearer s3cret", "x-api-key": "s3cret",
                       "X-API-Key": "s3cret"}.items():  # fmt: skip
         assert guarded.request("GET", "/api/models", None, {name: key}).status == 200
-    for path in ("/health", "/api/health", "/api/health/"):
+    for path in ("/health", "/api/health", "/api/health/", "/ready", "/health?ready"):
         assert guarded.get(path).status == 200
 
 
@@ -14539,8 +14560,9 @@ def test_serve_lets_a_stream_finish_before_it_exits(serve: Serve, models: Path) 
     assert not re.search("error|exception|traceback", server.log.read_text(), re.I)
 
 
-def test_serve_exits_immediately_on_a_second_signal(serve: Serve, models: Path) -> None:
-    server = serve("--models-dir", models, "--ctx", str(LONG_CTX))
+@cases("flags", {"plain": [], "drains": ["--grace", "60"]})
+def test_serve_exits_immediately_on_a_second_signal(flags: list[str], serve: Serve, models: Path) -> None:
+    server = serve("--models-dir", models, "--ctx", str(LONG_CTX), *flags)
     with server.endless() as stream:
         next(stream)
         children = descendants(server.process.pid)
@@ -14549,6 +14571,39 @@ def test_serve_exits_immediately_on_a_second_signal(serve: Serve, models: Path) 
         server.signal(signal.SIGTERM)
         server.process.wait(HANG)
     eventually(lambda: not any(map(alive, children)), "the engine ends")
+
+
+def test_balancers_are_told_when_it_has_preloaded_and_when_it_drains(
+    serve: Callable[..., Server], models: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "home0").mkdir()
+    (tmp_path / "home0" / "hold").touch()
+    script = altered(tmp_path, HOLD, ("LINGER_SECONDS = 3.0", "LINGER_SECONDS = 1.0"))
+    flags = ["--model", "recital", "--preload", "--ctx", str(LONG_CTX), "--grace", "60"]
+    own = serve("--models-dir", models, *flags, script=script)
+    eventually(lambda: own.status("recital")["status"] == "loading", "it preloads")
+    assert_refuses_balancers(own, "starting")
+    (own.home / "hold").unlink()
+    eventually(lambda: own.get("/ready").status == 200, "it has preloaded")
+    assert "Connection" not in own.get("/ready").headers
+    with own.endless() as stream:
+        next(stream)
+        own.signal(signal.SIGTERM)
+        eventually(lambda: own.get("/ready").status == 503, "it drains")
+        assert_refuses_balancers(own, "shutting down")
+        reply = own.generate()
+        assert reply.text == TEXTS[":"] and reply.headers["Connection"] == "close"
+        eventually(lambda: refuses(own), "nobody is accepted any more")
+        assert all(next(stream)["choices"] for _ in range(100))
+    assert own.process.wait(HANG) == 0 and "Traceback" not in own.log.read_text()
+
+
+def refuses(server: Server) -> bool:
+    try:
+        socket.create_connection((server.host, server.port)).close()
+    except ConnectionError:
+        return True
+    return False
 
 
 @linux
@@ -17526,7 +17581,7 @@ def test_readme_python_runs(block: str, documented: Server) -> None:
 
 
 def test_readme_blocks_links_and_routes_are_whole() -> None:
-    known = {"sh", "python", "nginx", "ini", "dockerfile", "caddyfile"}
+    known = {"sh", "python", "nginx", "haproxy", "ini", "dockerfile", "caddyfile"}
     assert {language for language, _ in BLOCKS} == known and README.count("\n```") == 2 * len(BLOCKS)
     for start in NOT_RUN:
         assert [b for b in blocks_of("sh") if b.startswith(start)], f"README no longer says {start!r}"
@@ -17613,18 +17668,23 @@ class Proxied:
         return connection.getresponse()
 
 
-def nginx_files(folder: Path, port: int, upstream: int) -> Path:
-    """README's configuration for ports of a test's own, and what surrounds it on a real machine."""
+def nginx_files(folder: Path, port: int, upstream: int) -> list[str | Path]:
+    """The command that runs nginx by README's configuration for ports of a test's own."""
     certify = "openssl req -x509 -newkey rsa:2048 -nodes -subj /CN=llm.example.com -days 2 -keyout privkey.pem -out fullchain.pem"
     subprocess.run(certify.split(), cwd=folder, check=True, capture_output=True)
-    (block,) = blocks_of("nginx")
-    own = block.replace("listen 443", f"listen 127.0.0.1:{port}").replace("/etc/letsencrypt/live/llm.example.com", str(folder))
+    own = blocks_of("nginx")[0].replace("listen 443", f"listen 127.0.0.1:{port}")
+    own = own.replace("/etc/letsencrypt/live/llm.example.com", str(folder))
     own = own.replace(str(module.DEFAULT_PORT), str(upstream))
+    return nginx_command(folder, own)
+
+
+def nginx_command(folder: Path, text: str) -> list[str | Path]:
+    """The command that runs nginx by this text, in what surrounds it on a real machine."""
     temporary = "".join(f"{name}_temp_path {folder / name};" for name in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi"))
     user = "user root;" if os.geteuid() == 0 else ""
     (folder / "nginx.conf").write_text(f"{user} daemon off; pid {folder}/pid; error_log {folder}/error.log; events {{}}\n"
-                                       f"http {{ access_log off; {temporary}\n{own}\n}}")  # fmt: skip
-    return folder / "nginx.conf"
+                                       f"http {{ access_log off; {temporary}\n{text}\n}}")  # fmt: skip
+    return ["nginx", "-c", folder / "nginx.conf", "-p", folder]
 
 
 @pytest.fixture(scope="module")
@@ -17636,7 +17696,7 @@ def proxied(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     with shared(home, "--models-dir", models, "--model", "recital", *flags) as server:
-        process = Child(["nginx", "-c", nginx_files(folder, port, server.port), "-p", folder], stderr=subprocess.PIPE)
+        process = Child(nginx_files(folder, port, server.port), stderr=subprocess.PIPE)
         context = ssl.create_default_context(cafile=folder / "fullchain.pem")
         context.check_hostname = False
         found = Proxied(port, context, {"Host": host, "Authorization": "Bearer k", "Origin": f"https://{host}"})
@@ -17692,6 +17752,170 @@ def test_keys_hosts_origins_and_ids_hold_behind_nginx(proxied: Proxied) -> None:
 def test_large_bodies_pass_nginx(proxied: Proxied) -> None:
     body = {"model": "recital", "prompt": ":", "unknown": "a" * 15_000_000}
     assert proxied.request("POST", "/api/generate", body).status == 200
+
+
+# Replicas behind HAProxy, and behind nginx.
+
+replicated = pytest.mark.skipif(not os.environ.get("SHIMMY_REPLICAS"), reason="make test-replicas runs it")
+
+
+@dataclass(frozen=True)
+class Replicas:
+    """Three servers behind a balancer."""
+
+    port: int
+    servers: list[Server]
+
+    def connect(self) -> http.client.HTTPConnection:
+        return http.client.HTTPConnection("127.0.0.1", self.port, timeout=HANG)
+
+    def status(self) -> int:
+        with contextlib.closing(self.connect()) as connection, contextlib.suppress(OSError):
+            connection.request("GET", "/v1/models")
+            return connection.getresponse().status
+        return 0
+
+    def running(self) -> list[int]:
+        return [server.get("/health").json()["requests_running"] for server in self.servers]
+
+    def outcome(self, body: dict[str, Any]) -> str:
+        """How a request ended: whole, told (by an error event), closed (its stream broke off), or lost."""
+        with contextlib.closing(self.connect()) as connection:
+            try:
+                connection.request("POST", "/v1/completions", encoded(body))
+                response = connection.getresponse()
+            except (OSError, http.client.HTTPException) as error:
+                return f"lost: {error!r}"
+            try:
+                data = response.read()
+            except http.client.IncompleteRead as error:
+                data = error.partial
+        if response.status != 200 or not (body["stream"] or data.endswith(b"}\n")):
+            return f"lost: {response.status} {data[:200]!r}"
+        return "told" if b'"error"' in data else "closed" if body["stream"] and b"[DONE]" not in data else "whole"
+
+    def cached(self, messages: list[dict[str, str]], headers: dict[str, str], server: Server | None = None) -> int:
+        """Appends the answer; returns how many tokens of the prompt its replica, or this server, had in its cache."""
+        with contextlib.closing((server or self).connect()) as connection:
+            connection.request("POST", "/v1/chat/completions", encoded({"messages": messages}), headers)
+            document = json.loads(connection.getresponse().read())
+        messages.append(document["choices"][0]["message"])
+        return int(document["usage"]["prompt_tokens_details"]["cached_tokens"])
+
+
+@contextlib.contextmanager
+def behind(balancer: Callable[[Path, list[int]], list[str | Path]], folder: Path, models: Path) -> Iterator[Replicas]:
+    """Starts three servers and their balancer, whose command is made for four ports: its own, and theirs."""
+    flags: list[str | Path] = ["--models-dir", models, "--model", "recital", "--ctx", str(LONG_CTX), "--preload", "--grace", "8"]
+    with contextlib.ExitStack() as stack:
+        servers = [Server(folder / f"replica{i}", "--port", "0", *flags) for i in range(3)]
+        for server in servers:
+            stack.callback(server.stop)
+        eventually(lambda: all(s.get("/ready").status == 200 for s in servers), "all are ready")
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        process = stack.enter_context(Child(balancer(folder, [port, *(s.port for s in servers)]), stderr=subprocess.PIPE))
+        stack.callback(process.kill)
+        found = Replicas(port, servers)
+        eventually(lambda: found.status() == 200, "the balancer answers")
+        yield found
+
+
+def by_haproxy(folder: Path, ports: list[int]) -> list[str | Path]:
+    """README's file for ports of a test's own."""
+    (text,) = blocks_of("haproxy")
+    for said, port in zip((8080, 11435, 11436, 11437), ports, strict=True):
+        assert text.count(f"127.0.0.1:{said}\n") == 1
+        text = text.replace(f"127.0.0.1:{said}\n", f"127.0.0.1:{port}\n")
+    (folder / "haproxy.cfg").write_text(text)
+    return ["haproxy", "-db", "-f", folder / "haproxy.cfg"]
+
+
+def by_nginx(folder: Path, ports: list[int]) -> list[str | Path]:
+    """The same with nginx, without TLS."""
+    server, upstream = blocks_of("nginx")
+    (passing,) = re.findall(r"`(proxy_pass http://replicas;[^`]+)`", README)
+    server = re.sub(r" *(ssl_\w+|server_name) .*\n", "", server).replace("proxy_pass http://127.0.0.1:11435;", passing)
+    for said, port in zip(("443 ssl", "127.0.0.1:11435", "127.0.0.1:11436", "127.0.0.1:11437"), ports, strict=True):
+        server, upstream = (part.replace(f"{said};", f"127.0.0.1:{port};") for part in (server, upstream))
+    return nginx_command(folder, upstream + server)
+
+
+@replicated
+@cases("balancer", {"HAProxy": by_haproxy, "nginx": by_nginx})
+def test_no_request_is_lost_where_a_replica_is_killed_and_another_drained_under_load(
+    balancer: Callable[[Path, list[int]], list[str | Path]], models: Path, tmp_path: Path
+) -> None:
+    ends, over = Counter[str](), threading.Event()
+    endless = {"model": "recital", "prompt": "#", "max_tokens": LONG_CTX, "stream": True}
+
+    def ask(replicas: Replicas, number: int) -> None:
+        while not over.is_set():
+            ends[replicas.outcome(endless | {"max_tokens": 300, "stream": number % 3 > 0})] += 1
+
+    with behind(balancer, tmp_path, models) as replicas, ThreadPoolExecutor(32) as pool:
+        killed, drained, _ = replicas.servers
+        long: list[Future[str]] = []
+        while not all(replicas.running()):
+            long.append(pool.submit(replicas.outcome, endless))
+            eventually(lambda: sum(replicas.running()) == len(long), "it runs")
+        held = replicas.running()
+        clients = [pool.submit(ask, replicas, number) for number in range(12)]
+        time.sleep(3)
+        killed.process.kill()
+        time.sleep(3)
+        drained.signal(signal.SIGTERM)
+        assert drained.process.wait(HANG) == 0
+        time.sleep(2)
+        over.set()
+        for client in clients:
+            client.result()
+        replicas.servers[2].signal(signal.SIGTERM)
+        assert Counter(each.result() for each in long) == {"closed": held[0], "told": held[1] + held[2]}
+    print(dict(ends))
+    assert set(ends) <= {"whole", "closed"} and ends["whole"] > 50 and 0 < ends["closed"] <= 12
+    assert not re.search("Traceback", drained.log.read_text())
+
+
+@pytest.fixture(scope="module")
+def replicas(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Replicas]:
+    with behind(by_haproxy, tmp_path_factory.mktemp("replicas"), models) as found:
+        yield found
+
+
+@replicated
+@cases("name", {"by a header": "X-Session-Id", "by the first message": "Unknown"})
+def test_second_turn_finds_the_first_in_the_cache_of_its_replica(name: str, replicas: Replicas) -> None:
+    for number in range(4):
+        headers = {name: f"session {number}"}
+        chat = [{"role": "system", "content": f"{name} {number} " * 20}, {"role": "user", "content": f"{name} {number}"}]
+        replicas.cached(chat, headers)
+        chat.append({"role": "user", "content": "hi"})
+        stuck = replicas.cached(chat.copy(), headers)
+        elsewhere = [replicas.cached(chat.copy(), headers, server) for server in replicas.servers]
+        print(f"{stuck} tokens were cached; asked directly, at the three replicas {elsewhere}")
+        assert stuck > 200 and max(sorted(elsewhere)[:2]) < 50
+
+
+@replicated
+def test_streams_websockets_ids_and_refusals_pass_haproxy(replicas: Replicas) -> None:
+    with contextlib.closing(replicas.connect()) as connection:
+        body = {"model": "recital", "prompt": "#", "max_tokens": LONG_CTX, "stream": True}
+        connection.request("POST", "/api/generate", encoded(body), {"X-Request-Id": "edge-1"})
+        response = connection.getresponse()
+        assert response.headers["X-Request-Id"] == "edge-1" and b"ick" in b"".join(response.readline() for _ in range(3))
+    with ws_connect(f"ws://127.0.0.1:{replicas.port}/ws/generate", proxy=None, open_timeout=HANG) as ws:
+        ws.send(json.dumps({"model": "recital", "prompt": "#", "max_tokens": LONG_CTX}))
+        assert "ick" in json.loads(ws.recv(HANG))["token"]
+        ws.send(json.dumps({"cancel": True}))
+        assert ws_answer(ws)[1]["finish_reason"] == "cancelled"
+    for server in replicas.servers:  # runs last
+        server.signal(signal.SIGTERM)
+    with contextlib.closing(replicas.connect()) as connection:
+        eventually(lambda: replicas.status() == 503, "none is ready")
+        connection.request("GET", "/v1/models")
+        response = connection.getresponse()
+        assert int(response.headers["Retry-After"]) > 0 and json.loads(response.read())["error"]["code"] == "overloaded"
 
 
 # ── What the shared servers logged ────────────────────────────────────────────────────────────────────────────────────
