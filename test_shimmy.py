@@ -4901,7 +4901,7 @@ def test_allowed_tokens_are_those_whose_bytes_may_follow(grammar: str, llama: An
         started.follow(token)
 
 
-def test_allowed_tokens_are_found_within_a_character_and_hold_the_end_only_where_the_text_may_end(llama: Any) -> None:
+def test_allowed_tokens_are_found_within_a_character_and_control_tokens_stand_for_no_text(llama: Any) -> None:
     started = module.Grammar(llama, module.Constraint(module.Json('{"type": "string", "minLength": 600}', "x"), "x"))
     assert started.is_quick, "a quote must come"
     for token in llama.vocab.tokens_inside('"é'.encode())[:2]:
@@ -4912,9 +4912,6 @@ def test_allowed_tokens_are_found_within_a_character_and_hold_the_end_only_where
     assert not set(started.allowed()) & llama.vocab.eog
     started.follow(llama.vocab.tokens_inside(b"a")[0])
     assert llama.vocab.eog <= set(started.allowed())
-
-
-def test_control_tokens_stand_for_no_text_but_a_formats_own(llama: Any) -> None:
     control = next(t for t in llama.vocab.marker_pieces if t not in llama.vocab.eog)
     name = llama.vocab.marker_pieces[control]
     grammar = module.Gbnf(f"root ::= {json.dumps(name)}")
@@ -6887,13 +6884,12 @@ def test_logit_bias_takes_the_forms_of_openai_and_llama_server(bias: Any, text: 
     assert server.generate("=", max_tokens=2, temperature=0, logit_bias=bias).text == text
 
 
-def test_generate_help_names_every_sampling_parameter(tmp_path: Path) -> None:
+def test_generate_help_names_every_sampling_parameter_and_flags_of_new_samplers_reach_them(
+    tmp_path: Path, models: Path
+) -> None:
     said = shimmy("generate", "--help", home=tmp_path).stdout.decode()
     names = [name for name in WRONG_VALUES if name not in ("logit_bias", "stream")]
     assert [name for name in names if f"--{name.replace('_', '-')} " not in said] == []
-
-
-def test_generate_flags_of_new_samplers_reach_them(models: Path, tmp_path: Path) -> None:
     args = ["--max-tokens", "20", "--temperature", "0", "--dry-multiplier", "100", "--repeat-last-n", "-1"]
     ask = functools.partial(shimmy, "generate", "recital", "--raw", "--prompt", "#", "--models-dir", models, home=tmp_path)
     done = ask(*args, "--dry-sequence-breakers", "Never", "--dry-sequence-breakers", "ever")
@@ -8334,8 +8330,9 @@ def test_engine_that_hangs_while_it_reads_a_prompt_is_replaced(breakable: Server
 
 
 @linux
-def test_engine_out_of_memory_fails_requests_and_is_replaced(serve: Serve, models: Path) -> None:
-    own = serve("--models-dir", models, "--ctx", str(LONG_CTX))
+def test_engine_out_of_memory_fails_requests_and_is_replaced(serve: Serve, models: Path, tmp_path: Path) -> None:
+    script = altered(tmp_path, ("SILENCE = 30 ", "SILENCE = 5 "))  # it may hang instead of ending
+    own = serve("--models-dir", models, "--ctx", str(LONG_CTX), script=script)
     own.load("recital")
     engine = engine_of(own)
     size = int(Path(f"/proc/{engine}/statm").read_text().split()[0]) * resource.getpagesize()
@@ -14573,9 +14570,7 @@ def test_serve_exits_immediately_on_a_second_signal(flags: list[str], serve: Ser
     eventually(lambda: not any(map(alive, children)), "the engine ends")
 
 
-def test_balancers_are_told_when_it_has_preloaded_and_when_it_drains(
-    serve: Callable[..., Server], models: Path, tmp_path: Path
-) -> None:
+def test_balancers_are_told_when_it_has_preloaded_and_when_it_drains(serve: Serve, models: Path, tmp_path: Path) -> None:
     (tmp_path / "home0").mkdir()
     (tmp_path / "home0" / "hold").touch()
     script = altered(tmp_path, HOLD, ("LINGER_SECONDS = 3.0", "LINGER_SECONDS = 1.0"))
