@@ -1226,10 +1226,6 @@ def requests_of(server: Server, model: str = "recital") -> tuple[int, int]:
     return status["requests_running"], status["requests_waiting"]
 
 
-def has_requests(server: Server, model: str, counts: tuple[int, int]) -> bool:
-    return requests_of(server, model) == counts
-
-
 # What runs longer under make soak.
 
 SOAK = float(os.environ.get("SHIMMY_SOAK", 0))  # minutes of `make soak`; 0: the plain suite
@@ -1333,23 +1329,11 @@ def serve(tmp_path: Path) -> Iterator[Serve]:
         each.stop()
 
 
-@pytest.fixture(scope="module")
-def kinds(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A server with one small random model for each kind of memory."""
-    folder = tmp_path_factory.mktemp("kinds")
-    write_kinds(folder)
-    with shared(tmp_path_factory.mktemp("kinds-home"), "--models-dir", folder, "--max-loaded", "4") as running:
-        yield running
-
-
-@pytest.fixture(scope="session")
-def spelling(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A server with a speller that sends each character by itself instead of 10 ms of them together."""
-    folder = tmp_path_factory.mktemp("spelling")
-    write_speller(folder / "models" / "speller.gguf")
-    script = altered(folder, ("FLUSH_SECONDS = 0.01", "FLUSH_SECONDS = 0.0"))
-    with shared(folder / "home", "--models-dir", folder / "models", script=script) as running:
-        yield running
+# with one small random model for each kind of memory
+kinds = serving("--max-loaded", "4", write=lambda folder: write_kinds(folder))
+# with a speller that sends each character by itself instead of 10 ms of them together
+spelling = serving(write=lambda folder: write_speller(folder / "speller.gguf"),
+                   changes=[("FLUSH_SECONDS = 0.01", "FLUSH_SECONDS = 0.0")])  # fmt: skip
 
 
 # ── The file ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -4917,7 +4901,7 @@ def test_allowed_tokens_are_those_whose_bytes_may_follow(grammar: str, llama: An
         started.follow(token)
 
 
-def test_allowed_tokens_are_found_within_a_character_and_hold_the_end_only_where_the_text_may_end(llama: Any) -> None:
+def test_allowed_tokens_are_found_within_a_character_and_control_tokens_stand_for_no_text(llama: Any) -> None:
     started = module.Grammar(llama, module.Constraint(module.Json('{"type": "string", "minLength": 600}', "x"), "x"))
     assert started.is_quick, "a quote must come"
     for token in llama.vocab.tokens_inside('"é'.encode())[:2]:
@@ -4928,9 +4912,6 @@ def test_allowed_tokens_are_found_within_a_character_and_hold_the_end_only_where
     assert not set(started.allowed()) & llama.vocab.eog
     started.follow(llama.vocab.tokens_inside(b"a")[0])
     assert llama.vocab.eog <= set(started.allowed())
-
-
-def test_control_tokens_stand_for_no_text_but_a_formats_own(llama: Any) -> None:
     control = next(t for t in llama.vocab.marker_pieces if t not in llama.vocab.eog)
     name = llama.vocab.marker_pieces[control]
     grammar = module.Gbnf(f"root ::= {json.dumps(name)}")
@@ -6905,13 +6886,12 @@ def test_logit_bias_takes_the_forms_of_openai_and_llama_server(bias: Any, text: 
     assert server.generate("=", max_tokens=2, temperature=0, logit_bias=bias).text == text
 
 
-def test_generate_help_names_every_sampling_parameter(tmp_path: Path) -> None:
+def test_generate_help_names_every_sampling_parameter_and_flags_of_new_samplers_reach_them(
+    tmp_path: Path, models: Path
+) -> None:
     said = shimmy("generate", "--help", home=tmp_path).stdout.decode()
     names = [name for name in WRONG_VALUES if name not in ("logit_bias", "stream")]
     assert [name for name in names if f"--{name.replace('_', '-')} " not in said] == []
-
-
-def test_generate_flags_of_new_samplers_reach_them(models: Path, tmp_path: Path) -> None:
     args = ["--max-tokens", "20", "--temperature", "0", "--dry-multiplier", "100", "--repeat-last-n", "-1"]
     ask = functools.partial(shimmy, "generate", "recital", "--raw", "--prompt", "#", "--models-dir", models, home=tmp_path)
     done = ask(*args, "--dry-sequence-breakers", "Never", "--dry-sequence-breakers", "ever")
@@ -8020,11 +8000,9 @@ def test_clients_that_leave_their_errands_while_the_models_load_are_waited_for_n
         with contextlib.ExitStack() as clients:
             for errand in ERRANDS.values():
                 clients.enter_context(requested(errands, errand))
-            waiting = {"bert": 2, "reranker": 1, "gap": 4}
-            for model, count in waiting.items():
-                eventually(functools.partial(has_requests, errands, model, (0, count)), "all wait")
-        for model in waiting:
-            eventually(functools.partial(has_requests, errands, model, (0, 0)), "nobody is left")
+            waiting = {"bert": (0, 2), "reranker": (0, 1), "gap": (0, 4)}
+            eventually(lambda: {model: requests_of(errands, model) for model in waiting} == waiting, "all wait")
+        eventually(lambda: {requests_of(errands, model) for model in waiting} == {(0, 0)}, "nobody is left")
         assert sorted(errands.status(model)["status"] for model in waiting) == ["loading", "unloaded", "unloaded"]
     for errand in ERRANDS.values():
         nobody_left_at(errands, errand)
@@ -8354,8 +8332,9 @@ def test_engine_that_hangs_while_it_reads_a_prompt_is_replaced(breakable: Server
 
 
 @linux
-def test_engine_out_of_memory_fails_requests_and_is_replaced(serve: Serve, models: Path) -> None:
-    own = serve("--models-dir", models, "--ctx", str(LONG_CTX))
+def test_engine_out_of_memory_fails_requests_and_is_replaced(serve: Serve, models: Path, tmp_path: Path) -> None:
+    script = altered(tmp_path, ("SILENCE = 30 ", "SILENCE = 5 "))  # it may hang instead of ending
+    own = serve("--models-dir", models, "--ctx", str(LONG_CTX), script=script)
     own.load("recital")
     engine = engine_of(own)
     size = int(Path(f"/proc/{engine}/statm").read_text().split()[0]) * resource.getpagesize()
@@ -9548,7 +9527,7 @@ def test_load_with_other_settings_that_does_not_wait_is_answered_at_once_by_a_bu
 @cases("body, words", {
     "no such key": ({"speed": 1}, "speed: there is no such setting"), "no number": ({"ctx": "x"}, "ctx: 'x' is no whole number"),
     "out of range": ({"ctx": 0}, "ctx: '0' is no whole number from 1"),
-        "sampling": ({"temperature": 1}, "a load takes the engine's settings"),
+    "sampling": ({"temperature": 1}, "a load takes the engine's settings"),
     "a file": ({"chat_template": "/etc/passwd"}, "chat_template names a file"),
     "another": ({"lora": ["x"]}, "lora names a file"), "a projector": ({"mmproj": "x"}, "mmproj names a file"),
     "a server": ({"rpc": "127.0.0.1:1"}, "rpc names a server"),
@@ -9984,7 +9963,7 @@ def calculator(expression: str) -> str:
 
 @pytest.fixture(scope="module")
 def boxed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A server with the model in the boxed."""
+    """A server with the model in the box."""
     running = Server(tmp_path_factory.mktemp("box"), "--port", "0", "--models-dir", REPO / "models", "--model", TINY)
     running.load(TINY)
     with pytest.MonkeyPatch.context() as patch:
@@ -14860,9 +14839,7 @@ def test_serve_exits_immediately_on_a_second_signal(flags: list[str], serve: Ser
     eventually(lambda: not any(map(alive, children)), "the engine ends")
 
 
-def test_balancers_are_told_when_it_has_preloaded_and_when_it_drains(
-    serve: Callable[..., Server], models: Path, tmp_path: Path
-) -> None:
+def test_balancers_are_told_when_it_has_preloaded_and_when_it_drains(serve: Serve, models: Path, tmp_path: Path) -> None:
     (tmp_path / "home0").mkdir()
     (tmp_path / "home0" / "hold").touch()
     script = altered(tmp_path, HOLD, ("LINGER_SECONDS = 3.0", "LINGER_SECONDS = 1.0"))
@@ -17721,6 +17698,7 @@ def test_pull_without_a_network_asks_about_the_network(tmp_path: Path) -> None:
     done = shimmy("pull", "someone/something", home=tmp_path, env=env)
     assert_failed(done, 1, "is the network there? HF_ENDPOINT names another hub")
 
+
 @cases("other,used", {"no other": (False, "shimmy 0"), "another program": (True, "the other one")})
 def test_completion_makes_shimmy_a_command_unless_there_is_one(other: bool, used: str, tmp_path: Path) -> None:
     script = shimmy("completion", "bash", home=tmp_path).stdout.decode()
@@ -18567,6 +18545,8 @@ def test_bench_measures_every_row(tmp_path: Path) -> None:
             break
     assert "not measured" not in done.stderr and len(rows) == 34
     assert all(row["value"] > 0 for row in rows.values())
+
+
 def test_bench_without_a_server_fails_with_a_message(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     with pytest.raises(SystemExit, match=r"^bench: .*refused"):
