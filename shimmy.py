@@ -68,8 +68,8 @@ Threads of the main process: one a connection, which blocks (HTTP); `accept`; `w
 `websocket`, which runs asyncio from the first upgrade on; `manage`, which begins loads and unloads, each in a thread of its
 own (Residents); `names`, which scans first; and for each worker one that reads, one that writes and one that watches.
 Threads of a child: one receives, one beats, one tokenizes, one reads grammars that take long (Intake); the main thread
-alone decodes: Engine takes the step that Scheduler plans, in cells that Cache gives out, and reads long prompts aside
-(PromptReader).
+alone decodes: Engine takes the step that Scheduler plans, in cells that Cache gives out, Picker picks the tokens, and long
+prompts are read aside (PromptReader).
 """
 from __future__ import annotations
 
@@ -6470,11 +6470,151 @@ class Intake:
         return tokens if len(tokens) else self.llama.vocab.nothing
 
 
-class Engine:
-    """The step loop of one model, in the child's main thread. Intake, Scheduler, PromptReader and Outbox do the rest."""
+class Picker:
+    """Picks the next tokens of sequences, gives their text out and ends them. Used by the step loop alone."""
 
     PATIENCE = 0.01  # seconds of each step in which grammars are asked what comes next
     SEEKING, SEEKING_EACH = 5.0, 0.1  # seconds in which one may be asked for a text, and more for each token
+
+    def __init__(self, llama: Llama, scheduler: Scheduler, outbox: Outbox, intake: Intake, flush: Callable[[], None]) -> None:
+        self.llama, self.scheduler, self.outbox, self.intake, self.flush = llama, scheduler, outbox, intake, flush
+        self.sought = 0.0  # seconds of this step in which grammars were asked
+
+    def sample(self, plan: Seq[tuple[Sequence, int]]) -> bool:
+        """Picks a token for every sequence that is fully evaluated; whether one of them is a first token."""
+        ready, row, end = list[tuple[Sequence, int, slice]](), -1, 0  # each with its last row, and its part of the logits
+        for sequence, count in plan:
+            row += count
+            sequence.n_computed += count
+            is_read = sequence.n_computed == sequence.n_tokens
+            if is_read or sequence.scored:
+                start, end = end, end + (count if sequence.scored else 1)
+                ready.append((sequence, row, slice(start, end)))
+            if not is_read and sequence.n_computed in sequence.borders:
+                self.scheduler.cache.save(Prefix.of(sequence, self.llama.main.oldest(sequence.row)))
+        if not ready:
+            return False
+        logits = self.llama.main.logits(end)
+        peaks = logits.max(axis=1)  # not a number if one of them is none: what sorts them may then leave its array
+        first = False
+        for sequence, row, part in ready:
+            if not self.llama.np.isfinite(peaks[part]).all():
+                self.fail(sequence, "the model's output is not a number")
+                continue
+            if sequence.scored:
+                self._score(sequence, logits[part])
+            if not sequence.pending and sequence.n_tokens >= sequence.limit:  # nothing but the echo was wanted
+                self.finish(sequence, "length")
+            elif not sequence.pending:
+                first = first or not sequence.first_token
+                self._pick(sequence, logits[part][-1], row)
+        return first
+
+    def _score(self, sequence: Sequence, logits: Any) -> None:
+        """Gives out the prompt's tokens that its rows computed last were to predict; the first of all has no row before it."""
+        vocab, echo, alternatives = self.llama.vocab, sequence.echo, sequence.sampling.logprobs or 0
+        start, end = sequence.n_computed - len(logits) + 1, min(sequence.n_computed + 1, sequence.n_prompt)
+        assert echo
+        for at in range(echo.n_echoed, end):
+            token = int(sequence.tokens[at])
+            known = LogProbs(vocab, logits[at - start]).of(token, alternatives) if at else None
+            told, text = echo.tell(known or TokenLogprob(vocab.name(token), math.nan, id=token))
+            sequence.logprobs.append(told)
+            self.outbox.text(sequence, text)
+
+    def ask_again(self) -> None:
+        """Resumes unfinished grammars, least served first."""
+        self.sought = 0.0
+        for sequence in sorted(self.scheduler.running, key=lambda s: s.sought):
+            if sequence.jumps:
+                self.jump(sequence)
+            elif sequence.logits is not None and not sequence.pending:
+                self._pick(sequence, sequence.logits, -1)
+            if self.outbox.due():
+                self.flush()
+
+    def _ask(self, sequence: Sequence, question: Callable[[], Result]) -> Result | None:
+        """What a sequence's grammar answers; None if it needs more time, or cannot be followed, which ends the sequence."""
+        share = self.PATIENCE / max(1, len(self.scheduler.running))
+        fault, began = None, time.thread_time()
+        TURN.begin(max(self.PATIENCE - self.sought, share))
+        try:
+            return question()
+        except NotYet:
+            if sequence.sought > self.SEEKING:
+                fault = InvalidRequest("the grammar is too intricate: what may come next is not found in time")
+        except InvalidRequest as error:
+            fault = error
+        finally:
+            spent = time.thread_time() - began
+            self.sought += spent
+            sequence.sought += spent
+        if fault and sequence.sampler.grammar:
+            self.fail(sequence, sequence.sampler.grammar.named(fault))
+        return None
+
+    def _pick(self, sequence: Sequence, scores: Any, row: int) -> None:
+        """One more token for one sequence, with what must come behind it; its end if that was the last."""
+        sampling, vocab = sequence.sampling, self.llama.vocab
+        sequence.first_token = sequence.first_token or time.perf_counter()
+        known = None if sampling.logprobs is None else LogProbs(vocab, scores)
+        forced, token = bool(sequence.forced), self._ask(sequence, lambda: sequence.next_token(scores, row))
+        sequence.logits = scores.copy() if token is None and not sequence.done else None
+        if token is None:
+            return
+        sequence.sought = max(0.0, sequence.sought - self.SEEKING_EACH)
+        if token < 0 and sequence.sampler.is_stuck:
+            self.fail(sequence, "The document cannot go on: no token that may follow is allowed or in the vocabulary")
+            return
+        if token < 0 or (token in vocab.eog and not sampling.ignore_eos and not forced):
+            self.finish(sequence, "stop")
+            return
+        sequence.append(token)
+        if known:
+            sequence.unshown.append(known.of(token, sampling.logprobs or 0))
+        self.jump(sequence)
+
+    def jump(self, sequence: Sequence) -> None:
+        """Appends what must come next, and gives out what is there. Waiting for it keeps tokenization independent of timing."""
+        sequence.jumps = self._ask(sequence, sequence.jump) is None
+        if sequence.done:
+            return
+        self._show(sequence)
+        if sequence.text.stopped or sequence.sampler.is_done:
+            self.finish(sequence, "stop")
+        elif sequence.n_tokens >= sequence.limit and not sequence.scored:
+            self.finish(sequence, "length")
+
+    def _show(self, sequence: Sequence) -> None:
+        """Gives out the text of tokens that were not shown yet, up to a stop string."""
+        vocab = self.llama.vocab
+        while sequence.n_shown < sequence.n_tokens and not sequence.text.stopped:
+            token = int(sequence.tokens[sequence.n_shown])
+            sequence.n_shown += 1
+            marker = vocab.marker_pieces.get(token) if sequence.markers else None
+            piece = marker.encode() if marker in sequence.markers else vocab.piece(token)
+            self.outbox.text(sequence, sequence.show(piece))
+            if sequence.thought:
+                sequence.watch_thought(vocab.shown(token))
+
+    def finish(self, sequence: Sequence, reason: str) -> None:
+        self.outbox.finished(sequence, reason)
+        self._retire(sequence)
+
+    def fail(self, sequence: Sequence, error: ApiError | str) -> None:
+        self.outbox.failed(sequence.id, GenerationFailed(error) if isinstance(error, str) else error)
+        self._retire(sequence)
+
+    def _retire(self, sequence: Sequence) -> None:
+        self.scheduler.retire(sequence)
+        self.intake.ended(sequence.id)
+        sequence.logits = None
+        sequence.sampler.close()
+
+
+class Engine:
+    """The step loop of one model, in the child's main thread. Intake, Scheduler, PromptReader, Picker and Outbox do the rest."""
+
     GARBAGE, MOST_GARBAGE = 10, 1000  # collections of young objects before all are looked at: while idle, and while text runs
 
     def __init__(self, llama: Llama, pipe: Pipe, pulse: Pulse) -> None:
@@ -6483,12 +6623,12 @@ class Engine:
         self.intake = Intake(llama, self.outbox)
         self.inbox = self.intake.inbox
         self.scheduler = Scheduler(llama, llama.options.parallel)
+        self.picker = Picker(llama, self.scheduler, self.outbox, self.intake, self._flush)
         self.embedder = Embedder(llama, self.scheduler, self._step_streams)
         self.encoder = Encoder(llama.eyes, self.scheduler, self._step_streams) if llama.eyes else None
         self._may_read_aside = llama.on_cpu  # whether to make a prompt reader: a GPU is quick with slices
         # whether to make it soon: several sequences have run at once, or the first picture must not hold up a stream
         self._wants_reader = llama.eyes is not None
-        self._sought = 0.0  # seconds of this step in which grammars were asked
 
     def run(self) -> None:
         """Main loop: takes messages, steps while work remains, sleeps otherwise."""
@@ -6532,12 +6672,12 @@ class Engine:
             self.embedder.add(work)
         elif work is not None:
             self.scheduler.waiting.append(work)
-            self._jump(work)
+            self.picker.jump(work)
             if work.n_jumped or work.done:
                 self._flush()
         if work is None or work.submission.cancelled:
             for gone in [s for s in (*self.scheduler.active, *self.scheduler.waiting) if s.submission.cancelled]:
-                self._finish(gone, "cancelled")
+                self.picker.finish(gone, "cancelled")
             self._flush()
 
     def step(self) -> None:
@@ -6563,7 +6703,7 @@ class Engine:
             encoder.encode(sequence)
         except PictureError as error:
             encoder.leave()
-            self._fail(sequence, f"a picture {error}")
+            self.picker.fail(sequence, f"a picture {error}")
         if self.outbox.due():
             self._flush()
 
@@ -6609,7 +6749,7 @@ class Engine:
         self.pulse.begin("decode")
         if status := reader.read(plan):
             for sequence in reader.reading:
-                self._fail(sequence, f"llama_decode returned {status}")
+                self.picker.fail(sequence, f"llama_decode returned {status}")
             self._flush()
 
     def _step_streams(self) -> None:
@@ -6624,7 +6764,7 @@ class Engine:
         scheduler = self.scheduler
         if self._running() != self.outbox.running:
             self._flush()
-        self._ask_again()
+        self.picker.ask_again()
         plan = scheduler.schedule()
         if not plan:
             scheduler.stepped_at = time.perf_counter()
@@ -6644,7 +6784,7 @@ class Engine:
             return
         scheduler.pace.record(decoding, sum(count for _, count in plan), scheduler.stepped_at - started)
         self.pulse.begin("sample")
-        urgent = self._sample(plan)
+        urgent = self.picker.sample(plan)
         if urgent or self.outbox.due():
             self._flush()
 
@@ -6656,153 +6796,22 @@ class Engine:
         gate = self.llama.gate
         if gate is None or not decoding:
             return contextlib.nullcontext()
-        least = max(self.PATIENCE / 4, self.scheduler.pace.usual(decoding) / 3)
-        return gate.shut(max(least, self.PATIENCE - self._sought))
+        least = max(self.picker.PATIENCE / 4, self.scheduler.pace.usual(decoding) / 3)
+        return gate.shut(max(least, self.picker.PATIENCE - self.picker.sought))
 
     def _recover(self, status: int, plan: Seq[tuple[Sequence, int]]) -> None:
         """After a decode that did not do its work (llama.h): 1 no free cells, 2 aborted, below zero an error."""
         if status == 1:
             back = self.scheduler.make_room()
             if back and not self.scheduler.running:  # it was alone, and the pool holds a whole context
-                self._fail(back, "the KV cache is full")
+                self.picker.fail(back, "the KV cache is full")
         elif status == 2:
             self.scheduler.cache.undo([s for s, _ in plan])
         else:
             for sequence in list(self.scheduler.running):
-                self._fail(sequence, f"llama_decode returned {status}")
+                self.picker.fail(sequence, f"llama_decode returned {status}")
             self.scheduler.cache.clear(True)
         self._flush()
-
-    def _sample(self, plan: Seq[tuple[Sequence, int]]) -> bool:
-        """Picks a token for every sequence that is fully evaluated; whether one of them is a first token."""
-        ready, row, end = list[tuple[Sequence, int, slice]](), -1, 0  # each with its last row, and its part of the logits
-        for sequence, count in plan:
-            row += count
-            sequence.n_computed += count
-            is_read = sequence.n_computed == sequence.n_tokens
-            if is_read or sequence.scored:
-                start, end = end, end + (count if sequence.scored else 1)
-                ready.append((sequence, row, slice(start, end)))
-            if not is_read and sequence.n_computed in sequence.borders:
-                self.scheduler.cache.save(Prefix.of(sequence, self.main.oldest(sequence.row)))
-        if not ready:
-            return False
-        logits = self.main.logits(end)
-        peaks = logits.max(axis=1)  # not a number if one of them is none: what sorts them may then leave its array
-        first = False
-        for sequence, row, part in ready:
-            if not self.llama.np.isfinite(peaks[part]).all():
-                self._fail(sequence, "the model's output is not a number")
-                continue
-            if sequence.scored:
-                self._score(sequence, logits[part])
-            if not sequence.pending and sequence.n_tokens >= sequence.limit:  # nothing but the echo was wanted
-                self._finish(sequence, "length")
-            elif not sequence.pending:
-                first = first or not sequence.first_token
-                self._pick(sequence, logits[part][-1], row)
-        return first
-
-    def _score(self, sequence: Sequence, logits: Any) -> None:
-        """Gives out the prompt's tokens that its rows computed last were to predict; the first of all has no row before it."""
-        vocab, echo, alternatives = self.llama.vocab, sequence.echo, sequence.sampling.logprobs or 0
-        start, end = sequence.n_computed - len(logits) + 1, min(sequence.n_computed + 1, sequence.n_prompt)
-        assert echo
-        for at in range(echo.n_echoed, end):
-            token = int(sequence.tokens[at])
-            known = LogProbs(vocab, logits[at - start]).of(token, alternatives) if at else None
-            told, text = echo.tell(known or TokenLogprob(vocab.name(token), math.nan, id=token))
-            sequence.logprobs.append(told)
-            self.outbox.text(sequence, text)
-
-    def _ask_again(self) -> None:
-        """Resumes unfinished grammars, least served first."""
-        self._sought = 0.0
-        for sequence in sorted(self.scheduler.running, key=lambda s: s.sought):
-            if sequence.jumps:
-                self._jump(sequence)
-            elif sequence.logits is not None and not sequence.pending:
-                self._pick(sequence, sequence.logits, -1)
-            if self.outbox.due():
-                self._flush()
-
-    def _ask(self, sequence: Sequence, question: Callable[[], Result]) -> Result | None:
-        """What a sequence's grammar answers; None if it needs more time, or cannot be followed, which ends the sequence."""
-        share = self.PATIENCE / max(1, len(self.scheduler.running))
-        fault, began = None, time.thread_time()
-        TURN.begin(max(self.PATIENCE - self._sought, share))
-        try:
-            return question()
-        except NotYet:
-            if sequence.sought > self.SEEKING:
-                fault = InvalidRequest("the grammar is too intricate: what may come next is not found in time")
-        except InvalidRequest as error:
-            fault = error
-        finally:
-            spent = time.thread_time() - began
-            self._sought += spent
-            sequence.sought += spent
-        if fault and sequence.sampler.grammar:
-            self._fail(sequence, sequence.sampler.grammar.named(fault))
-        return None
-
-    def _pick(self, sequence: Sequence, scores: Any, row: int) -> None:
-        """One more token for one sequence, with what must come behind it; its end if that was the last."""
-        sampling, vocab = sequence.sampling, self.llama.vocab
-        sequence.first_token = sequence.first_token or time.perf_counter()
-        known = None if sampling.logprobs is None else LogProbs(vocab, scores)
-        forced, token = bool(sequence.forced), self._ask(sequence, lambda: sequence.next_token(scores, row))
-        sequence.logits = scores.copy() if token is None and not sequence.done else None
-        if token is None:
-            return
-        sequence.sought = max(0.0, sequence.sought - self.SEEKING_EACH)
-        if token < 0 and sequence.sampler.is_stuck:
-            self._fail(sequence, "The document cannot go on: no token that may follow is allowed or in the vocabulary")
-            return
-        if token < 0 or (token in vocab.eog and not sampling.ignore_eos and not forced):
-            self._finish(sequence, "stop")
-            return
-        sequence.append(token)
-        if known:
-            sequence.unshown.append(known.of(token, sampling.logprobs or 0))
-        self._jump(sequence)
-
-    def _jump(self, sequence: Sequence) -> None:
-        """Appends what must come next, and gives out what is there. Waiting for it keeps tokenization independent of timing."""
-        sequence.jumps = self._ask(sequence, sequence.jump) is None
-        if sequence.done:
-            return
-        self._show(sequence)
-        if sequence.text.stopped or sequence.sampler.is_done:
-            self._finish(sequence, "stop")
-        elif sequence.n_tokens >= sequence.limit and not sequence.scored:
-            self._finish(sequence, "length")
-
-    def _show(self, sequence: Sequence) -> None:
-        """Gives out the text of tokens that were not shown yet, up to a stop string."""
-        vocab = self.llama.vocab
-        while sequence.n_shown < sequence.n_tokens and not sequence.text.stopped:
-            token = int(sequence.tokens[sequence.n_shown])
-            sequence.n_shown += 1
-            marker = vocab.marker_pieces.get(token) if sequence.markers else None
-            piece = marker.encode() if marker in sequence.markers else vocab.piece(token)
-            self.outbox.text(sequence, sequence.show(piece))
-            if sequence.thought:
-                sequence.watch_thought(vocab.shown(token))
-
-    def _finish(self, sequence: Sequence, reason: str) -> None:
-        self.outbox.finished(sequence, reason)
-        self._retire(sequence)
-
-    def _fail(self, sequence: Sequence, error: ApiError | str) -> None:
-        self.outbox.failed(sequence.id, GenerationFailed(error) if isinstance(error, str) else error)
-        self._retire(sequence)
-
-    def _retire(self, sequence: Sequence) -> None:
-        self.scheduler.retire(sequence)
-        self.intake.ended(sequence.id)
-        sequence.logits = None
-        sequence.sampler.close()
 
     def _running(self) -> int:
         return len(self.scheduler.active) + len(self.embedder.jobs)

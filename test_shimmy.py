@@ -6176,8 +6176,8 @@ def test_grammar_that_is_read_has_a_part_of_each_step(usual: float, decoding: in
     pace = module.Pace(512)
     pace.record(2, 2, usual)
     engine = types.SimpleNamespace(
-        llama=types.SimpleNamespace(gate=types.SimpleNamespace(shut=given.append)), _sought=sought,
-        PATIENCE=module.Engine.PATIENCE, scheduler=types.SimpleNamespace(pace=pace))  # fmt: skip
+        llama=types.SimpleNamespace(gate=types.SimpleNamespace(shut=given.append)), scheduler=types.SimpleNamespace(pace=pace),
+        picker=types.SimpleNamespace(PATIENCE=module.Picker.PATIENCE, sought=sought))  # fmt: skip
     module.Engine._undisturbed(engine, decoding)  # type: ignore[arg-type]
     assert given == ([] if seconds is None else [pytest.approx(seconds)])
 
@@ -8896,7 +8896,7 @@ def break_engine(server: Server, fault: str) -> None:
 
 
 @linux
-@cases("task, place", {"decode": ("decode", "Context.decode"), "sample": ("sample", "Engine._sample"),
+@cases("task, place", {"decode": ("decode", "Context.decode"), "sample": ("sample", "Picker.sample"),
                        "tokenize": ("tokenize", "Intake._answering")})  # fmt: skip
 def test_engine_that_does_not_come_back_from(task: str, place: str, breakable: Server) -> None:
     with breakable.endless() as stream:
