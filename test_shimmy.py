@@ -57,9 +57,10 @@ import traceback
 import tracemalloc
 import types
 import zlib
+from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from collections.abc import Sequence as Seq
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias, TypeVar
@@ -208,22 +209,20 @@ def successor_matrix(width: int) -> np.ndarray:
     return matrix
 
 
-def writer_of(path: Path, name: str, context: int, width: int, layers: int, **kwargs: Any) -> gguf.GGUFWriter:
+def start_model(path: Path, arch: str, fields: dict[str, Any], **kwargs: Any) -> gguf.GGUFWriter:
+    """Begins a file with these fields of its header: {"context_length": 9} is written by add_context_length(9)."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    writer = gguf.GGUFWriter(str(path), "llama", **kwargs)
-    writer.add_name(name)
-    writer.add_context_length(context)
-    writer.add_embedding_length(width)
-    writer.add_block_count(layers)
-    writer.add_feed_forward_length(32)
-    writer.add_head_count(1)
-    writer.add_head_count_kv(1)
-    writer.add_key_length(32)
-    writer.add_value_length(32)
-    writer.add_rope_dimension_count(32)
-    writer.add_layer_norm_rms_eps(1e-6)
-    writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16)
+    writer = gguf.GGUFWriter(str(path), arch, **kwargs)
+    for name, value in fields.items():
+        getattr(writer, f"add_{name}")(value)
     return writer
+
+
+def sizes_of(name: str, context: int, width: int, layers: int) -> dict[str, Any]:
+    """The fields of a small llama."""
+    return {"name": name, "context_length": context, "embedding_length": width, "block_count": layers, "feed_forward_length": 32,
+            "head_count": 1, "head_count_kv": 1, "key_length": 32, "value_length": 32, "rope_dimension_count": 32,
+            "layer_norm_rms_eps": 1e-6, "file_type": gguf.LlamaFileType.MOSTLY_F16}  # fmt: skip
 
 
 def finish(writer: gguf.GGUFWriter) -> None:
@@ -248,18 +247,11 @@ def write_recital(
     path: Path, name: str = "Recital", template: str = TEMPLATE, tokens: list[str] = VOCABULARY, **kwargs: Any
 ) -> Path:
     width = 32 * (len(VOCABULARY) // 32 + 1)
-    writer = writer_of(path, name, LONG_CTX, width, layers=1, **kwargs)
-    writer.add_tokenizer_model("llama")
-    writer.add_token_list(tokens)
-    writer.add_token_scores([0.0] * len(VOCABULARY))
     types = [UNKNOWN, *[CONTROL] * (len(SPECIALS) - 1), *[BYTE] * 256]
-    writer.add_token_types(types + [NORMAL] * (len(VOCABULARY) - len(types)))
-    writer.add_unk_token_id(0)
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    writer.add_add_bos_token(True)
-    writer.add_add_space_prefix(False)
-    writer.add_chat_template(template)
+    words = {"tokenizer_model": "llama", "token_list": tokens, "token_scores": [0.0] * len(VOCABULARY),
+             "token_types": types + [NORMAL] * (len(VOCABULARY) - len(types)), "unk_token_id": 0, "bos_token_id": 1,
+             "eos_token_id": 2, "add_bos_token": True, "add_space_prefix": False, "chat_template": template}  # fmt: skip
+    writer = start_model(path, "llama", sizes_of(name, LONG_CTX, width, 1) | words, **kwargs)
     writer.add_tensor("token_embd.weight", np.eye(len(VOCABULARY), width, dtype=np.float16))
     writer.add_tensor("output.weight", successor_matrix(width))
     add_layers(writer, width, 1, lambda *shape: np.zeros(shape, np.float16))
@@ -279,15 +271,10 @@ def write_dice(path: Path, name: str = "Dice", context: int = 256) -> Path:
     rng, width = np.random.default_rng(7), 64
     merges = ["t h", "th e", "Ġ the", "i n"]
     tokens = [*byte_alphabet(), *(merge.replace(" ", "") for merge in merges), "<|endoftext|>", *SPECIALS[3:5]]
-    writer = writer_of(path, name, context, width, layers=2)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("gpt-2")
-    writer.add_token_list(tokens)
-    writer.add_token_types([NORMAL] * 260 + [CONTROL] * 3)
-    writer.add_token_merges(merges)
-    writer.add_bos_token_id(260)
-    writer.add_eos_token_id(260)
-    writer.add_add_bos_token(False)
+    words = {"tokenizer_model": "gpt2", "tokenizer_pre": "gpt-2", "token_list": tokens,
+             "token_types": [NORMAL] * 260 + [CONTROL] * 3, "token_merges": merges, "bos_token_id": 260, "eos_token_id": 260,
+             "add_bos_token": False}  # fmt: skip
+    writer = start_model(path, "llama", sizes_of(name, context, width, 2) | words)
 
     def make(*shape: int) -> np.ndarray:
         """In 32 bits: with fewer, kernels for one row and for several round differently, and seeds give other texts."""
@@ -353,28 +340,17 @@ def write_speller(path: Path) -> Path:
     A recital cannot spell, for each of its tokens has one successor. Here token embeddings are zero, position embeddings
     are one-hot, and the output matrix maps each position to its token.
     """
-    end = len(byte_alphabet())
+    alphabet = byte_alphabet()
+    end = len(alphabet)
     tape = [token for each in SPELLED.values() for token in (*each.text.encode(), end)]
     width = 64 * (len(tape) // 64 + 1)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    writer = gguf.GGUFWriter(str(path), "gpt2")
-    writer.add_context_length(SPELLER_PROMPT + len(tape))
-    writer.add_embedding_length(width)
-    writer.add_block_count(1)
-    writer.add_feed_forward_length(32)
-    writer.add_head_count(width // 64)
-    writer.add_layer_norm_eps(1e-6)
-    writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("gpt-2")
-    alphabet = byte_alphabet()
-    writer.add_token_list([*alphabet, "<|endoftext|>", alphabet[0] + alphabet[1]])
-    writer.add_token_types([NORMAL] * end + [CONTROL, NORMAL])
-    writer.add_token_merges([f"{alphabet[0]} {alphabet[1]}"])
-    writer.add_bos_token_id(end)
-    writer.add_eos_token_id(end)
-    writer.add_add_bos_token(False)
-    writer.add_chat_template(SPELLER_TEMPLATE)
+    writer = start_model(path, "gpt2", {
+        "context_length": SPELLER_PROMPT + len(tape), "embedding_length": width, "block_count": 1, "feed_forward_length": 32,
+        "head_count": width // 64, "layer_norm_eps": 1e-6, "file_type": gguf.LlamaFileType.MOSTLY_F16, "tokenizer_model": "gpt2",
+        "tokenizer_pre": "gpt-2", "token_list": [*alphabet, "<|endoftext|>", alphabet[0] + alphabet[1]],
+        "token_types": [NORMAL] * end + [CONTROL, NORMAL], "token_merges": [f"{alphabet[0]} {alphabet[1]}"], "bos_token_id": end,
+        "eos_token_id": end, "add_bos_token": False, "chat_template": SPELLER_TEMPLATE,
+    })  # fmt: skip
     positions = np.zeros((SPELLER_PROMPT + len(tape), width), np.float16)
     output = np.zeros((end + 2, width), np.float16)
     for place, token in enumerate(tape):
@@ -399,18 +375,10 @@ def write_header(
     tokens: Seq[str] = ("<unk>", "<s>", "</s>"), **kwargs: Any,
 ) -> Path:  # fmt: skip
     """Writes a file that is listed as a model but cannot be loaded: a header and one 64 x 64 tensor."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    writer = gguf.GGUFWriter(str(path), arch, **kwargs)
-    if name:
-        writer.add_name(name)
-    if size_label:
-        writer.add_size_label(size_label)
-    writer.add_context_length(2048)
-    writer.add_embedding_length(64)
-    writer.add_block_count(1)
-    writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q8_0)
-    writer.add_tokenizer_model("llama")
-    writer.add_token_list(list(tokens))
+    named = ({"name": name} if name else {}) | ({"size_label": size_label} if size_label else {})
+    writer = start_model(path, arch, named | {
+        "context_length": 2048, "embedding_length": 64, "block_count": 1, "file_type": gguf.LlamaFileType.MOSTLY_Q8_0,
+        "tokenizer_model": "llama", "token_list": list(tokens)}, **kwargs)  # fmt: skip
     writer.add_tensor("token_embd.weight", np.zeros((64, 64), np.float32))
     finish(writer)
     return path
@@ -434,26 +402,20 @@ def write_lora(path: Path) -> Path:
 KINDS = ("llama", "gemma2", "mamba", "lfm2")  # full attention, sliding window, recurrent, hybrid
 
 
-def add_words(writer: gguf.GGUFWriter) -> None:
-    """A vocabulary of 257 tokens; token 17 reads " w017"."""
-    writer.add_tokenizer_model("llama")
-    writer.add_token_list(["<unk>", "<s>", "</s>", *(f"▁w{i:03d}" for i in range(3, 257))])
-    writer.add_token_scores([0.0] * 257)
-    writer.add_token_types([UNKNOWN, CONTROL, CONTROL] + [NORMAL] * 254)
-    writer.add_eos_token_id(2)
-    writer.add_add_bos_token(False)
+WORDS: dict[str, Any] = {  # a vocabulary of 257 tokens; token 17 reads " w017"
+    "tokenizer_model": "llama", "token_list": ["<unk>", "<s>", "</s>", *(f"▁w{i:03d}" for i in range(3, 257))],
+    "token_scores": [0.0] * 257, "token_types": [UNKNOWN, CONTROL, CONTROL] + [NORMAL] * 254, "eos_token_id": 2,
+    "add_bos_token": False,
+}  # fmt: skip
 
 
-def add_letters(writer: gguf.GGUFWriter, *controls: str) -> None:
+def letters_and(*controls: str) -> dict[str, Any]:
     """A vocabulary of 257 tokens: bytes, and control tokens for the end of a text and more."""
-    tokens = [*byte_alphabet()[: 256 - len(controls)], "<|endoftext|>", *controls]
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("gpt-2")
-    writer.add_token_list(tokens)
-    writer.add_token_types([NORMAL] * (256 - len(controls)) + [CONTROL] * (1 + len(controls)))
-    writer.add_token_merges(["t h"])
-    writer.add_eos_token_id(256 - len(controls))
-    writer.add_add_bos_token(False)
+    end = 256 - len(controls)
+    return {"tokenizer_model": "gpt2", "tokenizer_pre": "gpt-2",
+            "token_list": [*byte_alphabet()[:end], "<|endoftext|>", *controls],
+            "token_types": [NORMAL] * end + [CONTROL] * (1 + len(controls)), "token_merges": ["t h"], "eos_token_id": end,
+            "add_bos_token": False}  # fmt: skip
 
 
 def write_kind(path: Path, kind: str, context: int = 512, kv_heads: int = 2, letters: Seq[str] | None = None) -> Path:
@@ -462,133 +424,77 @@ def write_kind(path: Path, kind: str, context: int = 512, kv_heads: int = 2, let
     With `letters` it reads any text, and these control tokens.
     """
     rng, width = np.random.default_rng(11), 64
-    writer = gguf.GGUFWriter(str(path), kind)
-    writer.add_context_length(context)
-    writer.add_embedding_length(width)
-    writer.add_block_count(4)
-    writer.add_feed_forward_length(96)
-    writer.add_layer_norm_rms_eps(1e-6)
-    writer.add_file_type(gguf.LlamaFileType.ALL_F32)
-    add_words(writer) if letters is None else add_letters(writer, *letters)
-    KIND_METADATA[kind](writer, kv_heads)
-
-    def matrix(name: str, *shape: int) -> None:
-        writer.add_tensor(name, rng.normal(0, 0.35 / np.sqrt(shape[-1] / 16), shape).astype(np.float32))
-
-    def ones(name: str, *shape: int, array: Any = None) -> None:
-        writer.add_tensor(name, np.ones(shape or (width,), np.float32) if array is None else array.astype(np.float32))
-
+    sizes = {"context_length": context, "embedding_length": width, "block_count": 4, "feed_forward_length": 96,
+             "layer_norm_rms_eps": 1e-6, "file_type": gguf.LlamaFileType.ALL_F32}  # fmt: skip
+    fields = sizes | (WORDS if letters is None else letters_and(*letters)) | KIND_METADATA[kind](kv_heads)
+    writer = start_model(path, kind, fields)
     spread = 1 / 8 if kind == "gemma3" else 1  # Gemma multiplies it by 8
-    writer.add_tensor("token_embd.weight", rng.normal(0, spread, (257, width)).astype(np.float32))
-    ones("token_embd_norm.weight" if kind == "lfm2" else "output_norm.weight")
-    for layer in range(4):
-        KIND_LAYERS[kind](f"blk.{layer}", layer, matrix, ones, width, kv_heads)
+    norm = "token_embd_norm.weight" if kind == "lfm2" else "output_norm.weight"
+    tensors: dict[str, Any] = {"token_embd.weight": rng.normal(0, spread, (257, width)), norm: (width,)}
+    tensors |= {f"blk.{i}.{name}": made for i in range(4) for name, made in KIND_LAYERS[kind](i, width, kv_heads).items()}
     if kind in ("llama", "mamba", "gemma3", "qwen2vl"):
-        matrix("output.weight", 257, width)
+        tensors["output.weight"] = (257, width)
+    for name, made in tensors.items():
+        if isinstance(made, tuple):  # of one dimension: ones
+            made = np.ones(made) if len(made) == 1 else rng.normal(0, 0.35 / np.sqrt(made[-1] / 16), made)
+        writer.add_tensor(name, made.astype(np.float32))
     finish(writer)
     return path
 
 
-def attention_metadata(writer: gguf.GGUFWriter, kv_heads: int) -> None:
-    writer.add_head_count(max(4, kv_heads))
-    writer.add_head_count_kv(kv_heads)
-    writer.add_key_length(16)
-    writer.add_value_length(16)
-    writer.add_rope_dimension_count(16)
+def attention_metadata(kv_heads: int, **more: Any) -> dict[str, Any]:
+    return {"head_count": max(4, kv_heads), "head_count_kv": kv_heads, "key_length": 16, "value_length": 16,
+            "rope_dimension_count": 16, **more}  # fmt: skip
 
 
-def window_metadata(writer: gguf.GGUFWriter, kv_heads: int) -> None:
-    attention_metadata(writer, kv_heads)
-    writer.add_sliding_window(32)
-
-
-def sections_metadata(writer: gguf.GGUFWriter, kv_heads: int) -> None:
-    attention_metadata(writer, kv_heads)
-    writer.add_rope_dimension_sections([2, 3, 3, 0])  # half of a head's 16: time, height, width
-
-
-def mamba_metadata(writer: gguf.GGUFWriter, _: int) -> None:
-    writer.add_head_count(0)
-    writer.add_ssm_conv_kernel(4)
-    writer.add_ssm_inner_size(128)
-    writer.add_ssm_state_size(16)
-    writer.add_ssm_time_step_rank(4)
-
-
-def hybrid_metadata(writer: gguf.GGUFWriter, _: int) -> None:
-    writer.add_head_count(4)
-    writer.add_head_count_kv([0, 2, 0, 2])
-    writer.add_rope_dimension_count(16)
-    writer.add_shortconv_l_cache(3)
-    writer.add_vocab_size(257)
-
-
-def attention_layer(b: str, layer: int, matrix: Any, ones: Any, width: int, kv_heads: int) -> None:
-    ones(f"{b}.attn_norm.weight")
-    ones(f"{b}.ffn_norm.weight")
+def attention_layer(layer: int, width: int, kv_heads: int) -> dict[str, Any]:
+    """The tensors of a layer: shapes, or what is in them."""
     heads = max(4, kv_heads) * 16
-    for name, rows in (("attn_q", heads), ("attn_k", kv_heads * 16), ("attn_v", kv_heads * 16), ("ffn_gate", 96), ("ffn_up", 96)):
-        matrix(f"{b}.{name}.weight", rows, width)
-    matrix(f"{b}.attn_output.weight", width, heads)
-    matrix(f"{b}.ffn_down.weight", width, 96)
+    return {
+        "attn_norm.weight": (width,), "ffn_norm.weight": (width,), "attn_q.weight": (heads, width),
+        "attn_k.weight": (kv_heads * 16, width), "attn_v.weight": (kv_heads * 16, width), "ffn_gate.weight": (96, width),
+        "ffn_up.weight": (96, width), "attn_output.weight": (width, heads), "ffn_down.weight": (width, 96),
+    }  # fmt: skip
 
 
-def gemma_layer(b: str, layer: int, matrix: Any, ones: Any, width: int, kv_heads: int) -> None:
-    attention_layer(b, layer, matrix, ones, width, kv_heads)
-    ones(f"{b}.post_attention_norm.weight")
-    ones(f"{b}.post_ffw_norm.weight")
+def gemma_layer(layer: int, width: int, kv_heads: int) -> dict[str, Any]:
+    return attention_layer(layer, width, kv_heads) | {"post_attention_norm.weight": (width,), "post_ffw_norm.weight": (width,)}
 
 
-def gemma3_layer(b: str, layer: int, matrix: Any, ones: Any, width: int, kv_heads: int) -> None:
-    gemma_layer(b, layer, matrix, ones, width, kv_heads)
-    for name in ("attn_q_norm", "attn_k_norm"):
-        ones(f"{b}.{name}.weight", array=np.full(16, 3.0))  # attention that chooses: positions and masks show
+def gemma3_layer(layer: int, width: int, kv_heads: int) -> dict[str, Any]:
+    """With attention that chooses: positions and masks show."""
+    return gemma_layer(layer, width, kv_heads) | {f"attn_{name}_norm.weight": np.full(16, 3.0) for name in "qk"}
 
 
-def qwen2vl_layer(b: str, layer: int, matrix: Any, ones: Any, width: int, kv_heads: int) -> None:
-    attention_layer(b, layer, matrix, ones, width, kv_heads)
-    for name, size in (("attn_q", max(4, kv_heads) * 16), ("attn_k", kv_heads * 16), ("attn_v", kv_heads * 16)):
-        ones(f"{b}.{name}.bias", array=np.zeros(size))
+def qwen2vl_layer(layer: int, width: int, kv_heads: int) -> dict[str, Any]:
+    sizes = {"q": max(4, kv_heads) * 16, "k": kv_heads * 16, "v": kv_heads * 16}
+    return attention_layer(layer, width, kv_heads) | {f"attn_{name}.bias": np.zeros(size) for name, size in sizes.items()}
 
 
-def mamba_layer(b: str, layer: int, matrix: Any, ones: Any, width: int, _: int) -> None:
-    ones(f"{b}.attn_norm.weight")
-    matrix(f"{b}.ssm_in.weight", 256, width)
-    matrix(f"{b}.ssm_conv1d.weight", 128, 4)
-    ones(f"{b}.ssm_conv1d.bias", 128)
-    matrix(f"{b}.ssm_x.weight", 36, 128)
-    matrix(f"{b}.ssm_dt.weight", 128, 4)
-    ones(f"{b}.ssm_dt.bias", 128)
+def mamba_layer(layer: int, width: int, _: int) -> dict[str, Any]:
     decay = -np.exp(np.random.default_rng(layer).normal(0, 0.5, (128, 16)))  # negative, so that the state decays
-    ones(f"{b}.ssm_a", array=decay)
-    ones(f"{b}.ssm_d", 128)
-    matrix(f"{b}.ssm_out.weight", width, 128)
+    return {
+        "attn_norm.weight": (width,), "ssm_in.weight": (256, width), "ssm_conv1d.weight": (128, 4), "ssm_conv1d.bias": (128,),
+        "ssm_x.weight": (36, 128), "ssm_dt.weight": (128, 4), "ssm_dt.bias": (128,), "ssm_a": decay, "ssm_d": (128,),
+        "ssm_out.weight": (width, 128),
+    }  # fmt: skip
 
 
-def hybrid_layer(b: str, layer: int, matrix: Any, ones: Any, width: int, _: int) -> None:
-    ones(f"{b}.attn_norm.weight")
-    ones(f"{b}.ffn_norm.weight")
-    for name, shape in (("ffn_gate", (96, width)), ("ffn_up", (96, width)), ("ffn_down", (width, 96))):
-        matrix(f"{b}.{name}.weight", *shape)
-    if layer % 2:
-        ones(f"{b}.attn_q_norm.weight", 16)
-        ones(f"{b}.attn_k_norm.weight", 16)
-        for name, rows in (("attn_q", 64), ("attn_k", 32), ("attn_v", 32)):
-            matrix(f"{b}.{name}.weight", rows, width)
-        matrix(f"{b}.attn_output.weight", width, 64)
-    else:
-        matrix(f"{b}.shortconv.conv.weight", width, 3)
-        matrix(f"{b}.shortconv.in_proj.weight", 3 * width, width)
-        matrix(f"{b}.shortconv.out_proj.weight", width, width)
+def hybrid_layer(layer: int, width: int, _: int) -> dict[str, Any]:
+    feed = {"attn_norm.weight": (width,), "ffn_norm.weight": (width,), "ffn_gate.weight": (96, width),
+            "ffn_up.weight": (96, width), "ffn_down.weight": (width, 96)}  # fmt: skip
+    attention = {"attn_q_norm.weight": (16,), "attn_k_norm.weight": (16,), "attn_q.weight": (64, width),
+                 "attn_k.weight": (32, width), "attn_v.weight": (32, width), "attn_output.weight": (width, 64)}  # fmt: skip
+    convolution = {"shortconv.conv.weight": (width, 3), "shortconv.in_proj.weight": (3 * width, width),
+                   "shortconv.out_proj.weight": (width, width)}  # fmt: skip
+    return feed | (attention if layer % 2 else convolution)
 
 
 def write_mixture(path: Path) -> Path:
     """Writes a small random mixture of experts."""
     rng, width, experts = np.random.default_rng(5), 64, 4
-    writer = writer_of(path, "Mixture", 256, width, 2)
-    add_words(writer)
-    writer.add_expert_count(experts)
-    writer.add_expert_used_count(2)
+    fields = sizes_of("Mixture", 256, width, 2) | WORDS | {"expert_count": experts, "expert_used_count": 2}
+    writer = start_model(path, "llama", fields)
     shapes = {"attn_q": (32, width), "attn_k": (32, width), "attn_v": (32, width), "attn_output": (width, 32),
               "ffn_gate_inp": (experts, width), "ffn_gate_exps": (experts, 32, width), "ffn_up_exps": (experts, 32, width),
               "ffn_down_exps": (experts, width, 32), "attn_norm": (width,), "ffn_norm": (width,)}  # fmt: skip
@@ -609,13 +515,8 @@ def write_projector(
     makes a token of 2 x 2 patches.
     """
     rng, size, side = np.random.default_rng(3), 32, 32 if make == "mlp" else 64
-    path.parent.mkdir(parents=True, exist_ok=True)
-    writer = gguf.GGUFWriter(str(path), "clip")
-    writer.add_type("mmproj")
-    writer.add_name(name)
-    writer.add_file_type(kind)
-    if basename:
-        writer.add_basename(basename)
+    named = {"basename": basename} if basename else {}
+    writer = start_model(path, "clip", {"type": "mmproj", "name": name, "file_type": kind, **named})
     writer.add_bool("clip.has_vision_encoder", True)
     writer.add_bool("clip.use_gelu", True)
     writer.add_string("clip.projector_type", make)
@@ -693,10 +594,19 @@ def plain_model(**fields: Any) -> Any:
     return module.ModelInfo(**named | fields)
 
 
-KIND_METADATA = {"llama": attention_metadata, "gemma2": window_metadata, "mamba": mamba_metadata, "lfm2": hybrid_metadata,
-                 "gemma3": window_metadata, "qwen2vl": sections_metadata}  # fmt: skip
-KIND_LAYERS = {"llama": attention_layer, "gemma2": gemma_layer, "mamba": mamba_layer, "lfm2": hybrid_layer,
-               "gemma3": gemma3_layer, "qwen2vl": qwen2vl_layer}  # fmt: skip
+KIND_METADATA: dict[str, Callable[[int], dict[str, Any]]] = {
+    "llama": attention_metadata, **dict.fromkeys(("gemma2", "gemma3"), lambda kv: attention_metadata(kv, sliding_window=32)),
+    "mamba": lambda _: {"head_count": 0, "ssm_conv_kernel": 4, "ssm_inner_size": 128, "ssm_state_size": 16,
+                        "ssm_time_step_rank": 4},
+    "lfm2": lambda _: {"head_count": 4, "head_count_kv": [0, 2, 0, 2], "rope_dimension_count": 16, "shortconv_l_cache": 3,
+                       "vocab_size": 257},
+    # half of a head's 16: time, height, width
+    "qwen2vl": lambda kv: attention_metadata(kv, rope_dimension_sections=[2, 3, 3, 0]),
+}  # fmt: skip
+KIND_LAYERS: dict[str, Callable[[int, int, int], dict[str, Any]]] = {
+    "llama": attention_layer, "gemma2": gemma_layer, "mamba": mamba_layer, "lfm2": hybrid_layer, "gemma3": gemma3_layer,
+    "qwen2vl": qwen2vl_layer,
+}  # fmt: skip
 
 
 def with_bytes(path: Path, offset: int, data: bytes) -> Path:
@@ -986,8 +896,7 @@ class Server:
         return self.post("/api/generate", {"model": model, "prompt": prompt, **fields})
 
     def chat(self, content: Any = "hi", model: str = "recital", **fields: Any) -> Reply:
-        messages = [{"role": "user", "content": content}]
-        return self.post("/v1/chat/completions", {"model": model, "messages": messages, **fields})
+        return self.post("/v1/chat/completions", chatting(content, model=model, **fields))
 
     @contextlib.contextmanager
     def stream(self, path: str, body: Any) -> Iterator[Iterator[Any]]:
@@ -1048,6 +957,9 @@ class Server:
             self.process.stdout.close()
 
 
+Serve: TypeAlias = Callable[..., Server]  # the fixture `serve`
+
+
 def assert_healthy(server: Server) -> None:
     """Asserts that a server still responds and has logged no traceback, except from the test's own tools file."""
     tracebacks = server.log.read_text().split("Traceback")[1:]
@@ -1055,15 +967,64 @@ def assert_healthy(server: Server) -> None:
     assert server.get("/health").status == 200
 
 
+def assert_refuses_balancers(server: Server, *words: str) -> None:
+    """Asserts that balancers are told to send nobody, and when to ask again, while the server itself is well."""
+    for path in ("/ready", "/health?ready"):
+        reply = server.get(path)
+        assert_error(reply, 503, "overloaded", *words)
+        assert int(reply.headers["Retry-After"]) > 0
+    assert server.get("/health").status == 200
+
+
 @contextlib.contextmanager
-def shared(home: Path, *flags: str | Path, script: Path = SHIMMY) -> Iterator[Server]:
+def shared(home: Path, *flags: str | Path, script: Path = SHIMMY, healthy: bool = True) -> Iterator[Server]:
     """Runs a server for several tests, and checks at the end that it is still healthy."""
     running = Server(home, "--port", "0", *flags, script=script)
     try:
         yield running
-        assert_healthy(running)
+        if healthy:
+            assert_healthy(running)
     finally:
         running.stop()
+
+
+def serving(
+    *flags: str, write: Callable[[Path], Any] | None = None, changes: Seq[tuple[str, str]] = (), load: Seq[str] = (),
+    healthy: bool = True,
+) -> Any:  # fmt: skip
+    """Makes a module's fixture: a server with the models that `write` puts into its home's `models`, else with the usual ones.
+
+    `changes` alter its shimmy.py, the models of `load` are loaded, and it must end healthy.
+    """
+
+    @pytest.fixture(scope="module")
+    def started(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+        home = tmp_path_factory.mktemp("served")
+        if write:
+            models = home / "models"
+            write(models)
+        script = altered(tmp_path_factory.mktemp("altered"), *changes) if changes else SHIMMY
+        with shared(home, "--models-dir", models, *flags, script=script, healthy=healthy) as running:
+            for model in load:
+                assert running.load(model).status == 200
+            yield running
+
+    return started
+
+
+def user(content: Any) -> list[dict[str, Any]]:
+    """The messages of a chat in which one thing was said."""
+    return [{"role": "user", "content": content}]
+
+
+def chatting(content: Any = "hi", **fields: Any) -> dict[str, Any]:
+    """A body for /v1/chat/completions, and for /api/chat."""
+    return {"model": "recital", "messages": user(content), **fields}
+
+
+def spoken_in(stream: list[Any], field: str = "content") -> str:
+    """What a chat's stream says in a field of its deltas."""
+    return "".join(delta.get(field) or "" for delta in deltas(stream))
 
 
 def events(response: http.client.HTTPResponse) -> Iterator[Any]:
@@ -1266,10 +1227,6 @@ def requests_of(server: Server, model: str = "recital") -> tuple[int, int]:
     return status["requests_running"], status["requests_waiting"]
 
 
-def has_requests(server: Server, model: str, counts: tuple[int, int]) -> bool:
-    return requests_of(server, model) == counts
-
-
 # What runs longer under make soak.
 
 SOAK = float(os.environ.get("SHIMMY_SOAK", 0))  # minutes of `make soak`; 0: the plain suite
@@ -1359,7 +1316,7 @@ def guarded(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 
 
 @pytest.fixture
-def serve(tmp_path: Path) -> Iterator[Callable[..., Server]]:
+def serve(tmp_path: Path) -> Iterator[Serve]:
     """Starts servers for one test: serve(*flags, env=…, script=…)."""
     running: list[Server] = []
 
@@ -1373,24 +1330,11 @@ def serve(tmp_path: Path) -> Iterator[Callable[..., Server]]:
         each.stop()
 
 
-@pytest.fixture(scope="module")
-def kinds(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A server with one small random model for each kind of memory, which drafts nothing and keeps nothing on the disk."""
-    folder, flags = tmp_path_factory.mktemp("kinds"), ("--max-loaded", "4", "--spec", "none")
-    for kind in KINDS:
-        write_kind(folder / f"{kind}.gguf", kind)
-    with shared(tmp_path_factory.mktemp("kinds-home"), "--models-dir", folder, *flags) as running:
-        yield running
-
-
-@pytest.fixture(scope="session")
-def spelling(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A server with a speller that sends each character by itself instead of 10 ms of them together."""
-    folder = tmp_path_factory.mktemp("spelling")
-    write_speller(folder / "models" / "speller.gguf")
-    script = altered(folder, ("FLUSH_SECONDS = 0.01", "FLUSH_SECONDS = 0.0"))
-    with shared(folder / "home", "--models-dir", folder / "models", script=script) as running:
-        yield running
+# with one small random model for each kind of memory; it drafts nothing, and keeps nothing on the disk
+kinds = serving("--max-loaded", "4", "--spec", "none", write=lambda folder: write_kinds(folder))
+# with a speller that sends each character by itself instead of 10 ms of them together
+spelling = serving(write=lambda folder: write_speller(folder / "speller.gguf"),
+                   changes=[("FLUSH_SECONDS = 0.01", "FLUSH_SECONDS = 0.0")])  # fmt: skip
 
 
 # ── The file ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -1530,9 +1474,6 @@ def test_unknown_model_returns_the_documented_error(server: Server) -> None:
             "details": "Model 'invalid-model' is not available",
         }
     }
-
-
-def test_v1_unknown_model_is_404(server: Server) -> None:
     error = assert_error(server.chat(model="nonesuch"), 404, "model_not_found", "nonesuch")
     assert (error["type"], error["param"]) == ("not_found_error", "model")
 
@@ -1542,21 +1483,15 @@ def test_prompt_longer_than_the_context_reports_both_lengths(length: int, server
     assert_error(server.generate("a" * length, "dice"), 400, "context_length_exceeded", str(length), "256")
 
 
-def test_v1_prompt_longer_than_the_context_reports_both_lengths(server: Server) -> None:
+def test_error_before_the_first_byte_keeps_its_status_also_in_a_stream(server: Server) -> None:
     reply = server.post("/v1/completions", {"model": "dice", "prompt": "a" * 300})
     error = assert_error(reply, 400, "context_length_exceeded", "300", "256")
     assert error["type"] == "invalid_request_error"
-
-
-def test_stream_error_before_the_first_byte_keeps_its_status(server: Server) -> None:
+    body = {"model": "recital", "prompt": [":", "x" * (LONG_CTX + 5)], "stream": True}
+    assert_error(server.post("/v1/completions", body), 400, "context_length_exceeded")
     assert_error(server.generate(model="nonesuch", stream=True), 404, "model_not_found")
     assert_error(server.generate("a" * 300, model="dice", stream=True), 400, "context_length_exceeded")
     assert_error(server.generate(temperature=9, stream=True), 400, "invalid_request")
-
-
-def test_last_prompt_too_long_is_400_even_when_streaming(server: Server) -> None:
-    body = {"model": "recital", "prompt": [":", "x" * (LONG_CTX + 5)], "stream": True}
-    assert_error(server.post("/v1/completions", body), 400, "context_length_exceeded")
 
 
 # ── The machine ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -1574,22 +1509,19 @@ def test_health_includes_engine_memory(server: Server) -> None:
     assert megabytes() > without + 5
 
 
-@cases(
-    "count, shown",
-    {"ones": (999, "999"), "a rounded thousand": (999_999, "1M"), "thousands": (1_543_000, "1.5M"), "many": (260_000, "260K"),
-     "a rounded billion": (999_600_000, "1B"), "billions": (2_000_000_000_000, "2000B")},
-)  # fmt: skip
-def test_counts_are_rounded_into_the_next_unit(count: int, shown: str) -> None:
-    assert module.human_count(count) == shown
+ROUNDED = {
+    "ones": (module.human_count, 999, "999"), "a rounded thousand": (module.human_count, 999_999, "1M"),
+    "thousands": (module.human_count, 1_543_000, "1.5M"), "many": (module.human_count, 260_000, "260K"),
+    "a rounded billion": (module.human_count, 999_600_000, "1B"), "billions": (module.human_count, 2_000_000_000_000, "2000B"),
+    "bytes": (module.human_bytes, 1023, "1023B"), "a rounded megabyte": (module.human_bytes, 1_048_575, "1.0MB"),
+    "a rounded gigabyte": (module.human_bytes, 1_073_741_000, "1.0GB"), "gigabytes": (module.human_bytes, 2_254_857_830, "2.1GB"),
+    "thousands of them": (module.human_bytes, 1 << 42, "4096.0GB"),
+}  # fmt: skip
 
 
-@cases(
-    "size, shown",
-    {"bytes": (1023, "1023B"), "a rounded megabyte": (1_048_575, "1.0MB"), "a rounded gigabyte": (1_073_741_000, "1.0GB"),
-     "gigabytes": (2_254_857_830, "2.1GB"), "thousands of them": (1 << 42, "4096.0GB")},
-)  # fmt: skip
-def test_sizes_are_rounded_into_the_next_unit(size: int, shown: str) -> None:
-    assert module.human_bytes(size) == shown
+@cases("human, number, shown", ROUNDED)
+def test_numbers_are_rounded_into_the_next_unit(human: Callable[[int], str], number: int, shown: str) -> None:
+    assert human(number) == shown
 
 
 def test_build_is_asked_again_when_it_did_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1643,7 +1575,7 @@ if "build_main" in sys.orig_argv:
 """
 
 
-def test_first_diags_at_once_ask_for_the_build_once(serve: Callable[..., Server], tmp_path: Path) -> None:
+def test_first_diags_at_once_ask_for_the_build_once(serve: Serve, tmp_path: Path) -> None:
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "sitecustomize.py").write_text(COUNT_BUILDS.format(file=str(tmp_path / "asked")))
     server = serve(env={"PYTHONPATH": str(tmp_path / "site")})
@@ -1682,24 +1614,12 @@ def test_malformed_body_is_400(kind: str, path: str, server: Server) -> None:
     assert ("type" in error) == path.startswith("/v1")
 
 
-def test_escaped_surrogate_pair_is_one_character(server: Server) -> None:
+def test_odd_texts_and_fields_are_read(server: Server) -> None:
     body = b'{"model": "recital", "prompt": "\\ud83d\\ude00:"}'
     assert server.post("/api/generate", body).json()["usage"]["prompt_tokens"] == 1 + 4 + 1
-
-
-def test_null_and_unknown_fields_are_ignored(server: Server) -> None:
     names = ("max_tokens", "temperature", "stream", "top_p", "seed", "stop", "ignore_eos")
     nulls: dict[str, Any] = dict.fromkeys(names)
     assert server.generate(**nulls, colour="blue", settings={"deep": [1]}).text == "Hello wide world"
-
-
-def test_range_limits_are_inclusive(server: Server) -> None:
-    lowest: dict[str, Any] = {"temperature": 0, "top_p": 0, "min_p": 0, "presence_penalty": -2, "frequency_penalty": -2,
-                              "seed": -1}  # fmt: skip
-    highest: dict[str, Any] = {"temperature": 5, "top_p": 1, "min_p": 1, "presence_penalty": 2, "frequency_penalty": 2,
-                               "seed": 2**32}  # fmt: skip
-    for fields in (lowest, highest):
-        assert server.generate(model="dice", max_tokens=2, **fields).status == 200
 
 
 WRONG_VALUES: dict[str, tuple[list[Any], tuple[str, ...]]] = {  # invalid values, and bounds that the message must contain
@@ -1715,36 +1635,49 @@ WRONG_VALUES: dict[str, tuple[list[Any], tuple[str, ...]]] = {  # invalid values
     "stream": (["yes", 1], ()),
     "ignore_eos": (["no", 0], ()),
     "stop": ([5, [1], {"a": 1}, ["x"] * 65], ()),
+    "typical_p": ([-0.1, 1.1, "x", True], ("0", "1")),
+    "top_n_sigma": ([-1.1, 101, "x"], ("-1", "100")),
+    "xtc_probability": ([-0.1, 1.1, []], ("0", "1")),
+    "xtc_threshold": ([-0.1, 1.1, {}], ("0", "1")),
+    "dynatemp_range": ([-0.1, 5.1, "x"], ("0", "5")),
+    "dynatemp_exponent": ([-0.1, 11, []], ("0", "10")),
+    "repeat_last_n": ([-2, 1.5, "64"], ("-1",)),
+    "dry_multiplier": ([-0.1, 101, "x"], ("0", "100")),
+    "dry_base": ([0.9, 101, "x"], ("1", "100")),
+    "dry_allowed_length": ([-1, 1.5, "2"], ("0",)),
+    "dry_penalty_last_n": ([-2, 0.5, True], ("-1",)),
+    "dry_sequence_breakers": ([5, [1], ["x"] * 17, ["x" * 41]], ()),
+    "mirostat": ([-1, 3, 1.5, "2"], ("0", "2")),
+    "mirostat_tau": ([-1, 101], ("0", "100")),
+    "mirostat_eta": ([-0.1, 1.1], ("0", "1")),
+    "logit_bias": ([5, "x", {"x": 1}, {"1": 101}, {"1": True}, [1], [[1]], [["x", 1]], [[-1, 1]], [[1, 101]], [[1, True]]], ()),
 }
-WRONG_FIELDS = [
-    pytest.param(field, value, bounds, id=f"{field}={json.dumps(value)[:40]}")
+WRONG_FIELDS = {
+    f"{field}={json.dumps(value)[:40]}": (field, value, bounds)
     for field, (values, bounds) in WRONG_VALUES.items()
     for value in values
-]
+}
 
 
-@pytest.mark.parametrize(("field", "value", "bounds"), WRONG_FIELDS)
+@cases("field, value, bounds", WRONG_FIELDS)
 def test_invalid_field_is_400_naming_it_and_its_bounds(field: str, value: Any, bounds: tuple[str, ...], server: Server) -> None:
     assert_error(server.generate(**{field: value}), 400, "invalid_request", field, *bounds)
     error = assert_error(server.chat(**{field: value}), 400, "invalid_request", field, *bounds)
-    assert (error["type"], error["param"]) == ("invalid_request_error", field)
+    assert error["type"] == "invalid_request_error" and re.fullmatch(rf"{field}(\W.*)?", error["param"])
 
 
-@cases(
-    "body, field",
-    {
-        "no model": ({"prompt": ":"}, "model"),
-        "model null": ({"model": None, "prompt": ":"}, "model"),
-        "model a number": ({"model": 5, "prompt": ":"}, "model"),
-        "no prompt": ({"model": "recital"}, "prompt"),
-        "prompt null": ({"model": "recital", "prompt": None}, "prompt"),
-        "prompt a number": ({"model": "recital", "prompt": 5}, "prompt"),
-        "prompt a list": ({"model": "recital", "prompt": ["a"]}, "prompt"),
-        "messages a string": ({"model": "recital", "messages": "hi"}, "messages"),
-        "messages empty": ({"model": "recital", "messages": []}, "messages"),
-        "system a number": ({"model": "recital", "messages": [{"role": "user", "content": "x"}], "system": 5}, "system"),
-    },
-)
+@cases("body, field", {
+    "no model": ({"prompt": ":"}, "model"),
+    "model null": ({"model": None, "prompt": ":"}, "model"),
+    "model a number": ({"model": 5, "prompt": ":"}, "model"),
+    "no prompt": ({"model": "recital"}, "prompt"),
+    "prompt null": ({"model": "recital", "prompt": None}, "prompt"),
+    "prompt a number": ({"model": "recital", "prompt": 5}, "prompt"),
+    "prompt a list": ({"model": "recital", "prompt": ["a"]}, "prompt"),
+    "messages a string": ({"model": "recital", "messages": "hi"}, "messages"),
+    "messages empty": ({"model": "recital", "messages": []}, "messages"),
+    "system a number": ({"model": "recital", "messages": [{"role": "user", "content": "x"}], "system": 5}, "system"),
+})  # fmt: skip
 def test_generate_missing_or_mistyped_field_is_400_naming_it(body: Any, field: str, server: Server) -> None:
     assert_error(server.post("/api/generate", body), 400, "invalid_request", field)
 
@@ -1763,44 +1696,43 @@ def test_odd_prompt_is_never_a_server_error(prompt: str, server: Server) -> None
 IMAGE = {"type": "image_url", "image_url": {"url": "x"}}
 
 
-@cases(
-    "fields, param",
-    {
-        "messages null": ({"messages": None}, "messages"),
-        "messages empty": ({"messages": []}, "messages"),
-        "messages a string": ({"messages": "hi"}, "messages"),
-        "a message that is a number": ({"messages": [1]}, "messages"),
-        "a message without a role": ({"messages": [{"content": "x"}]}, "role"),
-        "role a number": ({"messages": [{"role": 5, "content": "x"}]}, "role"),
-        "a message without content": ({"messages": [{"role": "user"}]}, "content"),
-        "content a number": ({"messages": [{"role": "user", "content": 5}]}, "content"),
-        "content an image": ({"messages": [{"role": "user", "content": [IMAGE]}]}, "content"),
-        "content a list of strings": ({"messages": [{"role": "user", "content": ["x"]}]}, "content"),
-        "tools a string": ({"tools": "x"}, "tools"),
-        "a tool that is empty": ({"tools": [{}]}, "tools"),
-        "a tool without a function": ({"tools": [{"type": "function"}]}, "tools"),
-        "a tool's name a number": ({"tools": [{"type": "function", "function": {"name": 5}}]}, "tools"),
-        "500 tools": ({"tools": [ADD] * 500}, "tools"),
-        "tool_choice unknown": ({"tool_choice": "maybe"}, "tool_choice"),
-        "stream_options a string": ({"stream_options": "x"}, "stream_options"),
-        "n=0": ({"n": 0}, "n"),
-        "n=17": ({"n": 17}, "n"),
-        "n a string": ({"n": "two"}, "n"),
-        "max_completion_tokens=0": ({"max_completion_tokens": 0}, "max_completion_tokens"),
-        "logit_bias a list of numbers": ({"logit_bias": [1]}, "logit_bias"),
-        "logit_bias key not a number": ({"logit_bias": {"x": 1}}, "logit_bias"),
-        "logit_bias beyond 100": ({"logit_bias": {"1": 101}}, "logit_bias"),
-        "model a number": ({"model": 5}, "model"),
-        "top_logprobs without logprobs": ({"top_logprobs": 2}, "top_logprobs"),
-        "top_logprobs=21": ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
-        "logprobs a string": ({"logprobs": "yes"}, "logprobs"),
-        "an unknown format": ({"response_format": {"type": "xml"}}, "response_format"),
-        "allowed tools without a list": ({"tools": [WEATHER], "tool_choice": {"type": "allowed_tools"}}, "tool_choice"),
-        "a regular expression of vLLM's": ({"guided_regex": "a+"}, "guided_regex"),
-        "another format of vLLM's": ({"structured_outputs": {"structural_tag": "{}"}}, "structured_outputs"),
-        "a tool of an unknown type": ({"tools": [{"type": "web_search"}]}, "tools"),
-    },
-)
+@cases("fields, param", {
+    "messages null": ({"messages": None}, "messages"),
+    "messages empty": ({"messages": []}, "messages"),
+    "messages a string": ({"messages": "hi"}, "messages"),
+    "a message that is a number": ({"messages": [1]}, "messages"),
+    "a message without a role": ({"messages": [{"content": "x"}]}, "role"),
+    "role a number": ({"messages": [{"role": 5, "content": "x"}]}, "role"),
+    "a message without content": ({"messages": [{"role": "user"}]}, "content"),
+    "content a number": ({"messages": [{"role": "user", "content": 5}]}, "content"),
+    "content an image": ({"messages": [{"role": "user", "content": [IMAGE]}]}, "content"),
+    "content a list of strings": ({"messages": [{"role": "user", "content": ["x"]}]}, "content"),
+    "tools a string": ({"tools": "x"}, "tools"),
+    "a tool that is empty": ({"tools": [{}]}, "tools"),
+    "a tool without a function": ({"tools": [{"type": "function"}]}, "tools"),
+    "a tool's name a number": ({"tools": [{"type": "function", "function": {"name": 5}}]}, "tools"),
+    "500 tools": ({"tools": [ADD] * 500}, "tools"),
+    "tool_choice unknown": ({"tool_choice": "maybe"}, "tool_choice"),
+    "stream_options a string": ({"stream_options": "x"}, "stream_options"),
+    "n=0": ({"n": 0}, "n"),
+    "n=17": ({"n": 17}, "n"),
+    "n a string": ({"n": "two"}, "n"),
+    "max_completion_tokens=0": ({"max_completion_tokens": 0}, "max_completion_tokens"),
+    "logit_bias a list of numbers": ({"logit_bias": [1]}, "logit_bias"),
+    "logit_bias key not a number": ({"logit_bias": {"x": 1}}, "logit_bias"),
+    "logit_bias beyond 100": ({"logit_bias": {"1": 101}}, "logit_bias"),
+    "model a number": ({"model": 5}, "model"),
+    "top_logprobs without logprobs": ({"top_logprobs": 2}, "top_logprobs"),
+    "top_logprobs=21": ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+    "logprobs a string": ({"logprobs": "yes"}, "logprobs"),
+    "an unknown format": ({"response_format": {"type": "xml"}}, "response_format"),
+    "allowed tools without a list": ({"tools": [WEATHER], "tool_choice": {"type": "allowed_tools"}}, "tool_choice"),
+    "a regular expression of vLLM's": ({"guided_regex": "a+"}, "guided_regex"),
+    "another format of vLLM's": ({"structured_outputs": {"structural_tag": "{}"}}, "structured_outputs"),
+    "a tool of an unknown type": ({"tools": [{"type": "web_search"}]}, "tools"),
+    "parallel_tool_calls a string": ({"parallel_tool_calls": "yes"}, "parallel_tool_calls"),
+    "parallel_tool_calls a number": ({"parallel_tool_calls": 1}, "parallel_tool_calls"),
+})  # fmt: skip
 def test_chat_invalid_field_is_400_naming_it(fields: dict[str, Any], param: str, server: Server) -> None:
     body = {"model": "recital", "messages": [{"role": "user", "content": "hi"}], **fields}
     error = assert_error(server.post("/v1/chat/completions", body), 400, "invalid_request", param)
@@ -1884,18 +1816,13 @@ def test_media_in_the_newest_turn_are_refused_by_name(kind: str, server: Server)
     assert assert_error(reply, 400, "invalid_request", kind)["param"] == "messages[1].content[1].type"
 
 
-@pytest.mark.parametrize("prompt", [[], [1, "a"], [True], [-1], [10**9], [1.5], [[]], {"a": 1}, 5, [None]], ids=json.dumps)
-def test_completions_with_an_invalid_prompt_are_400(prompt: Any, server: Server) -> None:
-    assert_error(server.post("/v1/completions", {"model": "recital", "prompt": prompt}), 400, "invalid_request", "prompt")
+INVALID_PROMPTS: list[Any] = [[], [1, "a"], [True], [-1], [10**9], [1.5], [[]], {"a": 1}, 5, [None]]
 
 
-def test_completions_without_a_prompt_are_400(server: Server) -> None:
-    assert_error(server.post("/v1/completions", {"model": "recital"}), 400, "invalid_request", "prompt")
-
-
-def test_token_id_outside_the_vocabulary_is_400_naming_its_bounds(server: Server) -> None:
-    reply = server.post("/v1/completions", {"model": "recital", "prompt": [-5]})
-    assert assert_error(reply, 400, "invalid_request", "0…")["param"] == "prompt"
+@pytest.mark.parametrize("fields", [{}, *({"prompt": prompt} for prompt in INVALID_PROMPTS)], ids=json.dumps)
+def test_completions_with_an_invalid_prompt_are_400(fields: dict[str, Any], server: Server) -> None:
+    error = assert_error(server.post("/v1/completions", {"model": "recital", **fields}), 400, "invalid_request", "prompt")
+    assert error["param"] == "prompt" and (fields != {"prompt": [-1]} or "0…" in error["message"] + error["details"])
 
 
 # Strict JSON
@@ -1936,7 +1863,7 @@ def test_json_of_64_levels_is_read_and_of_65_refused(opening: str, closing: str,
 
 
 @linux
-def test_large_bodies_beyond_their_places_wait_and_are_then_refused(serve: Callable[..., Server], tmp_path: Path) -> None:
+def test_large_bodies_beyond_their_places_wait_and_are_then_refused(serve: Serve, tmp_path: Path) -> None:
     """A body takes a place once 1 MiB of it is there, however it comes, and gives it back when it is parsed."""
     changed = altered(tmp_path, ("BoundedSemaphore(8)", "BoundedSemaphore(1)"), ("TURN_SECONDS = 10.0", "TURN_SECONDS = 1.0"))
     own, body = serve(script=changed), b'{"model": "nonesuch", "prompt": ":", "x": "' + b"x" * (2 << 20) + b'"}'
@@ -1971,7 +1898,7 @@ def test_large_bodies_at_once_stay_within_bounds(server: Server) -> None:
 
 
 def test_room_for_bodies_is_given_back_when_the_connection_closes(server: Server) -> None:
-    body = json.dumps({"model": "recital", "prompt": ":", "x": "y" * (15 << 20)}).encode()
+    body = json.dumps({"model": "recital", "prompt": ":", "x": "y" * (2 << 20)}).encode()
     for _ in range(12):  # the ninth would find no room
         assert server.post("/api/generate", body, Connection="close").text == TEXTS[":"]
 
@@ -2126,14 +2053,11 @@ def test_list_skips_with_a_reason(stem: str, reason: str, found: Listing) -> Non
     assert re.search(reason, found.reason(f"{stem}.gguf"))
 
 
-def test_list_shows_a_complete_shard_set_as_one_model(found: Listing) -> None:
+def test_list_shows_shards_as_one_model_and_gives_equal_stems_ids_that_are_stable(found: Listing) -> None:
     (model,) = [model for model in found.models.values() if Path(model["path"]).name.startswith("split-")]
     assert "-00001-of-" in model["path"]
     total = sum(part.stat().st_size for part in (found.home / "odd" / "whole").iterdir())
     assert model["size_bytes"] == total
-
-
-def test_list_gives_equal_stems_ids_that_are_stable(found: Listing) -> None:
     again = listing(found.home, "--models-dir", found.home / "odd")
     assert found.at("odd", "right", "twin.gguf") == again.at("odd", "right", "twin.gguf")
 
@@ -2153,18 +2077,16 @@ def test_list_shows_metadata_from_the_header(id: str, shown: dict[str, Any], fou
 
 def test_list_reads_past_a_large_vocabulary(tmp_path: Path) -> None:
     path = tmp_path / "large.gguf"
-    writer = writer_of(path, "Large", 4096, 64, layers=1)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list([f"token-{'x' * (number % 50)}-{number}" for number in range(30_000)])
-    writer.add_token_scores([0.5] * 30_000)
-    writer.add_chat_template(TEMPLATE)
+    words = {"tokenizer_model": "gpt2", "token_list": [f"token-{'x' * (number % 50)}-{number}" for number in range(30_000)],
+             "token_scores": [0.5] * 30_000, "chat_template": TEMPLATE}  # fmt: skip
+    writer = start_model(path, "llama", sizes_of("Large", 4096, 64, 1) | words)
     writer.add_tensor("token_embd.weight", np.zeros((30_000, 64), np.float16))
     finish(writer)
     model = listing(tmp_path, "--models-dir", tmp_path).models["large"]
     assert (model["name"], model["context_length"], model["parameter_count"]) == ("Large", 4096, "1.9M")
 
 
-def test_status_reads_the_whole_header(serve: Callable[..., Server], tmp_path: Path) -> None:
+def test_status_reads_the_whole_header(serve: Serve, tmp_path: Path) -> None:
     """A scan reads only some of so many large vocabularies; asking for a status reads the rest of that header."""
     folder = tmp_path / "many"
     first = write_header(folder / "a000.gguf", tokens=[f"token{i}" for i in range(150_000)])
@@ -2178,16 +2100,11 @@ def test_status_reads_the_whole_header(serve: Callable[..., Server], tmp_path: P
     assert listed["a029"]["chat_template"] is False
 
 
-@cases(
-    "variable, folder",
-    {
-        "HF_HUB_CACHE": ("HF_HUB_CACHE", ""),
-        "HF_HOME": ("HF_HOME", "hub"),
-        "LLAMA_CACHE": ("LLAMA_CACHE", ""),
-        "OLLAMA_MODELS": ("OLLAMA_MODELS", ""),
-    },
-)
-def test_list_follows_the_cache_variable(variable: str, folder: str, tmp_path: Path) -> None:
+@cases("variable, folder, id", {
+    "HF_HUB_CACHE": ("HF_HUB_CACHE", "", "moved"), "HF_HOME": ("HF_HOME", "hub", "moved"),
+    "LLAMA_CACHE": ("LLAMA_CACHE", "", "moved"), "OLLAMA_MODELS": ("OLLAMA_MODELS", "", "moved:1b"),
+})  # fmt: skip
+def test_list_follows_the_cache_variable(variable: str, folder: str, id: str, tmp_path: Path) -> None:
     store = tmp_path / "store"
     if variable == "OLLAMA_MODELS":
         ollama_model(store, "moved", "1b")
@@ -2196,7 +2113,7 @@ def test_list_follows_the_cache_variable(variable: str, folder: str, tmp_path: P
     else:
         hf_snapshot(store / folder, "org/moved", write_header, "moved")
     ids = listing(tmp_path, env={variable: str(store)}).models
-    assert [key for key in ids if key.startswith("moved")] == ["moved:1b" if variable == "OLLAMA_MODELS" else "moved"]
+    assert [key for key in ids if key.startswith("moved")] == [id]
 
 
 def test_list_splits_model_paths_at_the_systems_separator(tmp_path: Path) -> None:
@@ -2264,13 +2181,10 @@ def test_list_limits_scan_depth_and_says_so(tmp_path: Path) -> None:
     assert re.search(rb"level|depth|deep", done.stdout + done.stderr)
 
 
-def test_list_verbose_says_what_was_skipped_and_why(found: Listing) -> None:
+def test_list_verbose_and_diag_say_what_was_skipped(found: Listing) -> None:
     done = shimmy("-v", "list", "--models-dir", found.home / "skips", home=found.home)
     text = (done.stdout + done.stderr).decode()
     assert "garbage.gguf" in text and "adapter.gguf" in text
-
-
-def test_diag_reports_what_was_skipped(found: Listing) -> None:
     done = shimmy("diag", "--json", "--models-dir", found.home / "skips", home=found.home)
     skipped = {Path(entry["path"]).name: entry["reason"] for entry in json.loads(done.stdout)["skipped"]}
     assert skipped["garbage.gguf"]
@@ -2297,9 +2211,7 @@ def test_discover_finds_a_new_file_and_forgets_a_deleted_one(server: Server, mod
 
 def write_marked(path: Path, arch: str = "llama", **marks: Any) -> Path:
     """A header with keys of the architecture: pooling_type=1 writes llama.pooling_type."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    writer = gguf.GGUFWriter(str(path), arch)
-    writer.add_context_length(512)
+    writer = start_model(path, arch, {"context_length": 512})
     for key, value in marks.items():
         name = f"{arch}.{key.replace('__', '.')}"
         writer.add_bool(name, value) if isinstance(value, bool) else writer.add_uint32(name, value)
@@ -2332,43 +2244,28 @@ def test_list_tells_embedding_models_from_generative_ones(tmp_path: Path) -> Non
 EMBEDDER_REQUESTS: dict[str, tuple[str, dict[str, Any]]] = {
     "generate": ("/api/generate", {"prompt": "x"}),
     "a stream": ("/api/generate", {"prompt": "x", "stream": True}),
-    "chat": ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}]}),
+    "chat": ("/v1/chat/completions", {"messages": user("x")}),
     "completion": ("/v1/completions", {"prompt": "x"}),
 }
-
-
-@pytest.fixture(scope="module")
-def embedder(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A server whose only model, but for shimmy's own, cannot generate, and is called the default."""
-    home = tmp_path_factory.mktemp("embedder")
-    write_marked(home / "models" / "all-mini.gguf", "bert", pooling_type=1)
-    running = Server(home, "--port", "0", "--model", "all-mini")
-    yield running
-    running.stop()
+# its only model, but for shimmy's own, cannot generate, and is called the default
+embedder = serving("--model", "all-mini", write=lambda folder: write_marked(folder / "all-mini.gguf", "bert", pooling_type=1))
 
 
 @pytest.mark.parametrize("model", ["all-mini", "default"])
-@pytest.mark.parametrize("request_", EMBEDDER_REQUESTS)
-def test_embedding_model_is_refused_before_it_loads(request_: str, model: str, embedder: Server) -> None:
-    path, fields = EMBEDDER_REQUESTS[request_]
-    reply = embedder.post(path.replace("{model}", model), {"model": model, **fields})
-    error = assert_error(reply, 400, "invalid_request", "model", "all-mini", "embedding model")
+@cases("path, fields", EMBEDDER_REQUESTS)
+def test_embedding_model_is_refused_before_it_loads(path: str, fields: dict[str, Any], model: str, embedder: Server) -> None:
+    error = assert_error(embedder.post(path, {"model": model, **fields}), 400, "invalid_request", "all-mini", "embedding model")
     assert error.get("param", "model") == "model"
     assert (embedder.status("all-mini")["status"], embedder.status("all-mini")["error"]) == ("unloaded", None)
 
 
-def test_embedding_model_that_comes_first_is_not_the_default(serve: Callable[..., Server], tmp_path: Path) -> None:
-    write_marked(tmp_path / "two" / "a-bert.gguf", "bert")
-    write_recital(tmp_path / "two" / "b-writer.gguf")
-    server = serve("--models-dir", tmp_path / "two")
-    assert server.status("default")["model"] == "b-writer"
-
-
-def test_embedding_models_alone_give_no_default(serve: Callable[..., Server], tmp_path: Path) -> None:
-    write_marked(tmp_path / "one" / "a-bert.gguf", "bert")
-    (tmp_path / "shimmy.py").write_bytes(SHIMMY.read_bytes())
-    server = serve("--models-dir", tmp_path / "one", script=tmp_path / "shimmy.py")
-    assert_error(server.generate(model="default"), 404, "model_not_found", "embedding", "a-bert")
+def test_default_is_the_first_model_that_generates(tmp_path: Path) -> None:
+    write_marked(tmp_path / "a-bert.gguf", "bert")
+    with pytest.raises(module.ModelNotFound) as alone:
+        table_of(tmp_path, None).resolve("default")
+    assert alone.value.status == 404 and all(word in str(alone.value.details) for word in ("embedding", "a-bert"))
+    write_recital(tmp_path / "b-writer.gguf")
+    assert table_of(tmp_path, None).status("default")["model"] == "b-writer"
 
 
 def bytes_of_pair(key: str, kind: int, value: bytes) -> bytes:
@@ -2461,18 +2358,15 @@ def test_name_of_a_file_cannot_forge_a_row(tmp_path: Path) -> None:
     assert all(note.isprintable() for folder in report["directories"] for note in folder["notes"])
 
 
-def test_name_that_prints_nothing_means_no_model(serve: Callable[..., Server], tmp_path: Path) -> None:
-    write_header(tmp_path / "odd" / "model-one.gguf")
-    write_header(tmp_path / "odd" / "a.gguf").rename(tmp_path / "odd" / "\x01\x02.gguf")
-    server = serve("--models-dir", tmp_path / "odd")
+def test_odd_names_of_files_can_be_addressed_and_blank_ones_mean_no_model(serve: Serve, tmp_path: Path) -> None:
+    odd = tmp_path / "odd"
+    write_header(odd / "model-one.gguf")
+    write_header(odd / "a.gguf").rename(odd / "\x01\x02.gguf")
+    write_recital(odd / "made.gguf").rename(os.fsdecode(os.fsencode(odd) + b"/caf\xe9-one.gguf"))
+    server = serve("--models-dir", odd)
     assert {"model", "model-one"} <= set(server.ids())
     for name in ("\0", " ", "\x1b"):
         assert_error(server.generate(model=name), 404, "model_not_found")
-
-
-def test_file_whose_name_is_no_utf_8_can_be_addressed(serve: Callable[..., Server], tmp_path: Path) -> None:
-    write_recital(tmp_path / "odd" / "made.gguf").rename(os.fsdecode(os.fsencode(tmp_path / "odd") + b"/caf\xe9-one.gguf"))
-    server = serve("--models-dir", tmp_path / "odd")
     (id,) = [id for id in server.ids() if id.startswith("caf")]
     assert id.isprintable() and server.generate(model=id).text == "Hello wide world"
 
@@ -2555,8 +2449,10 @@ def test_each_shard_must_be_whole(tmp_path: Path) -> None:
     assert any("truncated" in skipped["reason"] for skipped in catalog.report.skipped)
 
 
-def test_merged_file_that_is_still_named_like_a_shard_is_a_model(tmp_path: Path) -> None:
+def test_merged_file_that_is_still_named_like_a_shard_is_a_model_and_what_was_thrown_away_is_none(tmp_path: Path) -> None:
     write_header(tmp_path / "merged-00001-of-00003.gguf")
+    for folder in (".Trash", ".Trash-1000", ".Trashes", "$RECYCLE.BIN"):
+        write_header(tmp_path / folder / "files" / "old.gguf")
     assert listed(Catalog([SearchRoot(str(tmp_path), "here")])) == ["merged"]
 
 
@@ -2589,15 +2485,8 @@ def test_names_with_accents_are_found_as_they_are_typed(tmp_path: Path) -> None:
     assert module.plain_id("caf\u0065\u0301") == module.plain_id("caf\u00e9")
 
 
-@pytest.mark.parametrize("folder", [".Trash", ".Trash-1000", ".Trashes", "$RECYCLE.BIN"])
-def test_what_was_thrown_away_is_no_model(folder: str, tmp_path: Path) -> None:
-    write_header(tmp_path / folder / "files" / "old.gguf")
-    assert listed(Catalog([SearchRoot(str(tmp_path), "here")])) == []
-
-
-@pytest.mark.parametrize("key", READ_KEYS)
-def test_metadata_of_any_type_is_read_or_refused(key: str, tmp_path: Path) -> None:
-    for kind, value in VALUES.items():
+def test_metadata_of_any_type_is_read_or_refused(tmp_path: Path) -> None:
+    for key, (kind, value) in itertools.product(READ_KEYS, VALUES.items()):
         pairs = [ARCHITECTURE] * ("architecture" not in key) + [bytes_of_pair(key, kind, value)]
         (tmp_path / "odd.gguf").write_bytes(header_of(len(pairs), *pairs, TENSOR, bytes(4096)))
         with contextlib.suppress(module.GgufError):
@@ -2612,7 +2501,7 @@ def test_changed_header_is_read_or_refused_in_little_memory_and_time(write: Any,
     data = data[: 40_000 if write is not write_header else 900]
     tracemalloc.start()
     try:
-        for number in range(20_000 if SOAK else 200):
+        for number in range(20_000 if SOAK else 70):
             path.write_bytes(changed_file(data, min(len(data), 8000), pick))
             began = time.thread_time()
             with contextlib.suppress(module.GgufError):
@@ -2639,10 +2528,8 @@ def loadable(data: bytes, header: int, pick: random.Random, path: Path) -> None:
 
 @linux
 @more_under_soak
-def test_changed_file_that_is_loaded_is_one_error_and_the_server_goes_on(
-    serve: Callable[..., Server], models: Path, tmp_path: Path
-) -> None:
-    pick, count = random.Random(SOAK), 600 if SOAK else 6
+def test_changed_file_that_is_loaded_is_one_error_and_the_server_goes_on(serve: Serve, models: Path, tmp_path: Path) -> None:
+    pick, count = random.Random(SOAK), 600 if SOAK else 4
     data = {name: (models / f"{name}.gguf").read_bytes() for name in ("recital", "dice")}
     folder = tmp_path / "changed"
     folder.mkdir()
@@ -2673,11 +2560,10 @@ def write_nasty(path: Path, **more: Any) -> Path:
     return path
 
 
-@pytest.mark.parametrize("command", [["list", "-v"], ["diag"], ["-v", "generate", "nasty", "--prompt", "x"], ["generate",
-                                                                                                              "broken",
-                                                                                                              "--prompt", "x"],
-                                     ["generate", NASTY, "--raw", "--prompt", ":"]],
-                                     ids=lambda command: " ".join(command).translate({27: "ESC"})[:30])
+@pytest.mark.parametrize("command", [
+    ["list", "-v"], ["diag"], ["-v", "generate", "nasty", "--prompt", "x"], ["generate", "broken", "--prompt", "x"],
+    ["generate", NASTY, "--raw", "--prompt", ":"],
+], ids=lambda command: " ".join(command).translate({27: "ESC"})[:30])  # fmt: skip
 def test_control_characters_of_a_file_reach_no_terminal(command: list[str], nasty: Path) -> None:
     done = shimmy(*command, "--models-dir", nasty, home=nasty)
     shown = (done.stdout + done.stderr).decode()
@@ -2696,7 +2582,7 @@ def nasty(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_control_characters_of_files_and_clients_reach_no_log(nasty: Path, serve: Callable[..., Server], tmp_path: Path) -> None:
+def test_control_characters_of_files_and_clients_reach_no_log(nasty: Path, serve: Serve, tmp_path: Path) -> None:
     (tmp_path / "mytools.py").write_text(TOOL_FILE)
     own = serve("-v", "--models-dir", nasty, "--tools", tmp_path / "mytools.py")
     assert own.chat("hi", "nasty").status == 400
@@ -2801,7 +2687,7 @@ def test_generate_accepts_messages_instead_of_a_prompt(server: Server) -> None:
     assert reply.json()["usage"]["prompt_tokens"] == 1 + len(rendered)
 
 
-def test_chat_renders_every_message_with_the_models_template(server: Server) -> None:
+def test_chat_renders_every_message_with_the_models_template_or_chatml(server: Server) -> None:
     messages = [
         {"role": "system", "content": "Be brief"},
         {"role": "user", "content": "one"},
@@ -2812,24 +2698,21 @@ def test_chat_renders_every_message_with_the_models_template(server: Server) -> 
     rendered = "[system]Be brief[user]one[assistant]two[user]count[assistant]="
     assert reply.message["content"] == TEXTS["="]
     assert reply.json()["usage"]["prompt_tokens"] == 1 + len(rendered)
-
-
-def test_chat_without_a_template_uses_chatml(server: Server) -> None:
     reply = server.chat("yo", "dice", max_tokens=1, ignore_eos=True)
     assert reply.json()["usage"]["prompt_tokens"] == 3 + len("user\nyo") + 1 + len("assistant\n")
 
 
-def test_chat_template_may_use_hugging_face_extensions(server: Server) -> None:
-    messages = [{"role": "user", "content": "unsaid"}, {"role": "user", "content": "hi"}]
-    reply = server.post("/v1/chat/completions", {"model": "plain", "messages": messages})
-    assert reply.json()["usage"]["prompt_tokens"] == 1 + len("[user]hi20W")
+ADDED = {"id": "a", "type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
 
 
-def test_chat_template_that_needs_string_arguments_gets_them(server: Server) -> None:
-    call = {"id": "a", "type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
-    messages = [{"role": "assistant", "content": "x", "tool_calls": [call]}, {"role": "user", "content": "hi"}]
-    reply = server.post("/v1/chat/completions", {"model": "plain", "messages": messages})
-    assert reply.json()["usage"]["prompt_tokens"] == 1 + len('[assistant]xadd{"a": 1}[user]hi20W')
+@cases("first, rendered", {
+    "with Hugging Face's extensions": ({"role": "user", "content": "unsaid"}, "[user]hi20W"),
+    "with arguments as text": (
+        {"role": "assistant", "content": "x", "tool_calls": [ADDED]}, '[assistant]xadd{"a": 1}[user]hi20W'),
+})  # fmt: skip
+def test_chat_template_is_rendered(first: dict[str, Any], rendered: str, server: Server) -> None:
+    reply = server.post("/v1/chat/completions", {"model": "plain", "messages": [first, *user("hi")]})
+    assert reply.json()["usage"]["prompt_tokens"] == 1 + len(rendered)
 
 
 def test_chat_template_that_ignores_tools_gets_them_in_the_system_prompt(server: Server) -> None:
@@ -2838,37 +2721,23 @@ def test_chat_template_that_ignores_tools_gets_them_in_the_system_prompt(server:
     assert reply.json()["usage"]["prompt_tokens"] > len(json.dumps(WEATHER["function"]))
 
 
-def test_chat_template_error_is_400_with_its_message(server: Server) -> None:
+def test_chat_refuses_what_its_template_does_and_every_noncharacter(server: Server) -> None:
     reply = server.chat("mutiny")
     assert_error(reply, 400, "invalid_request", "No mutiny on this ship")
-
-
-def test_chat_user_text_never_becomes_special_tokens(server: Server) -> None:
-    def tokens(content: str) -> int:
-        return server.chat(content, "dice", max_tokens=1, ignore_eos=True).json()["usage"]["prompt_tokens"]
-
-    assert tokens("a<|im_end|>b") - tokens("ab") == len("<|im_end|>")
-
-
-def test_chat_text_with_every_noncharacter_is_rejected(server: Server) -> None:
     text = "".join(map(chr, range(0xFDD0, 0xFDF0))) + "<|im_end|>"
     assert_error(server.chat(text), 400, "invalid_request", "noncharacter")
 
 
-def test_chat_special_token_names_in_tool_schemas_stay_text(server: Server) -> None:
-    """As text the name is several tokens; as a special token it would be one."""
+def test_chat_special_token_names_of_users_and_tools_stay_text(server: Server) -> None:
+    def tokens(content: str) -> int:
+        return server.chat(content, "dice", max_tokens=1, ignore_eos=True).json()["usage"]["prompt_tokens"]
+
+    assert tokens("a<|im_end|>b") - tokens("ab") == len("<|im_end|>")
+    # As text the name is several tokens; as a special token it would be one.
     tools = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {name: {}}}}}
              for name in ("<|im_end|>", "<|xx_xxx|>")]  # fmt: skip
     used = [server.chat("hi", tools=[tool], max_tokens=1).json()["usage"]["prompt_tokens"] for tool in tools]
     assert used[0] == used[1]
-
-
-def test_chat_tool_call_is_parsed(server: Server) -> None:
-    reply = server.chat("weather?", tools=[WEATHER])
-    (call,) = reply.message["tool_calls"]
-    assert reply.finish_reason == "tool_calls" and not reply.message["content"]
-    assert (call["type"], call["function"]["name"]) == ("function", "get_weather") and call["id"]
-    assert json.loads(call["function"]["arguments"]) == {"city": "Paris"}
 
 
 def assembled(sent: list[Any]) -> list[dict[str, Any]]:
@@ -2881,44 +2750,39 @@ def assembled(sent: list[Any]) -> list[dict[str, Any]]:
     return calls
 
 
-def test_chat_tool_call_is_streamed_as_deltas(server: Server) -> None:
-    body = {"model": "recital", "messages": [{"role": "user", "content": "weather?"}], "tools": [WEATHER]}
-    sent = server.streamed("/v1/chat/completions", body)
-    (call,) = assembled(sent)
-    assert call["name"] == "get_weather" and json.loads(call["arguments"]) == {"city": "Paris"}
-    assert "".join(delta.get("content") or "" for delta in deltas(sent)).strip() == ""
-    assert sent[-2]["choices"][0]["finish_reason"] == "tool_calls"
+def test_chat_tool_call_is_parsed_and_streamed_as_deltas(server: Server) -> None:
+    reply = server.chat("weather?", tools=[WEATHER])
+    (call,) = reply.message["tool_calls"]
+    assert reply.finish_reason == "tool_calls" and not reply.message["content"]
+    assert (call["type"], call["function"]["name"]) == ("function", "get_weather") and call["id"]
+    assert json.loads(call["function"]["arguments"]) == {"city": "Paris"}
+    sent = server.streamed("/v1/chat/completions", chatting("weather?", tools=[WEATHER]))
+    (streamed,) = assembled(sent)
+    assert streamed["name"] == "get_weather" and json.loads(streamed["arguments"]) == {"city": "Paris"}
+    assert spoken_in(sent).strip() == "" and sent[-2]["choices"][0]["finish_reason"] == "tool_calls"
 
 
 @streamed_and_plain
 def test_chat_two_tool_calls_after_text_keep_order_and_have_unique_ids(stream: bool, server: Server) -> None:
-    body = {"model": "recital", "messages": [{"role": "user", "content": "twice"}], "tools": [ADD]}
     if stream:
-        sent = server.streamed("/v1/chat/completions", body)
-        content, calls = "".join(delta.get("content") or "" for delta in deltas(sent)), assembled(sent)
+        sent = server.streamed("/v1/chat/completions", chatting("twice", tools=[ADD]))
+        content, calls = spoken_in(sent), assembled(sent)
     else:
-        message = server.post("/v1/chat/completions", body).message
+        message = server.chat("twice", tools=[ADD]).message
         content, calls = message["content"], [{"id": call["id"], **call["function"]} for call in message["tool_calls"]]
     assert content.strip() == "Both:"
     assert [(call["name"], json.loads(call["arguments"])) for call in calls] == [("add", {"a": 1}), ("add", {"a": 2})]
     assert len({call["id"] for call in calls}) == 2
 
 
-def test_chat_malformed_tool_call_stays_text(server: Server) -> None:
-    reply = server.chat("botched", tools=[ADD])
-    assert "oops" in reply.message["content"] and not reply.message.get("tool_calls")
-    assert reply.finish_reason == "stop"
-
-
-def test_chat_tool_call_markup_without_tools_stays_text(server: Server) -> None:
-    reply = server.chat("hi", "plain")
-    assert not reply.message.get("tool_calls") and reply.finish_reason == "stop"
-    assert "get_weather" in reply.message["content"]
-
-
-def test_chat_tool_choice_none_hides_the_tools(server: Server) -> None:
-    reply = server.chat("weather?", tools=[WEATHER], tool_choice="none")
-    assert not reply.message.get("tool_calls") and reply.message["content"]
+@cases("content, fields, word", {
+    "a malformed call": ("botched", {"tools": [ADD]}, "oops"),
+    "a call without tools": ("hi", {"model": "plain"}, "get_weather"),
+    "what is said where tools are hidden": ("weather?", {"tools": [WEATHER], "tool_choice": "none"}, "Hello"),
+})  # fmt: skip
+def test_chat_text_that_is_no_call_stays_text(content: str, fields: dict[str, Any], word: str, server: Server) -> None:
+    reply = server.chat(content, **fields)
+    assert word in reply.message["content"] and not reply.message.get("tool_calls") and reply.finish_reason == "stop"
 
 
 def test_chat_continues_from_a_tool_result(server: Server) -> None:
@@ -2933,16 +2797,9 @@ def test_chat_continues_from_a_tool_result(server: Server) -> None:
 
 
 def test_chat_reasoning_is_separated_from_content(server: Server) -> None:
-    message = server.chat("think").message
-    assert message["content"].strip() == "Four!!"
-    assert message["reasoning_content"].strip() == "two and two"
-
-
-def test_chat_reasoning_is_streamed_separately(server: Server) -> None:
-    body = {"model": "recital", "messages": [{"role": "user", "content": "think"}]}
-    parts = deltas(server.streamed("/v1/chat/completions", body))
-    assert "".join(part.get("content") or "" for part in parts).strip() == "Four!!"
-    assert "".join(part.get("reasoning_content") or "" for part in parts).strip() == "two and two"
+    message, sent = server.chat("think").message, server.streamed("/v1/chat/completions", chatting("think"))
+    assert message["content"].strip() == spoken_in(sent).strip() == "Four!!"
+    assert message["reasoning_content"].strip() == spoken_in(sent, "reasoning_content").strip() == "two and two"
 
 
 def arguments_of(call: dict[str, Any]) -> Any:
@@ -2954,14 +2811,12 @@ def arguments_of(call: dict[str, Any]) -> Any:
 
 def spelled_chat(server: Server, name: str, **fields: Any) -> tuple[Spelled, Spelled]:
     """Has the speller spell one of SPELLED in a chat, plain and streamed; returns what each reply says."""
-    messages = [{"role": "user", "content": name}]
-    body = {"model": "speller", "messages": messages, "tools": [WEATHER, ADD], "temperature": 0, **fields}
+    body = chatting(name, model="speller", tools=[WEATHER, ADD], temperature=0, **fields)
     message = server.post("/v1/chat/completions", body).message
     calls = [call["function"] for call in message.get("tool_calls") or []]
     plain = (message["content"] or "", message.get("reasoning_content") or "", calls)
     sent = server.streamed("/v1/chat/completions", body)
-    parts = {field: "".join(delta.get(field) or "" for delta in deltas(sent)) for field in ("content", "reasoning_content")}
-    streamed = (parts["content"], parts["reasoning_content"], assembled(sent))
+    streamed = (spoken_in(sent), spoken_in(sent, "reasoning_content"), assembled(sent))
     return tuple(  # type: ignore[return-value]
         Spelled(SPELLED[name].text, content, thought, tuple((c["name"], arguments_of(c)) for c in calls))
         for content, thought, calls in (plain, streamed)
@@ -2975,14 +2830,10 @@ def test_chat_format_spelled_one_character_at_a_time_is_parsed(name: str, spelli
     assert replace(plain, content=plain.content.strip(), thought=plain.thought.strip()) == SPELLED[name]
 
 
-def test_chat_content_spelled_one_character_at_a_time_is_streamed_so(spelling: Server) -> None:
-    body = {"model": "speller", "messages": [{"role": "user", "content": "prose"}], "temperature": 0}
-    parts = [delta["content"] for delta in deltas(spelling.streamed("/v1/chat/completions", body)) if delta.get("content")]
-    assert parts == list(SPELLED["prose"].text)
-
-
-def test_chat_cut_anywhere_says_the_same_streamed_and_plain(spelling: Server) -> None:
-    for length in range(1, len(SPELLED["thought, text and call"].text), 4):
+def test_chat_spelled_one_character_at_a_time_is_streamed_so_and_may_be_cut_anywhere(spelling: Server) -> None:
+    sent = spelling.streamed("/v1/chat/completions", chatting("prose", model="speller", temperature=0))
+    assert [delta["content"] for delta in deltas(sent) if delta.get("content")] == list(SPELLED["prose"].text)
+    for length in range(1, len(SPELLED["thought, text and call"].text), 7):
         plain, streamed = spelled_chat(spelling, "thought, text and call", max_tokens=length)
         assert plain == streamed
 
@@ -3003,20 +2854,17 @@ HOSTILE_TEMPLATES = {
 
 
 LITTLE_WORK = (  # what runs away burns less of our processors, in as much time as ever on a machine that others keep busy
-    ("HELPER_SECONDS = 1.5 ", "HELPER_SECONDS = 0.5 "), ("HELPER_PATIENCE = 4 ", "HELPER_PATIENCE = 12 "),
+    ("HELPER_SECONDS = 1.5 ", "HELPER_SECONDS = 0.25 "), ("HELPER_PATIENCE = 4 ", "HELPER_PATIENCE = 24 "),
 )  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def hostile(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    folder = tmp_path_factory.mktemp("hostile")
+def write_hostile(folder: Path) -> None:
     for name, template in HOSTILE_TEMPLATES.items():
         write_recital(folder / f"{name.replace(' ', '-')}.gguf", template=template)
     write_recital(folder / "recital.gguf")
-    script = altered(folder, *LITTLE_WORK)
-    with shared(folder / "home", "--models-dir", folder, "--max-loaded", "20", script=script) as running:
-        running.load("recital")
-        yield running
+
+
+hostile = serving("--max-loaded", "20", write=write_hostile, changes=LITTLE_WORK, load=("recital",))
 
 
 @pytest.mark.parametrize("name", HOSTILE_TEMPLATES)
@@ -3026,21 +2874,20 @@ def test_hostile_chat_template_is_its_requests_error_and_nobody_elses(name: str,
     assert hostile.load(model).status == 200
     replies: list[Reply] = []
     asking = threading.Thread(target=lambda: replies.append(hostile.chat("hi", model)))
-    began = time.monotonic()
-    asking.start()
     waits: list[float] = []
-    while not waits or asking.is_alive():
-        asked = time.monotonic()
-        assert hostile.get("/health").status == 200
-        waits.append(time.monotonic() - asked)
-        time.sleep(0.05)
-    assert_error(replies[0], 400, "invalid_request", "template")
-    assert time.monotonic() - began < 6
+    with quickly(6.0):
+        asking.start()
+        while not waits or asking.is_alive():
+            asked = time.monotonic()
+            assert hostile.get("/health").status == 200
+            waits.append(time.monotonic() - asked)
+            time.sleep(0.05)
+        assert_error(replies[0], 400, "invalid_request", "template")
     assert max(waits) < 1
     assert hostile.chat("hi").message["content"] == "Hello wide world"
 
 
-def test_template_whose_process_gets_no_time_is_the_machines_fault(serve: Callable[..., Server], tmp_path: Path) -> None:
+def test_template_whose_process_gets_no_time_is_the_machines_fault(serve: Serve, tmp_path: Path) -> None:
     script = altered(tmp_path, ("HELPER_SECONDS = 1.5 ", "HELPER_SECONDS = 0.2 "), ("= outcome_of(task)", "= time.sleep(60)"))
     write_recital(tmp_path / "starved.gguf")
     own = serve("--models-dir", tmp_path, "--model", "starved", script=script)
@@ -3058,11 +2905,9 @@ def test_more_runaway_templates_than_helpers_leave_the_others_served(hostile: Se
     assert hostile.chat("hi").message["content"] == "Hello wide world"
 
 
-def test_model_without_a_template_stops_at_the_markers_it_is_given(serve: Callable[..., Server], tmp_path: Path) -> None:
-    path = tmp_path / "models" / "plain.gguf"
-    path.parent.mkdir()
-    write_recital(path, template="")
-    server = serve("--models-dir", path.parent)
+def test_model_without_a_template_stops_at_the_markers_it_is_given(serve: Serve, tmp_path: Path) -> None:
+    write_recital(tmp_path / "models" / "plain.gguf", template="")
+    server = serve("--models-dir", tmp_path / "models")
     assert server.chat("hi", "plain").status == 200
     assert server.log.read_text().count("no chat template") == 1
 
@@ -3106,9 +2951,8 @@ def test_thought_only_begins_an_answer(case: str, whole: bool) -> None:
 def test_pairs_with_blanks_between_cost_linear_time() -> None:
     """Each blank could stand on either side of a missing comma: 140 characters held the interpreter for 13 s."""
     text = "<tool_call>\n{" + ('"x": 1' + " " * 12) * 20 + "!"
-    began = time.monotonic()
-    assert parsed(text, text, tools=True)["text"] == text
-    assert time.monotonic() - began < 2
+    with quickly(2.0):
+        assert parsed(text, text, tools=True)["text"] == text
 
 
 @pytest.mark.parametrize("whole", [True, False], ids=["whole", "one character at a time"])
@@ -3125,20 +2969,16 @@ ALWAYS_BEHIND = (  # as if every prompt ended inside the thought
 )
 
 
-@pytest.fixture(scope="module")
-def thinking(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A server whose models think, and which sends each token by itself."""
-    folder = tmp_path_factory.mktemp("thinking")
-    write_speller(folder / "models" / "speller.gguf")
-    write_recital(folder / "models" / "recital.gguf")
-    write_recital(folder / "models" / "thinker.gguf", template=THINKING_TEMPLATE)
+def write_thinkers(folder: Path) -> None:
+    write_speller(folder / "speller.gguf")
+    write_recital(folder / "recital.gguf")
+    write_recital(folder / "thinker.gguf", template=THINKING_TEMPLATE)
     for name, piece in (("opening", "\n</think>{"), ("foul", "\n</think>[")):  # the marker's token goes on
-        write_recital(folder / "models" / f"{name}.gguf", tokens=[piece if t == "\n</think>" else t for t in VOCABULARY])
-    script = altered(folder, ("FLUSH_SECONDS = 0.01", "FLUSH_SECONDS = 0.0"), ALWAYS_BEHIND)
-    flags = ("--models-dir", folder / "models", "--model", "recital", "--max-loaded", "5")
-    running = Server(folder / "home", "--port", "0", *flags, script=script)
-    yield running
-    running.stop()
+        write_recital(folder / f"{name}.gguf", tokens=[piece if t == "\n</think>" else t for t in VOCABULARY])
+
+
+EACH_TOKEN = ("FLUSH_SECONDS = 0.01", "FLUSH_SECONDS = 0.0")  # is sent by itself
+thinking = serving("--model", "recital", "--max-loaded", "5", write=write_thinkers, changes=(EACH_TOKEN, ALWAYS_BEHIND))
 
 
 def thought_of(reply: Reply) -> tuple[str, str]:
@@ -3146,44 +2986,37 @@ def thought_of(reply: Reply) -> tuple[str, str]:
     return message.get("reasoning_content", "").strip(), message["content"]
 
 
-@cases(
-    "model, budget, thought, content",
-    {
-        "none": ("recital", None, "two and two", "Four!!"),
-        "unlimited": ("recital", -1, "two and two", "Four!!"),
-        "more than enough": ("recital", 100, "two and two", "Four!!"),
-        "one token": ("recital", 1, "two and two", "Hello wide world"),
-        "nothing": ("recital", 0, "", "Hello wide world"),
-        "begun by the prompt, nothing": ("thinker", 0, "", "Hello wide world"),
-        "begun by the prompt, two tokens": ("thinker", 2, "Hello wide", "Hello wide world"),
-        "begun by the prompt, more than enough": ("thinker", 9, "Hello wide world", ""),
-    },
-)
-def test_thought_ends_within_its_budget(
-    model: str, budget: int | None, thought: str, content: str, thinking: Server
-) -> None:
+@cases("model, budget, thought, content", {
+    "none": ("recital", None, "two and two", "Four!!"),
+    "unlimited": ("recital", -1, "two and two", "Four!!"),
+    "more than enough": ("recital", 100, "two and two", "Four!!"),
+    "one token": ("recital", 1, "two and two", "Hello wide world"),
+    "nothing": ("recital", 0, "", "Hello wide world"),
+    "begun by the prompt, nothing": ("thinker", 0, "", "Hello wide world"),
+    "begun by the prompt, two tokens": ("thinker", 2, "Hello wide", "Hello wide world"),
+    "begun by the prompt, more than enough": ("thinker", 9, "Hello wide world", ""),
+})  # fmt: skip
+def test_thought_ends_within_its_budget(model: str, budget: int | None, thought: str, content: str, thinking: Server) -> None:
     fields: dict[str, Any] = {"model": model, "temperature": 0, "thinking_budget_tokens": budget}
     reply = thinking.chat("think", **fields)
     assert thought_of(reply) == (thought, content)
-    sent = deltas(thinking.streamed("/v1/chat/completions", {"messages": [{"role": "user", "content": "think"}], **fields}))
-    assert "".join(d.get("content") or "" for d in sent) == content
-    assert "".join(d.get("reasoning_content") or "" for d in sent).strip() == thought
+    sent = thinking.streamed("/v1/chat/completions", chatting("think", **fields))
+    assert (spoken_in(sent, "reasoning_content").strip(), spoken_in(sent)) == (thought, content)
 
 
-def test_thoughts_are_counted(thinking: Server) -> None:
+def test_thoughts_are_counted_also_where_they_are_closed(thinking: Server) -> None:
     usage = thinking.chat("think", temperature=0).json()["usage"]
     reasoning = usage["completion_tokens_details"]["reasoning_tokens"]
     assert reasoning == len(["<think>", "two", " and two"]) < usage["completion_tokens"]
     body = {"model": "recital", "input": "think", "temperature": 0}
     assert thinking.post("/v1/responses", body).json()["usage"]["output_tokens_details"] == {"reasoning_tokens": reasoning}
     assert thinking.chat("hi").json()["usage"]["completion_tokens_details"] == {"reasoning_tokens": 0}
-
-
-def test_closing_a_thought_counts_as_completion_tokens_with_logprobs(thinking: Server) -> None:
     reply = thinking.chat("think", temperature=0, thinking_budget_tokens=1, logprobs=True).json()
     assert reply["usage"]["completion_tokens"] == len(["<think>", "two", *"\n</think>\n\n", "Hello", " wide", " world"])
     said = "".join(token["token"] for token in reply["choices"][0]["logprobs"]["content"])
     assert said.endswith("Hello wide world") and "two and two" in said
+    reply = thinking.chat("think", temperature=0, thinking_budget_tokens=1, max_tokens=5)
+    assert (reply.finish_reason, reply.json()["usage"]["completion_tokens"]) == ("length", 5)
 
 
 def test_thought_budget_leaves_a_marker_inside_the_answer_alone(thinking: Server) -> None:
@@ -3192,11 +3025,6 @@ def test_thought_budget_leaves_a_marker_inside_the_answer_alone(thinking: Server
     plain = thinking.chat("hi", temperature=0, max_tokens=6, logit_bias=later)
     limited = thinking.chat("hi", temperature=0, max_tokens=6, logit_bias=later, thinking_budget_tokens=0)
     assert plain.message == limited.message
-
-
-def test_max_tokens_ends_a_text_whose_thought_is_being_closed(thinking: Server) -> None:
-    reply = thinking.chat("think", temperature=0, thinking_budget_tokens=1, max_tokens=5)
-    assert (reply.finish_reason, reply.json()["usage"]["completion_tokens"]) == ("length", 5)
 
 
 @pytest.mark.parametrize("value", [-2, 1.5, "x", True], ids=json.dumps)
@@ -3217,15 +3045,18 @@ def test_schema_holds_behind_the_thought(model: str, temperature: float, thinkin
     assert json.loads(reply.message["content"]) == {"a": 1} and reply.finish_reason == "stop"
 
 
-def test_token_that_would_break_the_schema_behind_the_thought_never_comes(thinking: Server) -> None:
-    reply = thinking.chat("think", "foul", temperature=0, json_schema=SHAPE, max_tokens=40)
-    assert reply.message["content"] == "" and reply.finish_reason == "length"
-
-
-def test_schema_holds_although_the_model_ends_inside_its_thought(thinking: Server) -> None:
-    reply = thinking.chat("think", "thinker", temperature=0, json_schema=SHAPE)
-    thought, content = thought_of(reply)
-    assert (thought, json.loads(content), reply.finish_reason) == ("Hello wide world", {"a": 1}, "stop")
+@cases("said, model, fields, thought, content, reason", {
+    "where a token would break it": ("think", "foul", {"json_schema": SHAPE, "max_tokens": 40}, "two and two", "", "length"),
+    "where the model ends inside": ("think", "thinker", {"json_schema": SHAPE}, "Hello wide world", '{"a": 1}', "stop"),
+    "where its marker is spelled": (
+        "thought", "speller", {"grammar": 'root ::= "\\n\\n" [A-Z] "x"'}, "Two and two?", "Fx", "stop"),
+})  # fmt: skip
+def test_grammar_holds_behind_the_thought(
+    said: str, model: str, fields: dict[str, Any], thought: str, content: str, reason: str, thinking: Server
+) -> None:
+    reply = thinking.chat(said, model, temperature=0, **fields)
+    thoughts, answer = thought_of(reply)  # which begin again and again where no token of the answer may come
+    assert (thoughts.partition("<think>")[0].strip(), answer, reply.finish_reason) == (thought, content, reason)
 
 
 @pytest.mark.parametrize("budget", [0, 1, 2])
@@ -3235,20 +3066,13 @@ def test_schema_holds_behind_a_thought_that_was_closed(model: str, budget: int, 
     assert json.loads(reply.message["content"]) == {"a": 1} and reply.finish_reason == "stop"
 
 
-def test_marker_spelled_one_byte_at_a_time_begins_the_grammar(thinking: Server) -> None:
-    reply = thinking.chat("thought", "speller", temperature=0, grammar='root ::= "\\n\\n" [A-Z] "x"')
-    assert thought_of(reply) == ("Two and two?", "Fx")
-
-
 @pytest.mark.parametrize("private", [True, False], ids=["private prompts", "shared prompts"])
-def test_clients_with_different_keys_share_prompts_only_if_allowed(
-    private: bool, serve: Callable[..., Server], models: Path
-) -> None:
+def test_clients_with_different_keys_share_prompts_only_if_allowed(private: bool, serve: Serve, models: Path) -> None:
     flags = ["--private-prompts"] * private
     own = serve("--models-dir", models, "--api-key", "one", "--api-key", "two", *flags)
 
     def cached(key: str) -> int:
-        body = {"model": "recital", "messages": [{"role": "user", "content": "A long beginning that some share"}]}
+        body = chatting("A long beginning that some share")
         reply = own.post("/v1/chat/completions", body, Authorization=f"Bearer {key}").json()
         return reply["usage"]["prompt_tokens_details"]["cached_tokens"]
 
@@ -3436,15 +3260,12 @@ def check_forced(source: str) -> None:
                 Draft202012Validator(REFERRING).validate(json.loads(call.text))
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_forced_calls_come_back(name: str) -> None:
-    check_forced(FAMILIES[name])
-
-
-@pytest.mark.skipif(not templates(), reason="SHIMMY_TEMPLATES names no folder of llama.cpp's templates")
-@pytest.mark.parametrize("path", templates(), ids=lambda path: path.stem)
-def test_forced_calls_in_llama_cpps_templates_come_back(path: Path) -> None:
-    check_forced(path.read_text())
+@pytest.mark.parametrize(
+    "source", [*FAMILIES.values(), *(path.read_text() for path in templates())],
+    ids=[*FAMILIES, *(path.stem for path in templates())],
+)  # fmt: skip
+def test_forced_calls_come_back(source: str) -> None:
+    check_forced(source)
 
 
 @pytest.mark.parametrize(
@@ -3470,13 +3291,9 @@ def test_call_is_told_as_it_is_written() -> None:
     assert isinstance(events[0], module.CallBegan) and events[0].name == "get_weather"
     assert [e.text for e in events[1:-1]] == list('{"text": "Paris"}')
     assert events[-1].finish_reason == "tool_calls"
-
-
-def test_call_in_tags_is_told_as_it_is_written() -> None:
     text = turn(FAMILIES["tags"], calls=[("get_weather", {"text": 'a "b"', "count": 12})])[1]
     pieces = [e.text for e in read(derived_once(FAMILIES["tags"]), "", text, 1)[3] if isinstance(e, module.CallArguments)]
-    assert "".join(pieces) == '{"text": "a \\"b\\"", "count": 12}'
-    assert len(pieces) > 8
+    assert "".join(pieces) == '{"text": "a \\"b\\"", "count": 12}' and len(pieces) > 8
 
 
 @pytest.mark.parametrize(
@@ -3490,23 +3307,20 @@ def test_text_that_only_looks_like_a_call_stays_text(text: str) -> None:
         assert read(module.ChatFormat(), "", text, size)[::2] == (text, [])
 
 
-@pytest.mark.parametrize("cut", range(len('<tool_call>\n{"name": "get_weather"'), len(HERMES_CALL) - len("}\n</tool_call>")))
-def test_call_that_was_cut_has_its_arguments_as_far_as_they_came(cut: int) -> None:
-    parser = module.ChatParser(0, module.ChatFormat(), {"get_weather": {}}, "", frozenset())
-    said: list[Any] = [*parser.push(HERMES_CALL[:cut]), *parser.finish("length")]
-    *events, end = said
-    assert end.finish_reason == "length" and events[0].name == "get_weather"
-    assert "".join(e.text for e in events[1:]) == HERMES_CALL[:cut].partition('"arguments": ')[2]
+def test_call_that_was_cut_has_its_arguments_as_far_as_they_came() -> None:
+    for cut in range(len('<tool_call>\n{"name": "get_weather"'), len(HERMES_CALL) - len("}\n</tool_call>")):
+        parser = module.ChatParser(0, module.ChatFormat(), {"get_weather": {}}, "", frozenset())
+        said: list[Any] = [*parser.push(HERMES_CALL[:cut]), *parser.finish("length")]
+        *events, end = said
+        assert end.finish_reason == "length" and events[0].name == "get_weather"
+        assert "".join(e.text for e in events[1:]) == HERMES_CALL[:cut].partition('"arguments": ')[2]
 
 
-def test_three_calls_in_an_array_come_back() -> None:
+def test_calls_in_an_array_and_with_their_arguments_first_or_as_text_are_read() -> None:
     calls = [("get_weather", {"text": str(i)}) for i in range(3)]
     text = turn(FAMILIES["array"], ids=("aaaaaaaa1", "aaaaaaaa2", "aaaaaaaa3"), calls=calls)[1].removesuffix("<|end|>")
     for size in (len(text), 1):
         assert read(derived_once(FAMILIES["array"]), "", text, size)[::2] == ("", calls)
-
-
-def test_arguments_before_the_name_and_as_json_text_are_read() -> None:
     first = '<tool_call>{"arguments": {"text": "Paris"}, "name": "get_weather"}</tool_call>'
     inside = '<tool_call>{"name": "get_weather", "arguments": "{\\"text\\": \\"Paris\\"}"}</tool_call>'
     for text in (first, inside):
@@ -3617,58 +3431,49 @@ def check_in_pieces(format: Any, text: str, wanted: Answered, reason: str = "sto
         assert answered(format, pieces, reason, **more) == wanted
 
 
-@cases(
-    "prompt, text, wanted",
-    {
-        "the prompt ends with a mark": (
-            "<|start|>assistant", "<|channel|>analysis<|message|>hm<|end|><|start|>assistant<|channel|>final<|message|>Four.",
-            Answered("Four.", (), "hm", "stop")),
-        "thought, words, thought, call": (
-            "", "<|channel|>analysis<|message|>one<|end|><|start|>assistant<|channel|>commentary<|message|>So.<|end|><|start|>"
-            "assistant<|channel|>analysis<|message|>two<|end|><|start|>assistant<|channel|>commentary to=functions.get "
-            "<|constrain|>json<|message|>{}<|call|>", Answered("So.", (("get", "{}"),), "onetwo")),
-        "the marker as text": ("", "<|channel|>final<|message|>It is <|channel|>analysis<|message|> that begins it.",
-                               Answered("It is <|channel|>analysis<|message|> that begins it.", (), "", "stop")),
-    },
-)  # fmt: skip
+@cases("prompt, text, wanted", {
+    "the prompt ends with a mark": (
+        "<|start|>assistant", "<|channel|>analysis<|message|>hm<|end|><|start|>assistant<|channel|>final<|message|>Four.",
+        Answered("Four.", (), "hm", "stop")),
+    "thought, words, thought, call": (
+        "", "<|channel|>analysis<|message|>one<|end|><|start|>assistant<|channel|>commentary<|message|>So.<|end|><|start|>"
+        "assistant<|channel|>analysis<|message|>two<|end|><|start|>assistant<|channel|>commentary to=functions.get "
+        "<|constrain|>json<|message|>{}<|call|>", Answered("So.", (("get", "{}"),), "onetwo")),
+    "the marker as text": ("", "<|channel|>final<|message|>It is <|channel|>analysis<|message|> that begins it.",
+                           Answered("It is <|channel|>analysis<|message|> that begins it.", (), "", "stop")),
+})  # fmt: skip
 def test_thoughts_stand_behind_markup_of_channels(prompt: str, text: str, wanted: Answered) -> None:
     check_in_pieces(derived_once(GPT_OSS), text, wanted, prompt=prompt)
 
 
-@cases(
-    "text, wanted",
-    {
-        "ends with a call": (f"<think>\nI ask.\n{CALLED}\n", Answered("", (("f", '{"a": "x"}'),), "I ask.\n")),
-        "ends with two": (f"<think>Ask.{CALLED}\n{CALLED}", Answered("", (("f", '{"a": "x"}'),) * 2, "Ask.")),
-        "closes": (f"<think>Say {CALLED}\n</think>\nNo.", Answered("No.", (), f"Say {CALLED}\n", "stop")),
-        "goes on": (f"<think>Say {CALLED} and wait", Answered("", (), f"Say {CALLED} and wait", "stop")),
-        "only names it": ("<think>With <tool_call> I", Answered("", (), "With <tool_call> I", "stop")),
-        "shows it, then does it": (f"<think>So: {CALLED}, now {CALLED}", Answered(
-            "", (("f", '{"a": "x"}'),), f"So: {CALLED}, now ")),
-        "has half a call": (f"<think>Ask.{CALLED[:40]}", Answered("", (), f"Ask.{CALLED[:40]}", "stop")),
-    },
-)  # fmt: skip
+@cases("text, wanted", {
+    "ends with a call": (f"<think>\nI ask.\n{CALLED}\n", Answered("", (("f", '{"a": "x"}'),), "I ask.\n")),
+    "ends with two": (f"<think>Ask.{CALLED}\n{CALLED}", Answered("", (("f", '{"a": "x"}'),) * 2, "Ask.")),
+    "closes": (f"<think>Say {CALLED}\n</think>\nNo.", Answered("No.", (), f"Say {CALLED}\n", "stop")),
+    "goes on": (f"<think>Say {CALLED} and wait", Answered("", (), f"Say {CALLED} and wait", "stop")),
+    "only names it": ("<think>With <tool_call> I", Answered("", (), "With <tool_call> I", "stop")),
+    "shows it, then does it": (f"<think>So: {CALLED}, now {CALLED}", Answered(
+        "", (("f", '{"a": "x"}'),), f"So: {CALLED}, now ")),
+    "has half a call": (f"<think>Ask.{CALLED[:40]}", Answered("", (), f"Ask.{CALLED[:40]}", "stop")),
+})  # fmt: skip
 def test_call_in_a_thought_that_never_closes_is_one(text: str, wanted: Answered) -> None:
     check_in_pieces(module.ChatFormat(), text, wanted)
 
 
-@cases(
-    "arguments, wanted",
-    {
-        "null": ("null", {}),
-        "none": ("None", {}),
-        "Python's words": ('{"a": None, "c": [True, False]}', {"a": None, "c": [True, False]}),
-        "Python's quotes": ("{'a': 'it\\'s \"x\"', 'c': 'it's'}", {"a": 'it\'s "x"', "c": "it's"}),
-        "raw line breaks": ('{"a": "one\ntwo\tthree"}', {"a": "one\ntwo\tthree"}),
-        "trailing commas": ('{"a": "x", "c": [1, 2, ], }', {"a": "x", "c": [1, 2]}),
-        "unquoted words": ("{a: Paris, b: 2}", {"a": "Paris", "b": 2}),
-        "Python's numbers": ("{'b': 0x10, 'c': [.5, 1_000, +1, 1.]}", {"b": 16, "c": [0.5, 1000, 1, 1.0]}),
-        "Python's escapes": ("{'a': '\\x41\\d'}", {"a": "A\\d"}),
-        "a tuple": ("{'c': (1, 'x')}", {"c": [1, "x"]}),
-        "text of JSON": ('"{\\"a\\": \\"x\\"}"', {"a": "x"}),
-        "text of Python": ('"{\'a\': \'x\'}"', {"a": "x"}),
-    },
-)
+@cases("arguments, wanted", {
+    "null": ("null", {}),
+    "none": ("None", {}),
+    "Python's words": ('{"a": None, "c": [True, False]}', {"a": None, "c": [True, False]}),
+    "Python's quotes": ("{'a': 'it\\'s \"x\"', 'c': 'it's'}", {"a": 'it\'s "x"', "c": "it's"}),
+    "raw line breaks": ('{"a": "one\ntwo\tthree"}', {"a": "one\ntwo\tthree"}),
+    "trailing commas": ('{"a": "x", "c": [1, 2, ], }', {"a": "x", "c": [1, 2]}),
+    "unquoted words": ("{a: Paris, b: 2}", {"a": "Paris", "b": 2}),
+    "Python's numbers": ("{'b': 0x10, 'c': [.5, 1_000, +1, 1.]}", {"b": 16, "c": [0.5, 1000, 1, 1.0]}),
+    "Python's escapes": ("{'a': '\\x41\\d'}", {"a": "A\\d"}),
+    "a tuple": ("{'c': (1, 'x')}", {"c": [1, "x"]}),
+    "text of JSON": ('"{\\"a\\": \\"x\\"}"', {"a": "x"}),
+    "text of Python": ('"{\'a\': \'x\'}"', {"a": "x"}),
+})  # fmt: skip
 @pytest.mark.parametrize("key", ["arguments", "parameters"])
 def test_arguments_are_mended_where_their_meaning_is_plain(arguments: str, wanted: Any, key: str) -> None:
     text = f'<tool_call>\n{{"name": "f", "{key}": {arguments}}}\n</tool_call>'
@@ -3678,72 +3483,61 @@ def test_arguments_are_mended_where_their_meaning_is_plain(arguments: str, wante
         assert [(name, json.loads(said)) for name, said in found.calls] == [("f", wanted)]
 
 
-@pytest.mark.parametrize("arguments", ["[1, 2]", "7", "oops", '"words"', ""])
-def test_arguments_that_are_no_object_leave_the_call_text(arguments: str) -> None:
-    text = f'<tool_call>{{"name": "f", "arguments": {arguments}}}</tool_call>'
-    check_in_pieces(module.ChatFormat(), text, Answered(text, (), "", "stop"))
+NO_OBJECTS = ["[1, 2]", "7", "oops", '"words"', ""]
 
 
-@pytest.mark.parametrize("arguments", ['{"a": "x" "b": 1}', '{"a": }', '{"a": 1]', '{"a": -}', '{"a"; 1}'])
-def test_arguments_that_cannot_be_mended_are_no_reason_to_run_a_function(arguments: str) -> None:
+@pytest.mark.parametrize("arguments", [*NO_OBJECTS, '{"a": "x" "b": 1}', '{"a": }', '{"a": 1]', '{"a": -}', '{"a"; 1}'])
+def test_arguments_that_are_no_object_are_no_reason_to_run_a_function(arguments: str) -> None:
     text = f'<tool_call>{{"name": "f", "arguments": {arguments}}}</tool_call>'
     for pieces in ([text], text):
-        assert answered(module.ChatFormat(), pieces).reason == "stop"
+        found = answered(module.ChatFormat(), pieces)
+        assert found.reason == "stop" and (arguments not in NO_OBJECTS or found == Answered(text, (), "", "stop"))
 
 
-@cases(
-    "name, text, count",
-    {
-        "semicolons": ("bare", '{"name": "f", "parameters": {"a": "1"}}; {"name": "f", "parameters": {"a": "2"}}', 2),
-        "a bare list": ("bare", '[{"name": "f", "parameters": {"a": "1"}}, {"name": "f", "parameters": {"a": "2"}}]', 2),
-        "two objects": ("hermes", '<tool_call>\n{"name": "f", "arguments": {"a": "1"}}\n{"name": "f", "arguments": {"a": "2"}}\n'
-                                  "</tool_call>", 2),
-        "a list": ("hermes", '<tool_call>[{"name": "f", "arguments": {"a": "1"}}, {"name": "f", "arguments": {"a": "2"}}]'
-                             "</tool_call>", 2),
-        "an object inside": ("hermes", '<tool_call>{"id": "7", "type": "function", "function": {"name": "f", "arguments": '
-                                       '{"a": "1"}}, "index": 0}</tool_call>', 1),
-        "a brace too few": ("hermes", '<tool_call>{"name": "f", "arguments": {"a": "1"}\n</tool_call>', 1),
-        "a brace too many": ("hermes", '<tool_call>{"name": "f", "arguments": {"a": "1"}}}\n</tool_call>', 1),
-    },
-)  # fmt: skip
+@cases("name, text, count", {
+    "semicolons": ("bare", '{"name": "f", "parameters": {"a": "1"}}; {"name": "f", "parameters": {"a": "2"}}', 2),
+    "a bare list": ("bare", '[{"name": "f", "parameters": {"a": "1"}}, {"name": "f", "parameters": {"a": "2"}}]', 2),
+    "two objects": ("hermes", '<tool_call>\n{"name": "f", "arguments": {"a": "1"}}\n{"name": "f", "arguments": {"a": "2"}}\n'
+                              "</tool_call>", 2),
+    "a list": ("hermes", '<tool_call>[{"name": "f", "arguments": {"a": "1"}}, {"name": "f", "arguments": {"a": "2"}}]'
+                         "</tool_call>", 2),
+    "an object inside": ("hermes", '<tool_call>{"id": "7", "type": "function", "function": {"name": "f", "arguments": '
+                                   '{"a": "1"}}, "index": 0}</tool_call>', 1),
+    "a brace too few": ("hermes", '<tool_call>{"name": "f", "arguments": {"a": "1"}\n</tool_call>', 1),
+    "a brace too many": ("hermes", '<tool_call>{"name": "f", "arguments": {"a": "1"}}}\n</tool_call>', 1),
+})  # fmt: skip
 def test_several_calls_stand_in_one_section(name: str, text: str, count: int) -> None:
     calls = tuple(("f", f'{{"a": "{i}"}}') for i in range(1, count + 1))
     check_in_pieces(derived_once(FAMILIES[name]), text, Answered("", calls))
 
 
-@cases(
-    "name, text, wanted",
-    {
-        "behind another's beginning": ("hermes", f'<tool_call>{{"name": "zzz", {CALLED}', '<tool_call>{"name": "zzz",'),
-        "behind words about it": ("hermes", f"Use <tool_call> so: {CALLED}", "Use <tool_call> so:"),
-        "behind a mark of its own": ("hermes", f"<tool_call>\n{CALLED}", "<tool_call>"),
-        "before half of another": ("hermes", CALLED + '\n<tool_call>\n{"name": "f", "ar', '<tool_call>\n{"name": "f", "ar'),
-        "before half a mark": ("hermes", f"{CALLED}\n<tool_c", "<tool_c"),
-        "before half a pair": ("hermes", CALLED + ', "x": ', ', "x":'),
-        "before one of no function": ("bare", '{"name": "f", "parameters": {"a": "x"}}; {"name": "zzz"}', '; {"name": "zzz"}'),
-        "before half an argument": ("tags", "<tool_call>\n<function=f>\n<parameter=a>\nx\n</parameter>\n<param", "<param"),
-        "behind one of no function": (
-            "tags", "<tool_call>\n<function=zzz><tool_call>\n<function=f>\n<parameter=a>\nx\n</parameter>\n</function>",
-            "<tool_call>\n<function=zzz>"),
-        "with ends too many": ("hermes", CALLED.replace("\n</", "}}\n</") + "</tool_call>", ""),
-        "without arguments, with ends too many": ("keys and values", "<tool_call>get</tool_call>\n</tool_call> ] hi", "] hi"),
-    },
-)  # fmt: skip
+@cases("name, text, wanted", {
+    "behind another's beginning": ("hermes", f'<tool_call>{{"name": "zzz", {CALLED}', '<tool_call>{"name": "zzz",'),
+    "behind words about it": ("hermes", f"Use <tool_call> so: {CALLED}", "Use <tool_call> so:"),
+    "behind a mark of its own": ("hermes", f"<tool_call>\n{CALLED}", "<tool_call>"),
+    "before half of another": ("hermes", CALLED + '\n<tool_call>\n{"name": "f", "ar', '<tool_call>\n{"name": "f", "ar'),
+    "before half a mark": ("hermes", f"{CALLED}\n<tool_c", "<tool_c"),
+    "before half a pair": ("hermes", CALLED + ', "x": ', ', "x":'),
+    "before one of no function": ("bare", '{"name": "f", "parameters": {"a": "x"}}; {"name": "zzz"}', '; {"name": "zzz"}'),
+    "before half an argument": ("tags", "<tool_call>\n<function=f>\n<parameter=a>\nx\n</parameter>\n<param", "<param"),
+    "behind one of no function": (
+        "tags", "<tool_call>\n<function=zzz><tool_call>\n<function=f>\n<parameter=a>\nx\n</parameter>\n</function>",
+        "<tool_call>\n<function=zzz>"),
+    "with ends too many": ("hermes", CALLED.replace("\n</", "}}\n</") + "</tool_call>", ""),
+    "without arguments, with ends too many": ("keys and values", "<tool_call>get</tool_call>\n</tool_call> ] hi", "] hi"),
+})  # fmt: skip
 def test_text_beside_a_call_that_is_none_is_not_lost(name: str, text: str, wanted: str) -> None:
     calls = (("get", "{}"),) if "get" in text else (("f", '{"a": "x"}'),)
     check_in_pieces(format_of(name), text, Answered(wanted, calls))
 
 
 @pytest.mark.parametrize("name", SPOKEN)
-def test_forced_call_that_is_cut_anywhere_leaves_no_markup(name: str) -> None:
+def test_calls_that_are_cut_leave_no_markup(name: str) -> None:
+    """Anywhere, where one is forced; else behind the first."""
     for text in SPOKEN[name]:
         for cut in range(1, len(text)) if "'name'" not in text and "final" not in text else ():
             found = answered(format_of(name), [text[:cut]], "length", forced=True)
             assert "So".startswith(found.text.strip()) and found.reason == "length", text[:cut]
-
-
-@pytest.mark.parametrize("name", SPOKEN)
-def test_calls_that_are_cut_behind_the_first_leave_no_markup(name: str) -> None:
     format, (text, *_) = format_of(name), SPOKEN[name]
     first = next(cut for cut in range(len(text)) if answered(format, [text[:cut]]).reason == "tool_calls")
     assert not any(answered(format, text[:cut], "length").text for cut in range(first, len(text)))
@@ -3752,25 +3546,22 @@ def test_calls_that_are_cut_behind_the_first_leave_no_markup(name: str) -> None:
 OPENED = '<tool_call>{"name": "f", "arguments": {"a": '
 
 
-@cases(
-    "name, begin, again",
-    {
-        "marks": ("hermes", "", "<tool_call>"), "marks in a thought": ("hermes", "<think>", "<tool_call>"),
-        "calls in a thought, and prose": ("hermes", "<think>", f"{CALLED} and\n"),
-        "calls in a thought": ("hermes", "<think>", f"{CALLED}\n"), "calls": ("bare", "", '{"name": "f", "parameters": {}}; '),
-        "half a header": ("hermes", "", '<tool_call>\n{"name": "f", "x": "'),
-        "strings before names": ("hermes", "", '<tool_call>{"arguments": \''),
-        "arguments first": ("hermes", "", '<tool_call>{"arguments": {"a": "'),
-        "blanks": ("hermes", "", "<tool_call>" + " " * 900), "a long word": ("hermes", OPENED, "x"),
-        "a long number": ("hermes", OPENED, "1"), "brackets": ("hermes", OPENED, "["), "half lists": ("hermes", OPENED, "[1, "),
-        "a long list": ("hermes", OPENED + "[", "1, "), "apostrophes": ("hermes", OPENED + "'", "'x"),
-        "half escapes": ("hermes", OPENED + '"', "\\u00"), "many arguments": ("tags", "<tool_call>\n<function=f>\n",
-                                                                            "<parameter=a>\nx\n</parameter>\n"),
-        "half ends": ("tags", "<tool_call>\n<function=f>\n<parameter=b>\n", "</paramete"),
-        "ends of calls": ("tags", "<tool_call>\n<function=f>\n<parameter=a>\n", "\n</function>\n"),
-        "half quotes": ("own quotes", '<|call>call:f{a:<|"|>', '<|"'), "dropped markup": ("gpt-oss", "", "<|start|>assistant"),
-    },
-)  # fmt: skip
+@cases("name, begin, again", {
+    "marks": ("hermes", "", "<tool_call>"), "marks in a thought": ("hermes", "<think>", "<tool_call>"),
+    "calls in a thought, and prose": ("hermes", "<think>", f"{CALLED} and\n"),
+    "calls in a thought": ("hermes", "<think>", f"{CALLED}\n"), "calls": ("bare", "", '{"name": "f", "parameters": {}}; '),
+    "half a header": ("hermes", "", '<tool_call>\n{"name": "f", "x": "'),
+    "strings before names": ("hermes", "", '<tool_call>{"arguments": \''),
+    "arguments first": ("hermes", "", '<tool_call>{"arguments": {"a": "'),
+    "blanks": ("hermes", "", "<tool_call>" + " " * 900), "a long word": ("hermes", OPENED, "x"),
+    "a long number": ("hermes", OPENED, "1"), "brackets": ("hermes", OPENED, "["), "half lists": ("hermes", OPENED, "[1, "),
+    "a long list": ("hermes", OPENED + "[", "1, "), "apostrophes": ("hermes", OPENED + "'", "'x"),
+    "half escapes": ("hermes", OPENED + '"', "\\u00"), "many arguments": ("tags", "<tool_call>\n<function=f>\n",
+                                                                        "<parameter=a>\nx\n</parameter>\n"),
+    "half ends": ("tags", "<tool_call>\n<function=f>\n<parameter=b>\n", "</paramete"),
+    "ends of calls": ("tags", "<tool_call>\n<function=f>\n<parameter=a>\n", "\n</function>\n"),
+    "half quotes": ("own quotes", '<|call>call:f{a:<|"|>', '<|"'), "dropped markup": ("gpt-oss", "", "<|start|>assistant"),
+})  # fmt: skip
 def test_reading_an_answer_costs_linear_time(name: str, begin: str, again: str) -> None:
     format, text = format_of(name), begin + again * (30_000 // len(again))
     answered(format, [text[:1000]])  # what is made once
@@ -3891,18 +3682,14 @@ def check_talk(source: str, talk: str) -> None:
 
 
 @pytest.mark.parametrize("talk", TALKS)
-@pytest.mark.parametrize("source", [STRICT, FAMILIES["hermes"]], ids=["strict", "lenient"])
-def test_conversation_is_folded_append_only(source: str, talk: str) -> None:
-    check_talk(source, talk)
-
-
-@pytest.mark.skipif(not templates(), reason="SHIMMY_TEMPLATES names no folder of llama.cpp's templates")
-@pytest.mark.parametrize("talk", TALKS)
-@pytest.mark.parametrize("path", templates(), ids=lambda path: path.stem)
-def test_conversation_renders_in_llama_cpps_templates(path: Path, talk: str) -> None:
-    if any(path.name.startswith(name) and talk in talks for name, talks in MOVED.items()):
+@pytest.mark.parametrize(
+    "source", [STRICT, FAMILIES["hermes"], *(path.read_text() for path in templates())],
+    ids=["strict", "lenient", *(path.stem for path in templates())],
+)  # fmt: skip
+def test_conversation_is_folded_append_only(source: str, talk: str, request: pytest.FixtureRequest) -> None:
+    if any(f"[{name}" in request.node.name and talk in talks for name, talks in MOVED.items()):
         pytest.xfail("the template itself moves or changes earlier turns")
-    check_talk(path.read_text(), talk)
+    check_talk(source, talk)
 
 
 @pytest.mark.parametrize(
@@ -3919,25 +3706,9 @@ def test_special_tokens_in_a_users_text_stay_text(specials: tuple[str, ...]) -> 
     assert not any(name in segment for segment in prompt for name in specials)
 
 
-def test_last_assistant_message_is_continued() -> None:
-    request = asked(("user", "A poem"), ("assistant", "Roses are <|end|>"))
-    prompt = chat(FAMILIES["hermes"], "<|end|>").prompt(request)
-    assert "".join(prompt) == "<|user|>A poem<|end|><|assistant|>Roses are <|end|>"
-    assert prompt[-1] == "|end|>"  # its special token is text
-
-
-def test_last_assistant_message_is_not_continued_when_the_request_says_so() -> None:
-    prompt = chat(FAMILIES["hermes"]).prompt(asked(("user", "Hi"), ("assistant", "Hello"), continue_final_message=False))
-    assert "".join(prompt) == "<|user|>Hi<|end|><|assistant|>Hello<|end|><|assistant|>"
-
-
-def test_continued_answer_stands_behind_a_thought_that_the_prompt_opens() -> None:
-    source = FAMILIES["hermes"].replace("<|assistant|>", "<|assistant|><think>\n")
-    prompt = chat(source).prompt(asked(("user", "Hi"), ("assistant", "Hello")))
-    assert "".join(prompt).endswith("<|assistant|><think>\n\n\n</think>\n\nHello")
-
-
 BEGUN = {  # templates, and what stands behind the user's turn where an answer has begun with "Hello"
+    "behind a thought that the prompt opens": (
+        FAMILIES["hermes"].replace("<|assistant|>", "<|assistant|><think>\n"), "<|assistant|><think>\n\n\n</think>\n\nHello"),
     "markup before the content": (
         FRAME.replace("{{ m.content }}", "{% if m.role == 'assistant' %}<|final|>{% endif %}{{ m.content }}"),
         "<|assistant|><|final|>Hello"),
@@ -3950,11 +3721,18 @@ BEGUN = {  # templates, and what stands behind the user's turn where an answer h
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", BEGUN)
-def test_continued_answer_stands_where_the_template_writes_content(name: str) -> None:
-    source, wanted = BEGUN[name]
+@cases("source, wanted", BEGUN)
+def test_continued_answer_stands_where_the_template_writes_content(source: str, wanted: str) -> None:
     prompt = chat(source.replace("%s", "")).prompt(asked(("user", "Hi"), ("assistant", "Hello")))
     assert "".join(prompt) == f"<|user|>Hi<|end|>{wanted}"
+
+
+def test_last_assistant_message_is_continued_unless_the_request_says_no() -> None:
+    prompt = chat(FAMILIES["hermes"], "<|end|>").prompt(asked(("user", "A poem"), ("assistant", "Roses are <|end|>")))
+    assert "".join(prompt) == "<|user|>A poem<|end|><|assistant|>Roses are <|end|>"
+    assert prompt[-1] == "|end|>"  # its special token is text
+    prompt = chat(FAMILIES["hermes"]).prompt(asked(("user", "Hi"), ("assistant", "Hello"), continue_final_message=False))
+    assert "".join(prompt) == "<|user|>Hi<|end|><|assistant|>Hello<|end|><|assistant|>"
 
 
 @pytest.mark.parametrize("opened", ["", "<think>\n"], ids=["by the answer", "by the prompt"])
@@ -3980,7 +3758,7 @@ def replace_field(request: Any, constraint: Any) -> Any:
     return replace(request, sampling=replace(request.sampling, constraint=constraint))
 
 
-def test_continued_document_fits_its_schema_as_a_whole() -> None:
+def test_continued_document_fits_its_schema_as_a_whole_or_is_refused_by_name() -> None:
     talk = chat(FAMILIES["hermes"])
     request = replace_field(asked(("user", "Hi"), ("assistant", '{"a": "t')), schema_of("response_format"))
     grammar = talk.constraint(request, talk.prompt(request)[-1:]).grammar
@@ -3989,9 +3767,6 @@ def test_continued_document_fits_its_schema_as_a_whole() -> None:
     assert state.forced(9) == b'wo"}'
     end = state.read(b'wo"}')
     assert end and end.ends and state.read(b'{"a') is None
-
-
-def test_continued_document_that_cannot_fit_its_schema_is_refused_by_name() -> None:
     talk = chat(FAMILIES["hermes"])
     request = replace_field(asked(("user", "Hi"), ("assistant", "Sure: ")), schema_of("response_format"))
     with pytest.raises(InvalidRequest, match="response_format"):
@@ -4024,22 +3799,13 @@ def test_results_have_the_ids_that_their_calls_have_in_the_prompt() -> None:
     assert prompt.endswith("functions.add_to_list:1=add_to_list;functions.get_weather:0=get_weather;")
 
 
-def test_empty_turn_of_the_assistants_does_not_end_a_conversation() -> None:
-    refuses = "{% for m in messages %}{% if not m.content %}{{ raise_exception('empty') }}{% endif %}{% endfor %}"
-    prompt = chat(refuses + FRAME.replace("%s", "")).prompt(asked(("user", "Hi"), ("assistant", ""), ("user", "Hello?")))
-    assert "".join(prompt) == "<|user|>Hi\n\nHello?<|end|><|assistant|>"
-
-
-@cases(
-    "parameters, word",
-    {
-        "options that are none": ({"properties": {"a": {"anyOf": 5}}}, "anyOf"),
-        "a type that is none": ({"properties": {"a": {"type": 5}}}, "type"),
-        "a list of properties": ({"properties": ["a"]}, "properties"),
-        "a property that is none": ({"properties": {"a": "string"}}, "properties"),
-        "values that are no list": ({"properties": {"a": {"enum": "x"}}}, "enum"),
-    },
-)
+@cases("parameters, word", {
+    "options that are none": ({"properties": {"a": {"anyOf": 5}}}, "anyOf"),
+    "a type that is none": ({"properties": {"a": {"type": 5}}}, "type"),
+    "a list of properties": ({"properties": ["a"]}, "properties"),
+    "a property that is none": ({"properties": {"a": "string"}}, "properties"),
+    "values that are no list": ({"properties": {"a": {"enum": "x"}}}, "enum"),
+})  # fmt: skip
 def test_malformed_schema_of_a_tool_is_refused_by_name(parameters: Any, word: str, server: Server) -> None:
     tool = {"type": "function", "function": {"name": "f", "parameters": parameters}}
     assert_error(server.chat("hi", tools=[tool]), 400, "invalid_request", "tools[0].function.parameters", word)
@@ -4051,10 +3817,19 @@ def test_function_without_parameters_has_empty_ones() -> None:
     check_in_pieces(module.ChatFormat(), '<tool_call>{"name": "get"}</tool_call>', Answered("", (("get", "{}"),)))
 
 
-def test_billing_header_of_claude_code_is_dropped() -> None:
-    system = "x-anthropic-billing-header: cc_version=2.1; cch=5f3a1;\nYou are Claude Code."
-    prompt = chat(FAMILIES["hermes"]).prompt(asked(("system", system), ("user", "Hi")))
-    assert "".join(prompt) == "<|system|>You are Claude Code.<|end|><|user|>Hi<|end|><|assistant|>"
+REFUSES_EMPTY = "{% for m in messages %}{% if not m.content %}{{ raise_exception('empty') }}{% endif %}{% endfor %}"
+BILLED = "x-anthropic-billing-header: cc_version=2.1; cch=5f3a1;\nYou are Claude Code."
+
+
+@cases("source, messages, wanted", {
+    "an empty turn of the assistant's": (
+        REFUSES_EMPTY + FRAME.replace("%s", ""), [("user", "Hi"), ("assistant", ""), ("user", "Hello?")],
+        "<|user|>Hi\n\nHello?<|end|><|assistant|>"),
+    "Claude Code's billing header": (FAMILIES["hermes"], [("system", BILLED), ("user", "Hi")],
+                                     "<|system|>You are Claude Code.<|end|><|user|>Hi<|end|><|assistant|>"),
+})  # fmt: skip
+def test_conversation_leaves_out(source: str, messages: list[tuple[str, str]], wanted: str) -> None:
+    assert "".join(chat(source).prompt(asked(*messages))) == wanted
 
 
 FORCED = [
@@ -4085,8 +3860,8 @@ def box() -> Iterator[Any]:
 )  # fmt: skip
 @more_under_soak
 def test_forced_calls_hold(box: Any, name: str, choice: str) -> None:
-    """All of them at temperature 1, on a model that knows nothing of the form: 100 in one form, and under make soak in each."""
-    count = 100 if SOAK or (name, choice) == ("hermes", "required") else 30
+    """All of them at temperature 1, on a model that knows nothing of the form: 100 in each form under make soak."""
+    count = 100 if SOAK else 40 if (name, choice) == ("hermes", "required") else 10
     talk = chat(FAMILIES[name])
     request = asked(("user", "Is it warm in Paris?"), tools=tuple(FORCED), tool_choice=choice, parallel_tool_calls=False)
     prompt = talk.prompt(request)
@@ -4103,30 +3878,24 @@ def test_forced_calls_hold(box: Any, name: str, choice: str) -> None:
     assert len(answers) == count
 
 
-def test_one_call_at_most_is_held_behind_its_marker() -> None:
-    request = asked(("user", "Hi"), tools=tuple(FORCED), parallel_tool_calls=False)
-    constraint = chat(FAMILIES["hermes"]).constraint(request, ("",))
-    assert (constraint.after, constraint.param) == ("<tool_call>", "parallel_tool_calls")
-
-
-def test_forced_call_begins_behind_the_thought() -> None:
-    talk = chat(FAMILIES["hermes"].replace("<|assistant|>", "<|assistant|><think>\n"))
+def test_only_as_much_of_an_answer_is_constrained_as_the_choice_of_tools_says() -> None:
+    """One call at most begins at its marker, a forced one behind the thought; a free choice is none of a grammar's business."""
+    single = chat(FAMILIES["hermes"]).constraint(asked(("user", "Hi"), tools=tuple(FORCED), parallel_tool_calls=False), ("",))
+    assert (single.after, single.param) == ("<tool_call>", "parallel_tool_calls")
+    thoughtful = chat(FAMILIES["hermes"].replace("<|assistant|>", "<|assistant|><think>\n"))
     request = asked(("user", "Hi"), tools=tuple(FORCED), tool_choice="required")
-    assert talk.constraint(request, talk.prompt(request)[-1:]).after == "</think>"
-
-
-@pytest.mark.parametrize("choice", ["auto", "none"])
-def test_free_choice_is_not_constrained(choice: str) -> None:
-    assert chat(FAMILIES["hermes"]).constraint(asked(("user", "Hi"), tools=tuple(FORCED), tool_choice=choice), ("",)) is None
+    assert thoughtful.constraint(request, thoughtful.prompt(request)[-1:]).after == "</think>"
+    for choice in ("auto", "none"):
+        free = asked(("user", "Hi"), tools=tuple(FORCED), tool_choice=choice)
+        assert chat(FAMILIES["hermes"]).constraint(free, ("",)) is None
 
 
 def test_special_tokens_are_found_in_time_linear_in_the_text() -> None:
     """Gemma 3 names 6,000 tokens `<unused…>`: an alternation of them all took 5 s for this text."""
     names = module.SpecialNames([f"<unused{i}>" for i in range(6000)] + ["<bos>", "[INST]"])
-    began = time.monotonic()
-    assert not list(names.spans("<unused" * 32_000))
-    assert names.split("a<unused77>b<bos>", "|") == "a<|unused77>b<|bos>"
-    assert time.monotonic() - began < 2
+    with quickly(2.0):
+        assert not list(names.spans("<unused" * 32_000))
+        assert names.split("a<unused77>b<bos>", "|") == "a<|unused77>b<|bos>"
 
 
 def test_helpers_are_kept_for_the_next_burst() -> None:
@@ -4166,23 +3935,19 @@ def test_no_thread_to_be_had_is_the_machines_fault(monkeypatch: pytest.MonkeyPat
 
 
 @linux
-def test_helper_that_runs_away_ends_although_its_server_was_killed(serve: Callable[..., Server], tmp_path: Path) -> None:
-    (tmp_path / "models").mkdir()
+def test_helper_that_runs_away_ends_although_its_server_was_killed(serve: Serve, tmp_path: Path) -> None:
     write_recital(tmp_path / "models" / "endless.gguf", template=HOSTILE_TEMPLATES["nested loops"])
-    own = serve("--models-dir", tmp_path / "models")
+    own = serve("--models-dir", tmp_path / "models", script=altered(tmp_path, *LITTLE_WORK))
     own.load("endless")
-    body = encoded({"model": "endless", "messages": [{"role": "user", "content": "hi"}]}) or b""
-    asking = socket.create_connection((own.host, own.port))
-    asking.sendall(raw_post("/v1/chat/completions", body))
+    with requested(own, Errand("/v1/chat/completions", "endless", {"messages": user("hi")}, {})):
 
-    def helpers() -> list[int]:
-        return [p for p in descendants(own.process.pid) if b"helper_main" in Path(f"/proc/{p}/cmdline").read_bytes()]
+        def helpers() -> list[int]:
+            return [p for p in descendants(own.process.pid) if b"helper_main" in Path(f"/proc/{p}/cmdline").read_bytes()]
 
-    (helper,) = eventually(helpers, "a helper")
-    own.process.kill()
-    own.process.wait(HANG)
-    eventually(lambda: not alive(helper), "the helper ends")
-    asking.close()
+        (helper,) = eventually(helpers, "a helper")
+        own.process.kill()
+        own.process.wait(HANG)
+        eventually(lambda: not alive(helper), "the helper ends")
 
 
 # Hostile templates.
@@ -4228,8 +3993,8 @@ def rendered(source: str, helpers: module.Helpers) -> str:
 def test_runaway_or_escaping_template_ends_with_a_reason(
     name: str, helpers: module.Helpers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "HELPER_SECONDS", 0.5)  # ours, of the clock; the process's own bound is 1.5 s of work
-    monkeypatch.setattr(module, "HELPER_PATIENCE", 20)  # tests beside it use the processors too
+    monkeypatch.setattr(module, "HELPER_SECONDS", 0.2)  # ours, of the clock; the process's own bound is 1.5 s of work
+    monkeypatch.setattr(module, "HELPER_PATIENCE", 50)  # tests beside it use the processors too
     with quickly(12.0):
         try:
             text = rendered(MORE_TEMPLATES[name], helpers)
@@ -4271,25 +4036,21 @@ def test_message_of_a_child_arrives_as_it_was(message: Any) -> None:
     assert message_of(from_a_child(message)) == message
 
 
-@cases(
-    "data",
-    {"a pickle that calls": b"cshimmy\nload_tools\n(S'/tmp/x'\ntR.",
-     "a pickle that sets attributes": b"cshimmy\nAccess\n(N}S'check'\ncshimmy\nAccepted\nstb.",
-     "another type": b'{"type": 99, "fields": []}', "a type by name": b'{"type": "Access", "fields": []}',
-     "a negative type": b'{"type": -99, "fields": []}', "too few fields": b'{"type": 0, "fields": []}',
-     "too many": b'{"type": 0, "fields": [1, 2, 3]}', "a field of another kind": b'{"type": 4, "fields": ["1", 2]}',
-     "no fields": b'{"type": 0}', "no bytes": b'{"bytes": 5}', "deep": b"[" * 100_000, "no JSON": b"\xff\xfe", "nothing": b""},
-)  # fmt: skip
+@cases("data", {
+    "a pickle that calls": b"cshimmy\nload_tools\n(S'/tmp/x'\ntR.",
+    "a pickle that sets attributes": b"cshimmy\nAccess\n(N}S'check'\ncshimmy\nAccepted\nstb.",
+    "another type": b'{"type": 99, "fields": []}', "a type by name": b'{"type": "Access", "fields": []}',
+    "a negative type": b'{"type": -99, "fields": []}', "too few fields": b'{"type": 0, "fields": []}',
+    "too many": b'{"type": 0, "fields": [1, 2, 3]}', "a field of another kind": b'{"type": 4, "fields": ["1", 2]}',
+    "no fields": b'{"type": 0}', "no bytes": b'{"bytes": 5}', "deep": b"[" * 100_000, "no JSON": b"\xff\xfe", "nothing": b"",
+})  # fmt: skip
 def test_what_is_no_message_is_an_error_and_changes_nothing(data: bytes) -> None:
     before = dict(vars(module.Access))
     with pytest.raises((ValueError, LookupError, TypeError, RecursionError)):
         message_of(data)
     assert dict(vars(module.Access)) == before
-
-
-def test_length_of_a_message_is_not_believed() -> None:
-    with pytest.raises(ValueError, match="4294967295 bytes"):
-        module.Pipe(io.BytesIO(b"\xff\xff\xff\xff" + b"x" * 9), io.BytesIO()).receive()
+    with pytest.raises(ValueError, match="4294967295 bytes"):  # a length is not believed
+        module.Pipe(io.BytesIO(b"\xff\xff\xff\xff" + data), io.BytesIO()).receive()
 
 
 def test_fuzzed_messages_of_a_child_are_messages_or_errors() -> None:
@@ -4310,9 +4071,7 @@ def test_fuzzed_messages_of_a_child_are_messages_or_errors() -> None:
     assert sorted(vars(module)) == before
 
 
-def test_engine_that_writes_what_is_no_message_ends_and_nothing_else(
-    serve: Callable[..., Server], models: Path, tmp_path: Path
-) -> None:
+def test_engine_that_writes_what_is_no_message_ends_and_nothing_else(serve: Serve, models: Path, tmp_path: Path) -> None:
     hostile = ("        data = json.dumps(message, default=json_form,",
                "        if isinstance(message, Stepped) and not os.path.exists('once'):\n"
                "                open('once', 'w').close()\n"
@@ -4325,8 +4084,6 @@ def test_engine_that_writes_what_is_no_message_ends_and_nothing_else(
 
 
 # ── Strings and numbers ───────────────────────────────────────────────────────────────────────────────────────────────
-
-# Strings and numbers.
 
 
 def each(**values: list[Any]) -> pytest.MarkDecorator:
@@ -4401,17 +4158,10 @@ def pattern(*texts: str, **more: object) -> Strings:
     return Strings(patterns=texts, **more)  # type: ignore[arg-type]
 
 
-@each(text=['""', '"abc"', '"\\n\\u00e9\\/"', '"é\U0001f600"', '"\\ud83d\\ude00"', '"\\uD83D\\uDE00x"', '"\x7f"'])
-def test_string_without_conditions_reads(text):
-    assert reads(Strings(), text)
-
-
-@each(text=[
+NO_JSON: list[str | bytes] = [
     b'"\\ud83d"', b'"\\ude00"', b'"\\ud83d\\u0041"', b'"\\ud83dx"', b'"a\nb"', b'"\\x41"', b'"\xc0\x80"', b'"\xed\xa0\x80"',
     b'"\xf4\x90\x80\x80"', b'"\xe0\x80\x80"', b'"\\u12g4"', b'"abc'
-])  # fmt: skip
-def test_string_that_is_no_json_is_not_read(text):
-    assert not reads(Strings(), text)
+]  # fmt: skip
 
 
 def test_string_without_conditions_is_one_state():
@@ -4421,9 +4171,7 @@ def test_string_without_conditions_is_one_state():
 
 @each(text=['"\U0001f600\U0001f600"', '"\\ud83d\\ude00a"', '"ab"'])
 def test_length_counts_code_points(text):
-    assert (
-        reads(Strings(low=2, high=2), text) and not reads(Strings(high=1), text) and not reads(Strings(low=3), text)
-    )
+    assert [reads(shape, text) for shape in (Strings(low=2, high=2), Strings(high=1), Strings(low=3))] == [True, False, False]
 
 
 YES_AND_NO = [
@@ -4464,9 +4212,8 @@ YES_AND_NO = [
 ]
 
 
-@each(text=[one for one, _, _ in YES_AND_NO])
-def test_pattern_takes_what_it_matches(text):
-    yes, no = next((yes, no) for one, yes, no in YES_AND_NO if one == text)
+@pytest.mark.parametrize("text, yes, no", YES_AND_NO)
+def test_pattern_takes_what_it_matches(text, yes, no):
     for example, wanted in [(one, True) for one in yes] + [(one, False) for one in no]:
         assert takes(pattern(text), example) is wanted and string_fits(pattern(text), example) is wanted
         assert string_fits(Strings(unlike=(text,)), example) is not wanted
@@ -4486,11 +4233,8 @@ def test_pattern_that_cannot_be_honoured_is_refused_by_name(text):
 )
 def test_pattern_forces_text(case):
     assert first_state(pattern(*case[0])).forced(100) == case[1]
-
-
-def test_last_text_left_is_forced():
-    shape = pattern("^(red|green|blue)$", excluded=frozenset(["red", "green"]))
-    assert first_state(shape).forced(100) == b'"blue"'
+    last_left = pattern("^(red|green|blue)$", excluded=frozenset(["red", "green"]))
+    assert first_state(last_left).forced(100) == b'"blue"'
 
 
 @each(shape=[
@@ -4569,41 +4313,35 @@ def test_format_is_what_jsonschema_accepts(name):
     assert any(texts)
 
 
-@each(case=[
-    ("date", "2024-02-29"), ("date-time", "1985-04-12T23:20:50.52Z"), ("date-time", "1937-01-01t12:00:27.87+00:20"),
-    ("time", "08:30:06Z"), ("duration", "P4Y1M2DT3H4M5S"), ("duration", "P2W"), ("duration", "PT36H"),
-    ("email", "joe.o'neil+x@example.com"), ("email", '"joe bloggs"@[127.0.0.1]'), ("hostname", "a-b.example"),
-    ("ipv4", "87.10.0.1"), ("ipv6", "::ffff:192.168.0.1"), ("ipv6", "1:2::8"), ("ipv6", "::"),
-    ("uuid", "2EB8AA08-aa98-11ea-b4aa-73b441d16380"), ("uri", "http://foo.bar/?baz=qux#quux"),
-    ("uri", "urn:oasis:names:x:1.0"), ("uri", "http://[::1]:80/%C3"), ("uri", "mailto:a@b.c"), ("uri-reference", "/abc?q#f"),
-    ("uri-reference", "//a/b"), ("uri-reference", ""), ("iri", "http://ƒøø.ßår/?∂éœ"), ("json-pointer", "/foo/~0~1/"),
-    ("relative-json-pointer", "1/foo"), ("relative-json-pointer", "0#"), ("regex", "^([a-z]+)\\d{3}$"), ("unheard-of", "x")
-])  # fmt: skip
-def test_format_takes(case):
-    assert takes(Strings(formats=case[:1]), case[1])
+LONGEST_NAME = ".".join(["a" * 62] * 4) + "a"  # 253 characters
+OF_FORMATS: dict[str, tuple[list[str], list[str]]] = {  # what is of a format, and what is not
+    "date": (["2024-02-29"], ["2023-02-29", "1900-02-29", "2020-04-31", "0000-01-01"]),
+    "date-time": (["1985-04-12T23:20:50.52Z", "1937-01-01t12:00:27.87+00:20"], ["2020-01-01 00:00:00Z"]),
+    "time": (["08:30:06Z"], ["24:00:00Z", "12:00:00"]), "duration": (["P4Y1M2DT3H4M5S", "P2W", "PT36H"], ["P", "P1YT"]),
+    "email": (["joe.o'neil+x@example.com", '"joe bloggs"@[127.0.0.1]'], ["a.b.c", ".a@b.c"]),
+    "hostname": (["a-b.example", "a-b", "a--b", "abc--d", "a-b-c.de", "abcd", "ab-d", "x" * 63, "a1-b", LONGEST_NAME],
+                 ["-a.b", "a_b", "a" * 64, LONGEST_NAME + ".a", "xn--X", "a.xn--07jt112bpxg", "XN--aa---o47jg78q", "ab--c"]),
+    "ipv4": (["87.10.0.1"], ["256.1.1.1", "01.1.1.1"]),
+    "ipv6": (["::ffff:192.168.0.1", "1:2::8", "::"], ["1::2::3", "1:2:3:4:5:6:7"]),
+    "uuid": (["2EB8AA08-aa98-11ea-b4aa-73b441d16380"], ["2eb8aa08aa9811eab4aa73b441d16380"]),
+    "uri": (["http://foo.bar/?baz=qux#quux", "urn:oasis:names:x:1.0", "http://[::1]:80/%C3", "mailto:a@b.c"],
+            ["/abc", "http://a b", "http://a/%zz"]),
+    "uri-reference": (["/abc?q#f", "//a/b", ""], ["\\a"]), "iri": (["http://ƒøø.ßår/?∂éœ"], []),
+    "json-pointer": (["/foo/~0~1/"], ["/~2"]), "relative-json-pointer": (["1/foo", "0#"], ["01/a"]),
+    "regex": (["^([a-z]+)\\d{3}$"], ["(a"]), "unheard-of": (["x"], []),
+}  # fmt: skip
 
 
-@each(case=[
-    ("date", "2023-02-29"), ("date", "1900-02-29"), ("date", "2020-04-31"), ("date", "0000-01-01"),
-    ("date-time", "2020-01-01 00:00:00Z"), ("time", "24:00:00Z"), ("time", "12:00:00"), ("duration", "P"),
-    ("duration", "P1YT"), ("email", "a.b.c"), ("email", ".a@b.c"), ("hostname", "-a.b"), ("hostname", "a_b"),
-    ("hostname", "a" * 64), ("ipv4", "256.1.1.1"), ("ipv4", "01.1.1.1"), ("ipv6", "1::2::3"), ("ipv6", "1:2:3:4:5:6:7"),
-    ("uuid", "2eb8aa08aa9811eab4aa73b441d16380"), ("uri", "/abc"), ("uri", "http://a b"), ("uri", "http://a/%zz"),
-    ("uri-reference", "\\a"), ("json-pointer", "/~2"), ("relative-json-pointer", "01/a"), ("regex", "(a")
-])  # fmt: skip
-def test_format_does_not_take(case):
-    assert not takes(Strings(formats=case[:1]), case[1])
+@pytest.mark.parametrize("name", OF_FORMATS)
+def test_format_takes_its_texts_alone(name):
+    shape, (yes, no) = Strings(formats=(name,)), OF_FORMATS[name]
+    assert [text for text in yes if not takes(shape, text)] == [text for text in no if takes(shape, text)] == []
 
 
 def test_format_that_cannot_be_honoured_is_refused_by_name():
     for shape in (Strings(formats=("uri-template",)), Strings(not_formats=("regex",)), Strings(not_formats=("hostname",))):
         with pytest.raises(InvalidRequest, match="format"):
             string_symbol(shape)
-
-
-def test_hostname_of_254_characters_is_none():
-    name = ".".join(["a" * 62] * 4) + "a"
-    assert takes(Strings(formats=("hostname",)), name) and not takes(Strings(formats=("hostname",)), name + ".a")
 
 
 HOSTILE_PATTERNS = [
@@ -4628,21 +4366,9 @@ HOSTILE_PATTERNS = [
 @each(number=list(range(len(HOSTILE_PATTERNS))))
 def test_hostile_pattern_is_served_or_refused(number):
     began = time.thread_time()
-    try:
+    with contextlib.suppress(InvalidRequest):
         random_text(pattern(HOSTILE_PATTERNS[number]), 1)
-    except InvalidRequest:
-        pass
     assert time.thread_time() - began < 20  # for ever, it would take
-
-
-@each(text=["0", "-0", "1.5", "1e5", "-1.5E-07", "123456", "0.001"])
-def test_number_without_conditions_reads(text):
-    assert reads(NumberShape(), text)
-
-
-@each(text=["01", "1.", "-", ".5", "1e", "+1", "--1", "0x1", "1" * 99, "1e400"])
-def test_number_that_is_none_or_too_long_is_not_read(text):
-    assert not reads(NumberShape(), text)
 
 
 def test_number_never_begins_what_bounds_forbid():
@@ -4652,25 +4378,23 @@ def test_number_never_begins_what_bounds_forbid():
     assert first_state(NumberShape(True, (100, False), None, (1000,))).read(b"0") is None
 
 
-EXPONENTS: list[tuple[NumberShape, list[str], list[str]]] = [
+READ: list[tuple[Strings | NumberShape, list[str], Seq[str | bytes]]] = [
+    (Strings(), ['""', '"abc"', '"\\n\\u00e9\\/"', '"é\U0001f600"', '"\\ud83d\\ude00"', '"\\uD83D\\uDE00x"', '"\x7f"'], NO_JSON),
+    (NumberShape(), ["0", "-0", "1.5", "1e5", "-1.5E-07", "123456", "0.001"],
+     ["01", "1.", "-", ".5", "1e", "+1", "--1", "0x1", "1" * 99, "1e400"]),
     (NumberShape(low=(0, False), high=(1, False)), ["1e-06", "1.0E-290", "0.5"], ["1e0", "1e1", "2e-1", "10e-3", "-1e-3"]),
     (NumberShape(low=(0, True)), ["1e100", "2.5e+20", "1e-100"], ["0e1", "1e400", "-1e1"]),
     (NumberShape(high=(-5, False)), ["-9e3"], ["-9e-1", "1e3"]),
     (NumberShape(high=(10, True)), ["9e-1", "1e-5"], ["9e1", "1e1"]),
     (NumberShape(True, (0, False)), ["100"], ["1e2"]),
     (NumberShape(), ["1e100", "12.5e-120", "0e1"], ["1e400", "1e0001"]),
-]
+    (NumberShape(high=(1, True)), ["0.999999"], ["0.99999999999999999", "1"]),  # as near to it as doubles are
+]  # fmt: skip
 
 
-@each(case=EXPONENTS)
-def test_number_has_an_exponent_that_keeps_its_bounds(case):
-    shape, yes, no = case
+@pytest.mark.parametrize("shape, yes, no", READ)
+def test_strings_and_numbers_are_read_and_exponents_keep_their_bounds(shape, yes, no):
     assert [text for text in yes if not reads(shape, text)] == [text for text in no if reads(shape, text)] == []
-
-
-def test_number_as_near_to_its_excluded_bound_as_doubles_are_is_not_read():
-    shape = NumberShape(high=(1, True))
-    assert reads(shape, "0.999999") and not reads(shape, "0.99999999999999999") and not reads(shape, "1")
 
 
 @each(shape=[
@@ -4716,17 +4440,14 @@ def test_number_of_any_shape_is_as_arithmetic_says(shape, value, seed):
     assert written is not None and number_fits(shape, json.loads(written))
 
 
-def test_excluded_texts_are_many_and_long():
-    names = frozenset(["a" * n for n in range(1000)] + [f"name{n}" for n in range(1000)])
-    shape = Strings(excluded=names)
-    assert takes(shape, "a" * 1000) and takes(shape, "name1000") and not takes(shape, "aaa") and not takes(shape, "name12")
-
-
-def test_states_are_few():
+def test_states_are_few_and_excluded_texts_many_and_long():
     text = Automaton(string_symbol(pattern("^[a-z]{3}-[0-9]+$")))  # type: ignore[arg-type]
     for word in ("abc-1", "xyz-22", "qqq-9999999"):
         assert text.start.read(f'"{word}"'.encode()) is not None
     assert len(text._states) < 12
+    names = frozenset(["a" * n for n in range(1000)] + [f"name{n}" for n in range(1000)])
+    shape = Strings(excluded=names)
+    assert takes(shape, "a" * 1000) and takes(shape, "name1000") and not takes(shape, "aaa") and not takes(shape, "name12")
 
 
 SEARCHED = Strings(patterns=("a.{5}b", "c.{4}d"), unlike=("aa", "bd"), high=40)  # a way to its end must be searched
@@ -4734,77 +4455,64 @@ SEARCHED = Strings(patterns=("a.{5}b", "c.{4}d"), unlike=("aa", "bd"), high=40) 
 
 def test_pattern_is_searched_for_every_text_as_for_the_first():
     pick = random.Random(1)
-    for _ in range(150):  # a machine once had 20,000 steps of search for all its life
+    for _ in range(100):  # a machine once had 20,000 steps of search for all its life
         here = first_state(SEARCHED)
         while here.bits:
             here = here.step(pick.choice([byte for byte in b'abcd"' if here.bits >> byte & 1] or [here.bits.bit_length() - 1]))
-    texts = ("".join(pick.choices("abcdx", k=pick.randint(20, 40))) for _ in range(2000))
+    texts = ("".join(pick.choices("abcdx", k=pick.randint(20, 40))) for _ in range(1000))
     assert all(takes(SEARCHED, text) for text in texts if string_fits(SEARCHED, text))
 
 
-@pytest.fixture
-def short_turn() -> Iterator[None]:
+@contextlib.contextmanager
+def short_turns() -> Iterator[None]:
     """The thread's turn is over at once."""
     TURN.begin(0.0)
-    yield
-    TURN.begin(math.inf)
+    try:
+        yield
+    finally:
+        TURN.begin(math.inf)
 
 
 def asked_again(here: State, data: bytes) -> tuple[State, int]:
-    """The state behind some bytes, and how many turns that took."""
+    """The state behind some bytes, and how many short turns that took."""
     turns = 1
-    while True:
-        try:
-            found = here.read(data)
-            assert found is not None
-            return found, turns
-        except NotYet:
-            turns += 1
-            TURN.begin(0.0)
+    with short_turns():
+        while True:
+            try:
+                found = here.read(data)
+                assert found is not None
+                return found, turns
+            except NotYet:
+                turns += 1
+                TURN.begin(0.0)
 
 
-def test_search_in_a_string_goes_on_in_the_next_turn(short_turn):
+def test_search_goes_on_in_the_next_turn():
     shape = Strings(patterns=("x.{3}b", "c.{2}d"), unlike=("aa", "bd"), high=30)
-    TURN.begin(math.inf)
-    start = Automaton(string_symbol(shape)).start
-    TURN.begin(0.0)
-    here, turns = asked_again(start, b'"xc')
+    here, turns = asked_again(Automaton(string_symbol(shape)).start, b'"xc')
     assert turns > 2 and here.bits
-
-
-def test_elements_that_must_differ_are_looked_at_within_turns(short_turn):
-    schema = {"type": "array", "uniqueItems": True, "items": {"type": "array", "items": {"enum": list(range(20))}, "minItems": 2}}
-    TURN.begin(math.inf)
-    start = begin(schema)
-    TURN.begin(0.0)
-    here, turns = asked_again(start, b"[[1, 2], [1")
+    differing = {"type": "array", "items": {"enum": list(range(20))}, "minItems": 2}
+    here, turns = asked_again(begin({"type": "array", "uniqueItems": True, "items": differing}), b"[[1, 2], [1")
     assert turns > 1 and here.bits
-
-
-@each(name=["xn--X", "a.xn--07jt112bpxg", "XN--aa---o47jg78q", "ab--c"])
-def test_hostname_with_hyphens_in_the_third_and_fourth_place_is_left_out(name):
-    assert not takes(Strings(formats=("hostname",)), name)
-
-
-@each(name=["a-b", "a--b", "abc--d", "a-b-c.de", "abcd", "ab-d", "x" * 63, "a1-b"])
-def test_hostname_with_other_hyphens_is_read(name):
-    assert takes(Strings(formats=("hostname",)), name)
+    here, turns = asked_again(begin(wide_object(count=20_000)), b'{"p19999": null}')
+    assert turns > 60 and here.ends
 
 
 # ── Structured output ─────────────────────────────────────────────────────────────────────────────────────────────────
 # A JSON schema constrains what the model writes, or is rejected.
 
 
-def test_json_schema_constrains_the_answer(server: Server) -> None:
-    schema = {"type": "string", "enum": ["yes", "no"]}
-    reply = server.generate("Well", "dice", json_schema=schema, max_tokens=20)
-    assert json.loads(reply.text) in ("yes", "no")
-
-
-def test_json_schema_constrains_the_keys_of_an_object(server: Server) -> None:
-    schema = {"type": "object", "properties": {"ok": {"type": "boolean"}}, "required": ["ok"], "additionalProperties": False}
-    reply = server.generate("Well", "dice", json_schema=schema, max_tokens=100)
-    assert json.loads(reply.text) in ({"ok": True}, {"ok": False})
+@cases("schema, documents", {
+    "a choice": ({"type": "string", "enum": ["yes", "no"]}, ("yes", "no")),
+    "the keys of an object": ({"type": "object", "properties": {"ok": {"type": "boolean"}}, "required": ["ok"],
+                               "additionalProperties": False}, ({"ok": True}, {"ok": False})),
+    "one document": ({"const": [1]}, ([1],)),
+})  # fmt: skip
+@pytest.mark.parametrize("ignore_eos", [False, True])
+def test_json_schema_constrains_the_answer(schema: Any, documents: tuple[Any, ...], ignore_eos: bool, server: Server) -> None:
+    """It ends when the document is complete, whatever a request says of the end token."""
+    reply = server.generate("Well", "dice", json_schema=schema, max_tokens=100, ignore_eos=ignore_eos)
+    assert json.loads(reply.text) in documents and reply.finish_reason == "stop"
 
 
 SCHEMAS: dict[str, tuple[dict[str, Any], Callable[[Any], bool]]] = {
@@ -4837,17 +4545,11 @@ SCHEMAS: dict[str, tuple[dict[str, Any], Callable[[Any], bool]]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", list(SCHEMAS))
-def test_json_schema_constrains_a_random_model(kind: str, server: Server) -> None:
-    schema, fits = SCHEMAS[kind]
+@cases("schema, fits", SCHEMAS)
+def test_json_schema_constrains_a_random_model(schema: dict[str, Any], fits: Callable[[Any], bool], server: Server) -> None:
     for seed in range(2):
         reply = server.generate("any", "dice", json_schema=schema, max_tokens=200, temperature=1, seed=seed)
         assert fits(json.loads(reply.text)), reply.text
-
-
-def test_json_schema_with_ignore_eos_ends_when_the_document_is_complete(server: Server) -> None:
-    reply = server.generate("any", "dice", json_schema={"const": [1]}, ignore_eos=True, max_tokens=50)
-    assert json.loads(reply.text) == [1] and reply.finish_reason == "stop"
 
 
 def nested(levels: int) -> dict[str, Any]:
@@ -4857,11 +4559,8 @@ def nested(levels: int) -> dict[str, Any]:
 IMPOSSIBLE: dict[str, Any] = {
     "not an object": 5,
     "a list": [],
-    "an unknown type": {"type": "wrong"},
     "$ref to itself": {"$ref": "#"},
     "$refs in a ring": {"$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}, "$ref": "#/$defs/a"},
-    "$ref to nowhere": {"$ref": "#/$defs/nowhere"},
-    "an empty enum": {"enum": []},
     "endless recursion": {"$defs": {"n": {"type": "array", "items": {"$ref": "#/$defs/n"}, "minItems": 1}}, "$ref": "#/$defs/n"},
     "an invalid pattern": {"type": "string", "pattern": "["},
     "minimum above maximum": {"type": "integer", "minimum": 5, "maximum": 3},
@@ -4871,35 +4570,11 @@ IMPOSSIBLE: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("kind", list(IMPOSSIBLE))
-def test_json_schema_that_is_impossible_is_never_a_server_error(kind: str, server: Server) -> None:
-    reply = server.generate("Well", "dice", json_schema=IMPOSSIBLE[kind], max_tokens=20)
-    if reply.status != 200 or kind in ("not an object", "a list", "$ref to nowhere"):
+@cases("schema", IMPOSSIBLE)
+def test_json_schema_that_is_impossible_is_never_a_server_error(schema: Any, server: Server) -> None:
+    reply = server.generate("Well", "dice", json_schema=schema, max_tokens=20)
+    if reply.status != 200 or not isinstance(schema, dict):
         assert_error(reply, 400, "invalid_request", "json_schema")
-
-
-@cases(
-    "schema",
-    {
-        "a pattern that looks behind": {"type": "string", "pattern": "(?<=a)b"},
-        "not of anything": {"not": {}},
-        "an unknown type": {"type": "what"},
-        "$ref to nowhere": {"$ref": "#/nowhere"},
-        "$dynamicRef": {"type": "array", "items": {"$dynamicRef": "#x"}},
-        "an empty enum": {"enum": []},
-        "properties a number": {"properties": 5},
-        "required a number": {"required": 5},
-        "required a list of objects": {"type": "object", "required": [{}]},
-        "prefixItems a number": {"prefixItems": 5},
-        "anyOf an object": {"anyOf": {}},
-        "minimum a string": {"type": "integer", "minimum": "a"},
-        "properties a list in allOf": {"allOf": [{"properties": [1]}, {}]},
-        "required a number in allOf": {"allOf": [{"required": 3}, {}]},
-        "maxItems below 0": {"type": "array", "maxItems": -1},
-    },
-)
-def test_json_schema_that_is_malformed_or_unsupported_is_400_naming_the_field(schema: dict[str, Any], server: Server) -> None:
-    assert_error(server.generate("any", "dice", json_schema=schema), 400, "invalid_request", "json_schema")
 
 
 # Schemas, and what is true of each of their documents -----------------------------------------------
@@ -4973,9 +4648,8 @@ FITTING: dict[str, tuple[Any, Callable[[Any], bool]]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", list(FITTING))
-def test_json_schema_admits_only_its_documents(kind: str) -> None:
-    schema, fits = FITTING[kind]
+@cases("schema, fits", FITTING)
+def test_json_schema_admits_only_its_documents(schema: Any, fits: Callable[[Any], bool]) -> None:
     texts = list(filter(None, (walk(begin(schema), random.Random(seed)) for seed in range(20))))
     assert texts and all(fits(json.loads(text)) for text in texts), texts
 
@@ -5017,15 +4691,27 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "$ref into a schema that has an $id": ({"$defs": {"n": {"$id": "b", "not": {"$ref": "#/$defs/m"}}, "m": FLAG},
                                            "$ref": "#/$defs/n/not"}, "$id"),
     "required names nobody may give": ({"required": ["a"], "additionalProperties": False}, "no document"),
+    "not of anything": ({"not": {}}, ""),
+    "an unknown type": ({"type": "what"}, ""),
+    "$ref to nowhere": ({"$ref": "#/nowhere"}, ""),
+    "$dynamicRef": ({"type": "array", "items": {"$dynamicRef": "#x"}}, ""),
+    "an empty enum": ({"enum": []}, ""),
+    "properties a number": ({"properties": 5}, ""),
+    "required a number": ({"required": 5}, ""),
+    "required a list of objects": ({"type": "object", "required": [{}]}, ""),
+    "prefixItems a number": ({"prefixItems": 5}, ""),
+    "anyOf an object": ({"anyOf": {}}, ""),
+    "minimum a string": ({"type": "integer", "minimum": "a"}, ""),
+    "properties a list in allOf": (both({"properties": [1]}, {}), ""),
+    "required a number in allOf": (both({"required": 3}, {}), ""),
+    "maxItems below 0": ({"type": "array", "maxItems": -1}, ""),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", list(REFUSED))
-def test_json_schema_names_what_it_refuses(kind: str, server: Server) -> None:
-    schema, word = REFUSED[kind]
+@cases("schema, word", REFUSED)
+def test_json_schema_names_what_it_refuses(schema: Any, word: str, server: Server) -> None:
     reply = server.generate("any", "dice", json_schema=schema, max_tokens=5)
-    error = assert_error(reply, 400, "invalid_request", "json_schema", word)
-    assert len(error["message"]) < 300
+    assert len(assert_error(reply, 400, "invalid_request", "json_schema", word)["message"]) < 300
 
 
 # Bounded in time ---------------------------------------------------------------------------------------
@@ -5065,14 +4751,13 @@ HOSTILE: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("kind", list(HOSTILE))
-def test_json_schema_that_is_hostile_costs_little(kind: str, server: Server) -> None:
+@cases("schema", HOSTILE)
+def test_json_schema_that_is_hostile_costs_little(schema: Any, server: Server) -> None:
     """Either a 400, or a grammar with which the text goes on, deeper and deeper; and the model serves others afterwards."""
     server.generate("warm", "dice", max_tokens=1)
     bias = {str(byte_alphabet().index(char)): 30 for char in '{[:"a'}
-    began = time.monotonic()
-    reply = server.generate("any", "dice", json_schema=HOSTILE[kind], max_tokens=60, temperature=1, seed=1, logit_bias=bias)
-    assert time.monotonic() - began < 10
+    with quickly(10.0):
+        reply = server.generate("any", "dice", json_schema=schema, max_tokens=60, temperature=1, seed=1, logit_bias=bias)
     if reply.status != 200:
         assert_error(reply, 400, "invalid_request", "json_schema")
     assert server.generate("any", "dice", max_tokens=1).status == 200
@@ -5100,10 +4785,10 @@ USEFUL: dict[str, Any] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", list(USEFUL))
-def test_json_schema_of_a_common_form_is_taken(kind: str, server: Server) -> None:
-    reply = server.generate("any", "dice", json_schema=USEFUL[kind], max_tokens=100, temperature=1, seed=2)
-    assert reply.finish_reason == "length" or holds(USEFUL[kind], reply.text)
+@cases("schema", USEFUL)
+def test_json_schema_of_a_common_form_is_taken(schema: Any, server: Server) -> None:
+    reply = server.generate("any", "dice", json_schema=schema, max_tokens=100, temperature=1, seed=2)
+    assert reply.finish_reason == "length" or holds(schema, reply.text)
 
 
 # Tokens under a grammar.
@@ -5152,7 +4837,7 @@ GRAMMARS = {
 }
 
 
-@pytest.mark.parametrize("grammar", GRAMMARS.values(), ids=GRAMMARS)
+@cases("grammar", GRAMMARS)
 @cases("fields", {
     "the usual chain": {},
     "the likeliest": {"temperature": 0.0},
@@ -5208,7 +4893,7 @@ def test_picks_under_a_grammar_have_the_probabilities_that_all_allowed_tokens_gi
     assert sum((counts[t] - expected[t]) ** 2 / expected[t] for t in often) < 3 * len(often) + 10
 
 
-@pytest.mark.parametrize("grammar", GRAMMARS.values(), ids=GRAMMARS)
+@cases("grammar", GRAMMARS)
 def test_allowed_tokens_are_those_whose_bytes_may_follow(grammar: str, llama: Any) -> None:
     started = module.Grammar(llama, module.Constraint(module.Gbnf(grammar), "grammar"))
     for token in llama.vocab.tokens_inside(b'{"name": "'):
@@ -5217,23 +4902,17 @@ def test_allowed_tokens_are_those_whose_bytes_may_follow(grammar: str, llama: An
         started.follow(token)
 
 
-def test_allowed_tokens_within_a_character_are_found_at_once(llama: Any) -> None:
+def test_allowed_tokens_are_found_within_a_character_and_control_tokens_stand_for_no_text(llama: Any) -> None:
     started = module.Grammar(llama, module.Constraint(module.Json('{"type": "string", "minLength": 600}', "x"), "x"))
     assert started.is_quick, "a quote must come"
     for token in llama.vocab.tokens_inside('"é'.encode())[:2]:
         assert started.after(token)
         started.follow(token)
     assert started._state.bits.bit_count() == 64 and started.is_quick and len(started.allowed())
-
-
-def test_allowed_tokens_hold_the_end_only_where_the_text_may_end(llama: Any) -> None:
     started = module.Grammar(llama, module.Constraint(module.Gbnf('root ::= "a" "b"?'), "grammar"))
     assert not set(started.allowed()) & llama.vocab.eog
     started.follow(llama.vocab.tokens_inside(b"a")[0])
     assert llama.vocab.eog <= set(started.allowed())
-
-
-def test_control_tokens_stand_for_no_text_but_a_formats_own(llama: Any) -> None:
     control = next(t for t in llama.vocab.marker_pieces if t not in llama.vocab.eog)
     name = llama.vocab.marker_pieces[control]
     grammar = module.Gbnf(f"root ::= {json.dumps(name)}")
@@ -5251,16 +4930,13 @@ def test_tokens_of_forced_text_stand_for_just_its_bytes(text: str, model: str, m
     assert b"".join(map(vocab.piece, vocab.tokens_inside(text.encode()))) == text.encode()
 
 
-def test_machines_of_many_grammars_are_few_and_the_oldest_go(llama: Any) -> None:
+def test_machines_of_many_grammars_are_few_and_the_oldest_or_largest_go(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     machines = module.Machines(llama.vocab)
     first = machines.of(module.Gbnf('root ::= "0"'))
     for number in range(1, 60):
         machines.of(module.Gbnf(f'root ::= "{number}" [a-z]*'))
         assert machines.of(module.Gbnf('root ::= "0"')) is first
     assert len(machines._kept) == machines.MAX_KEPT
-
-
-def test_machines_with_many_states_make_room_for_each_other(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     machines = module.Machines(llama.vocab)
     monkeypatch.setattr(machines, "MAX_STATES", 100)
     for number in range(5):
@@ -5280,32 +4956,23 @@ def forced(reply: Any) -> int:
     return count
 
 
-def test_forced_text_is_written_without_the_model(boxed: Server) -> None:
+def test_forced_text_is_written_without_the_model_and_ends_with_its_document(boxed: Server) -> None:
     reply = boxed.chat("hi", TINY, grammar=FORCED_TEXTS)
     assert reply.message["content"] in {f"{SENTENCE} {end} in the evening of the day." for end in ("home", "again")}
     assert reply.json()["usage"]["completion_tokens"] - 4 <= forced(reply) < reply.json()["usage"]["completion_tokens"]
-
-
-def test_free_text_has_no_forced_tokens(boxed: Server) -> None:
     assert forced(boxed.chat("hi", TINY, max_tokens=8)) == 0
-
-
-def test_text_that_is_forced_to_its_end_ends_there(boxed: Server) -> None:
     reply = boxed.chat("hi", TINY, grammar=f'root ::= "{SENTENCE}"', ignore_eos=True)
     assert reply.message["content"] == SENTENCE and reply.json()["choices"][0]["finish_reason"] == "stop"
-
-
-def test_document_that_is_complete_ends_the_text_at_its_last_token(boxed: Server) -> None:
     whole = boxed.chat("hi", TINY, grammar=FORCED_TEXTS, temperature=0).json()["usage"]["completion_tokens"]
     choice = boxed.chat("hi", TINY, grammar=FORCED_TEXTS, temperature=0, max_tokens=whole).json()["choices"][0]
     assert choice["finish_reason"] == "stop" and choice["message"]["content"].endswith("day.")
 
 
-@pytest.mark.parametrize("most", range(1, 20))
-def test_max_tokens_within_forced_text_is_exact(most: int, boxed: Server) -> None:
-    reply = boxed.chat("hi", TINY, grammar=FORCED_TEXTS, max_tokens=most).json()
-    assert reply["usage"]["completion_tokens"] == most and reply["choices"][0]["finish_reason"] == "length"
-    assert SENTENCE.startswith(reply["choices"][0]["message"]["content"][: len(SENTENCE)])
+def test_max_tokens_within_forced_text_is_exact(boxed: Server) -> None:
+    for most in range(1, 20):
+        reply = boxed.chat("hi", TINY, grammar=FORCED_TEXTS, max_tokens=most).json()
+        assert reply["usage"]["completion_tokens"] == most and reply["choices"][0]["finish_reason"] == "length"
+        assert SENTENCE.startswith(reply["choices"][0]["message"]["content"][: len(SENTENCE)])
 
 
 @cases("stop", {"in the text that is forced at first": "fox ju", "at its very begin": "The", "in what is forced later": "evening",
@@ -5329,28 +4996,20 @@ def test_same_seed_gives_the_same_text_with_forced_parts(server: Server) -> None
     assert [choice["message"]["content"] for choice in both] == [first, other]
 
 
-def test_log_probabilities_cover_forced_text_too(boxed: Server) -> None:
+def test_forced_text_has_log_probabilities_and_is_streamed_alike(boxed: Server) -> None:
     reply = boxed.chat("hi", TINY, grammar=FORCED_TEXTS, logprobs=True, top_logprobs=2)
     said = reply.json()["choices"][0]["logprobs"]["content"]
     assert "".join(token["token"] for token in said) == reply.message["content"]
     assert len(said) == reply.json()["usage"]["completion_tokens"] and forced(reply) == 0
-
-
-def test_stream_of_forced_text_is_the_plain_answer(boxed: Server) -> None:
-    body = {"model": TINY, "messages": [{"role": "user", "content": "hi"}], "grammar": PLACES, "seed": 3, "max_tokens": 80}
-    stream = boxed.streamed("/v1/chat/completions", body)
+    body = chatting(model=TINY, grammar=PLACES, seed=3, max_tokens=80)
     plain = boxed.post("/v1/chat/completions", body)
-    assert "".join(e["choices"][0]["delta"].get("content") or "" for e in stream[:-1]) == plain.message["content"]
+    assert spoken_in(boxed.streamed("/v1/chat/completions", body)) == plain.message["content"]
 
 
-def test_client_that_leaves_ends_a_text_with_forced_parts(boxed: Server) -> None:
-    body = {"model": TINY, "messages": [{"role": "user", "content": "hi"}], "grammar": PLACES.replace(")+", "){100000}")}
-    with boxed.stream("/v1/chat/completions", body) as stream:
+def test_client_that_leaves_ends_a_text_with_forced_parts_in_which_nothing_banned_stands(boxed: Server) -> None:
+    with boxed.stream("/v1/chat/completions", chatting(model=TINY, grammar=PLACES.replace(")+", "){100000}"))) as stream:
         list(itertools.islice(stream, 5))
     eventually(lambda: boxed.status(TINY)["requests_running"] == 0, "the end of the text")
-
-
-def test_banned_tokens_are_not_forced(boxed: Server) -> None:
     tokens = boxed.post("/tokenize", {"content": " brown"}).json()["tokens"]
     reply = boxed.chat("hi", TINY, grammar=FORCED_TEXTS, logit_bias={str(token): -100 for token in tokens})
     assert SENTENCE.startswith(reply.message["content"]) or reply.message["content"].startswith(SENTENCE)
@@ -5363,12 +5022,14 @@ def test_forced_call_is_partly_written_without_the_model(choice: Any, boxed: Ser
     assert reply.message["tool_calls"] and forced(reply) >= 5
 
 
-def test_grammar_begins_with_forced_text_behind_a_thought(boxed: Server) -> None:
+def test_forced_text_is_kept_and_begins_behind_a_thought(boxed: Server) -> None:
     reply = boxed.chat("hi", TINY, response_format={"type": "json_object"}, thinking_budget_tokens=0, max_tokens=40)
     assert reply.status == 200
+    usages = [boxed.chat("a new prompt", TINY, grammar=FORCED_TEXTS, temperature=0).json()["usage"] for _ in range(2)]
+    assert usages[1]["prompt_tokens_details"]["cached_tokens"] == usages[1]["prompt_tokens"]
 
 
-def test_texts_with_forced_parts_beside_each_other_are_as_alone(serve: Callable[..., Server]) -> None:
+def test_texts_with_forced_parts_beside_each_other_are_as_alone(serve: Serve) -> None:
     many = serve("--models-dir", REPO / "models", "--model", TINY, "--parallel", "6")
     asks = [{"grammar": PLACES, "temperature": 0, "max_tokens": 90, "logit_bias": {str(300 + i): 3}} for i in range(6)]
     alone = [many.chat("hi", TINY, **ask).message["content"] for ask in asks]
@@ -5378,7 +5039,7 @@ def test_texts_with_forced_parts_beside_each_other_are_as_alone(serve: Callable[
     assert all(text.startswith("a place of ") and " and of much more than that, " in text for text in together)
 
 
-def test_text_that_steps_back_in_its_forced_part_goes_on_where_it_was(serve: Callable[..., Server]) -> None:
+def test_text_that_steps_back_in_its_forced_part_goes_on_where_it_was(serve: Serve) -> None:
     small = serve("--models-dir", REPO / "models", "--model", TINY, "--ctx", "512", "--kv-pool", "512", "--parallel", "4")
     ask: dict[str, Any] = {"grammar": PLACES.replace(")+", "){60}"), "temperature": 0.5, "seed": 4, "max_tokens": 300}
     with ThreadPoolExecutor(4) as pool:
@@ -5389,17 +5050,9 @@ def test_text_that_steps_back_in_its_forced_part_goes_on_where_it_was(serve: Cal
         assert all(part.startswith("a place of ") for part in parts[:-1]) and len(parts) > 8
 
 
-def test_prompt_asked_again_starts_behind_what_is_forced_too(boxed: Server) -> None:
-    usages = [boxed.chat("a new prompt", TINY, grammar=FORCED_TEXTS, temperature=0).json()["usage"] for _ in range(2)]
-    assert usages[1]["prompt_tokens_details"]["cached_tokens"] == usages[1]["prompt_tokens"]
-
-
-def test_completion_without_chat_has_forced_text(server: Server) -> None:
+def test_forced_text_without_chat_and_of_words_cut_within_a_character_is_whole(server: Server) -> None:
     reply = server.post("/v1/completions", {"model": "dice", "prompt": "x", "grammar": FORCED_TEXTS, "max_tokens": 200})
     assert reply.json()["choices"][0]["text"].startswith(SENTENCE) and reply.json()["usage"]["timings"]["forced_n"] > 50
-
-
-def test_words_that_are_cut_within_a_character_are_still_whole(server: Server) -> None:
     text = server.chat("hi", "dice", grammar='root ::= ("日本" | "日曜" | "é😀") "語の文"', temperature=1).message["content"]
     assert text in ("日本語の文", "日曜語の文", "é😀語の文")
 
@@ -5441,8 +5094,7 @@ def test_hostile_grammar_is_followed_as_far_as_the_text_goes(grammar: str, field
 })  # fmt: skip
 @streamed_and_plain
 def test_grammar_that_is_too_much_to_follow_ends_its_own_text(grammar: str, said: str, stream: bool, server: Server) -> None:
-    body = {"model": "dice", "messages": [{"role": "user", "content": "hi"}], "grammar": grammar, "max_tokens": 100, "top_k": 0,
-            "top_p": 1, "min_p": 0, "ignore_eos": True}  # fmt: skip
+    body = chatting(model="dice", grammar=grammar, max_tokens=100, top_k=0, top_p=1, min_p=0, ignore_eos=True)
     with server.endless() as other:
         next(other)
         if stream:
@@ -5456,29 +5108,36 @@ def test_grammar_that_is_too_much_to_follow_ends_its_own_text(grammar: str, said
 NO_TIME = (("    PATIENCE = 0.01 ", "    PATIENCE = 0.0 "), ("SEEKING, SEEKING_EACH = 5.0", "SEEKING, SEEKING_EACH = 1e9"))
 
 
-def test_time_does_not_change_what_is_forced_nor_what_is_said_behind_it(serve: Callable[..., Server], tmp_path: Path) -> None:
-    slow = altered(tmp_path, *NO_TIME)
-    replies = [serve("--models-dir", REPO / "models", "--model", TINY, script=script).chat("hi", TINY, grammar=PLACES, seed=5)
-               for script in (SHIMMY, slow)]  # fmt: skip
-    assert replies[0].message == replies[1].message
-    assert forced(replies[0]) == forced(replies[1]) > 20
+def test_time_does_not_change_what_is_forced_nor_what_is_said_behind_it(serve: Serve, tmp_path: Path) -> None:
+    """Nor what a grammar or a schema leaves, where each token takes many steps."""
+    items = {"type": "object", "properties": {"a": {"type": "string", "pattern": "^[ab]c?$"}, "b": {"type": "integer"}},
+             "required": ["a"]}  # fmt: skip
+    schema = {"type": "array", "items": items, "uniqueItems": True, "minItems": 4, "maxItems": 5}
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    asks: list[dict[str, Any]] = [
+        {"grammar": PLACES, "seed": 5},
+        {"grammar": 'root ::= ([a-z]{2,5} " "){8}', "seed": 2, "top_k": 0, "top_p": 1, "min_p": 0, "temperature": 1.5},
+        {"response_format": form, "seed": 2, "temperature": 1.5},
+    ]
+
+    def replies(script: Path) -> list[Reply]:
+        own = serve("--models-dir", REPO / "models", "--model", TINY, script=script)
+        return [own.chat("hi", TINY, **ask) for ask in asks]
+
+    usual, slow = replies(SHIMMY), replies(altered(tmp_path, *NO_TIME))
+    assert [reply.message for reply in usual] == [reply.message for reply in slow]
+    assert forced(usual[0]) == forced(slow[0]) > 20 and len(usual[1].message["content"].split()) == 8
+    Draft202012Validator(schema).validate(json.loads(usual[2].message["content"]))
 
 
-def test_grammar_that_takes_many_steps_for_a_token_gives_the_same_text(serve: Callable[..., Server], tmp_path: Path) -> None:
-    slow = altered(tmp_path, *NO_TIME)
-    ask = {"grammar": 'root ::= ([a-z]{2,5} " "){8}', "seed": 2, "top_k": 0, "top_p": 1, "min_p": 0, "temperature": 1.5}
-    texts = [serve("--models-dir", REPO / "models", "--model", TINY, script=script).chat("hi", TINY, **ask).message["content"]
-             for script in (SHIMMY, slow)]  # fmt: skip
-    assert texts[0] == texts[1] and len(texts[0].split()) == 8
-
-
-def test_grammar_that_takes_too_many_steps_for_a_token_ends_its_own_text(serve: Callable[..., Server], tmp_path: Path) -> None:
-    script = altered(tmp_path, NO_TIME[0], ("SEEKING, SEEKING_EACH = 5.0", "SEEKING, SEEKING_EACH = 0.0"))
+def test_grammar_that_takes_too_many_steps_for_a_token_ends_its_own_text(serve: Serve, tmp_path: Path) -> None:
+    script = altered(tmp_path, NO_TIME[0], ("SEEKING, SEEKING_EACH = 5.0", "SEEKING, SEEKING_EACH = 0.0"),
+                     (" READING = 20.0", " READING = 0.05"))  # fmt: skip
     hasty = serve("--models-dir", REPO / "models", "--model", TINY, script=script)
     assert_error(hasty.chat("hi", TINY, grammar=MANY), 400, "invalid_request", "intricate")
+    assert_error(hasty.generate("hi", TINY, json_schema=told_apart(1000)), 400, "invalid_request", "json_schema: the grammar is")
     assert hasty.chat("hi", TINY, max_tokens=4).status == 200
 
-# Structured output.
 
 FUZZ = int(os.environ.get("SHIMMY_FUZZ", 0))  # schemas of each kind under `make fuzz`; 0: the plain suite
 CHECKED_FORMATS = FormatChecker(["date", "email", "ipv4", "ipv6", "uuid"])  # what jsonschema checks without further packages
@@ -5595,13 +5254,15 @@ def holds(schema: Any, text: str | bytes) -> bool:
     """Whether a document fits; a $ref that leads to itself says nothing, and jsonschema follows it without end."""
     try:
         return bool(Draft202012Validator(schema, format_checker=CHECKED_FORMATS).is_valid(json.loads(text)))
-    except RecursionError:
-        return True
+    except BaseException as error:  # jsonschema's tables, in Rust, make a panic of a RecursionError
+        if "RecursionError" in repr(error):
+            return True
+        raise
 
 
 def test_schema_made_at_random_is_refused_or_holds_whatever_the_walk() -> None:
     """Random legal bytes lead to a document that fits, never into a dead end; no model is needed for that."""
-    fitted, schemas = 0, FUZZ or 300
+    fitted, schemas = 0, FUZZ or 200
     for seed in range(schemas):
         pick = random.Random(seed)
         schema = with_definitions(pick)
@@ -5684,9 +5345,8 @@ KEYWORDS: dict[str, tuple[Any, list[Any], list[Any]]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", list(KEYWORDS))
-def test_schema_keyword_admits_just_what_fits(kind: str) -> None:
-    schema, fitting, others = KEYWORDS[kind]
+@cases("schema, fitting, others", KEYWORDS)
+def test_schema_keyword_admits_just_what_fits(schema: Any, fitting: list[Any], others: list[Any]) -> None:
     assert [value for value in fitting if not accepts(schema, value)] == []
     assert [value for value in others if accepts(schema, value)] == []
 
@@ -5721,6 +5381,9 @@ def told_apart(count: int) -> dict[str, Any]:
     "a long address without an x": (
         {"type": "string", "format": "email", "not": {"pattern": "x"}, "minLength": 60, "maxLength": 64},
         "a" * 40 + "@" + "b" * 20, "x" * 40 + "@" + "b" * 20),
+    "different elements that must contain what no string is": (
+        {**UNIQUE, "prefixItems": [{**UNIQUE, "contains": {"type": "boolean"}}, {**OBJECT, "required": ["a"]}]},
+        [[True], {"a": 1}], [["x"], {"a": 1}]),
 })  # fmt: skip
 def test_schema_with_many_kinds_is_read_soon(schema: Any, fitting: Any, others: Any) -> None:
     begun = time.thread_time()
@@ -5728,12 +5391,9 @@ def test_schema_with_many_kinds_is_read_soon(schema: Any, fitting: Any, others: 
     assert time.thread_time() - begun < 5  # 0.3 s on a quiet machine
 
 
-def test_schema_with_too_many_alternatives_says_so() -> None:
+def test_schema_with_many_alternatives_or_overlapping_patterns_is_read_or_says_so() -> None:
     with pytest.raises(InvalidRequest, match="anyOf and oneOf leave over 1500 alternatives"):
         begin({"anyOf": told_apart(2000)["oneOf"]})
-
-
-def test_six_patterns_of_names_that_overlap_are_told_apart() -> None:
     names = zip("abcdef", "lmnopq", strict=True)
     patterns = {f"{one}.*{two}": {"type": "integer", "minimum": n} for n, (one, two) in enumerate(names)}
     begun = time.thread_time()
@@ -5837,7 +5497,7 @@ def filled_at_random(server: Server, seed: int) -> tuple[str, str]:
 
 def test_schemas_filled_at_temperature_1_hold(server: Server) -> None:
     """As above through the server: what ends by itself fits, what cannot be honoured is 400."""
-    schemas, ends = FUZZ or 500, dict.fromkeys(("stop", "length", "refused", "invalid"), 0)
+    schemas, ends = FUZZ or 200, dict.fromkeys(("stop", "length", "refused", "invalid"), 0)
     with ThreadPoolExecutor(8) as pool:
         for end, wrong in pool.map(functools.partial(filled_at_random, server), range(schemas)):
             ends[end] += 1
@@ -5873,8 +5533,6 @@ def one(schema):
     ({"const": 5}, "5"),
 ])  # fmt: skip
 def test_a_plain_argument_fits_its_schema(schema, pattern):
-    import re
-
     for seed in range(10):
         assert re.fullmatch(f"<call>f\n<p=a>({pattern})</p></call>", written(one(schema), seed))
 
@@ -5898,28 +5556,25 @@ ZIP = {"$defs": {"Zip": {"enum": ["12345", "true"]}}}
 REFERENCES = {"$defs": ZIP["$defs"] | {"Args": one({"$ref": "#/$defs/Zip"})}, "$ref": "#/$defs/Args"}
 
 
-@cases(
-    "schema, said, wanted",
-    {
-        "a reference": (ZIP | one({"$ref": "#/$defs/Zip"}), "12345", "12345"),
-        "references all the way": (REFERENCES, "12345", "12345"),
-        "allOf": (ZIP | one({"allOf": [{"$ref": "#/$defs/Zip"}], "description": "d"}), "true", "true"),
-        "or null": (one({"anyOf": [{"type": "integer"}, {"type": "null"}]}), "null", None),
-        "a string or null": (one({"anyOf": [{"type": "string"}, {"type": "null"}]}), "12", "12"),
-        "a list of types": (one({"type": ["string", "null"]}), "null", None),
-        "nullable": (one({"type": "integer", "nullable": True}), "null", None),
-        "const": (one({"const": "5"}), "5", "5"),
-        "enum": (one({"enum": [1, 2]}), "2", 2),
-        "another property": ({"type": "object", "additionalProperties": {"type": "string"}}, "7", "7"),
-        "of either object": ({"anyOf": [one({"type": "string"}), {"type": "object", "properties": {"b": {}}}]}, "7", "7"),
-        "an integer that is none": (one({"type": "integer"}), "1.5", "1.5"),
-        "words for a number": (one({"type": "number"}), "a few", "a few"),
-        "half a list": (one({"type": "array"}), "[1, ", "[1, "),
-        "a list as Python writes it": (one({"type": "array"}), "['x', None]", ["x", None]),
-        "anything": (one({}), '{"x": [1]}', {"x": [1]}),
-        "a schema that cannot be read": (one({"$dynamicRef": "#x"}), "7", 7),
-    },
-)  # fmt: skip
+@cases("schema, said, wanted", {
+    "a reference": (ZIP | one({"$ref": "#/$defs/Zip"}), "12345", "12345"),
+    "references all the way": (REFERENCES, "12345", "12345"),
+    "allOf": (ZIP | one({"allOf": [{"$ref": "#/$defs/Zip"}], "description": "d"}), "true", "true"),
+    "or null": (one({"anyOf": [{"type": "integer"}, {"type": "null"}]}), "null", None),
+    "a string or null": (one({"anyOf": [{"type": "string"}, {"type": "null"}]}), "12", "12"),
+    "a list of types": (one({"type": ["string", "null"]}), "null", None),
+    "nullable": (one({"type": "integer", "nullable": True}), "null", None),
+    "const": (one({"const": "5"}), "5", "5"),
+    "enum": (one({"enum": [1, 2]}), "2", 2),
+    "another property": ({"type": "object", "additionalProperties": {"type": "string"}}, "7", "7"),
+    "of either object": ({"anyOf": [one({"type": "string"}), {"type": "object", "properties": {"b": {}}}]}, "7", "7"),
+    "an integer that is none": (one({"type": "integer"}), "1.5", "1.5"),
+    "words for a number": (one({"type": "number"}), "a few", "a few"),
+    "half a list": (one({"type": "array"}), "[1, ", "[1, "),
+    "a list as Python writes it": (one({"type": "array"}), "['x', None]", ["x", None]),
+    "anything": (one({}), '{"x": [1]}', {"x": [1]}),
+    "a schema that cannot be read": (one({"$dynamicRef": "#x"}), "7", 7),
+})  # fmt: skip
 def test_argument_in_tags_has_the_type_that_its_schema_gives_it(schema: Any, said: str, wanted: Any) -> None:
     text = f"<call>f\n<p=a>{said}</p></call>"
     for pieces in ([text], text):
@@ -5948,14 +5603,9 @@ def test_forced_arguments_in_tags_come_back_and_fit_their_schema(schema: Any) ->
         Draft202012Validator(schema).validate(arguments)
 
 
-# Structured output.
-
-
-
-
 def test_schema_of_many_unlike_texts_keeps_one_machine() -> None:
     root = read_json(json.dumps(STRINGS), "json_schema")
-    state = Automaton(root).start.read(json.dumps([f"text {i}" for i in range(200)]).encode())
+    state = Automaton(root).start.read(json.dumps([f"text {i}" for i in range(60)]).encode())
     assert state is not None and state.ends
     assert len(root.documents._leaves) == 1  # type: ignore[attr-defined]
 
@@ -5993,6 +5643,11 @@ def test_element_that_begins_like_another_can_still_become_one_of_its_own() -> N
     assert here and here.step(ord("2")) and here.step(ord("b")) and not here.step(ord("1"))
 
 
+def elements(items: dict[str, Any]) -> dict[str, Any]:
+    """Lists without repeats."""
+    return {**UNIQUE, "items": items}
+
+
 def test_text_that_nests_too_deep_to_be_followed_is_refused() -> None:
     with pytest.raises(InvalidRequest, match="nests too deep"):
         begin(HOLDS_ITSELF).read(b"[" * 3000 + b"]")
@@ -6014,57 +5669,43 @@ def test_schema_is_refused_before_a_text_begins_and_by_its_field(schema: Any, sa
     assert refused.value.param == "json_schema"
 
 
-def test_what_a_number_must_not_be_is_one_machine():
+def test_what_a_number_must_not_be_is_one_machine_however_it_is_written():
     values = list(range(0, 4000, 2))
     here = begin({"type": "integer", "minimum": 0, "not": {"enum": values}}).read(b"1")
     assert here is not None and here.ends and len(here.stacks) == 1
     schema = {"type": "integer", "not": {"enum": values}}
     assert not accepts(schema, 1998) and accepts(schema, 1999)
-
-
-@each(document=["0", "-0", "0.0", "2", "2.0", "2.50", "-1"])
-def test_number_that_is_excluded_is_refused_however_it_is_written(document):
-    here = begin({"type": "number", "not": {"enum": [0, 2, 2.5, -1]}}).read(document.encode())
-    assert here is None or not here.ends
-
-
-@cases("items, least", {
-    "a pattern": ({"type": "string", "pattern": "^(x|yy|zzz)$"}, 3),
-    "a pattern and lengths": ({"type": "string", "pattern": "^[ab]*$", "maxLength": 1}, 3),
-    "one multiple": ({"type": "number", "exclusiveMinimum": 0.5, "maximum": 2, "multipleOf": 2}, 1),
-    "halves": ({"type": "number", "minimum": 0, "maximum": 1, "multipleOf": 0.5}, 3),
-    "lists of one": ({"type": "array", "items": {"type": "string", "pattern": "^[ab]$"}, "minItems": 1, "maxItems": 1}, 2),
-    "lists without repeats": ({"type": "array", "items": {"const": 1}, "uniqueItems": True}, 2),
-    "objects": ({"type": "object", "properties": {"a": {"type": "string", "pattern": "^[ab]$"}}, "minProperties": 1}, 2),
-})  # fmt: skip
-def test_different_elements_are_counted(items, least):
-    schema = {"type": "array", "items": items, "uniqueItems": True}
-    with pytest.raises(InvalidRequest, match="no document can fit"):
-        begin({**schema, "minItems": least + 1})
-    for seed in range(20):
-        text = walk(begin({**schema, "minItems": least}), random.Random(seed))
-        assert text is not None and len(json.loads(text)) == least
+    for document in ("0", "-0", "0.0", "2", "2.0", "2.50", "-1"):
+        here = begin({"type": "number", "not": {"enum": [0, 2, 2.5, -1]}}).read(document.encode())
+        assert here is None or not here.ends, document
 
 
 @cases("schema, least", {
-    "names of a pattern": ({"patternProperties": {"^[ab]$": {}}}, 2),
-    "beside one that is named": ({"properties": {"a": {}, "c": {}}, "patternProperties": {"^[ab]$": {}}}, 3),
-    "the empty name": ({"additionalProperties": {}, "propertyNames": {"maxLength": 0}}, 1),
+    "a pattern": (elements({"type": "string", "pattern": "^(x|yy|zzz)$"}), 3),
+    "a pattern and lengths": (elements({"type": "string", "pattern": "^[ab]*$", "maxLength": 1}), 3),
+    "one multiple": (elements({"type": "number", "exclusiveMinimum": 0.5, "maximum": 2, "multipleOf": 2}), 1),
+    "halves": (elements({"type": "number", "minimum": 0, "maximum": 1, "multipleOf": 0.5}), 3),
+    "lists of one": (
+        elements({"type": "array", "items": {"type": "string", "pattern": "^[ab]$"}, "minItems": 1, "maxItems": 1}), 2),
+    "lists without repeats": (elements({"type": "array", "items": {"const": 1}, "uniqueItems": True}), 2),
+    "objects": (
+        elements({"type": "object", "properties": {"a": {"type": "string", "pattern": "^[ab]$"}}, "minProperties": 1}), 2),
+    "names of a pattern": ({"type": "object", "patternProperties": {"^[ab]$": {}}}, 2),
+    "beside one that is named": ({"type": "object", "properties": {"a": {}, "c": {}}, "patternProperties": {"^[ab]$": {}}}, 3),
+    "the empty name": ({"type": "object", "additionalProperties": {}, "propertyNames": {"maxLength": 0}}, 1),
 })  # fmt: skip
-def test_names_that_an_object_may_have_are_counted(schema, least):
+def test_different_elements_and_names_are_counted(schema, least):
+    count = "minItems" if schema["type"] == "array" else "minProperties"
     with pytest.raises(InvalidRequest, match="no document can fit"):
-        begin({"type": "object", **schema, "minProperties": least + 1})
+        begin({**schema, count: least + 1})
     for seed in range(20):
-        text = walk(begin({"type": "object", **schema, "minProperties": least}), random.Random(seed), 5000)
-        assert text is None or len(json.loads(text)) == least
+        text = walk(begin({**schema, count: least}), random.Random(seed), 5000)
+        assert (text is None and count == "minProperties") or len(json.loads(text)) == least
 
 
-def test_object_that_needs_its_named_properties_cannot_leave_them_out():
+def test_objects_keep_room_for_what_they_need_and_differ_in_their_names():
     here = begin({"type": "object", "properties": {"name": {}}, "patternProperties": {"^[ab]$": {}}, "minProperties": 3})
     assert here.forced(100) == b'{"name": '
-
-
-def test_objects_of_few_values_are_told_apart_in_their_names():
     letters = [chr(code) for code in range(ord("a"), ord("u"))]
     item = {"type": "object", "properties": {"a": {"enum": letters}}, "required": ["a"]}
     schema = {"type": "array", "items": item, "uniqueItems": True}
@@ -6101,14 +5742,6 @@ def test_object_with_many_properties_holds_what_it_may(schema: dict[str, Any], v
     assert accepts(schema, value) == fits
 
 
-def test_object_with_many_properties_is_opened_in_many_turns(short_turn):
-    TURN.begin(math.inf)
-    start = begin(wide_object(count=20_000))
-    TURN.begin(0.0)
-    here, turns = asked_again(start, b'{"p19999": null}')
-    assert turns > 60 and here.ends
-
-
 def test_gate_is_idle_when_the_last_of_its_threads_has_ended():
     gate = module.Gate()
 
@@ -6127,19 +5760,7 @@ def test_gate_is_idle_when_the_last_of_its_threads_has_ended():
 @cases("schema", {"not a word": {"not": {"pattern": "TODO"}, "minLength": 10_000},
                   "ends so": {"format": "uri", "pattern": "x$", "minLength": 100}})  # fmt: skip
 def test_long_string_is_read_in_turns_however_intricate(schema: dict[str, Any]) -> None:
-    start, turns = begin({"type": "string", **schema}), 0
-    TURN.begin(0.0)
-    try:
-        while True:
-            try:
-                assert start.read(b'"a') is not None
-                break
-            except NotYet:
-                turns += 1
-                TURN.begin(0.0)
-    finally:
-        TURN.begin(math.inf)
-    assert turns < 20_000
+    assert asked_again(begin({"type": "string", **schema}), b'"a')[1] < 20_000
 
 
 def test_work_behind_a_gate_waits_while_it_is_shut():
@@ -6183,18 +5804,16 @@ def test_grammar_that_is_read_has_a_part_of_each_step(usual: float, decoding: in
     assert given == ([] if seconds is None else [pytest.approx(seconds)])
 
 
-SLOW_PATTERN = {"type": "string", "pattern": "^(" + "|".join(f"w{n}" for n in range(2500)) + ")$"}  # refused, after a while
-
-
 @streamed_and_plain
 def test_schema_that_takes_long_to_read_is_refused_by_the_engine(stream: bool, server: Server) -> None:
-    reply = server.chat("hi", "dice", json_schema={"properties": {"a": SLOW_PATTERN}}, stream=stream)
+    slow_pattern = {"type": "string", "pattern": "^(" + "|".join(f"w{n}" for n in range(2500)) + ")$"}  # refused, after a while
+    reply = server.chat("hi", "dice", json_schema={"properties": {"a": slow_pattern}}, stream=stream)
     error = assert_error(reply, 400, "invalid_request", "json_schema: pattern", "readings at once")
     assert error["param"] == "json_schema"
 
 
 @pytest.mark.parametrize("threads", [1, len(module.processors())])
-def test_schema_that_takes_long_to_read_is_followed(threads: int, serve: Callable[..., Server]) -> None:
+def test_schema_that_takes_long_to_read_is_followed(threads: int, serve: Serve) -> None:
     own = serve("--models-dir", REPO / "models", "--model", TINY, "--threads", threads)
     with own.endless(TINY) as other:
         next(other)
@@ -6210,26 +5829,10 @@ def test_lists_that_differ_within_lists_that_differ_cost_little():
     assert here is not None and here.bits >> ord("]") & 1
 
 
-def test_schema_that_takes_many_steps_for_a_token_gives_the_same_text(serve: Callable[..., Server], tmp_path: Path) -> None:
-    slow = altered(tmp_path, *NO_TIME)
-    items = {"type": "object", "properties": {"a": {"type": "string", "pattern": "^[ab]c?$"}, "b": {"type": "integer"}},
-             "required": ["a"]}  # fmt: skip
-    schema = {"type": "array", "items": items, "uniqueItems": True, "minItems": 4, "maxItems": 5}
-    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
-    ask = {"response_format": form, "seed": 2, "temperature": 1.5}
-    texts = [serve("--models-dir", REPO / "models", "--model", TINY, script=script).chat("hi", TINY, **ask).message["content"]
-             for script in (SHIMMY, slow)]  # fmt: skip
-    assert texts[0] == texts[1]
-    Draft202012Validator(schema).validate(json.loads(texts[0]))
-
-
-def test_grammar_that_is_too_ambiguous_to_begin_names_its_field(server: Server) -> None:
+def test_grammar_that_is_or_becomes_too_ambiguous_names_its_field(server: Server) -> None:
     begins = "root ::= " + " | ".join(f'[a-z]{{{n}}} "{n}"' for n in range(60, 5000))
     error = assert_error(server.chat("hi", "dice", grammar=begins), 400, "invalid_request", "grammar: the grammar is ambiguous")
     assert error["param"] == "grammar"
-
-
-def test_grammar_that_becomes_too_ambiguous_names_its_field(server: Server) -> None:
     error = assert_error(server.chat("hi", "dice", grammar=MOST, max_tokens=100), 400, "invalid_request", "ambiguous")
     assert error["param"] == "grammar"
 
@@ -6268,58 +5871,44 @@ def test_tool_arguments_outside_the_schema_are_400(arguments: Any, server: Serve
     assert_error(server.post("/api/tools/calculator/execute", body), 400, "invalid_request")
 
 
-def test_tool_argument_of_the_wrong_type_is_400_naming_it(server: Server) -> None:
+def test_tool_of_a_file_runs_and_its_arguments_are_checked(server: Server) -> None:
     assert_error(server.post("/api/tools/double/execute", {"n": "five"}), 400, "invalid_request", "n", "integer")
     assert_error(execute(server, "calculator", 5), 400, "invalid_request", "string")
-
-
-def test_tool_argument_null_counts_as_absent(server: Server) -> None:
     reply = server.post("/api/tools/stumble/execute", {"why": None})
     assert reply.json()["error"] == "ValueError: stumbled over no reason"
-
-
-def test_unknown_tool_is_404(server: Server) -> None:
     assert_error(server.post("/api/tools/hammer/execute", {}), 404, "not_found", "hammer")
-
-
-def test_tool_from_a_file_runs(server: Server) -> None:
     answer = server.post("/api/tools/double/execute", {"n": 21}).json()
     assert answer["success"] is True and answer["result"] == 42
-
-
-def test_tool_that_raises_is_200_with_success_false(server: Server) -> None:
     assert_tool_failed(server.post("/api/tools/stumble/execute", {"why": "a stone"}), "stumbled over a stone")
     assert_tool_failed(server.post("/api/tools/stumble/execute", {}), "no reason")
 
 
-@cases(
-    "source, word",
-    {
-        "a missing import": ("import nothing_like_it", "nothing_like_it"),
-        "a syntax error": ("def (", "broken.py"),
-        "raises": ("raise ValueError('so there')", "so there"),
-        "divides by zero": ("1 / 0", "zero"),
-        "a parameter without a type": ("from shimmy import tool\n@tool\ndef f(x): ...", "x"),
-    },
-)
+@cases("source, word", {
+    "a missing import": ("import nothing_like_it", "nothing_like_it"),
+    "a syntax error": ("def (", "broken.py"),
+    "raises": ("raise ValueError('so there')", "so there"),
+    "divides by zero": ("1 / 0", "zero"),
+    "a parameter without a type": ("from shimmy import tool\n@tool\ndef f(x): ...", "x"),
+})  # fmt: skip
 def test_tools_file_that_fails_to_load_exits_1_with_one_line(source: str, word: str, tmp_path: Path) -> None:
     (tmp_path / "broken.py").write_text(source + "\n")
     flags = ["serve", "--port", "0", "--tools", str(tmp_path / "broken.py")]
     assert_failed(run_in_this_process(flags, tmp_path, b"", seeded(tmp_path, None)), 1, word)
 
 
-def test_disabled_tool_stays_listed_and_names_its_flag(guarded: Server) -> None:
+def test_tools_that_are_not_opened_stay_listed_and_name_their_flag(guarded: Server, server: Server) -> None:
     key = {"Authorization": "Bearer s3cret"}
-    tools = {tool["name"]: tool for tool in guarded.get("/api/tools", **key).json()["tools"]}
-    assert {"calculator", "file_read", "http_get"} <= set(tools)
-    (argument,) = tools["file_read"]["parameters"]["required"]
-    reply = guarded.post("/api/tools/file_read/execute", {argument: "x"}, **key)
-    assert_tool_failed(reply, "--tool-root")
+    tools = {tool["name"] for tool in guarded.get("/api/tools", **key).json()["tools"]}
+    assert {"calculator", "file_read", "http_get"} <= tools
+    assert_tool_failed(guarded.post("/api/tools/file_read/execute", {"path": "x"}, **key), "--tool-root")
+    assert_tool_failed(guarded.post("/api/tools/http_get/execute", {"url": "http://other.example/"}, **key), "other.example")
+    with pytest.raises(module.ToolError, match="--tool-hosts"):
+        module.HttpGetter([]).http_get("http://example.com/")
 
 
 SUMS = {
     "2 + 3*4": 14, "(1 + 2) / 4": 0.75, "-7 // 2": -4, "7 % 4": 3, "2**10": 1024, "sqrt(16)": 4,
-    "abs(-3)": 3, "floor(2.9)": 2, "max(1, 5, 3)": 5, "factorial(5)": 120, "round(2.345, 1)": 2.3,
+    "abs(-3)": 3, "floor(2.9)": 2, "max(1, 5, 3)": 5, "factorial(5)": 120, "round(2.345, 1)": 2.3, "sin(pi / 2) + log(e)": 2,
 }  # fmt: skip
 
 
@@ -6327,11 +5916,6 @@ SUMS = {
 def test_calculator_evaluates(expression: str, result: float, server: Server) -> None:
     answer = execute(server, "calculator", expression).json()
     assert answer["success"] is True and answer["result"] == pytest.approx(result) and not answer["error"]
-
-
-def test_calculator_knows_pi_and_functions(server: Server) -> None:
-    answer = execute(server, "calculator", "sin(pi / 2) + log(e)").json()
-    assert answer["result"] == pytest.approx(2)
 
 
 @pytest.mark.parametrize(
@@ -6357,48 +5941,28 @@ def test_calculator_survives_a_long_expression(long: str, server: Server) -> Non
     assert reply.status == 400 or reply.json()["error"] or reply.json()["result"] in (1, n + 1)
 
 
-@cases(
-    "path, text",
-    {
-        "at the root": ("note.txt", "a café note"),
-        "in a folder": ("sub/deep.txt", "deep"),
-        "through ..": ("sub/../note.txt", "a café note"),
-    },
-)
+@cases("path, text", {
+    "at the root": ("note.txt", "a café note"), "in a folder": ("sub/deep.txt", "deep"),
+    "through ..": ("sub/../note.txt", "a café note"),
+})  # fmt: skip
 def test_file_read_reads_a_file_inside_its_root(path: str, text: str, server: Server) -> None:
     answer = execute(server, "file_read", path).json()
     assert answer["success"] is True and text in json.dumps(answer["result"], ensure_ascii=False)
 
 
-@cases(
-    "path",
-    {
-        "above the root": "../secret.txt",
-        "above the root through a folder": "sub/../../secret.txt",
-        "a link to a file outside": "escape.txt",
-        "through a link to a folder outside": "up/secret.txt",
-        "an absolute path": "/etc/passwd",
-        "a missing file": "missing.txt",
-        "a folder": "sub",
-        "the root itself": ".",
-        "nothing": "",
-        "a pipe": "pipe",
-        "a NUL in the name": "note.txt\0.png",
-        "a name of 300 characters": "a" * 300,
-        "the home folder": "~/x",
-        "a device": "/dev/zero",
-        "a process's environment": "/proc/self/environ",
-    },
-)
-def test_file_read_rejects(path: str, server: Server) -> None:
-    reply = execute(server, "file_read", path)
+@cases("path", {
+    "above the root": "../secret.txt", "above the root through a folder": "sub/../../secret.txt",
+    "a link to a file outside": "escape.txt", "through a link to a folder outside": "up/secret.txt",
+    "an absolute path": "/etc/passwd", "one beside the root": "{root}/../secret.txt", "a missing file": "missing.txt",
+    "a folder": "sub", "the root itself": ".", "nothing": "", "a pipe": "pipe", "a NUL in the name": "note.txt\0.png",
+    "a name of 300 characters": "a" * 300, "the home folder": "~/x", "a device": "/dev/zero",
+    "a process's environment": "/proc/self/environ",
+})  # fmt: skip
+def test_file_read_rejects(path: str, server: Server, tool_root: Path) -> None:
+    reply = execute(server, "file_read", os.path.normpath(path.format(root=tool_root)) if "{" in path else path)
     if reply.status != 400:
         assert_tool_failed(reply)
     assert b'secret"' not in reply.body
-
-
-def test_file_read_rejects_an_absolute_path_outside_the_root(server: Server, tool_root: Path) -> None:
-    assert_tool_failed(execute(server, "file_read", str(tool_root.parent / "secret.txt")))
 
 
 def test_file_read_limits_its_result(server: Server) -> None:
@@ -6406,14 +5970,16 @@ def test_file_read_limits_its_result(server: Server) -> None:
     assert reply.status == 200 and len(reply.body) < 20 << 20
 
 
-@pytest.mark.parametrize(
-    "url",
-    ["http://127.0.0.1:{port}/health", "http://localhost:{port}/health", "http://[::1]:{port}/", "http://0.0.0.0:{port}/",
-     "http://2130706433:{port}/", "http://127.1:{port}/health", "http://[::ffff:127.0.0.1]:{port}/", "http://10.0.0.1/",
-     "http://192.168.1.1/", "http://169.254.169.254/latest/meta-data", "http://100.64.0.1/", "http://[fe80::1]/",
-     "http://[fc00::1]/", "http://224.0.0.1/", "file:///etc/passwd", "ftp://example.com/", "gopher://x/", "http://",
-     "nonsense", "http://user@127.0.0.1:{port}/health", "http://[64:ff9b::7f00:1]/"],
-)  # fmt: skip
+REJECTED_URLS = [
+    "http://127.0.0.1:{port}/health", "http://localhost:{port}/health", "http://[::1]:{port}/", "http://0.0.0.0:{port}/",
+    "http://2130706433:{port}/", "http://127.1:{port}/health", "http://[::ffff:127.0.0.1]:{port}/", "http://10.0.0.1/",
+    "http://192.168.1.1/", "http://169.254.169.254/latest/meta-data", "http://100.64.0.1/", "http://[fe80::1]/",
+    "http://[fc00::1]/", "http://224.0.0.1/", "file:///etc/passwd", "ftp://example.com/", "gopher://x/", "http://",
+    "nonsense", "http://user@127.0.0.1:{port}/health", "http://[64:ff9b::7f00:1]/",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("url", REJECTED_URLS)
 def test_http_get_rejects(url: str, server: Server) -> None:
     reply = execute(server, "http_get", url.format(port=server.port))
     if reply.status != 400:
@@ -6421,28 +5987,14 @@ def test_http_get_rejects(url: str, server: Server) -> None:
     assert b"healthy" not in reply.body
 
 
-@pytest.mark.parametrize(
-    "host", ["[::7f00:1]", "[::ffff:10.0.0.1]", "[64:ff9b::a00:1]", "[64:ff9b:1::a00:1]", "[fec0::1]", "[2002:7f00:1::]",
-             "[3fff::1]", "0.0.0.0", "100.64.0.1", "224.0.0.1"],
-)  # fmt: skip
+NOT_GLOBAL = ["[::7f00:1]", "[::ffff:10.0.0.1]", "[64:ff9b::a00:1]", "[64:ff9b:1::a00:1]", "[fec0::1]", "[2002:7f00:1::]",
+              "[3fff::1]", "0.0.0.0", "100.64.0.1", "224.0.0.1", "192.88.99.1", "[2002:808:808::1]", "[2001:0:808:808::1]"]
+
+
+@pytest.mark.parametrize("host", NOT_GLOBAL)
 def test_http_get_rejects_a_non_global_address(host: str, server: Server) -> None:
-    reply = server.post("/api/tools/http_get/execute", {"url": f"http://{host}/"})
-    assert reply.json()["success"] is False and "not global" in reply.json()["error"]
+    assert_tool_failed(execute(server, "http_get", f"http://{host}/"), "not global")
 
-
-def test_http_get_rejects_an_unlisted_host(guarded: Server) -> None:
-    key = {"Authorization": "Bearer s3cret"}
-    tools = {tool["name"]: tool for tool in guarded.get("/api/tools", **key).json()["tools"]}
-    (argument,) = tools["http_get"]["parameters"]["required"]
-    reply = guarded.post("/api/tools/http_get/execute", {argument: "http://other.example/"}, **key)
-    assert_tool_failed(reply, "other.example")
-
-
-def test_disabled_http_get_names_its_flag(serve: Callable[..., Server]) -> None:
-    assert_tool_failed(execute(serve(), "http_get", "http://example.com/"), "--tool-hosts")
-
-
-# Tools
 
 def test_tool_that_does_not_return_is_given_up_until_it_does(monkeypatch: pytest.MonkeyPatch) -> None:
     awake = threading.Event()
@@ -6486,29 +6038,32 @@ def read_while_swapped(root: Path, path: str, swap: Callable[[], None], monkeypa
     return outcome
 
 
+def swapped_in_time(folder: Path, swap: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The one error that file_read raises for sub/note.txt, which `swap` changes."""
+    (folder / "root" / "sub").mkdir(parents=True)
+    (folder / "root" / "sub" / "note.txt").write_text("note")
+    (answer,) = read_while_swapped(folder / "root", "sub/note.txt", swap, monkeypatch)
+    assert isinstance(answer, module.ToolError)
+    return answer
+
+
 def test_file_read_does_not_follow_a_link_put_there_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "note.txt").write_text("secret")
-    (tmp_path / "root" / "sub").mkdir(parents=True)
-    (tmp_path / "root" / "sub" / "note.txt").write_text("note")
 
     def swap() -> None:
         (tmp_path / "root" / "sub").rename(tmp_path / "root" / "old")
         (tmp_path / "root" / "sub").symlink_to(tmp_path / "out")
 
-    (answer,) = read_while_swapped(tmp_path / "root", "sub/note.txt", swap, monkeypatch)
-    assert isinstance(answer, module.ToolError)
+    swapped_in_time(tmp_path, swap, monkeypatch)
 
 
 def test_file_read_does_not_wait_for_a_pipe_put_there_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "note.txt").write_text("note")
-
     def swap() -> None:
-        (tmp_path / "note.txt").unlink()
-        os.mkfifo(tmp_path / "note.txt")
+        (tmp_path / "root" / "sub" / "note.txt").unlink()
+        os.mkfifo(tmp_path / "root" / "sub" / "note.txt")
 
-    (answer,) = read_while_swapped(tmp_path, "note.txt", swap, monkeypatch)
-    assert isinstance(answer, module.ToolError) and "regular" in str(answer)
+    assert "regular" in str(swapped_in_time(tmp_path, swap, monkeypatch))
 
 
 # IANA's special-purpose address registries, and what is no unicast
@@ -6534,35 +6089,20 @@ def test_public_address_is_global(address: str) -> None:
     assert module.is_global(address)
 
 
-@pytest.mark.parametrize("url", ["http://192.88.99.1/", "http://[2002:808:808::1]/", "http://[2001:0:808:808::1]/"])
-def test_http_get_refuses_special_purpose_networks(url: str, server: Server) -> None:
-    assert_tool_failed(execute(server, "http_get", url), "not global")
-
-
-def test_http_get_refuses_an_address_that_is_too_long(server: Server) -> None:
-    assert_tool_failed(execute(server, "http_get", "http://127.0.0.1/" + "a" * 10_000), "characters")
-
-
-HANGING = """
-import time
-from shimmy import tool
-
-@tool
-def sleeper(seconds: float) -> str:
-    '''Sleeps.'''
-    time.sleep(seconds)
-    return "awake"
-"""
-
-
-def test_tool_whose_client_leaves_is_not_waited_for(serve: Callable[..., Server], tmp_path: Path) -> None:
-    (tmp_path / "slow.py").write_text(HANGING)
-    own = serve("-v", "--tools", tmp_path / "slow.py")
-    with socket.create_connection((own.host, own.port)) as gone:
-        gone.sendall(raw_post("/api/tools/sleeper/execute", b'{"seconds": 20}'))
-        time.sleep(0.5)
-    eventually(lambda: "sleeper" in own.log.read_text(), "the request ends")
-    assert " 200 " not in own.log.read_text()
+def test_client_that_leaves_a_tool_or_its_chat_is_not_waited_for(serve: Serve, models: Path, tmp_path: Path) -> None:
+    (tmp_path / "stuck.py").write_text(STUCK_WEATHER)
+    own = serve("-v", "--models-dir", models, "--tools", tmp_path / "stuck.py")
+    asks = {"/api/tools/get_weather/execute": {"city": "Paris"},
+            "/v1/chat/completions": chatting("weather", tools=[WEATHER_BUILTIN], stream=True)}  # fmt: skip
+    for path, body in asks.items():
+        with socket.create_connection((own.host, own.port), timeout=HANG) as gone:
+            gone.sendall(raw_post(path, json.dumps(body).encode()))
+            assert "tools" in path or gone.recv(100)
+            time.sleep(0.5)
+        eventually(lambda path=path: f"POST {path}" in own.log.read_text(), "the request ends")  # type: ignore[misc]
+    (line,) = [line for line in own.log.read_text().splitlines() if "POST /api/tools" in line]
+    assert " 200 " not in line
+    assert own.status("recital")["requests_running"] == own.status("recital")["requests_waiting"] == 0
 
 
 # Tools against hostile arguments.
@@ -6674,15 +6214,17 @@ def test_http_get_reaches_no_private_address_in_any_spelling(form: str, host: st
     assert b"healthy" not in reply.body
 
 
-@pytest.mark.parametrize("url", ["http://[", "http://[::1", "http://a:b:c/", "http://x:99999/", "http://x:-1/", "http:///x",
-                                 "https:/x", "HTTP://", "//x",
-                                 "http://\0/", "http://x\r\nHost: y/", "javascript:1", "data:text/plain,x", "unix:/run/x",
-                                 "http://" + "a." * 200,
-                                 "http://" + "a" * 70 + ".example/", "http://xn--\ud7ff.example/", "http://*/",
-                                 "http://%31%32%37.0.0.1/"],
-                         ids=lambda url: f"{url[:20]!a}")  # fmt: skip
+NO_ADDRESSES = [
+    "http://[", "http://[::1", "http://a:b:c/", "http://x:99999/", "http://x:-1/", "http:///x", "https:/x", "HTTP://", "//x",
+    "http://\0/", "http://x\r\nHost: y/", "javascript:1", "data:text/plain,x", "unix:/run/x", "http://" + "a." * 200,
+    "http://" + "a" * 70 + ".example/", "http://xn--\ud7ff.example/", "http://*/", "http://%31%32%37.0.0.1/",
+    "http://127.0.0.1/" + "a" * 10_000,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("url", NO_ADDRESSES, ids=lambda url: f"{url[:20]!a}")
 def test_http_get_refuses_what_is_no_address(url: str, server: Server) -> None:
-    assert_tool_failed(execute(server, "http_get", url))
+    assert_tool_failed(execute(server, "http_get", url), "characters" if len(url) > 9999 else "")
 
 
 class Resolver:
@@ -6704,17 +6246,10 @@ class Resolver:
         raise OSError("nobody is there")
 
 
-@cases(
-    "addresses",
-    {
-        "loopback": ["127.0.0.1"],
-        "a global and a private one": ["1.1.1.1", "10.0.0.1"],
-        "one in IPv6": ["::ffff:192.168.0.1"],
-        "a zone": ["fe80::1%eth0"],
-        "6to4": ["2002:c0a8:1::"],
-        "NAT64": ["64:ff9b::a9fe:a9fe"],
-    },
-)
+@cases("addresses", {
+    "loopback": ["127.0.0.1"], "a global and a private one": ["1.1.1.1", "10.0.0.1"], "one in IPv6": ["::ffff:192.168.0.1"],
+    "a zone": ["fe80::1%eth0"], "6to4": ["2002:c0a8:1::"], "NAT64": ["64:ff9b::a9fe:a9fe"],
+})  # fmt: skip
 def test_http_get_refuses_a_name_of_a_private_address(addresses: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     resolver = Resolver(monkeypatch, addresses)
     with pytest.raises(module.ToolError, match="not global"):
@@ -6760,29 +6295,21 @@ def redirecting(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], str
 
 
 @linux
-@cases(
-    "place, why",
-    {
-        "loopback": ("http://127.0.0.1:{port}/", "not global"),
-        "without a scheme": ("//127.0.0.1:{port}/", "not global"),
-        "in hexadecimal": ("http://0x7f000001:{port}/", "not global"),
-        "in IPv6": ("http://[::ffff:127.0.0.1]:{port}/", "not global"),
-        "by name": ("http://localhost:{port}/", "not global"),
-        "a file": ("file:///etc/passwd", "http"),
-        "another protocol": ("gopher://127.0.0.1/", "http"),
-        "itself, without end": ("/", "redirects"),
-        "nonsense": ("http://[", "cannot be fetched"),
-    },
-)
-def test_http_get_checks_where_it_is_sent_on(place: str, why: str, redirecting: Callable[[str], str]) -> None:
+@cases("hosts, place, why", {
+    "loopback": ("*", "http://127.0.0.1:{port}/", "not global"),
+    "without a scheme": ("*", "//127.0.0.1:{port}/", "not global"),
+    "in hexadecimal": ("*", "http://0x7f000001:{port}/", "not global"),
+    "in IPv6": ("*", "http://[::ffff:127.0.0.1]:{port}/", "not global"),
+    "by name": ("*", "http://localhost:{port}/", "not global"),
+    "a file": ("*", "file:///etc/passwd", "http"),
+    "another protocol": ("*", "gopher://127.0.0.1/", "http"),
+    "itself, without end": ("*", "/", "redirects"),
+    "nonsense": ("*", "http://[", "cannot be fetched"),
+    "a host that is not opened": ("127.0.0.2", "http://other.example/", r"other\.example is not opened"),
+})  # fmt: skip
+def test_http_get_checks_where_it_is_sent_on(hosts: str, place: str, why: str, redirecting: Callable[[str], str]) -> None:
     with pytest.raises(module.ToolError, match=why):
-        module.HttpGetter(["*"]).http_get(redirecting(place))
-
-
-@linux
-def test_http_get_is_not_sent_on_to_a_host_that_is_not_opened(redirecting: Callable[[str], str]) -> None:
-    with pytest.raises(module.ToolError, match=r"other\.example is not opened"):
-        module.HttpGetter(["127.0.0.2"]).http_get(redirecting("http://other.example/"))
+        module.HttpGetter([hosts]).http_get(redirecting(place))
 
 
 STUCK_WEATHER = """
@@ -6798,10 +6325,10 @@ def get_weather(city: str) -> str:
 WEATHER_BUILTIN = {"type": "builtin", "name": "get_weather"}
 
 
-def test_tool_that_never_returns_ends_a_chat_with_its_error(serve: Callable[..., Server], models: Path, tmp_path: Path) -> None:
+def test_tool_that_never_returns_ends_a_chat_with_its_error(serve: Serve, models: Path, tmp_path: Path) -> None:
     (tmp_path / "stuck.py").write_text(STUCK_WEATHER)
-    own = serve("--models-dir", models, "--tools", tmp_path / "stuck.py", script=altered(tmp_path, ("TOOL_SECONDS = 30.0",
-                                                                                                    "TOOL_SECONDS = 0.3")))
+    script = altered(tmp_path, ("TOOL_SECONDS = 30.0", "TOOL_SECONDS = 0.3"))
+    own = serve("--models-dir", models, "--tools", tmp_path / "stuck.py", script=script)
     with quickly(20.0):
         for _ in range(6):  # beyond the calls that may hang
             message = own.chat("weather", tools=[WEATHER_BUILTIN]).message
@@ -6842,25 +6369,11 @@ def nap() -> bool:
     return True
 
 
-def test_client_that_leaves_a_chat_whose_tool_hangs_frees_its_place(
-    serve: Callable[..., Server], models: Path, tmp_path: Path
-) -> None:
-    (tmp_path / "stuck.py").write_text(STUCK_WEATHER)
-    own = serve("-v", "--models-dir", models, "--tools", tmp_path / "stuck.py")
-    body = {"model": "recital", "messages": [{"role": "user", "content": "weather"}], "tools": [WEATHER_BUILTIN], "stream": True}
-    with socket.create_connection((own.host, own.port), timeout=HANG) as gone:
-        gone.sendall(raw_post("/v1/chat/completions", json.dumps(body).encode()))
-        assert gone.recv(100)
-        time.sleep(0.5)
-    eventually(lambda: "POST /v1/chat/completions" in own.log.read_text(), "the request ends")
-    assert own.status("recital")["requests_running"] == own.status("recital")["requests_waiting"] == 0
-
-
 # ── llama.cpp ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 # Tokens, text and sampling on the real engine.
 
 
-def test_spaces_missing_from_the_vocabulary_take_three_tokens_each(serve: Callable[..., Server], tmp_path: Path) -> None:
+def test_spaces_missing_from_the_vocabulary_take_three_tokens_each(serve: Serve, tmp_path: Path) -> None:
     path = write_recital(tmp_path / "spaceless.gguf")
     data, length = path.read_bytes(), struct.pack("<Q", 3)
     assert data.count(length + "▁".encode()) == 1
@@ -6869,12 +6382,9 @@ def test_spaces_missing_from_the_vocabulary_take_three_tokens_each(serve: Callab
     assert reply.text == TEXTS[":"] and reply.json()["usage"]["prompt_tokens"] > 9000
 
 
-def test_special_tokens_never_appear_in_text(server: Server) -> None:
+def test_special_tokens_never_appear_in_text_and_no_character_is_split(server: Server) -> None:
     reply = server.generate("/")
     assert (reply.text, reply.finish_reason) == ("Goodbye", "stop")
-
-
-def test_stream_never_splits_a_character(server: Server) -> None:
     pieces = server.streamed("/api/generate", {"model": "recital", "prompt": "~"})[:-1]
     texts = [piece["choices"][0]["text"] for piece in pieces]
     assert "".join(texts) == TEXTS["~"] and not any("\ufffd" in text for text in texts)
@@ -6904,17 +6414,16 @@ def test_stop_string_split_across_pieces_never_leaks(stop: Any, stream: bool, se
         assert (reply.text, reply.finish_reason) == ("alpha ", "stop")
 
 
-@cases(
-    "stop, said",
-    {
-        "one word": ("STOP", "one STO two "),
-        "the earlier of two": (["café", "STOP"], "one STO two "),
-        "one that contains another": (["STOPPED", "STOPP"], "one STO two "),
-        "one with a character of two bytes": ("fé", "one STO two STOPP ca"),
-        "at the very end": (["three"], "one STO two STOPP café "),
-        "one that never comes": (["STOPS", "threes"], SPELLED["stops"].text),
-    },
-)
+@cases("stop, said", {
+    "one word": ("STOP", "one STO two "),
+    "the earlier of two": (["café", "STOP"], "one STO two "),
+    "one that contains another": (["STOPPED", "STOPP"], "one STO two "),
+    "one with a character of two bytes": ("fé", "one STO two STOPP ca"),
+    "at the very end": (["three"], "one STO two STOPP café "),
+    "one that never comes": (["STOPS", "threes"], SPELLED["stops"].text),
+    "null": (None, SPELLED["stops"].text),
+    "none": ([], SPELLED["stops"].text),
+})  # fmt: skip
 def test_stop_string_spelled_one_character_at_a_time_never_leaks(stop: Any, said: str, spelling: Server) -> None:
     body = {"model": "speller", "prompt": "." * SPELLER_STARTS["stops"], "stop": stop, "temperature": 0}
     assert spelling.post("/api/generate", body).text == said
@@ -6923,43 +6432,37 @@ def test_stop_string_spelled_one_character_at_a_time_never_leaks(stop: Any, said
     assert ws_ask(spelling, **body)[0] == said
 
 
-@pytest.mark.parametrize("stop", [None, []], ids=json.dumps)
-def test_null_or_empty_stop_stops_nothing(stop: Any, server: Server) -> None:
-    assert server.generate("|", stop=stop).text == TEXTS["|"]
-
-
 def test_chat_stop_string_never_leaks(server: Server) -> None:
-    body = {"model": "recital", "messages": [{"role": "user", "content": "stopping"}], "stop": "STOP"}
-    sent = server.streamed("/v1/chat/completions", body)
-    assert "".join(delta.get("content") or "" for delta in deltas(sent)) == "alpha "
+    assert spoken_in(server.streamed("/v1/chat/completions", chatting("stopping", stop="STOP"))) == "alpha "
     assert server.chat("stopping", stop=["STOP"]).message["content"] == "alpha "
 
 
-def test_same_seed_repeats_and_another_seed_differs(server: Server) -> None:
+def test_seed_repeats_a_text_and_without_one_texts_differ(server: Server) -> None:
     def roll(seed: int) -> str:
         return server.generate("Once", "dice", seed=seed, temperature=1, max_tokens=40, ignore_eos=True).text
 
     assert roll(11) == roll(11) != roll(12)
-
-
-def test_without_a_seed_texts_differ(server: Server) -> None:
     fields: dict[str, Any] = {"temperature": 1.5, "max_tokens": 40, "ignore_eos": True}
     assert len({server.generate("Once", "dice", **fields).text for _ in range(3)}) == 3
 
 
 GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 60, "ignore_eos": True}
+ALL: dict[str, Any] = {"top_k": 0, "top_p": 1, "min_p": 0}
 
 
-@pytest.mark.parametrize("only_best", [{"top_k": 1}, {"min_p": 1}, {"top_p": 0}], ids=json.dumps)
-def test_sampling_narrowed_to_the_best_token_is_greedy(only_best: dict[str, Any], server: Server) -> None:
+@cases("fields, same", {
+    "top_k of one": ({"temperature": 3, "top_k": 1}, True), "min_p of all": ({"temperature": 3, "min_p": 1}, True),
+    "top_p of nothing": ({"temperature": 3, "top_p": 0}, True),
+    "no deviation": ({**ALL, "temperature": 3, "top_n_sigma": 0.0001}, True),
+    "Mirostat's lowest": ({**ALL, "temperature": 3, "mirostat": 2, "mirostat_tau": 0}, True),
+    "XTC above one half": ({"xtc_probability": 1, "xtc_threshold": 0.6}, True), "presence": ({"presence_penalty": 2}, False),
+    "frequency": ({"frequency_penalty": 2}, False), "repetition": ({"repeat_penalty": 3}, False),
+})  # fmt: skip
+def test_greedy_text_is_the_same_where_only_the_best_token_is_left_and_another_with_penalties(
+    fields: dict[str, Any], same: bool, server: Server
+) -> None:
     greedy = server.generate("Once", "dice", **GREEDY).text
-    assert server.generate("Once", "dice", **{**GREEDY, "temperature": 3, **only_best}).text == greedy
-
-
-@pytest.mark.parametrize("penalty", [{"presence_penalty": 2}, {"frequency_penalty": 2}, {"repeat_penalty": 3}], ids=json.dumps)
-def test_penalty_changes_greedy_text(penalty: dict[str, Any], server: Server) -> None:
-    greedy = server.generate("Once", "dice", **GREEDY).text
-    assert server.generate("Once", "dice", **GREEDY, **penalty).text != greedy
+    assert (server.generate("Once", "dice", **{**GREEDY, **fields}).text == greedy) == same
 
 
 def test_top_k_beyond_32_bits_means_all(server: Server) -> None:
@@ -6967,27 +6470,32 @@ def test_top_k_beyond_32_bits_means_all(server: Server) -> None:
     assert ask(top_k=2**32 + 1).text == ask(top_k=10**6).text
 
 
-def test_sampling_defaults_in_the_model_file_are_used(serve: Callable[..., Server], tmp_path: Path) -> None:
+def test_sampling_defaults_in_the_model_file_are_used_where_they_make_sense(
+    serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With general.sampling.temp 0 in the file, requests without a temperature are greedy."""
-    path = write_dice(tmp_path / "models" / "calm.gguf")
-    reader = gguf.GGUFReader(path)
-    writer = gguf.GGUFWriter(str(tmp_path / "models" / "set.gguf"), "llama")
-    for key, value in reader.fields.items():
-        if key.startswith("GGUF.") or key == "general.architecture":
-            continue
-        kind = value.types[0]
-        sub = value.types[-1] if kind == gguf.GGUFValueType.ARRAY else None
-        writer.add_key_value(key, value.contents(), kind, sub_type=sub)
-    writer.add_float32("general.sampling.temp", 0.0)
-    for tensor in reader.tensors:
-        writer.add_tensor(tensor.name, tensor.data)
-    finish(writer)
-    own = serve("--models-dir", tmp_path / "models")
+    plain = gguf.GGUFWriter.add_bos_token_id
+
+    def write(name: str, **settings: Any) -> None:
+        def with_settings(writer: gguf.GGUFWriter, token: int) -> None:
+            plain(writer, token)
+            for key, value in settings.items():
+                (writer.add_string if isinstance(value, str) else writer.add_float32)(f"general.sampling.{key}", value)
+
+        monkeypatch.setattr(gguf.GGUFWriter, "add_bos_token_id", with_settings)
+        write_dice(tmp_path / "models" / f"{name}.gguf")
+
+    write("calm")
+    write("set", temp=0.0)
+    for key in ("temp", "top_k", "top_p"):
+        write(f"odd-{key}", **{key: "inf"})
+    own = serve("--models-dir", tmp_path / "models", "--max-loaded", "1")
     ask = {"prompt": "roll", "max_tokens": 24, "ignore_eos": True}
     said = [own.post("/v1/completions", {**ask, "model": "set"}).text for _ in range(2)]
     assert said[0] == said[1] == own.post("/v1/completions", {**ask, "model": "set", "temperature": 0}).text
     wild = {own.post("/v1/completions", {**ask, "model": "calm", "temperature": 1.5}).text for _ in range(3)}
     assert len(wild) > 1
+    assert [own.post("/v1/completions", {**ask, "model": f"odd-{key}"}).status for key in ("temp", "top_k", "top_p")] == [200] * 3
 
 
 def test_chat_logit_bias_forces_a_token(server: Server) -> None:
@@ -6995,14 +6503,11 @@ def test_chat_logit_bias_forces_a_token(server: Server) -> None:
     assert server.chat("count", logit_bias=bias, max_tokens=3).message["content"] == "w07 w07 w07 "
 
 
-def test_chat_returns_logprobs_on_request(server: Server) -> None:
+def test_logprobs_are_returned_on_request(server: Server) -> None:
     choice = server.chat(logprobs=True, top_logprobs=2, temperature=0).json()["choices"][0]
     tokens = choice["logprobs"]["content"]
     assert "".join(token["token"] for token in tokens) == "Hello wide world"
     assert all(token["logprob"] == pytest.approx(0, abs=0.01) and len(token["top_logprobs"]) == 2 for token in tokens)
-
-
-def test_completions_return_logprobs_on_request(server: Server) -> None:
     body = {"model": "recital", "prompt": ":", "logprobs": 2, "temperature": 0}
     logprobs = server.post("/v1/completions", body).json()["choices"][0]["logprobs"]
     assert "".join(logprobs["tokens"]) == "Hello wide world"
@@ -7082,7 +6587,7 @@ def test_completion_refuses_an_echo(fields: dict[str, Any], word: str, server: S
     assert_error(server.post("/v1/completions", body), 400, "invalid_request", word)
 
 
-def test_context_too_large_for_memory_is_refused_with_a_size_that_fits(serve: Callable[..., Server], tmp_path: Path) -> None:
+def test_context_too_large_for_memory_is_refused_with_a_size_that_fits(serve: Serve, tmp_path: Path) -> None:
     write_kind(tmp_path / "wide.gguf", "llama", context=1 << 24, kv_heads=1024)
     large = serve("--models-dir", tmp_path, "--ctx", str(1 << 24))
     refused = large.load("wide")
@@ -7112,17 +6617,11 @@ FIELDS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(scope="module")
-def gambler(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A server whose dice nobody else throws."""
-    running = Server(tmp_path_factory.mktemp("gambler"), "--port", "0", "--models-dir", models, "--ctx", str(LONG_CTX))
-    running.load("dice")
-    yield running
-    running.stop()
+gambler = serving("--ctx", str(LONG_CTX), load=("dice",))  # whose dice nobody else throws
 
 
 @linux
-@pytest.mark.parametrize("fields", FIELDS.values(), ids=FIELDS)
+@cases("fields", FIELDS)
 def test_schema_whose_every_document_is_banned_ends_the_text_and_nobody_elses(fields: dict[str, Any], gambler: Server) -> None:
     engine = gambler.engine("dice.gguf")
     body = {"model": "dice", "prompt": "x", "json_schema": {"type": "boolean"}, "logit_bias": BANNED, "max_tokens": 20}
@@ -7149,20 +6648,19 @@ def test_sampling_fields_of_all_kinds_at_once_never_end_the_engine(gambler: Serv
         return gambler.post("/v1/completions", {"model": "dice", "prompt": "Once", **body, "logit_bias": bias}).status
 
     with ThreadPoolExecutor(6) as pool:
-        assert set(pool.map(ask, range(1000))) == {200}
+        assert set(pool.map(ask, range(1000 if SOAK else 300))) == {200}
     assert gambler.engine("dice.gguf") == engine
 
 
-@pytest.fixture(scope="module")
-def numberless(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A server with models whose output is not a number: "nan" and "inf"."""
-    folder = tmp_path_factory.mktemp("numberless")
+def write_numberless(folder: Path) -> None:
+    """Models whose output is not a number: "nan" and "inf"."""
     for value in ("nan", "inf"):
         broken = gguf.GGUFReader(write_dice(folder / f"{value}.gguf"), "r+")
         next(t for t in broken.tensors if t.name == "output.weight").data[:] = float(value)
         del broken
-    with shared(folder / "home", "--models-dir", folder) as running:
-        yield running
+
+
+numberless = serving(write=write_numberless)
 
 
 @linux
@@ -7177,29 +6675,10 @@ def test_model_whose_output_is_not_a_number_fails_the_request_only(
     assert numberless.engine(f"{model}.gguf") == engine
 
 
-@pytest.mark.parametrize("key", ["temp", "top_k", "top_p"])
-def test_sampling_settings_of_a_file_that_make_no_sense_are_passed_over(
-    key: str, serve: Callable[..., Server], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    plain = gguf.GGUFWriter.add_bos_token_id
-
-    def with_setting(writer: gguf.GGUFWriter, token: int) -> None:
-        plain(writer, token)
-        writer.add_string(f"general.sampling.{key}", "inf")
-
-    monkeypatch.setattr(gguf.GGUFWriter, "add_bos_token_id", with_setting)
-    write_dice(tmp_path / "odd.gguf")
-    reply = serve("--models-dir", tmp_path).post("/v1/completions", {"model": "odd", "prompt": "Once", "max_tokens": 5})
-    assert reply.status == 200
-
-
 @pytest.mark.parametrize("token", [263, 2**31, 9999999999])
-def test_bias_of_a_token_that_does_not_exist_is_refused_by_name(token: int, gambler: Server) -> None:
-    error = assert_error(
-        gambler.post("/v1/completions", {"model": "dice", "prompt": "x", "logit_bias": {str(token): 1}}),
-        400, "invalid_request", "logit_bias", "0…262",
-    )  # fmt: skip
-    assert error["param"] == "logit_bias"
+def test_bias_of_a_token_that_does_not_exist_is_refused_by_name(token: int, server: Server) -> None:
+    reply = server.chat(model="dice", logit_bias={str(token): 1})
+    assert assert_error(reply, 400, "invalid_request", "logit_bias", "0…262")["param"] == "logit_bias"
 
 
 # Texts
@@ -7208,16 +6687,16 @@ def test_bias_of_a_token_that_does_not_exist_is_refused_by_name(token: int, gamb
 RUN_TOKENIZERS = ("deepseek-v3", "gpt-4o", "tekken", "llama4")
 
 
-@pytest.fixture(scope="module")
-def runners(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A server with one model for each of these tokenizers."""
-    folder, plain = tmp_path_factory.mktemp("runners"), gguf.GGUFWriter.add_tokenizer_pre
+def write_runners(folder: Path) -> None:
+    """One model for each of these tokenizers."""
+    plain = gguf.GGUFWriter.add_tokenizer_pre
     for name in RUN_TOKENIZERS:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(gguf.GGUFWriter, "add_tokenizer_pre", lambda writer, _, name=name: plain(writer, name))
             write_dice(folder / f"{name}.gguf", context=20_000)
-    with shared(folder / "home", "--models-dir", folder, "--ctx", "20000", "--max-loaded", "4") as running:
-        yield running
+
+
+runners = serving("--ctx", "20000", "--max-loaded", "4", write=write_runners)
 
 
 @pytest.mark.parametrize("count", [26_500, 200_000])
@@ -7228,10 +6707,9 @@ def test_run_of_one_character_is_tokenized(tokenizer: str, count: int, runners: 
 
 
 def test_text_that_no_context_holds_is_refused_before_it_is_tokenized(gambler: Server) -> None:
-    started = time.monotonic()
-    reply = gambler.generate("x" * 8_000_000, "dice")
+    with quickly(10.0):
+        reply = gambler.generate("x" * 8_000_000, "dice")
     assert_error(reply, 400, "context_length_exceeded", f"at least {-(-8_000_000 // 13)} tokens", "256")
-    assert time.monotonic() - started < 10
 
 
 @pytest.mark.parametrize("special", ["<unk>", "<s>", "<|quiet|>"])
@@ -7263,7 +6741,7 @@ def test_stop_strings_are_found_in_text_fed_one_character_at_a_time() -> None:
         assert shown + stream.finish() == naive_stream(text, stop), (text, stop)
 
 
-@pytest.mark.parametrize("text", ["a" * 20_000, "ab" * 10_000, "aab" * 7_000])
+@pytest.mark.parametrize("text", ["a" * 5000, "ab" * 2500, "aab" * 1700])
 def test_stop_strings_cost_the_same_however_long(text: str) -> None:
     def seconds(size: int) -> float:
         stream = module.TextStream(tuple(("aab" * size)[: size + i] + "z" for i in range(16)))
@@ -7276,68 +6754,33 @@ def test_stop_strings_cost_the_same_however_long(text: str) -> None:
     assert any(seconds(4096) < 3 * seconds(16) + 0.5 for _ in range(5))
 
 
-SAMPLER_BOUNDS: dict[str, tuple[list[Any], tuple[str, ...]]] = {  # more rows for WRONG_VALUES
-    "typical_p": ([-0.1, 1.1, "x", True], ("0", "1")),
-    "top_n_sigma": ([-1.1, 101, "x"], ("-1", "100")),
-    "xtc_probability": ([-0.1, 1.1, []], ("0", "1")),
-    "xtc_threshold": ([-0.1, 1.1, {}], ("0", "1")),
-    "dynatemp_range": ([-0.1, 5.1, "x"], ("0", "5")),
-    "dynatemp_exponent": ([-0.1, 11, []], ("0", "10")),
-    "repeat_last_n": ([-2, 1.5, "64"], ("-1",)),
-    "dry_multiplier": ([-0.1, 101, "x"], ("0", "100")),
-    "dry_base": ([0.9, 101, "x"], ("1", "100")),
-    "dry_allowed_length": ([-1, 1.5, "2"], ("0",)),
-    "dry_penalty_last_n": ([-2, 0.5, True], ("-1",)),
-    "dry_sequence_breakers": ([5, [1], ["x"] * 17, ["x" * 41]], ()),
-    "mirostat": ([-1, 3, 1.5, "2"], ("0", "2")),
-    "mirostat_tau": ([-1, 101], ("0", "100")),
-    "mirostat_eta": ([-0.1, 1.1], ("0", "1")),
-    "logit_bias": ([5, "x", {"x": 1}, {"1": 101}, {"1": True}, [1], [[1]], [["x", 1]], [[-1, 1]], [[1, 101]], [[1, True]]], ()),
-}
-WRONG_SAMPLING = [
-    pytest.param(field, value, bounds, id=f"{field}={json.dumps(value)[:24]}")
-    for field, (values, bounds) in SAMPLER_BOUNDS.items()
-    for value in values
-]
-
-
-@pytest.mark.parametrize(("field", "value", "bounds"), WRONG_SAMPLING)
-def test_sampling_field_out_of_bounds_is_400_naming_it(
-    field: str, value: Any, bounds: tuple[str, ...], server: Server
-) -> None:
-    assert_error(server.generate(**{field: value}), 400, "invalid_request", field, *bounds)
-    error = assert_error(server.chat(**{field: value}), 400, "invalid_request", field, *bounds)
-    assert error["type"] == "invalid_request_error" and error["param"].startswith(field)
-
-
 BREAKERS = {"dry_sequence_breakers": ["é", "\n", "\0", "", "the the", "日" * 13]}
 LOWEST = {
     "typical_p": 0, "top_n_sigma": -1, "xtc_probability": 0, "xtc_threshold": 0, "repeat_last_n": -1, "dry_multiplier": 0,
     "dry_base": 1, "dry_allowed_length": 0, "dry_penalty_last_n": -1, "dry_sequence_breakers": [], "mirostat": 0,
-    "dynatemp_range": 0, "dynatemp_exponent": 0,
+    "dynatemp_range": 0, "dynatemp_exponent": 0, "temperature": 0, "top_p": 0, "min_p": 0, "presence_penalty": -2,
+    "frequency_penalty": -2, "seed": -1,
 }  # fmt: skip
 HIGHEST = {
     "typical_p": 1, "top_n_sigma": 100, "xtc_probability": 1, "xtc_threshold": 1, "repeat_last_n": 2**40,
     "repeat_penalty": 1.1, "dry_multiplier": 100, "dry_base": 100, "dry_allowed_length": 2**40, "dry_penalty_last_n": 2**40,
-    "dry_sequence_breakers": ["x" * 40] * 16, "dynatemp_range": 5, "dynatemp_exponent": 10,
+    "dry_sequence_breakers": ["x" * 40] * 16, "dynatemp_range": 5, "dynatemp_exponent": 10, "temperature": 5, "top_p": 1,
+    "min_p": 1, "presence_penalty": 2, "frequency_penalty": 2, "seed": 2**32,
 }  # fmt: skip
 
 
-@cases(
-    "fields",
-    {
-        "lowest": LOWEST,
-        "highest": HIGHEST,
-        "DRY with nothing allowed": {**LOWEST, "dry_multiplier": 1},
-        "odd breakers": {"dry_multiplier": 1, **BREAKERS},
-        "mirostat 1 at its lowest": {"mirostat": 1, "mirostat_tau": 0, "mirostat_eta": 0},
-        "mirostat 2 at its highest": {"mirostat": 2, "mirostat_tau": 100, "mirostat_eta": 1, "temperature": 5},
-        "typical with all tokens and the end ignored": {"typical_p": 0.5, "top_k": 0, "ignore_eos": True},
-        "everything in a schema": {**HIGHEST, "typical_p": 0.1, "top_k": 0, "json_schema": {"enum": ["ab", "cd"]}},
-        "mirostat in a schema": {"mirostat": 1, "json_schema": {"enum": ["ab", "cd"]}},
-        "XTC in a schema": {"xtc_probability": 1, "xtc_threshold": 0, "json_schema": {"enum": ["ab", "cd"]}},
-    },
-)
+@cases("fields", {
+    "lowest": LOWEST,
+    "highest": HIGHEST,
+    "DRY with nothing allowed": {**LOWEST, "dry_multiplier": 1},
+    "odd breakers": {"dry_multiplier": 1, **BREAKERS},
+    "mirostat 1 at its lowest": {"mirostat": 1, "mirostat_tau": 0, "mirostat_eta": 0},
+    "mirostat 2 at its highest": {"mirostat": 2, "mirostat_tau": 100, "mirostat_eta": 1, "temperature": 5},
+    "typical with all tokens and the end ignored": {"typical_p": 0.5, "top_k": 0, "ignore_eos": True},
+    "everything in a schema": {**HIGHEST, "typical_p": 0.1, "top_k": 0, "json_schema": {"enum": ["ab", "cd"]}},
+    "mirostat in a schema": {"mirostat": 1, "json_schema": {"enum": ["ab", "cd"]}},
+    "XTC in a schema": {"xtc_probability": 1, "xtc_threshold": 0, "json_schema": {"enum": ["ab", "cd"]}},
+})  # fmt: skip
 def test_sampling_limits_are_inclusive(fields: dict[str, Any], server: Server) -> None:
     reply = server.generate("Once", "dice", max_tokens=20, **fields)
     assert reply.status == 200, reply.body
@@ -7351,7 +6794,6 @@ def next_tokens(server: Server, prompt: Any, model: str = "recital", **fields: A
     return shown["tokens"][0], {token: math.exp(logprob) for token, logprob in shown["top_logprobs"][0].items()}
 
 
-ALL: dict[str, Any] = {"top_k": 0, "top_p": 1, "min_p": 0}
 PROMPTS = ["Once", "the end", "abc"]
 
 
@@ -7365,11 +6807,6 @@ def test_xtc_drops_every_likely_token_but_the_last(prompt: str, kinds: Server) -
     assert picked == likely[3]
 
 
-def test_xtc_with_a_threshold_above_one_half_is_off(server: Server) -> None:
-    greedy = server.generate("Once", "dice", **GREEDY).text
-    assert server.generate("Once", "dice", **GREEDY, xtc_probability=1, xtc_threshold=0.6).text == greedy
-
-
 @pytest.mark.parametrize("prompt", PROMPTS)
 def test_typical_p_zero_keeps_the_token_of_expected_surprise(prompt: str, kinds: Server) -> None:
     _, top = next_tokens(kinds, ids(prompt), "llama")
@@ -7378,12 +6815,6 @@ def test_typical_p_zero_keeps_the_token_of_expected_surprise(prompt: str, kinds:
     entropy = -sum(p * math.log(p) for p in shares.values())
     picked, _ = next_tokens(kinds, ids(prompt), "llama", top_k=10, typical_p=0, temperature=2)
     assert picked == min(best, key=lambda token: abs(-math.log(shares[token]) - entropy))
-
-
-@pytest.mark.parametrize("only_best", [{"top_n_sigma": 0.0001}, {"mirostat": 2, "mirostat_tau": 0}], ids=json.dumps)
-def test_sampler_narrowed_to_the_best_token_is_greedy(only_best: dict[str, Any], server: Server) -> None:
-    greedy = server.generate("Once", "dice", **GREEDY).text
-    assert server.generate("Once", "dice", **{**GREEDY, **ALL, "temperature": 3, **only_best}).text == greedy
 
 
 @pytest.mark.parametrize("version", [1, 2])
@@ -7399,26 +6830,21 @@ def test_mirostat_follows_its_target(version: int, server: Server) -> None:
     assert surprise(1) < surprise(6)
 
 
-TICKING = [TOKEN_ID[word] for word in ("tock ", "tick ", "tock ", "tick ", "tock ", "tick ")]
-
-
-@cases(
-    "fields, repeats",
-    {
-        "off": ({}, True),
-        "on": ({"dry_multiplier": 100}, False),
-        "growing with the repetition": ({"dry_multiplier": 1, "dry_base": 10}, False),
-        "too weak": ({"dry_multiplier": 0.1, "dry_base": 1}, True),
-        "all of it allowed": ({"dry_multiplier": 100, "dry_allowed_length": 6}, True),
-        "seeing one token": ({"dry_multiplier": 100, "dry_penalty_last_n": 1}, True),
-        "seeing nothing": ({"dry_multiplier": 100, "dry_penalty_last_n": 0}, True),
-        "seeing the whole context": ({"dry_multiplier": 100, "dry_penalty_last_n": -1}, False),
-        "a breaker inside": ({"dry_multiplier": 100, "dry_sequence_breakers": ["ick"]}, True),
-        "no breakers": ({"dry_multiplier": 100, "dry_sequence_breakers": []}, False),
-    },
-)
+@cases("fields, repeats", {
+    "off": ({}, True),
+    "on": ({"dry_multiplier": 100}, False),
+    "growing with the repetition": ({"dry_multiplier": 1, "dry_base": 10}, False),
+    "too weak": ({"dry_multiplier": 0.1, "dry_base": 1}, True),
+    "all of it allowed": ({"dry_multiplier": 100, "dry_allowed_length": 6}, True),
+    "seeing one token": ({"dry_multiplier": 100, "dry_penalty_last_n": 1}, True),
+    "seeing nothing": ({"dry_multiplier": 100, "dry_penalty_last_n": 0}, True),
+    "seeing the whole context": ({"dry_multiplier": 100, "dry_penalty_last_n": -1}, False),
+    "a breaker inside": ({"dry_multiplier": 100, "dry_sequence_breakers": ["ick"]}, True),
+    "no breakers": ({"dry_multiplier": 100, "dry_sequence_breakers": []}, False),
+})  # fmt: skip
 def test_dry_sees_repetitions_in_the_prompt(fields: dict[str, Any], repeats: bool, server: Server) -> None:
-    picked, _ = next_tokens(server, TICKING, temperature=0, **fields)
+    ticking = [TOKEN_ID[word] for word in ("tock ", "tick ", "tock ", "tick ", "tock ", "tick ")]
+    picked, _ = next_tokens(server, ticking, temperature=0, **fields)
     assert (picked == "tock ") == repeats
 
 
@@ -7434,45 +6860,39 @@ def test_repeat_last_n_says_how_far_penalties_look_back(last_n: int, penalized: 
     assert (picked != "tock ") == penalized
 
 
-def test_mirostat_and_xtc_repeat_with_a_seed(server: Server) -> None:
-    for fields in ({"mirostat": 1}, {"mirostat": 2}, {"xtc_probability": 0.5, "xtc_threshold": 0.01}):
-        ask = functools.partial(server.generate, "Once", "dice", max_tokens=40, temperature=1, ignore_eos=True, **fields)
-        assert ask(seed=3).text == ask(seed=3).text != ask(seed=4).text
-
-
-def test_choices_are_seeded_one_after_another(server: Server) -> None:
+def test_choices_repeat_with_a_seed_and_are_seeded_one_after_another(server: Server) -> None:
     """A few tokens: several rows of a step round differently from one, which shows once the cache's 16 bits have held it."""
     body = {"model": "dice", "prompt": "Once", "max_tokens": 3, "temperature": 1, "ignore_eos": True, "logprobs": 0}
     together = server.post("/v1/completions", {**body, "seed": 7, "n": 8}).json()["choices"]
     alone = [server.post("/v1/completions", {**body, "seed": 7 + i}).json()["choices"][0] for i in range(8)]
     assert [c["logprobs"]["tokens"] for c in together] == [c["logprobs"]["tokens"] for c in alone]
     assert len({tuple(c["logprobs"]["tokens"]) for c in alone}) > 4
+    for fields in ({"mirostat": 1}, {"mirostat": 2}, {"xtc_probability": 0.5, "xtc_threshold": 0.01}):
+        ask = functools.partial(server.generate, "Once", "dice", max_tokens=40, temperature=1, ignore_eos=True, **fields)
+        assert ask(seed=3).text == ask(seed=3).text != ask(seed=4).text
 
 
 W07 = TOKEN_ID["w07 "]
 
 
-@cases(
-    "bias, text",
-    {
-        "an object": ({str(W07): 100}, "w07 w07 "),
-        "pairs": ([[W07, 100]], "w07 w07 "),
-        "pairs with the id in digits": ([[str(W07), 100]], "w07 w07 "),
-        "none": ([], "w00 w01 "),
-        "banned by false in pairs": ([[TOKEN_ID["w00 "], False], [W07, 100]], "w07 w07 "),
-        "banned by false in an object": ({str(TOKEN_ID["w00 "]): False, str(W07): 100}, "w07 w07 "),
-    },
-)
+@cases("bias, text", {
+    "an object": ({str(W07): 100}, "w07 w07 "),
+    "pairs": ([[W07, 100]], "w07 w07 "),
+    "pairs with the id in digits": ([[str(W07), 100]], "w07 w07 "),
+    "none": ([], "w00 w01 "),
+    "banned by false in pairs": ([[TOKEN_ID["w00 "], False], [W07, 100]], "w07 w07 "),
+    "banned by false in an object": ({str(TOKEN_ID["w00 "]): False, str(W07): 100}, "w07 w07 "),
+})  # fmt: skip
 def test_logit_bias_takes_the_forms_of_openai_and_llama_server(bias: Any, text: str, server: Server) -> None:
     assert server.generate("=", max_tokens=2, temperature=0, logit_bias=bias).text == text
 
 
-def test_generate_help_names_every_sampling_parameter(tmp_path: Path) -> None:
+def test_generate_help_names_every_sampling_parameter_and_flags_of_new_samplers_reach_them(
+    tmp_path: Path, models: Path
+) -> None:
     said = shimmy("generate", "--help", home=tmp_path).stdout.decode()
-    assert all(f"--{name.replace('_', '-')} " in said for name in SAMPLER_BOUNDS if name != "logit_bias")
-
-
-def test_generate_flags_of_new_samplers_reach_them(models: Path, tmp_path: Path) -> None:
+    names = [name for name in WRONG_VALUES if name not in ("logit_bias", "stream")]
+    assert [name for name in names if f"--{name.replace('_', '-')} " not in said] == []
     args = ["--max-tokens", "20", "--temperature", "0", "--dry-multiplier", "100", "--repeat-last-n", "-1"]
     ask = functools.partial(shimmy, "generate", "recital", "--raw", "--prompt", "#", "--models-dir", models, home=tmp_path)
     done = ask(*args, "--dry-sequence-breakers", "Never", "--dry-sequence-breakers", "ever")
@@ -7480,18 +6900,15 @@ def test_generate_flags_of_new_samplers_reach_them(models: Path, tmp_path: Path)
     assert b"tock tick tock tick tock" in ask(*args, "--dry-sequence-breakers", "ick").stdout
 
 
-@cases(
-    "prompt, stop, text",
-    {
-        "no stop string": ("|", [], TEXTS["|"]),
-        "a stop string of several tokens": ("|", ["STOP"], "alpha "),
-        "a stop string that begins as a token does": ("=", ["w03 w04"], "w00 w01 w02 "),
-        "a stop string inside a token": (":", ["orl"], "Hello wide w"),
-        "a stop string at once": (":", ["Hell"], ""),
-        "a stop string that does not come": ("|", ["omegaX", "STOPPX"], TEXTS["|"]),
-        "characters of several tokens": ("~", ["!!!"], "café and😀"),
-    },
-)
+@cases("prompt, stop, text", {
+    "no stop string": ("|", [], TEXTS["|"]),
+    "a stop string of several tokens": ("|", ["STOP"], "alpha "),
+    "a stop string that begins as a token does": ("=", ["w03 w04"], "w00 w01 w02 "),
+    "a stop string inside a token": (":", ["orl"], "Hello wide w"),
+    "a stop string at once": (":", ["Hell"], ""),
+    "a stop string that does not come": ("|", ["omegaX", "STOPPX"], TEXTS["|"]),
+    "characters of several tokens": ("~", ["!!!"], "café and😀"),
+})  # fmt: skip
 def test_logprobs_joined_are_the_text_up_to_a_stop_string(prompt: str, stop: list[str], text: str, server: Server) -> None:
     said = {":": "hi", "|": "stopping", "=": "count", "~": "unicode"}[prompt]
     choice = server.chat(said, logprobs=True, temperature=0, stop=stop).json()["choices"][0]
@@ -7499,14 +6916,11 @@ def test_logprobs_joined_are_the_text_up_to_a_stop_string(prompt: str, stop: lis
     assert b"".join(bytes(token["bytes"]) for token in choice["logprobs"]["content"]).decode() == text
 
 
-@cases(
-    "prompt, stop, text",
-    {
-        "text of whole tokens": ("=", ["w03 w05"], TEXTS["="]),
-        "text that ends inside a token": ("|", ["STOP"], "alpha "),
-        "held text that is no stop string": ("|", ["STOPPER", "ha STOPPSTOPS"], TEXTS["|"]),
-    },
-)
+@cases("prompt, stop, text", {
+    "text of whole tokens": ("=", ["w03 w05"], TEXTS["="]),
+    "text that ends inside a token": ("|", ["STOP"], "alpha "),
+    "held text that is no stop string": ("|", ["STOPPER", "ha STOPPSTOPS"], TEXTS["|"]),
+})  # fmt: skip
 def test_every_chunk_carries_the_logprobs_of_its_own_text(prompt: str, stop: list[str], text: str, thinking: Server) -> None:
     """Where a stop string may begin text waits, in whole tokens, and so do their log probabilities."""
     body = {"model": "recital", "prompt": prompt, "stop": stop, "temperature": 0, "logprobs": 0}
@@ -7524,29 +6938,30 @@ UNKNOWN_RUNS = {
 }  # fmt: skip
 
 
-def test_a_million_letters_without_a_token_are_refused_with_their_number_soon(server: Server) -> None:
-    began = time.monotonic()
-    reply = server.generate("a" * 1_000_000, max_tokens=1)
+def test_long_runs_of_letters_or_bytes_become_llama_cpps_tokens_or_are_refused_soon(server: Server, models: Path) -> None:
+    with quickly(HANG / 2):  # it took llama.cpp over a minute
+        reply = server.generate("a" * 1_000_000, max_tokens=1)
     assert_error(reply, 400, "context_length_exceeded", "1000001 tokens")
-    assert time.monotonic() - began < HANG / 2, "it took llama.cpp over a minute"
+    command = [sys.executable, "-c", TOKENIZES, str(SHIMMY.parent), str(models / "recital.gguf")]
+    texts = json.dumps([*UNKNOWN_RUNS.values()]).encode()
+    theirs = subprocess.run(command, input=texts, capture_output=True, timeout=HANG, check=True)
+    for (name, text), tokens in zip(UNKNOWN_RUNS.items(), theirs.stdout.splitlines(), strict=True):
+        assert server.post("/tokenize", {"content": text, "model": "recital"}).json()["tokens"] == json.loads(tokens), name
 
 
-@cases("text", UNKNOWN_RUNS)
-def test_long_runs_of_bytes_become_the_tokens_that_llama_cpp_makes(text: str, server: Server, models: Path) -> None:
-    found = server.post("/tokenize", {"content": text, "model": "recital"}).json()["tokens"]
-    script = f"""
-import sys; sys.path.insert(0, {str(SHIMMY.parent)!r})
+TOKENIZES = """
+import sys; sys.path.insert(0, sys.argv[1])
 import json, numpy, shimmy
 c = shimmy.import_llama(); c.llama_backend_init(); quiet = c.llama_log_callback(lambda *_: None); c.llama_log_set(quiet, None)
 parameters = c.llama_model_default_params(); parameters.vocab_only = True
-model = c.llama_model_load_from_file({str(models / "recital.gguf")!r}.encode(), parameters)
-vocab = c.llama_model_get_vocab(model); text = sys.stdin.buffer.read()
-rows = numpy.empty(len(text) + 16, numpy.int32)
-count = c.llama_tokenize(vocab, text, len(text), rows.ctypes.data_as(c.ctypes.POINTER(c.ctypes.c_int32)), len(rows), False, True)
-print(json.dumps(rows[:count].tolist()))
+model = c.llama_model_load_from_file(sys.argv[2].encode(), parameters)
+vocab = c.llama_model_get_vocab(model)
+for text in json.load(sys.stdin):
+    text = text.encode()
+    rows = numpy.empty(len(text) + 16, numpy.int32)
+    ids = rows.ctypes.data_as(c.ctypes.POINTER(c.ctypes.c_int32))
+    print(json.dumps(rows[: c.llama_tokenize(vocab, text, len(text), ids, len(rows), False, True)].tolist()))
 """
-    theirs = subprocess.run([sys.executable, "-c", script], input=text.encode(), capture_output=True, timeout=HANG, check=True)
-    assert found == json.loads(theirs.stdout)
 
 
 # Memory: what a model takes, by its header, and what of it goes where.
@@ -7569,25 +6984,25 @@ def test_memory_of_a_context_is_what_llama_cpp_says_that_it_takes(kind: str, tmp
     assert expected > 0 and llama.loaded().pool_bytes == int(info.kv.token_bytes("f16") * llama.pool)
 
 
-@cases(
-    "meta, expected",
-    {"one number for all layers": ({"attention.head_count_kv": 2}, ((64, 64, 64), (0, 0, 0))),
-     "windows with keys of their own": (
-         {"attention.head_count_kv": 2, "attention.sliding_window_pattern": (True, False, True),
-          "attention.key_length": 16, "attention.value_length": 16, "attention.key_length_swa": 8,
-          "attention.value_length_swa": 8}, ((32, 64, 32), (0, 0, 0))),
-     "keys alone, compressed": (
-         {"attention.head_count_kv": 1, "attention.key_length": 40, "attention.value_length": 32,
-          "attention.key_length_mla": 16}, ((40, 40, 40), (0, 0, 0))),
-     "layers that share": ({"attention.head_count_kv": 2, "attention.shared_kv_layers": 1}, ((64, 64, 0), (0, 0, 0))),
-     "attention at an interval": (
-         {"attention.head_count_kv": 2, "full_attention_interval": 3, "ssm.conv_kernel": 4, "ssm.inner_size": 8,
-          "ssm.state_size": 2, "ssm.group_count": 1}, ((0, 0, 64), (4 * (3 * 12 + 16),) * 2 + (0,))),
-     "both in each layer": (
-         {"attention.head_count_kv": 2, "ssm.conv_kernel": 2, "ssm.inner_size": 8, "ssm.state_size": 2},
-         ((64, 64, 64), (4 * (8 + 16),) * 3)),
-     "a state alone": ({"attention.head_count": 0, "wkv.head_size": 8}, ((0, 0, 0), (4 * 64 * 10,) * 3))},
-)  # fmt: skip
+@cases("meta, expected", {
+    "one number for all layers": ({"attention.head_count_kv": 2}, ((64, 64, 64), (0, 0, 0))),
+    "one for each layer": ({"attention.head_count_kv": (4, 0, 2)}, ((128, 0, 64), (0, 0, 0))),
+    "windows with keys of their own": (
+        {"attention.head_count_kv": 2, "attention.sliding_window_pattern": (True, False, True),
+         "attention.key_length": 16, "attention.value_length": 16, "attention.key_length_swa": 8,
+         "attention.value_length_swa": 8}, ((32, 64, 32), (0, 0, 0))),
+    "keys alone, compressed": (
+        {"attention.head_count_kv": 1, "attention.key_length": 40, "attention.value_length": 32,
+         "attention.key_length_mla": 16}, ((40, 40, 40), (0, 0, 0))),
+    "layers that share": ({"attention.head_count_kv": 2, "attention.shared_kv_layers": 1}, ((64, 64, 0), (0, 0, 0))),
+    "attention at an interval": (
+        {"attention.head_count_kv": 2, "full_attention_interval": 3, "ssm.conv_kernel": 4, "ssm.inner_size": 8,
+         "ssm.state_size": 2, "ssm.group_count": 1}, ((0, 0, 64), (4 * (3 * 12 + 16),) * 2 + (0,))),
+    "both in each layer": (
+        {"attention.head_count_kv": 2, "ssm.conv_kernel": 2, "ssm.inner_size": 8, "ssm.state_size": 2},
+        ((64, 64, 64), (4 * (8 + 16),) * 3)),
+    "a state alone": ({"attention.head_count": 0, "wkv.head_size": 8}, ((0, 0, 0), (4 * 64 * 10,) * 3)),
+})  # fmt: skip
 def test_memory_of_a_context_by_layer(meta: dict[str, Any], expected: Any) -> None:
     shape = {"block_count": 3, "embedding_length": 64, "attention.head_count": 4, **meta}
     kv = module.kv_shape({f"a.{key}": value for key, value in shape.items()}, "a")
@@ -7599,22 +7014,21 @@ DENSE = ("dense", [(GIB, 0)] * 32, GIB)  # 33 GiB
 MIXTURE = ("mixture", [(2 * GIB, GIB * 7 // 4)] * 32, GIB)  # 65 GiB, 56 of them experts
 
 
-@cases(
-    "shape, gpus, wish, expected",
-    {"all fit": (DENSE, [56], {}, (33, 0, 32768)),
-     "a smaller pool comes first": (DENSE, [40], {}, (33, 0, 9216)),
-     "then fewer layers": (DENSE, [24], {}, (19, 0, 11264)),
-     "two small ones": (DENSE, [24, 24], {}, (33, 0, 21504)),
-     "none fits": (DENSE, [1], {}, (0, 0, 32768)),
-     "no GPU with room": (DENSE, [0], {}, (0, 0, 32768)),
-     "as told": (DENSE, [24], {"gpu_layers": 10}, (10, 0, 32768)),
-     "all, as told": (DENSE, [24], {"gpu_layers": -1}, (33, 0, 8192)),
-     "experts of some layers stay": (MIXTURE, [48], {}, (33, 14, 9216)),
-     "experts of all layers stay": (MIXTURE, [15], {}, (33, 32, 9216)),
-     "and fewer layers": (MIXTURE, [8], {}, (18, 32, 9216)),
-     "experts as told": (MIXTURE, [24], {"cpu_moe": 32}, (33, 32, 26624)),
-     "half of them after a crash": (DENSE, [56], {"share": 0.5}, (16, 0, 32768))},
-)  # fmt: skip
+@cases("shape, gpus, wish, expected", {
+    "all fit": (DENSE, [56], {}, (33, 0, 32768)),
+    "a smaller pool comes first": (DENSE, [40], {}, (33, 0, 9216)),
+    "then fewer layers": (DENSE, [24], {}, (19, 0, 11264)),
+    "two small ones": (DENSE, [24, 24], {}, (33, 0, 21504)),
+    "none fits": (DENSE, [1], {}, (0, 0, 32768)),
+    "no GPU with room": (DENSE, [0], {}, (0, 0, 32768)),
+    "as told": (DENSE, [24], {"gpu_layers": 10}, (10, 0, 32768)),
+    "all, as told": (DENSE, [24], {"gpu_layers": -1}, (33, 0, 8192)),
+    "experts of some layers stay": (MIXTURE, [48], {}, (33, 14, 9216)),
+    "experts of all layers stay": (MIXTURE, [15], {}, (33, 32, 9216)),
+    "and fewer layers": (MIXTURE, [8], {}, (18, 32, 9216)),
+    "experts as told": (MIXTURE, [24], {"cpu_moe": 32}, (33, 32, 26624)),
+    "half of them after a crash": (DENSE, [56], {"share": 0.5}, (16, 0, 32768)),
+})  # fmt: skip
 def test_model_larger_than_the_gpu_is_placed(shape: Any, gpus: list[int], wish: dict[str, Any], expected: Any) -> None:
     _, layers, output = shape
     weights, kv = module.Weights(tuple(layers), output), module.KvShape((8192,) * 32, (0,) * 32)  # 0.5 MiB a token
@@ -7622,13 +7036,12 @@ def test_model_larger_than_the_gpu_is_placed(shape: Any, gpus: list[int], wish: 
     assert (placed.gpu_layers, placed.cpu_moe, placed.pool) == expected
 
 
-@cases(
-    "free, options, rung, pool",
-    {"four contexts": (1 << 30, {}, {}, 4096), "of a smaller one": (1 << 30, {"ctx": 500}, {}, 2048),
-     "as told": (1 << 30, {"kv_pool": 3000}, {}, 3072), "a quarter of what is left": (120_000, {}, {}, 1536),
-     "one at least": (20_000, {}, {}, 1024), "one a rung down": (1 << 30, {"kv_pool": 3000}, {"small_pool": True}, 1024),
-     "nobody knows": (None, {}, {}, 4096)},
-)  # fmt: skip
+@cases("free, options, rung, pool", {
+    "four contexts": (1 << 30, {}, {}, 4096), "of a smaller one": (1 << 30, {"ctx": 500}, {}, 2048),
+    "as told": (1 << 30, {"kv_pool": 3000}, {}, 3072), "a quarter of what is left": (120_000, {}, {}, 1536),
+    "one at least": (20_000, {}, {}, 1024), "one a rung down": (1 << 30, {"kv_pool": 3000}, {"small_pool": True}, 1024),
+    "nobody knows": (None, {}, {}, 4096),
+})  # fmt: skip
 def test_pool_that_a_load_is_planned_with(free: int | None, options: dict[str, Any], rung: dict[str, Any], pool: int) -> None:
     """`free` is left beside the weights."""
     model = plain_model(context_length=1000, kv=module.KvShape((10,), (0,)))
@@ -7637,11 +7050,10 @@ def test_pool_that_a_load_is_planned_with(free: int | None, options: dict[str, A
     assert (plan.pool, plan.ctx) == (pool, options.get("ctx", 1000))
 
 
-@cases(
-    "free, words",
-    {"weights": (100, "the weights need 1000B, 100B of memory are available"),
-     "context": (1500, "a context of 100 tokens needs 2KB of KV cache")},
-)  # fmt: skip
+@cases("free, words", {
+    "weights": (100, "the weights need 1000B, 100B of memory are available"),
+    "context": (1500, "a context of 100 tokens needs 2KB of KV cache"),
+})  # fmt: skip
 def test_model_that_does_not_fit_the_memory_asks_for_room(free: int, words: str) -> None:
     model = plain_model(size_bytes=1000, context_length=100, kv=module.KvShape((10,), (0,)))
     with pytest.raises(module.LoadError, match=re.escape(words)) as error:
@@ -7683,7 +7095,7 @@ def test_tensors_are_placed_by_pattern_and_experts_apart(tmp_path: Path) -> None
 
 
 @linux
-def test_pool_takes_memory_only_as_it_fills(serve: Callable[..., Server], tmp_path: Path) -> None:
+def test_pool_takes_memory_only_as_it_fills(serve: Serve, tmp_path: Path) -> None:
     write_kind(tmp_path / "llama.gguf", "llama", kv_heads=8)
     own = serve("--models-dir", tmp_path, "--kv-pool", "300000")
     status = own.load("llama").json()
@@ -7694,12 +7106,11 @@ def test_pool_takes_memory_only_as_it_fills(serve: Callable[..., Server], tmp_pa
     assert own.status("llama")["memory_bytes"] < 200 << 20
 
 
-@cases(
-    "text, expected",
-    {"a Mac": ("Mach Virtual Memory Statistics: (page size of 16384 bytes)\nPages free:     100.\nPages active:   7.\n"
-               "Pages inactive:    20.\nPages speculative:  3.\nPages purgeable:   1.\n", [124 * 16384]),
-     "something else": ("no such command", [])},
-)  # fmt: skip
+@cases("text, expected", {
+    "a Mac": ("Mach Virtual Memory Statistics: (page size of 16384 bytes)\nPages free:     100.\nPages active:   7.\n"
+              "Pages inactive:    20.\nPages speculative:  3.\nPages purgeable:   1.\n", [124 * 16384]),
+    "something else": ("no such command", []),
+})  # fmt: skip
 def test_free_memory_of_a_mac(text: str, expected: list[int]) -> None:
     assert list(module._mac_memory(text)) == expected
 
@@ -7721,25 +7132,17 @@ ALL_DRAFTED = (("    WORTH = 1.1 ", "    WORTH = 0.0 "), ("    LATER = 1.3 ", " 
                ("        self.tokens[at] = token\n", "        self.tokens[at] = max(0, token - (at % 7 == 0))\n"))  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def asides(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """The same models on a server that drafts all it can guess, and some wrong tokens, keeps prompts on the disk, has room for
-    few texts at once, and reads every prompt aside when it arrives during a stream."""
-    folder, flags = tmp_path_factory.mktemp("asides"), ("--max-loaded", "4", "--cache-disk", "100M", "--kv-pool", "1024")
+def write_kinds(folder: Path) -> None:
     for kind in KINDS:
         write_kind(folder / f"{kind}.gguf", kind)
-    script = altered(folder, *ALL_ASIDE, *ALL_DRAFTED)
-    with shared(tmp_path_factory.mktemp("asides-home"), "--models-dir", folder, *flags, script=script) as running:
-        yield running
 
 
-@pytest.fixture(scope="module")
-def tight(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A server for two sequences in a pool that holds one, with one place in the queue."""
-    flags = ["--ctx", "8192", "--kv-pool", "8192", "--parallel", "2", "--max-queue", "1", "--batch", "64"]
-    with shared(tmp_path_factory.mktemp("tight"), "--models-dir", models, *flags) as running:
-        running.load("recital")
-        yield running
+# reads prompts aside while a stream runs, drafts all it can guess and some wrong tokens, keeps prompts on the disk, and has room
+# for few texts at once
+asides = serving("--max-loaded", "4", "--cache-disk", "100M", "--kv-pool", "1024", write=write_kinds,
+                 changes=(*ALL_ASIDE, *ALL_DRAFTED))  # fmt: skip
+# for two sequences in a pool that holds one, with one place in the queue
+tight = serving("--ctx", "8192", "--kv-pool", "8192", "--parallel", "2", "--max-queue", "1", "--batch", "64", load=("recital",))
 
 
 @dataclass(frozen=True)
@@ -7834,9 +7237,8 @@ def marked(marker: str, sight: tuple[Any, ...]) -> dict[str, Any]:
 
 @pytest.mark.skipif(not LLAMA_SERVER, reason="SHIMMY_LLAMA_SERVER names no llama-server")
 @pytest.mark.parametrize("family", EYES)
-def test_answers_about_pictures_equal_llama_servers(family: str, serve: Callable[..., Server], tmp_path: Path) -> None:
+def test_answers_about_pictures_equal_llama_servers(family: str, serve: Serve, tmp_path: Path) -> None:
     make, controls = EYES[family]
-    (tmp_path / "models").mkdir()
     model = write_kind(tmp_path / "models" / "seer.gguf", family, letters=controls)
     projector = write_projector(tmp_path / "models" / "mmproj-seer.gguf", make=make)
     ours, port = serve("--models-dir", tmp_path / "models", "--model", "seer"), free_port()
@@ -8001,95 +7403,64 @@ def test_picture_that_cannot_be_decoded_is_named(eyes: Any) -> None:
         look(eyes, (letters(2, 1), noise(64, 64, 1), broken, letters(2, 1)))
 
 
-def test_generate_stops_at_max_tokens_with_length(server: Server) -> None:
-    reply = server.generate("=", max_tokens=7)
-    assert (reply.text, reply.finish_reason) == ("".join(f"w{i:02d} " for i in range(7)), "length")
-    assert reply.json()["usage"]["completion_tokens"] == 7
+@cases("prompt, model, fields, count, text", {
+    "max_tokens": ("=", "recital", {"max_tokens": 7}, 7, "".join(f"w{i:02d} " for i in range(7))),
+    "100 where nothing is said": ("#", "recital", {}, 100, None),
+    "more than there is room for": ("a" * 200, "dice", {"max_tokens": 10**30, "ignore_eos": True}, 56, None),
+    "one behind a prompt that just fits": ("a" * 255, "dice", {"ignore_eos": True}, 1, None),
+    "past the end token": ("=", "recital", {"ignore_eos": True, "max_tokens": 60}, 60, (TEXTS["="] * 2)[: 60 * 4]),
+})  # fmt: skip
+def test_generate_stops_at(
+    prompt: str, model: str, fields: dict[str, Any], count: int, text: str | None, server: Server
+) -> None:
+    reply = server.generate(prompt, model, **fields)
+    assert reply.finish_reason == "length" and reply.json()["usage"]["completion_tokens"] == count
+    assert text is None or reply.text == text
 
 
-def test_generate_defaults_to_100_tokens(server: Server) -> None:
-    assert server.generate("#").json()["usage"]["completion_tokens"] == 100
-
-
-def test_huge_max_tokens_fills_the_context(server: Server) -> None:
-    reply = server.generate("a" * 200, "dice", max_tokens=10**30, ignore_eos=True)
-    assert reply.finish_reason == "length"
-    assert reply.json()["usage"]["total_tokens"] in (255, 256)
-
-
-def test_prompt_that_just_fits_gets_one_token(server: Server) -> None:
-    reply = server.generate("a" * 255, "dice", ignore_eos=True)
-    assert (reply.json()["usage"]["completion_tokens"], reply.finish_reason) == (1, "length")
-
-
-@pytest.mark.parametrize("field", ["max_tokens", "max_completion_tokens"])
-def test_chat_stops_at(field: str, server: Server) -> None:
-    limit: dict[str, Any] = {field: 3}
-    reply = server.chat("count", **limit)
-    assert (reply.message["content"], reply.finish_reason) == ("w00 w01 w02 ", "length")
-
-
-def test_chat_without_max_tokens_fills_the_context(server: Server) -> None:
+def test_chat_stops_at_its_limit_or_where_the_context_is_full(server: Server) -> None:
+    limits: tuple[dict[str, Any], ...] = ({"max_tokens": 3}, {"max_completion_tokens": 3})
+    for limit in limits:
+        reply = server.chat("count", **limit)
+        assert (reply.message["content"], reply.finish_reason) == ("w00 w01 w02 ", "length")
     reply = server.chat("a" * 100, "dice", ignore_eos=True)
     assert reply.finish_reason == "length" and reply.json()["usage"]["total_tokens"] in (255, 256)
 
 
-def test_ignore_eos_continues_past_the_end_token(server: Server) -> None:
-    reply = server.generate("=", ignore_eos=True, max_tokens=60)
-    assert reply.text == (TEXTS["="] * 2)[: 60 * 4]
-    assert reply.finish_reason == "length"
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_prefix_reuse_generates_the_same_as_a_fresh_run(kind: str, kinds: Server) -> None:
-    """Repeats a prompt, continues it, forks it in the middle, and then repeats it again."""
-    prompt = ids(STORY)
-    fork = [*prompt[:60], *ids("something else came up entirely")]
-    expected = fresh(kinds, kind, prompt)
-    continued = [*prompt, *ids("x" * 10), *ids(" and on it goes")]
-    expected_fork, expected_on = fresh(kinds, kind, fork), fresh(kinds, kind, continued)
-    kinds.unload(kind)
-    first, on, forked = (prompt, expected), (continued, expected_on), (fork, expected_fork)
-    for asked, wanted in [first, first, on, forked, first]:
-        wanted.assert_same(greedy(kinds, kind, asked))
-
-
-@pytest.mark.parametrize("kind", ["llama", "gemma2"])
-def test_repeated_prompt_is_cached_except_its_last_token(kind: str, kinds: Server) -> None:
+    """Repeats a prompt, goes on behind its answer and behind other words, forks it in the middle, and repeats it again."""
     kinds.unload(kind)
     prompt = ids(STORY)
-    assert greedy(kinds, kind, prompt).cached == 0
-    assert greedy(kinds, kind, prompt).cached == len(prompt) - 1
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_continuation_reuses_prompt_and_generated_tokens(kind: str, kinds: Server) -> None:
-    kinds.unload(kind)
-    prompt = ids(STORY)
-    made = greedy(kinds, kind, prompt, 8)
-    longer = [*prompt, *made.tokens, *ids(" on")]
-    on = greedy(kinds, kind, longer)
-    assert on.cached == len(prompt) + 7  # all but the last token, which was never evaluated
-    fresh(kinds, kind, longer).assert_same(on)
+    first, again = greedy(kinds, kind, prompt), greedy(kinds, kind, prompt)
+    assert first.cached == 0 and (again.cached == len(prompt) - 1 or kind not in ("llama", "gemma2"))
+    first.assert_same(again)
+    answered = [*prompt, *first.tokens, *ids(" on")]
+    on = greedy(kinds, kind, answered)
+    assert on.cached == len(prompt) + 23  # all but the last token, which was never evaluated
+    others = [[*prompt, *ids("x" * 10), *ids(" and on it goes")], [*prompt[:60], *ids("something else came up entirely")]]
+    found = [(answered, on), *((other, greedy(kinds, kind, other)) for other in others)]
+    first.assert_same(greedy(kinds, kind, prompt))
+    for asked, run in found:
+        fresh(kinds, kind, asked).assert_same(run)
 
 
 @pytest.mark.parametrize("kind", ["mamba", "lfm2"])
 def test_state_that_cannot_be_cut_is_kept_at_the_prompts_end_and_where_turns_begin(kind: str, kinds: Server) -> None:
-    """Asked again, with another last token, with another last turn, and as a template does that drops a thought."""
-    kinds.unload(kind)
+    """Asked with another last token, with another last turn, as a template does that drops a thought, and again."""
     turns = [ids(f"{i}{STORY}"[:60]) for i in range(5)]
     prompt = [*turns[0], 2, *turns[1], 2, *turns[2], 2, *turns[3]]
-    first = greedy(kinds, kind, prompt)
-    assert first.cached == 0
+    first = fresh(kinds, kind, prompt)
     other = [*prompt[:-1], prompt[-1] + 1]
     turn = [*prompt[: -len(turns[3])], *turns[4]]
     dropped = [*prompt, *ids("another answer"), 2, *turns[4]]
-    for asked, least in ((prompt, len(prompt) - 1), (other, len(prompt) - 1), (turn, 3 * 61 - 1), (dropped, len(prompt) - 1)):
-        found = greedy(kinds, kind, asked)
-        assert found.cached >= least, (kind, found.cached, least)
-        fresh(kinds, kind, asked).assert_same(found)
-        kinds.unload(kind)
-        greedy(kinds, kind, prompt).assert_same(first)
+    found = {}
+    for asked, least in ((turn, 3 * 61 - 1), (other, len(prompt) - 1), (dropped, len(prompt) - 1), (prompt, len(prompt) - 1)):
+        found[tuple(asked)] = run = greedy(kinds, kind, asked)
+        assert run.cached >= least, (kind, run.cached, least)
+    first.assert_same(found.pop(tuple(prompt)))
+    for tokens, run in found.items():
+        fresh(kinds, kind, list(tokens)).assert_same(run)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -8278,8 +7649,8 @@ def test_random_mix_of_conversations_stays_correct(kind: str, kinds: Server) -> 
     """More conversations than slots or the pool can hold, in random order, six at a time, some cancelled."""
     kinds.unload(kind)
     choose, talks = random.Random(4), [ids(f"{i:02d}{STORY * 4}"[: 100 + 9 * i]) for i in range(34)]
-    alone = {i: greedy(kinds, kind, talk, 8) for i, talk in enumerate(talks)}
-    order = [choose.randrange(34) for _ in range(90)]
+    order = [choose.randrange(34) for _ in range(90 if SOAK else 50)]
+    alone = {i: greedy(kinds, kind, talks[i], 8) for i in sorted({*order})}
 
     def ask(i: int) -> Run | None:
         if i % 3 == 0:
@@ -8381,21 +7752,21 @@ def test_guesses_are_computed_as_far_as_they_pay(
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_prompts_read_aside_generate_the_same_as_alone(kind: str, asides: Server, kinds: Server) -> None:
-    """Eight at a time, sixteen in all: most arrive during other streams and pass through the reader's context."""
-    talks = [ids(f"{i:02d}{STORY * 4}"[: 60 + 20 * i]) for i in range(16)]
+    """Eight at a time, twelve in all: most arrive during other streams and pass through the reader's context."""
+    talks = [ids(f"{i:02d}{STORY * 4}"[: 60 + 26 * i]) for i in range(12)]
     with ThreadPoolExecutor(8) as pool:
         together = list(pool.map(lambda talk: greedy(asides, kind, talk, 40), talks))
     for talk, run in zip(talks, together, strict=True):
         greedy(asides, kind, talk, 40).assert_same(run)
-    for i in (3, 15):
-        fresh(kinds, kind, talks[i], 40).assert_same(together[i])
+    fresh(kinds, kind, talks[11], 40).assert_same(together[11])
 
 
-def assert_together_as_alone(server: Server, prompts: list[list[int]], tokens: int) -> None:
-    """Asserts that eight concurrent requests on a fresh engine generate what each generates alone."""
+def assert_together_as_alone(server: Server, prompts: list[list[int]], tokens: int, unload: bool = True) -> None:
+    """Asserts that concurrent requests, on a fresh engine, generate what each generates alone."""
     alone = [greedy(server, "llama", p, tokens) for p in prompts]
-    server.unload("llama")
-    with ThreadPoolExecutor(8) as pool:
+    if unload:
+        server.unload("llama")
+    with ThreadPoolExecutor(min(8, len(prompts))) as pool:
         together = list(pool.map(lambda p: greedy(server, "llama", p, tokens), prompts))
     for one, among in zip(alone, together, strict=True):
         one.assert_same(among)
@@ -8408,9 +7779,7 @@ NO_READER = {
 
 
 @pytest.mark.parametrize("why", NO_READER)
-def test_prompts_are_read_in_slices_when_a_reader_cannot_be_made(
-    why: str, serve: Callable[..., Server], tmp_path: Path
-) -> None:
+def test_prompts_are_read_in_slices_when_a_reader_cannot_be_made(why: str, serve: Serve, tmp_path: Path) -> None:
     write_kind(tmp_path / "llama.gguf", "llama")
     own = serve("--models-dir", tmp_path, script=altered(tmp_path, *ALL_ASIDE, NO_READER[why]))
     talks = [ids(f"{i:02d}{STORY * 4}"[: 60 + 30 * i]) for i in range(10)]
@@ -8435,31 +7804,24 @@ def test_cancelled_prompts_read_aside_leave_nothing_behind(kind: str, asides: Se
     fresh(kinds, kind, ids(STORY), 300).assert_same(greedy(asides, kind, ids(STORY), 300))
 
 
-def test_n_choices_share_one_prompt(kinds: Server) -> None:
+def test_n_choices_share_one_prompt_and_repeat_with_a_seed(kinds: Server) -> None:
     kinds.unload("llama")
     made = greedy(kinds, "llama", ids(STORY), n=4)
     assert len(made.choices) == 4 and made.choices[0][:3] == made.choices[3][:3]
     assert made.usage["prompt_tokens"] == len(STORY)
     assert made.usage["completion_tokens"] == 4 * 24
-
-
-def test_n_choices_differ_with_temperature_and_repeat_with_a_seed(kinds: Server) -> None:
     ask = functools.partial(greedy, kinds, "llama", ids(STORY), temperature=1, n=3, seed=5)
     first = ask().choices
     assert first[0] != first[1] != first[2]
     assert [c[:3] for c in first] == [c[:3] for c in ask().choices]
 
 
-def test_chat_n_returns_that_many_choices(server: Server) -> None:
+def test_chat_n_returns_and_streams_that_many_choices(server: Server) -> None:
     choices = server.chat(n=3).json()["choices"]
     assert [choice["index"] for choice in choices] == [0, 1, 2]
     assert {choice["message"]["content"] for choice in choices} == {"Hello wide world"}
-
-
-def test_chat_n_streams_choices_by_index(server: Server) -> None:
-    body = {"model": "recital", "messages": [{"role": "user", "content": "count"}], "n": 2}
     texts = ["", ""]
-    for event in server.streamed("/v1/chat/completions", body)[:-1]:
+    for event in server.streamed("/v1/chat/completions", chatting("count", n=2))[:-1]:
         for choice in event["choices"]:
             texts[choice["index"]] += choice["delta"].get("content") or ""
     assert texts == [TEXTS["="]] * 2
@@ -8469,19 +7831,14 @@ def test_eight_concurrent_requests_generate_the_same_as_alone(kinds: Server) -> 
     assert_together_as_alone(kinds, [ids(f"{i} {STORY[i * 7 :]}") for i in range(8)], 16)
 
 
-def test_preempted_sequences_generate_the_same_as_undisturbed(serve: Callable[..., Server], tmp_path: Path) -> None:
+def test_preempted_sequences_generate_the_same_as_undisturbed(serve: Serve, tmp_path: Path) -> None:
     """Four sequences of 189 tokens in a pool of 256: the youngest are preempted and resume."""
     write_kind(tmp_path / "llama.gguf", "llama", context=256)
     small = serve("--models-dir", tmp_path, "--kv-pool", "256", "--parallel", "4")
-    prompts = [ids(f"{i} bottles of beer on the wall") for i in range(4)]
-    alone = [greedy(small, "llama", p, 160) for p in prompts]
-    with ThreadPoolExecutor(4) as pool:
-        together = list(pool.map(lambda p: greedy(small, "llama", p, 160), prompts))
-    for one, among in zip(alone, together, strict=True):
-        one.assert_same(among)
+    assert_together_as_alone(small, [ids(f"{i} bottles of beer on the wall") for i in range(4)], 160, unload=False)
 
 
-def test_shared_prefix_counts_once_after_its_first_reader_leaves(serve: Callable[..., Server], tmp_path: Path) -> None:
+def test_shared_prefix_counts_once_after_its_first_reader_leaves(serve: Serve, tmp_path: Path) -> None:
     """Three streams share a prefix of 1,000 tokens in a pool of 3,000, so a fourth still fits."""
     write_kind(tmp_path / "llama.gguf", "llama", context=8192)
     small = serve("--models-dir", tmp_path, "--ctx", "2048", "--kv-pool", "3000")
@@ -8497,53 +7854,51 @@ def test_shared_prefix_counts_once_after_its_first_reader_leaves(serve: Callable
             assert small.status("llama")["requests_running"] == 4
 
 
-def test_full_pool_loses_and_repeats_no_tokens(tight: Server) -> None:
+def test_full_pool_loses_and_repeats_no_tokens_and_a_long_prompt_is_read_in_slices(tight: Server) -> None:
     with ThreadPoolExecutor() as pool:
         replies = list(pool.map(lambda _: tight.generate("#", max_tokens=5000), range(2)))
     assert [reply.text for reply in replies] == [("Tick " + "tock tick " * 2500)[: 5 * 5000]] * 2
     assert {reply.finish_reason for reply in replies} == {"length"}
-
-
-def test_prompt_longer_than_a_batch_is_read_in_slices(tight: Server) -> None:
     reply = tight.generate("a" * 3000 + "=")
     assert reply.text == TEXTS["="]
     assert reply.json()["usage"]["prompt_tokens"] == 3002
 
 
-def test_full_queue_answers_503_with_retry_after(tight: Server) -> None:
+def test_full_queue_answers_503_with_retry_after_and_a_client_that_leaves_frees_its_place(tight: Server) -> None:
+    def is_waiting(count: int) -> bool:
+        return tight.status("recital")["requests_waiting"] == count
+
     endless = {"model": "recital", "prompt": "#", "max_tokens": 8000}
     with ThreadPoolExecutor() as pool:
         with tight.stream("/api/generate", endless) as one, tight.stream("/api/generate", endless) as two:
             next(one), next(two)
+            with socket.create_connection((tight.host, tight.port)) as sock:
+                sock.sendall(raw_post("/api/generate", json.dumps({"model": "recital", "prompt": ":"}).encode()))
+                eventually(lambda: is_waiting(1), "it waits")
+            eventually(lambda: is_waiting(0), "its place is free again")
             waiting = pool.submit(tight.generate, ":")
-            eventually(lambda: tight.status("recital")["requests_waiting"] == 1, "one waits")
+            eventually(lambda: is_waiting(1), "one waits")
             reply = tight.generate(":")
             assert_error(reply, 503, "overloaded", "--max-queue 1")
             assert int(reply.headers["Retry-After"]) > 0 and tight.status("recital")["requests_running"] == 2
             assert tight.chat().json()["error"]["type"] == "overloaded_error"
+            assert_refuses_balancers(tight, "--max-queue 1")
         assert waiting.result().text == "Hello wide world"
-
-
-def test_client_that_leaves_while_queued_frees_its_place(tight: Server) -> None:
-    endless = {"model": "recital", "prompt": "#", "max_tokens": 8000}
-    body = json.dumps({"model": "recital", "prompt": ":"}).encode()
-    with tight.stream("/api/generate", endless) as one, tight.stream("/api/generate", endless) as two:
-        next(one), next(two)
-        with socket.create_connection((tight.host, tight.port)) as sock:
-            sock.sendall(raw_post("/api/generate", body))
-            eventually(lambda: tight.status("recital")["requests_waiting"] == 1, "it waits")
-        eventually(lambda: tight.status("recital")["requests_waiting"] == 0, "its place is free again")
+    assert tight.get("/ready").json() == {"status": "ready"}
 
 
 # ── Engine ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 # Concurrent requests, and clients that leave before theirs are done.
 
 
-def test_concurrent_requests_are_all_answered_in_full(server: Server) -> None:
+def test_concurrent_requests_and_a_burst_of_100_streams_are_answered_in_full(server: Server) -> None:
     prompts = [":", "=", "~", "|", "/"] * 5  # more than --parallel allows
     with ThreadPoolExecutor(len(prompts)) as pool:
         replies = list(pool.map(server.generate, prompts))
     assert [reply.text for reply in replies] == [TEXTS[prompt] for prompt in prompts]
+    with ThreadPoolExecutor(100) as pool:
+        streams = list(pool.map(lambda _: server.streamed("/api/generate", {"model": "recital", "prompt": "="}), range(100)))
+    assert all(joined(s) == TEXTS["="] and s[-1] == "[DONE]" for s in streams)
 
 
 def test_short_request_overtakes_a_long_one(server: Server) -> None:
@@ -8551,12 +7906,6 @@ def test_short_request_overtakes_a_long_one(server: Server) -> None:
         next(stream)
         assert server.generate("=").text == TEXTS["="]
         assert server.status("recital")["requests_running"] == 1
-
-
-def test_burst_of_100_streams_is_answered_in_full(server: Server) -> None:
-    with ThreadPoolExecutor(100) as pool:
-        replies = list(pool.map(lambda _: server.streamed("/api/generate", {"model": "recital", "prompt": "="}), range(100)))
-    assert all(joined(r) == TEXTS["="] and r[-1] == "[DONE]" for r in replies)
 
 
 def test_long_prompt_does_not_freeze_a_running_stream(server: Server) -> None:
@@ -8585,23 +7934,21 @@ def test_every_choice_finishes_when_some_start_before_the_last_is_queued(server:
         assert sum(e["choices"][0]["finish_reason"] is not None for e in stream if e != "[DONE]") == 8
 
 
-def test_closing_a_websocket_cancels_its_generation(server: Server) -> None:
-    with server.ws() as ws:
-        ws.send(json.dumps({"model": "recital", "prompt": "#", "max_tokens": LONG_CTX}))
-        assert json.loads(ws.recv(HANG))["token"].startswith("Tick ")
-    eventually(lambda: server.status("recital")["requests_running"] == 0, "the generation is cancelled")
-
-
-def test_dropped_streams_leave_the_engine_idle(server: Server) -> None:
+def test_dropped_streams_and_sockets_leave_the_engine_idle(server: Server) -> None:
     for _ in range(30):
         with server.endless() as stream:
             next(stream)
-    eventually(lambda: server.status("recital")["requests_running"] == 0, "all are gone")
-    status = server.status("recital")
-    assert status["requests_waiting"] == 0 and server.generate().text == TEXTS[":"]
+    with server.ws() as ws:
+        ws.send(json.dumps({"model": "recital", "prompt": "#", "max_tokens": LONG_CTX}))
+        assert json.loads(ws.recv(HANG))["token"].startswith("Tick ")
+    with server.ws() as ws:
+        ws.send(json.dumps({"model": "recital", "prompt": "#", "max_tokens": LONG_CTX}))
+        ws.recv(HANG)
+        ws.socket.shutdown(socket.SHUT_RDWR)  # skips the closing handshake
+    eventually(lambda: requests_of(server) == (0, 0), "all are gone")
+    assert server.generate().text == TEXTS[":"]
 
 
-# Engine.
 # Clients that leave at every stage, in every dialect.
 
 HOLD = (
@@ -8610,14 +7957,8 @@ HOLD = (
 )
 
 
-@pytest.fixture(scope="module")
-def single(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A server that runs one request at a time; a load waits while the file `hold` is there."""
-    folder = tmp_path_factory.mktemp("single")
-    flags: list[str | Path] = ["--models-dir", models, "--ctx", str(LONG_CTX), "--parallel", "1"]
-    with shared(folder / "home", *flags, script=altered(folder, HOLD)) as running:
-        running.load("recital")
-        yield running
+# runs one request at a time; a load waits while the file `hold` is there
+single = serving("--ctx", str(LONG_CTX), "--parallel", "1", changes=(HOLD,), load=("recital",))
 
 
 @contextlib.contextmanager
@@ -8676,28 +8017,23 @@ def test_clients_that_leave_while_the_model_loads_are_waited_for_no_more(single:
     assert single.generate().text == TEXTS[":"]
 
 
-def test_websocket_that_closes_while_it_waits_frees_its_place(single: Server) -> None:
+def test_websocket_that_closes_at_any_stage_is_waited_for_no_more(single: Server) -> None:
+    ask = json.dumps(TONGUES["native"].body())
     with requested(single, TONGUES["native"]):
         eventually(lambda: requests_of(single) == (1, 0), "another runs")
         with single.ws() as ws:
-            ws.send(json.dumps(TONGUES["native"].body()))
+            ws.send(ask)
             eventually(lambda: requests_of(single) == (1, 1), "it waits")
         eventually(lambda: requests_of(single) == (1, 0), "it waits no more")
     nobody_left(single)
-
-
-def test_websocket_that_closes_while_the_model_loads_is_waited_for_no_more(single: Server) -> None:
     with held_load(single):
         with single.ws() as ws:
-            ws.send(json.dumps(TONGUES["native"].body()))
-            eventually(lambda: requests_of(single) == (0, 1), "it waits")
+            ws.send(ask)
+            eventually(lambda: requests_of(single) == (0, 1), "it waits for the model")
         nobody_left(single)
-
-
-def test_websocket_whose_client_vanishes_while_its_prompt_is_read_ends_its_request(single: Server) -> None:
     with single.ws() as ws:
         ws.send(json.dumps(TONGUES["native"].body(pad="h" * 40_000)))
-        eventually(lambda: requests_of(single) == (1, 0), "it runs")
+        eventually(lambda: requests_of(single) == (1, 0), "its prompt is read")
         ws.socket.shutdown(socket.SHUT_RDWR)  # no closing frame
         nobody_left(single)
 
@@ -8734,18 +8070,16 @@ ERRANDS = {
 on_every_errand = cases("errand", ERRANDS)
 
 
-@pytest.fixture(scope="module")
-def errands(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A server that runs one text at a time, with models for vectors, ranks and gaps; a load waits while `hold` is there."""
-    folder = tmp_path_factory.mktemp("errands")
-    BERT.write(folder / "models" / "bert.gguf")
-    BERT.write(folder / "models" / "reranker.gguf", pooling=4)
-    write_recital(folder / "models" / "gap.gguf", name="Gap", tokens=GAP_TOKENS)
-    flags: list[str | Path] = ["--models-dir", folder / "models", "--ctx", str(LONG_CTX), "--parallel", "1"]
-    with shared(folder / "home", *flags, script=altered(folder, HOLD)) as running:
-        for model in ("bert", "reranker", "gap"):
-            running.load(model)
-        yield running
+def write_errands(folder: Path) -> None:
+    """Models for vectors, ranks and gaps."""
+    BERT.write(folder / "bert.gguf")
+    BERT.write(folder / "reranker.gguf", pooling=4)
+    write_recital(folder / "gap.gguf", name="Gap", tokens=GAP_TOKENS)
+
+
+ERRANDS_LOADED = ("bert", "reranker", "gap")
+# runs one text at a time; a load waits while `hold` is there
+errands = serving("--ctx", str(LONG_CTX), "--parallel", "1", write=write_errands, changes=(HOLD,), load=ERRANDS_LOADED)
 
 
 def aborted(server: Server, model: str) -> int:
@@ -8793,16 +8127,14 @@ def test_client_that_leaves_behind_another_errand_is_waited_for_no_more(errand: 
 
 def test_clients_that_leave_their_errands_while_the_models_load_are_waited_for_no_more(errands: Server) -> None:
     with contextlib.ExitStack() as held:
-        for model in ("bert", "reranker", "gap"):
+        for model in ERRANDS_LOADED:
             held.enter_context(held_load(errands, model))
         with contextlib.ExitStack() as clients:
             for errand in ERRANDS.values():
                 clients.enter_context(requested(errands, errand))
-            waiting = {"bert": 2, "reranker": 1, "gap": 4}
-            for model, count in waiting.items():
-                eventually(functools.partial(has_requests, errands, model, (0, count)), "all wait")
-        for model in waiting:
-            eventually(functools.partial(has_requests, errands, model, (0, 0)), "nobody is left")
+            waiting = {"bert": (0, 2), "reranker": (0, 1), "gap": (0, 4)}
+            eventually(lambda: {model: requests_of(errands, model) for model in waiting} == waiting, "all wait")
+        eventually(lambda: {requests_of(errands, model) for model in waiting} == {(0, 0)}, "nobody is left")
         assert sorted(errands.status(model)["status"] for model in waiting) == ["loading", "unloaded", "unloaded"]
     for errand in ERRANDS.values():
         nobody_left_at(errands, errand)
@@ -8881,7 +8213,7 @@ def test_engine_lost_while_idle_is_replaced(number: int, words: str, breakable: 
     assert breakable.generate("=").text == TEXTS["="]
 
 
-def test_file_that_cannot_be_loaded_fails_only_that_load(serve: Callable[..., Server], tmp_path: Path) -> None:
+def test_file_that_cannot_be_loaded_fails_only_that_load(serve: Serve, tmp_path: Path) -> None:
     path = write_dice(tmp_path / "bad" / "corrupt.gguf")
     name = b"blk.0.attn_q.weight"
     at = path.read_bytes().index(name) + len(name) + 4 + 2 * 8  # skips the name, the dimension count and two dimensions
@@ -8957,7 +8289,7 @@ STOPS_ITSELF = (
 
 
 @pytest.fixture
-def stopped(serve: Callable[..., Server], models: Path, tmp_path: Path) -> Callable[..., Server]:
+def stopped(serve: Serve, models: Path, tmp_path: Path) -> Serve:
     """A server on whose first load the engine stops itself in the middle, with its pid."""
 
     def start(*changes: tuple[str, str]) -> tuple[Server, int]:
@@ -8995,18 +8327,14 @@ def test_load_that_hangs_does_not_keep_the_server_or_the_engine_alive(stopped: C
     eventually(lambda: not alive(engine), "the engine is gone")
 
 
-@pytest.fixture(scope="module")
-def breakable(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A server whose engine runs the file `break` with its next heartbeat."""
-    folder = tmp_path_factory.mktemp("breakable")
-    beat = '            pipe.send(Alive(next(filter(None, [pulse.beat() for pulse in pulses]), "")))\n'
-    lines = ("if os.path.exists('break'):", "    os.rename('break', 'broken')", "    exec(open('broken').read())")
-    breaks = "".join(f"            {line}\n" for line in lines)
-    script = altered(folder, (beat, breaks + beat), *HURRY)
-    flags: list[str | Path] = ["--port", "0", "--models-dir", models, "--ctx", str(LONG_CTX), "--parallel", "1"]
-    running = Server(folder / "home", *flags, script=script)
-    yield running
-    running.stop()
+BEAT = '            pipe.send(Alive(next(filter(None, [pulse.beat() for pulse in pulses]), "")))\n'
+BREAK_FIRST = """\
+            if os.path.exists('break'):
+                os.rename('break', 'broken')
+                exec(open('broken').read())
+"""
+# whose engine runs the file `break` with its next heartbeat
+breakable = serving("--ctx", str(LONG_CTX), "--parallel", "1", changes=((BEAT, BREAK_FIRST + BEAT), *HURRY), healthy=False)
 
 
 def break_engine(server: Server, fault: str) -> None:
@@ -9065,9 +8393,9 @@ def test_server_that_was_stopped_for_a_while_finds_its_engine_alive(breakable: S
     breakable.load("recital")
     engine = engine_of(breakable)
     breakable.signal(signal.SIGSTOP)
-    time.sleep(4)
+    time.sleep(2.6)  # more than an engine may say nothing for
     breakable.signal(signal.SIGCONT)
-    time.sleep(1)
+    time.sleep(0.8)
     assert breakable.status("recital")["loaded"] and engine_of(breakable) == engine
 
 
@@ -9136,8 +8464,9 @@ def test_engine_that_hangs_while_it_reads_a_prompt_is_replaced(breakable: Server
 
 
 @linux
-def test_engine_out_of_memory_fails_requests_and_is_replaced(serve: Callable[..., Server], models: Path) -> None:
-    own = serve("--models-dir", models, "--ctx", str(LONG_CTX))
+def test_engine_out_of_memory_fails_requests_and_is_replaced(serve: Serve, models: Path, tmp_path: Path) -> None:
+    script = altered(tmp_path, ("SILENCE = 30 ", "SILENCE = 5 "))  # it may hang instead of ending
+    own = serve("--models-dir", models, "--ctx", str(LONG_CTX), script=script)
     own.load("recital")
     engine = engine_of(own)
     size = int(Path(f"/proc/{engine}/statm").read_text().split()[0]) * resource.getpagesize()
@@ -9161,7 +8490,7 @@ def test_engine_whose_thread_has_no_memory_to_say_why_it_fails_is_replaced(break
     assert breakable.generate().text == TEXTS[":"] and "Traceback" not in breakable.log.read_text()[logged:]
 
 
-def test_engine_whose_thread_never_begins_fails_its_load(serve: Callable[..., Server], models: Path, tmp_path: Path) -> None:
+def test_engine_whose_thread_never_begins_fails_its_load(serve: Serve, models: Path, tmp_path: Path) -> None:
     faults = ("begun.set()", "raise MemoryError"), ("START_SECONDS = 10.0", "START_SECONDS = 0.5")
     own = serve("--models-dir", models, script=altered(tmp_path, *faults))
     assert_error(own.generate(), 500, "generation_failed", "recital")
@@ -9188,14 +8517,12 @@ def test_engine_whose_pipe_breaks_is_replaced(fault: str, breakable: Server) -> 
     assert breakable.generate().text == TEXTS[":"]
 
 
-@pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A server with three models whose files may be changed, in its home's `models`."""
-    folder = tmp_path_factory.mktemp("files")
+def write_changing(folder: Path) -> None:
     for name in ("truncated", "deleted", "replaced"):
-        write_recital(folder / "models" / f"{name}.gguf", name=name)
-    with shared(folder, "--models-dir", folder / "models", "--ctx", str(LONG_CTX)) as running:
-        yield running
+        write_recital(folder / f"{name}.gguf", name=name)
+
+
+files = serving("--ctx", str(LONG_CTX), write=write_changing)  # models whose files may be changed, in its home's `models`
 
 
 def loaded_file(server: Server, model: str) -> Path:
@@ -9257,15 +8584,12 @@ def hammer(server: Server, number: int, seconds: float) -> dict[str, int]:
     return counts
 
 
-SOAK_MINUTES = float(os.environ.get("SHIMMY_SOAK", 0))
-
-
 @linux
-@pytest.mark.soak
-def test_loads_and_unloads_from_all_sides_end_in_a_consistent_state(serve: Callable[..., Server], models: Path) -> None:
+@more_under_soak
+def test_loads_and_unloads_from_all_sides_end_in_a_consistent_state(serve: Serve, models: Path) -> None:
     own = serve("--models-dir", models, "--max-loaded", "2")
     with ThreadPoolExecutor(4) as pool:
-        counts = list(pool.map(lambda i: hammer(own, i, 60.0 if SOAK_MINUTES else 2.0), range(4)))
+        counts = list(pool.map(lambda i: hammer(own, i, 60.0 if SOAK else 2.0), range(4)))
     unexpected = {k for c in counts for k in c if not k.endswith(" ok") and "unloaded" not in k}
     assert not unexpected
     for model in ("recital", "plain", "dice"):
@@ -9312,8 +8636,11 @@ def llama_init_from_model(model, params):
 '''
 
 
+StandIn: TypeAlias = Callable[[str], dict[str, str]]
+
+
 @pytest.fixture
-def stand_in(tmp_path: Path) -> Callable[[str], dict[str, str]]:
+def stand_in(tmp_path: Path) -> StandIn:
     """The environment in which llama_cpp behaves as STAND_IN says."""
     package = tmp_path / "stand-in" / "llama_cpp"
     package.mkdir(parents=True)
@@ -9326,7 +8653,7 @@ def stand_in(tmp_path: Path) -> Callable[[str], dict[str, str]]:
 
 
 def test_model_whose_kernels_crash_loads_without_them_and_the_next_start_knows(
-    serve: Callable[..., Server], stand_in: Callable[[str], dict[str, str]], models: Path
+    serve: Serve, stand_in: StandIn, models: Path
 ) -> None:
     first = serve("--models-dir", models, env=stand_in("crashes"))
     asked = first.post("/api/models/recital/load", {"ctx": 512}).json()  # what a client asks for may be what crashes
@@ -9343,11 +8670,12 @@ def test_model_whose_kernels_crash_loads_without_them_and_the_next_start_knows(
     assert "recital is loaded without special CPU kernels" in second.log.read_text()
 
 
-def test_commands_share_the_ladder_and_what_it_found(
-    stand_in: Callable[[str], dict[str, str]], models: Path, tmp_path: Path
-) -> None:
+def test_commands_share_the_ladder_and_what_it_found(stand_in: StandIn, models: Path, tmp_path: Path) -> None:
+    ask = functools.partial(shimmy, "generate", "recital", "--local", "--prompt", ":", home=tmp_path)
+    dead = ask(env=stand_in("dies") | {"SHIMMY_MODEL_PATHS": str(models)})
+    assert dead.returncode == 1 and "signal 11" in dead.stderr.decode().splitlines()[-1] and b"Traceback" not in dead.stderr
     env = stand_in("crashes") | {"SHIMMY_MODEL_PATHS": str(models)}
-    done = shimmy("generate", "recital", "--local", "--prompt", ":", home=tmp_path, env=env)
+    done = ask(env=env)
     assert done.returncode == 0 and done.stdout.decode().startswith(TEXTS[":"]) and b"trying again" in done.stderr
     probed = shimmy("probe", "recital", home=tmp_path, env=env)
     assert b"fallback     without special CPU kernels" in probed.stdout and b"trying again" not in probed.stderr
@@ -9356,7 +8684,7 @@ def test_commands_share_the_ladder_and_what_it_found(
 
 
 def test_model_that_hangs_in_its_first_step_loads_without_special_kernels(
-    serve: Callable[..., Server], stand_in: Callable[[str], dict[str, str]], models: Path, tmp_path: Path
+    serve: Serve, stand_in: StandIn, models: Path, tmp_path: Path
 ) -> None:
     script = altered(tmp_path, ('"trial", 60 + llama.size_bytes // (50 * MIB)', '"trial", 1'))
     own = serve("--models-dir", models, env=stand_in("hangs"), script=script)
@@ -9365,13 +8693,14 @@ def test_model_that_hangs_in_its_first_step_loads_without_special_kernels(
 
 
 def test_model_that_always_dies_fails_with_the_first_reason_and_is_not_loaded_again_and_again(
-    serve: Callable[..., Server], stand_in: Callable[[str], dict[str, str]], models: Path
+    serve: Serve, stand_in: StandIn, models: Path
 ) -> None:
     own = serve("--models-dir", models, env=stand_in("dies"))
     assert_error(own.generate(), 500, "generation_failed", "signal 11")
     loads = own.log.read_text().count("loading recital")
     assert loads == 2  # as configured, and without special kernels
     assert_error(own.generate(), 500, "generation_failed", "signal 11", "tried again in")
+    assert_refuses_balancers(own, "tried again in")
     assert own.log.read_text().count("loading recital") == loads and own.status("recital")["status"] == "failed"
     assert own.load("recital").status == 500  # who asks for the load has it tried
     assert own.log.read_text().count("loading recital") == 2 * loads
@@ -9379,16 +8708,8 @@ def test_model_that_always_dies_fails_with_the_first_reason_and_is_not_loaded_ag
     assert waits and waits[0] > 5
 
 
-def test_generate_that_fails_on_every_rung_says_why_in_one_line(
-    stand_in: Callable[[str], dict[str, str]], models: Path, tmp_path: Path
-) -> None:
-    env = stand_in("dies") | {"SHIMMY_MODEL_PATHS": str(models)}
-    done = shimmy("generate", "recital", "--local", "--prompt", ":", home=tmp_path, env=env)
-    assert done.returncode == 1 and "signal 11" in done.stderr.decode().splitlines()[-1] and b"Traceback" not in done.stderr
-
-
 def test_library_without_memory_for_the_pool_gets_a_smaller_one_which_is_not_remembered(
-    serve: Callable[..., Server], stand_in: Callable[[str], dict[str, str]], models: Path
+    serve: Serve, stand_in: StandIn, models: Path
 ) -> None:
     own = serve("--models-dir", models, "--ctx", "1024", env=stand_in("memory 1024"))
     assert own.generate().text == TEXTS[":"]
@@ -9399,9 +8720,7 @@ def test_library_without_memory_for_the_pool_gets_a_smaller_one_which_is_not_rem
     assert_error(short.generate(), 500, "generation_failed", "failed to allocate CPU buffer")
 
 
-def test_engine_that_crashes_twice_soon_after_its_load_steps_down(
-    serve: Callable[..., Server], stand_in: Callable[[str], dict[str, str]], models: Path
-) -> None:
+def test_engine_that_crashes_twice_soon_after_its_load_steps_down(serve: Serve, stand_in: StandIn, models: Path) -> None:
     own = serve("--models-dir", models, env=stand_in("crashes-later"))
     for _ in range(2):  # at the second word, where the trial does not come
         assert_error(own.generate(":"), 500, "generation_failed", "signal 11")
@@ -9410,9 +8729,7 @@ def test_engine_that_crashes_twice_soon_after_its_load_steps_down(
 
 
 @linux
-def test_kernel_that_crashes_is_found_before_any_model_loads_and_left_out(
-    serve: Callable[..., Server], models: Path, tmp_path: Path
-) -> None:
+def test_kernel_that_crashes_is_found_before_any_model_loads_and_left_out(serve: Serve, models: Path, tmp_path: Path) -> None:
     """Each kernel is tried in a process without a model."""
     crash = ("        import numpy as np\n\n        c, pointer, side", "        os.kill(os.getpid(), signal.SIGILL)\n"
              "        import numpy as np\n\n        c, pointer, side")  # fmt: skip
@@ -9426,16 +8743,13 @@ def test_kernel_that_crashes_is_found_before_any_model_loads_and_left_out(
     assert own.status("recital")["fallback"] == (f"without the {' and '.join(kernels)} kernels of the CPU" if kernels else "")
 
 
-def test_kernels_of_this_machine_are_tried() -> None:
+def test_kernels_of_this_machine_are_tried_and_wrong_results_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     found = module.try_kernels()
     ggml = module.Ggml(module.import_llama())
     assert found is not None and set(found) == set(ggml.kernels())
     good = [name for name, fault in found.items() if not fault]
     ggml.leave_out([name for name in found if name not in good])
     assert list(ggml.kernels()) == good
-
-
-def test_kernel_with_wrong_results_is_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     ggml = module.Ggml(module.import_llama())
     usual = ggml.buffer_type(ggml.cpu)
     assert ggml.try_kernel(usual) == ""
@@ -9456,12 +8770,11 @@ def test_known_faults_file_that_is_damaged_counts_as_empty(content: str | None, 
     assert ladder._known(plain_model()) == module.Rung(plain=True)
 
 
-@cases(
-    "causes, kept",
-    {"a crash": (["crash"], module.Rung(gpu_share=0.5)), "memory": (["memory"], None),
-     "memory, then crashes": (["memory", "memory", "crash", "hang", "crash"], module.Rung(gpu_share=0.25, plain=True)),
-     "a crash, then memory": (["crash", "memory"], module.Rung(gpu_share=0.5))},
-)  # fmt: skip
+@cases("causes, kept", {
+    "a crash": (["crash"], module.Rung(gpu_share=0.5)), "memory": (["memory"], None),
+    "memory, then crashes": (["memory", "memory", "crash", "hang", "crash"], module.Rung(gpu_share=0.25, plain=True)),
+    "a crash, then memory": (["crash", "memory"], module.Rung(gpu_share=0.5)),
+})  # fmt: skip
 def test_only_what_crashes_led_to_is_remembered(
     causes: list[str], kept: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -9481,10 +8794,14 @@ def test_only_what_crashes_led_to_is_remembered(
     assert kept is None or known["reason"] == f"no luck: {next(c for c in causes if c != 'memory')}"
 
 
-def test_kernels_whose_trial_is_broken_off_from_outside_are_not_called_broken(tmp_path: Path) -> None:
+def test_known_faults_of_broken_off_trials_or_in_a_folder_that_cannot_be_written_cost_only_time(tmp_path: Path) -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
         assert not module.has_crashed(-number)
     assert module.has_crashed(-signal.SIGSEGV) and module.has_crashed(0xC0000005) and not module.has_crashed(1)
+    (tmp_path / "file").touch()
+    faults = module.KnownFaults(str(tmp_path / "file" / "known.json"))
+    faults.note("kernels", {"A": "signal 11"})
+    assert faults.read() == {}
 
 
 def test_load_that_always_fails_keeps_a_pause_with_an_end(models: Path) -> None:
@@ -9503,45 +8820,298 @@ def test_load_that_always_fails_keeps_a_pause_with_an_end(models: Path) -> None:
     table.close()
 
 
-def test_known_faults_in_a_folder_that_cannot_be_written_cost_only_time(tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    faults = module.KnownFaults(str(tmp_path / "file" / "known.json"))
-    faults.note("kernels", {"A": "signal 11"})
-    assert faults.read() == {}
-
-
-@cases(
-    "cause, gpu, words",
-    {"memory": ("memory", False, ["with a KV pool of one context"]),
-     "memory, with a GPU": ("memory", True, [
-         "with a KV pool of one context", "with a KV pool of one context, with 50% of the layers on the GPU",
-         "with a KV pool of one context, with 25% of the layers on the GPU", "with a KV pool of one context, on the CPU alone"]),
-     "crash": ("crash", False, ["without special CPU kernels"]),
-     "hang, with a GPU": ("hang", True, [
-         "with 50% of the layers on the GPU", "with 25% of the layers on the GPU",
-         "with 25% of the layers on the GPU, without special CPU kernels", "on the CPU alone, without special CPU kernels"])},
-)  # fmt: skip
-def test_rungs_that_a_cause_leads_down(cause: str, gpu: bool, words: list[str]) -> None:
-    found, rung = list[str](), module.Rung().below(cause, gpu)
+@cases("cause, gpu, rpc, words", {
+    "memory": ("memory", False, False, ["with a KV pool of one context"]),
+    "memory, with a GPU": ("memory", True, False, [
+        "with a KV pool of one context", "with a KV pool of one context, with 50% of the layers on the GPU",
+        "with a KV pool of one context, with 25% of the layers on the GPU", "with a KV pool of one context, on the CPU alone"]),
+    "memory, with an RPC server": ("memory", False, True, [
+        "with a KV pool of one context", "with a KV pool of one context, with 50% of the layers on the GPU",
+        "with a KV pool of one context, with 25% of the layers on the GPU", "with a KV pool of one context, on the CPU alone"]),
+    "crash": ("crash", False, False, ["without special CPU kernels"]),
+    "crash, with an RPC server": ("crash", False, True, [
+        "without RPC servers", "without RPC servers, without special CPU kernels"]),
+    "hang, with a GPU": ("hang", True, False, [
+        "with 50% of the layers on the GPU", "with 25% of the layers on the GPU",
+        "with 25% of the layers on the GPU, without special CPU kernels", "on the CPU alone, without special CPU kernels"]),
+})  # fmt: skip
+def test_rungs_that_a_cause_leads_down(cause: str, gpu: bool, rpc: bool, words: list[str]) -> None:
+    found, rung = list[str](), module.Rung().below(cause, gpu, rpc)
     while rung:
         found.append(rung.words())
-        rung = rung.below(cause, gpu)
+        rung = rung.below(cause, gpu, rpc)
     assert found == words
+
+
+# llama.cpp's RPC servers. What needs a build of llama.cpp that reaches them runs under `make test-rpc`.
+
+
+@contextlib.contextmanager
+def answering(answer: Callable[[socket.socket], None]) -> Iterator[str]:
+    """Runs a server that treats its connections so; yields its HOST:PORT."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def run() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    answer(listener.accept()[0])
+
+        threading.Thread(target=run, daemon=True).start()
+        yield f"127.0.0.1:{listener.getsockname()[1]}"
+        listener.shutdown(socket.SHUT_RDWR)
+
+
+def speak_rpc(connection: socket.socket) -> None:
+    """Answers as an RPC server with two devices does, each with some bytes of memory."""
+    memory = [struct.pack("<QQQ", 16, free, total) for free, total in ((5, 7), (6, 8))]
+    with connection, connection.makefile("rb") as asked:
+        for reply in (struct.pack("<Q", 28) + bytes(28), struct.pack("<QI", 4, 2), *memory):
+            asked.read(struct.unpack("<BQ", asked.read(9))[1])
+            connection.sendall(reply)
+
+
+def test_rpc_server_tells_the_memory_of_its_devices() -> None:
+    with answering(speak_rpc) as address:
+        assert module.ask_rpc_server(address) == (11, 15)
+
+
+@cases("answer, words", {
+    "closes": (b"", "no RPC server"), "another protocol": (b"HTTP/1.1 400 Bad Request\r\n\r\n" + b"no" * 20, "no RPC server"),
+    "a short answer": (struct.pack("<Q", 28) + b"ab", "no RPC server"), "nobody is there": (None, "Connection refused"),
+})  # fmt: skip
+def test_rpc_server_that_is_none_is_told_apart(answer: bytes | None, words: str) -> None:
+    def speak(connection: socket.socket) -> None:
+        with connection:
+            connection.recv(64)
+            connection.sendall(answer or b"")
+
+    with answering(speak) as address, pytest.raises(OSError, match=words):
+        module.ask_rpc_server(address if answer is not None else f"127.0.0.1:{free_port()}")
+
+
+def test_rpc_server_that_does_not_answer_in_time_is_left_by_a_reset() -> None:
+    """It may serve another client: what it sends when it comes to this one must not meet a connection that was closed."""
+    connections: list[socket.socket] = []
+    with answering(connections.append) as address, pytest.raises(OSError, match="does not answer, or serves another client"):
+        module.ask_rpc_server(address, 0.1)
+    assert len(connections[0].recv(64)) == 33
+    with pytest.raises(ConnectionResetError):
+        connections[0].send(b"hello")
+
+
+@cases("servers, words", {
+    "no port": ("box", "'box' is no HOST:PORT"), "no host": (":1", "':1' is no HOST:PORT"), "port 0": ("box:0", "'box:0' is no"),
+    "IPv6": ("[::1]:50052", "a name or an IPv4 address"), "an empty one": ("box:1,", "'' is no HOST:PORT"),
+    "no name": ("a..b:1", "'a..b:1' is no"), "many": (",".join(f"box:{n}" for n in range(1, 18)), "17 servers are more than 16"),
+    "this build": ("box:1,box:2", "no RPC; to get one: CMAKE_ARGS=-DGGML_RPC=on pip install"),
+})  # fmt: skip
+def test_rpc_flag_is_checked(servers: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    build = {"engine": "x", "gpu_offload": False, "rpc": False, "devices": []}
+    monkeypatch.setattr(module, "engine_build", lambda: build)
+    done = shimmy("probe", "--rpc", servers, home=tmp_path)
+    assert done.returncode == 2 and words in done.stderr.decode() and not done.stdout
+    (tmp_path / "own.ini").write_text(f"[*]\nrpc = {servers}\n")
+    flags = ["serve", "--port", "0", "--preset", "own.ini"]
+    assert_failed(run_in_this_process(flags, tmp_path, b"", seeded(tmp_path, None)), 2, "--preset own.ini: [*] ", words)
+
+
+SAYS_RPC = ('if "rpc" in found and not build["rpc"]:', "if False:")  # so far as no server answers, any build will do
+
+
+def test_model_loads_without_rpc_servers_that_do_not_answer(serve: Callable[..., Server], models: Path, tmp_path: Path) -> None:
+    absent, connections = f"127.0.0.1:{free_port()}", list[socket.socket]()
+    script = altered(tmp_path, SAYS_RPC, ("RPC_SECONDS = 3.0", "RPC_SECONDS = 0.2"))
+    with answering(connections.append) as silent:
+        own = serve("--models-dir", models, "--rpc", f"{absent},{silent}", script=script)
+        assert own.generate().text == TEXTS[":"]
+        status, devices = own.status("recital"), own.get("/diag").json()["devices"]
+    why = {absent: "Connection refused", silent: "it does not answer, or serves another client"}
+    assert status["devices"] == "; ".join(f"without the RPC server {each}: {words}" for each, words in why.items())
+    assert status["options"]["rpc"] == [absent, silent] and status["fallback"] == ""
+    for each, words in why.items():
+        assert f"recital: without the RPC server {each}: {words}" in own.log.read_text()
+        row = {"name": each, "description": f"RPC server, not usable: {words}", "kind": "RPC", "free": 0, "total": 0}
+        assert row in devices
+
+
+def test_model_that_fits_nowhere_without_its_rpc_servers_fails_with_the_reason(models: Path, tmp_path: Path) -> None:
+    absent = f"127.0.0.1:{free_port()}"
+    script = altered(tmp_path, SAYS_RPC, ("free, weights, own = available_memory()", "free, weights, own = 1000"))
+    done = shimmy("probe", "recital", "--models-dir", models, "--rpc", absent, home=tmp_path, script=script)
+    assert_failed(done, 1, "the weights need", f"without the RPC server {absent}: Connection refused")
+
+
+def test_rpc_server_belongs_to_one_model_at_a_time(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[set[str]] = []
+    monkeypatch.setattr(FakeWorker, "memory_bytes", lambda _: 7)
+    monkeypatch.setattr(FakeWorker, "stop", lambda _: None, raising=False)
+
+    def make(_: Any, setup: module.Setup, __: Any) -> Any:
+        taken.append(set(setup.taken))
+        worker, free = FakeWorker(), [server for server in setup.options.rpc or () if server not in setup.taken]
+        worker.loaded = types.SimpleNamespace(**vars(FakeWorker.loaded) | {"servers": tuple(free[:2])})
+        return worker
+
+    catalog = Catalog([SearchRoot(str(models), "--models-dir")])
+    settings = module.Settings({"rpc": ("a:1", "b:1", "c:1")})
+    table = ModelTable(catalog, make, TableOptions(), settings=settings)
+    for name in ("recital", "dice", "plain"):  # the first one is found to use two, so the third is the second's
+        assert table.load(name, True, Cancellation())["loaded"]
+    table.unload("recital", False, Cancellation())
+    table.load("recital", True, Cancellation())
+    assert taken == [set(), {"a:1", "b:1"}, {"a:1", "b:1", "c:1"}, {"c:1"}]
+    table.close()
+
+
+RPC = os.environ.get("SHIMMY_RPC", "")  # a folder with llama.cpp's libraries, built with RPC, and ggml-rpc-server
+with_rpc = pytest.mark.skipif(not RPC, reason="make test-rpc builds llama.cpp's RPC server")
+
+
+class RpcServer:
+    """llama.cpp's RPC server on loopback."""
+
+    def __init__(self) -> None:
+        self.port = free_port()
+        self.address = f"127.0.0.1:{self.port}"
+        self.start()
+
+    def start(self, minds_pipes: bool = False) -> None:
+        """As README says, or so that an answer to a client that has gone ends it."""
+        command = [f"{RPC}/ggml-rpc-server", "-p", str(self.port), "-t", "1"]
+        self.process = Child(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, restore_signals=minds_pipes)
+        eventually(self.answers, "the RPC server")
+
+    def answers(self) -> bool:
+        with contextlib.suppress(OSError):
+            return module.ask_rpc_server(self.address)[1] > 0
+        return False
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+@pytest.fixture
+def remotes() -> Iterator[list[RpcServer]]:
+    """Two RPC servers."""
+    both = [RpcServer(), RpcServer()]
+    yield both
+    for each in both:
+        each.kill()
+
+
+@pytest.fixture(scope="module")
+def half_billion() -> Path:
+    """The model that the benchmark measures: random, of the shape of one with half a billion parameters."""
+    return bench_model()
+
+
+@pytest.fixture
+def spread(
+    serve: Callable[..., Server], half_billion: Path, remotes: list[RpcServer]
+) -> Callable[..., Server]:
+    """Starts a server of that model, with flags of its own; `near` is on this machine alone."""
+
+    def start(*flags: str, near: bool = False, **options: Any) -> Server:
+        rpc = [] if near else ["--rpc", ",".join(each.address for each in remotes)]
+        return serve("--models-dir", half_billion.parent, "--model", half_billion, "--ctx", "1024", *rpc, *flags,
+                     env={"LLAMA_CPP_LIB_PATH": RPC}, **options)  # fmt: skip
+
+    return start
+
+
+def timed(server: Server, prompt: str, tokens: int) -> tuple[str, float]:
+    """A greedy answer, and the seconds it took."""
+    server.generate(prompt, "default", max_tokens=1, temperature=0)
+    began = time.monotonic()
+    text = server.generate(prompt, "default", max_tokens=tokens, temperature=0, ignore_eos=True).text
+    return text, time.monotonic() - began
+
+
+@with_rpc
+def test_model_spread_over_rpc_servers_writes_what_it_writes_alone(spread: Callable[..., Server], tmp_path: Path) -> None:
+    """Without the kernels that rearrange weights, and round otherwise: the servers have none of them."""
+    prompt, found = bench_prompt(40, 7), dict[str, tuple[str, float]]()
+    script = altered(tmp_path, ("params.use_extra_bufts = not self.setup.rung.plain", "params.use_extra_bufts = False"))
+    for name, flags in {"near": [], "spread": ["--tensor-split", "3,1"], "half": ["--gpu-layers", "12"]}.items():
+        own = spread(*flags, near=name == "near", script=script)
+        found[name] = timed(own, prompt, 48)
+        print(f"{name:8} {48 / found[name][1]:5.1f} tokens/s  {own.status('default')['devices']}")
+        own.stop()
+    assert {text for text, _ in found.values()} == {found["near"][0]}
+
+
+@with_rpc
+def test_rpc_server_that_is_killed_in_mid_stream_fails_its_requests_and_the_model_goes_on_with_the_other(
+    spread: Callable[..., Server], remotes: list[RpcServer]
+) -> None:
+    own = spread()
+    words = bench_prompt(8, 1)
+    for left in (remotes[1:], []):
+        with own.stream("/api/generate", {"model": "default", "prompt": words, "max_tokens": 900, "ignore_eos": True}) as stream:
+            next(stream)
+            remotes[1 - len(left)].kill()
+            began, last = time.monotonic(), list(stream)[-1]
+        assert last["error"]["code"] == "generation_failed" and time.monotonic() - began < 5
+        assert own.generate(words, "default", max_tokens=3).status == 200
+        status = own.status("default")
+        assert all(f"({each.address})" in status["devices"] for each in left)
+        assert f"without the RPC server {remotes[1 - len(left)].address}: Connection refused" in status["devices"]
+    assert own.get("/diag").json()["known_faults"]["rungs"] == {}
+    assert_healthy(own)
+
+
+@with_rpc
+def test_rpc_server_that_stops_in_mid_stream_is_given_up_in_time_and_used_again_when_it_goes_on(
+    spread: Callable[..., Server], remotes: list[RpcServer]
+) -> None:
+    own, stopped = spread(), remotes[0]
+    words = bench_prompt(8, 1)
+    with own.stream("/api/generate", {"model": "default", "prompt": words, "max_tokens": 900, "ignore_eos": True}) as stream:
+        next(stream)
+        stopped.process.send_signal(signal.SIGSTOP)
+        began, last = time.monotonic(), list(stream)[-1]
+    print(f"given up after {time.monotonic() - began:.0f} s: {last['error']['details']}")
+    assert last["error"]["code"] == "generation_failed" and "'decode' did not come to an end" in last["error"]["details"]
+    assert time.monotonic() - began < 60
+    assert own.generate(words, "default", max_tokens=3).status == 200
+    assert f"without the RPC server {stopped.address}: it does not answer" in own.status("default")["devices"]
+    stopped.process.send_signal(signal.SIGCONT)
+    own.unload("default")
+    eventually(stopped.answers, "it answers")
+    assert own.load("default").status == 200 and stopped.address in own.status("default")["devices"]
+    assert "without" not in own.status("default")["devices"]
+
+
+@with_rpc
+def test_rpc_server_that_serves_another_client_is_left_out_and_lives_on(
+    spread: Callable[..., Server], remotes: list[RpcServer]
+) -> None:
+    remotes[0].kill()
+    remotes[0].start(minds_pipes=True)
+    with socket.create_connection(("127.0.0.1", remotes[0].port)) as other:
+        other.sendall(struct.pack("<BQ", 14, 24) + bytes(24))
+        other.recv(64)
+        own = spread("--max-loaded", "2")
+        assert own.load("default").status == 200
+        assert f"{remotes[0].address}: it does not answer, or serves another client" in own.status("default")["devices"]
+    time.sleep(0.5)
+    assert remotes[0].process.poll() is None and remotes[0].answers()
+    used = {each["name"]: each["description"] for each in own.get("/diag").json()["devices"]}
+    assert used[remotes[0].address] == "RPC server" and used[remotes[1].address].startswith("RPC server, used by ")
 
 
 # ── Models in memory ──────────────────────────────────────────────────────────────────────────────────────────────────
 # Names, loading, unloading, eviction, and loads that fail.
 
 
-@pytest.fixture(scope="module")
-def zoo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A server with three equal models, at most two loaded."""
-    folder = tmp_path_factory.mktemp("zoo")
+def write_zoo(folder: Path) -> None:
     for name in ("ant", "bee", "cat"):
         write_recital(folder / f"{name}.gguf", name=name)
-    flags = ["--max-loaded", "2", "--ctx", str(LONG_CTX), "--keep-alive", "-1"]
-    with shared(tmp_path_factory.mktemp("zoo-home"), "--models-dir", folder, *flags) as running:
-        yield running
+
+
+# three equal models, at most two loaded
+zoo = serving("--max-loaded", "2", "--ctx", str(LONG_CTX), "--keep-alive", "-1", write=write_zoo)
 
 
 def loaded(server: Server) -> set[str]:
@@ -9563,21 +9133,13 @@ def test_request_by_file_stem_finds_the_model(files: Server) -> None:
         assert files.generate(model=name).text == "Hello wide world"
 
 
-def test_request_cannot_name_a_path(server: Server, models: Path) -> None:
-    for path in (str(models / "recital.gguf"), "../models/recital.gguf", "./recital.gguf"):
-        assert_error(server.generate(model=path), 404, "model_not_found", path)
+def test_v1_model_absent_or_aliased_means_default(server: Server) -> None:
+    for model in ({}, {"model": None}, {"model": "default"}, {"model": "gpt-4o-mini"}):
+        reply = server.post("/v1/chat/completions", {**model, "messages": user("hi")})
+        assert reply.message["content"] == "Hello wide world", model
 
 
-@cases(
-    "model",
-    {"absent": {}, "null": {"model": None}, "default": {"model": "default"}, "an alias": {"model": "gpt-4o-mini"}},
-)
-def test_v1_model_absent_or_aliased_means_default(model: dict[str, Any], server: Server) -> None:
-    body = {**model, "messages": [{"role": "user", "content": "hi"}]}
-    assert server.post("/v1/chat/completions", body).message["content"] == "Hello wide world"
-
-
-def test_default_without_a_base_model_is_the_first_listed_and_stays_so(serve: Callable[..., Server], tmp_path: Path) -> None:
+def test_default_without_a_base_model_is_the_first_listed_and_stays_so(serve: Serve, tmp_path: Path) -> None:
     for name in ("n-model", "m-model"):
         write_header(tmp_path / "grow" / f"{name}.gguf")
     server = serve("--models-dir", tmp_path / "grow")
@@ -9591,44 +9153,39 @@ def test_default_without_a_base_model_is_the_first_listed_and_stays_so(serve: Ca
     assert server.get("/api/models").json()["models"][0]["description"] == listed[0]["description"]
 
 
-def test_server_without_models_is_healthy_and_generate_is_404(serve: Callable[..., Server], tmp_path: Path) -> None:
-    server = serve(script=Path(shutil.copy(SHIMMY, tmp_path / "shimmy.py")))
+def test_server_without_models_is_healthy_and_generate_is_404(serve: Serve, tmp_path: Path) -> None:
+    server = serve(script=altered(tmp_path))  # beside which there is no model in the box
     assert server.get("/health").json()["models_loaded"] == 0
     assert_error(server.generate(model="default"), 404, "model_not_found")
+    assert_refuses_balancers(server, "No GGUF model")
+    write_recital(server.home / "models" / "recital.gguf")
+    eventually(lambda: server.get("/ready").status == 200, "the file is found")
 
 
-@pytest.mark.parametrize("action", ["load", "unload"])
-def test_load_unload_and_status_of_an_unknown_model_are_404(action: str, server: Server) -> None:
-    reply = server.post(f"/api/models/nonesuch/{action}")
-    assert_error(reply, 404, "model_not_found", "nonesuch")
+def test_unknown_model_is_404_on_its_own_routes_and_no_request_names_a_path(server: Server, models: Path) -> None:
+    for action in ("load", "unload"):
+        assert_error(server.post(f"/api/models/nonesuch/{action}"), 404, "model_not_found", "nonesuch")
     assert_error(server.get("/api/models/nonesuch/status"), 404, "model_not_found", "nonesuch")
+    for path in (str(models / "recital.gguf"), "../models/recital.gguf", "./recital.gguf"):
+        assert_error(server.generate(model=path), 404, "model_not_found", path)
 
 
-def test_model_routes_accept_default_and_percent_encoded_ids(serve: Callable[..., Server]) -> None:
-    server = serve()
-    ollama_model(server.home / ".ollama" / "models", "tiny", "latest")
-    assert server.post("/api/models/discover").json()["discovered"] >= 1
-    assert server.get("/api/models/tiny%3Alatest/status").json()["model"] == "tiny:latest"
-    assert server.get("/v1/models/tiny%3Alatest").json()["id"] == "tiny:latest"
-    assert server.get("/api/models/default/status").status == 200
+def test_model_routes_accept_default_and_percent_encoded_ids(files: Server) -> None:
+    ollama_model(files.home / ".ollama" / "models", "tiny", "latest")
+    assert files.post("/api/models/discover").json()["discovered"] >= 1
+    assert files.get("/api/models/tiny%3Alatest/status").json()["model"] == "tiny:latest"
+    assert files.get("/v1/models/tiny%3Alatest").json()["id"] == "tiny:latest"
+    assert files.get("/api/models/default/status").status == 200
 
 
-def test_status_has_every_field(server: Server) -> None:
-    status = server.status("dice")
-    names = {"model", "status", "loaded", "progress", "memory_bytes", "requests_running", "requests_waiting",
-             "last_used", "error"}  # fmt: skip
-    assert names <= set(status) and status["model"] == "dice"
-
-
-def test_load_waits_until_the_model_is_loaded(server: Server) -> None:
+def test_load_waits_until_the_model_is_loaded_unless_it_is_told_not_to(server: Server) -> None:
     reply = server.load("dice")
     assert reply.status == 200
     status = reply.json()
+    names = {"requests_running", "requests_waiting", "last_used"}
+    assert names <= set(status) and status["model"] == "dice" and status.keys() == server.status("dice").keys()
     assert (status["status"], status["loaded"], status["progress"], status["error"]) == ("loaded", True, 1, None)
     assert status["memory_bytes"] > 0 and server.load("dice").status == 200
-
-
-def test_load_without_waiting_is_202(server: Server) -> None:
     server.unload("dice")
     reply = server.post("/api/models/dice/load?wait=false")
     assert reply.status == 202 and reply.json()["status"] in ("loading", "loaded")
@@ -9655,7 +9212,7 @@ def test_unload_ends_the_engine_and_is_idempotent(server: Server) -> None:
     assert not alive(engine)
 
 
-def test_unload_lets_a_running_generation_finish(server: Server) -> None:
+def test_unload_lets_a_generation_finish_unless_it_is_forced(server: Server) -> None:
     body = {"model": "recital", "prompt": "#", "max_tokens": 2000}
     with server.stream("/api/generate", body) as stream, ThreadPoolExecutor() as pool:
         first = next(stream)
@@ -9663,9 +9220,6 @@ def test_unload_lets_a_running_generation_finish(server: Server) -> None:
         rest = list(stream)
         assert unloading.result().json()["status"] == "unloaded"
     assert len(joined([first, *rest]).split()) == 2000 and rest[-1] == "[DONE]"
-
-
-def test_forced_unload_ends_a_stream_with_an_error_event(server: Server) -> None:
     with server.endless() as stream:
         next(stream)
         assert server.unload("recital", "?force=true").json()["status"] == "unloaded"
@@ -9682,42 +9236,27 @@ def test_concurrent_load_unload_and_generate_all_succeed(server: Server) -> None
     assert [reply.status for reply in replies] == [200] * 9
 
 
-def test_failed_load_reports_the_reason_and_keeps_it_in_the_status(server: Server) -> None:
-    reply = server.load("hollow")
-    assert reply.status == 500 and reply.json()["error"]["code"] in ("generation_failed", "server_error")
-    status = server.status("hollow")
-    assert (status["status"], status["loaded"]) == ("failed", False) and status["error"]
-
-
-def test_failed_load_fails_every_waiter(server: Server) -> None:
+def test_failed_load_fails_every_waiter_and_its_reason_stays_until_an_unload(server: Server) -> None:
     with ThreadPoolExecutor(6) as pool:
         waiting = [pool.submit(server.generate, ":", "hollow", stream=bool(i % 2)) for i in range(6)]
         replies = [each.result() for each in waiting]
-    for reply in replies:
-        assert_error(reply, 500, reply.json()["error"]["code"], "llama.attention")  # the missing key
-
-
-def test_failed_load_is_reported_over_websocket(server: Server) -> None:
+    for reply in (*replies, server.load("hollow")):
+        assert_error(reply, 500, "generation_failed", "llama.attention")  # the missing key
     text, last = ws_ask(server, model="hollow", prompt=":")
     assert text == "" and last["error"]["message"]
+    status = server.status("hollow")
+    assert (status["status"], status["loaded"]) == ("failed", False) and status["error"]
+    status = server.unload("hollow").json()
+    assert (status["status"], status["error"]) == ("unloaded", None)
 
 
-def test_failed_model_loads_after_its_file_is_repaired(files: Server) -> None:
+def test_model_whose_file_is_repaired_or_deleted_is_loaded_or_an_error(files: Server) -> None:
     path = write_header(files.home / "models" / "mended.gguf")
     files.post("/api/models/discover")  # to a name that is not known a scan of a quarter second ago would answer
     assert files.generate(model="mended").status == 500
     write_recital(path)
     files.post("/api/models/discover")
     assert files.generate(model="mended").text == "Hello wide world"
-
-
-def test_unload_clears_a_failure(server: Server) -> None:
-    server.load("hollow")
-    status = server.unload("hollow").json()
-    assert (status["status"], status["error"]) == ("unloaded", None)
-
-
-def test_model_with_a_deleted_file_is_an_error(files: Server) -> None:
     path = write_recital(files.home / "models" / "lived.gguf")
     files.post("/api/models/discover")
     assert "lived" in files.ids()
@@ -9729,14 +9268,9 @@ def test_model_with_a_deleted_file_is_an_error(files: Server) -> None:
 def test_max_loaded_evicts_the_least_recently_used(zoo: Server) -> None:
     for name in ("ant", "bee", "ant"):
         assert zoo.generate(model=name).text == "Hello wide world"
-    assert loaded(zoo) == {"ant", "bee"}
+    assert loaded(zoo) == {"ant", "bee"} and zoo.get("/api/health").json()["models_loaded"] == 2  # the default is no other
     assert zoo.generate(model="cat").text == "Hello wide world"
     assert loaded(zoo) == {"ant", "cat"}
-
-
-def test_max_loaded_does_not_count_the_default_alias(zoo: Server) -> None:
-    assert zoo.generate(model="ant").status == 200
-    assert zoo.get("/api/health").json()["models_loaded"] == len(loaded(zoo)) <= 2
 
 
 def test_max_loaded_never_evicts_a_busy_model(zoo: Server) -> None:
@@ -9756,7 +9290,7 @@ FEW_BYTES = ("container's limit; None where nobody tells.\"\"\"\n",
 
 @linux
 def test_models_that_are_asked_for_together_take_turns_where_memory_holds_one(
-    serve: Callable[..., Server], models: Path, tmp_path: Path
+    serve: Serve, models: Path, tmp_path: Path
 ) -> None:
     own = serve("--models-dir", models, script=altered(tmp_path, FEW_BYTES))
     most, over = 0, threading.Event()
@@ -9777,9 +9311,7 @@ def test_models_that_are_asked_for_together_take_turns_where_memory_holds_one(
 
 
 @linux
-def test_model_without_memory_beside_a_busy_one_is_refused_in_time(
-    serve: Callable[..., Server], models: Path, tmp_path: Path
-) -> None:
+def test_model_without_memory_beside_a_busy_one_is_refused_in_time(serve: Serve, models: Path, tmp_path: Path) -> None:
     hurry = ("LOAD_WAIT_SECONDS = 60.0", "LOAD_WAIT_SECONDS = 1.0")
     own = serve("--models-dir", models, "--ctx", str(LONG_CTX), script=altered(tmp_path, FEW_BYTES, hurry))
     with own.endless() as stream:
@@ -9789,7 +9321,7 @@ def test_model_without_memory_beside_a_busy_one_is_refused_in_time(
     assert own.generate(model="plain", max_tokens=1).status == 200
 
 
-def test_keep_alive_unloads_an_idle_model(serve: Callable[..., Server], models: Path) -> None:
+def test_keep_alive_unloads_an_idle_model(serve: Serve, models: Path) -> None:
     server = serve("--models-dir", models, "--keep-alive", "1s")
     server.load("recital")
     with server.stream("/api/generate", {"model": "recital", "prompt": "#", "max_tokens": 500}) as stream:
@@ -9798,7 +9330,7 @@ def test_keep_alive_unloads_an_idle_model(serve: Callable[..., Server], models: 
     assert server.generate().text == "Hello wide world"
 
 
-def test_keep_alive_zero_unloads_immediately(serve: Callable[..., Server], models: Path) -> None:
+def test_keep_alive_zero_unloads_immediately(serve: Serve, models: Path) -> None:
     server = serve("--models-dir", models, "--keep-alive", "0")
     assert server.generate("=").text == TEXTS["="]
     eventually(lambda: server.status("recital")["status"] == "unloaded", "the model goes")
@@ -9816,18 +9348,16 @@ NAME_ROUTES: dict[str, tuple[str, str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("route", NAME_ROUTES)
-def test_name_with_a_nul_is_not_found(route: str, server: Server) -> None:
-    method, path, body = NAME_ROUTES[route]
+@cases("method, path, body", NAME_ROUTES)
+def test_name_with_a_nul_is_not_found(method: str, path: str, body: Any, server: Server) -> None:
     path = path.replace("{name}", quote("reci\0tal", safe=""))
     reply = server.request(method, path, body and {**body, "model": "reci\0tal"})
     assert_error(reply, 404, "model_not_found", "reci\\x00tal")
 
 
 def test_name_of_a_mile_is_not_found_at_once(server: Server) -> None:
-    began = time.monotonic()
-    reply = server.generate(model="a/" * 400_000)
-    assert time.monotonic() - began < 5
+    with quickly():
+        reply = server.generate(model="a/" * 400_000)
     assert_error(reply, 404, "model_not_found", "a/a/a/")
     assert len(reply.body) < 500
 
@@ -9880,7 +9410,7 @@ def test_unknown_names_at_once_share_a_scan(models: Path, monkeypatch: pytest.Mo
     assert 1 <= len(scans) <= 3
 
 
-def test_first_scan_that_fails_leaves_nobody_waiting(serve: Callable[..., Server], tmp_path: Path) -> None:
+def test_first_scan_that_fails_leaves_nobody_waiting(serve: Serve, tmp_path: Path) -> None:
     script = altered(tmp_path, ("skipped: dict[str, str] = {}  # reason by path", "raise LookupError('no disk today')"))
     server = serve(script=script)
     assert server.generate(model="recital").status in (404, 500)
@@ -9891,7 +9421,7 @@ class FakeWorker:
     """What a table asks of a worker, without a child."""
 
     alive, progress = True, 0.0
-    parallel, loaded = 1, types.SimpleNamespace(ctx=1, pool=1, devices="", memory_need=0, sees=False)
+    parallel, loaded = 1, types.SimpleNamespace(ctx=1, pool=1, devices="", memory_need=0, sees=False, servers=())
 
     def __init__(self) -> None:
         self.measure, self.asked = threading.Event(), threading.Event()
@@ -10021,33 +9551,31 @@ def test_embedding_model_may_still_be_asked_about(tmp_path: Path) -> None:
         table.lease("a-bert", Cancellation())
 
 
+HASTY_LOADS = ("LOAD_WAIT_SECONDS = 60.0", "LOAD_WAIT_SECONDS = 1.0")
+roomy = serving("--max-loaded", "1", "--ctx", str(LONG_CTX), changes=(HASTY_LOADS,))
+
+
 @pytest.fixture(scope="module")
-def full(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def full(roomy: Server) -> Iterator[Server]:
     """A server with room for one model, which is busy; who waits for room gives up after a second."""
-    folder = tmp_path_factory.mktemp("full")
-    script = altered(folder, ("LOAD_WAIT_SECONDS = 60.0", "LOAD_WAIT_SECONDS = 1.0"))
-    flags: list[str | Path] = ["--models-dir", models, "--max-loaded", "1", "--ctx", str(LONG_CTX)]
-    with shared(folder / "home", *flags, script=script) as server, server.endless() as stream:
+    with roomy.endless() as stream:
         next(stream)
-        yield server
+        yield roomy
 
 
-def test_load_that_gets_no_room_says_so_in_the_status(full: Server) -> None:
+def test_load_that_gets_no_room_says_so_in_the_status_unless_an_unload_calls_it_off(full: Server) -> None:
     for _ in range(3):
         reply = full.post("/api/models/dice/load?wait=false")
         assert reply.status == 202 and reply.json()["error"] is None
     status = eventually(lambda: (s := full.status("dice"))["error"] and s, "the refusal shows")
     assert status["status"] == "failed" and "--max-loaded 1" in status["error"]
-
-
-def test_unload_calls_a_load_off_that_waits_for_room(full: Server) -> None:
     full.post("/api/models/dice/load?wait=false")
     assert full.unload("dice").json()["status"] == "unloaded"
     eventually(lambda: full.status("dice")["requests_waiting"] == 0, "nobody waits")
     assert (full.status("dice")["status"], full.status("dice")["error"]) == ("unloaded", None)
 
 
-def test_request_that_waits_for_a_model_is_refused_when_the_server_ends(serve: Callable[..., Server], models: Path) -> None:
+def test_request_that_waits_for_a_model_is_refused_when_the_server_ends(serve: Serve, models: Path) -> None:
     own = serve("--models-dir", models, "--max-loaded", "1")
     replies: list[Reply] = []
     with own.endless() as stream:
@@ -10064,7 +9592,7 @@ def test_request_that_waits_for_a_model_is_refused_when_the_server_ends(serve: C
 # Settings of single models.
 
 
-def test_preset_gives_each_model_its_own_settings(serve: Callable[..., Server], models: Path, tmp_path: Path) -> None:
+def test_preset_gives_each_model_its_own_settings(serve: Serve, models: Path, tmp_path: Path) -> None:
     (tmp_path / "own.ini").write_text(
         "version = 1\n[*]\nctx-size = 512\ntemperature = 0\n[rec*]\nctx = 256\nn_predict = 2\n[dice]\nalias = cube, d6\n"
         "preload = true\nkeep-alive = 1h\n[ghost]\nctx = 9\n"
@@ -10080,32 +9608,32 @@ def test_preset_gives_each_model_its_own_settings(serve: Callable[..., Server], 
     assert own.generate(":", max_tokens=1).text == "Hello"
 
 
-@cases(
-    "text, words",
-    {"no such key": ("[a]\nctx = 5\nspeed = 9\n", "[a] speed: there is no such setting"),
-     "no number": ("[a]\nctx = many\n", "[a] ctx: 'many' is no whole number from 1 to 16777216"),
-     "out of range": ("[a]\nparallel = 900\n", "[a] parallel: '900' is no whole number from 1 to 200"),
-     "sampling out of range": ("[a]\ntemperature = 9\n", "[a] --temperature must be a number from 0 to 5, not 9"),
-     "no device": ("[a]\ndevice = CUDA7\n", "[a] --device CUDA7: there is no such device"),
-     "no section": ("ctx = 5\n", "ctx stands in no section"),
-     "neither true nor false": ("[a]\nmmap = perhaps\n", "[a] mmap: perhaps is neither true nor false"),
-     "a name for several": ("[a*]\nalias = b\n", "[a*] alias: a pattern means several models"),
-     "twice": ("[a]\nctx = 5\nctx = 6\n", "option 'ctx' in section 'a' already exists"),
-     "no INI": ("[a\n", "'[a"),
-     "no adapter": ("[a]\nlora = none.gguf\n", "[a] --lora none.gguf: there is no such file"),
-     "no projector": ("[a]\nmmproj = eyes.gguf\n", "[a] --mmproj eyes.gguf: there is no such file")},
-)  # fmt: skip
-def test_preset_that_is_wrong_ends_the_start(text: str, words: str, tmp_path: Path) -> None:
-    (tmp_path / "own.ini").write_text(text)
+WRONG_PRESETS: dict[str, tuple[str | None, str]] = {
+    "not there": (None, "No such file"),
+    "no such key": ("[a]\nctx = 5\nspeed = 9\n", "[a] speed: there is no such setting"),
+    "no number": ("[a]\nctx = many\n", "[a] ctx: 'many' is no whole number from 1 to 16777216"),
+    "out of range": ("[a]\nparallel = 900\n", "[a] parallel: '900' is no whole number from 1 to 200"),
+    "sampling out of range": ("[a]\ntemperature = 9\n", "[a] --temperature must be a number from 0 to 5, not 9"),
+    "no device": ("[a]\ndevice = CUDA7\n", "[a] --device CUDA7: there is no such device"),
+    "no section": ("ctx = 5\n", "ctx stands in no section"),
+    "neither true nor false": ("[a]\nmmap = perhaps\n", "[a] mmap: perhaps is neither true nor false"),
+    "a name for several": ("[a*]\nalias = b\n", "[a*] alias: a pattern means several models"),
+    "twice": ("[a]\nctx = 5\nctx = 6\n", "option 'ctx' in section 'a' already exists"),
+    "no INI": ("[a\n", "'[a"),
+    "no adapter": ("[a]\nlora = none.gguf\n", "[a] --lora none.gguf: there is no such file"),
+    "no projector": ("[a]\nmmproj = eyes.gguf\n", "[a] --mmproj eyes.gguf: there is no such file"),
+}
+
+
+@cases("text, words", WRONG_PRESETS)
+def test_preset_that_is_wrong_ends_the_start(text: str | None, words: str, tmp_path: Path) -> None:
+    if text is not None:
+        (tmp_path / "own.ini").write_text(text)
     flags = ["serve", "--port", "0", "--preset", "own.ini"]
     assert_failed(run_in_this_process(flags, tmp_path, b"", seeded(tmp_path, None)), 2, "--preset own.ini: ", words)
 
 
-def test_preset_that_is_not_there_ends_the_start(tmp_path: Path) -> None:
-    assert_failed(shimmy("serve", "--port", "0", "--preset", "no.ini", home=tmp_path), 2, "--preset no.ini: No such file")
-
-
-def test_load_takes_settings_and_tells_what_holds(serve: Callable[..., Server], models: Path) -> None:
+def test_load_takes_settings_and_tells_what_holds(serve: Serve, models: Path) -> None:
     own = serve("--models-dir", models)
     first = own.post("/api/models/recital/load", {"ctx": 128, "parallel": 2, "kv-type": "q8_0"}).json()
     assert (first["context_length"], first["parallel"], first["options"]["kv_type"]) == (128, 2, "q8_0")
@@ -10119,9 +9647,7 @@ def test_load_takes_settings_and_tells_what_holds(serve: Callable[..., Server], 
     assert own.post("/api/models/recital/load", {"ctx": None}).json()["options"] == {"threads": 1, "cache_disk": 0}
 
 
-def test_load_with_other_settings_that_does_not_wait_is_answered_at_once_by_a_busy_model(
-    serve: Callable[..., Server], models: Path
-) -> None:
+def test_load_with_other_settings_that_does_not_wait_is_answered_at_once_by_a_busy_model(serve: Serve, models: Path) -> None:
     own = serve("--models-dir", models, "--ctx", str(LONG_CTX))
     with own.endless() as stream:
         next(stream)
@@ -10130,22 +9656,22 @@ def test_load_with_other_settings_that_does_not_wait_is_answered_at_once_by_a_bu
     eventually(lambda: own.status("recital").get("context_length") == 128, "it is loaded again")
 
 
-@cases(
-    "body, words",
-    {"no such key": ({"speed": 1}, "speed: there is no such setting"), "no number": ({"ctx": "x"}, "ctx: 'x' is no whole number"),
-     "out of range": ({"ctx": 0}, "ctx: '0' is no whole number from 1"),
-         "sampling": ({"temperature": 1}, "a load takes the engine's settings"),
-     "a file": ({"chat_template": "/etc/passwd"}, "chat_template names a file"),
-     "another": ({"lora": ["x"]}, "lora names a file"), "a projector": ({"mmproj": "x"}, "mmproj names a file"),
-     "no such device": ({"device": "CUDA9"}, "there is no such device"), "no object": ([1], "must be a JSON object")},
-)  # fmt: skip
+@cases("body, words", {
+    "no such key": ({"speed": 1}, "speed: there is no such setting"), "no number": ({"ctx": "x"}, "ctx: 'x' is no whole number"),
+    "out of range": ({"ctx": 0}, "ctx: '0' is no whole number from 1"),
+    "sampling": ({"temperature": 1}, "a load takes the engine's settings"),
+    "a file": ({"chat_template": "/etc/passwd"}, "chat_template names a file"),
+    "another": ({"lora": ["x"]}, "lora names a file"), "a projector": ({"mmproj": "x"}, "mmproj names a file"),
+    "a server": ({"rpc": "127.0.0.1:1"}, "rpc names a server"),
+    "no such device": ({"device": "CUDA9"}, "there is no such device"), "no object": ([1], "must be a JSON object"),
+})  # fmt: skip
 def test_load_refuses_settings_that_are_wrong_and_loses_nothing(body: Any, words: str, server: Server) -> None:
     server.load("recital")
     assert_error(server.post("/api/models/recital/load", body), 400, "invalid_request", words)
     assert server.status("recital")["loaded"]
 
 
-def test_ollamas_num_ctx_reloads_an_idle_model_for_more_and_not_for_less(serve: Callable[..., Server], models: Path) -> None:
+def test_ollamas_num_ctx_reloads_an_idle_model_for_more_and_not_for_less(serve: Serve, models: Path) -> None:
     own = serve("--models-dir", models, "--ctx", "128", "--max-loaded", "1")
 
     def ask(size: int) -> int:
@@ -10170,7 +9696,7 @@ def test_ollamas_num_ctx_reloads_an_idle_model_for_more_and_not_for_less(serve: 
         assert waits.result() != third and own.status("recital")["context_length"] == LONG_CTX
 
 
-def test_ollamas_store_gives_parameters_system_message_and_adapters(serve: Callable[..., Server], tmp_path: Path) -> None:
+def test_ollamas_store_gives_parameters_system_message_and_adapters(serve: Serve, tmp_path: Path) -> None:
     store = tmp_path / "store"
     named = {"params": json.dumps({"temperature": 0, "num_predict": 2, "num_ctx": 300, "stop": ["never"], "odd": 1}).encode(),
              "system": b"Speak:", "adapter": write_lora(tmp_path / "lora.gguf").read_bytes()}  # fmt: skip
@@ -10179,11 +9705,9 @@ def test_ollamas_store_gives_parameters_system_message_and_adapters(serve: Calla
     status = own.load("tiny:latest").json()
     assert status["context_length"] == 300 and len(status["options"]["lora"]) == 1
     assert own.generate(":", "tiny:latest", max_tokens=None).json()["usage"]["completion_tokens"] == 2
-    asked = own.post("/v1/chat/completions", {"model": "tiny:latest", "messages": [{"role": "user", "content": "hi"}]}).json()
-    assert asked["usage"]["completion_tokens"] == 2
-    plain = own.post("/apply-template", {"model": "tiny:latest", "messages": [{"role": "user", "content": "hi"}]}).json()
-    assert "Speak:" in plain["prompt"]
-    own_words = [{"role": "system", "content": "Sing"}, {"role": "user", "content": "hi"}]
+    assert own.chat("hi", "tiny:latest").json()["usage"]["completion_tokens"] == 2
+    assert "Speak:" in own.post("/apply-template", chatting(model="tiny:latest")).json()["prompt"]
+    own_words = [{"role": "system", "content": "Sing"}, *user("hi")]
     assert "Speak:" not in own.post("/apply-template", {"model": "tiny:latest", "messages": own_words}).json()["prompt"]
 
 
@@ -10198,7 +9722,7 @@ def test_ollamas_parameters_that_are_wrong_leave_the_model_out_with_the_reason(t
 
 
 def test_context_that_one_client_wishes_for_in_vain_leaves_the_model_to_the_others(
-    serve: Callable[..., Server], models: Path, stand_in: Callable[[str], dict[str, str]]
+    serve: Serve, models: Path, stand_in: StandIn
 ) -> None:
     own = serve("--models-dir", models, "--ctx", "256", env=stand_in("memory 4096"))
     assert own.generate().text == TEXTS[":"]
@@ -10207,9 +9731,7 @@ def test_context_that_one_client_wishes_for_in_vain_leaves_the_model_to_the_othe
     assert own.generate().text == TEXTS[":"] and own.status("recital")["context_length"] == 256
 
 
-def test_adapters_and_templates_of_the_command_line_are_the_default_models(
-    serve: Callable[..., Server], models: Path, tmp_path: Path
-) -> None:
+def test_adapters_and_templates_of_the_command_line_are_the_default_models(serve: Serve, models: Path, tmp_path: Path) -> None:
     write_lora(tmp_path / "adapter.gguf")
     (tmp_path / "own.jinja").write_text("{{ messages[-1].content }}:")
     flags = ("--lora", tmp_path / "adapter.gguf", "--chat-template", tmp_path / "own.jinja")
@@ -10229,9 +9751,6 @@ def test_generate_response_has_the_documented_shape(server: Server) -> None:
     usage = document["usage"]
     assert usage["prompt_tokens"] == 1 + len("Say :") and usage["completion_tokens"] in (3, 4)
     assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
-
-
-def test_generate_response_is_json_with_a_content_length(server: Server) -> None:
     reply = server.generate()
     assert reply.headers["Content-Type"].startswith("application/json")
     assert int(reply.headers["Content-Length"]) == len(reply.body)
@@ -10250,16 +9769,13 @@ def test_stream_events_have_the_documented_shape(server: Server) -> None:
     (choice,) = last["choices"]
     assert (choice["text"], choice["finish_reason"], last["usage"]["prompt_tokens"]) == ("", "stop", 2)
     assert done == "[DONE]"
-
-
-def test_stream_is_well_formed_server_sent_events(server: Server) -> None:
     body = {"model": "recital", "prompt": ":", "stream": True}
     text = server.post("/api/generate", body).body.decode()
     assert text.endswith("data: [DONE]\n\n") and "\r" not in text
     assert all(block.startswith(("data: ", ":")) and "\n" not in block for block in text.split("\n\n")[:-1])
 
 
-def test_chat_response_has_openai_shape(server: Server) -> None:
+def test_chat_has_openais_shape_plain_and_streamed(server: Server) -> None:
     document = server.chat().json()
     assert document["object"] == "chat.completion" and document["id"].startswith("chatcmpl-")
     assert abs(document["created"] - time.time()) < 60 and document["model"]
@@ -10267,26 +9783,21 @@ def test_chat_response_has_openai_shape(server: Server) -> None:
     assert (choice["index"], choice["finish_reason"]) == (0, "stop")
     assert (choice["message"]["role"], choice["message"]["content"]) == ("assistant", "Hello wide world")
     assert document["usage"]["prompt_tokens"] == 1 + len("[user]hi[assistant]:")
-
-
-def test_chat_stream_has_openai_chunks(server: Server) -> None:
-    body = {"model": "recital", "messages": [{"role": "user", "content": "hi"}]}
-    *chunks, done = server.streamed("/v1/chat/completions", body)
+    *chunks, done = server.streamed("/v1/chat/completions", chatting())
     assert done == "[DONE]" and {chunk["object"] for chunk in chunks} == {"chat.completion.chunk"}
     assert len({chunk["id"] for chunk in chunks}) == 1
-    assert deltas(chunks)[0]["role"] == "assistant"
-    assert "".join(delta.get("content") or "" for delta in deltas(chunks)) == "Hello wide world"
+    assert deltas(chunks)[0]["role"] == "assistant" and spoken_in(chunks) == "Hello wide world"
     assert [chunk["choices"][0]["finish_reason"] for chunk in chunks] == [None] * (len(chunks) - 1) + ["stop"]
     assert not any("usage" in chunk for chunk in chunks)
 
 
-def test_chat_stream_includes_usage_on_request(server: Server) -> None:
-    body = {"model": "recital", "messages": [{"role": "user", "content": "hi"}],
-            "stream_options": {"include_usage": True}}  # fmt: skip
-    *chunks, last, done = server.streamed("/v1/chat/completions", body)
-    assert done == "[DONE]" and last["choices"] == []
+@cases("path, body, size", {"chat": ("/v1/chat/completions", chatting(), len("[user]hi[assistant]:")),
+                            "completion": ("/v1/completions", {"model": "recital", "prompt": ":"}, 1)})  # fmt: skip
+def test_stream_ends_with_usage_on_request(path: str, body: dict[str, Any], size: int, server: Server) -> None:
+    *chunks, last, done = server.streamed(path, {**body, "stream_options": {"include_usage": True}})
+    assert done == "[DONE]" and last["choices"] == [] and chunks[-1]["choices"][0]["finish_reason"] == "stop"
     assert not any("usage" in chunk for chunk in chunks)  # strands-agents takes the first with the key for the last
-    assert last["usage"]["prompt_tokens"] == 1 + len("[user]hi[assistant]:")
+    assert last["usage"]["prompt_tokens"] == 1 + size
 
 
 def test_completions_response_has_openai_shape(server: Server) -> None:
@@ -10295,33 +9806,20 @@ def test_completions_response_has_openai_shape(server: Server) -> None:
     (choice,) = document["choices"]
     assert (choice["text"], choice["index"], choice["finish_reason"]) == ("Hello wide world", 0, "stop")
     assert choice["logprobs"] is None and document["usage"]["prompt_tokens"] == 6
-
-
-def test_completions_tell_offsets_from_the_prompts_start(server: Server) -> None:
     body = {"model": "recital", "prompt": ["Say :", ":"], "logprobs": 0}
     offsets = [c["logprobs"]["text_offset"] for c in server.post("/v1/completions", body).json()["choices"]]
-    assert [each[:2] for each in offsets] == [[5, 10], [1, 6]]  # Hello, wide
+    assert [each[:2] for each in offsets] == [[5, 10], [1, 6]]  # Hello, wide, from the prompts' start
 
 
-def test_completions_stream_ends_with_usage_on_request(server: Server) -> None:
-    body = {"model": "recital", "prompt": "=", "stream_options": {"include_usage": True}}
-    *chunks, usage, done = server.streamed("/v1/completions", body)
-    assert joined(chunks) == TEXTS["="] and chunks[-1]["choices"][0]["finish_reason"] == "stop"
-    assert usage["choices"] == [] and usage["usage"]["prompt_tokens"] == 2 and done == "[DONE]"
-
-
-def test_completion_echo_begins_with_the_prompt(server: Server) -> None:
+def test_completions_echo_their_prompt_and_take_best_of_as_n(server: Server) -> None:
     body = {"model": "recital", "prompt": [":", "S"], "echo": True}
     texts = [c["text"] for c in server.post("/v1/completions", body).json()["choices"]]
     assert texts == [":" + TEXTS[":"], "S" + TEXTS["S"]]
     assert joined(server.streamed("/v1/completions", {**body, "prompt": ":"})) == ":" + TEXTS[":"]
-
-
-@pytest.mark.parametrize("value", [2, 16], ids=["two", "sixteen"])
-def test_completion_best_of_must_equal_n(value: int, server: Server) -> None:
-    body = {"model": "recital", "prompt": ":", "best_of": value}
-    assert_error(server.post("/v1/completions", body), 400, "invalid_request", "best_of")
-    assert server.post("/v1/completions", {**body, "n": value}).status == 200
+    for value in (2, 16):
+        body = {"model": "recital", "prompt": ":", "best_of": value}
+        assert_error(server.post("/v1/completions", body), 400, "invalid_request", "best_of")
+        assert server.post("/v1/completions", {**body, "n": value}).status == 200
 
 
 def test_chat_response_format_holds_the_answer_to_json(tiny: Server) -> None:
@@ -10380,7 +9878,7 @@ def test_grammar_that_llama_cpp_would_not_read_or_we_cannot_is_refused(grammar: 
         module.read_gbnf(grammar)
 
 
-def test_grammar_of_a_long_chain_of_rules_is_read_soon() -> None:
+def test_grammar_of_a_long_chain_of_rules_is_read_soon_and_tokens_are_named() -> None:
     rules = "\n".join(f'a{n} ::= a{n + 1} | "y" a{n + 1} a{n}' for n in range(8000))
     begun = time.thread_time()
     with TURN.limited(0.02):
@@ -10388,26 +9886,19 @@ def test_grammar_of_a_long_chain_of_rules_is_read_soon() -> None:
     assert time.thread_time() - begun < 0.5, "it counts its time all along"
     module.read_gbnf(f'root ::= a0\n{rules}\na8000 ::= "z"')
     assert time.thread_time() - begun < 5
-
-
-def test_tokens_that_a_grammar_names_may_come() -> None:
     grammar = 'root ::= <think> "<b>" [<] <|end|> # <c>\n'
     assert module.token_names(grammar) == {"<think>", "<|end|>"}
 
 
-def test_chat_grammar_holds_the_answer(server: Server) -> None:
+def test_schema_in_vllms_words_is_alone_and_a_grammar_holds(server: Server) -> None:
     assert server.chat("hi", "dice", grammar='root ::= "yes" | "no"', temperature=1).message["content"] in ("yes", "no")
+    assert_error(server.chat("hi", guided_json={}, guided_choice=["a"]), 400, "invalid_request", "json and choice")
 
 
-@pytest.mark.parametrize(
-    "format, word",
-    [
-        ({"type": "json_schema"}, "schema"),
-        ({"type": "json_schema", "json_schema": {"name": "x"}}, "schema"),
-        ("json", "object"),
-    ],
-    ids=["no schema", "an empty holder", "a string"],
-)
+@cases("format, word", {
+    "no schema": ({"type": "json_schema"}, "schema"), "a string": ("json", "object"),
+    "an empty holder": ({"type": "json_schema", "json_schema": {"name": "x"}}, "schema"),
+})  # fmt: skip
 def test_chat_response_format_that_is_wrong_names_it(format: Any, word: str, server: Server) -> None:
     assert_error(server.chat(response_format=format), 400, "invalid_request", "response_format", word)
 
@@ -10428,10 +9919,6 @@ FIVE = {"const": 5}
 })  # fmt: skip
 def test_schema_is_kept_in_each_servers_words(fields: dict[str, Any], contents: set[str], server: Server) -> None:
     assert server.chat("hi", **fields).message["content"] in contents
-
-
-def test_vllms_formats_exclude_each_other(server: Server) -> None:
-    assert_error(server.chat("hi", guided_json={}, guided_choice=["a"]), 400, "invalid_request", "json and choice")
 
 
 def test_timings_stand_where_llama_server_has_them(server: Server) -> None:
@@ -10466,54 +9953,42 @@ BUILTIN = {"type": "builtin", "name": "calculator"}
 
 
 def test_chat_runs_a_builtin_tool_and_answers_with_its_result(tiny: Server) -> None:
-    reply = tiny.chat("What is 4827 plus 394?", "default", tools=[BUILTIN], temperature=0)
+    body = chatting("What is 4827 plus 394?", model="default", tools=[BUILTIN], temperature=0)
+    reply, parts = tiny.post("/v1/chat/completions", body), deltas(tiny.streamed("/v1/chat/completions", body))
     assert "5221" in reply.message["content"]
     (result,) = reply.message["tool_results"]
     assert (result["name"], result["result"], result["error"]) == ("calculator", 5221, None)
-    assert reply.json()["choices"][0]["finish_reason"] == "stop"
-    assert "tool_calls" not in reply.message
-
-
-def test_chat_streams_a_builtin_tools_result_and_the_answer(tiny: Server) -> None:
-    body = {"messages": [{"role": "user", "content": "What is 4827 plus 394?"}], "tools": [BUILTIN], "temperature": 0}
-    parts = deltas(tiny.streamed("/v1/chat/completions", body))
+    assert reply.finish_reason == "stop" and "tool_calls" not in reply.message
     assert [r["result"] for p in parts for r in p.get("tool_results", [])] == [5221]
-    assert "5221" in "".join(p.get("content") or "" for p in parts)
-    assert not any("tool_calls" in p for p in parts)
+    assert "5221" in "".join(p.get("content") or "" for p in parts) and not any("tool_calls" in p for p in parts)
 
 
-def test_chat_tells_the_model_when_a_builtin_tool_fails(server: Server) -> None:
-    tool = {"type": "builtin", "name": "file_read"}
-    reply = server.chat("weather", tools=[{"type": "builtin", "name": "calculator"}, tool])
-    assert reply.status == 200
+def test_chat_with_a_builtin_tool_that_fails_or_is_not_there(server: Server) -> None:
+    assert server.chat("weather", tools=[BUILTIN, {"type": "builtin", "name": "file_read"}]).status == 200
     assert_error(server.chat("hi", tools=[BUILTIN], n=2), 400, "invalid_request", "tools", "n")
-
-
-@pytest.mark.parametrize("name", ["hammer", "", None], ids=["unknown", "empty", "absent"])
-def test_chat_with_a_builtin_tool_that_is_not_there_names_those_that_are(name: Any, server: Server) -> None:
-    error = assert_error(server.chat("hi", tools=[{"type": "builtin", "name": name}]), 400, "invalid_request", "tools")
-    assert name is None or "calculator" in error["message"]
+    for name in ("hammer", "", None):
+        error = assert_error(server.chat("hi", tools=[{"type": "builtin", "name": name}]), 400, "invalid_request", "tools")
+        assert name is None or "calculator" in error["message"]
+    function = {"type": "function", "function": {"name": "calculator", "parameters": {"type": "object"}}}
+    assert_error(server.chat("hi", tools=[BUILTIN, function]), 400, "invalid_request", "tools", "calculator")
 
 
 NAMED = {"type": "function", "function": {"name": "get_weather"}}
 
 
-@cases(
-    "fields, word",
-    {
-        "an unknown word": ({"tool_choice": "maybe"}, "auto"),
-        "a number": ({"tool_choice": 5}, "auto"),
-        "a function without a name": ({"tool_choice": {"type": "function", "function": {}}}, "name"),
-        "required without tools": ({"tools": None, "tool_choice": "required"}, "tools"),
-        "a function without tools": ({"tools": None, "tool_choice": NAMED}, "get_weather"),
-        "a function that is not offered": ({"tools": [ADD], "tool_choice": NAMED}, "get_weather"),
-        "allowed_tools": ({"tool_choice": {"type": "allowed_tools", "allowed_tools": {}}}, "allowed_tools"),
-        "an allowed tool that is not offered": (
-            {"tool_choice": {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": [
-                {"type": "function", "function": {"name": "fly"}}]}}}, '"fly"'),
-        "a function with a grammar": ({"tool_choice": NAMED, "grammar": 'root ::= "a"'}, "grammar"),
-    },
-)  # fmt: skip
+@cases("fields, word", {
+    "an unknown word": ({"tool_choice": "maybe"}, "auto"),
+    "a number": ({"tool_choice": 5}, "auto"),
+    "a function without a name": ({"tool_choice": {"type": "function", "function": {}}}, "name"),
+    "required without tools": ({"tools": None, "tool_choice": "required"}, "tools"),
+    "a function without tools": ({"tools": None, "tool_choice": NAMED}, "get_weather"),
+    "a function that is not offered": ({"tools": [ADD], "tool_choice": NAMED}, "get_weather"),
+    "allowed_tools": ({"tool_choice": {"type": "allowed_tools", "allowed_tools": {}}}, "allowed_tools"),
+    "an allowed tool that is not offered": (
+        {"tool_choice": {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": [
+            {"type": "function", "function": {"name": "fly"}}]}}}, '"fly"'),
+    "a function with a grammar": ({"tool_choice": NAMED, "grammar": 'root ::= "a"'}, "grammar"),
+})  # fmt: skip
 def test_tool_choice_that_cannot_be_kept_is_400(fields: dict[str, Any], word: str, server: Server) -> None:
     error = assert_error(server.chat("weather?", **{"tools": [WEATHER], **fields}), 400, "invalid_request", word)
     assert error["param"].startswith("tool_choice")
@@ -10535,15 +10010,12 @@ def test_allowed_tools_narrow_what_is_offered(mode: str, server: Server) -> None
     assert server.chat("weather?", tools=[WEATHER]).json()["usage"]["prompt_tokens"] == reply.json()["usage"]["prompt_tokens"]
 
 
-@cases(
-    "fields, names",
-    {
-        "required": ({"tool_choice": "required"}, {"get_weather", "add"}),
-        "a function": ({"tool_choice": {"type": "function", "function": {"name": "add"}}}, {"add"}),
-        "one call alone": ({"tool_choice": "required", "parallel_tool_calls": False}, {"get_weather", "add"}),
-        "one call alone, if any": ({"parallel_tool_calls": False}, {"get_weather", "add"}),
-    },
-)
+@cases("fields, names", {
+    "required": ({"tool_choice": "required"}, {"get_weather", "add"}),
+    "a function": ({"tool_choice": {"type": "function", "function": {"name": "add"}}}, {"add"}),
+    "one call alone": ({"tool_choice": "required", "parallel_tool_calls": False}, {"get_weather", "add"}),
+    "one call alone, if any": ({"parallel_tool_calls": False}, {"get_weather", "add"}),
+})  # fmt: skip
 @pytest.mark.parametrize("temperature", [0, 1.5])
 def test_tool_choice_is_enforced(fields: dict[str, Any], names: set[str], temperature: float, server: Server) -> None:
     said = "weather?" if "tool_choice" not in fields else "hi"
@@ -10553,43 +10025,29 @@ def test_tool_choice_is_enforced(fields: dict[str, Any], names: set[str], temper
     assert fields.get("parallel_tool_calls") is not False or len(calls) == 1
 
 
-@cases("choice", {"absent": {}, "null": {"tool_choice": None}, "auto": {"tool_choice": "auto"}})
-def test_tool_choice_auto_leaves_the_choice_to_the_model(choice: dict[str, Any], server: Server) -> None:
-    assert server.chat("weather?", tools=[WEATHER], **choice).message["tool_calls"]
-
-
-@pytest.mark.parametrize("value", ["yes", 1], ids=json.dumps)
-def test_parallel_tool_calls_must_be_true_or_false(value: Any, server: Server) -> None:
-    assert_error(server.chat(parallel_tool_calls=value), 400, "invalid_request", "parallel_tool_calls")
+def test_tool_choice_auto_leaves_the_choice_to_the_model(server: Server) -> None:
+    for choice in ({}, {"tool_choice": None}, {"tool_choice": "auto"}):
+        assert server.chat("weather?", tools=[WEATHER], **choice).message["tool_calls"]
 
 
 EFFORT_TEMPLATE = "{% if enable_thinking == false %}={% elif reasoning_effort == 'high' %}|{% else %}:{% endif %}"
 
 
-@cases(
-    "fields, text",
-    {
-        "absent": ({}, TEXTS[":"]),
-        "null": ({"reasoning_effort": None}, TEXTS[":"]),
-        "low": ({"reasoning_effort": "low"}, TEXTS[":"]),
-        "high": ({"reasoning_effort": "high"}, TEXTS["|"]),
-        "none turns thinking off": ({"reasoning_effort": "none"}, TEXTS["="]),
-        "chat_template_kwargs win": (
-            {"reasoning_effort": "none", "chat_template_kwargs": {"reasoning_effort": "high", "enable_thinking": True}},
-            TEXTS["|"]),
-    },
-)  # fmt: skip
+@cases("fields, text", {
+    "absent": ({}, TEXTS[":"]),
+    "null": ({"reasoning_effort": None}, TEXTS[":"]),
+    "low": ({"reasoning_effort": "low"}, TEXTS[":"]),
+    "high": ({"reasoning_effort": "high"}, TEXTS["|"]),
+    "none turns thinking off": ({"reasoning_effort": "none"}, TEXTS["="]),
+    "chat_template_kwargs win": (
+        {"reasoning_effort": "none", "chat_template_kwargs": {"reasoning_effort": "high", "enable_thinking": True}},
+        TEXTS["|"]),
+})  # fmt: skip
 def test_reasoning_effort_reaches_the_template(fields: dict[str, Any], text: str, efforts: Server) -> None:
     assert efforts.chat("hi", "effort", temperature=0, **fields).message["content"].strip() == text.strip()
 
 
-@pytest.fixture(scope="module")
-def efforts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    folder = tmp_path_factory.mktemp("efforts")
-    write_recital(folder / "models" / "effort.gguf", template=EFFORT_TEMPLATE)
-    running = Server(folder / "home", "--port", "0", "--models-dir", folder / "models")
-    yield running
-    running.stop()
+efforts = serving(write=lambda folder: write_recital(folder / "effort.gguf", template=EFFORT_TEMPLATE))
 
 
 @pytest.mark.parametrize("value", ["most", "", 5, True, ["low"]], ids=json.dumps)
@@ -10597,12 +10055,9 @@ def test_reasoning_effort_unknown_is_400(value: Any, server: Server) -> None:
     assert_error(server.chat(reasoning_effort=value), 400, "invalid_request", "reasoning_effort", "minimal", "xhigh")
 
 
-MAY_THINK = TEMPLATE + "{# enable_thinking <think> #}"  # a model that opens its thoughts itself
-
-
-def test_schema_lets_a_model_think_that_may(serve: Callable[..., Server], tmp_path: Path) -> None:
-    (tmp_path / "models").mkdir()
-    write_recital(tmp_path / "models" / "thinker.gguf", template=MAY_THINK)
+def test_schema_lets_a_model_think_that_may(serve: Serve, tmp_path: Path) -> None:
+    may_think = TEMPLATE + "{# enable_thinking <think> #}"  # a model that opens its thoughts itself
+    write_recital(tmp_path / "models" / "thinker.gguf", template=may_think)
     own = serve("--models-dir", tmp_path / "models")
     reply = own.chat("think", "thinker", temperature=0, response_format={
         "type": "json_schema", "json_schema": {"name": "a", "schema": SHAPE}})  # fmt: skip
@@ -10640,7 +10095,7 @@ def calculator(expression: str) -> str:
 
 @pytest.fixture(scope="module")
 def boxed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A server with the model in the boxed."""
+    """A server with the model in the box."""
     running = Server(tmp_path_factory.mktemp("box"), "--port", "0", "--models-dir", REPO / "models", "--model", TINY)
     running.load(TINY)
     with pytest.MonkeyPatch.context() as patch:
@@ -10697,9 +10152,6 @@ def run_async(work: Callable[[openai.AsyncOpenAI], Awaitable[Any]], server: Serv
     return asyncio.run(run())
 
 
-# openai for Python
-
-
 FORMS = {  # the names of openai's types: this file is also run where that is not imported
     "chat": ("/v1/chat/completions", "chat.ChatCompletion"),
     "completion": ("/v1/completions", "Completion"),
@@ -10717,10 +10169,15 @@ STRICT_CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+def check_answer_form(kind: str, fields: dict[str, Any], server: Server) -> None:
+    """Asserts that an answer is of OpenAI's type, with nothing converted."""
+    path, form = FORMS[kind][0], operator.attrgetter(FORMS[kind][1])(openai.types)
+    form.model_validate_json(server.post(path, {"max_tokens": 30, **fields}).body, strict=True)
+
+
 @cases("kind,fields", STRICT_CASES)
 def test_answer_validates_strictly_against_openais_types(kind: str, fields: dict[str, Any], boxed: Server) -> None:
-    path, form = FORMS[kind][0], operator.attrgetter(FORMS[kind][1])(openai.types)
-    form.model_validate_json(boxed.post(path, {"max_tokens": 30, **fields}).body, strict=True)
+    check_answer_form(kind, fields, boxed)
 
 
 def test_answer_holds_every_field_that_openai_requires(boxed: Server) -> None:
@@ -10812,14 +10269,11 @@ def test_openai_client_streams_n_choices(client: openai.OpenAI) -> None:
     assert all(texts)
 
 
-def test_openai_client_gets_the_same_text_for_the_same_seed(client: openai.OpenAI) -> None:
-    fields: dict[str, Any] = {"model": TINY, "messages": HELLO, "temperature": 1.5, "seed": 7}
-    first, second = (client.chat.completions.create(**fields).choices[0].message.content for _ in range(2))
-    assert first == second
-
-
-def test_openai_client_stops_at_a_stop_string(client: openai.OpenAI) -> None:
-    answer = client.chat.completions.create(model=TINY, messages=HELLO, temperature=0, stop=["How", "zebra"])
+def test_openai_client_gets_the_same_text_for_the_same_seed_and_up_to_a_stop_string(client: openai.OpenAI) -> None:
+    fields: dict[str, Any] = {"model": TINY, "messages": HELLO}
+    first, second = (client.chat.completions.create(**fields, temperature=1.5, seed=7).choices[0] for _ in range(2))
+    assert first.message.content == second.message.content
+    answer = client.chat.completions.create(**fields, temperature=0, stop=["How", "zebra"])
     assert (answer.choices[0].message.content, answer.choices[0].finish_reason) == ("Hello! ", "stop")
 
 
@@ -10837,14 +10291,11 @@ def test_openai_client_reads_logprobs_that_join_to_the_text(stream: bool, client
     assert all(len(token.top_logprobs) == 3 for token in choice.logprobs.content)
 
 
-def test_openai_client_reads_no_logprobs_of_a_stop_string(client: openai.OpenAI) -> None:
+def test_openai_client_reads_no_logprobs_of_a_stop_string_or_a_tool_call(client: openai.OpenAI) -> None:
     fields: dict[str, Any] = {"model": TINY, "messages": HELLO, "temperature": 0, "logprobs": True}
     choice = client.chat.completions.create(**fields, stop=" can").choices[0]
     assert choice.message.content == "Hello! How" and choice.logprobs and choice.logprobs.content
     assert "".join(token.token for token in choice.logprobs.content) == "Hello! How"
-
-
-def test_openai_client_reads_no_logprobs_of_a_tool_call(client: openai.OpenAI) -> None:
     choice = client.chat.completions.create(
         model=TINY, messages=SUM, tools=[CALCULATOR], temperature=0, logprobs=True).choices[0]  # fmt: skip
     assert choice.message.content is None and not (choice.logprobs and choice.logprobs.content)
@@ -10859,7 +10310,7 @@ def test_openai_client_reads_an_object_in_json_mode(client: openai.OpenAI) -> No
 
 @streamed_and_plain
 def test_openai_client_parses_a_pydantic_model(stream: bool, client: openai.OpenAI) -> None:
-    person = pytest.importorskip("pydantic").create_model("Person", name=(str, ...), age=(int, ...))
+    person = person_model()
     fields: dict[str, Any] = {"model": TINY, "messages": ANNA, "response_format": person, "temperature": 0, "max_tokens": 200}
     if stream:
         with client.chat.completions.stream(**fields) as events:
@@ -10929,13 +10380,10 @@ def test_openai_client_raises_when_a_stream_breaks_off(boxed: Server, client: op
     assert caught.value.code == "generation_failed" and "unloaded" in caught.value.message
 
 
-def test_openai_client_closes_a_stream_and_the_engine_stops(boxed: Server, client: openai.OpenAI) -> None:
+def test_openai_client_that_leaves_or_times_out_stops_the_engine(boxed: Server, client: openai.OpenAI) -> None:
     with client.chat.completions.create(model=TINY, messages=HELLO, stream=True, extra_body=WITHOUT_END) as stream:
         next(stream)
     eventually(lambda: idle(boxed), "the engine to be idle")
-
-
-def test_openai_client_times_out_and_the_engine_stops(boxed: Server, client: openai.OpenAI) -> None:
     hurried = client.with_options(timeout=0.05, max_retries=0)
     with pytest.raises(openai.APITimeoutError):
         hurried.chat.completions.create(model=TINY, messages=HELLO, n=16, extra_body=WITHOUT_END)
@@ -10948,14 +10396,11 @@ def test_openai_client_lists_and_retrieves_models(client: openai.OpenAI) -> None
     assert (model.id, model.object, client.models.retrieve("default").id) == (TINY, "model", TINY)
 
 
-def test_openai_client_completes_several_prompts_with_logprobs(client: openai.OpenAI) -> None:
+def test_openai_client_completes_prompts_with_logprobs_and_echoes_them(client: openai.OpenAI) -> None:
     answer = client.completions.create(model=TINY, prompt=["Once", "upon"], n=2, max_tokens=5, logprobs=2)
     assert [choice.index for choice in answer.choices] == [0, 1, 2, 3]
     for choice in answer.choices:
         assert choice.logprobs and choice.logprobs.tokens and "".join(choice.logprobs.tokens) == choice.text
-
-
-def test_openai_client_echoes_the_prompt(client: openai.OpenAI) -> None:
     answer = client.completions.create(model=TINY, prompt="Once upon", echo=True, max_tokens=3)
     assert answer.choices[0].text.startswith("Once upon") and len(answer.choices[0].text) > len("Once upon")
 
@@ -10983,8 +10428,7 @@ def test_async_openai_client_cancels_and_the_engine_stops(boxed: Server) -> None
 
 @cases("kind,fields", STRICT_CASES)
 def test_real_models_answer_validates_strictly_against_openais_types(kind: str, fields: dict[str, Any], smol: Server) -> None:
-    path, form = FORMS[kind][0], operator.attrgetter(FORMS[kind][1])(openai.types)
-    form.model_validate_json(smol.post(path, {"max_tokens": 20, **fields}).body, strict=True)
+    check_answer_form(kind, fields, smol)
 
 
 def test_real_model_fills_a_schema(smol: Server) -> None:
@@ -11135,12 +10579,11 @@ def test_client_library_chats(says: Callable[[Server], str], boxed: Server) -> N
     assert says(boxed) == "Hello! How can I help you?"
 
 
-def test_langchain_sends_twenty_prompts_at_once(boxed: Server) -> None:
+def test_langchain_completes_and_streams_with_usage(boxed: Server) -> None:
     llm = pytest.importorskip("langchain_openai").OpenAI(model=TINY, max_tokens=2, max_retries=0, **settings(boxed))
     assert len(llm.generate(["Once"] * 20).generations) == 20
-
-
-def test_langchain_streams_with_usage(boxed: Server) -> None:
+    llm = pytest.importorskip("langchain_openai").OpenAI(model=TINY, max_tokens=5, **settings(boxed))
+    assert llm.invoke("Once upon") and "".join(llm.stream("Once upon"))
     whole = functools.reduce(operator.add, langchain(boxed, temperature=0, stream_usage=True).stream("Hello!"))
     assert whole.content == "Hello! How can I help you?" and whole.usage_metadata["output_tokens"] > 3
 
@@ -11154,20 +10597,12 @@ def test_langchain_calls_a_tool_and_sends_its_result_back(stream: bool, boxed: S
     assert [message.type for message in messages] == ["human", "ai", "tool", "ai"] and "5221" in messages[-1].content
 
 
-def test_langchain_reads_structured_output(boxed: Server) -> None:
+def test_langchain_reads_structured_output_and_recognises_a_prompt_that_is_too_long(boxed: Server) -> None:
     person = person_model()
     assert langchain(boxed, temperature=0).with_structured_output(person).invoke("Anna is 31.") == person(name="Anna", age=31)
-
-
-def test_langchain_recognises_a_prompt_that_is_too_long(boxed: Server) -> None:
     exceptions = pytest.importorskip("langchain_core.exceptions")
     with pytest.raises(exceptions.ContextOverflowError):
         langchain(boxed).invoke("a " * 9999)
-
-
-def test_langchain_completes(boxed: Server) -> None:
-    llm = pytest.importorskip("langchain_openai").OpenAI(model=TINY, max_tokens=5, **settings(boxed))
-    assert llm.invoke("Once upon") and "".join(llm.stream("Once upon"))
 
 
 @pytest.fixture
@@ -11204,9 +10639,6 @@ def test_litellm_raises_its_own_errors(boxed: Server, litellm: Any) -> None:
         lite(litellm, boxed, HELLO, model="openai/nonesuch")
     with pytest.raises(litellm.BadRequestError):
         lite(litellm, boxed, HELLO, temperature=9)
-
-
-def test_litellm_recognises_a_prompt_that_is_too_long(boxed: Server, litellm: Any) -> None:
     with pytest.raises(litellm.ContextWindowExceededError):
         lite(litellm, boxed, LONG)
 
@@ -11238,13 +10670,10 @@ def pydantic_agent(boxed: Server) -> Callable[..., Any]:
     return agent
 
 
-def test_pydantic_ai_calls_a_tool_and_sends_its_result_back(pydantic_agent: Callable[..., Any]) -> None:
+def test_pydantic_ai_calls_a_tool_and_streams_one(pydantic_agent: Callable[..., Any]) -> None:
     result = asyncio.run(pydantic_agent(tools=[calculator]).run("What is 4827 plus 394?"))
     assert "5221" in result.output
     assert asyncio.run(pydantic_agent().run("Thanks", message_history=result.all_messages())).output
-
-
-def test_pydantic_ai_streams_a_tool_call_and_the_answer(pydantic_agent: Callable[..., Any]) -> None:
     async def ask() -> str:
         async with pydantic_agent(tools=[calculator]).run_stream("What is 4827 plus 394?") as result:
             return "".join([text async for text in result.stream_text(delta=True)])
@@ -11252,12 +10681,9 @@ def test_pydantic_ai_streams_a_tool_call_and_the_answer(pydantic_agent: Callable
     assert "5221" in asyncio.run(ask())
 
 
-def test_pydantic_ai_reads_structured_output(pydantic_agent: Callable[..., Any]) -> None:
+def test_pydantic_ai_reads_structured_output_logprobs_and_length(pydantic_agent: Callable[..., Any]) -> None:
     person, native = person_model(), pytest.importorskip("pydantic_ai").NativeOutput
     assert asyncio.run(pydantic_agent(output_type=native(person)).run("Anna is 31.")).output == person(name="Anna", age=31)
-
-
-def test_pydantic_ai_reads_logprobs_and_length(pydantic_agent: Callable[..., Any]) -> None:
     options = {"openai_logprobs": True, "openai_top_logprobs": 2, "max_tokens": 2, "seed": 1, "stop_sequences": ["zebra"]}
     response = asyncio.run(pydantic_agent(model_settings=options).run("Hello!")).all_messages()[-1]
     assert response.finish_reason == "length" and len(response.provider_details["logprobs"]) == 2
@@ -11291,13 +10717,10 @@ def test_openai_agents_calls_a_tool_and_sends_its_result_back(stream: bool, open
     assert "5221" in asyncio.run(ask())
 
 
-def test_openai_agents_reads_structured_output(openai_agent: Callable[..., Any]) -> None:
+def test_openai_agents_reads_structured_output_also_behind_a_tool(openai_agent: Callable[..., Any]) -> None:
     agents, person = pytest.importorskip("agents"), person_model()
     result = asyncio.run(agents.Runner.run(openai_agent(output_type=person), ANNA))
     assert result.final_output == person(name="Anna", age=31)
-
-
-def test_openai_agents_calls_a_tool_before_structured_output(openai_agent: Callable[..., Any]) -> None:
     agents = pytest.importorskip("agents")
     result = asyncio.run(
         agents.Runner.run(openai_agent(output_type=person_model(), tools=[agents.function_tool(calculator)]), SUM))  # fmt: skip
@@ -11310,7 +10733,7 @@ def llama_index(server: Server, **fields: Any) -> Any:
     return like(**{**known, "is_function_calling_model": True, "temperature": 0, "max_tokens": 60, "max_retries": 0, **fields})
 
 
-def test_llama_index_calls_a_tool_and_sends_its_result_back(boxed: Server) -> None:
+def test_llama_index_calls_a_tool_streams_and_completes(boxed: Server) -> None:
     tools = pytest.importorskip("llama_index.core.tools")
     workflow = pytest.importorskip("llama_index.core.agent.workflow")
 
@@ -11319,9 +10742,6 @@ def test_llama_index_calls_a_tool_and_sends_its_result_back(boxed: Server) -> No
         return str(await workflow.FunctionAgent(tools=[tool], llm=llama_index(boxed)).run(SUM[0]["content"]))
 
     assert "5221" in asyncio.run(ask())
-
-
-def test_llama_index_streams_and_completes(boxed: Server) -> None:
     llm = llama_index(boxed)
     assert llm.complete("Hello!").text == "".join(c.delta or "" for c in llm.stream_complete("Hello!"))
     assert llama_index(boxed, is_chat_model=False, max_tokens=5).complete("Once upon").text
@@ -11372,14 +10792,14 @@ RESPONSE_WEATHER = {"type": "function", **WEATHER_FUNCTION}
 CITY = {"city": "Paris"}
 
 
-@pytest.fixture(scope="module")
-def boxed_alias(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def write_thoughtful(folder: Path) -> None:
     """The model in the box, and one whose prompts hold thoughts as text."""
-    folder = tmp_path_factory.mktemp("boxed_alias")
     template = "{% for m in messages %}[{{ m.role }}]{{ m.reasoning_content or '' }}|{{ m.content }}{% endfor %}:"
     write_recital(folder / "thoughtful.gguf", template=template)
-    with shared(folder / "home", "--models-dir", REPO / "models", "--models-dir", folder) as running:
-        yield running
+    shutil.copy(REPO / "models" / f"{TINY}.gguf", folder)
+
+
+boxed_alias = serving(write=write_thoughtful)
 
 
 def claude(content: Any = "hi", **fields: Any) -> dict[str, Any]:
@@ -11445,7 +10865,7 @@ def test_messages_thought_is_a_thinking_block_before_the_text(server: Server) ->
     assert [key for key, _ in itertools.groupby(shown)] == [(0, "thinking_delta"), (0, "signature_delta"), (1, "text_delta")]
 
 
-def test_messages_call_streams_its_arguments_as_json_deltas(server: Server) -> None:
+def test_messages_calls_stream_their_arguments_in_blocks_with_rising_indexes(server: Server) -> None:
     stream = named(server, "/v1/messages", claude("weather", tools=[CLAUDE_WEATHER]))
     (begun,) = [d["content_block"] for d in stream if d["type"] == "content_block_start"]
     assert begun.pop("id") and begun == {"type": "tool_use", "name": "get_weather", "input": {}}
@@ -11453,9 +10873,6 @@ def test_messages_call_streams_its_arguments_as_json_deltas(server: Server) -> N
     assert {p["type"] for p in parts} == {"input_json_delta"}
     assert json.loads("".join(p["partial_json"] for p in parts)) == CITY
     assert stream[-2]["delta"]["stop_reason"] == "tool_use"
-
-
-def test_messages_several_blocks_have_rising_indexes(server: Server) -> None:
     add = {"name": "add", "input_schema": {"type": "object", "properties": {}}}
     stream = named(server, "/v1/messages", claude("twice", tools=[add], max_tokens=100))
     begun = [(d["index"], d["content_block"]["type"]) for d in stream if d["type"] == "content_block_start"]
@@ -11464,63 +10881,48 @@ def test_messages_several_blocks_have_rising_indexes(server: Server) -> None:
     assert [b.get("input") for b in content[1:]] == [{"a": 1}, {"a": 2}] and content[0]["text"].strip() == "Both:"
 
 
-def test_messages_call_that_was_cut_says_max_tokens(server: Server) -> None:
+def test_messages_stop_where_they_were_cut_or_at_a_sequence_that_is_named(server: Server) -> None:
     reply = server.post("/v1/messages", claude("weather", tools=[CLAUDE_WEATHER], max_tokens=5)).json()
     assert reply["stop_reason"] == "max_tokens" and reply["content"][-1]["input"] == {}
-
-
-def test_messages_stop_sequence_is_named(server: Server) -> None:
     reply = server.post("/v1/messages", claude("stopping", stop_sequences=["omega!", "STOPPSTOP"])).json()
     assert (reply["stop_reason"], reply["stop_sequence"]) == ("stop_sequence", "STOPPSTOP")
     assert reply["content"] == [{"type": "text", "text": "alpha "}]
-
-
-def test_messages_last_assistant_message_is_continued(server: Server) -> None:
     said = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "well:"}]
     assert server.post("/v1/messages", claude(messages=said)).json()["content"][0]["text"] == TEXTS[":"]
 
 
 CLAUDE_CHATS: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {  # what is sent, and the same as OpenAI's chat
-    "system text": ({"system": "Be kind."}, [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "hi"}]),
+    "system text": ({"system": "Be kind."}, [said("system", "Be kind."), *user("hi")]),
     "system blocks": (
         {"system": [{"type": "text", "text": "Be"}, {"type": "text", "text": "kind", "cache_control": {"type": "ephemeral"}}]},
-        [{"role": "system", "content": "Be\n\nkind"}, {"role": "user", "content": "hi"}],
+        [said("system", "Be\n\nkind"), *user("hi")],
     ),
     "a header that changes with each request": (
         {"system": [{"type": "text", "text": "x-anthropic-billing-header: cc_version=1;"}, {"type": "text", "text": "Be"}]},
-        [{"role": "system", "content": "Be"}, {"role": "user", "content": "hi"}],
+        [said("system", "Be"), *user("hi")],
     ),
-    "texts": (
-        {"messages": [{"role": "user", "content": [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]}]},
-        [{"role": "user", "content": "one\n\ntwo"}],
-    ),
+    "texts": ({"messages": user([{"type": "text", "text": "one"}, {"type": "text", "text": "two"}])}, user("one\n\ntwo")),
     "a system message in mid-conversation": (
-        {"messages": [{"role": "user", "content": "a"}, {"role": "system", "content": "b"}, {"role": "user", "content": "c"}]},
-        [{"role": "user", "content": "a"}, {"role": "system", "content": "b"}, {"role": "user", "content": "c"}],
-    ),
+        {"messages": [*user("a"), said("system", "b"), *user("c")]}, [*user("a"), said("system", "b"), *user("c")]),
     "blocks that only Anthropic reads": (
-        {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": [
+        {"messages": [*user("a"), {"role": "assistant", "content": [
             {"type": "redacted_thinking", "data": "x"}, {"type": "server_tool_use", "id": "1", "name": "web_search", "input": {}},
-            {"type": "text", "text": "b"}]}, {"role": "user", "content": "c"}]},
-        [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}],
+            {"type": "text", "text": "b"}]}, *user("c")]},
+        [*user("a"), said("assistant", "b"), *user("c")],
     ),
-    "a document": (
-        {"messages": [{"role": "user", "content": [{"type": "document", "title": "T", "source": {
-            "type": "text", "media_type": "text/plain", "data": "long"}}, {"type": "text", "text": "?"}]}]},
-        [{"role": "user", "content": "T\nlong\n\n?"}],
-    ),
+    "a document": ({"messages": user([{"type": "document", "title": "T", "source": {
+        "type": "text", "media_type": "text/plain", "data": "long"}}, {"type": "text", "text": "?"}])}, user("T\nlong\n\n?")),
     "fields that mean nothing here": (
         {"metadata": {"user_id": "u"}, "context_management": {"edits": []}, "service_tier": "auto",
-         "thinking": {"type": "adaptive"},
-         "output_config": {"effort": "high"}, "tools": [{"type": "web_search_20250305", "name": "web_search"}]},
-        [{"role": "user", "content": "hi"}],
+         "thinking": {"type": "adaptive"}, "output_config": {"effort": "high"},
+         "tools": [{"type": "web_search_20250305", "name": "web_search"}]},
+        user("hi"),
     ),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", CLAUDE_CHATS)
-def test_messages_become_the_prompt_that_openais_chat_makes(case: str, server: Server) -> None:
-    sent, same = CLAUDE_CHATS[case]
+@cases("sent, same", CLAUDE_CHATS)
+def test_messages_become_the_prompt_that_openais_chat_makes(sent: dict[str, Any], same: list[Any], server: Server) -> None:
     counted = server.post("/v1/messages/count_tokens", claude() | sent).json()
     assert counted == {"input_tokens": prompt_tokens(server, *same)}
 
@@ -11534,9 +10936,8 @@ RESULTS: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
-@pytest.mark.parametrize("case", RESULTS)
-def test_messages_tool_result_becomes_a_tool_turn(case: str, server: Server) -> None:
-    result, text = RESULTS[case]
+@cases("result, text", RESULTS)
+def test_messages_tool_result_becomes_a_tool_turn(result: dict[str, Any], text: str, server: Server) -> None:
     used = {"type": "tool_use", "id": "toolu_1", "name": "get_weather", "input": CITY}
     answered = {"type": "tool_result", "tool_use_id": "toolu_1", **result}
     said = [{"role": "user", "content": "weather"}, {"role": "assistant", "content": [{"type": "text", "text": "Well"}, used]},
@@ -11572,25 +10973,26 @@ def test_messages_headers_that_differ_reuse_the_same_prefix(server: Server) -> N
     assert read[1]["cache_read_input_tokens"] == read[0]["input_tokens"] + read[0]["cache_read_input_tokens"] - 1
 
 
-@pytest.mark.parametrize("kind", ["any", "tool"])
-def test_messages_tool_choice_forces_a_call(kind: str, boxed_alias: Server) -> None:
-    choice = {"type": kind} | ({"name": "get_weather"} if kind == "tool" else {})
-    body = claude("Good morning!", model="shimmy-tiny", tools=[CLAUDE_WEATHER], tool_choice=choice, max_tokens=100)
-    reply = boxed_alias.post("/v1/messages", body).json()
-    assert reply["stop_reason"] == "tool_use" and reply["content"][-1]["name"] == "get_weather"
-    assert set(reply["content"][-1]["input"]) == {"city"}
-
-
-def test_messages_tool_choice_none_offers_no_tool(server: Server) -> None:
+def test_messages_tool_choice_forces_a_call_or_offers_no_tool(boxed_alias: Server, server: Server) -> None:
+    ask = functools.partial(claude, "Good morning!", model="shimmy-tiny", tools=[CLAUDE_WEATHER], max_tokens=100)
+    for choice in ({"type": "any"}, {"type": "tool", "name": "get_weather"}):
+        reply = boxed_alias.post("/v1/messages", ask(tool_choice=choice)).json()
+        assert reply["stop_reason"] == "tool_use" and reply["content"][-1]["name"] == "get_weather"
+        assert set(reply["content"][-1]["input"]) == {"city"}
     body = claude("weather", tools=[CLAUDE_WEATHER], tool_choice={"type": "none"})
     assert server.post("/v1/messages", body).json()["stop_reason"] == "end_turn"
 
 
-def test_messages_output_format_holds_the_answer_to_its_schema(boxed_alias: Server) -> None:
-    schema = {"type": "object", "properties": {"port": {"type": "integer"}}, "required": ["port"], "additionalProperties": False}
-    config = {"format": {"type": "json_schema", "schema": schema}}
+PORT_SCHEMA = {"type": "object", "properties": {"port": {"type": "integer"}}, "required": ["port"], "additionalProperties": False}
+
+
+def test_messages_and_responses_are_held_to_a_schema(boxed_alias: Server) -> None:
+    config = {"format": {"type": "json_schema", "schema": PORT_SCHEMA}}
     reply = boxed_alias.post("/v1/messages", claude("Which port?", model="shimmy-tiny", output_config=config)).json()
     assert set(json.loads(reply["content"][0]["text"])) == {"port"}
+    form = {"type": "json_schema", "name": "answer", "strict": True, "schema": PORT_SCHEMA}
+    reply = boxed_alias.post("/v1/responses", respond("Which port?", model="shimmy-tiny", text={"format": form})).json()
+    assert set(json.loads(reply["output"][0]["content"][0]["text"])) == {"port"}
 
 
 CLAUDE_WRONG: dict[str, tuple[dict[str, Any], str]] = {
@@ -11658,9 +11060,8 @@ CLAUDE_WRONG: dict[str, tuple[dict[str, Any], str]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", CLAUDE_WRONG)
-def test_messages_wrong_field_is_400_naming_it_in_anthropics_shape(case: str, server: Server) -> None:
-    fields, word = CLAUDE_WRONG[case]
+@cases("fields, word", CLAUDE_WRONG)
+def test_messages_wrong_field_is_400_naming_it_in_anthropics_shape(fields: dict[str, Any], word: str, server: Server) -> None:
     reply = server.post("/v1/messages", claude() | fields)
     document = reply.json()
     assert reply.status == 400 and set(document) == {"type", "error"} and document["type"] == "error", document
@@ -11677,9 +11078,10 @@ CLAUDE_ERRORS: dict[str, tuple[str, str, Any, int, str]] = {
 }
 
 
-@pytest.mark.parametrize("case", CLAUDE_ERRORS)
-def test_messages_errors_have_anthropics_types(case: str, server: Server) -> None:
-    method, path, body, status, kind = CLAUDE_ERRORS[case]
+@cases("method, path, body, status, kind", CLAUDE_ERRORS)
+def test_messages_errors_have_anthropics_types(
+    method: str, path: str, body: Any, status: int, kind: str, server: Server
+) -> None:
     reply = server.request(method, path, body)
     assert (reply.status, reply.json()["type"], reply.json()["error"]["type"]) == (status, "error", kind)
     assert reply.json()["error"]["message"]
@@ -11689,6 +11091,7 @@ def test_messages_without_the_key_are_401_and_x_api_key_opens(guarded: Server) -
     refused = guarded.post("/v1/messages", claude())
     assert (refused.status, refused.json()["error"]["type"]) == (401, "authentication_error")
     assert guarded.post("/v1/messages", claude(), **{"x-api-key": "s3cret"}).status == 200
+    assert guarded.request("HEAD", "/").status == 200  # as Claude Code looks whether somebody is there
 
 
 @streamed_and_plain
@@ -11699,22 +11102,15 @@ def test_messages_prompt_beyond_the_context_says_it_in_anthropics_words(stream: 
     assert reply.json()["error"]["message"] == f"prompt is too long: {tokens} tokens > {LONG_CTX - 1} maximum"
 
 
-def test_head_of_the_root_is_200_without_a_key(guarded: Server) -> None:
-    assert guarded.request("HEAD", "/").status == 200
-
-
-def test_silence_while_a_model_loads_is_broken_in_each_dialects_way(serve: Callable[..., Server], tmp_path: Path) -> None:
+def test_silence_while_a_model_loads_is_broken_in_each_dialects_way(serve: Serve, models: Path, tmp_path: Path) -> None:
     load = "        llama = Llama(load, progress)"
-    script = altered(tmp_path, ("PING_SECONDS = 15.0", "PING_SECONDS = 0.2"), (load, f"        time.sleep(2)\n{load}"))
-    (tmp_path / "models").mkdir()
-    write_recital(tmp_path / "models" / "recital.gguf")
-    server = serve("--models-dir", tmp_path / "models", script=script)
-    chat = {"model": "recital", "messages": [{"role": "user", "content": "hi"}]}
+    script = altered(tmp_path, ("PING_SECONDS = 15.0", "PING_SECONDS = 0.2"), (load, f"        time.sleep(1.5)\n{load}"))
+    server = serve("--models-dir", models, script=script)
     with ThreadPoolExecutor() as pool:
         plain = pool.submit(server.post, "/v1/completions", {"model": "recital", "prompt": ":", "stream": True})
         claudes = pool.submit(named, server, "/v1/messages", claude())
         responses = pool.submit(named, server, "/v1/responses", respond())
-        ollamas = pool.submit(server.post, "/api/chat", chat)
+        ollamas = pool.submit(server.post, "/api/chat", chatting())
     assert plain.result().body.count(b": waiting\n") >= 3 and plain.result().body.endswith(b"data: [DONE]\n\n")
     pings = [d["type"] for d in claudes.result()]
     assert pings.count("ping") >= 3 and pings[-1] == "message_stop"
@@ -11740,7 +11136,7 @@ BREAKS: dict[str, Callable[[dict[str, Any]], bool]] = {  # the last document of 
 
 
 @linux
-def test_stream_that_breaks_off_ends_with_the_dialects_error(serve: Callable[..., Server], models: Path) -> None:
+def test_stream_that_breaks_off_ends_with_the_dialects_error(serve: Serve, models: Path) -> None:
     server = serve("--models-dir", models, "--ctx", str(LONG_CTX))
     for name, is_told in BREAKS.items():
         with contextlib.closing(server.connect()) as connection:
@@ -11782,7 +11178,7 @@ def test_response_stream_sends_its_events_in_order(server: Server) -> None:
     assert {d["response"]["id"] for d in stream if "response" in d} == {final["id"]}
 
 
-def test_response_thought_is_an_item_that_can_be_sent_back(server: Server, boxed_alias: Server) -> None:
+def test_response_thought_is_an_item_before_the_text_that_can_be_sent_back(server: Server, boxed_alias: Server) -> None:
     reasoning, message = server.post("/v1/responses", respond("think")).json()["output"]
     assert reasoning["content"] == [{"type": "reasoning_text", "text": "two and two\n"}] and reasoning["summary"] == []
     assert base64.b64decode(reasoning["encrypted_content"]) == b"two and two\n"
@@ -11791,9 +11187,6 @@ def test_response_thought_is_an_item_that_can_be_sent_back(server: Server, boxed
     usage = boxed_alias.post("/v1/responses", respond(given, model="thoughtful")).json()["usage"]
     same = [given[0], {"role": "assistant", "content": "Four!!", "reasoning_content": "two and two\n"}, given[3]]
     assert usage["input_tokens"] == prompt_tokens(boxed_alias, *same, model="thoughtful")
-
-
-def test_response_thought_streams_before_the_text(server: Server) -> None:
     stream = named(server, "/v1/responses", respond("think"))
     kinds = [kind for kind, _ in itertools.groupby(d["type"].removeprefix("response.") for d in stream)]
     assert kinds[2:8] == ["output_item.added", "content_part.added", "reasoning_text.delta", "reasoning_text.done",
@@ -11821,44 +11214,38 @@ def test_response_call_streams_its_arguments(server: Server) -> None:
 
 RESPONSE_CHATS: dict[str, tuple[list[dict[str, Any]], list[dict[str, Any]]]] = {
     "developer and parts": (
-        [{"type": "message", "role": "developer", "content": [{"type": "input_text", "text": "Be"}]},
-         {"role": "user", "content": "a"}],
-        [{"role": "system", "content": "Be"}, {"role": "user", "content": "a"}],
+        [{"type": "message", "role": "developer", "content": [{"type": "input_text", "text": "Be"}]}, *user("a")],
+        [said("system", "Be"), *user("a")],
     ),
     "a call and its output": (
-        [{"role": "user", "content": "weather"},
-         {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "Well"}]},
+        [*user("weather"), {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "Well"}]},
          {"type": "function_call", "call_id": "1", "name": "get_weather", "arguments": '{"city": "Paris"}'},
          {"type": "function_call_output", "call_id": "1", "output": [{"type": "input_text", "text": "sunny"}]}],
-        [{"role": "user", "content": "weather"}, {"role": "assistant", "content": "Well", "tool_calls": [
-            {"id": "1", "type": "function", "function": {"name": "get_weather", "arguments": '{"city": "Paris"}'}}]},
-         {"role": "tool", "tool_call_id": "1", "content": "sunny"}],
+        [*user("weather"), said("assistant", "Well", tool_calls=[
+            {"id": "1", "type": "function", "function": {"name": "get_weather", "arguments": '{"city": "Paris"}'}}]),
+         said("tool", "sunny", tool_call_id="1")],
     ),
     "a freeform call": (
-        [{"role": "user", "content": "x"}, {"type": "custom_tool_call", "call_id": "1", "name": "get_weather", "input": "a\nb"},
+        [*user("x"), {"type": "custom_tool_call", "call_id": "1", "name": "get_weather", "input": "a\nb"},
          {"type": "custom_tool_call_output", "call_id": "1", "output": "done"}],
-        [{"role": "user", "content": "x"}, {"role": "assistant", "content": "", "tool_calls": [
-            {"id": "1", "type": "function", "function": {"name": "get_weather", "arguments": '{"input": "a\\nb"}'}}]},
-         {"role": "tool", "tool_call_id": "1", "content": "done"}],
+        [*user("x"), said("assistant", "", tool_calls=[
+            {"id": "1", "type": "function", "function": {"name": "get_weather", "arguments": '{"input": "a\\nb"}'}}]),
+         said("tool", "done", tool_call_id="1")],
     ),
     "two calls in a row are one turn": (
-        [{"role": "user", "content": "x"},
-         *({"type": "function_call", "call_id": c, "name": "add", "arguments": "{}"} for c in "12"),
+        [*user("x"), *({"type": "function_call", "call_id": c, "name": "add", "arguments": "{}"} for c in "12"),
          *({"type": "function_call_output", "call_id": c, "output": c} for c in "12")],
-        [{"role": "user", "content": "x"}, {"role": "assistant", "content": "", "tool_calls": [
-            {"id": c, "type": "function", "function": {"name": "add", "arguments": "{}"}} for c in "12"]},
-         *({"role": "tool", "tool_call_id": c, "content": c} for c in "12")],
+        [*user("x"), said("assistant", "", tool_calls=[
+            {"id": c, "type": "function", "function": {"name": "add", "arguments": "{}"}} for c in "12"]),
+         *(said("tool", c, tool_call_id=c) for c in "12")],
     ),
     "what OpenAI's own tools did": (
-        [{"role": "user", "content": "a"}, {"type": "web_search_call", "id": "ws_1", "status": "completed"}],
-        [{"role": "user", "content": "a"}],
-    ),
+        [*user("a"), {"type": "web_search_call", "id": "ws_1", "status": "completed"}], user("a")),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", RESPONSE_CHATS)
-def test_response_input_becomes_the_prompt_that_openais_chat_makes(case: str, server: Server) -> None:
-    given, same = RESPONSE_CHATS[case]
+@cases("given, same", RESPONSE_CHATS)
+def test_response_input_becomes_the_prompt_that_openais_chat_makes(given: list[Any], same: list[Any], server: Server) -> None:
     usage = server.post("/v1/responses", respond(given)).json()["usage"]
     assert usage["input_tokens"] == prompt_tokens(server, *same)
 
@@ -11885,7 +11272,7 @@ def test_response_freeform_call_comes_back_as_raw_input(boxed_alias: Server) -> 
     assert (done["input"], done["item_id"]) == (call["input"], call["id"])
 
 
-def test_response_freeform_tool_is_described_with_its_grammar(server: Server) -> None:
+def test_response_tools_are_described_and_narrowed(server: Server) -> None:
     form = {"type": "grammar", "syntax": "regex", "definition": "[a-c]+"}
     tool = {"type": "custom", "name": "spell", "description": "Spells", "format": form}
     schema = {"type": "object", "properties": {"input": {"type": "string"}}, "required": ["input"], "additionalProperties": False}
@@ -11893,36 +11280,20 @@ def test_response_freeform_tool_is_described_with_its_grammar(server: Server) ->
     same = {"type": "function", "function": {"name": "spell", "description": said, "parameters": schema}}
     usage = server.post("/v1/responses", respond(tools=[tool])).json()["usage"]
     assert usage["input_tokens"] == prompt_tokens(server, {"role": "user", "content": "hi"}, tools=[same])
-
-
-def test_response_tools_that_the_server_cannot_run_are_left_out(server: Server) -> None:
     hosted = [{"type": "web_search"}, {"type": "image_generation"}, {"type": "mcp", "server_label": "x"}]
     reply = server.post("/v1/responses", respond("weather", tools=hosted)).json()
     assert reply["usage"]["input_tokens"] == prompt_tokens(server, {"role": "user", "content": "weather"})
-
-
-def test_response_allowed_tools_narrow_what_is_offered(server: Server) -> None:
     other = {"type": "function", "name": "add", "parameters": {"type": "object", "properties": {}}}
     choice = {"type": "allowed_tools", "mode": "auto", "tools": [{"type": "function", "name": "get_weather"}]}
     usage = server.post("/v1/responses", respond("weather", tools=[other, RESPONSE_WEATHER], tool_choice=choice)).json()["usage"]
     assert usage["input_tokens"] == prompt_tokens(server, {"role": "user", "content": "weather"}, tools=[WEATHER])
 
 
-def test_response_that_was_cut_is_incomplete(server: Server) -> None:
+def test_response_that_was_cut_or_beyond_the_context_says_so_among_the_events(server: Server) -> None:
     stream = named(server, "/v1/responses", respond("count", max_output_tokens=3))
     response = stream[-1]["response"]
     assert stream[-1]["type"] == "response.incomplete" and response["status"] == "incomplete"
     assert response["incomplete_details"] == {"reason": "max_output_tokens"} and response["output"][0]["status"] == "incomplete"
-
-
-def test_response_text_format_holds_the_answer_to_its_schema(boxed_alias: Server) -> None:
-    schema = {"type": "object", "properties": {"port": {"type": "integer"}}, "required": ["port"], "additionalProperties": False}
-    form = {"type": "json_schema", "name": "answer", "strict": True, "schema": schema}
-    reply = boxed_alias.post("/v1/responses", respond("Which port?", model="shimmy-tiny", text={"format": form})).json()
-    assert set(json.loads(reply["output"][0]["content"][0]["text"])) == {"port"}
-
-
-def test_response_prompt_beyond_the_context_fails_among_the_events(server: Server) -> None:
     stream = named(server, "/v1/responses", respond("a" * LONG_CTX))
     assert [d["type"] for d in stream] == ["response.created", "response.failed"]
     assert stream[-1]["response"]["status"] == "failed"
@@ -11944,16 +11315,13 @@ def test_messages_media_become_a_note(server: Server) -> None:
     assert beside.status == 400 and "messages[0].content[0].type" in beside.json()["error"]["message"]
 
 
-def test_response_media_become_a_note() -> None:
+def test_response_media_become_a_note_and_a_refusal_comes_back() -> None:
     """As Codex sends screenshots."""
     picture, text = {"type": "input_image", "image_url": "data:,"}, {"type": "input_text", "text": "Look"}
     items = [{"role": "user", "content": [text, picture]}, {"role": "user", "content": "hi"},
              {"type": "function_call", "call_id": "1", "name": "see", "arguments": "{}"},
              {"type": "function_call_output", "call_id": "1", "output": [picture]}]  # fmt: skip
     assert blind(module.Responses({"input": items}).request.messages) == [f"Look\n{LEFT_OUT}", "hi", "", LEFT_OUT]
-
-
-def test_response_refusal_comes_back_in_the_history() -> None:
     said = {"role": "assistant", "content": [{"type": "refusal", "refusal": "No."}]}
     assert module.Responses({"input": [said, {"role": "user", "content": "hi"}]}).request.messages[0]["content"] == "No."
 
@@ -12041,9 +11409,8 @@ RESPONSE_WRONG: dict[str, tuple[dict[str, Any], str]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", RESPONSE_WRONG)
-def test_response_wrong_field_is_400_naming_it(case: str, server: Server) -> None:
-    fields, word = RESPONSE_WRONG[case]
+@cases("fields, word", RESPONSE_WRONG)
+def test_response_wrong_field_is_400_naming_it(fields: dict[str, Any], word: str, server: Server) -> None:
     assert assert_error(server.post("/v1/responses", respond() | fields), 400, "invalid_request", word)["param"]
 
 
@@ -12056,16 +11423,13 @@ def test_models_for_codex_hold_an_empty_list_of_its_own_kind(server: Server) -> 
 # The official packages
 
 
-def test_openai_package_reads_a_response_and_its_stream(server: Server) -> None:
+def test_openai_package_reads_responses_and_their_streams(server: Server) -> None:
     client = server.client()
     assert client.responses.create(model="recital", input="hi").output_text == TEXTS[":"]
     with client.responses.stream(model="recital", input="weather", tools=[RESPONSE_WEATHER]) as stream:  # type: ignore[list-item]
         kinds = [event.type for event in stream]
         (call,) = stream.get_final_response().output
     assert call.type == "function_call" and json.loads(call.arguments) == CITY and kinds[-1] == "response.completed"
-
-
-def test_openai_package_carries_a_thought_into_the_next_turn(server: Server) -> None:
     client = server.client()
     with client.responses.stream(model="recital", input="think") as stream:
         first = stream.get_final_response()
@@ -12179,23 +11543,15 @@ class Bert:
 
     def write(self, path: Path, pooling: int = 1, broken: bool = False, template: str = "") -> Path:
         """Writes the model; pooling as in llama.h: 1 mean, 2 cls, 4 rank."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        writer = gguf.GGUFWriter(str(path), "bert")
-        writer.add_context_length(BERT_CONTEXT)
-        writer.add_embedding_length(BERT_WIDTH)
-        writer.add_block_count(BERT_LAYERS)
-        writer.add_feed_forward_length(96)
-        writer.add_head_count(BERT_HEADS)
-        writer.add_layer_norm_eps(BERT_EPS)
-        writer.add_causal_attention(False)
-        writer.add_uint32("bert.pooling_type", pooling)
-        writer.add_file_type(gguf.LlamaFileType.ALL_F32)
-        writer.add_tokenizer_model("bert")
-        writer.add_token_list([*BERT_SPECIALS, *(f"▁{word}" for word in BERT_WORDS)])
-        writer.add_token_types([CONTROL] * 5 + [NORMAL] * 100)
+        writer = start_model(path, "bert", {
+            "context_length": BERT_CONTEXT, "embedding_length": BERT_WIDTH, "block_count": BERT_LAYERS, "feed_forward_length": 96,
+            "head_count": BERT_HEADS, "layer_norm_eps": BERT_EPS, "causal_attention": False,
+            "pooling_type": gguf.PoolingType(pooling), "file_type": gguf.LlamaFileType.ALL_F32, "tokenizer_model": "bert",
+            "token_list": [*BERT_SPECIALS, *(f"▁{word}" for word in BERT_WORDS)], "token_types": [CONTROL] * 5 + [NORMAL] * 100,
+            "token_type_count": 2,
+        })  # fmt: skip
         for name, token in (("unknown", 1), ("cls", CLS), ("bos", CLS), ("seperator", SEP), ("padding", 0), ("mask", 4)):
             writer.add_uint32(f"tokenizer.ggml.{name}_token_id", token)
-        writer.add_token_type_count(2)
         if template:
             writer.add_chat_template([{"name": "rerank", "template": template}])
         for name, tensor in self.tensors.items():
@@ -12259,10 +11615,8 @@ def embed(server: Server, input: Any, model: str = "bert", **fields: Any) -> Rep
     return server.post("/v1/embeddings", {"model": model, "input": input, **fields})
 
 
-@pytest.fixture(scope="module")
-def embedding(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A server with a BERT, a reranker, one whose output is not a number, and models that generate; recital is default."""
-    folder = tmp_path_factory.mktemp("embedding")
+def write_embedders(folder: Path) -> None:
+    """A BERT, a reranker, one whose output is not a number, and models that generate."""
     BERT.write(folder / "bert.gguf")
     BERT.write(folder / "bert-first.gguf", pooling=2)
     BERT.write(folder / "reranker.gguf", pooling=4)
@@ -12273,32 +11627,29 @@ def embedding(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     encoder_decoder = gguf.GGUFWriter(str(folder / "t5.gguf"), "t5")
     encoder_decoder.add_tensor("token_embd.weight", np.zeros((64, 64), np.float32))
     finish(encoder_decoder)
-    running = Server(tmp_path_factory.mktemp("embedding-home"), "--port", "0", "--models-dir", folder, "--model", "recital",
-                     "--max-loaded", "12", "--ctx", str(LONG_CTX))  # fmt: skip
-    yield running
-    running.stop()
+
+
+embedding = serving("--model", "recital", "--max-loaded", "12", "--ctx", str(LONG_CTX), write=write_embedders)
 
 
 TEXTS_TO_EMBED = [words(*range(n % 7, n % 7 + n)) for n in (1, 2, 9, 40, 3, 90, 1, 17)]
 
 
-def test_vectors_are_those_of_the_forward_pass(embedding: Server) -> None:
+def test_vectors_are_those_of_the_forward_pass_and_of_the_models_own_pooling(embedding: Server) -> None:
     found = vectors(embed(embedding, TEXTS_TO_EMBED))
     wanted = np.array([BERT.vector([CLS, *ids_of(text), SEP]) for text in TEXTS_TO_EMBED])
     assert (found * wanted).sum(1).min() > 0.9999
     assert np.allclose(np.linalg.norm(found, axis=1), 1, atol=1e-6)
-
-
-def test_vectors_follow_the_models_own_pooling(embedding: Server) -> None:
     (found,) = vectors(embed(embedding, words(1, 2, 3), "bert-first"))
     first = BERT.states([CLS, *ids_of(words(1, 2, 3)), SEP])[0]
     assert found @ first / np.linalg.norm(first) > 0.9999
 
 
-def test_usage_counts_the_tokens_of_all_inputs(embedding: Server) -> None:
+def test_usage_counts_the_tokens_of_all_inputs_and_the_same_input_gives_the_same_vector(embedding: Server) -> None:
     reply = embed(embedding, [words(1), words(1, 2, 3)]).json()
     assert reply["usage"] == {"prompt_tokens": 3 + 5, "total_tokens": 3 + 5}
     assert reply["model"] == "bert"
+    assert embed(embedding, words(4, 5)).body == embed(embedding, words(4, 5)).body
 
 
 ALL_EMBEDDERS = ["bert", "bert-first", "recital", *(f"kind-{kind}" for kind in KINDS)]
@@ -12306,25 +11657,18 @@ ALL_EMBEDDERS = ["bert", "bert-first", "recital", *(f"kind-{kind}" for kind in K
 
 @pytest.mark.parametrize("model", ALL_EMBEDDERS)
 def test_many_inputs_give_what_each_gives_alone(embedding: Server, model: str) -> None:
-    inputs = [ids_of(words(n % 9, n % 31, *range(n % 50))) for n in range(60)]
+    inputs = [ids_of(words(n % 9, n % 31, *range(n % 50))) for n in range(40)]
     together = vectors(embed(embedding, inputs, model))
     alone = np.array([vectors(embed(embedding, ids, model))[0] for ids in inputs[::10]])
     assert (together[::10] * alone).sum(1).min() > 0.9999
     assert np.allclose(np.linalg.norm(together, axis=1), 1, atol=1e-5)
 
 
-def test_same_input_gives_the_same_vector(embedding: Server) -> None:
-    assert embed(embedding, words(4, 5)).body == embed(embedding, words(4, 5)).body
-
-
-def test_most_inputs_that_openai_takes_are_taken(embedding: Server) -> None:
+def test_token_ids_and_as_many_inputs_as_openai_takes_are_taken(embedding: Server) -> None:
     texts = [words(n % 100, n // 100) for n in range(2048)]
     found = vectors(embed(embedding, texts))
     for n in (0, 1, 777, 2047):
         assert found[n] @ BERT.vector([CLS, *ids_of(texts[n]), SEP]) > 0.9999
-
-
-def test_token_ids_are_taken_as_they_are(embedding: Server) -> None:
     ids = [CLS, *ids_of(words(7, 8)), SEP]
     (text,) = vectors(embed(embedding, words(7, 8)))
     assert np.allclose(vectors(embed(embedding, ids)), text, atol=1e-6)
@@ -12338,7 +11682,7 @@ def test_token_ids_of_another_vocabulary_are_refused(embedding: Server, model: s
     assert (error["param"], error["type"]) == ("input", "invalid_request_error")
 
 
-def test_base64_holds_the_same_numbers_and_those_are_short(embedding: Server) -> None:
+def test_base64_holds_the_same_numbers_and_openais_client_reads_them(embedding: Server) -> None:
     texts = [words(1, 2), words(3)]
     packed = embed(embedding, texts, encoding_format="base64").json()["data"]
     unpacked = np.array([np.frombuffer(base64.b64decode(d["embedding"]), "<f4") for d in packed])
@@ -12346,12 +11690,9 @@ def test_base64_holds_the_same_numbers_and_those_are_short(embedding: Server) ->
     assert (unpacked == vectors(reply).astype(np.float32)).all()
     numbers = reply.json()["data"][0]["embedding"]
     assert max(len(repr(number).lstrip("-").replace("0.", "").split("e")[0].lstrip("0")) for number in numbers) <= 10
-
-
-def test_openai_client_reads_vectors(embedding: Server) -> None:
-    reply = embedding.client().embeddings.create(model="bert", input=[words(1, 2), words(3)])
-    assert np.allclose([d.embedding for d in reply.data], vectors(embed(embedding, [words(1, 2), words(3)])), atol=1e-6)
-    assert (reply.usage.prompt_tokens, reply.object) == (7, "list")
+    found = embedding.client().embeddings.create(model="bert", input=[words(1, 2), words(3)])
+    assert np.allclose([d.embedding for d in found.data], vectors(embed(embedding, [words(1, 2), words(3)])), atol=1e-6)
+    assert (found.usage.prompt_tokens, found.object) == (7, "list")
 
 
 def test_dimensions_cut_the_vector_and_stretch_it_to_length_one(embedding: Server) -> None:
@@ -12380,75 +11721,48 @@ def test_malformed_input_is_refused(embedding: Server, input: Any) -> None:
     assert (error["param"], error["type"]) == ("input", "invalid_request_error")
 
 
-def test_encoding_nobody_knows_is_refused(embedding: Server) -> None:
+def test_encoding_nobody_knows_is_refused_and_unused_fields_are_ignored(embedding: Server) -> None:
     error = assert_error(embed(embedding, "w011", encoding_format="int8"), 400, "invalid_request", "float", "base64", "int8")
     assert error["param"] == "encoding_format"
-
-
-def test_unused_fields_of_openai_are_ignored(embedding: Server) -> None:
     assert embed(embedding, "w011", user="me", stream=True, dimensions=None, encoding_format=None).status == 200
+    assert embedding.post("/embeddings", {"model": "bert", "input": "w011"}).status == 200  # without /v1
 
 
 @cases("model, size", {"looks both ways": ("bert", 600), "reads on": ("kind-llama", 512)})
-def test_input_as_long_as_the_context_is_read_to_its_end(embedding: Server, model: str, size: int) -> None:
+def test_input_is_read_up_to_the_contexts_length(embedding: Server, model: str, size: int) -> None:
     ids = [5 + n % 100 for n in range(size - 1)]
     one, other, again = vectors(embed(embedding, [[*ids, 50], [*ids, 51], [*ids, 50]], model))
     assert np.allclose(one, again, atol=1e-5) and not np.allclose(one, other, atol=1e-5)
     if model == "bert":
         assert one @ BERT.vector([*ids, 50]) > 0.9999
-
-
-@cases("model, size", {"looks both ways": ("bert", 600), "reads on": ("kind-llama", 512)})
-def test_input_longer_than_the_context_is_refused_with_both_numbers(embedding: Server, model: str, size: int) -> None:
+        assert_error(embed(embedding, "w011 " * 500_000), 400, "context_length_exceeded", "input[0]", "600")
     reply = embed(embedding, [[5], [5] * (size + 1)], model)
     error = assert_error(reply, 400, "context_length_exceeded", "input[1]", str(size), str(size + 1))
     assert (error["param"], error["type"]) == ("input", "invalid_request_error")
 
 
-def test_text_far_longer_than_the_context_is_refused(embedding: Server) -> None:
-    assert_error(embed(embedding, "w011 " * 500_000), 400, "context_length_exceeded", "input[0]", "600")
-
-
-def test_slices_of_any_size_give_the_same_vector(embedding: Server, serve: Callable[..., Server], tmp_path: Path) -> None:
-    (tmp_path / "models").mkdir()
+def test_slices_of_any_size_give_the_same_vector_and_the_last_tokens_of_all_beginnings_the_mean(
+    embedding: Server, serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pooled by the last token, as Qwen3-Embedding is. States here are of one length, so their mean is the mean's direction."""
     write_kind(tmp_path / "models" / "kind-llama.gguf", "llama")
+    monkeypatch.setitem(KIND_METADATA, "llama", lambda kv: attention_metadata(kv, pooling_type=gguf.PoolingType.LAST))
+    write_kind(tmp_path / "models" / "last.gguf", "llama")
     slicing = serve("--models-dir", tmp_path / "models", "--batch", "64")
     inputs = [[5 + (n * k) % 250 for n in range(400)] for k in (1, 3, 7)]
     found, wanted = vectors(embed(slicing, inputs, "kind-llama")), vectors(embed(embedding, inputs, "kind-llama"))
     assert (found * wanted).sum(1).min() > 0.9999
-
-
-def test_last_tokens_of_all_beginnings_make_the_mean(
-    embedding: Server, serve: Callable[..., Server], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Pooled by the last token, as Qwen3-Embedding is. States here are of one length, so their mean is the mean's direction."""
-    plain = KIND_METADATA["llama"]
-
-    def with_pooling(writer: gguf.GGUFWriter, kv_heads: int) -> None:
-        plain(writer, kv_heads)
-        writer.add_uint32("llama.pooling_type", 3)
-
-    monkeypatch.setitem(KIND_METADATA, "llama", with_pooling)
-    write_kind(tmp_path / "last.gguf", "llama")
-    server = serve("--models-dir", tmp_path, "--batch", "64")
     ids = [5 + (7 * n) % 250 for n in range(150)]
-    mean = vectors(embed(server, [ids[:n] for n in range(1, 151)], "last")).mean(0)
-    (wanted,) = vectors(embed(embedding, ids, "kind-llama"))
-    assert mean @ wanted / np.linalg.norm(mean) > 0.9999
+    mean = vectors(embed(slicing, [ids[:n] for n in range(1, 151)], "last")).mean(0)
+    (whole,) = vectors(embed(embedding, ids, "kind-llama"))
+    assert mean @ whole / np.linalg.norm(mean) > 0.9999
 
 
-def test_absent_model_is_the_default_which_embeds_by_mean(embedding: Server) -> None:
+def test_absent_model_is_the_default_which_embeds_by_mean_and_generates_on(embedding: Server) -> None:
     reply = embedding.post("/v1/embeddings", {"input": "hello"})
     assert reply.json()["model"] == "recital"
     # a recital's states are one-hot, for its layers add nothing: the mean tells which tokens were there
     assert np.count_nonzero(vectors(reply)[0] > 0.1) == len(set("hello")) + 1
-
-
-def test_embeddings_work_without_v1(embedding: Server) -> None:
-    assert embedding.post("/embeddings", {"model": "bert", "input": "w011"}).status == 200
-
-
-def test_model_that_generates_embeds_and_generates_on(embedding: Server) -> None:
     with embedding.endless() as stream:
         next(stream)
         assert embed(embedding, [f"{n} words" for n in range(50)], "recital").status == 200
@@ -12506,7 +11820,7 @@ def test_output_that_is_not_a_number_is_an_error_and_no_end(embedding: Server) -
     assert embedding.status("broken")["status"] == "loaded"
 
 
-def test_broken_decode_fails_its_requests_alone(serve: Callable[..., Server], tmp_path: Path) -> None:
+def test_broken_decode_fails_its_requests_alone(serve: Serve, tmp_path: Path) -> None:
     BERT.write(tmp_path / "models" / "bert.gguf")
     decode = "status = self._run(lambda: context.decode(plan))"
     script = altered(tmp_path, (decode, decode.replace("self", "-3 if len(plan) == 7 else self")))
@@ -12515,7 +11829,7 @@ def test_broken_decode_fails_its_requests_alone(serve: Callable[..., Server], tm
     assert vectors(embed(server, ["w011"] * 8)).shape == (8, BERT_WIDTH)
 
 
-def test_context_without_memory_for_it_is_refused(serve: Callable[..., Server], tmp_path: Path) -> None:
+def test_context_without_memory_for_it_is_refused(serve: Serve, tmp_path: Path) -> None:
     write_recital(tmp_path / "models" / "recital.gguf")
     asks = "EmbeddingContext.memory_need(self.llama), available_memory()"
     script = altered(tmp_path, (asks, "1 << 40, 0"))
@@ -12540,12 +11854,9 @@ def test_large_inputs_are_not_kept_waiting_by_small_ones(embedding: Server) -> N
         assert time.monotonic() < stop and not all(a.done() for a in asking)
 
 
-def test_embedding_model_loads_and_unloads_by_itself(embedding: Server) -> None:
+def test_embedding_model_loads_and_unloads_by_itself_and_generates_nothing(embedding: Server) -> None:
     assert embedding.load("bert-first").json()["status"] == "loaded"
     assert embedding.unload("bert-first").json()["status"] == "unloaded"
-
-
-def test_prompt_for_an_embedding_model_is_refused_though_it_is_loaded(embedding: Server) -> None:
     embed(embedding, "w011")
     error = assert_error(embedding.chat(model="bert"), 400, "invalid_request", "bert", "embedding model", "cannot generate")
     assert error["param"] == "model"
@@ -12566,9 +11877,7 @@ REFUSED_USES: dict[str, tuple[str, str, tuple[str, ...]]] = {
 
 
 @cases("path, model, words_", REFUSED_USES)
-def test_use_that_a_model_is_not_made_for_is_refused(
-    embedding: Server, path: str, model: str, words_: Seq[str]
-) -> None:
+def test_use_that_a_model_is_not_made_for_is_refused(embedding: Server, path: str, model: str, words_: Seq[str]) -> None:
     body = {"model": model, "input": "x", "prompt": "x", "query": "x", "documents": ["x"]}
     before = embedding.status(model)["status"]
     error = assert_error(embedding.post(path, body), 400, "invalid_request", model, *words_)
@@ -12578,7 +11887,7 @@ def test_use_that_a_model_is_not_made_for_is_refused(
 DOCUMENTS = [words(n, 2 * n, 3 * n) for n in range(30)]
 
 
-def test_rerank_puts_the_best_document_first(embedding: Server) -> None:
+def test_rerank_puts_the_best_first_takes_objects_and_has_other_names(embedding: Server) -> None:
     reply = rerank(embedding, DOCUMENTS).json()
     scores = np.array([BERT.score(ids_of("w011 w012"), ids_of(d)) for d in DOCUMENTS])
     results = reply["results"]
@@ -12586,19 +11895,13 @@ def test_rerank_puts_the_best_document_first(embedding: Server) -> None:
     assert np.allclose([r["relevance_score"] for r in results], scores[[r["index"] for r in results]], atol=1e-3)
     assert all(r["document"] == {"text": DOCUMENTS[r["index"]]} for r in results)
     assert (reply["model"], reply["usage"]) == ("reranker", {"prompt_tokens": 30 * 8, "total_tokens": 30 * 8})
-
-
-def test_rerank_takes_objects_and_gives_the_best_few_without_text(embedding: Server) -> None:
     whole = rerank(embedding, DOCUMENTS).json()["results"]
     few = rerank(embedding, [{"text": d} for d in DOCUMENTS], top_n=3, return_documents=False).json()["results"]
     assert few == [{"index": r["index"], "relevance_score": r["relevance_score"]} for r in whole[:3]]
     assert len(rerank(embedding, DOCUMENTS, top_n=99).json()["results"]) == 30
-
-
-@pytest.mark.parametrize("path", ["/rerank", "/v1/reranking", "/reranking"])
-def test_rerank_has_its_other_names(embedding: Server, path: str) -> None:
-    body = {"model": "reranker", "query": "w011", "documents": ["w012"]}
-    assert len(embedding.post(path, body).json()["results"]) == 1
+    for path in ("/rerank", "/v1/reranking", "/reranking"):
+        body = {"model": "reranker", "query": "w011", "documents": ["w012"]}
+        assert len(embedding.post(path, body).json()["results"]) == 1
 
 
 RERANK_REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
@@ -12618,11 +11921,9 @@ def test_malformed_rerank_is_refused(embedding: Server, param: str, fields: dict
     assert assert_error(reply, 400, code, param)["param"] == param
 
 
-RERANK_TEMPLATE = "[CLS] w020 {query} w021 [SEP] {document} w022 [SEP]"
-
-
-def test_rerank_uses_the_models_own_template(serve: Callable[..., Server], tmp_path: Path) -> None:
-    BERT.write(tmp_path / "models" / "reranker.gguf", pooling=4, template=RERANK_TEMPLATE)
+def test_rerank_uses_the_models_own_template(serve: Serve, tmp_path: Path) -> None:
+    rerank_template = "[CLS] w020 {query} w021 [SEP] {document} w022 [SEP]"
+    BERT.write(tmp_path / "models" / "reranker.gguf", pooling=4, template=rerank_template)
     server = serve("--models-dir", tmp_path / "models")
     for document, tokens in (("w013 w014", 10), ("w013 [SEP] w014", 13)):
         reply = rerank(server, [document], "w011 w012").json()
@@ -12639,7 +11940,7 @@ def test_special_tokens_in_a_document_are_text(embedding: Server) -> None:
 
 
 @pytest.mark.skipif("SHIMMY_TEST_EMBEDDER" not in os.environ, reason="make test-models converts all-MiniLM-L6-v2")
-def test_vectors_agree_with_the_reference(serve: Callable[..., Server]) -> None:
+def test_vectors_agree_with_the_reference(serve: Serve) -> None:
     """50 texts of one word to 256 tokens in five languages: all-MiniLM-L6-v2 as transformers computes it."""
     reference = json.loads(Path(os.environ["SHIMMY_TEST_REFERENCE"]).read_text())
     model = Path(os.environ["SHIMMY_TEST_EMBEDDER"])
@@ -12663,8 +11964,7 @@ def post_lines(server: Server, path: str, body: dict[str, Any], **headers: str) 
 
 def ollama_chat(server: Server, content: str = "hi", **fields: Any) -> dict[str, Any]:
     """One plain answer of /api/chat."""
-    body = {"model": "recital", "messages": [{"role": "user", "content": content}], "stream": False, **fields}
-    reply = server.post("/api/chat", body)
+    reply = server.post("/api/chat", chatting(content, stream=False, **fields))
     assert reply.status == 200, reply.body
     return reply.json()
 
@@ -12678,49 +11978,37 @@ def assert_ollama_error(reply: Reply, status: int, *words: str) -> None:
         assert word in error["error"], error
 
 
-def test_ollama_chat_streams_lines_unless_told_otherwise(server: Server) -> None:
-    *pieces, end = post_lines(server, "/api/chat", {"messages": [{"role": "user", "content": "hi"}]})
+def test_ollama_chat_streams_lines_or_is_one_document_with_counts(server: Server) -> None:
+    *pieces, end = post_lines(server, "/api/chat", chatting())
     assert "".join(p["message"]["content"] for p in pieces) == "Hello wide world"
     for piece in pieces:
         assert set(piece) == {"model", "created_at", "message", "done"} and piece["done"] is False
         assert piece["message"]["role"] == "assistant" and piece["model"] == "recital"
     assert end["done"] is True and end["done_reason"] == "stop" and end["message"]["content"] == ""
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z", end["created_at"])
-
-
-def test_ollama_chat_plain_is_one_document_with_counts(server: Server) -> None:
     usage = server.chat("hi").json()["usage"]
     reply = ollama_chat(server)
     assert reply["message"] == {"role": "assistant", "content": "Hello wide world"} and reply["done"] is True
     assert (reply["prompt_eval_count"], reply["eval_count"]) == (usage["prompt_tokens"], usage["completion_tokens"])
     assert reply["total_duration"] >= reply["load_duration"] > 0 and reply["prompt_eval_duration"] > 0 < reply["eval_duration"]
-
-
-def test_ollama_chat_takes_a_tag_and_echoes_the_name(server: Server) -> None:
-    assert ollama_chat(server, model="Recital:latest")["model"] == "Recital:latest"
+    assert ollama_chat(server, model="Recital:latest")["model"] == "Recital:latest"  # takes a tag, and echoes the name
 
 
 @streamed_and_plain
-def test_ollama_chat_tells_thoughts_apart(server: Server, stream: bool) -> None:
-    message = server.chat("please think", chat_template_kwargs={}).message
-    body = {"messages": [{"role": "user", "content": "please think"}], "think": True}
-    answers = post_lines(server, "/api/chat", body) if stream else [ollama_chat(server, "please think", think=True)]
-    assert "".join(a["message"].get("thinking", "") for a in answers) == message.get("reasoning_content", "")
-    assert "".join(a["message"]["content"] for a in answers) == message["content"]
+def test_ollama_chat_tells_thoughts_apart_and_calls_tools_with_objects(server: Server, stream: bool) -> None:
+    def answers(content: str, **fields: Any) -> list[dict[str, Any]]:
+        return [ollama_chat(server, content, **fields)] if not stream else post_lines(
+            server, "/api/chat", chatting(content, **fields))  # fmt: skip
 
-
-@streamed_and_plain
-def test_ollama_chat_calls_tools_with_objects(server: Server, stream: bool) -> None:
-    body = {"messages": [{"role": "user", "content": "weather twice"}], "tools": [WEATHER], "stream": stream}
-    answers = post_lines(server, "/api/chat", body) if stream else [ollama_chat(server, "weather", tools=[WEATHER])]
-    (call,) = [call for a in answers for call in a["message"].get("tool_calls", [])]
+    message, said = server.chat("please think").message, answers("please think", think=True)
+    assert "".join(a["message"].get("thinking", "") for a in said) == message["reasoning_content"]
+    assert "".join(a["message"]["content"] for a in said) == message["content"]
+    said = answers("weather", tools=[WEATHER])
+    (call,) = [call for a in said for call in a["message"].get("tool_calls", [])]
     assert call["function"] == {"index": 0, "name": "get_weather", "arguments": {"city": "Paris"}} and call["id"]
-    assert answers[-1]["done_reason"] == "stop"
-
-
-def test_ollama_chat_streams_two_calls_one_after_another(server: Server) -> None:
-    body = {"messages": [{"role": "user", "content": "twice"}], "tools": [{"function": ADD["function"]}]}
-    calls = [c["function"] for a in post_lines(server, "/api/chat", body) for c in a["message"].get("tool_calls", [])]
+    assert said[-1]["done_reason"] == "stop"
+    said = answers("twice", tools=[{"function": ADD["function"]}])
+    calls = [call["function"] for a in said for call in a["message"].get("tool_calls", [])]
     assert [(c["index"], c["arguments"]) for c in calls] == [(0, {"a": 1}), (1, {"a": 2})]
 
 
@@ -12734,18 +12022,15 @@ def test_ollama_chat_reads_calls_and_their_results(server: Server) -> None:
     assert ollama_chat(server, messages=turns, tools=[WEATHER])["message"]["content"] == TEXTS["S"]
 
 
-@cases(
-    "options,text,reason",
-    {
-        "limit": ({"num_predict": 2}, "Hello wide", "length"),
-        "no limit": ({"num_predict": -1}, "Hello wide world", "stop"),
-        "limit of zero is none": ({"num_predict": 0}, "Hello wide world", "stop"),
-        "stop strings": ({"stop": ["wide"]}, "Hello ", "stop"),
-        "seed below zero": ({"seed": -1, "num_predict": 1, "temperature": 0}, "Hello", "length"),
-        "llama.cpp's words for off": ({"top_k": -1, "repeat_penalty": 0.0}, "Hello wide world", "stop"),
-        "what is decided at the load": ({"num_ctx": 4096, "num_gpu": 1, "numa": False}, "Hello wide world", "stop"),
-    },
-)
+@cases("options,text,reason", {
+    "limit": ({"num_predict": 2}, "Hello wide", "length"),
+    "no limit": ({"num_predict": -1}, "Hello wide world", "stop"),
+    "limit of zero is none": ({"num_predict": 0}, "Hello wide world", "stop"),
+    "stop strings": ({"stop": ["wide"]}, "Hello ", "stop"),
+    "seed below zero": ({"seed": -1, "num_predict": 1, "temperature": 0}, "Hello", "length"),
+    "llama.cpp's words for off": ({"top_k": -1, "repeat_penalty": 0.0}, "Hello wide world", "stop"),
+    "what is decided at the load": ({"num_ctx": 4096, "num_gpu": 1, "numa": False}, "Hello wide world", "stop"),
+})  # fmt: skip
 def test_ollama_options_hold(server: Server, options: dict[str, Any], text: str, reason: str) -> None:
     reply = ollama_chat(server, options=options)
     assert (reply["message"]["content"], reply["done_reason"]) == (text, reason)
@@ -12759,76 +12044,63 @@ def test_ollama_format_holds_a_schema_or_any_object(server: Server) -> None:
     assert reply["message"]["content"].lstrip().startswith("{")
 
 
-def test_ollama_logprobs_stand_beside_the_text(server: Server) -> None:
+def test_ollama_logprobs_and_cached_tokens_are_told(server: Server) -> None:
     (first, *_) = ollama_chat(server, logprobs=True, top_logprobs=2)["logprobs"]
     assert first["token"] == "Hello" and len(first["top_logprobs"]) == 2
+    ollama_chat(server, "a prompt for the cache")
+    reply = ollama_chat(server, "a prompt for the cache")
+    assert 0 < reply["prompt_eval_cached_count"] < reply["prompt_eval_count"]
 
 
-@cases(
-    "body,headers",
-    {
-        "options": ({"options": {}}, {}),
-        "raw": ({"raw": False}, {}),
-        "keep_alive": ({"keep_alive": "5m"}, {}),
-        "think": ({"think": False}, {}),
-        "format": ({"format": ""}, {}),
-        "system with options": ({"system": "be kind", "options": {}}, {}),
-        "its Python package": ({}, {"User-Agent": "ollama-python/0.6.3 (x86_64 linux) Python/3.12"}),
-        "its JavaScript package": ({}, {"User-Agent": "ollama-js/0.6.4 (x64 linux Node.js/v22)"}),
-        "its own program": ({}, {"User-Agent": "ollama/0.14.0 (amd64 linux) Go/go1.24"}),
-    },
-)
+@cases("body,headers", {
+    "options": ({"options": {}}, {}), "raw": ({"raw": False}, {}), "keep_alive": ({"keep_alive": "5m"}, {}),
+    "think": ({"think": False}, {}), "format": ({"format": ""}, {}),
+    "system with options": ({"system": "be kind", "options": {}}, {}),
+    "its Python package": ({}, {"User-Agent": "ollama-python/0.6.3 (x86_64 linux) Python/3.12"}),
+    "its JavaScript package": ({}, {"User-Agent": "ollama-js/0.6.4 (x64 linux Node.js/v22)"}),
+    "its own program": ({}, {"User-Agent": "ollama/0.14.0 (amd64 linux) Go/go1.24"}),
+})  # fmt: skip
 def test_ollama_generate_is_told_by_field_or_agent(server: Server, body: dict[str, Any], headers: dict[str, str]) -> None:
     *pieces, end = post_lines(server, "/api/generate", {"prompt": "hi", **body}, **headers)
     assert "".join(p["response"] for p in pieces) == "Hello wide world" and end["done_reason"] == "stop"
 
 
-@cases("body", {"plain": {"prompt": "hi:"}, "null fields": {"prompt": "hi:", "options": None, "think": None},
-                "system alone": {"prompt": "hi", "system": "be kind"},
-                "messages": {"messages": [{"role": "user", "content": "hi"}]}})  # fmt: skip
-def test_generate_without_a_field_of_ollama_is_the_documented_one(server: Server, body: dict[str, Any]) -> None:
-    assert server.post("/api/generate", {"model": "recital", **body}).text == "Hello wide world"
-
-
-def test_ollama_generate_raw_leaves_the_template_out(server: Server) -> None:
+def test_generate_without_a_field_of_ollama_is_the_documented_one_and_raw_leaves_the_template_out(server: Server) -> None:
+    body: dict[str, Any]
+    for body in ({"prompt": "hi:"}, {"prompt": "hi:", "options": None, "think": None}, {"prompt": "hi", "system": "be kind"},
+                 {"messages": user("hi")}):  # fmt: skip
+        assert server.post("/api/generate", {"model": "recital", **body}).text == "Hello wide world"
     body = {"model": "recital", "prompt": "=", "raw": True, "stream": False}
     reply = server.post("/api/generate", body).json()
     assert reply["response"] == TEXTS["="] and reply["prompt_eval_count"] == 2
 
 
-@cases(
-    "body,words",
-    {
-        "images": ({"images": ["aGk="]}, ["images[0]", "recital reads text only"]),
-        "template": ({"template": "{{ .Prompt }}"}, ["template is not served"]),
-        "context": ({"context": [1, 2]}, ["context is not served", "/api/chat"]),
-        "raw with system": ({"raw": True, "system": "x"}, ["system needs"]),
-        "suffix without such tokens": ({"suffix": "x"}, ["cannot fill a gap"]),
-    },
-)
+@cases("body,words", {
+    "images": ({"images": ["aGk="]}, ["images[0]", "recital reads text only"]),
+    "template": ({"template": "{{ .Prompt }}"}, ["template is not served"]),
+    "context": ({"context": [1, 2]}, ["context is not served", "/api/chat"]),
+    "raw with system": ({"raw": True, "system": "x"}, ["system needs"]),
+    "suffix without such tokens": ({"suffix": "x"}, ["cannot fill a gap"]),
+})  # fmt: skip
 def test_ollama_generate_refuses_by_name(server: Server, body: dict[str, Any], words: list[str]) -> None:
     assert_ollama_error(server.post("/api/generate", {"model": "recital", "prompt": "x", **body}), 400, *words)
 
 
-def test_ollama_empty_requests_load_and_let_go(serve: Callable[..., Server], models: Path) -> None:
+def test_ollama_keep_alive_holds_for_its_model_alone(serve: Serve, models: Path) -> None:
     server = serve("--models-dir", models)
-    (loaded,) = post_lines(server, "/api/generate", {"keep_alive": -1})
-    assert loaded["done_reason"] == "load" and server.status("recital")["loaded"]
+    (begun,) = post_lines(server, "/api/generate", {"keep_alive": -1})
+    assert begun["done_reason"] == "load" and server.status("recital")["loaded"]
     assert [m["name"] for m in server.get("/api/ps").json()["models"]] == ["recital:latest"]
     (gone,) = post_lines(server, "/api/chat", {"messages": [], "keep_alive": 0})
     assert gone["done_reason"] == "unload"
     eventually(lambda: server.get("/api/ps").json() == {"models": []}, "the model goes")
-
-
-def test_ollama_keep_alive_holds_for_its_model_alone(serve: Callable[..., Server], models: Path) -> None:
-    server = serve("--models-dir", models)
     ollama_chat(server, keep_alive="2h")
     (model,) = server.get("/api/ps").json()["models"]
     assert model["size"] > 0 and model["size_vram"] == 0 and model["context_length"] == 8192
     hours = (time.mktime(time.strptime(model["expires_at"][:19], "%Y-%m-%dT%H:%M:%S")) - time.mktime(time.gmtime())) / 3600
     assert 1.9 < hours <= 2.01
     ollama_chat(server, model="dice", keep_alive="999999999h", options={"num_predict": 1})
-    for keep in (1, "1000ms", "0"):
+    for keep in (1, "600ms", "0"):
         assert ollama_chat(server, keep_alive=keep)["message"]["content"] == "Hello wide world"
         assert keep == "0" or [m["model"] for m in server.get("/api/ps").json()["models"]] == ["dice:latest", "recital:latest"]
         eventually(lambda: server.status("recital")["status"] == "unloaded", "its time is over")
@@ -12848,69 +12120,50 @@ def test_ollama_tags_list_every_model(server: Server, models: Path) -> None:
     }  # fmt: skip
 
 
-def test_ollama_digest_changes_with_the_file(serve: Callable[..., Server], tmp_path: Path) -> None:
-    file = write_dice(tmp_path / "own" / "dice.gguf")
-    server = serve("--models-dir", tmp_path / "own")
-
+def test_ollama_digest_changes_with_the_file(files: Server) -> None:
     def digest() -> str:
-        return next(m["digest"] for m in server.get("/api/tags").json()["models"] if m["name"] == "dice:latest")
+        return next(m["digest"] for m in files.get("/api/tags").json()["models"] if m["name"] == "touched:latest")
 
+    file = write_header(files.home / "models" / "touched.gguf")
+    files.post("/api/models/discover")
     before = digest()
     os.utime(file, (1, 1))
+    files.post("/api/models/discover")
     assert before != digest()
 
 
-@cases("field", {"its field": "model", "its older field": "name"})
-def test_ollama_show_tells_all(server: Server, models: Path, field: str) -> None:
-    reply = server.post("/api/show", {field: "recital:latest", "verbose": True})
-    document = reply.json()
-    assert document["template"] == TEMPLATE and {"completion", "tools"} <= set(document["capabilities"])
-    told = document["model_info"]
-    assert (told["general.architecture"], told["llama.context_length"]) == ("llama", LONG_CTX)
-    assert told["general.basename"] == "Recital" and document["details"]["quantization_level"] == "F16"
-    assert str(models).encode() not in reply.body
-
-
-def test_ollama_version_is_one_that_clients_accept(server: Server) -> None:
+def test_ollama_show_tells_all_and_its_version_is_one_that_clients_accept(server: Server, models: Path) -> None:
+    for field in ("model", "name"):  # its older one
+        reply = server.post("/api/show", {field: "recital:latest", "verbose": True})
+        document = reply.json()
+        assert document["template"] == TEMPLATE and {"completion", "tools"} <= set(document["capabilities"])
+        told = document["model_info"]
+        assert (told["general.architecture"], told["llama.context_length"]) == ("llama", LONG_CTX)
+        assert told["general.basename"] == "Recital" and document["details"]["quantization_level"] == "F16"
+        assert str(models).encode() not in reply.body
     assert tuple(map(int, server.get("/api/version").json()["version"].split("."))) >= (0, 13, 4)  # what Codex asks for
 
 
-def test_ollama_embed_gives_normalised_vectors(server: Server) -> None:
+def test_ollama_embed_gives_normalised_vectors_of_what_is_cut_unless_told_not_to(server: Server) -> None:
     reply = server.post("/api/embed", {"model": "dice", "input": ["in the", "thin"]}).json()
     assert [round(math.hypot(*v), 3) for v in reply["embeddings"]] == [1.0, 1.0]
     assert reply["model"] == "dice" and reply["prompt_eval_count"] > 2 and reply["total_duration"] > 0
     older = server.post("/api/embeddings", {"model": "dice", "prompt": "thin"}).json()
     assert np.allclose(older["embedding"], reply["embeddings"][1], atol=1e-3)
-
-
-def test_ollama_embed_cuts_what_is_too_long_unless_told_not_to(server: Server) -> None:
+    # An empty text among others, as Ollama's EmbedHandler does (server/routes.go); OpenAI refuses it.
     body = {"model": "dice", "input": "x" * 5000}
     assert server.post("/api/embed", body).json()["prompt_eval_count"] == 256
     assert_ollama_error(server.post("/api/embed", {**body, "truncate": False}), 400, "5000")
-
-
-@cases("path,body,answer", {"embed": ("/api/embed", {"input": []}, ("embeddings", [])),
-                            "embeddings": ("/api/embeddings", {"prompt": ""}, ("embedding", []))})  # fmt: skip
-def test_ollama_empty_input_only_loads(server: Server, path: str, body: dict[str, Any], answer: tuple[str, Any]) -> None:
-    assert server.post(path, {"model": "dice", **body}).json()[answer[0]] == answer[1]
-
-
-def test_ollama_embeds_an_empty_text_among_others(server: Server) -> None:
-    """As Ollama's EmbedHandler does (server/routes.go); OpenAI refuses it."""
     vectors = server.post("/api/embed", {"model": "dice", "input": ["thin", ""]}).json()["embeddings"]
     assert [round(math.hypot(*v), 3) for v in vectors] == [1.0, 1.0]
+    assert server.post("/api/embed", {"model": "dice", "input": []}).json()["embeddings"] == []  # it only loads
+    assert server.post("/api/embeddings", {"model": "dice", "prompt": ""}).json()["embedding"] == []
 
 
-@pytest.mark.parametrize("path", ["/api/create", "/api/copy", "/api/delete", "/api/push", "/api/blobs/sha256:0"])
-def test_ollamas_routes_that_are_not_served_answer_in_its_shape(path: str, server: Server) -> None:
-    assert_ollama_error(server.post(path, {}), 404, "No route matches")
+def test_ollamas_routes_that_are_not_served_answer_in_its_shape(server: Server) -> None:
+    for path in ("/api/create", "/api/copy", "/api/delete", "/api/push", "/api/blobs/sha256:0"):
+        assert_ollama_error(server.post(path, {}), 404, "No route matches")
     assert_error(server.post("/api/nowhere", {}), 404, "not_found")
-
-
-def test_ollama_tells_how_many_tokens_were_cached(server: Server) -> None:
-    ollama_chat(server, "a prompt for the cache")
-    reply = ollama_chat(server, "a prompt for the cache")
-    assert 0 < reply["prompt_eval_cached_count"] < reply["prompt_eval_count"]
 
 
 @cases("messages, contents", {
@@ -12921,58 +12174,27 @@ def test_ollama_images_become_a_note(messages: list[Any], contents: list[str]) -
     assert blind(module.OllamaChat({"model": "recital", "messages": messages}).request.messages) == contents
 
 
-@cases(
-    "path,body,status,words",
-    {
-        "unknown model": ("/api/chat", {"model": "nonesuch", "messages": []}, 404, ["not found", "nonesuch"]),
-        "no model": ("/api/chat", {"messages": []}, 400, ["model is required"]),
-        "unknown model shown": ("/api/show", {"model": "nonesuch"}, 404, ["not found"]),
-        "nothing shown": ("/api/show", {}, 400, ["model is required"]),
-        "pull": ("/api/pull", {"model": "llama3"}, 400, ["hf.co/OWNER/REPO:QUANT"]),
-        "images": ("/api/chat", {"model": "recital", "messages": [{"role": "user", "content": "x", "images": ["aGk="]}]}, 400,
-                   ["messages[0].images"]),
-        "unknown format": ("/api/chat", {"model": "recital", "messages": [], "format": "yaml"}, 400, ["format", "json"]),
-        "keep_alive": ("/api/chat", {"model": "recital", "messages": [], "keep_alive": "soon"}, 400, ["keep_alive", "5m"]),
-        "temperature": ("/api/chat", {"model": "recital", "messages": [], "options": {"temperature": 9}}, 400, ["temperature"]),
-        "too long": ("/api/generate", {"model": "dice", "prompt": "x" * 300, "raw": True}, 400, ["context"]),
-        "a list": ("/api/chat", [1], 400, ["JSON object"]),
-        "wrong model": ("/api/embed", {"model": 5, "input": "x"}, 400, ["model must be a string"]),
-    },
-)  # fmt: skip
+@cases("path,body,status,words", {
+    "unknown model": ("/api/chat", {"model": "nonesuch", "messages": []}, 404, ["not found", "nonesuch"]),
+    "no model": ("/api/chat", {"messages": []}, 400, ["model is required"]),
+    "unknown model shown": ("/api/show", {"model": "nonesuch"}, 404, ["not found"]),
+    "nothing shown": ("/api/show", {}, 400, ["model is required"]),
+    "pull": ("/api/pull", {"model": "llama3"}, 400, ["hf.co/OWNER/REPO:QUANT"]),
+    "images": ("/api/chat", {"model": "recital", "messages": [{"role": "user", "content": "x", "images": ["aGk="]}]}, 400,
+               ["messages[0].images"]),
+    "unknown format": ("/api/chat", {"model": "recital", "messages": [], "format": "yaml"}, 400, ["format", "json"]),
+    "keep_alive": ("/api/chat", {"model": "recital", "messages": [], "keep_alive": "soon"}, 400, ["keep_alive", "5m"]),
+    "temperature": ("/api/chat", {"model": "recital", "messages": [], "options": {"temperature": 9}}, 400, ["temperature"]),
+    "too long": ("/api/generate", {"model": "dice", "prompt": "x" * 300, "raw": True}, 400, ["context"]),
+    "a list": ("/api/chat", [1], 400, ["JSON object"]),
+    "wrong model": ("/api/embed", {"model": 5, "input": "x"}, 400, ["model must be a string"]),
+})  # fmt: skip
 def test_ollama_errors_are_a_text(server: Server, path: str, body: Any, status: int, words: list[str]) -> None:
     assert_ollama_error(server.post(path, body), status, *words)
 
 
-WRONG = [0, -9, 1.5, True, "nonsense", "", [], [1], [[]], ["x"], {}, {"a": 1}, 10**400, [None]]
-OLLAMA_FIELDS = ["model", "stream", "format", "options", "keep_alive", "think", "logprobs", "top_logprobs"]
 OPTION_NAMES = ["num_predict", "temperature", "top_k", "top_p", "min_p", "typical_p", "repeat_last_n", "repeat_penalty",
                 "presence_penalty", "frequency_penalty", "seed", "stop", "num_ctx"]  # fmt: skip
-WRONG_BODIES: dict[str, tuple[str, dict[str, Any], list[str]]] = {
-    "chat": ("/api/chat", {"messages": [{"role": "user", "content": "hi"}]}, [*OLLAMA_FIELDS, "messages", "tools"]),
-    "generate": ("/api/generate", {"prompt": "hi", "raw": True},
-                 [*OLLAMA_FIELDS, "prompt", "raw", "suffix", "system", "template", "context", "images"]),
-    "embed": ("/api/embed", {"input": "hi"}, ["model", "input", "truncate", "dimensions", "options", "keep_alive"]),
-    "embeddings": ("/api/embeddings", {"prompt": "hi"}, ["model", "prompt", "options", "keep_alive"]),
-    "show": ("/api/show", {}, ["model", "name"]),
-    "completion": ("/completion", {"prompt": ":"},
-                   ["model", "prompt", "n_predict", "stream", "stop", "seed", "n_probs", "response_fields", "t_max_predict_ms",
-                    "logit_bias", "temperature", "grammar", "json_schema", "n_cmpl", "ignore_eos"]),
-    "infill": ("/infill", {"input_prefix": "a", "input_suffix": "b"}, ["input_prefix", "input_suffix", "input_extra", "prompt"]),
-    "tokenize": ("/tokenize", {"content": "a"}, ["model", "content", "add_special", "parse_special", "with_pieces"]),
-    "detokenize": ("/detokenize", {"tokens": [5]}, ["model", "tokens"]),
-    "apply-template": ("/apply-template", {"messages": [{"role": "user", "content": "hi"}]}, ["model", "messages", "tools"]),
-}  # fmt: skip
-
-
-@cases("path,body,fields", WRONG_BODIES)
-def test_wrong_fields_are_never_the_server_fault(server: Server, path: str, body: dict[str, Any], fields: list[str]) -> None:
-    limits: dict[str, Any] = {"model": "recital", "stream": False, "n_predict": 2, "options": {"num_predict": 2}}
-    for name, value in itertools.product(fields, WRONG):
-        reply = server.post(path, {**limits, **body, name: value})
-        assert reply.status in (200, 400, 404), (name, value, reply.body)
-        assert reply.status == 200 or "error" in reply.json(), (name, value)
-        if name == "model" and not isinstance(value, str):
-            assert reply.status == 400, (value, reply.body)
 
 
 @pytest.mark.parametrize("name", OPTION_NAMES)
@@ -12988,13 +12210,8 @@ def test_ollama_wrong_options_are_refused_by_name(server: Server, name: str) -> 
 GAP_TOKENS = ["<unk>", "<s>", "</s>", "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", *VOCABULARY[6:]]
 
 
-@pytest.fixture(scope="module")
-def gaps(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A server with a small context and a model that has tokens for gaps, behind which it says Hello wide world."""
-    folder = tmp_path_factory.mktemp("gaps")
-    write_recital(folder / "gap.gguf", name="Gap", tokens=GAP_TOKENS)
-    with shared(tmp_path_factory.mktemp("gaps-home"), "--models-dir", folder, "--model", "gap", "--ctx", "64") as running:
-        yield running
+# has a small context, and tokens for gaps, behind which it says Hello wide world
+gaps = serving("--model", "gap", "--ctx", "64", write=lambda folder: write_recital(folder / "gap.gguf", tokens=GAP_TOKENS))
 
 
 def assert_llama_error(reply: Reply, status: int, kind: str, *words: str) -> dict[str, Any]:
@@ -13007,70 +12224,52 @@ def assert_llama_error(reply: Reply, status: int, kind: str, *words: str) -> dic
     return error
 
 
-def llama_events(server: Server, path: str, body: dict[str, Any]) -> list[Any]:
-    with server.stream(path, body) as stream:
-        return list(stream)
-
-
-def test_completion_has_llama_servers_shape(server: Server) -> None:
+def test_completion_has_llama_servers_shape_and_streams_without_done(server: Server) -> None:
     usage = server.generate("Say :").json()["usage"]
     document = server.post("/completion", {"prompt": "Say :"}).json()
     assert (document["content"], document["stop"], document["stop_type"]) == ("Hello wide world", True, "eos")
     assert (document["tokens_evaluated"], document["tokens_predicted"]) == (usage["prompt_tokens"], usage["completion_tokens"])
     assert document["model"] == "recital" and document["truncated"] is False and document["tokens"] == []
     assert document["timings"]["predicted_n"] == document["tokens_predicted"]
-
-
-def test_completion_streams_without_done(server: Server) -> None:
-    """As Continue sends it: it reads `content` of each event."""
+    # As Continue sends it: it reads `content` of each event.
     body = {"model": "recital", "prompt": ":", "n_predict": 50, "stop": None, "temperature": 0.5, "mirostat": None}
-    *pieces, end = llama_events(server, "/completion", body)
+    *pieces, end = server.streamed("/completion", body)
     assert "".join(p["content"] for p in pieces) == "Hello wide world" and not any(p["stop"] for p in pieces)
     assert end["stop"] is True and end["content"] == "" and end["timings"]
 
 
-@cases(
-    "fields,told",
-    {
-        "end of text": ({}, ("Hello wide world", "eos", "")),
-        "limit": ({"n_predict": 1}, ("Hello", "limit", "")),
-        "no limit": ({"n_predict": -1}, ("Hello wide world", "eos", "")),
-        "stop string": ({"stop": ["wide"]}, ("Hello ", "word", "wide")),
-        "token ids": ({"prompt": [1, TOKEN_ID["<0x3A>"]]}, ("Hello wide world", "eos", "")),
-        "a list of one": ({"prompt": [":"]}, ("Hello wide world", "eos", "")),
-        "no tokens": ({"n_predict": 0}, ("", "limit", "")),
-        "blank model": ({"model": " "}, ("Hello wide world", "eos", "")),
-    },
-)  # fmt: skip
+@cases("fields,told", {
+    "end of text": ({}, ("Hello wide world", "eos", "")),
+    "limit": ({"n_predict": 1}, ("Hello", "limit", "")),
+    "no limit": ({"n_predict": -1}, ("Hello wide world", "eos", "")),
+    "stop string": ({"stop": ["wide"]}, ("Hello ", "word", "wide")),
+    "token ids": ({"prompt": [1, TOKEN_ID["<0x3A>"]]}, ("Hello wide world", "eos", "")),
+    "a list of one": ({"prompt": [":"]}, ("Hello wide world", "eos", "")),
+    "no tokens": ({"n_predict": 0}, ("", "limit", "")),
+    "blank model": ({"model": " "}, ("Hello wide world", "eos", "")),
+})  # fmt: skip
 def test_completion_tells_why_it_stopped(server: Server, fields: dict[str, Any], told: tuple[str, str, str]) -> None:
     document = server.post("/completion", {"prompt": ":", **fields}).json()
     assert (document["content"], document["stop_type"], document["stopping_word"]) == told
 
 
-def test_completion_takes_biases_in_pairs(server: Server) -> None:
+def test_completion_takes_biases_in_pairs_and_fills_the_cache_with_no_tokens(server: Server) -> None:
     body = {"prompt": ":", "n_predict": 1, "temperature": 0, "seed": -1, "logit_bias": [[TOKEN_ID["Hello"], False]]}
     assert server.post("/completion", body).json()["content"] != "Hello"
-
-
-def test_completion_of_no_tokens_fills_the_cache(server: Server) -> None:
     prompt = "warm up this very prompt :"
     assert server.post("/completion", {"prompt": prompt, "n_predict": 0}).json()["tokens_predicted"] == 0
     assert server.post("/completion", {"prompt": prompt}).json()["tokens_cached"] > 10
 
 
-@cases(
-    "fields,document",
-    {
-        "flat and nested": (["content", "timings/predicted_n"], {"content": "Hello", "timings/predicted_n": 1}),
-        "nothing": ([""], {}),
-        "unknown": (["nonesuch/x", "stop"], {"stop": True}),
-    },
-)
+@cases("fields,document", {
+    "flat and nested": (["content", "timings/predicted_n"], {"content": "Hello", "timings/predicted_n": 1}),
+    "nothing": ([""], {}), "unknown": (["nonesuch/x", "stop"], {"stop": True}),
+})  # fmt: skip
 def test_completion_gives_only_the_fields_asked_for(server: Server, fields: list[str], document: dict[str, Any]) -> None:
     assert server.post("/completion", {"prompt": ":", "n_predict": 1, "response_fields": fields}).json() == document
 
 
-def test_completion_ends_when_its_time_is_over(serve: Callable[..., Server], tmp_path: Path) -> None:
+def test_completion_ends_when_its_time_is_over(serve: Serve, tmp_path: Path) -> None:
     tokens = ["\ntock▁" if t == "tock▁" else t for t in VOCABULARY]
     write_recital(tmp_path / "own" / "ticks.gguf", tokens=tokens)
     server = serve("--models-dir", tmp_path / "own", "--ctx", str(LONG_CTX), "--model", "ticks")
@@ -13084,7 +12283,7 @@ def test_completion_tells_its_tokens(server: Server) -> None:
     ids = [TOKEN_ID[token] for token in ("Hello", " wide", " world")]
     document = server.post("/completion", {"prompt": ":", "return_tokens": True}).json()
     assert document["tokens"][:3] == ids and "completion_probabilities" not in document
-    *pieces, _ = llama_events(server, "/completion", {"prompt": ":", "return_tokens": True})
+    *pieces, _ = server.streamed("/completion", {"prompt": ":", "return_tokens": True})
     assert [id for piece in pieces for id in piece["tokens"]] == document["tokens"]
     (first, *_) = server.post("/completion", {"prompt": ":", "n_probs": 2}).json()["completion_probabilities"]
     assert first["id"] == ids[0] == first["top_logprobs"][0]["id"]
@@ -13115,13 +12314,10 @@ def test_dynamic_temperature_reaches_the_sampler(server: Server) -> None:
     assert server.post("/completion", {**body, "dynatemp_range": 1}).json()["content"] != usual
 
 
-def test_completion_streams_several_prompts_by_their_index(server: Server) -> None:
-    events = llama_events(server, "/completion", {"prompt": [":", "="]})
+def test_completion_answers_several_prompts_by_their_index_with_their_counts(server: Server) -> None:
+    events = server.streamed("/completion", {"prompt": [":", "="]})
     texts = {index: "".join(e["content"] for e in events if e["index"] == index) for index in (0, 1)}
     assert texts == {0: TEXTS[":"], 1: TEXTS["="]} and [e["stop"] for e in events].count(True) == 2
-
-
-def test_completion_tells_the_counts_of_each_prompt(server: Server) -> None:
     first, second = server.post("/completion", {"prompt": ["Say :", ":"]}).json()
     assert (first["tokens_evaluated"], second["tokens_evaluated"]) == (6, 2)
     assert first["tokens_predicted"] == second["tokens_predicted"] == first["timings"]["predicted_n"]
@@ -13160,53 +12356,41 @@ def test_infill_leaves_out_what_does_not_fit_from_the_front(gaps: Server) -> Non
     assert 1 + 3 + 5 < document["tokens_evaluated"] <= 64 - 8  # with one piece, and room for the answer
 
 
-def test_infill_as_zed_sends_it(gaps: Server) -> None:
+def test_infill_as_zed_and_ollama_send_it(gaps: Server) -> None:
     stop = ["<|endoftext|>", "<|file_separator|>", "<|fim_pad|>", "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>",
             "<fim_prefix>", "<fim_middle>", "<fim_suffix>", "<PRE>", "<SUF>", "<MID>", "[PREFIX]", "[SUFFIX]"]  # fmt: skip
     body = {"input_prefix": "ab", "input_suffix": "cd", "prompt": "Fill in.", "stream": False, "n_predict": 20,
             "temperature": 0.2, "top_k": 40, "top_p": 0.99, "stop": stop, "cache_prompt": True}  # fmt: skip
     assert gaps.post("/infill", body).json()["content"] == "Hello wide world"
-
-
-def test_ollama_suffix_fills_a_gap(gaps: Server) -> None:
     reply = gaps.post("/api/generate", {"model": "gap", "prompt": "ab", "suffix": "cde", "stream": False}).json()
     assert (reply["response"], reply["prompt_eval_count"]) == ("Hello wide world", 9)
     assert "insert" in gaps.post("/api/show", {"model": "gap"}).json()["capabilities"]
 
 
-@cases(
-    "path,body,words",
-    {
-        "prompt too long": ("/completion", {"prompt": "x" * 100}, ["context"]),
-        "gap too long": ("/infill", {"input_prefix": "x" * 100, "input_suffix": ""}, ["context"]),
-    },
-)
-def test_llama_server_tells_both_sizes(gaps: Server, path: str, body: dict[str, Any], words: list[str]) -> None:
-    error = assert_llama_error(gaps.post(path, body), 400, "exceed_context_size_error", *words)
-    assert error["n_ctx"] == 64 and error["n_prompt_tokens"] > 100
+def test_llama_server_tells_both_sizes(gaps: Server) -> None:
+    for path, body in (("/completion", {"prompt": "x" * 100}), ("/infill", {"input_prefix": "x" * 100, "input_suffix": ""})):
+        error = assert_llama_error(gaps.post(path, body), 400, "exceed_context_size_error", "context")
+        assert error["n_ctx"] == 64 and error["n_prompt_tokens"] > 100
 
 
-@cases(
-    "path,body,words",
-    {
-        "no prompt": ("/completion", {}, ["prompt is required"]),
-        "several prompts": ("/completion", {"prompt": ["a"] * 257}, ["up to 256"]),
-        "probabilities of what is left": ("/completion", {"prompt": "a", "post_sampling_probs": True}, ["post_sampling_probs"]),
-        "samplers no list": ("/completion", {"prompt": "a", "samplers": {"top_k": 1}}, ["samplers must be a list"]),
-        "no such tokens": ("/infill", {"input_prefix": "a", "input_suffix": "b"}, ["cannot fill a gap"]),
-        "no prefix": ("/infill", {"input_suffix": "b"}, ["input_prefix"]),
-        "a piece without text": ("/infill", {"input_prefix": "", "input_suffix": "", "input_extra": [{}]}, ["extra[0].text"]),
-        "no content": ("/tokenize", {}, ["content"]),
-        "no tokens": ("/detokenize", {}, ["tokens"]),
-        "an unknown token": ("/detokenize", {"tokens": [10**9]}, ["the model's tokens are"]),
-        "a token below zero": ("/detokenize", {"tokens": [-1]}, ["the model's tokens are"]),
-        "too much": ("/tokenize", {"content": "x" * (2**20 + 1)}, ["1048576"]),
-        "no messages": ("/apply-template", {}, ["messages is required"]),
-        "messages refused": ("/apply-template", {"messages": [{"role": "user", "content": "mutiny"}]}, ["No mutiny"]),
-    },
-)
-def test_llama_server_refuses_by_name(server: Server, path: str, body: dict[str, Any], words: list[str]) -> None:
-    assert_llama_error(server.post(path, body), 400, "invalid_request_error", *words)
+@cases("path,body,word", {
+    "no prompt": ("/completion", {}, "prompt is required"),
+    "several prompts": ("/completion", {"prompt": ["a"] * 257}, "up to 256"),
+    "probabilities of what is left": ("/completion", {"prompt": "a", "post_sampling_probs": True}, "post_sampling_probs"),
+    "samplers no list": ("/completion", {"prompt": "a", "samplers": {"top_k": 1}}, "samplers must be a list"),
+    "no such tokens": ("/infill", {"input_prefix": "a", "input_suffix": "b"}, "cannot fill a gap"),
+    "no prefix": ("/infill", {"input_suffix": "b"}, "input_prefix"),
+    "a piece without text": ("/infill", {"input_prefix": "", "input_suffix": "", "input_extra": [{}]}, "extra[0].text"),
+    "no content": ("/tokenize", {}, "content"),
+    "no tokens": ("/detokenize", {}, "tokens"),
+    "an unknown token": ("/detokenize", {"tokens": [10**9]}, "the model's tokens are"),
+    "a token below zero": ("/detokenize", {"tokens": [-1]}, "the model's tokens are"),
+    "too much": ("/tokenize", {"content": "x" * (2**20 + 1)}, "1048576"),
+    "no messages": ("/apply-template", {}, "messages is required"),
+    "messages refused": ("/apply-template", {"messages": user("mutiny")}, "No mutiny"),
+})  # fmt: skip
+def test_llama_server_refuses_by_name(server: Server, path: str, body: dict[str, Any], word: str) -> None:
+    assert_llama_error(server.post(path, body), 400, "invalid_request_error", word)
 
 
 def test_llama_server_unknown_model_is_404(server: Server) -> None:
@@ -13214,39 +12398,30 @@ def test_llama_server_unknown_model_is_404(server: Server) -> None:
         assert_llama_error(reply, 404, "not_found_error", "nonesuch")
 
 
-@cases(
-    "fields,tokens",
-    {
-        "a text": ({"content": "a:"}, ["<0x61>", "<0x3A>"]),
-        "with the model's own": ({"content": "a", "add_special": True}, ["<s>", "<0x61>"]),
-        "a special token": ({"content": "<|quiet|>"}, ["<|quiet|>"]),
-        "a special token's name": ({"content": "<s>", "parse_special": False}, ["<0x3C>", "<0x73>", "<0x3E>"]),
-        "nothing": ({"content": ""}, []),
-    },
-)
+@cases("fields,tokens", {
+    "a text": ({"content": "a:"}, ["<0x61>", "<0x3A>"]),
+    "with the model's own": ({"content": "a", "add_special": True}, ["<s>", "<0x61>"]),
+    "a special token": ({"content": "<|quiet|>"}, ["<|quiet|>"]),
+    "a special token's name": ({"content": "<s>", "parse_special": False}, ["<0x3C>", "<0x73>", "<0x3E>"]),
+    "nothing": ({"content": ""}, []),
+})  # fmt: skip
 def test_tokenize_gives_ids(server: Server, fields: dict[str, Any], tokens: list[str]) -> None:
     assert server.post("/tokenize", fields).json() == {"tokens": [TOKEN_ID[t] for t in tokens]}
 
 
-def test_tokenize_shows_pieces_and_bytes(server: Server) -> None:
+def test_tokenize_shows_pieces_and_detokenize_gives_back_the_text(server: Server) -> None:
     pieces = [t["piece"] for t in server.post("/tokenize", {"content": "aé", "with_pieces": True}).json()["tokens"]]
     assert pieces == ["a", [0xC3], [0xA9]]
+    for text in ("naïve 😀 and 日本", "", "a  b\n", "<|quiet|>x"):
+        ids = server.post("/tokenize", {"content": text}).json()["tokens"]
+        assert server.post("/detokenize", {"tokens": ids}).json() == {"content": text}
 
 
-@pytest.mark.parametrize("text", ["naïve 😀 and 日本", "", "a  b\n", "<|quiet|>x"])
-def test_detokenize_gives_back_the_text(server: Server, text: str) -> None:
-    ids = server.post("/tokenize", {"content": text}).json()["tokens"]
-    assert server.post("/detokenize", {"tokens": ids}).json() == {"content": text}
-
-
-def test_tokenize_does_not_wait_for_streams(server: Server) -> None:
+def test_tokenize_does_not_wait_for_streams_and_apply_template_gives_the_prompt(server: Server) -> None:
     with server.endless() as stream:
         next(stream)
         assert server.post("/tokenize", {"content": "ab"}).json()["tokens"]
-
-
-def test_apply_template_gives_the_prompt(server: Server) -> None:
-    body = {"messages": [{"role": "system", "content": "Be kind"}, {"role": "user", "content": "hi"}]}
+    body = {"messages": [{"role": "system", "content": "Be kind"}, *user("hi")]}
     assert server.post("/apply-template", body).json() == {"prompt": "[system]Be kind[user]hi[assistant]:"}
 
 
@@ -13256,31 +12431,24 @@ def test_props_describe_a_model_without_directories(server: Server, models: Path
     assert document["default_generation_settings"]["n_ctx"] == LONG_CTX and document["chat_template"] == TEMPLATE
     assert document["chat_template_caps"]["supports_tools"] and document["modalities"] == {"vision": False, "audio": False}
     assert document["model_path"] == "recital.gguf" and str(models).encode() not in reply.body
+    assert server.get("/props?model=").body == reply.body and server.get("/slots?model=").status == 200  # an empty name is none
     assert server.get("/props").json() == document and document["total_slots"] == 8
 
 
-def test_props_load_nothing_and_slots_of_no_model_are_no_reason_to_stay_away(serve: Callable[..., Server], models: Path) -> None:
-    """Only the next request would load one."""
-    own = serve("--models-dir", models, "--model", "recital")
-    assert own.get("/props").json()["default_generation_settings"]["n_ctx"] == 8192
+def test_props_load_nothing_and_slots_show_what_runs_and_no_text(serve: Serve, models: Path) -> None:
+    """Slots of no model are no reason to stay away: only the next request would load one."""
+    own = serve("--models-dir", models, "--model", "recital", "--ctx", str(LONG_CTX), "--parallel", "2")
+    assert own.get("/props").json()["default_generation_settings"]["n_ctx"] == LONG_CTX
     assert not own.status("recital")["loaded"] and own.get("/slots").json() == own.get("/slots?fail_on_no_slot=1").json() == []
     assert {"slots_idle": 0, "slots_processing": 0}.items() <= own.get("/health").json().items()
     own.load("recital")
-    assert own.get("/health").json()["slots_idle"] == len(own.get("/slots?fail_on_no_slot=1").json()) == 8
-
-
-def test_slots_show_what_runs_and_no_text(serve: Callable[..., Server], models: Path) -> None:
-    server = serve("--models-dir", models, "--ctx", str(LONG_CTX), "--parallel", "2")
-    with server.endless() as stream:
+    assert own.get("/health").json()["slots_idle"] == len(own.get("/slots?fail_on_no_slot=1").json()) == 2
+    with own.endless() as stream:
         next(stream)
-        slots = eventually(lambda: [s for s in server.get("/slots?model=recital").json() if s["is_processing"]], "one runs")
+        slots = eventually(lambda: [s for s in own.get("/slots?model=recital").json() if s["is_processing"]], "one runs")
     (slot,) = slots
     assert slot == {"id": 0, "id_task": -1, "n_ctx": LONG_CTX, "speculative": False, "is_processing": True, "model": "recital"}
-    assert len(server.get("/slots").json()) == 2
-
-
-def test_v1_health_is_llama_servers(server: Server) -> None:
-    assert server.get("/v1/health").json()["status"] == "ok" and server.get("/health").json()["status"] == "healthy"
+    assert len(own.get("/slots").json()) == 2
 
 
 def test_model_list_serves_every_client(server: Server, models: Path) -> None:
@@ -13298,43 +12466,31 @@ def test_model_list_serves_every_client(server: Server, models: Path) -> None:
     assert server.get("/v1/models/recital").json() == recital
 
 
-def test_model_list_tells_the_context_that_a_request_may_have(serve: Callable[..., Server], models: Path) -> None:
-    server = serve("--models-dir", models, "--ctx", "512")
-    contexts = {m["id"]: (m["context_length"], m["meta"]["n_ctx_train"]) for m in server.get("/v1/models").json()["data"]}
-    assert contexts["recital"] == (512, LONG_CTX) and contexts["dice"] == (256, 256)
-
-
 def ollama_client(server: Server) -> Any:
     package = pytest.importorskip("ollama")
     return package.Client(host=f"http://{server.host}:{server.port}", trust_env=False)
 
 
-def test_ollama_package_chats(server: Server) -> None:
+def test_ollama_package_chats_and_generates(server: Server) -> None:
     client = ollama_client(server)
     turns = [{"role": "user", "content": "hi"}]
     assert client.chat("recital", turns).message.content == "Hello wide world"
     assert "".join(c.message.content for c in client.chat("recital", turns, stream=True)) == "Hello wide world"
     (call,) = client.chat("recital", [{"role": "user", "content": "weather"}], tools=[WEATHER]).message.tool_calls
     assert (call.function.name, call.function.arguments) == ("get_weather", {"city": "Paris"})
-
-
-def test_ollama_package_generates(server: Server) -> None:
     client = ollama_client(server)
     assert client.generate("recital", "hi").response == "Hello wide world"
     assert "".join(c.response for c in client.generate("recital", "hi", stream=True)) == "Hello wide world"
     assert client.generate("recital").done_reason == "load"
 
 
-def test_ollama_package_lists_shows_and_embeds(server: Server) -> None:
+def test_ollama_package_lists_shows_embeds_and_raises(server: Server) -> None:
     client = ollama_client(server)
     assert "recital:latest" in [m.model for m in client.list().models]
     assert client.show("recital").modelinfo["llama.context_length"] == LONG_CTX
     client.generate("recital")
     assert "recital:latest" in [m.model for m in client.ps().models]
     assert len(client.embed("dice", ["in", "the"]).embeddings) == 2 and len(client.embeddings("dice", "in").embedding) == 64
-
-
-def test_ollama_package_raises_what_went_wrong(server: Server) -> None:
     client, package = ollama_client(server), pytest.importorskip("ollama")
     with pytest.raises(package.ResponseError, match="not found") as caught:
         client.chat("nonesuch", [{"role": "user", "content": "hi"}])
@@ -13389,22 +12545,19 @@ def get_weather(city: str) -> str:
 """
 
 
-def test_long_result_of_a_builtin_tool_is_cut_for_the_model(serve: Callable[..., Server], models: Path, tmp_path: Path) -> None:
+def test_long_result_of_a_builtin_tool_is_cut_for_the_model(serve: Serve, models: Path, tmp_path: Path) -> None:
     """Whole, it would not fit the context, and the client would be told that its two words are too long."""
     (tmp_path / "long.py").write_text(LONG_TOOL)
     own = serve("--models-dir", models, "--ctx", "16384", "--tools", tmp_path / "long.py")
-    reply = own.chat("weather", tools=[{"type": "builtin", "name": "get_weather"}])
+    reply = own.chat("weather", tools=[WEATHER_BUILTIN])
     assert reply.message["content"] == TEXTS["S"]
     assert len(reply.message["tool_results"][0]["result"]) == 300_000
-
-
-def test_chat_with_a_function_named_like_a_builtin_tool_is_refused(server: Server) -> None:
-    function = {"type": "function", "function": {"name": "calculator", "parameters": {"type": "object"}}}
-    assert_error(server.chat("hi", tools=[BUILTIN, function]), 400, "invalid_request", "tools", "calculator")
+    contexts = {m["id"]: (m["context_length"], m["meta"]["n_ctx_train"]) for m in own.get("/v1/models").json()["data"]}
+    assert contexts["recital"] == (16384, LONG_CTX) and contexts["dice"] == (256, 256)  # what a request may have
 
 
 def test_llama_servers_health_needs_no_key(guarded: Server) -> None:
-    assert guarded.get("/v1/health").status == 200
+    assert guarded.get("/v1/health").json()["status"] == "ok" and guarded.get("/health").json()["status"] == "healthy"
 
 
 # Pictures
@@ -13584,16 +12737,13 @@ def test_llama_server_prompt_needs_a_marker_for_each_image() -> None:
         module.LlamaCompletion({"prompt": {"prompt_string": "<__media__>", "multimodal_data": [RED64]}})
 
 
-def test_no_text_of_a_client_can_be_a_picture() -> None:
+def test_prompt_with_pictures_keeps_to_its_texts() -> None:
     picture, mark = module.Picture(RED, 32, 40), "\ufdd0"
     tool = {"type": "function", "function": {"name": "f", "description": f"{mark}0{mark}"}}
     request = module.GenerateRequest(messages=({"role": "user", "content": (f"{mark}1{mark}", picture)},), tools=(tool,))
     template = "{% for t in tools or [] %}{{ t.function.name }}{{ t.function.description }}{% endfor %}{{ messages[0].content }}"
     prompt = chat(template).prompt(request)
     assert "".join(part if isinstance(part, str) else "(red)" for part in prompt) == f"f{mark}0{mark}{mark}1{mark}(red)"
-
-
-def test_template_that_leaves_a_picture_out_is_refused() -> None:
     picture = module.Picture(RED, 32, 40)
     request = module.GenerateRequest(messages=({"role": "user", "content": ("Look", picture)},))
     with pytest.raises(InvalidRequest, match="leaves out an image"):
@@ -13602,17 +12752,16 @@ def test_template_that_leaves_a_picture_out_is_refused() -> None:
     assert chat(whole).prompt(request)[:2] == ("Look", picture)
 
 
-@pytest.fixture(scope="module")
-def seeing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A server whose default model sees; the projector of another is of a type that nobody knows."""
-    folder = tmp_path_factory.mktemp("seeing")
+def write_seers(folder: Path) -> None:
+    """A model that sees; the projector of another is of a type that nobody knows."""
     for stem in ("seer", "gazer"):
         write_dice(folder / f"{stem}.gguf", stem.title(), 512)
         write_projector(folder / f"mmproj-{stem}.gguf", stem.title())
     broken = folder / "mmproj-gazer.gguf"
     broken.write_bytes(broken.read_bytes().replace(b"\3\0\0\0\0\0\0\0mlp", b"\3\0\0\0\0\0\0\0xyz"))
-    with shared(tmp_path_factory.mktemp("seeing-home"), "--models-dir", folder, "--model", "seer") as running:
-        yield running
+
+
+seeing = serving("--model", "seer", write=write_seers)
 
 
 def pictured(image: str = RED64, **more: Any) -> dict[str, Any]:
@@ -13703,13 +12852,10 @@ def test_images_beside_a_message_are_shown_and_elsewhere_refused(seeing: Server)
         assert refused.status == 400 and field in refused.body.decode()
 
 
-def test_socket_shows_the_model_a_picture(seeing: Server) -> None:
+def test_socket_shows_the_model_a_picture_and_every_list_tells_what_sees(seeing: Server) -> None:
     body = {"model": "seer", "prompt": "Look", "max_tokens": 4, "temperature": 0}
     plain, pictures = (ws_ask(seeing, images=images, **body)[1]["usage"] for images in ([], [RED64, BLUE64]))
     assert pictures["prompt_tokens"] - plain["prompt_tokens"] == 32
-
-
-def test_every_list_tells_what_sees(seeing: Server) -> None:
     assert {m["id"]: m["vision"] for m in seeing.get("/api/models").json()["models"]}["seer"] is True
     assert "vision" in seeing.post("/api/show", {"model": "seer"}).json()["capabilities"]
     assert seeing.get("/props?model=seer").json()["modalities"]["vision"] is True
@@ -13733,16 +12879,13 @@ def test_generate_refuses_an_image_that_is_none(data: bytes | None, words: str, 
         module.user_turn(argparse.Namespace(image=[str(file)]), "Look")
 
 
-def test_projector_that_cannot_be_loaded_leaves_a_model_of_text(seeing: Server) -> None:
+def test_projector_that_cannot_be_loaded_or_is_not_wanted_leaves_a_model_of_text(seeing: Server) -> None:
     body = pictured(model="gazer")
     assert_error(seeing.post("/v1/chat/completions", body), 400, "invalid_request", "the projector of gazer cannot be loaded")
     assert seeing.chat(model="gazer", max_tokens=4).status == 200
     refused = assert_error(seeing.post("/v1/chat/completions", body), 400, "invalid_request", "gazer reads text only")
     assert refused["param"] == "messages[0].content[0].type"
     assert not {m["id"]: m["vision"] for m in seeing.get("/api/models").json()["models"]}["gazer"]
-
-
-def test_load_without_the_projector_is_asked_for(seeing: Server) -> None:
     assert_error(seeing.post("/api/models/seer/load", {"mmproj": "/etc/passwd"}), 400, "invalid_request", "names a file")
     assert seeing.post("/api/models/seer/load", {"mmproj": "none"}).status == 200
     assert_error(seeing.post("/v1/chat/completions", pictured()), 400, "invalid_request", "seer reads text only")
@@ -13777,7 +12920,7 @@ def test_images_are_fetched_from_open_hosts_alone(monkeypatch: pytest.MonkeyPatc
 # Routes, connections, bodies on the wire, and access.
 
 
-def test_models_starts_with_default_and_has_every_field(server: Server) -> None:
+def test_models_starts_with_default_and_shows_each_models_fields_and_state(server: Server) -> None:
     first, *rest = server.get("/api/models").json()["models"]
     assert (first["id"], first["name"], first["description"]) == (
         "default", "Default Model", "Base GGUF model: recital")  # fmt: skip
@@ -13786,47 +12929,33 @@ def test_models_starts_with_default_and_has_every_field(server: Server) -> None:
     assert all(names <= set(model) for model in (first, *rest))
     (recital,) = [model for model in rest if model["id"] == "recital"]
     assert (recital["model_type"], recital["quantization"], recital["context_length"]) == ("llama", "F16", LONG_CTX)
-
-
-def test_models_shows_each_models_state(server: Server) -> None:
     server.load("recital"), server.unload("dice")
-    state = {model["id"]: (model["state"], model["loaded"]) for model in server.get("/api/models").json()["models"]}
+    with server.endless() as stream:
+        next(stream)
+        state = {model["id"]: (model["state"], model["loaded"]) for model in server.get("/api/models").json()["models"]}
     assert state["recital"] == state["default"] == ("loaded", True)
     assert state["dice"] == ("unloaded", False)
 
 
-def test_models_responds_while_the_engine_is_busy(server: Server) -> None:
-    with server.endless() as stream:
-        next(stream)
-        assert "recital" in server.ids()
-
-
-def test_v1_models_has_openai_shape(server: Server) -> None:
+def test_v1_models_has_openai_shape_and_v1_paths_work_without_the_prefix(server: Server) -> None:
     document = server.get("/v1/models").json()
     assert document["object"] == "list"
     models = {model["id"]: model for model in document["data"]}
     assert {"recital", "dice"} <= set(models) and models["dice"]["object"] == "model"
     assert isinstance(models["dice"]["created"], int) and models["dice"]["owned_by"]
     assert server.get("/v1/models/dice").json()["id"] == "dice"
-
-
-def test_v1_model_that_is_unknown_is_404(server: Server) -> None:
     assert_error(server.get("/v1/models/nonesuch"), 404, "model_not_found", "nonesuch")
+    for path in ("/chat/completions", "/completions", "/models"):
+        reply = server.get(path) if path == "/models" else server.post(path, {"messages": user("hi"), "prompt": ":"})
+        assert reply.status == 200 and reply.json()["object"] in ("list", "chat.completion", "text_completion")
 
 
-@pytest.mark.parametrize("path", ["/chat/completions", "/completions", "/models"])
-def test_v1_paths_work_without_the_prefix(path: str, server: Server) -> None:
-    body = {"messages": [{"role": "user", "content": "hi"}], "prompt": ":"}
-    reply = server.get(path) if path == "/models" else server.post(path, body)
-    assert reply.status == 200 and reply.json()["object"] in ("list", "chat.completion", "text_completion")
-
-
-@pytest.mark.parametrize("path", ["/api/health", "/health"])
-def test_health_has_the_documented_shape(path: str, server: Server) -> None:
+def test_health_has_the_documented_shape(server: Server) -> None:
     server.load("recital")
-    health = server.get(path).json()
-    assert health["status"] == "healthy" and health["models_loaded"] >= 1
-    assert re.fullmatch(r"\d+(\.\d+)?(KB|MB|GB)", health["memory_usage"])
+    for path in ("/api/health", "/health"):
+        health = server.get(path).json()
+        assert health["status"] == "healthy" and health["models_loaded"] >= 1
+        assert re.fullmatch(r"\d+(\.\d+)?(KB|MB|GB)", health["memory_usage"])
 
 
 @pytest.mark.parametrize(
@@ -13836,21 +12965,17 @@ def test_path_variant_reaches_its_route(path: str, server: Server) -> None:
     assert server.get(path).json()["status"] == "healthy"
 
 
-@pytest.mark.parametrize("path", ["/api/health", "/api/models", "/v1/models", "/diag", "/api/tools"])
-def test_head_is_get_without_a_body(path: str, server: Server) -> None:
-    reply = server.request("HEAD", path)
-    assert reply.status == 200 and reply.body == b"" and int(reply.headers["Content-Length"]) > 0
+def test_head_is_get_without_a_body(server: Server) -> None:
+    for path in ("/api/health", "/api/models", "/v1/models", "/diag", "/api/tools"):
+        reply = server.request("HEAD", path)
+        assert reply.status == 200 and reply.body == b"" and int(reply.headers["Content-Length"]) > 0
 
 
 @pytest.mark.parametrize("method", ["GET", "POST", "DELETE"])
 @pytest.mark.parametrize("path", ["/nope", "/api", "/api/models/recital/dance", "/api/generate/more", "/%00"])
 def test_unknown_path_is_404_with_the_error_object(method: str, path: str, server: Server) -> None:
-    error = assert_error(server.request(method, path), 404, "not_found")
-    assert "type" not in error
-
-
-def test_unknown_path_on_v1_is_404_with_a_type(server: Server) -> None:
-    assert assert_error(server.get("/v1/nope"), 404, "not_found")["type"] == "not_found_error"
+    assert "type" not in assert_error(server.request(method, path), 404, "not_found")
+    assert assert_error(server.request(method, f"/v1{path}"), 404, "not_found")["type"] == "not_found_error"
 
 
 WRONG_METHODS = [
@@ -13867,12 +12992,19 @@ def test_wrong_method_is_405_with_allow(method: str, path: str, allowed: str, se
     assert allowed in re.split(r",\s*", reply.headers["Allow"])
 
 
-def test_connection_is_kept_alive(server: Server) -> None:
+SENT = json.dumps({"model": "recital", "prompt": ":"}).encode()
+
+
+@contextlib.contextmanager
+def knocking(server: Server) -> Iterator[socket.socket]:
+    """A raw connection."""
+    with socket.create_connection((server.host, server.port), timeout=HANG) as sock:
+        yield sock
+
+
+def test_connection_is_kept_alive_behind_streams_and_answers_in_order(server: Server) -> None:
     replies = exchange(server, *[head_of("GET", "/health")] * 3)
     assert [reply.status for reply in replies] == [200] * 3
-
-
-def test_stream_leaves_the_connection_usable(server: Server) -> None:
     body = json.dumps({"model": "recital", "prompt": ":", "stream": True})
     with contextlib.closing(server.connect()) as connection:
         for _ in range(3):
@@ -13880,26 +13012,15 @@ def test_stream_leaves_the_connection_usable(server: Server) -> None:
             assert connection.getresponse().read().endswith(b"data: [DONE]\n\n")
         connection.request("GET", "/health")
         assert connection.getresponse().status == 200
-
-
-def test_pipelined_requests_are_answered_in_order(server: Server) -> None:
-    body = json.dumps({"model": "recital", "prompt": ":"}).encode()
-    with socket.create_connection((server.host, server.port), timeout=HANG) as sock:
-        sock.sendall(raw_post("/api/generate", body) + head_of("GET", "/nope") + head_of("GET", "/health", "Connection: close"))
-        answer = b"".join(iter(lambda: sock.recv(65536), b""))
+    with knocking(server) as sock:
+        sock.sendall(raw_post("/api/generate", SENT) + head_of("GET", "/nope") + head_of("GET", "/health", "Connection: close"))
+        answer = b"".join(iter(lambda: sock.recv(65536), b""))  # to the connection's end
     assert re.findall(rb"HTTP/1.1 (\d+)", answer) == [b"200", b"404", b"200"]
-
-
-def test_connection_close_is_honoured(server: Server) -> None:
-    with socket.create_connection((server.host, server.port), timeout=HANG) as sock:
-        sock.sendall(head_of("GET", "/health", "Connection: close"))
-        assert read_reply(sock).status == 200
-        assert sock.recv(1) == b""
 
 
 @pytest.mark.parametrize("path", ["/nope", "/api/generate", "/api/health", "/v1/nope"])
 def test_connection_stays_in_sync_after_an_error_with_a_body(path: str, server: Server) -> None:
-    with socket.create_connection((server.host, server.port), timeout=HANG) as sock:
+    with knocking(server) as sock:
         sock.sendall(raw_post(path, b"GET /evil HTTP/1.1\r\n\r\n" * 50))
         first = read_reply(sock)
         assert first.status in (400, 404, 405)
@@ -13910,86 +13031,73 @@ def test_connection_stays_in_sync_after_an_error_with_a_body(path: str, server: 
 
 
 def test_connection_stays_in_sync_after_head_and_post(server: Server) -> None:
-    body = json.dumps({"model": "recital", "prompt": ":"}).encode()
-    with socket.create_connection((server.host, server.port), timeout=HANG) as sock:
+    with knocking(server) as sock:
         sock.sendall(head_of("HEAD", "/health"))
         assert read_reply(sock, "HEAD").status == 200
-        sock.sendall(raw_post("/api/generate", body))
+        sock.sendall(raw_post("/api/generate", SENT))
         assert read_reply(sock).text == "Hello wide world"
         sock.sendall(head_of("GET", "/health"))
         assert read_reply(sock).status == 200
 
 
-def test_request_sent_one_byte_at_a_time_is_answered(server: Server) -> None:
-    body = json.dumps({"model": "recital", "prompt": ":"}).encode()
-    with socket.create_connection((server.host, server.port), timeout=HANG) as sock:
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        for index, byte in enumerate(b"\r\n\r\n" + raw_post("/api/generate", body)):
-            sock.sendall(bytes([byte]))
-            if index in (0, 10, 30):
-                time.sleep(0.05)  # so that the server reads these first bytes alone
+def send_slowly(sock: socket.socket, data: bytes) -> None:
+    """Sends one byte at a time, and waits so that the server reads the first ones alone."""
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    for index, byte in enumerate(data):
+        sock.sendall(bytes([byte]))
+        if index in (0, 8, 30):
+            time.sleep(0.05)
+
+
+def test_body_sent_one_byte_at_a_time_or_in_chunks_is_read(server: Server) -> None:
+    with knocking(server) as sock:
+        send_slowly(sock, b"\r\n\r\n" + raw_post("/api/generate", SENT))
         assert read_reply(sock).text == "Hello wide world"
-
-
-def test_chunked_body_is_accepted(server: Server) -> None:
-    body = json.dumps({"model": "recital", "prompt": ":"}).encode()
-    chunks = b"".join(b"%x;note=1\r\n%s\r\n" % (len(part), part) for part in (body[:5], body[5:6], body[6:]))
+    chunks = b"".join(b"%x;note=1\r\n%s\r\n" % (len(part), part) for part in (SENT[:5], SENT[5:6], SENT[6:]))
     request = head_of("POST", "/api/generate", "Transfer-Encoding: chunked") + chunks + b"0\r\nTrailer: x\r\n\r\n"
     replies = exchange(server, request, head_of("GET", "/health"))
     assert replies[0].text == "Hello wide world" and replies[1].status == 200
 
 
-@cases("path, most", {"text": ("/v1/completions", 16 << 20), "pictures": ("/api/generate", 32 << 20)})
-def test_body_over_its_bound_is_413_before_it_is_sent(path: str, most: int, server: Server) -> None:
-    (reply,) = exchange(server, head_of("POST", path, f"Content-Length: {most + 1}"))
-    assert_error(reply, 413, "payload_too_large", str(most))
-
-
-@pytest.mark.parametrize("path", ["/nope", "/health", "/v1/completions", "/api/tools/calculator/execute"])
-def test_body_one_byte_too_long_is_413_on_every_route(path: str, server: Server) -> None:
-    (reply,) = exchange(server, head_of("POST", path, f"Content-Length: {(16 << 20) + 1}"))
-    assert reply.status == 413 or path in ("/nope", "/health")
+@cases("path, most", {
+    "text": ("/v1/completions", 16 << 20), "pictures": ("/api/generate", 32 << 20),
+    "a tool's arguments": ("/api/tools/calculator/execute", 16 << 20), "no route": ("/nope", None), "no body": ("/health", None),
+})  # fmt: skip
+def test_body_over_its_bound_is_413_before_it_is_sent(path: str, most: int | None, server: Server) -> None:
+    (reply,) = exchange(server, head_of("POST", path, f"Content-Length: {(most or 16 << 20) + 1}"))
+    if most:
+        assert_error(reply, 413, "payload_too_large", str(most))
     assert reply.json()["error"]["code"]
 
 
-def test_chunked_body_over_16_mib_is_413(server: Server) -> None:
-    with socket.create_connection((server.host, server.port), timeout=HANG) as sock:
+def test_chunked_body_over_16_mib_is_413_and_one_of_15_accepted(server: Server) -> None:
+    with knocking(server) as sock:
         sock.sendall(head_of("POST", "/v1/completions", "Transfer-Encoding: chunked"))
         with contextlib.suppress(ConnectionError):  # the server may stop reading early
             for _ in range(17):
                 sock.sendall(b"100000\r\n" + b" " * (1 << 20) + b"\r\n")
         with contextlib.suppress(ConnectionError):
             assert_error(read_reply(sock), 413, "payload_too_large")
-    assert server.get("/health").status == 200
+    assert server.generate(x="y" * (15 << 20)).text == "Hello wide world"
 
 
-def test_body_of_15_mib_is_accepted(server: Server) -> None:
-    body = json.dumps({"model": "recital", "prompt": ":", "x": "y" * (15 << 20)}).encode()
-    assert server.post("/api/generate", body).text == "Hello wide world"
-
-
-def test_slow_clients_do_not_block_others(server: Server) -> None:
+def test_clients_that_send_slowly_or_do_not_read_do_not_block_others(server: Server) -> None:
     with contextlib.ExitStack() as stack:
         for _ in range(20):
             slow = stack.enter_context(socket.create_connection((server.host, server.port)))
             slow.sendall(b"POST /api/generate HTTP/1.1\r\nContent-Length: 100\r\nX: ")
         assert server.get("/health").status == 200
         assert server.generate().text == "Hello wide world"
-
-
-def test_client_that_does_not_read_does_not_block_others(server: Server) -> None:
     server.load("recital")
-    body = json.dumps({"model": "recital", "prompt": "#", "max_tokens": LONG_CTX, "stream": True}).encode()
-    with socket.create_connection((server.host, server.port)) as sock:
+    with knocking(server) as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        sock.sendall(raw_post("/api/generate", body))
+        sock.sendall(raw_post("/api/generate", json.dumps({**json.loads(ENDLESS), "stream": True}).encode()))
         eventually(lambda: server.status("recital")["requests_running"] == 1, "it runs")
         for _ in range(3):
             assert server.generate("=").text == TEXTS["="]
     eventually(lambda: server.status("recital")["requests_running"] == 0, "the generation is cancelled")
 
 
-SENT = json.dumps({"model": "recital", "prompt": ":"}).encode()
 BARE = zlib.compressobj(wbits=-15)
 
 
@@ -14022,7 +13130,7 @@ def test_compressed_body_that_cannot_be_read_is_refused(
 
 
 @linux
-def test_client_that_reads_slowly_gets_all_of_a_large_answer(serve: Callable[..., Server], models: Path, tmp_path: Path) -> None:
+def test_client_that_reads_slowly_gets_all_of_a_large_answer(serve: Serve, models: Path, tmp_path: Path) -> None:
     """Time is counted from one read to the next, not for the whole answer."""
     own = serve("--models-dir", models, script=altered(tmp_path, ("WRITE_SECONDS = 60.0", "WRITE_SECONDS = 1.0")))
     body = json.dumps({"content": "x" * 1_000_000, "model": "recital"}).encode()
@@ -14037,25 +13145,21 @@ def test_client_that_reads_slowly_gets_all_of_a_large_answer(serve: Callable[...
     assert time.monotonic() - began > 2.5
 
 
-def test_our_own_connection_errors_are_no_clients_leaving(serve: Callable[..., Server], tmp_path: Path) -> None:
+def test_our_own_connection_errors_are_no_clients_leaving(serve: Serve, tmp_path: Path) -> None:
     fails = '(_ for _ in ()).throw(ConnectionResetError("ours"))'
     own = serve(script=altered(tmp_path, ("lambda call: call.service.diag()", f"lambda call: {fails}")))
     assert_error(own.get("/diag"), 500, "server_error")
     assert "ConnectionResetError: ours" in own.log.read_text()
 
 
-def test_expect_100_continue_is_answered(server: Server) -> None:
-    body = json.dumps({"model": "recital", "prompt": ":"}).encode()
-    with socket.create_connection((server.host, server.port), timeout=HANG) as sock:
-        sock.sendall(head_of("POST", "/api/generate", f"Content-Length: {len(body)}", "Expect: 100-continue"))
+def test_expect_100_continue_is_answered_and_http_1_0_not_in_chunks(server: Server) -> None:
+    with knocking(server) as sock:
+        sock.sendall(head_of("POST", "/api/generate", f"Content-Length: {len(SENT)}", "Expect: 100-continue"))
         assert sock.recv(100).startswith(b"HTTP/1.1 100 ")
-        sock.sendall(body)
+        sock.sendall(SENT)
         assert read_reply(sock).text == "Hello wide world"
-
-
-def test_http_1_0_response_is_not_chunked(server: Server) -> None:
     body = json.dumps({"model": "recital", "prompt": ":", "stream": True}).encode()
-    with socket.create_connection((server.host, server.port), timeout=HANG) as sock:
+    with knocking(server) as sock:
         sock.sendall(b"POST /api/generate HTTP/1.0\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
         reply = read_reply(sock)
     assert reply.status == 200 and reply.body.endswith(b"data: [DONE]\n\n")
@@ -14069,16 +13173,10 @@ KEYED = [("GET", "/api/models"), ("POST", "/api/generate"), ("GET", "/v1/models"
 
 
 @cases("method, path", {f"{method} {path}": (method, path) for method, path in KEYED})
-@cases(
-    "headers",
-    {
-        "no key": {},
-        "another key": {"Authorization": "Bearer wrong"},
-        "another scheme": {"Authorization": "Basic s3cret"},
-        "part of the key": {"x-api-key": "s3cre"},
-        "the key and one more byte": {"x-api-key": "s3cret\xe9"},
-    },
-)
+@cases("headers", {
+    "no key": {}, "another key": {"Authorization": "Bearer wrong"}, "another scheme": {"Authorization": "Basic s3cret"},
+    "part of the key": {"x-api-key": "s3cre"}, "the key and one more byte": {"x-api-key": "s3cret\xe9"},
+})  # fmt: skip
 def test_key_is_required(method: str, path: str, headers: dict[str, str], guarded: Server) -> None:
     reply = guarded.request(method, path, b"{}" if method == "POST" else None, headers)
     assert reply.status == 401
@@ -14087,18 +13185,17 @@ def test_key_is_required(method: str, path: str, headers: dict[str, str], guarde
         assert error.get("type") == ("authentication_error" if path.startswith("/v1") else None)
 
 
-@pytest.mark.parametrize("headers", [{"Authorization": "Bearer s3cret"}, {"authorization": "bearer s3cret"},
-                                     {"x-api-key": "s3cret"}, {"X-API-Key": "s3cret"}], ids=json.dumps)  # fmt: skip
-def test_key_is_accepted(headers: dict[str, str], guarded: Server) -> None:
-    assert guarded.request("GET", "/api/models", None, headers).status == 200
+def test_key_is_accepted_and_health_needs_none(guarded: Server) -> None:
+    for name, key in {"Authorization": "Bearer s3cret", "authorization": "bearer s3cret", "x-api-key": "s3cret",
+                      "X-API-Key": "s3cret"}.items():  # fmt: skip
+        assert guarded.request("GET", "/api/models", None, {name: key}).status == 200
+    for path in ("/health", "/api/health", "/api/health/"):
+        assert guarded.get(path).status == 200
+    for path in ("/ready", "/health?ready"):
+        eventually(lambda path=path: guarded.get(path).status == 200, "the first scan is over")  # type: ignore[misc]
 
 
-@pytest.mark.parametrize("path", ["/health", "/api/health", "/api/health/"])
-def test_health_needs_no_key(path: str, guarded: Server) -> None:
-    assert guarded.get(path).status == 200
-
-
-def test_keys_and_prompts_are_never_logged(serve: Callable[..., Server], models: Path) -> None:
+def test_keys_and_prompts_are_never_logged(serve: Serve, models: Path) -> None:
     server = serve("-v", "--models-dir", models, "--api-key", "hush-hush")
     body = {"model": "recital", "prompt": "private words :"}
     assert server.post("/api/generate", body, **{"x-api-key": "hush-hush"}).status == 200
@@ -14109,15 +13206,11 @@ def test_keys_and_prompts_are_never_logged(serve: Callable[..., Server], models:
     assert not [word for word in ("hush-hush", "wrong-key", "private words") if word in log]
 
 
-@pytest.mark.parametrize("host", ["localhost", "LOCALHOST:{port}", "127.0.0.1:{port}", "[::1]:{port}", "127.0.0.2"])
-def test_loopback_host_is_accepted(host: str, server: Server) -> None:
-    assert server.get("/api/models", Host=host.format(port=server.port)).status == 200
-
-
-def test_allowed_host_is_accepted(guarded: Server) -> None:
-    headers = {"Host": "my.box:80", "x-api-key": "s3cret"}
-    assert guarded.request("GET", "/api/models", None, headers).status == 200
-    assert guarded.request("GET", "/api/models", None, {**headers, "Host": "your.box"}).status == 403
+def test_loopback_and_allowed_hosts_are_accepted(server: Server, guarded: Server) -> None:
+    for host in ("localhost", "LOCALHOST:{port}", "127.0.0.1:{port}", "[::1]:{port}", "127.0.0.2"):
+        assert server.get("/api/models", Host=host.format(port=server.port)).status == 200
+    for host, status in {"my.box:80": 200, "your.box": 403}.items():
+        assert guarded.get("/api/models", **{"Host": host, "x-api-key": "s3cret"}).status == status
 
 
 FOREIGN = ["https://evil.example", "null", "http://localhost.evil.example", "http://127.0.0.1.evil", "file://",
@@ -14135,33 +13228,28 @@ def test_foreign_origin_is_rejected_before_anything_runs(origin: str, server: Se
     assert server.status("dice")["status"] == "unloaded"
 
 
-@pytest.mark.parametrize("origin", FRIENDLY)
+@pytest.mark.parametrize("origin", [*FRIENDLY, "app://.", "app://", "capacitor://localhost", "http://shimmy.localhost:1"])
 def test_friendly_origin_is_reflected(origin: str, server: Server) -> None:
     reply = server.get("/api/models", Origin=origin)
     assert reply.status == 200 and reply.headers["Access-Control-Allow-Origin"] == origin
     assert "origin" in reply.headers["Vary"].lower()
 
 
-def test_friendly_origin_can_read_errors_and_streams(server: Server) -> None:
+def test_friendly_origin_can_read_errors_and_streams_and_none_is_reflected_where_none_is_named(server: Server) -> None:
     origin = {"Origin": "http://localhost:3000"}
     for body in ({"model": "nonesuch", "prompt": ":"}, {"model": "recital", "prompt": ":", "stream": True}):
         reply = server.post("/api/generate", body, **origin)
         assert reply.headers["Access-Control-Allow-Origin"] == origin["Origin"]
+        assert {"x-request-id", "request-id"} <= set(reply.headers["Access-Control-Expose-Headers"].lower().split(", "))
+    assert "Access-Control-Allow-Origin" not in server.get("/api/models").headers
 
 
-def test_allowed_origin_is_accepted(guarded: Server) -> None:
+def test_allowed_origin_is_accepted_and_can_read_the_401(guarded: Server) -> None:
     reply = guarded.get("/api/models", Origin="https://my.app", **{"x-api-key": "s3cret"})
     assert reply.status == 200 and reply.headers["Access-Control-Allow-Origin"] == "https://my.app"
     assert guarded.get("/api/models", Origin="https://my.app.evil", **{"x-api-key": "s3cret"}).status == 403
-
-
-def test_allowed_origin_can_read_the_401(guarded: Server) -> None:
     reply = guarded.get("/api/models", Origin="https://my.app")
     assert (reply.status, reply.headers["Access-Control-Allow-Origin"]) == (401, "https://my.app")
-
-
-def test_no_cors_headers_without_an_origin(server: Server) -> None:
-    assert "Access-Control-Allow-Origin" not in server.get("/api/models").headers
 
 
 def preflight(server: Server, origin: str) -> Reply:
@@ -14170,19 +13258,16 @@ def preflight(server: Server, origin: str) -> Reply:
     return server.request("OPTIONS", "/v1/chat/completions", None, headers)
 
 
-@pytest.mark.parametrize("origin", ["http://localhost:3000", "https://my.app"])
-def test_preflight_from_an_allowed_origin_needs_no_key(origin: str, guarded: Server) -> None:
-    reply = preflight(guarded, origin)
-    assert reply.status == 200 and reply.headers["Access-Control-Allow-Origin"] == origin
-    assert "POST" in reply.headers["Access-Control-Allow-Methods"]
-    assert "authorization" in reply.headers["Access-Control-Allow-Headers"].lower()
-
-
-@pytest.mark.parametrize("origin", ["https://evil.example", "null"])
-def test_preflight_from_a_foreign_origin_gets_no_cors_headers(origin: str, guarded: Server) -> None:
-    reply = preflight(guarded, origin)
-    assert reply.status == 200
-    assert not [name for name in reply.headers if name.lower().startswith("access-control-allow")]
+def test_preflight_needs_no_key_and_opens_to_allowed_origins_alone(guarded: Server) -> None:
+    for origin in ("http://localhost:3000", "https://my.app"):
+        reply = preflight(guarded, origin)
+        assert reply.status == 200 and reply.headers["Access-Control-Allow-Origin"] == origin
+        assert "POST" in reply.headers["Access-Control-Allow-Methods"]
+        assert "authorization" in reply.headers["Access-Control-Allow-Headers"].lower()
+    for origin in ("https://evil.example", "null"):
+        reply = preflight(guarded, origin)
+        assert reply.status == 200
+        assert not [name for name in reply.headers if name.lower().startswith("access-control-allow")]
 
 
 # Heads
@@ -14203,18 +13288,14 @@ def test_control_character_or_folded_line_in_a_head_is_400(line: str, path: str,
     assert_error(reply, 400, "invalid_request")
 
 
-def test_ws_upgrade_whose_head_is_too_large_is_431(server: Server) -> None:
-    lines = [f"{name}: {value}" for name, value in {**UPGRADE, "X-Large": "x" * 100_000}.items()]
-    (reply,) = exchange(server, head_of("GET", "/ws/generate", *lines))
-    assert_error(reply, 431, "invalid_request")
-
-
-@cases("more", {"a long line": ["X-Large: " + "x" * 30_000], "many lines": [f"X-{n}: x" for n in range(90)]})
-def test_ws_upgrade_may_be_as_large_as_any_head(more: list[str], server: Server) -> None:
+def test_ws_upgrade_may_be_as_large_as_any_head_and_no_larger(server: Server) -> None:
     lines = [f"{name}: {value}" for name, value in UPGRADE.items()]
-    with socket.create_connection((server.host, server.port), timeout=HANG) as sock:
-        sock.sendall(head_of("GET", "/ws/generate", *lines, *more))
-        assert sock.recv(4096).startswith(b"HTTP/1.1 101 ")
+    (reply,) = exchange(server, head_of("GET", "/ws/generate", *lines, "X-Large: " + "x" * 100_000))
+    assert_error(reply, 431, "invalid_request")
+    for more in (["X-Large: " + "x" * 30_000], [f"X-{n}: x" for n in range(90)]):
+        with knocking(server) as sock:
+            sock.sendall(head_of("GET", "/ws/generate", *lines, *more))
+            assert sock.recv(4096).startswith(b"HTTP/1.1 101 ")
 
 
 def test_foreign_page_may_not_embed_an_answer(server: Server) -> None:
@@ -14307,11 +13388,6 @@ def test_strange_origin_is_refused_and_not_reflected(origin: str, server: Server
     assert "Access-Control-Allow-Origin" not in reply.headers
 
 
-@pytest.mark.parametrize("origin", ["app://.", "app://", "capacitor://localhost", "http://shimmy.localhost:1"])
-def test_origin_of_an_app_passes(origin: str, server: Server) -> None:
-    assert server.get("/api/models", Origin=origin).headers["Access-Control-Allow-Origin"] == origin
-
-
 @pytest.mark.parametrize("host", [
     "evil.example", "127.0.0.1.evil.example", "10.0.0.1", "localhost.evil", "", "user@127.0.0.1", "127.0.0.1.", "localhost.",
     "localhost:", "localhost:x", "127.0.0.1:80.evil", "localhost:99999", "[127.0.0.1", "[::1", "::1", "[::1]evil", "[]",
@@ -14321,13 +13397,7 @@ def test_strange_host_is_refused(host: str, server: Server) -> None:
     assert_error(server.get("/api/models", Host=host), 403, "forbidden")
 
 
-@pytest.mark.parametrize("key", ["schlüssel", "a\tb", "a\0b"[:1] + "\x7f"])
-def test_key_that_no_header_carries_is_a_usage_error(key: str, tmp_path: Path) -> None:
-    for args, env in ((("--api-key", key), {}), ((), {"SHIMMY_API_KEY": key})):
-        assert_failed(shimmy("serve", "--port", "0", *args, home=tmp_path, env=env), 2, "printable ASCII")
-
-
-def test_key_is_trimmed(serve: Callable[..., Server]) -> None:
+def test_key_is_trimmed(serve: Serve) -> None:
     """A file with Windows' line ends leaves a carriage return behind the key."""
     server = serve(env={"SHIMMY_API_KEY": " s3cret\r"})
     assert server.get("/api/models", **{"x-api-key": "s3cret"}).status == 200
@@ -14350,14 +13420,14 @@ def limited(folder: Path, soft: int, hard: int) -> Path:
 
 
 @linux
-def test_descriptor_limit_is_raised(serve: Callable[..., Server], tmp_path: Path) -> None:
+def test_descriptor_limit_is_raised(serve: Serve, tmp_path: Path) -> None:
     server = serve(script=limited(tmp_path, 128, 2000))
     (line,) = [line for line in Path(f"/proc/{server.process.pid}/limits").read_text().splitlines() if "open files" in line]
     assert line.split()[3:5] == ["2000", "2000"]
 
 
 @linux
-def test_connections_are_bounded_by_the_descriptors_there_are(serve: Callable[..., Server], tmp_path: Path) -> None:
+def test_connections_are_bounded_by_the_descriptors_there_are(serve: Serve, tmp_path: Path) -> None:
     server = serve(script=limited(tmp_path, 200, 200))
     with contextlib.ExitStack() as stack:
         socks = [stack.enter_context(socket.create_connection((server.host, server.port), timeout=HANG)) for _ in range(120)]
@@ -14369,7 +13439,7 @@ def test_connections_are_bounded_by_the_descriptors_there_are(serve: Callable[..
 
 
 @linux
-def test_connections_without_a_descriptor_wait_without_spinning(serve: Callable[..., Server]) -> None:
+def test_connections_without_a_descriptor_wait_without_spinning(serve: Serve) -> None:
     import resource
 
     server = serve()
@@ -14395,23 +13465,13 @@ def processor_seconds(server: Server) -> float:
     return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
 
 
-def test_connection_without_a_thread_is_answered_503(serve: Callable[..., Server], tmp_path: Path) -> None:
+def test_connection_without_a_thread_is_answered_503(serve: Serve, tmp_path: Path) -> None:
     started = "super().process_request(request, client_address)"
     server = serve(script=altered(tmp_path, (started, "raise RuntimeError('no new thread')")))
     for _ in range(40):  # more than are kept waiting
         assert_error(server.get("/health"), 503, "overloaded", "thread")
 
 
-def test_post_without_a_length_is_411_and_closes(server: Server) -> None:
-    body = b'{"model": "recital", "prompt": ":"}'
-    with socket.create_connection((server.host, server.port), timeout=HANG) as sock:
-        sock.sendall(head_of("POST", "/api/generate") + body)
-        reply = read_reply(sock)
-        assert_error(reply, 411, "invalid_request", "Content-Length")
-        assert reply.headers["Connection"] == "close"
-
-
-# HTTP.
 # Clients that read slowly or never, many at once, and connections used for long.
 
 
@@ -14430,7 +13490,7 @@ def connect_stalled(server: Server, request: bytes) -> socket.socket:
     return sock
 
 
-def test_client_too_far_behind_is_given_up_and_told_why(serve: Callable[..., Server], models: Path, tmp_path: Path) -> None:
+def test_client_too_far_behind_is_given_up_and_told_why(serve: Serve, models: Path, tmp_path: Path) -> None:
     script = altered(tmp_path, ("MAX_UNREAD = 4 * MIB", "MAX_UNREAD = MIB // 4"))
     own = serve("--models-dir", models, "--ctx", str(LONG_CTX), script=script)
     own.load("recital")
@@ -14520,13 +13580,9 @@ def test_rebound_name_is_refused_on_every_route(host: str, server: Server) -> No
                                     "http://user@127.0.0.1/api/models"])  # fmt: skip
 def test_address_that_names_another_host_is_refused(target: str, server: Server) -> None:
     """RFC 9112, 3.2.2: the host in the address counts, not the header."""
-    (reply,) = exchange(server, head_of("GET", target))
-    assert 400 <= reply.status < 500 and reply.json()["error"]["code"] in ("invalid_request", "not_found", "forbidden")
-
-
-def test_whole_address_is_served(server: Server) -> None:
-    (reply,) = exchange(server, head_of("GET", "http://127.0.0.1/api/health?x=1"))
-    assert reply.json()["status"] == "healthy"
+    other, own = exchange(server, head_of("GET", target)), exchange(server, head_of("GET", "http://127.0.0.1/api/health?x=1"))
+    assert 400 <= other[0].status < 500 and other[0].json()["error"]["code"] in ("invalid_request", "not_found", "forbidden")
+    assert own[0].json()["status"] == "healthy"
 
 
 def upgrade_of(path: str, **headers: str) -> bytes:
@@ -14544,17 +13600,12 @@ def test_ws_of_a_foreign_page_or_name_is_refused(path: str, server: Server) -> N
 
 
 def test_ws_with_two_origins_is_refused(server: Server) -> None:
-    request = upgrade_of("/ws/generate", Origin="http://localhost").replace(b"\r\nOrigin",
-                                                                            b"\r\nOrigin: https://evil.example\r\nOrigin")
+    two = b"\r\nOrigin: https://evil.example\r\nOrigin"
+    request = upgrade_of("/ws/generate", Origin="http://localhost").replace(b"\r\nOrigin", two)
     assert exchange(server, request)[0].status in (400, 403)
 
 
-@pytest.fixture(scope="module")
-def opened(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A server that pages of any origin may use."""
-    with shared(tmp_path_factory.mktemp("opened"), "--models-dir", models, "--model", "recital", "--allow-origin",
-                "*") as running:
-        yield running
+opened = serving("--model", "recital", "--allow-origin", "*")  # to pages of any origin
 
 
 @pytest.mark.parametrize("origin", ["https://my.app", "null", "http://192.168.1.5:3000"])
@@ -14567,10 +13618,7 @@ def test_page_of_any_origin_is_answered_once_that_is_allowed(origin: str, opened
     with opened.ws(additional_headers={"Origin": origin}) as ws:
         ws.send(json.dumps(body))
         assert ws_answer(ws)[0] == TEXTS[":"]
-
-
-def test_page_of_any_origin_still_needs_a_name_of_this_machine(opened: Server) -> None:
-    assert_error(opened.get("/api/models", Host="evil.example", Origin="https://my.app"), 403, "forbidden")
+    assert_error(opened.get("/api/models", Host="evil.example", Origin=origin), 403, "forbidden")  # a name of another machine
 
 
 @pytest.mark.parametrize("asked", ["x\r\nSet-Cookie: a=b", "authorization,<script>", "a" * 3000])
@@ -14580,47 +13628,43 @@ def test_preflight_repeats_no_header_that_is_none(asked: str, opened: Server) ->
     assert "Set-Cookie" not in reply.headers and "<" not in (reply.headers["Access-Control-Allow-Headers"] or "")
 
 
-@pytest.mark.parametrize("bind", ["0.0.0.0", "::", "[::]:0", "192.0.2.1"])
-def test_bind_beyond_loopback_without_a_key_is_refused(bind: str, tmp_path: Path) -> None:
-    done = shimmy("serve", "--port", "0", "--bind", bind, home=tmp_path)
-    assert_failed(done, 2, "--api-key", "--insecure")
-
-
 # HTTP abuse.
 
 
-@cases(
-    "lines, status",
-    {
-        "a length and chunks": (("Content-Length: 5", "Transfer-Encoding: chunked"), 400),
-        "two lengths": (("Content-Length: 5", "Content-Length: 6"), 400),
-        "a negative length": (("Content-Length: -1",), 400),
-        "a length that is not a number": (("Content-Length: five",), 400),
-        "a length with a sign": (("Content-Length: +5",), 400),
-        "an encoding that is not chunked": (("Transfer-Encoding: gzip",), 400),
-        "a length of 30 digits": (("Content-Length: " + "9" * 30,), 400),
-        "a length of 15 digits": (("Content-Length: " + "9" * 15,), 413),
-        "a length in hexadecimal": (("Content-Length: 0x10",), 400),
-        "a list of lengths": (("Content-Length: 5, 5",), 400),
-        "a length and a unit": (("Content-Length: 5 bytes",), 400),
-        "an empty length": (("Content-Length:",), 400),
-        "a fraction": (("Content-Length: 5.0",), 400),
-        "digits of another script": (("Content-Length: \u00b2",), 400),
-        "chunked twice": (("Transfer-Encoding: chunked, chunked",), 400),
-        "compressed chunks": (("Transfer-Encoding: gzip, chunked",), 400),
-        "chunked and more": (("Transfer-Encoding: chunked, identity",), 400),
-        "almost chunked": (("Transfer-Encoding: xchunked",), 400),
-        "chunked in quotes": (('Transfer-Encoding: "chunked"',), 400),
-        "two encodings": (("Transfer-Encoding: chunked", "Transfer-Encoding: chunked"), 400),
-        "an empty encoding": (("Transfer-Encoding:",), 400),
-        "an encoding and an empty length": (("Transfer-Encoding: chunked", "Content-Length:"), 400),
-    },
-)
-def test_body_of_unclear_length_is_refused_and_ends_the_connection(lines: tuple[str, ...], status: int, server: Server) -> None:
-    with socket.create_connection((server.host, server.port), timeout=HANG) as sock:
-        sock.sendall(head_of("POST", "/api/generate", *lines) + head_of("GET", "/smuggled"))
+BAD_LENGTHS: dict[str, tuple[str, int]] = {  # lines of a head, and the status
+    "a length and chunks": ("Content-Length: 5\r\nTransfer-Encoding: chunked", 400),
+    "two lengths": ("Content-Length: 5\r\nContent-Length: 6", 400),
+    "a negative length": ("Content-Length: -1", 400),
+    "a length that is not a number": ("Content-Length: five", 400),
+    "a length with a sign": ("Content-Length: +5", 400),
+    "an encoding that is not chunked": ("Transfer-Encoding: gzip", 400),
+    "a length of 30 digits": ("Content-Length: " + "9" * 30, 400),
+    "a length of 15 digits": ("Content-Length: " + "9" * 15, 413),
+    "a length in hexadecimal": ("Content-Length: 0x10", 400),
+    "a list of lengths": ("Content-Length: 5, 5", 400),
+    "a length and a unit": ("Content-Length: 5 bytes", 400),
+    "an empty length": ("Content-Length:", 400),
+    "a fraction": ("Content-Length: 5.0", 400),
+    "digits of another script": ("Content-Length: \u00b2", 400),
+    "no length at all": ("X: y", 411),
+    "chunked twice": ("Transfer-Encoding: chunked, chunked", 400),
+    "compressed chunks": ("Transfer-Encoding: gzip, chunked", 400),
+    "chunked and more": ("Transfer-Encoding: chunked, identity", 400),
+    "almost chunked": ("Transfer-Encoding: xchunked", 400),
+    "chunked in quotes": ('Transfer-Encoding: "chunked"', 400),
+    "two encodings": ("Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked", 400),
+    "an empty encoding": ("Transfer-Encoding:", 400),
+    "an encoding and an empty length": ("Transfer-Encoding: chunked\r\nContent-Length:", 400),
+}
+
+
+@cases("lines, status", BAD_LENGTHS)
+def test_body_of_unclear_length_is_refused_and_ends_the_connection(lines: str, status: int, server: Server) -> None:
+    with knocking(server) as sock:
+        sock.sendall(head_of("POST", "/api/generate", lines) + head_of("GET", "/smuggled"))
         reply = read_reply(sock)
         assert reply.status == status and reply.headers["Connection"] == "close"
+        assert status != 411 or assert_error(reply, 411, "invalid_request", "Content-Length")
         with contextlib.suppress(ConnectionError):
             assert sock.recv(1) == b""
 
@@ -14633,121 +13677,110 @@ def test_only_http_s_own_blanks_and_digits_count(line: bytes, server: Server) ->
     assert_error(reply, 400, "invalid_request")
 
 
-def test_length_said_twice_alike_is_read(server: Server) -> None:
+def test_length_said_twice_alike_is_read_and_chunks_in_http_1_0_are_refused(server: Server) -> None:
     body = b'{"expression": "1+1"}'
     request = head_of("POST", "/api/tools/calculator/execute", *[f"Content-Length: {len(body)}"] * 2) + body
     replies = exchange(server, request, head_of("GET", "/health"))
     assert [reply.status for reply in replies] == [200, 200]
-
-
-def test_chunks_in_http_1_0_are_refused(server: Server) -> None:
-    """RFC 9112, 6.1: such a request is faulty; what stands before it may have read its body otherwise."""
+    # RFC 9112, 6.1: such a request is faulty; what stands before it may have read its body otherwise.
     head = b"POST /api/generate HTTP/1.0\r\nHost: localhost\r\nConnection: keep-alive\r\nTransfer-Encoding: chunked\r\n\r\n"
     (reply,) = exchange(server, head + b"0\r\n\r\n")
     assert_error(reply, 400, "invalid_request")
     assert reply.headers["Connection"] == "close"
 
 
-@cases(
-    "chunks",
-    {
-        "a size that is not a number": b"zz\r\nhello\r\n0\r\n\r\n",
-        "a negative size": b"-5\r\nhello\r\n0\r\n\r\n",
-        "no line end after the data": b"5\r\nhelloXX0\r\n\r\n",
-        "no size": b"\r\n\r\n",
-        "a size beyond 64 bits": b"ffffffffffffffff\r\nx",
-        "a size of 17 digits": b"00000000000000005\r\nhello\r\n0\r\n\r\n",
-        "a size with a prefix": b"0x5\r\nhello\r\n0\r\n\r\n",
-        "a size with a sign": b"+5\r\nhello\r\n0\r\n\r\n",
-        "a size with an underscore": b"1_0\r\nhello\r\n0\r\n\r\n",
-        "an extension of 2000 bytes": b"5;" + b"x" * 2000 + b"\r\nhello\r\n0\r\n\r\n",
-        "a chunk shorter than its size": b"9\r\nhello\r\n0\r\n\r\n    ",
-        "200 trailers": b"0\r\n" + b"X: y\r\n" * 200 + b"\r\n",
-        "a trailer of 2000 bytes": b"0\r\nX: " + b"y" * 2000 + b"\r\n\r\n",
-        "a size's line that ends in a bare LF": b"5\nhello\r\n0\r\n\r\n",
-        "a chunk that ends in a bare LF": b"5\r\nhello\n0\r\n\r\n",
-        "a chunk with blanks behind it": b"5\r\nhello   \r\n0\r\n\r\n",
-        "a blank that is none of HTTP's": b"\xa05\r\nhello\r\n0\r\n\r\n",
-    },
-)
+BAD_CHUNKS = {
+    "a size that is not a number": b"zz\r\nhello\r\n0\r\n\r\n",
+    "a negative size": b"-5\r\nhello\r\n0\r\n\r\n",
+    "no line end after the data": b"5\r\nhelloXX0\r\n\r\n",
+    "no size": b"\r\n\r\n",
+    "a size beyond 64 bits": b"ffffffffffffffff\r\nx",
+    "a size of 17 digits": b"00000000000000005\r\nhello\r\n0\r\n\r\n",
+    "a size with a prefix": b"0x5\r\nhello\r\n0\r\n\r\n",
+    "a size with a sign": b"+5\r\nhello\r\n0\r\n\r\n",
+    "a size with an underscore": b"1_0\r\nhello\r\n0\r\n\r\n",
+    "an extension of 2000 bytes": b"5;" + b"x" * 2000 + b"\r\nhello\r\n0\r\n\r\n",
+    "a chunk shorter than its size": b"9\r\nhello\r\n0\r\n\r\n    ",
+    "200 trailers": b"0\r\n" + b"X: y\r\n" * 200 + b"\r\n",
+    "a trailer of 2000 bytes": b"0\r\nX: " + b"y" * 2000 + b"\r\n\r\n",
+    "a size's line that ends in a bare LF": b"5\nhello\r\n0\r\n\r\n",
+    "a chunk that ends in a bare LF": b"5\r\nhello\n0\r\n\r\n",
+    "a chunk with blanks behind it": b"5\r\nhello   \r\n0\r\n\r\n",
+    "a blank that is none of HTTP's": b"\xa05\r\nhello\r\n0\r\n\r\n",
+}
+
+
+@cases("chunks", BAD_CHUNKS)
 def test_bad_chunks_are_refused_and_end_the_connection(chunks: bytes, server: Server) -> None:
-    with socket.create_connection((server.host, server.port), timeout=HANG) as sock:
-        sock.sendall(head_of("POST", "/api/generate", "Transfer-Encoding: chunked") + chunks)
-        reply = read_reply(sock)
-        assert_error(reply, 400, "invalid_request")
-        assert reply.headers["Connection"] == "close"
+    (reply,) = exchange(server, head_of("POST", "/api/generate", "Transfer-Encoding: chunked") + chunks)
+    assert_error(reply, 400, "invalid_request")
+    assert reply.headers["Connection"] == "close"
 
 
-@cases(
-    "head, statuses",
-    {
-        "101 headers": (b"GET /health HTTP/1.1\r\nHost: localhost\r\n" + b"A:b\r\n" * 100 + b"\r\n", {431}),
-        "20,000 headers": (b"GET /health HTTP/1.1\r\n" + b"A:b\r\n" * 20_000 + b"\r\n", {431}),
-        "a header of 100 KB": (b"GET /health HTTP/1.1\r\nA: " + b"b" * 100_000 + b"\r\n\r\n", {431}),
-        "a line of 100 KB": (b"GET /" + b"a" * 100_000 + b" HTTP/1.1\r\n\r\n", {414, 431}),
-        "bytes without a line": (b"\x80" * 100_000, {414}),
-        "one word": (b"GARBAGE\r\n\r\n", {400}),
-        "no version": (b"GET /health\r\n\r\n", {400}),
-        "no path": (b"GET  HTTP/1.1\r\n\r\n", {400}),
-        "version 9.9": (b"GET /health HTTP/9.9\r\n\r\n", {400}),
-        "a TLS handshake": (b"\x16\x03\x01\x02\x00\x01\r\n\r\n", {400}),
-        "a header without a colon": (b"GET /health HTTP/1.1\r\nno colon here\r\n\r\n", {400}),
-        "a space in a header's name": (b"GET /health HTTP/1.1\r\nHost: localhost\r\nA B: 1\r\n\r\n", {400}),
-        "a space before the colon": (b"GET /health HTTP/1.1\r\nHost: localhost\r\nContent-Length : 5\r\n\r\n", {400}),
-        "a second Host": (b"GET /health HTTP/1.1\r\nHost: localhost\r\nHost: localhost\r\n\r\n", {400}),
-        "two Origins": (b"GET /health HTTP/1.1\r\nHost: localhost\r\nOrigin: http://evil.example\r\nOrigin: x\r\n\r\n", {400}),
-        "half an address as its host": (b"GET /health HTTP/1.1\r\nHost: [\r\n\r\n", {403}),
-        "half an address in its line": (b"GET http://[x/ HTTP/1.1\r\nHost: localhost\r\n\r\n", {400}),
-        "HTTP/2's preface": (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", {400, 405}),
-        "version 2": (b"GET /health HTTP/2.0\r\nHost: localhost\r\n\r\n", {400}),
-        "version 1.1.1": (b"GET /health HTTP/1.1.1\r\nHost: localhost\r\n\r\n", {400}),
-        "version -1": (b"GET /health HTTP/-1.1\r\nHost: localhost\r\n\r\n", {400}),
-        "version 1.99999999999": (b"GET /health HTTP/1.99999999999\r\nHost: localhost\r\n\r\n", {400}),
-        "another protocol": (b"GET /health RTSP/1.0\r\nHost: localhost\r\n\r\n", {400}),
-        "four words": (b"GET /api models HTTP/1.1\r\nHost: localhost\r\n\r\n", {400}),
-        "a method alone": (b"GET\r\n\r\n", {400}),
-        "a method of 20 KB": (b"G" * 20_000 + b" /health HTTP/1.1\r\nHost: localhost\r\n\r\n", {405}),
-        "a method that is no token": (b"G<T /health HTTP/1.1\r\nHost: localhost\r\n\r\n", {405}),
-        "a method in another script": (b"G\xc3\x89T /health HTTP/1.1\r\nHost: localhost\r\n\r\n", {405}),
-        "a proxy's CONNECT": (b"CONNECT evil.example:443 HTTP/1.1\r\nHost: localhost\r\n\r\n", {400, 404}),
-        "no host": (b"GET /health HTTP/1.1\r\n\r\n", {400}),
-        "a port as its host": (b"GET /health HTTP/1.1\r\nHost: :80\r\n\r\n", {403}),
-        "bytes that are no text in its path": (b"GET /\xff\xfe/\xc0\xaf HTTP/1.1\r\nHost: localhost\r\n\r\n", {404}),
-        "a header without a name": (b"GET /health HTTP/1.1\r\nHost: localhost\r\n: x\r\n\r\n", {400}),
-        "a header that is an end": (b"GET /health HTTP/1.1\r\nHost: localhost\r\n:\r\n\r\n", {400}),
-    },
-)
+@cases("head, statuses", {
+    "101 headers": (b"GET /health HTTP/1.1\r\nHost: localhost\r\n" + b"A:b\r\n" * 100 + b"\r\n", {431}),
+    "20,000 headers": (b"GET /health HTTP/1.1\r\n" + b"A:b\r\n" * 20_000 + b"\r\n", {431}),
+    "a header of 100 KB": (b"GET /health HTTP/1.1\r\nA: " + b"b" * 100_000 + b"\r\n\r\n", {431}),
+    "a line of 100 KB": (b"GET /" + b"a" * 100_000 + b" HTTP/1.1\r\n\r\n", {414, 431}),
+    "bytes without a line": (b"\x80" * 100_000, {414}),
+    "one word": (b"GARBAGE\r\n\r\n", {400}),
+    "no version": (b"GET /health\r\n\r\n", {400}),
+    "no path": (b"GET  HTTP/1.1\r\n\r\n", {400}),
+    "version 9.9": (b"GET /health HTTP/9.9\r\n\r\n", {400}),
+    "a TLS handshake": (b"\x16\x03\x01\x02\x00\x01\r\n\r\n", {400}),
+    "a header without a colon": (b"GET /health HTTP/1.1\r\nno colon here\r\n\r\n", {400}),
+    "a space in a header's name": (b"GET /health HTTP/1.1\r\nHost: localhost\r\nA B: 1\r\n\r\n", {400}),
+    "a space before the colon": (b"GET /health HTTP/1.1\r\nHost: localhost\r\nContent-Length : 5\r\n\r\n", {400}),
+    "a second Host": (b"GET /health HTTP/1.1\r\nHost: localhost\r\nHost: localhost\r\n\r\n", {400}),
+    "two Origins": (b"GET /health HTTP/1.1\r\nHost: localhost\r\nOrigin: http://evil.example\r\nOrigin: x\r\n\r\n", {400}),
+    "half an address as its host": (b"GET /health HTTP/1.1\r\nHost: [\r\n\r\n", {403}),
+    "half an address in its line": (b"GET http://[x/ HTTP/1.1\r\nHost: localhost\r\n\r\n", {400}),
+    "HTTP/2's preface": (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", {400, 405}),
+    "version 2": (b"GET /health HTTP/2.0\r\nHost: localhost\r\n\r\n", {400}),
+    "version 1.1.1": (b"GET /health HTTP/1.1.1\r\nHost: localhost\r\n\r\n", {400}),
+    "version -1": (b"GET /health HTTP/-1.1\r\nHost: localhost\r\n\r\n", {400}),
+    "version 1.99999999999": (b"GET /health HTTP/1.99999999999\r\nHost: localhost\r\n\r\n", {400}),
+    "another protocol": (b"GET /health RTSP/1.0\r\nHost: localhost\r\n\r\n", {400}),
+    "four words": (b"GET /api models HTTP/1.1\r\nHost: localhost\r\n\r\n", {400}),
+    "a method alone": (b"GET\r\n\r\n", {400}),
+    "a method of 20 KB": (b"G" * 20_000 + b" /health HTTP/1.1\r\nHost: localhost\r\n\r\n", {405}),
+    "a method that is no token": (b"G<T /health HTTP/1.1\r\nHost: localhost\r\n\r\n", {405}),
+    "a method in another script": (b"G\xc3\x89T /health HTTP/1.1\r\nHost: localhost\r\n\r\n", {405}),
+    "a proxy's CONNECT": (b"CONNECT evil.example:443 HTTP/1.1\r\nHost: localhost\r\n\r\n", {400, 404}),
+    "no host": (b"GET /health HTTP/1.1\r\n\r\n", {400}),
+    "a port as its host": (b"GET /health HTTP/1.1\r\nHost: :80\r\n\r\n", {403}),
+    "bytes that are no text in its path": (b"GET /\xff\xfe/\xc0\xaf HTTP/1.1\r\nHost: localhost\r\n\r\n", {404}),
+    "a header without a name": (b"GET /health HTTP/1.1\r\nHost: localhost\r\n: x\r\n\r\n", {400}),
+    "a header that is an end": (b"GET /health HTTP/1.1\r\nHost: localhost\r\n:\r\n\r\n", {400}),
+})  # fmt: skip
 def test_bad_head_is_the_clients_fault(head: bytes, statuses: set[int], server: Server) -> None:
     (reply,) = exchange(server, head)
     assert reply.status in statuses, reply.body
     assert reply.json()["error"]["code"] and reply.headers["Content-Type"] == "application/json"
 
 
-@pytest.mark.parametrize("name", ["..%2f..%2fetc%2fpasswd", "%2e%2e", "..", "%00", "nice%00.gguf", "%2Fetc%2Fpasswd", "%",
-                                  "%zz", "%ff%fe",
-                                  "dice%2f..%2fdice", "%0d%0aX:%20y", "%1b%5b2J", "a" * 4000, "%F0%9F%98%80",
-                                  "c%3a%5cx"])  # fmt: skip
+STRANGE_NAMES = ["..%2f..%2fetc%2fpasswd", "%2e%2e", "..", "%00", "nice%00.gguf", "%2Fetc%2Fpasswd", "%", "%zz", "%ff%fe",
+                 "dice%2f..%2fdice", "%0d%0aX:%20y", "%1b%5b2J", "a" * 4000, "%F0%9F%98%80", "c%3a%5cx"]
+
+
+@pytest.mark.parametrize("name", STRANGE_NAMES)
 def test_name_in_an_address_is_only_a_name(name: str, server: Server) -> None:
-    for method, path in (("GET", f"/api/models/{name}/status"), ("POST", f"/api/models/{name}/load"), ("GET",
-                                                                                                       f"/v1/models/{name}")):
+    for address in (f"GET /api/models/{name}/status", f"POST /api/models/{name}/load", f"GET /v1/models/{name}"):
+        method, path = address.split()
         assert_error(server.request(method, path), 404, "model_not_found")
     assert_error(server.post(f"/api/tools/{name}/execute", {}), 404, "not_found")
 
 
 @pytest.mark.parametrize("path", ["/api%2fmodels", "/api/models%2fdice%2fload", "/api/../api/models", "/api/./models",
-                                  "/%2e/health",
-                                  "/health%00", "/health;x=1", "/HEALTH", "/api/models/.."])  # fmt: skip
+                                  "/%2e/health", "/health%00", "/health;x=1", "/HEALTH", "/api/models/.."])  # fmt: skip
 def test_encoded_slash_or_dot_is_no_way_to_another_route(path: str, server: Server) -> None:
     assert exchange(server, head_of("GET", path))[0].status == 404
 
 
-def test_query_of_thousands_of_fields_is_read(server: Server) -> None:
+def test_thousands_of_query_fields_and_hundreds_of_pipelined_requests_are_answered(server: Server) -> None:
     reply = server.get("/health?" + "&".join(f"a{i}=%ff" for i in range(6000)))
     assert reply.status == 200
-
-
-def test_pipelined_requests_by_the_hundred_are_answered_in_order(server: Server) -> None:
-    with socket.create_connection((server.host, server.port), timeout=HANG) as sock:
+    with knocking(server) as sock:
         for i in range(300):
             sock.sendall(raw_post("/api/tools/calculator/execute", b'{"expression": "%d"}' % i))
         reader = sock.makefile("rb")
@@ -14775,15 +13808,11 @@ def test_a_hundred_slow_heads_and_twenty_slow_bodies_keep_nobody_waiting(server:
         assert read_reply(slow[-1]).text == TEXTS[":"]
 
 
-@pytest.fixture(scope="module")
-def hasty(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A server that waits a second for a request, asks WebSockets for a sign of life, and ends those that are idle."""
-    folder = tmp_path_factory.mktemp("hasty")
-    script = altered(folder, ("REQUEST_SECONDS = 30.0", "REQUEST_SECONDS = 1.0"),
-                     ("SOCKET_PING_SECONDS = 20.0", "SOCKET_PING_SECONDS = 0.3"),
-                     ("SOCKET_IDLE_SECONDS = 3600.0", "SOCKET_IDLE_SECONDS = 3.0"))  # fmt: skip
-    with shared(folder / "home", "--models-dir", models, script=script) as running:
-        yield running
+# waits a second for a request, asks WebSockets for a sign of life, and ends those that are idle
+hasty = serving(changes=(
+    ("REQUEST_SECONDS = 30.0", "REQUEST_SECONDS = 1.0"), ("SOCKET_PING_SECONDS = 20.0", "SOCKET_PING_SECONDS = 0.3"),
+    ("SOCKET_IDLE_SECONDS = 3600.0", "SOCKET_IDLE_SECONDS = 2.0"),
+))  # fmt: skip
 
 
 def test_slow_head_and_slow_body_end_after_their_time(hasty: Server) -> None:
@@ -14798,9 +13827,7 @@ def test_slow_head_and_slow_body_end_after_their_time(hasty: Server) -> None:
 
 
 @linux
-def test_connections_far_beyond_the_descriptors_leave_the_server_working(
-    serve: Callable[..., Server], tmp_path: Path, models: Path
-) -> None:
+def test_connections_far_beyond_the_descriptors_leave_the_server_working(serve: Serve, tmp_path: Path, models: Path) -> None:
     own = serve("--models-dir", models, script=limited(tmp_path, 160, 160))
     with contextlib.ExitStack() as stack:
         for _ in range(400):
@@ -14866,17 +13893,17 @@ def test_metrics_have_the_names_and_types_that_dashboards_know(server: Server) -
     assert all(family.documentation for family in families.values())
 
 
-def test_metrics_are_prometheus_text_and_answer_head(server: Server) -> None:
+def test_metrics_are_prometheus_text_answer_head_and_hold_each_series_once(server: Server) -> None:
     reply, head = server.get("/metrics"), server.request("HEAD", "/metrics")
     assert reply.headers["Content-Type"] == head.headers["Content-Type"] == "text/plain; version=0.0.4; charset=utf-8"
     assert reply.body.endswith(b"\n") and head.body == b"" and int(head.headers["Content-Length"]) > 1000
-
-
-def test_each_series_is_there_once(server: Server) -> None:
     ws_ask(server, prompt=":")
     lines = [line.rpartition(" ")[0] for line in server.get("/metrics").body.decode().splitlines()]
     series = [line for line in lines if not line.startswith("#")]
     assert len(set(series)) == len(series) > 100
+    text = server.get("/metrics").body.decode()
+    assert re.search(r"(?m)^llamacpp:prompt_tokens_total \d+$", text)
+    assert "llamacpp:" in text and not re.search(r"llamacpp:\w+\{", text)
 
 
 def test_metrics_need_the_key(guarded: Server) -> None:
@@ -14884,13 +13911,7 @@ def test_metrics_need_the_key(guarded: Server) -> None:
     assert guarded.get("/metrics", Authorization="Bearer s3cret").status == 200
 
 
-def test_llama_servers_names_have_no_labels(server: Server) -> None:
-    text = server.get("/metrics").body.decode()
-    assert re.search(r"(?m)^llamacpp:prompt_tokens_total \d+$", text)
-    assert "llamacpp:" in text and not re.search(r"llamacpp:\w+\{", text)
-
-
-def test_tokens_are_counted_as_usage_tells(serve: Callable[..., Server], models: Path) -> None:
+def test_tokens_and_cache_hits_are_counted_and_histograms_hold_each_request_once(serve: Serve, models: Path) -> None:
     own = serve("--models-dir", models)
     used = [own.generate("="), own.generate("a longer prompt ="), own.chat("count"), own.generate("Once", "dice", max_tokens=7)]
     usage = [reply.json()["usage"] for reply in used]
@@ -14900,31 +13921,21 @@ def test_tokens_are_counted_as_usage_tells(serve: Callable[..., Server], models:
     assert now.of("recital", "vllm:prompt_tokens_total") == sum(u["prompt_tokens"] for u in usage[:3])
     computed = now("llamacpp:prompt_tokens_total") + now("llamacpp:prompt_tokens_cached_total")
     assert computed == sum(u["prompt_tokens"] for u in usage)
-
-
-def test_cache_hits_are_counted_in_tokens(serve: Callable[..., Server], models: Path) -> None:
-    own = serve("--models-dir", models)
-    for _ in range(2):
-        usage = own.chat("count " * 20).json()["usage"]
-    now = scrape(own)
-    assert now.of("recital", "vllm:prefix_cache_queries_total") == 2 * usage["prompt_tokens"]
-    assert now.of("recital", "vllm:prefix_cache_hits_total") == usage["prompt_tokens_details"]["cached_tokens"] > 50
-
-
-def test_histograms_hold_each_request_once_in_rising_buckets(serve: Callable[..., Server], models: Path) -> None:
-    own = serve("--models-dir", models)
-    for _ in range(3):
-        own.generate("=")
-    now = scrape(own)
     for name in KNOWN["histogram"]:
-        samples = now.families[name].samples
+        samples = [s for s in now.families[name].samples if s.labels["model_name"] == "recital"]
         buckets = [s.value for s in samples if s.name == f"{name}_bucket"]
         assert buckets == sorted(buckets) and buckets[-1] == now.of("recital", f"{name}_count"), name
         assert now.of("recital", f"{name}_sum") > 0 or "latency" in name or "per_output" in name
         assert buckets[-1] == 3 or "inter_token" in name or name.endswith(":time_per_output_token_seconds"), name
+    for _ in range(2):
+        last = own.chat("count " * 20, "dice").json()["usage"]
+    then = scrape(own)
+    asked = then.of("dice", "vllm:prefix_cache_queries_total") - now.of("dice", "vllm:prefix_cache_queries_total")
+    hits = then.of("dice", "vllm:prefix_cache_hits_total") - now.of("dice", "vllm:prefix_cache_hits_total")
+    assert asked == 2 * last["prompt_tokens"] and hits == last["prompt_tokens_details"]["cached_tokens"] > 50
 
 
-def test_time_to_first_token_has_the_load_in_it(serve: Callable[..., Server], models: Path, tmp_path: Path) -> None:
+def test_time_to_first_token_has_the_load_in_it(serve: Serve, models: Path, tmp_path: Path) -> None:
     script = altered(tmp_path, (CONTEXT_BEGINS, "        time.sleep(0.3)\n" + CONTEXT_BEGINS))
     own = serve("--models-dir", models, script=script)
     own.generate(":")
@@ -14934,7 +13945,7 @@ def test_time_to_first_token_has_the_load_in_it(serve: Callable[..., Server], mo
     assert queued > 0.3 > computed > 0
 
 
-def test_running_stream_shows_while_it_runs(serve: Callable[..., Server], models: Path) -> None:
+def test_stream_shows_while_it_runs_and_the_tokens_of_a_client_that_left_are_counted(serve: Serve, models: Path) -> None:
     own = serve("--models-dir", models, "--ctx", str(LONG_CTX))
     with own.endless() as stream:
         next(stream)
@@ -14943,35 +13954,25 @@ def test_running_stream_shows_while_it_runs(serve: Callable[..., Server], models
         assert 0 < now.of("recital", "vllm:kv_cache_usage_perc") == now("llamacpp:kv_cache_usage_ratio") <= 1
         before = now.of("recital", "vllm:generation_tokens_total")
         eventually(lambda: scrape(own).of("recital", "vllm:generation_tokens_total") > before > 0, "tokens count as they come")
+    ended = functools.partial(Scraped.of, model="recital", name="vllm:request_success_total")
+    now = eventually(lambda: ended(s := scrape(own), finished_reason="abort") and s, "the end is counted")
+    assert now.of("recital", "vllm:generation_tokens_total") > 0 and now.of("recital", "vllm:prompt_tokens_total") == 2
     eventually(lambda: scrape(own)("llamacpp:kv_cache_tokens") == 0, "nobody holds cells")
 
 
-@cases("body, reason", {
-    "its own end": ({}, "stop"), "max_tokens": ({"max_tokens": 2}, "length"),
-})  # fmt: skip
+@cases("body, reason", {"its own end": ({}, "stop"), "max_tokens": ({"max_tokens": 2}, "length")})
 def test_ends_are_counted_by_reason(body: dict[str, Any], reason: str, server: Server) -> None:
     before = scrape(server).of("recital", "vllm:request_success_total", finished_reason=reason)
     server.generate(":", **body)
     assert scrape(server).of("recital", "vllm:request_success_total", finished_reason=reason) == before + 1
 
 
-def test_tokens_of_a_client_that_left_are_counted(serve: Callable[..., Server], models: Path) -> None:
-    own = serve("--models-dir", models, "--ctx", str(LONG_CTX))
-    with own.endless() as stream:
-        next(stream)
-
-    def left() -> Scraped | None:
-        now = scrape(own)
-        return now if now.of("recital", "vllm:request_success_total", finished_reason="abort") else None
-
-    now = eventually(left, "the end is counted")
-    assert now.of("recital", "vllm:generation_tokens_total") > 0 and now.of("recital", "vllm:prompt_tokens_total") == 2
-
-
-def test_counters_never_fall_over_loads_and_unloads(serve: Callable[..., Server], models: Path) -> None:
-    own, seen = serve("--models-dir", models), []
+@linux
+def test_loads_and_deaths_of_engines_are_counted_and_no_counter_falls(serve: Serve, models: Path) -> None:
+    own, seen = serve("--models-dir", models, "--ctx", str(LONG_CTX)), []
     for _ in range(3):
         own.generate(":")
+        assert scrape(own).of("recital", "shimmy_model_memory_bytes") > 10e6
         own.unload("recital")
         seen.append(scrape(own))
     for early, late in itertools.pairwise(seen):
@@ -14979,24 +13980,10 @@ def test_counters_never_fall_over_loads_and_unloads(serve: Callable[..., Server]
         assert all(late.samples[key] >= early.samples[key] for key in rising)
     assert [s.of("recital", "shimmy_model_loads_total") for s in seen] == [1, 2, 3]
     assert seen[-1].of("recital", "shimmy_model_loaded") == seen[-1].of("recital", "shimmy_model_memory_bytes") == 0
-
-
-def test_memory_is_shown_by_model(server: Server) -> None:
-    server.load("recital")
-    now = scrape(server)
-    assert now.of("recital", "shimmy_model_memory_bytes") > 10e6 and now("process_resident_memory_bytes") > 10e6
-
-
-def test_failed_load_is_counted(serve: Callable[..., Server], models: Path) -> None:
-    own = serve("--models-dir", models)
+    assert seen[-1]("process_resident_memory_bytes") > 10e6
     assert_error(own.generate(model="hollow"), 500, "generation_failed")
     now = scrape(own)
     assert (now.of("hollow", "shimmy_model_load_failures_total"), now.of("hollow", "shimmy_model_loads_total")) == (1, 0)
-
-
-@linux
-def test_death_of_an_engine_is_counted_and_its_requests_as_errors(serve: Callable[..., Server], models: Path) -> None:
-    own = serve("--models-dir", models, "--ctx", str(LONG_CTX))
     with own.endless() as stream:
         next(stream)
         os.kill(own.engine("recital.gguf"), signal.SIGKILL)
@@ -15005,11 +13992,9 @@ def test_death_of_an_engine_is_counted_and_its_requests_as_errors(serve: Callabl
     assert now.of("recital", "vllm:request_success_total", finished_reason="error") == 1
 
 
-STOPS_HERE = (CONTEXT_BEGINS, CONTEXT_BEGINS + "        time.sleep(60)\n")
-
-
-def test_metrics_answer_at_once_while_a_model_loads(serve: Callable[..., Server], models: Path, tmp_path: Path) -> None:
-    own = serve("--models-dir", models, script=altered(tmp_path, STOPS_HERE))
+def test_metrics_answer_at_once_while_a_model_loads(serve: Serve, models: Path, tmp_path: Path) -> None:
+    stops_here = (CONTEXT_BEGINS, CONTEXT_BEGINS + "        time.sleep(60)\n")
+    own = serve("--models-dir", models, script=altered(tmp_path, stops_here))
     with ThreadPoolExecutor() as pool:
         waiter = pool.submit(own.generate)
         now = eventually(lambda: (s := scrape(own)).of("recital", "vllm:num_requests_waiting") and s, "somebody waits")
@@ -15064,11 +14049,9 @@ def test_what_clients_invent_makes_no_series(server: Server) -> None:
     eventually(lambda: scrape(server)("shimmy_requests_total", **labels) >= 5, "they are counted together")
 
 
-HOSTILE_NAME = 'a"},x{b="\\c\\n\nd # HELP'
-
-
-def test_hostile_model_name_is_escaped(serve: Callable[..., Server], tmp_path: Path) -> None:
-    write_recital(tmp_path / "odd" / f"{HOSTILE_NAME}.gguf")
+def test_hostile_model_name_is_escaped(serve: Serve, tmp_path: Path) -> None:
+    hostile_name = 'a"},x{b="\\c\\n\nd # HELP'
+    write_recital(tmp_path / "odd" / f"{hostile_name}.gguf")
     os.rename(write_recital(tmp_path / "odd" / "raw.gguf"), os.fsencode(tmp_path) + b"/odd/z\xff.gguf")
     own = serve("--models-dir", tmp_path / "odd")
     ids = [id for id in own.ids() if id not in ("default", "shimmy-tiny")]
@@ -15078,11 +14061,8 @@ def test_hostile_model_name_is_escaped(serve: Callable[..., Server], tmp_path: P
     assert names == set(ids) and len(ids) == 2 and any('"' in id and "\\" in id for id in ids)
 
 
-def test_labels_are_escaped_as_the_format_wants() -> None:
+def test_labels_are_escaped_and_values_on_a_buckets_bound_are_in_it() -> None:
     assert module.sample_line("x", {"a": 'b\\c"d\ne\udcff'}, 1) == r'x{a="b\\c\"d\ne\\udcff"} 1'
-
-
-def test_value_on_a_buckets_bound_is_in_it() -> None:
     histogram = module.Histogram((1.0, 2.0))
     for value in (0.5, 1.0, 1.5, 2.0, 2.5):
         histogram.add(value)
@@ -15104,7 +14084,7 @@ def test_counting_loses_nothing_among_threads() -> None:
     assert metrics.answers == {("GET", "/", "shimmy", "200"): 8000}
 
 
-def test_connections_are_counted(serve: Callable[..., Server], models: Path) -> None:
+def test_connections_are_counted(serve: Serve, models: Path) -> None:
     own = serve("--models-dir", models)
     with own.ws(), socket.create_connection((own.host, own.port)):
         eventually(lambda: scrape(own)("shimmy_open_connections") == 3, "an upgraded one, an idle one, and the scrape's")
@@ -15141,14 +14121,10 @@ ANSWERS: dict[str, tuple[str, str, Any]] = {
 
 
 @cases("method, path, body", ANSWERS)
-def test_every_answer_carries_the_clients_id(method: str, path: str, body: Any, server: Server) -> None:
-    assert_id(server.request(method, path, body, {"X-Request-Id": "trace-7/ä".encode("ascii", "ignore").decode()}), "trace-7/")
-
-
-@cases("method, path, body", ANSWERS)
-def test_every_answer_has_an_id_of_its_own(method: str, path: str, body: Any, server: Server) -> None:
-    ids = {assert_id(server.request(method, path, body)) for _ in range(3)}
-    assert len(ids) == 3 and all(re.fullmatch(r"[0-9a-f]{16}", id) for id in ids)
+def test_every_answer_carries_the_clients_id_or_one_of_its_own(method: str, path: str, body: Any, server: Server) -> None:
+    assert_id(server.request(method, path, body, {"X-Request-Id": "trace-7/"}), "trace-7/")
+    ids = {assert_id(server.request(method, path, body)) for _ in range(2)}
+    assert len(ids) == 2 and all(re.fullmatch(r"[0-9a-f]{16}", id) for id in ids)
 
 
 @cases("sent", {
@@ -15159,7 +14135,7 @@ def test_id_that_is_not_sane_is_replaced(sent: bytes, server: Server) -> None:
     assert reply.status == 200 and re.fullmatch(r"[0-9a-f]{16}", assert_id(reply))
 
 
-def test_a_large_body_gives_its_place_back_whatever_raises(serve: Callable[..., Server], models: Path, tmp_path: Path) -> None:
+def test_a_large_body_gives_its_place_back_whatever_raises(serve: Serve, models: Path, tmp_path: Path) -> None:
     """Where even the error cannot be told; behind a WebSocket's request that ends so, another one holds a place."""
     script = altered(
         tmp_path,
@@ -15180,25 +14156,17 @@ def test_a_large_body_gives_its_place_back_whatever_raises(serve: Callable[..., 
     eventually(lambda: server.post("/api/generate", f"{{{large}}}".encode()).status == 400, "the place is free")
 
 
-def test_longest_sane_id_is_taken(server: Server) -> None:
+def test_ids_are_as_long_as_they_may_be_and_each_requests_own(server: Server) -> None:
     id = "".join(chr(c) for c in range(33, 127)) + "x" * 34
     assert_id(server.get("/health", **{"X-Request-Id": id}), id)
-
-
-def test_requests_of_one_connection_have_their_own_ids(server: Server) -> None:
     first, second, third = exchange(server, head_of("GET", "/health", "X-Request-Id: mine"), *[head_of("GET", "/health")] * 2)
     assert len({assert_id(first, "mine"), assert_id(second), assert_id(third)}) == 3
+    for head in (b"nonsense\r\n\r\n", b"GET / HTTP/1.1\r\nHost : x\r\n\r\n"):
+        (reply,) = exchange(server, head)
+        assert reply.status == 400 and assert_id(reply)
 
 
-@cases("head", {"no HTTP": b"nonsense\r\n\r\n", "bad header": b"GET / HTTP/1.1\r\nHost : x\r\n\r\n"})
-def test_malformed_request_is_answered_with_an_id(head: bytes, server: Server) -> None:
-    (reply,) = exchange(server, head)
-    assert reply.status == 400 and assert_id(reply)
-
-
-def test_connection_refused_at_the_door_has_an_id_and_is_counted(
-    serve: Callable[..., Server], models: Path, tmp_path: Path
-) -> None:
+def test_connection_refused_at_the_door_has_an_id_and_is_counted(serve: Serve, models: Path, tmp_path: Path) -> None:
     own = serve("--models-dir", models, script=altered(tmp_path, ("MAX_CONNECTIONS = 1024", "MAX_CONNECTIONS = 1")))
     with socket.create_connection((own.host, own.port)) as first:
         first.sendall(head_of("GET", "/health"))
@@ -15210,11 +14178,6 @@ def test_connection_refused_at_the_door_has_an_id_and_is_counted(
         assert Scraped(read_reply(first).body.decode())("shimmy_connections_refused_total") == 1
 
 
-def test_pages_may_read_the_id(server: Server) -> None:
-    reply = server.get("/health", Origin="http://localhost:3000")
-    assert {"x-request-id", "request-id"} <= set(reply.headers["Access-Control-Expose-Headers"].lower().split(", "))
-
-
 def test_upgrade_and_refused_upgrade_carry_the_clients_id(server: Server) -> None:
     with server.ws(additional_headers={"X-Request-Id": "ws-1"}) as ws:
         assert ws.response and ws.response.headers["X-Request-Id"] == "ws-1" == ws.response.headers["request-id"]
@@ -15224,53 +14187,42 @@ def test_upgrade_and_refused_upgrade_carry_the_clients_id(server: Server) -> Non
     assert_id(reply, "ws-2")
 
 
-def test_log_line_has_the_id(serve: Callable[..., Server], models: Path) -> None:
-    own = serve("-v", "--models-dir", models)
+def test_log_has_the_ids_of_requests_and_failures(serve: Serve, models: Path, tmp_path: Path) -> None:
+    script = altered(tmp_path, ("lambda call: call.service.diag()", "lambda call: 1 // 0"))
+    own, quiet = serve("-v", "--models-dir", models), serve("--models-dir", models, script=script)
     own.post("/api/generate", {"model": "default", "prompt": ":"}, **{"X-Request-Id": "trace-1"})
     with own.ws(additional_headers={"X-Request-Id": "trace-2"}) as ws:
         ws.send(json.dumps({"model": "default", "prompt": ":", "max_tokens": 1}))
         ws.recv(HANG)
-    lines = r"POST /api/generate 200 .*, id trace-1\n(.|\n)*WS /ws/generate 200 .*, id trace-2\n"
+    lines = r"POST /api/generate 200 .*, id trace-1\n(.|\n)*WS /ws/generate 200 \d+ ms \S+ \d+\+\d+ tokens.*, id trace-2\n"
     assert eventually(lambda: re.search(lines, own.log.read_text()), "the lines are written")
-
-
-def test_failure_is_logged_with_its_id_without_v(serve: Callable[..., Server], models: Path) -> None:
-    own = serve("--models-dir", models)
-    body = {"model": "hollow", "prompt": "private words"}
-    reply = own.post("/api/generate", body, **{"X-Request-Id": "trace-3"})
+    reply = quiet.post("/api/generate", {"model": "hollow", "prompt": "private words"}, **{"X-Request-Id": "trace-3"})
     assert_error(reply, 500, "generation_failed")
-    log = eventually(lambda: "trace-3" in (text := own.log.read_text()) and text, "the failure is logged")
+    log = eventually(lambda: "trace-3" in (text := quiet.log.read_text()) and text, "the failure is logged")
     assert re.search(r"POST /api/generate failed, id trace-3: .*hollow", log) and "private" not in log
+    assert_error(quiet.get("/diag", **{"X-Request-Id": "trace-4"}), 500, "server_error")
+    assert re.search(r"GET /diag failed, id trace-4\n  Traceback(.|\n)*ZeroDivisionError", quiet.log.read_text())
 
 
-def test_traceback_is_logged_with_its_id(serve: Callable[..., Server], models: Path, tmp_path: Path) -> None:
-    script = altered(tmp_path, ("lambda call: call.service.diag()", 'lambda call: 1 // 0'))
-    own = serve("--models-dir", models, script=script)
-    assert_error(own.get("/diag", **{"X-Request-Id": "trace-4"}), 500, "server_error")
-    assert re.search(r"GET /diag failed, id trace-4\n  Traceback(.|\n)*ZeroDivisionError", own.log.read_text())
+KEPT_ID = {"X-Request-Id": "sdk-1"}
 
 
-@pytest.fixture
-def kept_id(server: Server) -> Iterator[dict[str, str]]:
-    yield {"X-Request-Id": "sdk-1"}
-
-
-def test_openai_package_reads_the_id(server: Server, kept_id: dict[str, str]) -> None:
-    client, said = server.client(), [{"role": "user", "content": "hi"}]
-    answer = client.chat.completions.create(model="recital", messages=said, extra_headers=kept_id)  # type: ignore[arg-type]
+def test_openai_package_reads_the_id(server: Server) -> None:
+    client, said = server.client(), user("hi")
+    answer = client.chat.completions.create(model="recital", messages=said, extra_headers=KEPT_ID)  # type: ignore[arg-type]
     assert answer._request_id == "sdk-1" and answer.choices[0].message.content == TEXTS[":"]
     with pytest.raises(Exception, match="model") as caught:
-        client.chat.completions.create(model="nobody", messages=said, extra_headers=kept_id)  # type: ignore[arg-type]
+        client.chat.completions.create(model="nobody", messages=said, extra_headers=KEPT_ID)  # type: ignore[arg-type]
     assert caught.value.request_id == "sdk-1"  # type: ignore[attr-defined]
 
 
-def test_anthropic_package_reads_the_id(server: Server, kept_id: dict[str, str]) -> None:
-    client, fields = anthropic_client(server), {"max_tokens": 9, "messages": [{"role": "user", "content": "hi"}]}
-    assert client.messages.create(model="recital", extra_headers=kept_id, **fields)._request_id == "sdk-1"
-    with client.messages.stream(model="recital", extra_headers=kept_id, **fields) as stream:
+def test_anthropic_package_reads_the_id(server: Server) -> None:
+    client, fields = anthropic_client(server), {"max_tokens": 9, "messages": user("hi")}
+    assert client.messages.create(model="recital", extra_headers=KEPT_ID, **fields)._request_id == "sdk-1"
+    with client.messages.stream(model="recital", extra_headers=KEPT_ID, **fields) as stream:
         assert stream.request_id == "sdk-1"
     with pytest.raises(Exception, match="nobody") as caught:
-        client.messages.create(model="nobody", extra_headers=kept_id, **fields)
+        client.messages.create(model="nobody", extra_headers=KEPT_ID, **fields)
     assert caught.value.request_id == "sdk-1"  # type: ignore[attr-defined]
 
 
@@ -15283,59 +14235,43 @@ def test_ws_text_matches_http(prompt: str, server: Server) -> None:
     assert ws_ask(server, prompt=prompt)[0] == TEXTS[prompt]
 
 
-def test_ws_ends_with_done_finish_reason_and_usage(server: Server) -> None:
-    _, last = ws_ask(server, prompt="=", max_tokens=3)
+def test_ws_ends_with_done_finish_reason_and_usage_behind_tokens_alone(server: Server) -> None:
+    with server.ws() as ws:
+        ws.send('{"model": "recital", "prompt": "=", "max_tokens": 3}')
+        messages: list[dict[str, Any]] = []
+        while not messages or "token" in messages[-1]:
+            messages.append(json.loads(ws.recv(HANG)))
+    *tokens, last = messages
+    assert tokens and all(set(message) == {"token"} for message in tokens)
     assert last["done"] is True and last["finish_reason"] == "length"
     assert last["usage"] == {"prompt_tokens": 2, "completion_tokens": 3, "total_tokens": 5}
 
 
-def test_ws_token_messages_hold_only_the_token(server: Server) -> None:
-    with server.ws() as ws:
-        ws.send('{"model": "recital", "prompt": "=", "max_tokens": 40}')
-        messages: list[dict[str, Any]] = []
-        while not messages or "token" in messages[-1]:
-            messages.append(json.loads(ws.recv(HANG)))
-    assert all(set(message) == {"token"} for message in messages[:-1])
-
-
-def test_ws_serves_one_request_after_another(server: Server) -> None:
+def test_ws_serves_one_request_after_another_and_what_is_sent_during_one_waits(server: Server) -> None:
     with server.ws() as ws:
         for prompt in (":", "=", "~", ":"):
             ws.send(json.dumps({"model": "recital", "prompt": prompt}))
             assert ws_answer(ws)[0] == TEXTS[prompt]
-
-
-def test_ws_request_sent_during_another_waits(server: Server) -> None:
-    with server.ws() as ws:
         for prompt in ("=", ":", "|"):
             ws.send(json.dumps({"model": "recital", "prompt": prompt}))
         assert [ws_answer(ws)[0] for _ in range(3)] == [TEXTS["="], TEXTS[":"], TEXTS["|"]]
 
 
-def test_ws_cancel_ends_the_request_and_keeps_the_connection(server: Server) -> None:
+def test_ws_cancel_ends_the_request_alone(server: Server) -> None:
+    endless = json.dumps({"model": "recital", "prompt": "#", "max_tokens": LONG_CTX})
     with server.ws() as ws:
-        ws.send(json.dumps({"model": "recital", "prompt": "#", "max_tokens": LONG_CTX}))
-        ws.recv(HANG)
-        ws.send('{"cancel": true}')
-        _, last = ws_answer(ws)
-        assert (last["done"], last["finish_reason"]) == (True, "cancelled")
-        ws.send('{"model": "recital", "prompt": ":"}')
-        assert ws_answer(ws)[0] == "Hello wide world"
-
-
-def test_ws_cancel_leaves_the_waiting_request_alone(server: Server) -> None:
-    with server.ws() as ws:
-        ws.send(json.dumps({"model": "recital", "prompt": "#", "max_tokens": LONG_CTX}))
+        ws.send(endless)
         ws.recv(HANG)
         ws.send('{"model": "recital", "prompt": "="}')
         ws.send('{"cancel": true}')
-        assert ws_answer(ws)[1]["finish_reason"] == "cancelled"
+        last = ws_answer(ws)[1]
+        assert (last["done"], last["finish_reason"]) == (True, "cancelled")
         assert ws_answer(ws)[0] == TEXTS["="]
-
-
-def test_ws_cancel_with_nothing_running_is_harmless(server: Server) -> None:
-    with server.ws() as ws:
-        ws.send('{"cancel": true}')
+        for _ in range(8):  # right after the request
+            ws.send(endless)
+            ws.send('{"cancel": true}')
+            assert ws_answer(ws)[1]["finish_reason"] == "cancelled"
+        ws.send('{"cancel": true}')  # while nothing runs
         ws.send('{"model": "recital", "prompt": ":"}')
         text, last = ws_answer(ws)
         if last.get("finish_reason") == "cancelled" or "error" in last:
@@ -15343,29 +14279,18 @@ def test_ws_cancel_with_nothing_running_is_harmless(server: Server) -> None:
         assert (text, last["finish_reason"]) == ("Hello wide world", "stop")
 
 
-def test_ws_cancel_sent_right_after_the_request_cancels_it(server: Server) -> None:
-    for _ in range(8):
-        with server.ws() as ws:
-            ws.send(json.dumps({"model": "recital", "prompt": "#", "max_tokens": LONG_CTX}))
-            ws.send('{"cancel": true}')
-            assert ws_answer(ws)[1]["finish_reason"] == "cancelled"
-
-
-@cases(
-    "message, code, word",
-    {
-        "half an object": ("{", "invalid_request", ""),
-        "a list": ("[]", "invalid_request", ""),
-        "a number": ("5", "invalid_request", ""),
-        "no prompt": ('{"model": "recital"}', "invalid_request", "prompt"),
-        "temperature out of range": ('{"model": "recital", "prompt": ":", "temperature": 9}', "invalid_request", "temperature"),
-        "NaN": ('{"model": "recital", "prompt": ":", "top_p": NaN}', "invalid_request", ""),
-        "a lone surrogate": ('{"model": "recital", "prompt": "\\ud800"}', "invalid_request", ""),
-        "100 levels": ('{"x": ' + "[" * 100 + "]" * 100 + "}", "invalid_request", ""),
-        "an unknown model": ('{"model": "nonesuch", "prompt": ":"}', "model_not_found", "nonesuch"),
-        "a prompt that is too long": (json.dumps({"model": "dice", "prompt": "a" * 300}), "context_length_exceeded", "256"),
-    },
-)
+@cases("message, code, word", {
+    "half an object": ("{", "invalid_request", ""),
+    "a list": ("[]", "invalid_request", ""),
+    "a number": ("5", "invalid_request", ""),
+    "no prompt": ('{"model": "recital"}', "invalid_request", "prompt"),
+    "temperature out of range": ('{"model": "recital", "prompt": ":", "temperature": 9}', "invalid_request", "temperature"),
+    "NaN": ('{"model": "recital", "prompt": ":", "top_p": NaN}', "invalid_request", ""),
+    "a lone surrogate": ('{"model": "recital", "prompt": "\\ud800"}', "invalid_request", ""),
+    "100 levels": ('{"x": ' + "[" * 100 + "]" * 100 + "}", "invalid_request", ""),
+    "an unknown model": ('{"model": "nonesuch", "prompt": ":"}', "model_not_found", "nonesuch"),
+    "a prompt that is too long": (json.dumps({"model": "dice", "prompt": "a" * 300}), "context_length_exceeded", "256"),
+})  # fmt: skip
 def test_ws_error_keeps_the_connection(message: str, code: str, word: str, server: Server) -> None:
     with server.ws() as ws:
         ws.send(message)
@@ -15375,21 +14300,14 @@ def test_ws_error_keeps_the_connection(message: str, code: str, word: str, serve
         assert ws_answer(ws)[0] == "Hello wide world"
 
 
-def test_ws_request_in_many_fragments_is_accepted(server: Server) -> None:
+def test_ws_request_in_fragments_is_accepted_and_an_oversized_frame_closes_with_1009(server: Server) -> None:
     with server.ws() as ws:
         ws.send(iter('{"model": "recital", "prompt": "~"}'))
         assert ws_answer(ws)[0] == TEXTS["~"]
-
-
-def test_ws_binary_message_is_harmless(server: Server) -> None:
-    with server.ws() as ws:
         ws.send(b'\xff\xfe{"model"')
         with contextlib.suppress(ConnectionClosed):
             assert "error" in json.loads(ws.recv(HANG))
     assert ws_ask(server, prompt=":")[0] == "Hello wide world"
-
-
-def test_ws_oversized_frame_closes_with_1009(server: Server) -> None:
     with server.ws() as ws, pytest.raises(ConnectionClosed) as closed:
         ws.send("x" * (33 << 20))
         ws.recv(HANG)
@@ -15408,69 +14326,35 @@ UPGRADE = {"Upgrade": "websocket", "Connection": "Upgrade", "Sec-WebSocket-Versi
 
 def test_ws_upgrade_sent_one_byte_at_a_time_is_accepted(server: Server) -> None:
     lines = [f"{name}: {value}" for name, value in UPGRADE.items()]
-    with socket.create_connection((server.host, server.port), timeout=HANG) as sock:
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        for index, byte in enumerate(head_of("GET", "/ws/generate", *lines)):
-            sock.sendall(bytes([byte]))
-            if index in (0, 6, 30):
-                time.sleep(0.05)  # so that the server reads these first bytes alone
+    with knocking(server) as sock:
+        send_slowly(sock, head_of("GET", "/ws/generate", *lines))
         answer = sock.recv(4096)
     assert answer.startswith(b"HTTP/1.1 101 ") and b"s3pPLMBiTxaQ9kYGzzhZRbK+xOo=" in answer
 
 
-@cases(
-    "wrong",
-    {
-        "no key": {"Sec-WebSocket-Key": None},
-        "a short key": {"Sec-WebSocket-Key": "short"},
-        "version 8": {"Sec-WebSocket-Version": "8"},
-        "no version": {"Sec-WebSocket-Version": None},
-        "no Connection": {"Connection": None},
-        "another protocol": {"Upgrade": "h2c"},
-        "a header with a space in its name": {"Bad Name": "x"},
-    },
-)
+@cases("wrong", {
+    "no key": {"Sec-WebSocket-Key": None}, "a short key": {"Sec-WebSocket-Key": "short"},
+    "version 8": {"Sec-WebSocket-Version": "8"}, "no version": {"Sec-WebSocket-Version": None},
+    "no Connection": {"Connection": None}, "another protocol": {"Upgrade": "h2c"},
+    "a header with a space in its name": {"Bad Name": "x"}, "no upgrade": dict.fromkeys(UPGRADE),
+})  # fmt: skip
 def test_ws_malformed_upgrade_is_an_error_object(wrong: dict[str, str | None], server: Server) -> None:
     lines = [f"{name}: {value}" for name, value in {**UPGRADE, **wrong}.items() if value is not None]
     (reply,) = exchange(server, head_of("GET", "/ws/generate", *lines))
-    assert 400 <= reply.status < 500 and reply.json()["error"]["code"]
-
-
-def test_ws_route_without_an_upgrade_is_an_error_object(server: Server) -> None:
-    reply = server.get("/ws/generate")
-    assert reply.status in (400, 426) and reply.json()["error"]["code"] == "invalid_request"
+    assert 400 <= reply.status < 500 and reply.json()["error"]["code"] in ("invalid_request", "method_not_allowed")
     assert server.post("/ws/generate", {}).status in (400, 405, 426)
 
 
-def test_ws_upgrade_on_another_path_is_404(server: Server) -> None:
-    with pytest.raises(InvalidStatus) as refused:
-        ws_connect(f"ws://127.0.0.1:{server.port}/ws/nope", proxy=None)
-    assert refused.value.response.status_code == 404
-    assert json.loads(refused.value.response.body or b"{}")["error"]["code"] == "not_found"
-
-
-def test_ws_connection_lost_without_a_close_cancels_its_generation(server: Server) -> None:
-    with server.ws() as ws:
-        ws.send(json.dumps({"model": "recital", "prompt": "#", "max_tokens": LONG_CTX}))
-        ws.recv(HANG)
-        ws.socket.shutdown(socket.SHUT_RDWR)  # skips the closing handshake
-    eventually(lambda: server.status("recital")["requests_running"] == 0, "the generation is cancelled")
-
-
-def test_ws_key_is_required(guarded: Server) -> None:
+def test_ws_key_is_required_and_friendly_origins_are_accepted(guarded: Server, server: Server) -> None:
     with pytest.raises(InvalidStatus) as refused:
         guarded.ws()
     assert refused.value.response.status_code == 401
-    with guarded.ws(additional_headers={"Authorization": "Bearer s3cret"}) as ws:
-        ws.send('{"model": "recital", "prompt": ":"}')
-        assert ws_answer(ws)[0] == "Hello wide world"
-
-
-@pytest.mark.parametrize("origin", FRIENDLY[:2] + FRIENDLY[-1:])
-def test_ws_friendly_origin_is_accepted(origin: str, server: Server) -> None:
-    with server.ws(additional_headers={"Origin": origin}) as ws:
-        ws.send('{"model": "recital", "prompt": ":"}')
-        assert ws_answer(ws)[0] == "Hello wide world"
+    opened = [guarded.ws(additional_headers={"Authorization": "Bearer s3cret"})]
+    opened += [server.ws(additional_headers={"Origin": origin}) for origin in FRIENDLY[:2] + FRIENDLY[-1:]]
+    for connection in opened:
+        with connection as ws:
+            ws.send('{"model": "recital", "prompt": ":"}')
+            assert ws_answer(ws)[0] == "Hello wide world"
 
 
 def test_ws_message_whose_fragments_never_end_closes_the_connection(hasty: Server) -> None:
@@ -15488,14 +14372,7 @@ def test_ws_message_whose_fragments_never_end_closes_the_connection(hasty: Serve
         assert ws.close_code == 1008
 
 
-def test_ws_requests_are_logged(serve: Callable[..., Server], models: Path) -> None:
-    server = serve("-v", "--models-dir", models)
-    ws_ask(server, prompt=":")
-    line = eventually(lambda: re.search(r"WS /ws/generate 200 \d+ ms recital \d+\+\d+ tokens", server.log.read_text()), "a line")
-    assert line
-
-
-def test_ws_request_during_shutdown_is_refused(serve: Callable[..., Server], models: Path) -> None:
+def test_ws_request_during_shutdown_is_refused(serve: Serve, models: Path) -> None:
     own = serve("--models-dir", models)
     with own.ws() as idle, own.endless() as stream:
         next(stream)
@@ -15538,7 +14415,7 @@ def test_ws_client_that_answers_no_ping_is_gone(hasty: Server) -> None:
 @contextlib.contextmanager
 def raw_ws(server: Server, behind: bytes = b"") -> Iterator[socket.socket]:
     """A WebSocket connection as a bare socket, its upgrade sent together with what comes `behind` it."""
-    with socket.create_connection((server.host, server.port), timeout=HANG) as sock:
+    with knocking(server) as sock:
         sock.sendall(upgrade_of("/ws/generate") + behind)
         assert read_until(sock, b"\r\n\r\n").startswith(b"HTTP/1.1 101 ")
         yield sock
@@ -15564,34 +14441,28 @@ TEXT, BINARY, CLOSE, PING, PONG = 1, 2, 8, 9, 10
 ASKED = json.dumps({"model": "recital", "prompt": ":"}).encode()
 
 
-def test_ws_data_behind_the_upgrade_is_read(server: Server) -> None:
+def test_ws_data_behind_the_upgrade_is_read_and_http_is_no_request(server: Server) -> None:
     with raw_ws(server, frame(TEXT, ASKED)) as sock:
         assert b'"token": "Hello"' in read_until(sock, b"}")
-
-
-def test_http_behind_the_upgrade_is_no_request(server: Server) -> None:
-    with socket.create_connection((server.host, server.port), timeout=HANG) as sock:
+    with knocking(server) as sock:
         sock.sendall(upgrade_of("/ws/generate") + head_of("GET", "/api/models"))
         answer = b"".join(iter(functools.partial(sock.recv, 65536), b""))
     assert answer.count(b"HTTP/1.1 ") <= 1 and b"models" not in answer
 
 
-@cases(
-    "sent, code",
-    {
-        "a reserved opcode": (frame(5, b"x"), 1002),
-        "a reserved bit": (b"\xf1\x80\0\0\0\0", 1002),
-        "an unmasked frame": (frame(TEXT, ASKED, masked=False), 1002),
-        "a ping of 126 bytes": (frame(PING, b"x" * 126), 1002),
-        "a ping in pieces": (frame(PING, b"x", last=False), 1002),
-        "a continuation of nothing": (frame(0, b"x"), 1002),
-        "a message within a message": (frame(TEXT, b"{", last=False) + frame(TEXT, b"{"), 1002),
-        "a close of one byte": (frame(CLOSE, b"x"), 1002),
-        "a close with a code that is none": (frame(CLOSE, struct.pack(">H", 1005)), 1002),
-        "a frame of 2**63 bytes": (b"\x81\xff" + struct.pack(">Q", 1 << 63), 1009),
-        "a frame of 1 TiB": (b"\x81\xff" + struct.pack(">Q", 1 << 40), 1009),
-    },
-)
+@cases("sent, code", {
+    "a reserved opcode": (frame(5, b"x"), 1002),
+    "a reserved bit": (b"\xf1\x80\0\0\0\0", 1002),
+    "an unmasked frame": (frame(TEXT, ASKED, masked=False), 1002),
+    "a ping of 126 bytes": (frame(PING, b"x" * 126), 1002),
+    "a ping in pieces": (frame(PING, b"x", last=False), 1002),
+    "a continuation of nothing": (frame(0, b"x"), 1002),
+    "a message within a message": (frame(TEXT, b"{", last=False) + frame(TEXT, b"{"), 1002),
+    "a close of one byte": (frame(CLOSE, b"x"), 1002),
+    "a close with a code that is none": (frame(CLOSE, struct.pack(">H", 1005)), 1002),
+    "a frame of 2**63 bytes": (b"\x81\xff" + struct.pack(">Q", 1 << 63), 1009),
+    "a frame of 1 TiB": (b"\x81\xff" + struct.pack(">Q", 1 << 40), 1009),
+})  # fmt: skip
 def test_ws_broken_frame_closes_the_connection(sent: bytes, code: int, server: Server) -> None:
     with raw_ws(server) as sock:
         sock.sendall(sent)
@@ -15602,14 +14473,11 @@ def test_ws_broken_frame_closes_the_connection(sent: bytes, code: int, server: S
     assert answer[:1] == b"\x88" and struct.unpack(">H", answer[2:4])[0] in (code, 1002)
 
 
-def test_ws_frame_of_2_mb_is_read(server: Server) -> None:
+def test_ws_bad_and_large_messages_are_answered_one_by_one(server: Server) -> None:
     with server.ws() as ws:
         for kind in (str, str.encode):
             ws.send(kind(json.dumps({"model": "recital", "prompt": ":", "ignored": "x" * (2 << 20)})))
             assert ws_answer(ws)[0] == TEXTS[":"]
-
-
-def test_ws_bad_messages_are_answered_one_by_one(server: Server) -> None:
     with server.ws() as ws:
         for name, message in MALFORMED.items():
             ws.send(message)
@@ -15665,8 +14533,8 @@ def test_ws_fifty_connections_without_a_close_leave_room(server: Server) -> None
     eventually(lambda: server.status("recital")["requests_running"] == 0, "they are forgotten")
 
 
-@pytest.mark.parametrize("path", ["/ws", "/ws/", "/ws/generate/x", "/ws/generate%00", "/ws/../ws/generate", "/ws/Generate",
-                                  "/api/generate"])  # fmt: skip
+@pytest.mark.parametrize("path", ["/ws", "/ws/", "/ws/nope", "/ws/generate/x", "/ws/generate%00", "/ws/../ws/generate",
+                                  "/ws/Generate", "/api/generate"])  # fmt: skip
 def test_ws_wrong_path_is_an_error_object(path: str, server: Server) -> None:
     (reply,) = exchange(server, upgrade_of(path))
     assert reply.status in (404, 405) and reply.json()["error"]["code"] in ("not_found", "method_not_allowed")
@@ -15796,8 +14664,8 @@ def fields_of(path: str) -> list[str]:
     """The fields that a route reads: those in its body here, those of sampling, and those its dialect asks for."""
     names = {*BODIES[path], *(f.name for f in module.fields(module.Sampling) if f.metadata)}
     for route in rows_of(path):
-        for reader in (lambda body, made=route.answer: made(body), lambda body,
-                       made=route.answer: object.__new__(made).read(body)):
+        make: Any = route.answer
+        for reader in (make, lambda body, made=make: object.__new__(made).read(body)):
             with contextlib.suppress(module.ApiError, AttributeError, TypeError):  # a function's row has no dialect
                 reader(Recorder(BODIES[path], names))
     return sorted(names)
@@ -15811,13 +14679,10 @@ def test_odd_value_of_any_field_is_read_or_refused(path: str) -> None:
             answer({**BODIES[path], name: value})
 
 
-def every_body_route_is_fuzzed() -> set[str]:
-    return {plain_path(route) for route in module.ROUTES if route.needs_body} - {path.strip() for path in BODIES}
-
-
 def test_every_route_that_needs_a_body_is_fuzzed() -> None:
     twins = {path.removeprefix("/v1") for path in BODIES} | {"/v1/reranking", "/reranking"}
-    assert every_body_route_is_fuzzed() <= twins
+    needed = {plain_path(route) for route in module.ROUTES if route.needs_body}
+    assert needed - {path.strip() for path in BODIES} <= twins
 
 
 ERRORS = [module.InvalidRequest("m", "p"), module.ContextLengthExceeded("d"), module.ModelNotFound("d"), module.Overloaded("d"),
@@ -15841,15 +14706,13 @@ def check_answer(path: str, response: http.client.HTTPResponse, sent: Any) -> No
         assert body.isascii() or json.loads(body)
 
 
-@pytest.fixture(scope="module")
-def fuzzed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A server whose texts are short, whatever a body asks for."""
-    home = tmp_path_factory.mktemp("fuzzed")
-    write_recital(home / "models" / "recital.gguf")
-    write_dice(home / "models" / "dice.gguf")
-    with shared(home, "--models-dir", home / "models", "--model", "recital", "--ctx", "512", "--tool-root", home) as running:
-        running.load("recital")
-        yield running
+def write_fuzzed(folder: Path) -> None:
+    write_recital(folder / "recital.gguf")
+    write_dice(folder / "dice.gguf")
+
+
+# whose texts are short, whatever a body asks for
+fuzzed = serving("--model", "recital", "--ctx", "512", "--tool-root", ".", write=write_fuzzed, load=("recital",))
 
 
 def posted(connection: http.client.HTTPConnection, path: str, body: bytes) -> http.client.HTTPResponse:
@@ -16007,9 +14870,7 @@ def wordy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_ws_client_too_far_behind_is_given_up_and_told_why(
-    serve: Callable[..., Server], wordy: Path, tmp_path: Path
-) -> None:
+def test_ws_client_too_far_behind_is_given_up_and_told_why(serve: Serve, wordy: Path, tmp_path: Path) -> None:
     own = serve("--models-dir", wordy, "--ctx", str(LONG_CTX), script=altered(tmp_path, SMALL_UNREAD))
     own.load("recital")
     text = ""
@@ -16023,9 +14884,7 @@ def test_ws_client_too_far_behind_is_given_up_and_told_why(
     assert len(text) > 200_000 and set(text.removeprefix("Tick ").split()) == {"tic" * 1300, "toc" * 1300}
 
 
-def test_ws_client_that_reads_nothing_for_too_long_is_dropped(
-    serve: Callable[..., Server], wordy: Path, tmp_path: Path
-) -> None:
+def test_ws_client_that_reads_nothing_for_too_long_is_dropped(serve: Serve, wordy: Path, tmp_path: Path) -> None:
     script = altered(tmp_path, ("WRITE_SECONDS = 60.0", "WRITE_SECONDS = 0.5"))
     own = serve("--models-dir", wordy, "--ctx", str(LONG_CTX), script=script)
     own.load("recital")
@@ -16037,10 +14896,11 @@ def test_ws_client_that_reads_nothing_for_too_long_is_dropped(
 
 
 @linux
-def test_ws_clients_that_stop_reading_take_little_memory_and_hold_nobody_up(
-    serve: Callable[..., Server], wordy: Path, tmp_path: Path
+def test_ws_clients_that_stop_reading_hold_neither_memory_nor_others_nor_the_exit_up(
+    serve: Serve, wordy: Path, tmp_path: Path
 ) -> None:
-    own = serve("--models-dir", wordy, "--ctx", str(LONG_CTX), "--parallel", "9", script=altered(tmp_path, SMALL_UNREAD))
+    script = altered(tmp_path, SMALL_UNREAD, SHORT_GRACE)
+    own = serve("--models-dir", wordy, "--ctx", str(LONG_CTX), "--parallel", "9", script=script)
     own.load("recital")
     with contextlib.ExitStack() as stack:
         before = memory_of(own)
@@ -16049,15 +14909,6 @@ def test_ws_clients_that_stop_reading_take_little_memory_and_hold_nobody_up(
         while requests_of(own)[0]:
             assert ws_ask(own, prompt="=")[0] == TEXTS["="]
         assert memory_of(own) - before < 30 << 20
-
-
-def test_serve_stops_although_a_ws_client_reads_nothing(
-    serve: Callable[..., Server], wordy: Path, tmp_path: Path
-) -> None:
-    own = serve("--models-dir", wordy, "--ctx", str(LONG_CTX), script=altered(tmp_path, SMALL_UNREAD, SHORT_GRACE))
-    own.load("recital")
-    with stalled_ws(own, TONGUES["native"].body()):
-        eventually(lambda: requests_of(own)[0] == 0, "the engine's work for it ends")
         own.signal(signal.SIGTERM)
         assert own.process.wait(HANG) == 0
     assert "Traceback" not in own.log.read_text()
@@ -16068,7 +14919,7 @@ def test_serve_stops_although_a_ws_client_reads_nothing(
 
 
 @cases("number", {"SIGTERM": signal.SIGTERM, "SIGINT": signal.SIGINT})
-def test_serve_exits_cleanly_on_a_signal(number: int, serve: Callable[..., Server], models: Path) -> None:
+def test_serve_exits_cleanly_on_a_signal(number: int, serve: Serve, models: Path) -> None:
     server = serve("--models-dir", models)
     assert server.generate().status == 200
     children = descendants(server.process.pid)
@@ -16078,7 +14929,7 @@ def test_serve_exits_cleanly_on_a_signal(number: int, serve: Callable[..., Serve
     eventually(lambda: not any(map(alive, children)), "no child is left")
 
 
-def test_serve_exits_with_connections_open(serve: Callable[..., Server], models: Path) -> None:
+def test_serve_exits_with_connections_open(serve: Serve, models: Path) -> None:
     server = serve("--models-dir", models)
     with contextlib.ExitStack() as stack:
         idle, half = (stack.enter_context(socket.create_connection((server.host, server.port))) for _ in range(2))
@@ -16093,19 +14944,23 @@ def test_serve_exits_with_connections_open(serve: Callable[..., Server], models:
     assert "Traceback" not in server.log.read_text()
 
 
-def test_serve_lets_a_stream_finish_before_it_exits(serve: Callable[..., Server], models: Path) -> None:
+def test_serve_lets_a_stream_finish_before_it_exits(serve: Serve, models: Path) -> None:
     server = serve("--models-dir", models)
     body = {"model": "recital", "prompt": "#", "max_tokens": 1000}
-    with server.stream("/api/generate", body) as stream:
+    with server.ws() as ws, server.stream("/api/generate", body) as stream:
+        ws.send(json.dumps({"model": "recital", "prompt": ":"}))
+        ws_answer(ws)
         first = next(stream)
         server.signal(signal.SIGTERM)
         rest = list(stream)
     assert len(joined([first, *rest]).split()) == 1000
     assert rest[-1] == "[DONE]" and server.process.wait(HANG) == 0
+    assert not re.search("error|exception|traceback", server.log.read_text(), re.I)
 
 
-def test_serve_exits_immediately_on_a_second_signal(serve: Callable[..., Server], models: Path) -> None:
-    server = serve("--models-dir", models, "--ctx", str(LONG_CTX))
+@cases("flags", {"plain": [], "drains": ["--grace", "60"]})
+def test_serve_exits_immediately_on_a_second_signal(flags: list[str], serve: Serve, models: Path) -> None:
+    server = serve("--models-dir", models, "--ctx", str(LONG_CTX), *flags)
     with server.endless() as stream:
         next(stream)
         children = descendants(server.process.pid)
@@ -16116,31 +14971,39 @@ def test_serve_exits_immediately_on_a_second_signal(serve: Callable[..., Server]
     eventually(lambda: not any(map(alive, children)), "the engine ends")
 
 
-@linux
-def test_serve_killed_leaves_no_engine_behind(serve: Callable[..., Server], models: Path) -> None:
-    server = serve("--models-dir", models, "--ctx", str(LONG_CTX))
-    with server.endless() as stream:
+def test_balancers_are_told_when_it_has_preloaded_and_when_it_drains(serve: Serve, models: Path, tmp_path: Path) -> None:
+    (tmp_path / "home0").mkdir()
+    (tmp_path / "home0" / "hold").touch()
+    script = altered(tmp_path, HOLD, ("LINGER_SECONDS = 3.0", "LINGER_SECONDS = 1.0"))
+    flags = ["--model", "recital", "--preload", "--ctx", str(LONG_CTX), "--grace", "60"]
+    own = serve("--models-dir", models, *flags, script=script)
+    eventually(lambda: own.status("recital")["status"] == "loading", "it preloads")
+    assert_refuses_balancers(own, "starting")
+    (own.home / "hold").unlink()
+    eventually(lambda: own.get("/ready").status == 200, "it has preloaded")
+    assert "Connection" not in own.get("/ready").headers
+    with own.endless() as stream:
         next(stream)
-        children = descendants(server.process.pid)
-        server.process.kill()
-        server.process.wait(HANG)
-    assert children
-    eventually(lambda: not any(map(alive, children)), "every child ends by itself")
+        own.signal(signal.SIGTERM)
+        eventually(lambda: own.get("/ready").status == 503, "it drains")
+        assert_refuses_balancers(own, "shutting down")
+        reply = own.generate()
+        assert reply.text == TEXTS[":"] and reply.headers["Connection"] == "close"
+        eventually(lambda: refuses(own), "nobody is accepted any more")
+        assert all(next(stream)["choices"] for _ in range(100))
+    assert own.process.wait(HANG) == 0 and "Traceback" not in own.log.read_text()
 
 
-def test_stop_with_an_open_websocket_logs_no_error(serve: Callable[..., Server], models: Path) -> None:
-    own = serve("--models-dir", models)
-    with own.ws() as ws:
-        ws.send(json.dumps({"model": "recital", "prompt": ":"}))
-        ws_answer(ws)
-        assert own.stop() == 0
-    assert not re.search("error|exception|traceback", own.log.read_text(), re.I)
+def refuses(server: Server) -> bool:
+    try:
+        socket.create_connection((server.host, server.port)).close()
+    except ConnectionError:
+        return True
+    return False
 
 
 @linux
-def test_stuck_engine_does_not_block_shutdown(
-    serve: Callable[..., Server], models: Path, tmp_path: Path
-) -> None:
+def test_stuck_engine_does_not_block_shutdown(serve: Serve, models: Path, tmp_path: Path) -> None:
     hurry = ("GRACE_SECONDS = 5.0", "GRACE_SECONDS = 0.5"), ("self._ended.wait(3.0)", "self._ended.wait(0.3)")
     own = serve("--models-dir", models, "--ctx", str(LONG_CTX), script=altered(tmp_path, *hurry))
     own.generate()
@@ -16153,15 +15016,12 @@ def test_stuck_engine_does_not_block_shutdown(
     eventually(lambda: not alive(engine), "the engine is gone")
 
 
-# Lifecycle.
 # Shutdown at every stage, what a killed server leaves, suspended machines, clocks that jump.
 
 SHORT_GRACE = ("GRACE_SECONDS = 5.0", "GRACE_SECONDS = 0.5")
 
 
-def test_streams_end_in_their_tongue_when_the_grace_time_is_over(
-    serve: Callable[..., Server], models: Path, tmp_path: Path
-) -> None:
+def test_streams_end_in_their_tongue_when_the_grace_time_is_over(serve: Serve, models: Path, tmp_path: Path) -> None:
     flags = ["--models-dir", models, "--ctx", str(LONG_CTX), "--parallel", "4"]
     own = serve(*flags, script=altered(tmp_path, SHORT_GRACE))
     asks = [(t.path, t.body(stream=stream)) for t in TONGUES.values() for stream in (True, False)]
@@ -16183,9 +15043,7 @@ def test_streams_end_in_their_tongue_when_the_grace_time_is_over(
 
 
 @linux
-def test_clients_of_a_model_that_loads_are_told_of_the_shutdown(
-    serve: Callable[..., Server], models: Path, tmp_path: Path
-) -> None:
+def test_clients_of_a_model_that_loads_are_told_of_the_shutdown(serve: Serve, models: Path, tmp_path: Path) -> None:
     ping = ("PING_SECONDS = 15.0", "PING_SECONDS = 0.1")  # the heads of the streams are out
     own = serve("--models-dir", models, script=altered(tmp_path, HOLD, ping))
     asks = [(t.path, t.body("hi", stream=stream)) for t in TONGUES.values() for stream in (True, False)]
@@ -16202,7 +15060,7 @@ def test_clients_of_a_model_that_loads_are_told_of_the_shutdown(
     eventually(lambda: not alive(engine), "the engine is gone")
 
 
-def test_stream_of_a_model_that_is_being_unloaded_finishes_before_the_exit(serve: Callable[..., Server], models: Path) -> None:
+def test_stream_of_a_model_that_is_being_unloaded_finishes_before_the_exit(serve: Serve, models: Path) -> None:
     own = serve("--models-dir", models, "--ctx", str(LONG_CTX))
     with ThreadPoolExecutor() as pool, own.stream("/api/generate", TONGUES["native"].body() | {"max_tokens": 3000}) as stream:
         next(stream)
@@ -16216,7 +15074,7 @@ def test_stream_of_a_model_that_is_being_unloaded_finishes_before_the_exit(serve
 
 
 @linux
-def test_server_killed_under_load_leaves_nothing_behind(serve: Callable[..., Server], models: Path, tmp_path: Path) -> None:
+def test_server_killed_under_load_leaves_nothing_behind(serve: Serve, models: Path, tmp_path: Path) -> None:
     (tmp_path / "tmp").mkdir()
     shm = set(os.listdir("/dev/shm"))
     own = serve("--models-dir", models, "--ctx", str(LONG_CTX), env={"TMPDIR": str(tmp_path / "tmp")})
@@ -16236,7 +15094,7 @@ def test_server_killed_under_load_leaves_nothing_behind(serve: Callable[..., Ser
 
 
 @linux
-def test_server_killed_while_it_loads_leaves_no_engine(serve: Callable[..., Server], models: Path, tmp_path: Path) -> None:
+def test_server_killed_while_it_loads_leaves_no_engine(serve: Serve, models: Path, tmp_path: Path) -> None:
     own = serve("--models-dir", models, script=altered(tmp_path, HOLD))
     with held_load(own), requested(own, TONGUES["native"]):
         children = [engine_of(own)]
@@ -16245,14 +15103,10 @@ def test_server_killed_while_it_loads_leaves_no_engine(serve: Callable[..., Serv
         eventually(lambda: not any(map(alive, children)), "the engine ends by itself")
 
 
-def all_processes(server: Server) -> list[int]:
-    return [server.process.pid, *descendants(server.process.pid)]
-
-
 @contextlib.contextmanager
 def suspended(server: Server, seconds: float) -> Iterator[None]:
     """The server and all of its children stand still for a while, as on a machine that sleeps; then the block runs."""
-    pids = all_processes(server)
+    pids = [server.process.pid, *descendants(server.process.pid)]
     for pid in pids:
         os.kill(pid, signal.SIGSTOP)
     time.sleep(seconds)
@@ -16264,7 +15118,7 @@ def suspended(server: Server, seconds: float) -> Iterator[None]:
 
 @linux
 @only_under_soak
-def test_machine_that_sleeps_and_wakes_loses_no_stream(serve: Callable[..., Server], models: Path, tmp_path: Path) -> None:
+def test_machine_that_sleeps_and_wakes_loses_no_stream(serve: Serve, models: Path, tmp_path: Path) -> None:
     bounds = [('"decode": 900', '"decode": 1'), ('"sample": 120', '"sample": 1'), ('"tokenize": 300', '"tokenize": 1'),
               ('"load": 600', '"load": 1')]  # fmt: skip
     flags = ["--models-dir", models, "--ctx", str(LONG_CTX), "--parallel", "9"]
@@ -16284,9 +15138,7 @@ def test_machine_that_sleeps_and_wakes_loses_no_stream(serve: Callable[..., Serv
 
 @linux
 @only_under_soak
-def test_machine_that_sleeps_while_a_template_is_rendered_loses_no_request(
-    serve: Callable[..., Server], models: Path, tmp_path: Path
-) -> None:
+def test_machine_that_sleeps_while_a_template_is_rendered_loses_no_request(serve: Serve, models: Path, tmp_path: Path) -> None:
     slow = "        return task.run(), None\n"
     waits = f"        while os.path.exists('hold'):\n            time.sleep(0.02)\n{slow}"
     own = serve("--models-dir", models, script=altered(tmp_path, (slow, waits), ("HELPER_SECONDS = 1.5", "HELPER_SECONDS = 0.5")))
@@ -16300,9 +15152,7 @@ def test_machine_that_sleeps_while_a_template_is_rendered_loses_no_request(
             assert reply.result().message["content"] == TEXTS[":"]
 
 
-def test_clock_that_runs_backwards_changes_nothing_but_dates(
-    serve: Callable[..., Server], models: Path, tmp_path: Path
-) -> None:
+def test_clock_that_runs_backwards_changes_nothing_but_dates(serve: Serve, models: Path, tmp_path: Path) -> None:
     script = wrapper(tmp_path, "import time", "real = time.time", "began = real()", "time.time = lambda: 2 * began - real()")
     own = serve("--models-dir", models, "--max-loaded", "2", script=script)
     for model in ("plain", "recital", "plain", "dice"):
@@ -16332,11 +15182,8 @@ def test_wall_clock_is_asked_only_for_dates() -> None:
     assert asking == DATES
 
 
-# A server that is killed while its engines are stopped.
-
-
 @linux
-def test_server_killed_while_its_engines_are_stopped_leaves_none(serve: Callable[..., Server], models: Path) -> None:
+def test_server_killed_while_its_engines_are_stopped_leaves_none(serve: Serve, models: Path) -> None:
     own = serve("--models-dir", models)
     for model in ("recital", "plain"):
         assert own.load(model).json()["loaded"]  # from threads that have ended since
@@ -16353,7 +15200,7 @@ def test_server_killed_while_its_engines_are_stopped_leaves_none(serve: Callable
 
 
 @linux
-def test_engine_outlives_the_threads_that_asked_for_it(serve: Callable[..., Server], models: Path) -> None:
+def test_engine_outlives_the_threads_that_asked_for_it(serve: Serve, models: Path) -> None:
     own = serve("--models-dir", models)
     with socket.create_connection((own.host, own.port), timeout=HANG) as sock:
         sock.sendall(raw_post("/api/models/recital/load", b"{}"))
@@ -16368,9 +15215,6 @@ def test_engine_outlives_the_threads_that_asked_for_it(serve: Callable[..., Serv
 
 
 # ── Page ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-# The page as it is sent.
-
 HTML = {"Accept": "text/html,application/xhtml+xml,*/*;q=0.8"}
 
 
@@ -16383,16 +15227,13 @@ def inside(page: str, tag: str) -> str:
     return found
 
 
-def test_page_policy_names_the_hashes_of_its_script_and_style(server: Server) -> None:
+def test_page_policy_names_its_hashes_and_nothing_is_inline(server: Server) -> None:
     reply = page_of(server)
     policy = dict(part.strip().split(" ", 1) for part in reply.headers["Content-Security-Policy"].split(";"))
     for directive, tag in (("script-src", "script"), ("style-src", "style")):
         digest = base64.b64encode(hashlib.sha256(inside(reply.body.decode(), tag).encode()).digest()).decode()
         assert policy[directive] == f"'sha256-{digest}'"
     assert policy["default-src"] == policy["base-uri"] == policy["form-action"] == policy["frame-ancestors"] == "'none'"
-
-
-def test_page_has_no_inline_code_and_makes_no_html_of_text(server: Server) -> None:
     page = page_of(server).body.decode()
     markup = page.replace(inside(page, "script"), "").replace(inside(page, "style"), "")
     assert not re.search(r"\s(on\w+|style)\s*=|javascript:", markup)
@@ -16400,30 +15241,21 @@ def test_page_has_no_inline_code_and_makes_no_html_of_text(server: Server) -> No
     assert not re.search(r"(src|href)=.?(https?:)?//", markup)  # nothing is fetched from elsewhere
 
 
-def test_page_is_small_and_told_to_be_asked_for_anew(server: Server) -> None:
+def test_page_is_small_public_and_asked_for_anew(server: Server, guarded: Server) -> None:
     reply = page_of(server)
     assert reply.status == 200 and len(reply.body) < 65536
     assert reply.headers["Content-Type"] == "text/html; charset=utf-8" and reply.headers["Cache-Control"] == "no-cache"
     assert reply.headers["X-Content-Type-Options"] == "nosniff" and reply.headers["Referrer-Policy"] == "no-referrer"
-
-
-def test_page_answers_head_with_the_same_headers(server: Server) -> None:
     whole, head = page_of(server), page_of(server, "HEAD")
     assert head.status == 200 and head.body == b""
     own = {"Date", "X-Request-Id", "request-id"}
     assert all(head.headers[k] == v for k, v in whole.headers.items() if k not in own)
-
-
-def test_page_needs_no_key(guarded: Server) -> None:
     assert page_of(guarded).status == 200 and guarded.get("/api/models").status == 401
-
-
-def test_page_is_for_browsers_and_others_learn_who_is_here(server: Server) -> None:
     assert server.get("/").json()["server"] == "shimmy"
     assert page_of(server).headers["Vary"] == "Accept"
 
 
-def test_serve_open_opens_the_page_in_the_browser(serve: Callable[..., Server], tmp_path: Path) -> None:
+def test_serve_open_opens_the_page_in_the_browser(serve: Serve, tmp_path: Path) -> None:
     browser = tmp_path / "browser.sh"
     browser.write_text(f'#!/bin/sh\necho "$1" > {tmp_path}/opened.new && mv {tmp_path}/opened.new {tmp_path}/opened\n')
     browser.chmod(0o755)
@@ -16572,6 +15404,7 @@ def test_page_stops_an_answer_and_the_server_stops_too(how: str, tab: Callable[.
     it = tab(server)
     it.send("forever")
     it.wait(".answer .md", "Tick tock tick")
+    it.page.evaluate("rest = 1e6")  # as if a frame had taken that long to draw
     it.page.click("#send") if how == "button" else it.press("Escape")
     it.wait(".figures", "stopped")
     assert "Tick tock" in it.answer()
@@ -16596,9 +15429,7 @@ def test_page_lists_models_with_their_size_and_not_the_default_twice(tab: Callab
     assert all(re.search(r" · \d+ MB( · loaded)?$", o) for o in options) and it.page.input_value("#model") == "recital"
 
 
-def test_page_shows_that_a_model_loads(
-    tab: Callable[..., Tab], serve: Callable[..., Server], models: Path, tmp_path: Path
-) -> None:
+def test_page_shows_that_a_model_loads(tab: Callable[..., Tab], serve: Serve, models: Path, tmp_path: Path) -> None:
     load = '        pulse.begin("load")\n        llama ='
     script = altered(tmp_path, (load, "        time.sleep(3)\n" + load))
     it = tab(serve("--models-dir", models, "--model", "recital", script=script))
@@ -16639,7 +15470,7 @@ def test_page_question_without_an_answer_is_not_sent_again(tab: Callable[..., Ta
     assert sent.value.post_data_json["messages"] == [{"role": "user", "content": "hi"}]
 
 
-def test_page_server_that_is_gone_is_asked_again(tab: Callable[..., Tab], serve: Callable[..., Server], models: Path) -> None:
+def test_page_server_that_is_gone_is_asked_again(tab: Callable[..., Tab], serve: Serve, models: Path) -> None:
     first = serve("--models-dir", models, "--model", "recital")
     it = tab(first)
     it.ask("hi")
@@ -16652,9 +15483,7 @@ def test_page_server_that_is_gone_is_asked_again(tab: Callable[..., Tab], serve:
     assert it.questions() == ["hi", "again"]
 
 
-def test_page_answer_that_breaks_off_is_kept_and_says_so(
-    tab: Callable[..., Tab], serve: Callable[..., Server], models: Path
-) -> None:
+def test_page_answer_that_breaks_off_is_kept_and_says_so(tab: Callable[..., Tab], serve: Serve, models: Path) -> None:
     running = serve("--models-dir", models, "--model", "recital", "--ctx", str(LONG_CTX))
     it = tab(running)
     it.send("forever")
@@ -16810,7 +15639,7 @@ def test_page_question_goes_out_before_the_models_are_known(tab: Callable[..., T
     assert it.ask("hi") == "Hello wide world" and it.text(".figures").startswith("recital")
 
 
-def test_page_runs_the_calculator_and_shows_the_call(tab: Callable[..., Tab], serve: Callable[..., Server]) -> None:
+def test_page_runs_the_calculator_and_shows_the_call(tab: Callable[..., Tab], serve: Serve) -> None:
     it = tab(serve("--models-dir", REPO / "models"))
     it.wait("#state", "not loaded")
     it.page.click("#tune")
@@ -16828,7 +15657,7 @@ def test_page_runs_the_calculator_and_shows_the_call(tab: Callable[..., Tab], se
     assert it.page.locator(".card.bad").count() == 0
 
 
-def test_page_with_the_tiny_model_alone_says_how_to_get_a_real_one(tab: Callable[..., Tab], serve: Callable[..., Server]) -> None:
+def test_page_with_the_tiny_model_alone_says_how_to_get_a_real_one(tab: Callable[..., Tab], serve: Serve) -> None:
     it = tab(serve("--models-dir", REPO / "models"))
     assert "python shimmy.py pull OWNER/REPO" in it.wait(".empty", "Only the tiny").inner_text()
 
@@ -16946,9 +15775,7 @@ HOSTILE_ANSWER = {
 }  # fmt: skip
 
 
-def test_page_executes_nothing_of_a_hostile_answer(
-    tab: Callable[..., Tab], serve: Callable[..., Server], tmp_path: Path
-) -> None:
+def test_page_executes_nothing_of_a_hostile_answer(tab: Callable[..., Tab], serve: Serve, tmp_path: Path) -> None:
     write_recital(tmp_path / "models" / "recital.gguf", tokens=[HOSTILE_ANSWER.get(t, t).replace(" ", "▁") for t in VOCABULARY])
     it = tab(serve("--models-dir", tmp_path / "models", "--model", "recital"))
     text = it.ask("hi")
@@ -16957,9 +15784,7 @@ def test_page_executes_nothing_of_a_hostile_answer(
     assert it.page.locator("#log").locator("img, script, iframe, b, a, svg[onload]").count() == 0
 
 
-def test_page_executes_nothing_of_a_hostile_model_name(
-    tab: Callable[..., Tab], serve: Callable[..., Server], tmp_path: Path
-) -> None:
+def test_page_executes_nothing_of_a_hostile_model_name(tab: Callable[..., Tab], serve: Serve, tmp_path: Path) -> None:
     name = "<img src=x onerror=hacked=1>"
     write_recital(tmp_path / "models" / f"{name}.gguf", name=f"{name}<script>hacked=1</script>")
     it = tab(serve("--models-dir", tmp_path / "models", "--model", tmp_path / "models" / f"{name}.gguf"))
@@ -17261,7 +16086,6 @@ def test_page_scrolls_with_an_answer_only_from_its_end(tab: Callable[..., Tab], 
 
 
 # ── Pull ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
-
 # Fetches from a hub in this process: its own port answers the API and redirects, another port has the files.
 
 COMMIT = "c0ffee" * 6 + "c0ff"
@@ -17386,16 +16210,25 @@ def fetched(home: Path, name: str) -> bytes:
     return (cache(home) / "snapshots" / COMMIT / name).read_bytes()
 
 
+def assert_pulled(done: subprocess.CompletedProcess[bytes], home: Path, hub: FakeHub, name: str = "recital-q4_k_m.gguf") -> None:
+    """Asserts that a pull fetched this file whole."""
+    assert done.returncode == 0 and fetched(home, name) == hub.files[name], done.stderr
+
+
 def parts(home: Path) -> list[Path]:
     return list((cache(home) / "blobs").glob("*.incomplete"))
 
 
-def test_pull_lays_files_out_as_the_hubs_cache(hub: FakeHub, tmp_path: Path) -> None:
-    done = shimmy("pull", REPO_NAME, home=tmp_path, env=hub.env)
+def test_pull_lays_files_out_as_the_hubs_cache_and_ends_with_the_next_command(hub: FakeHub, tmp_path: Path) -> None:
+    done = pull(REPO_NAME, home=tmp_path, env=hub.env)
     data, place = hub.files["recital-q4_k_m.gguf"], cache(tmp_path) / "snapshots" / COMMIT / "recital-q4_k_m.gguf"
     assert (done.returncode, done.stdout.decode()) == (0, f"{place}\n"), done.stderr
     assert os.readlink(place) == f"../../blobs/{hashlib.sha256(data).hexdigest()}" and place.read_bytes() == data
     assert (cache(tmp_path) / "refs" / "main").read_text() == COMMIT and not parts(tmp_path)
+    assert 'generate recital-q4-k-m "Hello"' in done.stderr.decode() and "there are also Q8_0 (488KB)" in done.stderr.decode()
+    before = len(hub.downloads())
+    again = pull(REPO_NAME, home=tmp_path, env=hub.env)
+    assert again.returncode == 0 and b"is here already" in again.stderr and len(hub.downloads()) == before
 
 
 def test_pulled_model_is_found_by_huggingface_hub(hub: FakeHub, tmp_path: Path) -> None:
@@ -17410,48 +16243,33 @@ def test_pulled_model_is_found_by_huggingface_hub(hub: FakeHub, tmp_path: Path) 
     assert next(iter(repo.revisions)).refs == {"main"}
 
 
-def test_pull_ends_with_the_next_command(hub: FakeHub, tmp_path: Path) -> None:
-    done = pull(REPO_NAME, home=tmp_path, env=hub.env)
-    assert 'generate recital-q4-k-m "Hello"' in done.stderr.decode()
-    assert "there are also Q8_0 (488KB)" in done.stderr.decode()
-
-
-def offered(*names: str) -> list[module.Offer]:
-    return module.offers_of(module.RemoteFile(name, "", 1) for name in names)
-
-
-@cases(
-    "names,part,chosen",
-    {
-        "the usual one": (["m-Q8_0.gguf", "m-Q4_K_M.gguf", "m-Q2_K.gguf"], "", "m-Q4_K_M.gguf"),
-        "its small sister": (["m-Q4_0.gguf", "m-Q4_K_S.gguf", "m-Q5_K_M.gguf"], "", "m-Q4_K_S.gguf"),
-        "five bits rather than three": (["m-Q3_K_M.gguf", "m-Q5_K_M.gguf"], "", "m-Q5_K_M.gguf"),
-        "eight rather than sixteen": (["m-f16.gguf", "m-Q8_0.gguf"], "", "m-Q8_0.gguf"),
-        "one without a name": (["model.gguf"], "", "model.gguf"),
-        "Ollama's latest": (["m-Q8_0.gguf", "m-Q4_K_M.gguf"], "latest", "m-Q4_K_M.gguf"),
-        "named in another case": (["m-Q8_0.gguf", "m-Q4_K_M.gguf"], "q8_0", "m-Q8_0.gguf"),
-        "by its end": (["m-UD-Q4_K_XL.gguf", "m-Q4_K_M.gguf"], "UD-Q4_K_XL", "m-UD-Q4_K_XL.gguf"),
-        "by its file": (["a.Q4_0.gguf", "b.Q4_0.gguf"], "b.Q4_0.gguf", "b.Q4_0.gguf"),
-        "by its folder": (["Q8_0/m.gguf", "F16/m.gguf"], "F16", "F16/m.gguf"),
-        "no projector": (["mmproj-m-Q4_K_M.gguf", "m-Q8_0.gguf"], "", "m-Q8_0.gguf"),
-    },
-)
+@cases("names,part,chosen", {
+    "the usual one": (["m-Q8_0.gguf", "m-Q4_K_M.gguf", "m-Q2_K.gguf"], "", "m-Q4_K_M.gguf"),
+    "its small sister": (["m-Q4_0.gguf", "m-Q4_K_S.gguf", "m-Q5_K_M.gguf"], "", "m-Q4_K_S.gguf"),
+    "five bits rather than three": (["m-Q3_K_M.gguf", "m-Q5_K_M.gguf"], "", "m-Q5_K_M.gguf"),
+    "eight rather than sixteen": (["m-f16.gguf", "m-Q8_0.gguf"], "", "m-Q8_0.gguf"),
+    "one without a name": (["model.gguf"], "", "model.gguf"),
+    "Ollama's latest": (["m-Q8_0.gguf", "m-Q4_K_M.gguf"], "latest", "m-Q4_K_M.gguf"),
+    "named in another case": (["m-Q8_0.gguf", "m-Q4_K_M.gguf"], "q8_0", "m-Q8_0.gguf"),
+    "by its end": (["m-UD-Q4_K_XL.gguf", "m-Q4_K_M.gguf"], "UD-Q4_K_XL", "m-UD-Q4_K_XL.gguf"),
+    "by its file": (["a.Q4_0.gguf", "b.Q4_0.gguf"], "b.Q4_0.gguf", "b.Q4_0.gguf"),
+    "by its folder": (["Q8_0/m.gguf", "F16/m.gguf"], "F16", "F16/m.gguf"),
+    "no projector": (["mmproj-m-Q4_K_M.gguf", "m-Q8_0.gguf"], "", "m-Q8_0.gguf"),
+    "no shards that are not all there": (["a-00001-of-00002.gguf", "b-00001-of-00001.gguf"], "", "b-00001-of-00001.gguf"),
+})  # fmt: skip
 def test_pull_chooses_a_quantization(names: list[str], part: str, chosen: str) -> None:
-    offer = module.choose_offer(offered(*names), part)
+    offer = module.choose_offer(module.offers_of(module.RemoteFile(name, "", 1) for name in names), part)
     assert offer and [file.name for file in offer.files] == [chosen]
 
 
-@cases(
-    "names, chosen",
-    {
-        "none": (["m-Q8_0.gguf"], None),
-        "half precision": (["m-Q8_0.gguf", "mmproj-m-F32.gguf", "mmproj-m-F16.gguf"], "mmproj-m-F16.gguf"),
-        "whatever there is": (["m-Q8_0.gguf", "mmproj-BF16.gguf"], "mmproj-BF16.gguf"),
-        "the nearest": (["Q8_0/m.gguf", "mmproj-F16.gguf", "Q8_0/mmproj-F32.gguf"], "Q8_0/mmproj-F32.gguf"),
-        "above": (["Q8_0/m.gguf", "mmproj-F16.gguf", "F16/mmproj-F16.gguf"], "mmproj-F16.gguf"),
-        "no GGUF": (["m-Q8_0.gguf", "mmproj-F16.safetensors"], None),
-    },
-)
+@cases("names, chosen", {
+    "none": (["m-Q8_0.gguf"], None),
+    "half precision": (["m-Q8_0.gguf", "mmproj-m-F32.gguf", "mmproj-m-F16.gguf"], "mmproj-m-F16.gguf"),
+    "whatever there is": (["m-Q8_0.gguf", "mmproj-BF16.gguf"], "mmproj-BF16.gguf"),
+    "the nearest": (["Q8_0/m.gguf", "mmproj-F16.gguf", "Q8_0/mmproj-F32.gguf"], "Q8_0/mmproj-F32.gguf"),
+    "above": (["Q8_0/m.gguf", "mmproj-F16.gguf", "F16/mmproj-F16.gguf"], "mmproj-F16.gguf"),
+    "no GGUF": (["m-Q8_0.gguf", "mmproj-F16.safetensors"], None),
+})  # fmt: skip
 def test_pull_chooses_a_projector(names: list[str], chosen: str | None) -> None:
     files = [module.RemoteFile(name, "", 1) for name in names]
     found = module.projector_for(module.offers_of(files)[0], files)
@@ -17466,10 +16284,6 @@ def test_pull_fetches_the_projector_too(flags: tuple[str, ...], here: bool, hub:
     assert (cache(tmp_path) / "snapshots" / COMMIT / "mmproj-F16.gguf").exists() is here
 
 
-def test_pull_offers_no_shards_that_are_not_all_there() -> None:
-    assert [offer.stem for offer in offered("a-00001-of-00002.gguf", "b-00001-of-00001.gguf", "mmproj.gguf")] == ["b"]
-
-
 def test_pull_fetches_every_shard(hub: FakeHub, tmp_path: Path) -> None:
     hub.files = {f"Q4_K_M/big-0000{i}-of-00003.gguf": os.urandom(1000 + i) for i in (1, 2, 3)}
     done = pull(REPO_NAME, home=tmp_path, env=hub.env)
@@ -17477,17 +16291,13 @@ def test_pull_fetches_every_shard(hub: FakeHub, tmp_path: Path) -> None:
     assert all(fetched(tmp_path, name) == data for name, data in hub.files.items())
 
 
-def test_pull_sends_the_token_to_the_hub_only(hub: FakeHub, tmp_path: Path) -> None:
+def test_pull_sends_the_token_of_the_environment_or_of_hf_auth_login_to_the_hub_only(hub: FakeHub, tmp_path: Path) -> None:
     done = pull(REPO_NAME, home=tmp_path, env={**hub.env, "HF_TOKEN": "hf_secret"})
     sent = {(port, headers.get("Authorization")) for port, _, headers in hub.seen}
     assert done.returncode == 0 and sent == {("hub", "Bearer hf_secret"), ("cdn", None)}
-
-
-def test_pull_reads_the_token_that_hf_auth_login_wrote(hub: FakeHub, tmp_path: Path) -> None:
-    (tmp_path / ".cache" / "huggingface").mkdir(parents=True)
     (tmp_path / ".cache" / "huggingface" / "token").write_text("hf_stored\n")
     hub.gated, hub.token = True, "hf_stored"
-    assert pull(REPO_NAME, home=tmp_path, env=hub.env).returncode == 0
+    assert pull(f"{REPO_NAME}:Q8_0", home=tmp_path, env=hub.env).returncode == 0
 
 
 @cases("token", {"none": "", "another account's": "hf_other"})
@@ -17546,8 +16356,7 @@ def test_pull_that_fails_says_why_in_one_line(
 @cases("cut", {"early": [0.3], "late": [0.99], "often": [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8]})
 def test_pull_goes_on_after_the_connection_was_cut(cut: list[float], hub: FakeHub, quick: None, tmp_path: Path) -> None:
     hub.cuts = list(cut)
-    done = pull(REPO_NAME, home=tmp_path, env=hub.env)
-    assert done.returncode == 0 and fetched(tmp_path, "recital-q4_k_m.gguf") == hub.files["recital-q4_k_m.gguf"]
+    assert_pulled(pull(REPO_NAME, home=tmp_path, env=hub.env), tmp_path, hub)
     assert [headers.get("Range") for headers in hub.downloads()] == [None, *(f"bytes={int(c * 400_000)}-" for c in cut)]
 
 
@@ -17557,9 +16366,9 @@ def test_pull_that_failed_is_continued_by_the_next(hub: FakeHub, quick: None, tm
     assert_failed_last(cut, "pull again to go on", "195KB of 391KB")
     assert [part.stat().st_size for part in parts(tmp_path)] == [200_000]
     done = pull(REPO_NAME, home=tmp_path, env=hub.env)
-    assert done.returncode == 0 and hub.downloads()[-1]["Range"] == "bytes=200000-"
+    assert_pulled(done, tmp_path, hub)
+    assert hub.downloads()[-1]["Range"] == "bytes=200000-" and not parts(tmp_path)
     assert "195KB still to fetch" in done.stderr.decode()
-    assert fetched(tmp_path, "recital-q4_k_m.gguf") == hub.files["recital-q4_k_m.gguf"] and not parts(tmp_path)
 
 
 def assert_failed_last(done: subprocess.CompletedProcess[bytes], *words: str) -> None:
@@ -17571,8 +16380,7 @@ def assert_failed_last(done: subprocess.CompletedProcess[bytes], *words: str) ->
 
 def test_pull_begins_anew_where_the_server_ignores_ranges(hub: FakeHub, quick: None, tmp_path: Path) -> None:
     hub.ignores_range, hub.cuts = True, [0.3]
-    assert pull(REPO_NAME, home=tmp_path, env=hub.env).returncode == 0
-    assert fetched(tmp_path, "recital-q4_k_m.gguf") == hub.files["recital-q4_k_m.gguf"]
+    assert_pulled(pull(REPO_NAME, home=tmp_path, env=hub.env), tmp_path, hub)
 
 
 def test_pull_removes_what_has_the_wrong_checksum(hub: FakeHub, tmp_path: Path) -> None:
@@ -17588,34 +16396,21 @@ def test_pull_waits_as_long_as_a_busy_hub_asks_for(hub: FakeHub, tmp_path: Path)
     assert time.monotonic() - began >= 2
 
 
-def test_pull_of_a_file_larger_than_the_disk_does_not_begin(hub: FakeHub, tmp_path: Path) -> None:
-    hub.sizes["recital-q4_k_m.gguf"] = 1 << 60
-    assert_failed_last(pull(REPO_NAME, home=tmp_path, env=hub.env), "disk is too small", "1073741824.0GB")
-    assert not hub.downloads()
+@cases("size, words", {"larger than the disk": (1 << 60, ["disk is too small", "1073741824.0GB"]),
+                       "another than the hub states": (300_000, ["400000 bytes, not 300000"])})  # fmt: skip
+def test_pull_of_a_file_of_the_wrong_size_fails(size: int, words: list[str], hub: FakeHub, tmp_path: Path) -> None:
+    hub.sizes["recital-q4_k_m.gguf"] = size
+    assert_failed_last(pull(REPO_NAME, home=tmp_path, env=hub.env), *words)
+    assert bool(hub.downloads()) == (size < 1 << 60)
 
 
-def test_pull_of_another_size_than_the_hub_states_fails(hub: FakeHub, tmp_path: Path) -> None:
-    hub.sizes["recital-q4_k_m.gguf"] = 300_000
-    assert_failed_last(pull(REPO_NAME, home=tmp_path, env=hub.env), "400000 bytes, not 300000")
-
-
-def test_pull_dry_run_fetches_nothing(hub: FakeHub, tmp_path: Path) -> None:
+def test_pull_dry_run_fetches_nothing_and_says_whether_the_model_fits(hub: FakeHub, tmp_path: Path) -> None:
     done = pull(REPO_NAME, "--dry-run", home=tmp_path, env=hub.env)
     assert done.returncode == 0 and not hub.downloads() and not cache(tmp_path).exists()
     for word in (f"{REPO_NAME}:Q4_K_M: 391KB", "recital-q4_k_m.gguf", "fits the memory", "Q8_0 (488KB)", str(cache(tmp_path))):
         assert word in done.stdout.decode()
-
-
-def test_pull_dry_run_says_that_a_model_does_not_fit_the_memory(hub: FakeHub, tmp_path: Path) -> None:
     hub.sizes["recital-q4_k_m.gguf"] = 1 << 50
     assert b"does not fit the memory" in pull(REPO_NAME, "--dry-run", home=tmp_path, env=hub.env).stdout
-
-
-def test_pull_of_what_is_here_asks_only_the_list(hub: FakeHub, tmp_path: Path) -> None:
-    pull(REPO_NAME, home=tmp_path, env=hub.env)
-    before = len(hub.downloads())
-    done = pull(REPO_NAME, home=tmp_path, env=hub.env)
-    assert done.returncode == 0 and b"is here already" in done.stderr and len(hub.downloads()) == before
 
 
 def start(*args: str, home: Path, env: dict[str, str]) -> subprocess.Popen[bytes]:
@@ -17649,25 +16444,36 @@ def test_ctrl_c_leaves_a_part_that_the_next_pull_continues(hub: FakeHub, tmp_pat
     assert hub.downloads()[-1]["Range"] == "bytes=200000-"
 
 
-@cases(
-    "name",
-    {"up": "../../../evil-Q4_K_M.gguf", "absolute": "/tmp/evil-Q4_K_M.gguf", "backslashes": "..\\evil-Q4_K_M.gguf",
-     "a drive": "C:evil-Q4_K_M.gguf", "escapes": "evil\x1b[31m-Q4_K_M.gguf", "no text": 5, "empty part": "a//evil-Q4_K_M.gguf"},
-)  # fmt: skip
-def test_pull_ignores_hostile_file_names(name: Any, hub: FakeHub, tmp_path: Path) -> None:
-    del hub.files["recital-q4_k_m.gguf"]
-    hub.names = [name]
+BAD_NAMES: dict[str, Any] = {
+    "up": "../../../evil-Q4_K_M.gguf", "absolute": "/tmp/evil-Q4_K_M.gguf", "backslashes": "..\\evil-Q4_K_M.gguf",
+    "a drive": "C:evil-Q4_K_M.gguf", "escapes": "evil\x1b[31m-Q4_K_M.gguf", "no text": 5, "empty part": "a//evil-Q4_K_M.gguf",
+}  # fmt: skip
+
+
+@cases("names, sizes", {
+    **{name: ([bad], None) for name, bad in BAD_NAMES.items()}, "a negative size": ([], -5), "a huge size": ([], 10**400),
+})  # fmt: skip
+def test_pull_ignores_hostile_file_names_and_impossible_sizes(
+    names: list[Any], sizes: int | None, hub: FakeHub, tmp_path: Path
+) -> None:
+    if sizes is None:
+        del hub.files["recital-q4_k_m.gguf"]
+    else:
+        hub.sizes["recital-q4_k_m.gguf"] = sizes
+    hub.names = names
     done = pull(REPO_NAME, home=tmp_path, env=hub.env)
-    assert done.stdout.decode().endswith("/recital-q8_0.gguf\n"), done.stderr
+    assert done.returncode == 0 and done.stdout.decode().endswith("/recital-q8_0.gguf\n"), done.stderr
     assert b"evil" not in done.stderr and b"\x1b" not in done.stderr
 
 
 def test_pull_of_an_address_lands_in_the_models_folder(hub: FakeHub, tmp_path: Path) -> None:
-    hub.files = {"own.gguf": b"GGUF" + os.urandom(300_000)}
+    hub.files["own.gguf"] = b"GGUF" + os.urandom(300_000)
     done = pull(f"{hub.cdn}/own.gguf?download=true", home=tmp_path, env={**hub.env, "HF_TOKEN": "hf_secret"})
     assert done.returncode == 0 and (tmp_path / "models" / "own.gguf").read_bytes() == hub.files["own.gguf"]
     assert [path.name for path in (tmp_path / "models").iterdir()] == ["own.gguf"]
     assert not any("Authorization" in headers for _, _, headers in hub.seen)
+    done = pull(f"{hub.url}/{REPO_NAME}/blob/main/recital-q8_0.gguf", home=tmp_path, env=hub.env)
+    assert done.returncode == 0 and fetched(tmp_path, "recital-q8_0.gguf") == hub.files["recital-q8_0.gguf"]
 
 
 def test_pull_of_an_address_resumes_the_same_file_only(hub: FakeHub, quick: None, tmp_path: Path) -> None:
@@ -17688,11 +16494,6 @@ def test_pull_of_an_address_overwrites_no_other_file(hub: FakeHub, tmp_path: Pat
     assert (tmp_path / "models" / "own.gguf").read_bytes() == b"mine"
 
 
-def test_pull_takes_an_address_of_the_hubs_pages(hub: FakeHub, tmp_path: Path) -> None:
-    done = pull(f"{hub.url}/{REPO_NAME}/blob/main/recital-q8_0.gguf", home=tmp_path, env=hub.env)
-    assert done.returncode == 0 and fetched(tmp_path, "recital-q8_0.gguf") == hub.files["recital-q8_0.gguf"]
-
-
 @pty
 def test_pull_on_a_terminal_draws_a_bar(hub: FakeHub, tmp_path: Path) -> None:
     hub.hold.clear()
@@ -17709,7 +16510,7 @@ def real_hub(hub: FakeHub, tmp_path: Path) -> FakeHub:
     return hub
 
 
-def test_serve_pulls_the_model_that_it_names(real_hub: FakeHub, serve: Callable[..., Server]) -> None:
+def test_serve_pulls_the_model_that_it_names(real_hub: FakeHub, serve: Serve) -> None:
     running = serve("--model", f"{REPO_NAME}:Q8_0", env=real_hub.env)
     assert running.generate(":", model="default").text == TEXTS[":"]
 
@@ -17721,7 +16522,8 @@ def test_generate_pulls_once_and_then_needs_no_hub(real_hub: FakeHub, tmp_path: 
     assert len(real_hub.seen) == 3  # the list, the redirect, the file
 
 
-def test_ollama_pull_fetches_for_a_client_where_that_is_allowed(real_hub: FakeHub, serve: Callable[..., Server]) -> None:
+def test_ollama_pull_fetches_for_a_client_where_that_is_allowed(real_hub: FakeHub, serve: Serve, server: Server) -> None:
+    assert_ollama_error(server.post("/api/pull", {"model": f"hf.co/{REPO_NAME}"}), 403, "--allow-pull")
     running = serve("--allow-pull", env=real_hub.env)
     reply = running.post("/api/pull", {"model": f"hf.co/{REPO_NAME}:Q8_0"})
     first, *files, last = map(json.loads, reply.body.splitlines())
@@ -17731,22 +16533,7 @@ def test_ollama_pull_fetches_for_a_client_where_that_is_allowed(real_hub: FakeHu
     assert running.generate(":", model="recital-q8-0").text == TEXTS[":"]
     whole = running.post("/api/pull", {"name": f"{REPO_NAME}:Q8_0", "stream": False})
     assert whole.json() == {"status": "success"}
-
-
-def test_ollama_pull_is_refused_where_it_is_not_allowed(server: Server) -> None:
-    assert_ollama_error(server.post("/api/pull", {"model": f"hf.co/{REPO_NAME}"}), 403, "--allow-pull")
-
-
-def test_ollama_pull_of_what_is_not_there_has_the_hubs_status(hub: FakeHub, serve: Callable[..., Server]) -> None:
-    reply = serve("--allow-pull", env=hub.env).post("/api/pull", {"model": "tester/nothing"})
-    assert_ollama_error(reply, 404, "there is no tester/nothing")
-
-
-@cases("size", {"negative": -5, "huge": 10**400})
-def test_pull_ignores_files_of_impossible_size(size: int, hub: FakeHub, tmp_path: Path) -> None:
-    hub.sizes["recital-q4_k_m.gguf"] = size
-    done = pull(REPO_NAME, home=tmp_path, env=hub.env)
-    assert done.returncode == 0 and done.stdout.endswith(b"recital-q8_0.gguf\n"), done.stderr
+    assert_ollama_error(running.post("/api/pull", {"model": "tester/nothing"}), 404, "there is no tester/nothing")
 
 
 @cases("date", {"long ago": "Mon, 01 Jan 0001 00:00:00 -0000", "far away": "Mon, 01 Jan 2026 00:00:00 +99999999999999"})
@@ -17779,25 +16566,20 @@ def statuses(connection: http.client.HTTPConnection) -> list[str]:
     return [status for status, _ in itertools.groupby(each.get("status") or each["error"] for each in said)]
 
 
-def test_ollama_pull_tells_each_second_how_long_a_busy_hub_has_it_wait(
-    real_hub: FakeHub, serve: Callable[..., Server]
-) -> None:
-    real_hub.answers = [(429, {"Retry-After": "3"})]
-    connection = pulling(serve("--allow-pull", env=real_hub.env))
-    response = connection.getresponse()
+def test_ollama_pull_tells_each_second_how_long_a_busy_hub_has_it_wait(real_hub: FakeHub, serve: Serve) -> None:
+    real_hub.answers = [(429, {"Retry-After": "2"})]
+    own = serve("--allow-pull", env=real_hub.env)
+    response = pulling(own).getresponse()
     first = json.loads(response.readline())
     assert not real_hub.answers and len(real_hub.seen) == 1, "it still waits"
-    assert response.status == 200 and first == {"status": f"{real_hub.url[7:]} is busy (429), trying again in 3 s"}
+    assert response.status == 200 and first == {"status": f"{real_hub.url[7:]} is busy (429), trying again in 2 s"}
     rest = [json.loads(line) for line in response.read().splitlines()]
-    assert [each["status"][-3:] for each in rest[:2]] == ["2 s", "1 s"] and rest[-1] == {"status": "success"}
+    assert rest[0]["status"].endswith("1 s") and rest[-1] == {"status": "success"}
+    real_hub.answers = [(429, {"Retry-After": "1"}), (429, {"Retry-After": "3600"})]
+    assert statuses(pulling(own))[-1].endswith("answers 429; it asks to be left alone for 3600 s")
 
 
-def test_ollama_pull_of_a_hub_that_stays_busy_ends_with_an_error(hub: FakeHub, serve: Callable[..., Server]) -> None:
-    hub.answers = [(429, {"Retry-After": "1"}), (429, {"Retry-After": "3600"})]
-    assert statuses(pulling(serve("--allow-pull", env=hub.env)))[-1].endswith("answers 429; it asks to be left alone for 3600 s")
-
-
-def test_pulls_beyond_four_at_once_are_refused_and_later_ones_served(hub: FakeHub, serve: Callable[..., Server]) -> None:
+def test_pulls_beyond_four_at_once_are_refused_and_later_ones_served(hub: FakeHub, serve: Serve) -> None:
     own = serve("--allow-pull", env=hub.env)
     hub.hold.clear()
     running = [pulling(own) for _ in range(4)]
@@ -17819,8 +16601,7 @@ def test_pull_onto_a_full_disk_says_what_to_do_and_keeps_the_part(hub: FakeHub, 
     done = subprocess.run([*small, str(SHIMMY), "pull", REPO_NAME], cwd=tmp_path, env=env, capture_output=True, timeout=HANG)
     assert_failed_last(done, "File too large", "make room for 270KB and pull again to go on", ".incomplete")
     assert [part.stat().st_size for part in parts(tmp_path)] == [123456]
-    assert pull(REPO_NAME, home=tmp_path, env=hub.env).returncode == 0
-    assert fetched(tmp_path, "recital-q4_k_m.gguf") == hub.files["recital-q4_k_m.gguf"]
+    assert_pulled(pull(REPO_NAME, home=tmp_path, env=hub.env), tmp_path, hub)
     assert hub.downloads()[-1]["Range"] == "bytes=123456-"
 
 
@@ -17831,7 +16612,7 @@ FULL = "raise OSError(errno.ENOSPC, 'No space left on device')"
 
 @cases("stream,status", {"streamed": (True, 200), "whole": (False, 507)})
 def test_ollama_pull_onto_a_full_disk_says_what_to_do(
-    stream: bool, status: int, hub: FakeHub, serve: Callable[..., Server], tmp_path: Path
+    stream: bool, status: int, hub: FakeHub, serve: Serve, tmp_path: Path
 ) -> None:
     own = serve("--allow-pull", env=hub.env, script=altered(tmp_path, (WRITE, FULL)))
     reply = own.post("/api/pull", {"model": REPO_NAME, "stream": stream})
@@ -17842,20 +16623,17 @@ def test_ollama_pull_onto_a_full_disk_says_what_to_do(
 
 def test_pull_of_a_file_that_the_disk_takes_in_pieces_is_whole(hub: FakeHub, tmp_path: Path) -> None:
     script = altered(tmp_path, (WRITE, "left = left[part.write(left[:1000]) :]"))
-    assert shimmy("pull", REPO_NAME, home=tmp_path, env=hub.env, script=script).returncode == 0
-    assert fetched(tmp_path, "recital-q4_k_m.gguf") == hub.files["recital-q4_k_m.gguf"]
+    assert_pulled(shimmy("pull", REPO_NAME, home=tmp_path, env=hub.env, script=script), tmp_path, hub)
 
 
-def test_ollama_pull_into_a_folder_that_cannot_be_made_names_it(hub: FakeHub, serve: Callable[..., Server]) -> None:
+def test_ollama_pull_into_a_folder_that_cannot_be_made_names_it(hub: FakeHub, serve: Serve) -> None:
     own = serve("--allow-pull", env={**hub.env, "HF_HUB_CACHE": "/dev/null/hub"})
     reply = own.post("/api/pull", {"model": REPO_NAME, "stream": False})
     assert_ollama_error(reply, 502, "the model cannot be written: /dev/null/hub")
     assert_healthy(own)
 
 
-def test_client_that_leaves_a_pull_ends_it_although_the_server_sends_nothing(
-    hub: FakeHub, serve: Callable[..., Server]
-) -> None:
+def test_client_that_leaves_a_pull_ends_it_although_the_server_sends_nothing(hub: FakeHub, serve: Serve) -> None:
     own = serve("--allow-pull", "-v", env=hub.env)
     hub.hold.clear()
     connection = pulling(own)
@@ -17871,7 +16649,7 @@ def test_client_that_leaves_a_pull_ends_it_although_the_server_sends_nothing(
     assert_healthy(own)
 
 
-def test_client_that_leaves_while_the_hub_has_it_wait_ends_the_pull(hub: FakeHub, serve: Callable[..., Server]) -> None:
+def test_client_that_leaves_while_the_hub_has_it_wait_ends_the_pull(hub: FakeHub, serve: Serve) -> None:
     own = serve("--allow-pull", "-v", env=hub.env)
     hub.answers = [(429, {"Retry-After": "200"})]
     connection = pulling(own)
@@ -17886,7 +16664,7 @@ def test_client_that_leaves_while_the_hub_has_it_wait_ends_the_pull(hub: FakeHub
     "a server that does not shake hands": lambda _: SHIMMY,
 })  # fmt: skip
 def test_client_that_leaves_while_a_pull_connects_ends_it(
-    script_of: Callable[[Path], Path], serve: Callable[..., Server], tmp_path: Path
+    script_of: Callable[[Path], Path], serve: Serve, tmp_path: Path
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = f"https://127.0.0.1:{silent.getsockname()[1]}"
@@ -17913,22 +16691,23 @@ def run_here(capsys: pytest.CaptureFixture[str], *args: str) -> tuple[Any, str, 
     return code, *capsys.readouterr()
 
 
+def refused(*args: str | Path, home: Path, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[bytes]:
+    """Runs a command in this process that ends before it serves."""
+    return run_in_this_process([*map(str, args)], home, b"", seeded(home, env))
+
+
 @pytest.mark.parametrize("args", [["--version"], ["-V"], ["list", "--version"], ["serve", "-V"]], ids=" ".join)
 def test_version_before_and_after_the_command(args: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     code, stdout, _ = run_here(capsys, *args)
     assert code == 0 and re.fullmatch(r"shimmy \d+\.\d+\.\d+\n", stdout)
 
 
-def test_help_lists_every_command_on_stdout(tmp_path: Path) -> None:
+def test_help_lists_every_command_and_no_command_shows_usage(tmp_path: Path) -> None:
     done = shimmy("-h", home=tmp_path)
     assert done.returncode == 0 and done.stderr == b""
     assert all(word in done.stdout.decode() for word in ("--verbose", "serve", "generate", "list", "probe", "diag"))
-
-
-def test_no_command_shows_usage_and_exits_2(tmp_path: Path) -> None:
     done = shimmy(home=tmp_path)
-    assert done.returncode == 2
-    assert b"usage" in done.stdout + done.stderr
+    assert done.returncode == 2 and b"usage" in done.stdout + done.stderr
 
 
 WRONG_USE = {  # a command line, and what is wrong with it
@@ -17936,6 +16715,7 @@ WRONG_USE = {  # a command line, and what is wrong with it
     "serve --port 70000": "--port",
     "serve --keep-alive soon": "--keep-alive", "serve --max-loaded none": "--max-loaded", "serve --max-loaded 0": "--max-loaded",
     "serve --max-queue -5": "--max-queue", "serve --kv-type f13": "--kv-type", "serve --alias nothing": "--alias",
+    "serve --grace soon": "--grace",
     "serve --ctx 0": "--ctx", "generate --max-tokens many": "--max-tokens", "generate a b c": "arguments: c",
     "generate --chat --raw": "--raw",
     # flags are never abbreviated
@@ -17955,34 +16735,74 @@ def test_flag_error_says_what_is_wrong_first(line: str, capsys: pytest.CaptureFi
     assert hint == f"try: shimmy{command} --help"
 
 
-def test_usage_error_exits_2_without_a_traceback(tmp_path: Path) -> None:
-    assert_failed(shimmy("serve", "--bind", "127.0.0.1:70000", home=tmp_path), 2, "--bind: '70000' is no whole number")
+REFUSED_COMMANDS: dict[str, tuple[tuple[str, ...], dict[str, str], int, tuple[str, ...]]] = {  # arguments, settings, exit, words
+    "SHIMMY_PORT=many": (("serve",), {"SHIMMY_PORT": "many"}, 2, ("SHIMMY_PORT",)),
+    "SHIMMY_MAX_CTX=much": (("serve",), {"SHIMMY_MAX_CTX": "much"}, 2, ("SHIMMY_MAX_CTX",)),
+    "--bind ::1::x": (("serve", "--bind", "::1::x"), {}, 2, ("--bind",)),
+    "--bind with a port of its own": (("serve", "--bind", "127.0.0.1:70000"), {}, 2, ("--bind: '70000' is no whole number",)),
+    "--lora none.gguf": (("serve", "--lora", "none.gguf"), {}, 2, ("none.gguf",)),
+    "--tools none.py": (("serve", "--tools", "none.py"), {}, 2, ("none.py",)),
+    "--schema none.json": (("generate", "--schema", "none.json", "--prompt", "x"), {}, 2, ("none.json",)),
+    "an empty key": (("serve", "--api-key", ""), {}, 2, ("--api-key",)),
+    **{f"{name} {key!a}": (("serve", *flags), env, 2, ("printable ASCII",)) for key in ("schl\u00fcssel", "a\tb", "a\x7f")
+       for name, flags, env in (("--api-key", ("--api-key", key), {}), ("SHIMMY_API_KEY", (), {"SHIMMY_API_KEY": key}))},
+    **{f"{bind} without a key": (("serve", "--bind", bind), {}, 2, ("--api-key", "--insecure"))
+       for bind in ("0.0.0.0", "::", "[::]:0", "192.0.2.1")},
+    "a default that is no file": (("serve", "--model", "./nowhere.gguf"), {}, 1, ("nowhere.gguf",)),
+    "a model that is not there": (("generate", "--model", "nope", "--prompt", "hi"), {}, 1, ("nope",)),
+    "an unknown model": (("generate", "nonesuch", "--prompt", ":"), {}, 1, ("nonesuch",)),
+    "a missing file": (("generate", "./missing.gguf", "--prompt", ":"), {}, 1, ("missing.gguf",)),
+    "a broken model": (("generate", "hollow", "--prompt", ":"), {}, 1, ("load",)),
+    "a broken model to probe": (("probe", "hollow"), {}, 1, ("load",)),
+    "a long prompt": (("generate", "recital", "--raw", "--ctx", "128", "--prompt", "a" * 200), {}, 1, ("201", "128")),
+    "two models": (("generate", "recital", "hi", "--model", "dice"), {}, 2, ("twice",)),
+    "two models to probe": (("probe", "recital", "--model", "dice"), {}, 2, ("twice",)),
+    "two prompts": (("generate", "hi", "--model", "dice", "--prompt", "hi"), {}, 2, ("twice",)),
+    "two prompts for a model": (("generate", "recital", "one", "--prompt", "two"), {}, 2, ("twice",)),
+    "a prompt in its place": (("generate", "Tell me a joke"), {}, 2, ("no model is called 'Tell me a joke'", "--prompt")),
+    "a misspelt model": (("generate", "recitol", "--prompt", "x"), {}, 1, ("did you mean recital?",)),
+    "a misspelt model to probe": (("probe", "recitol"), {}, 1, ("did you mean recital?",)),
+    "a tool without a chat": (("generate", TINY, "--raw", "--tool", "calculator", "--prompt", "x"), {}, 2, ("--tool",)),
+    "a template that is no file": (("generate", "recital", "--chat-template", "none.jinja", "--prompt", "x"), {}, 2, (
+        "--chat-template", "none.jinja")),
+}  # fmt: skip
 
 
-@cases(
-    "args, env, word",
-    {
-        "SHIMMY_PORT=many": (["serve"], {"SHIMMY_PORT": "many"}, "SHIMMY_PORT"),
-        "SHIMMY_MAX_CTX=much": (["serve"], {"SHIMMY_MAX_CTX": "much"}, "SHIMMY_MAX_CTX"),
-        "--bind ::1::x": (["serve", "--bind", "::1::x"], {}, "--bind"),
-        "--lora none.gguf": (["serve", "--lora", "none.gguf"], {}, "none.gguf"),
-        "--tools none.py": (["serve", "--tools", "none.py"], {}, "none.py"),
-        "--schema none.json": (["generate", "--schema", "none.json", "--prompt", "x"], {}, "none.json"),
-    },
-)
-def test_invalid_setting_is_reported_by_name(args: list[str], env: dict[str, str], word: str, tmp_path: Path) -> None:
-    done = shimmy(*args, home=tmp_path, env={"SHIMMY_PORT": "0", **env})
-    assert done.returncode in (1, 2) and word in done.stderr.decode()
-    assert b"Traceback" not in done.stderr and done.stdout == b""
+@cases("args, env, code, words", REFUSED_COMMANDS)
+def test_command_that_cannot_be_meant_ends_with_one_line_that_says_why(
+    args: tuple[str, ...], env: dict[str, str], code: int, words: tuple[str, ...], models: Path, tmp_path: Path
+) -> None:
+    found = {"SHIMMY_MODEL_PATHS": str(models), **({"SHIMMY_PORT": "0"} if args[0] == "serve" else {})}
+    done = refused(*args, home=tmp_path, env=found | env)
+    assert_failed(done, code, *words)
+    assert "recitol" not in args or b"--alias" not in done.stderr
+
+
+@cases("flags, env, words", {
+    "a default near another": (("--model", "recitl"), {}, ("--model recitl", "did you mean recital?")),
+    "an alias near another": (("--alias", "gpt-*=dicee"), {}, ("--alias gpt-*=dicee", "did you mean dice?")),
+    "a setting near another": ((), {"SHIMMY_BASE_GGUF": "recitl"}, ("SHIMMY_BASE_GGUF recitl", "did you mean recital?")),
+    "a default near none": (("--model", "zzz"), {}, ("--model zzz",)),
+})  # fmt: skip
+def test_serve_with_a_name_that_means_no_model_exits_2_naming_the_flag(
+    flags: tuple[str, ...], env: dict[str, str], words: tuple[str, ...], models: Path, tmp_path: Path
+) -> None:
+    done = refused("serve", "--port", "0", *flags, "--models-dir", str(models), home=tmp_path, env=env)
+    (error,) = [line for line in done.stderr.decode().splitlines() if "error" in line]
+    assert done.returncode == 2 and error.startswith("shimmy serve: error: ")
+    assert all(word in error for word in words), error
 
 
 @pytest.mark.parametrize(("package", "old"), [("llama_cpp_python", "0.2.90"), ("websockets", "9.1"), ("jinja2", "3.1.5")])
-def test_outdated_package_is_named_in_one_line(package: str, old: str, models: Path, tmp_path: Path) -> None:
+def test_outdated_package_is_named_in_one_line(
+    package: str, old: str, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     info = tmp_path / "old" / f"{package}-{old}.dist-info"
     info.mkdir(parents=True)
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: {old}\n")
+    monkeypatch.syspath_prepend(info.parent)
     args: list[str | Path] = ["generate", "recital", "--chat", "--prompt", "hi", "--models-dir", models]
-    assert_failed(shimmy(*args, home=tmp_path, env={"PYTHONPATH": str(info.parent)}), 1, old)
+    assert_failed(shimmy(*args, home=tmp_path), 1, old)
 
 
 def free_port() -> int:
@@ -17995,19 +16815,13 @@ def test_serve_prints_one_line_with_its_url(server: Server) -> None:
     assert f"http://127.0.0.1:{server.port}" in server.first_line
 
 
-def test_serve_port_overrides_bind(serve: Callable[..., Server]) -> None:
+def test_serve_port_overrides_bind(serve: Serve) -> None:
     port = free_port()
     server = serve("--bind", "127.0.0.1:1", "--port", str(port), own_port=True)
     assert server.port == port and server.get("/health").status == 200
 
 
-def test_serve_takes_the_port_from_bind(serve: Callable[..., Server]) -> None:
-    port = free_port()
-    server = serve("--bind", f"127.0.0.1:{port}", env={"SHIMMY_PORT": "1"}, own_port=True)
-    assert server.port == port and server.get("/health").status == 200
-
-
-def test_serve_listens_on_ipv6_loopback(serve: Callable[..., Server]) -> None:
+def test_serve_listens_on_ipv6_loopback(serve: Serve) -> None:
     try:
         socket.create_server(("::1", 0), family=socket.AF_INET6).close()
     except OSError:
@@ -18018,7 +16832,7 @@ def test_serve_listens_on_ipv6_loopback(serve: Callable[..., Server]) -> None:
     assert server.get("/health", Host=f"[::1]:{server.port}").status == 200
 
 
-def test_serve_reads_settings_from_the_environment(serve: Callable[..., Server], models: Path, tmp_path: Path) -> None:
+def test_serve_reads_settings_from_the_environment(serve: Serve, models: Path, tmp_path: Path) -> None:
     port = free_port()
     write_header(tmp_path / "one" / "first-path.gguf")
     write_header(tmp_path / "two" / "second-path.gguf")
@@ -18041,18 +16855,18 @@ def test_serve_reads_settings_from_the_environment(serve: Callable[..., Server],
     assert_error(server.post("/api/generate", body, **key), 400, "context_length_exceeded", "301", "128")
 
 
-def test_serve_flags_override_the_environment(serve: Callable[..., Server], models: Path) -> None:
-    env = {"SHIMMY_PORT": "1", "SHIMMY_API_KEY": "other", "SHIMMY_BASE_GGUF": str(models / "recital.gguf")}
-    server = serve("--api-key", "mine", "--model", "dice", "--models-dir", models, env=env)
-    reply = server.get("/api/models", **{"x-api-key": "mine"})
-    assert server.port != 1
-    assert reply.json()["models"][0]["description"] == "Base GGUF model: dice"
-
-
-def test_serve_bind_address_variable_may_include_the_port(serve: Callable[..., Server]) -> None:
+def test_serve_flags_override_the_environment(serve: Serve, models: Path) -> None:
     port = free_port()
-    server = serve(env={"SHIMMY_BIND_ADDRESS": f"127.0.0.1:{port}"}, own_port=True)
-    assert server.port == port
+    env = {"SHIMMY_PORT": "1", "SHIMMY_API_KEY": "other", "SHIMMY_BASE_GGUF": str(models / "recital.gguf")}
+    flags = ("--api-key", "mine", "--model", "dice", "--models-dir", models, "--bind", f"127.0.0.1:{port}")
+    server = serve(*flags, env=env, own_port=True)
+    reply = server.get("/api/models", **{"x-api-key": "mine"})
+    assert server.port == port and reply.json()["models"][0]["description"] == "Base GGUF model: dice"
+
+
+def test_serve_bind_address_variable_may_include_the_port(serve: Serve) -> None:
+    port = free_port()
+    assert serve(env={"SHIMMY_BIND_ADDRESS": f"127.0.0.1:{port}"}, own_port=True).port == port
 
 
 @cases("flags, hosts", {
@@ -18061,7 +16875,7 @@ def test_serve_bind_address_variable_may_include_the_port(serve: Callable[..., S
     "a name that is allowed": (["--insecure", "--allow-host", "evil.example"], {"evil.example": 200}),
     "a key": (["--api-key", "k3y"], {"some.lan.name": 200}),
 })  # fmt: skip
-def test_serve_beyond_loopback_is_allowed_with(flags: list[str], hosts: dict[str, int], serve: Callable[..., Server]) -> None:
+def test_serve_beyond_loopback_is_allowed_with(flags: list[str], hosts: dict[str, int], serve: Serve) -> None:
     """Without a key, a page must not reach the server by a name that it points there (DNS rebinding)."""
     server = serve("--bind", "0.0.0.0", *flags)
     for host, status in hosts.items():  # an address, a container's name, our own, another's
@@ -18070,12 +16884,7 @@ def test_serve_beyond_loopback_is_allowed_with(flags: list[str], hosts: dict[str
         assert server.get("/health", **own_page).status == status
 
 
-def test_serve_with_a_missing_default_model_exits_1_with_one_line(models: Path, tmp_path: Path) -> None:
-    done = shimmy("serve", "--port", "0", "--model", "./nowhere.gguf", "--models-dir", models, home=tmp_path)
-    assert_failed(done, 1, "nowhere.gguf")
-
-
-def test_serve_preloads_a_model_given_by_path(serve: Callable[..., Server], tmp_path: Path) -> None:
+def test_serve_preloads_a_model_given_by_path(serve: Serve, tmp_path: Path) -> None:
     path = write_recital(tmp_path / "far" / "Far_Away.gguf", name="Far Away")
     server = serve("--model", path, "--preload")
     eventually(lambda: server.status("default")["status"] == "loaded", "the default model is loaded by itself")
@@ -18083,15 +16892,13 @@ def test_serve_preloads_a_model_given_by_path(serve: Callable[..., Server], tmp_
     assert server.generate(model="far-away").text == "Hello wide world"
 
 
-def test_serve_stays_up_when_preloading_fails(serve: Callable[..., Server], models: Path) -> None:
+def test_serve_stays_up_when_preloading_fails(serve: Serve, models: Path) -> None:
     server = serve("--models-dir", models, "--model", "hollow", "--preload")
     eventually(lambda: server.status("hollow")["status"] == "failed", "the load fails")
     assert server.generate(":", "recital").text == "Hello wide world"
 
 
-def test_serve_listens_without_llama_cpp_and_names_it_when_needed(
-    serve: Callable[..., Server], models: Path, tmp_path: Path
-) -> None:
+def test_serve_listens_without_llama_cpp_and_names_it_when_needed(serve: Serve, models: Path, tmp_path: Path) -> None:
     (tmp_path / "stub").mkdir()
     (tmp_path / "stub" / "llama_cpp.py").write_text("raise ImportError('no llama here')")
     server = serve("--models-dir", models, env={"PYTHONPATH": str(tmp_path / "stub")})
@@ -18106,11 +16913,11 @@ def test_list_short_prints_names_only(models: Path, tmp_path: Path) -> None:
     assert {"recital", "dice", "hollow"} <= set(done.stdout.decode().splitlines())
 
 
-def test_list_without_models_says_so_and_exits_0(tmp_path: Path) -> None:
-    script = shutil.copy(SHIMMY, tmp_path / "shimmy.py")
-    done = shimmy("list", home=tmp_path, script=Path(script))
-    assert done.returncode == 0
-    assert b"gguf" in (done.stdout + done.stderr).lower()
+def test_list_without_models_says_so_and_exits_0_and_generate_exits_1(tmp_path: Path) -> None:
+    script = altered(tmp_path)  # beside which there is no model in the box
+    done = shimmy("list", home=tmp_path, script=script)
+    assert done.returncode == 0 and b"gguf" in (done.stdout + done.stderr).lower()
+    assert_failed(shimmy("generate", "--prompt", ":", home=tmp_path, script=script), 1, "GGUF")
 
 
 def test_list_into_a_closed_pipe_prints_no_error(models: Path, tmp_path: Path) -> None:
@@ -18171,21 +16978,15 @@ def test_generate_with_a_seed_repeats(server: Server, models: Path, tmp_path: Pa
     assert first == second and first
 
 
-def test_generate_accepts_a_path_to_a_gguf(models: Path, tmp_path: Path) -> None:
+@cases("words, env", {
+    "by its path": (["./elsewhere.gguf"], {}), "as the base model": ([], {"SHIMMY_BASE_GGUF": "{models}/recital.gguf"}),
+    "by a flag": (["--model", "recital"], {"SHIMMY_MODEL_PATHS": "{models}"}),
+})  # fmt: skip
+def test_generate_takes_a_model(words: list[str], env: dict[str, str], models: Path, tmp_path: Path) -> None:
     shutil.copy(models / "recital.gguf", tmp_path / "elsewhere.gguf")
-    done = shimmy("generate", "./elsewhere.gguf", "--prompt", ":", home=tmp_path)
-    assert done.stdout.startswith(b"Hello wide world"), done.stderr
-
-
-def test_generate_without_a_model_name_uses_the_base_gguf(models: Path, tmp_path: Path) -> None:
-    env = {"SHIMMY_BASE_GGUF": str(models / "recital.gguf")}
-    done = shimmy("generate", "--prompt", ":", home=tmp_path, env=env)
-    assert done.stdout.startswith(b"Hello wide world"), done.stderr
-
-
-def test_generate_without_models_exits_1_with_one_line(tmp_path: Path) -> None:
-    script = Path(shutil.copy(SHIMMY, tmp_path / "shimmy.py"))
-    assert_failed(shimmy("generate", "--prompt", ":", home=tmp_path, script=script), 1, "GGUF")
+    settings = {name: value.format(models=models) for name, value in env.items()}
+    done = shimmy("generate", *words, "--prompt", ":", home=tmp_path, env=settings)
+    assert done.stdout == b"Hello wide world\n", done.stderr
 
 
 def test_generate_writes_utf_8_in_any_locale(models: Path, tmp_path: Path) -> None:
@@ -18194,28 +16995,23 @@ def test_generate_writes_utf_8_in_any_locale(models: Path, tmp_path: Path) -> No
     assert done.stdout.decode() == TEXTS["~"], done.stderr
 
 
-def test_generate_with_a_schema_file_prints_matching_json(server: Server, models: Path, tmp_path: Path) -> None:
-    (tmp_path / "schema.json").write_text('{"type": "string", "enum": ["yes", "no"]}')
-    args: list[str | Path] = ["generate", "dice", "--prompt", "Well", "--schema", "schema.json"]
-    done = shimmy(*args, home=tmp_path, env=through(server, models))
-    assert json.loads(done.stdout) in ("yes", "no"), done.stderr
-
-
-@cases(
-    "schema",
-    {
-        "half an object": "{",
-        "a list": "[]",
-        "not UTF-8": "\xff",
-        "an unknown type": '{"type": "wrong"}',
-        "$ref to nowhere": '{"$ref": "#/nowhere"}',
-    },
-)
-def test_generate_with_an_invalid_schema_fails_with_one_line(schema: str, server: Server, models: Path, tmp_path: Path) -> None:
+@cases("schema, fields, code, words", {
+    "a choice": ('{"type": "string", "enum": ["yes", "no"]}', [], 0, ""),
+    "half an object": ("{", [], 2, ""), "a list": ("[]", [], 2, ""), "not UTF-8": ("\xff", [], 2, ""),
+    "an unknown type": ('{"type": "wrong"}', [], 1, ""), "$ref to nowhere": ('{"$ref": "#/nowhere"}', [], 1, ""),
+    "one that is cut": ('{"type": "string", "enum": ["yes and no and yes and no"]}', ["--max-tokens", "3"], 1, "--max-tokens 3"),
+})  # fmt: skip
+def test_generate_with_a_schema_file_prints_matching_json_or_fails_with_one_line(
+    schema: str, fields: list[str], code: int, words: str, server: Server, models: Path, tmp_path: Path
+) -> None:
     (tmp_path / "schema.json").write_text(schema, "latin-1")
-    args: list[str | Path] = ["generate", "dice", "--prompt", "Well", "--schema", "schema.json"]
+    args: list[str | Path] = ["generate", "dice", "--prompt", "Well", "--schema", "schema.json", *fields]
     done = shimmy(*args, home=tmp_path, env=through(server, models))
-    assert done.returncode in (1, 2) and len(done.stderr.splitlines()) == 1 and b"Traceback" not in done.stderr
+    if code == 0:
+        assert json.loads(done.stdout) in ("yes", "no"), done.stderr
+    else:
+        assert done.returncode in (1, 2) and len(done.stderr.splitlines()) == 1 and b"Traceback" not in done.stderr
+        assert words in done.stderr.decode()
 
 
 @pytest.mark.parametrize("answer", [b"220 mail.example ESMTP\r\n", b'HTTP/1.0 200 OK\r\nContent-Length: 4\r\n\r\n"ok"'],
@@ -18233,35 +17029,13 @@ def test_generate_loads_the_model_itself_when_another_service_has_the_port(answe
     assert done.stdout.startswith(b"Hello wide world"), done.stderr
 
 
-def test_generate_with_an_unknown_model_exits_1_with_one_line(models: Path, tmp_path: Path) -> None:
-    done = shimmy("generate", "nonesuch", "--prompt", ":", "--models-dir", models, home=tmp_path)
-    assert_failed(done, 1, "nonesuch")
-
-
-def test_generate_with_a_broken_model_exits_1_with_one_line(models: Path, tmp_path: Path) -> None:
-    assert_failed(shimmy("generate", "hollow", "--prompt", ":", "--models-dir", models, home=tmp_path), 1, "load")
-
-
-def test_generate_with_a_missing_file_exits_1_with_one_line(tmp_path: Path) -> None:
-    assert_failed(shimmy("generate", "./missing.gguf", "--prompt", ":", home=tmp_path), 1, "missing.gguf")
-
-
-def test_generate_prompt_longer_than_the_context_reports_both_lengths(models: Path, tmp_path: Path) -> None:
-    args: list[str | Path] = ["generate", "recital", "--raw", "--ctx", "128", "--prompt", "a" * 200, "--models-dir", models]
-    assert_failed(shimmy(*args, home=tmp_path), 1, "201", "128")
-
-
-def test_generate_applies_a_lora_adapter(models: Path, tmp_path: Path) -> None:
+def test_generate_applies_a_lora_adapter_and_engine_options(models: Path, tmp_path: Path) -> None:
     adapter = write_lora(tmp_path / "adapter.gguf")
     done = shimmy("generate", "recital", "--prompt", ":", "--lora", adapter, "--models-dir", models, home=tmp_path)
     assert done.stdout.decode().split() == [f"w{i}" for i in range(30, 40)], done.stderr
-
-
-def test_generate_accepts_engine_options(models: Path, tmp_path: Path) -> None:
     knobs = ["--threads", "1", "--batch", "32", "--no-mmap", "--kv-type", "q8_0", "--gpu-layers", "0", "--parallel", "2"]
     args: list[str | Path] = ["generate", "recital", "--raw", "--prompt", "a" * 90 + "=", *knobs, "--models-dir", models]
-    done = shimmy(*args, home=tmp_path)
-    assert done.stdout.decode().split() == TEXTS["="].split(), done.stderr
+    assert shimmy(*args, home=tmp_path).stdout.decode().split() == TEXTS["="].split()
 
 
 def test_generate_into_a_closed_pipe_prints_no_error(models: Path, tmp_path: Path) -> None:
@@ -18290,31 +17064,20 @@ def through(server: Server, models: Path) -> dict[str, str]:
     return {"SHIMMY_PORT": str(server.port), "SHIMMY_MODEL_PATHS": str(models)}
 
 
-def test_generate_uses_a_running_server_that_has_the_model_loaded(server: Server, models: Path, tmp_path: Path) -> None:
-    server.load("recital")
-    before = server.status("recital")["last_used"]
-    done = shimmy("generate", "recital", "--raw", "--prompt", "=", home=tmp_path, env=through(server, models))
-    assert done.stdout.decode() == TEXTS["="]
-    assert server.status("recital")["last_used"] != before
-
-
-def test_generate_local_never_asks_a_server(server: Server, models: Path, tmp_path: Path) -> None:
-    server.load("recital")
-    before = server.status("recital")["last_used"]
-    done = shimmy("generate", "recital", "--local", "--prompt", ":", home=tmp_path, env=through(server, models))
-    assert done.stdout.startswith(b"Hello wide world")
-    assert server.status("recital")["last_used"] == before
-
-
-def test_generate_through_a_server_prints_its_error_in_one_line(server: Server, models: Path, tmp_path: Path) -> None:
-    server.load("dice")
-    done = shimmy("generate", "dice", "--prompt", "a" * 300, home=tmp_path, env=through(server, models))
-    assert_failed(done, 1, "300", "256")
-
-
-def test_generate_through_a_server_that_dies_fails_in_one_line(
-    serve: Callable[..., Server], models: Path, tmp_path: Path
+def test_generate_uses_a_running_server_that_has_the_model_loaded_unless_told_not_to(
+    server: Server, models: Path, tmp_path: Path
 ) -> None:
+    server.load("recital")
+    server.load("dice")
+    ask = functools.partial(shimmy, "generate", "recital", "--raw", home=tmp_path, env=through(server, models))
+    before = server.status("recital")["last_used"]
+    assert ask("--local", "--prompt", "=").stdout.decode() == TEXTS["="] and server.status("recital")["last_used"] == before
+    assert ask("--prompt", "=").stdout.decode() == TEXTS["="] and server.status("recital")["last_used"] != before
+    done = shimmy("generate", "dice", "--prompt", "a" * 300, home=tmp_path, env=through(server, models))
+    assert_failed(done, 1, "300", "256")  # the server's error
+
+
+def test_generate_through_a_server_that_dies_fails_in_one_line(serve: Serve, models: Path, tmp_path: Path) -> None:
     server = serve("--models-dir", models, "--ctx", str(LONG_CTX))
     server.load("recital")
     command = [*command_of(), "generate", "recital", "--raw", "--prompt", "#", "--max-tokens", str(LONG_CTX)]
@@ -18337,6 +17100,7 @@ def test_generate_through_a_server_into_a_closed_pipe_cancels(server: Server, mo
 def test_probe_prints_a_report_and_no_progress_bar_into_a_pipe(models: Path, tmp_path: Path) -> None:
     done = shimmy("probe", "recital", "--models-dir", models, home=tmp_path)
     assert done.returncode == 0 and b"tokens/s" in done.stdout
+    assert not list(tmp_path.glob(".cache/shimmy/prefixes/*"))  # the next probe must read its prompt too
     assert re.search(rb"context +8,192 tokens, up to 65,536 would fit\n", done.stdout)
     assert b"\r" not in done.stderr
 
@@ -18351,12 +17115,10 @@ def test_probe_draws_a_progress_bar_on_a_terminal_and_reports_what_it_measured(m
     os.close(mine)
     report = json.loads(done.stdout)
     assert report["model"] == "recital" and report["context_length"] > 0
-    for figure in ("load_seconds", "memory_bytes", "prompt_tokens_per_second", "generated_tokens_per_second"):
+    for figure in ("load_seconds", "memory_bytes", "prompt_tokens_per_second", "generated_tokens_per_second",
+                   "generated_tokens_per_second_together", "weights_bytes"):  # fmt: skip
         assert report[figure] > 0, figure
-
-
-def test_probe_of_a_broken_model_exits_1_with_the_reason(models: Path, tmp_path: Path) -> None:
-    assert_failed(shimmy("probe", "hollow", "--models-dir", models, home=tmp_path), 1, "load")
+    assert (report["parallel"], report["kv_bytes_per_token"], report["state_bytes_per_sequence"]) == (8, 128, 0)
 
 
 def test_diag_reports_versions_memory_directories_and_whether_a_server_is_running(
@@ -18376,48 +17138,16 @@ def test_generate_takes_a_model_and_a_prompt(line: str) -> None:
     assert (args.model, args.text) == ("MODEL", "PROMPT")
 
 
-def test_generate_with_a_prompt_in_the_models_place_says_where_it_goes(tmp_path: Path) -> None:
-    assert_failed(shimmy("generate", "Tell me a joke", home=tmp_path), 2, "Tell me a joke", "--prompt")
-
-
-def test_generate_takes_the_model_as_a_flag(models: Path, tmp_path: Path) -> None:
-    done = shimmy("generate", "--model", "recital", "hi", "--models-dir", models, home=tmp_path)
-    assert done.stdout == b"Hello wide world\n", done.stderr
-
-
-@cases("args, code, word", {
-    "one that is not there": (["generate", "--model", "nope", "--prompt", "hi"], 1, "nope"),
-    "two models": (["generate", "recital", "hi", "--model", "dice"], 2, "twice"),
-    "two models to probe": (["probe", "recital", "--model", "dice"], 2, "twice"),
-    "two prompts": (["generate", "hi", "--model", "dice", "--prompt", "hi"], 2, "twice"),
-    "the prompt in its place": (["generate", "Tell me a joke"], 2, "no model is called 'Tell me a joke'"),
-})  # fmt: skip
-def test_model_that_cannot_be_meant_is_an_error(args: list[str], code: int, word: str, models: Path, tmp_path: Path) -> None:
-    assert_failed(shimmy(*args, "--models-dir", models, home=tmp_path), code, word)
-
-
-def test_generate_with_two_prompts_is_a_usage_error(tmp_path: Path) -> None:
-    assert_failed(shimmy("generate", "recital", "one", "--prompt", "two", home=tmp_path), 2, "twice")
-
-
-def test_serve_with_an_empty_key_is_a_usage_error(tmp_path: Path) -> None:
-    assert_failed(shimmy("serve", "--port", "0", "--api-key", "", home=tmp_path), 2, "--api-key")
-
-
 def usage_of(done: subprocess.CompletedProcess[bytes]) -> int:
     return json.loads(done.stdout)["usage"]["prompt_tokens"]
 
 
 @pytest.mark.parametrize("where", ["here", "by-the-server"])
 def test_generate_chats_with_a_model_that_has_a_template(where: str, server: Server, models: Path, tmp_path: Path) -> None:
+    """And completes with one that has none."""
     env = through(server, models) if where != "here" else {"SHIMMY_MODEL_PATHS": str(models)}
     done = shimmy("generate", "recital", "please count", "--json", home=tmp_path, env=env)
     assert usage_of(done) == 1 + len("[user]please count[assistant]=")
-
-
-@pytest.mark.parametrize("where", ["here", "by-the-server"])
-def test_generate_completes_with_a_model_that_has_no_template(where: str, server: Server, models: Path, tmp_path: Path) -> None:
-    env = through(server, models) if where != "here" else {"SHIMMY_MODEL_PATHS": str(models)}
     done = shimmy("generate", "dice", "roll", "--json", "--max-tokens", "3", home=tmp_path, env=env)
     assert usage_of(done) == len("roll")
 
@@ -18431,13 +17161,6 @@ def test_generate_that_is_cut_says_so_without_a_terminal(flags: list[str], word:
     done = shimmy("generate", "recital", "--raw", "--prompt", "#", *flags, "--models-dir", models, home=tmp_path)
     assert done.returncode == 0 and done.stdout.startswith(b"Tick tock ")
     assert "cut" in done.stderr.decode() and word in done.stderr.decode()
-
-
-def test_generate_with_a_schema_that_is_cut_fails(server: Server, models: Path, tmp_path: Path) -> None:
-    (tmp_path / "schema.json").write_text('{"type": "string", "enum": ["yes and no and yes and no"]}')
-    args: list[str | Path] = ["--schema", "schema.json", "--max-tokens", "3"]
-    done = shimmy("generate", "dice", "--prompt", "Well", *args, home=tmp_path, env=through(server, models))
-    assert done.returncode == 1 and "--max-tokens 3" in done.stderr.decode()
 
 
 def test_generate_max_tokens_minus_one_goes_to_the_end_of_the_context(models: Path, tmp_path: Path) -> None:
@@ -18480,9 +17203,7 @@ def test_generate_in_a_loop_leaves_the_loops_input_alone(models: Path, tmp_path:
      ("list <&- 2>&-", 0), ("--version >&-", 0), ("generate --bogus 2>&-", 2), ("generate recital --prompt : <&- >&- 2>&-", 1)],
     ids=lambda value: re.sub(r"\W+", "-", value.translate({60: "in", 62: "out"})) if isinstance(value, str) else str(value),
 )  # fmt: skip
-def test_closed_standard_stream_gives_no_traceback(
-    words: str, code: int, server: Server, models: Path, tmp_path: Path
-) -> None:
+def test_closed_standard_stream_gives_no_traceback(words: str, code: int, server: Server, models: Path, tmp_path: Path) -> None:
     done = in_a_shell(f"{IN_A_SHELL} {words}", tmp_path, through(server, models))
     assert done.returncode == code, done.stderr
     assert b"Traceback" not in done.stderr and b"Exception" not in done.stderr and len(done.stderr.splitlines()) <= 1
@@ -18527,42 +17248,29 @@ def test_generate_says_why_it_uses_an_engine_of_its_own(
     assert f"an engine of its own does the work: {words}" in re.sub(r"the server at \S+ ", "", done.stderr.decode())
 
 
-def test_generate_without_a_server_says_that_none_answers(models: Path, tmp_path: Path) -> None:
-    done = shimmy("generate", "-v", "recital", "--prompt", "hi", "--models-dir", models, home=tmp_path)
-    assert "no server answers at http://127.0.0.1:9" in done.stderr.decode()
-
-
-def test_generate_with_models_dir_uses_the_server_that_has_the_same_model(server: Server, models: Path, tmp_path: Path) -> None:
-    args: list[str | Path] = ["-v", "generate", "recital", "--prompt", "hi", "--models-dir", models]
-    done = shimmy(*args, home=tmp_path, env={"SHIMMY_PORT": str(server.port)})
-    assert done.stdout == b"Hello wide world\n" and "does the work, with recital" in done.stderr.decode()
-
-
-def test_generate_with_models_dir_loads_its_own_file_when_the_server_has_another(
-    server: Server, models: Path, tmp_path: Path
-) -> None:
+def test_generate_with_models_dir_uses_the_server_if_it_has_the_same_model(server: Server, models: Path, tmp_path: Path) -> None:
     write_recital(tmp_path / "other" / "recital.gguf", name="A longer name than the other one has")
-    args: list[str | Path] = ["-v", "generate", "recital", "--prompt", "hi", "--models-dir", tmp_path / "other"]
-    done = shimmy(*args, home=tmp_path, env={"SHIMMY_PORT": str(server.port)})
-    assert done.stdout == b"Hello wide world\n" and "--models-dir holds another recital" in done.stderr.decode()
+    port = {"SHIMMY_PORT": str(server.port)}
+    for folder, env, words in (
+        (models, port, "does the work, with recital"), (tmp_path / "other", port, "--models-dir holds another recital"),
+        (models, {}, "no server answers at http://127.0.0.1:9"),
+    ):  # fmt: skip
+        done = shimmy("-v", "generate", "recital", "--prompt", "hi", "--models-dir", folder, home=tmp_path, env=env)
+        assert done.stdout == b"Hello wide world\n" and words in done.stderr.decode()
 
 
-@pytest.mark.parametrize("key", [None, "wrong"], ids=["missing", "wrong"])
-def test_generate_says_that_the_server_refused_the_key(key: str | None, guarded: Server, models: Path, tmp_path: Path) -> None:
-    env = through(guarded, models) | ({"SHIMMY_API_KEY": key} if key else {})
-    assert_failed(shimmy("generate", "recital", "--prompt", "hi", home=tmp_path, env=env), 1, "the server at", "SHIMMY_API_KEY")
-
-
-def test_diag_says_that_the_server_refused_the_key(guarded: Server, tmp_path: Path) -> None:
+def test_key_that_the_server_refused_is_told_and_one_is_trimmed(guarded: Server, models: Path, tmp_path: Path) -> None:
+    ask = functools.partial(shimmy, "-v", "generate", "recital", "--prompt", "hi", home=tmp_path)
+    env = through(guarded, models)
+    for settings in (env, env | {"SHIMMY_API_KEY": "wrong"}):
+        done = ask(env=settings)
+        assert done.returncode == 1 and done.stdout == b"" and b"Traceback" not in done.stderr
+        assert all(word in done.stderr.decode().splitlines()[-1] for word in ("the server at", "SHIMMY_API_KEY"))
+    done = ask(env=env | {"SHIMMY_API_KEY": "s3cret\r"})
+    assert done.stdout == b"Hello wide world\n" and b"the server at" in done.stderr, done.stderr
     port = {"SHIMMY_PORT": str(guarded.port)}
     assert b"SHIMMY_API_KEY" in shimmy("diag", home=tmp_path, env=port | {"SHIMMY_API_KEY": "wrong"}).stdout
     assert b"SHIMMY_API_KEY" not in shimmy("diag", home=tmp_path, env=port | {"SHIMMY_API_KEY": "s3cret"}).stdout
-
-
-def test_generate_trims_the_key(guarded: Server, models: Path, tmp_path: Path) -> None:
-    env = through(guarded, models) | {"SHIMMY_API_KEY": "s3cret\r"}
-    done = shimmy("-v", "generate", "recital", "--prompt", "hi", home=tmp_path, env=env)
-    assert done.stdout == b"Hello wide world\n" and b"the server at" in done.stderr, done.stderr
 
 
 def test_generate_gives_the_servers_answer_to_a_prompt_that_is_too_large(server: Server, models: Path, tmp_path: Path) -> None:
@@ -18632,12 +17340,12 @@ def test_ctrl_c_ends_the_line_on_a_terminal_and_the_engine(models: Path, tmp_pat
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
-@pytest.mark.parametrize("name", ["SIGINT", "SIGHUP"])
-def test_serve_goes_on_ignoring_a_signal_that_its_parent_ignores(name: str, models: Path, tmp_path: Path) -> None:
-    command = f"trap '' {name[3:]}; exec '{sys.executable}' '{SHIMMY}' serve --port 0 --models-dir '{models}'"
+def test_serve_goes_on_ignoring_signals_that_its_parent_ignores(models: Path, tmp_path: Path) -> None:
+    command = f"trap '' INT HUP; exec '{sys.executable}' '{SHIMMY}' serve --port 0 --models-dir '{models}'"
     with Child(["bash", "-c", command], env=seeded(tmp_path), stdout=subprocess.PIPE) as running:
         assert running.stdout and b"listening" in running.stdout.readline()
-        running.send_signal(getattr(signal, name))
+        running.send_signal(signal.SIGINT)
+        running.send_signal(signal.SIGHUP)
         with pytest.raises(subprocess.TimeoutExpired):
             running.wait(0.5)
         running.terminate()
@@ -18647,9 +17355,7 @@ def test_serve_goes_on_ignoring_a_signal_that_its_parent_ignores(name: str, mode
 def test_generate_goes_on_in_the_background_of_a_shell_that_ignores_ctrl_c(models: Path, tmp_path: Path) -> None:
     args = f"generate recital --raw --prompt '#' --temperature 0 --max-tokens 3000 --ctx {LONG_CTX} --models-dir '{models}'"
     command = ["bash", "-c", f"trap '' INT; exec {IN_A_SHELL} {args}"]
-    with Child(
-        command, env=seeded(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0
-    ) as running:
+    with Child(command, env=seeded(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0) as running:
         assert running.stdout and running.stdout.read(5) == b"Tick "
         running.send_signal(signal.SIGINT)
         rest, _ = running.communicate(timeout=HANG)
@@ -18670,7 +17376,7 @@ def test_serve_told_to_stop_while_it_starts_ends_with_0(name: str, models: Path,
         assert running.stderr and b"Traceback" not in running.stderr.read()
 
 
-def test_serve_tells_what_it_loads_and_for_whom_it_waits(serve: Callable[..., Server], models: Path) -> None:
+def test_serve_tells_what_it_loads_and_for_whom_it_waits(serve: Serve, models: Path) -> None:
     own = serve("--models-dir", models, "--model", "recital")
     eventually(lambda: "default model: recital; " in own.log.read_text(), "the default model is named")
     with own.stream("/api/generate", {"model": "recital", "prompt": "#", "max_tokens": 1000}) as stream:
@@ -18682,23 +17388,6 @@ def test_serve_tells_what_it_loads_and_for_whom_it_waits(serve: Callable[..., Se
     assert re.search(r"loading recital \(\d+KB\)\n", log)
     assert re.search(r"loaded recital in [\d.]+ s: [\d.]+MB of memory; its KV pool of [\d,]+ tokens takes up to [\d.]+MB\n", log)
     assert re.search(r"shutting down: waiting up to \d+ s for the requests of recital \(1\)\n", log)
-
-
-@pytest.mark.parametrize(
-    ("flags", "env", "words"),
-    [(["--model", "recitl"], {}, ["--model recitl", "did you mean recital?"]),
-     (["--alias", "gpt-*=dicee"], {}, ["--alias gpt-*=dicee", "did you mean dice?"]),
-     ([], {"SHIMMY_BASE_GGUF": "recitl"}, ["SHIMMY_BASE_GGUF recitl", "did you mean recital?"]),
-     (["--model", "zzz"], {}, ["--model zzz"])],
-    ids=["model", "alias", "environment", "nothing-near"],
-)  # fmt: skip
-def test_serve_with_a_name_that_means_no_model_exits_2_naming_the_flag(
-    flags: list[str], env: dict[str, str], words: list[str], models: Path, tmp_path: Path
-) -> None:
-    done = shimmy("serve", "--port", "0", *flags, "--models-dir", models, home=tmp_path, env=env)
-    (error,) = [line for line in done.stderr.decode().splitlines() if "error" in line]
-    assert done.returncode == 2 and error.startswith("shimmy serve: error: ")
-    assert all(word in error for word in words), error
 
 
 class Screen:
@@ -18776,7 +17465,7 @@ def slow_load(folder: Path) -> Path:
 @pty
 @pytest.mark.parametrize("where", ["here", "by-the-server"])
 def test_generate_on_a_terminal_says_what_it_waits_for_until_the_first_word(
-    where: str, serve: Callable[..., Server], models: Path, tmp_path: Path
+    where: str, serve: Serve, models: Path, tmp_path: Path
 ) -> None:
     script, env = slow_load(tmp_path), {"SHIMMY_MODEL_PATHS": str(models)}
     if where != "here":
@@ -18871,9 +17560,7 @@ def test_generate_lines_with_a_line_that_fails_goes_on_and_exits_1(models: Path,
 
 def test_generate_lines_answers_a_line_before_the_next_one_comes(models: Path, tmp_path: Path) -> None:
     command = [*command_of(), "generate", "recital", "--raw", "--lines", "--models-dir", str(models)]
-    with Child(
-        command, cwd=tmp_path, env=seeded(tmp_path), stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0
-    ) as running:
+    with Child(command, cwd=tmp_path, env=seeded(tmp_path), stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0) as running:
         assert running.stdin and running.stdout
         for prompt in (":", "="):
             running.stdin.write(f"{prompt}\n".encode())
@@ -18892,7 +17579,6 @@ def test_generate_lets_a_chat_use_a_built_in_tool(tmp_path: Path) -> None:
     done = shimmy("generate", "shimmy-tiny", "--local", "--chat", "--tool", "calculator", "--temperature", "0",
                   "--prompt", "What is 12 * 34?", home=tmp_path, env={"SHIMMY_MODEL_PATHS": str(REPO / "models")})  # fmt: skip
     assert b"408" in done.stdout, done.stderr
-    assert_failed(shimmy("generate", "shimmy-tiny", "--raw", "--tool", "calculator", "--prompt", "x", home=tmp_path), 2, "--tool")
 
 
 def test_chat_template_flag_replaces_the_models_own(models: Path, tmp_path: Path) -> None:
@@ -18900,12 +17586,12 @@ def test_chat_template_flag_replaces_the_models_own(models: Path, tmp_path: Path
     template.write_text("{{ messages[-1].content[::-1] }}")
     flags = ("--models-dir", models, "--chat-template", template, "--prompt", ":S")
     assert shimmy("generate", "recital", *flags, home=tmp_path).stdout.decode().strip() == TEXTS[":"]
-    missing = shimmy("generate", "recital", "--chat-template", tmp_path / "none.jinja", "--prompt", "x", home=tmp_path)
-    assert_failed(missing, 2, "--chat-template", "none.jinja")
 
 
-# What serve says.
-# On stderr, once the first scan is over.
+# What serve says on stderr, once the first scan is over.
+
+ROOM = "        left = free - self.weights_bytes - GRAPH_BYTES"
+LITTLE_ROOM = (ROOM, "        free = self.size_bytes + 128 * MIB + 102_400\n" + ROOM)
 
 
 def said_by(running: Server, words: str) -> str:
@@ -18913,12 +17599,12 @@ def said_by(running: Server, words: str) -> str:
     return eventually(lambda: words in running.log.read_text() and running.log.read_text(), f"it says {words}")
 
 
-def test_serve_with_the_model_in_the_box_alone_says_how_to_get_a_real_one(serve: Callable[..., Server]) -> None:
+def test_serve_with_the_model_in_the_box_alone_says_how_to_get_a_real_one(serve: Serve) -> None:
     first, command, *_ = said_by(serve(), "curl").splitlines()
     assert "only the model in the box is here" in first and re.search(r"python\S* \S*shimmy.py pull \w+/\S+-GGUF$", command)
 
 
-def test_serve_says_what_it_found_and_how_to_begin(serve: Callable[..., Server], models: Path) -> None:
+def test_serve_says_what_it_found_and_how_to_begin(serve: Serve, models: Path) -> None:
     running = serve("--models-dir", models, "--model", "dice", "--api-key", "s3cret")
     said = said_by(running, "curl")
     assert "default model: dice; " in said and f"4 in {models}" in said and re.search(r"engine +1 thread\n", said)
@@ -18929,17 +17615,15 @@ def test_serve_says_what_it_found_and_how_to_begin(serve: Callable[..., Server],
     assert json.loads(done.stdout)["object"] == "chat.completion"
 
 
-def test_serve_says_what_a_context_that_does_not_fit_could_be(serve: Callable[..., Server], models: Path, tmp_path: Path) -> None:
-    place = "        left = free - self.weights_bytes - GRAPH_BYTES"
-    script = altered(tmp_path, (place, "        free = self.size_bytes + 128 * MIB + 102_400\n" + place))
+def test_serve_says_what_a_context_that_does_not_fit_could_be_and_that_a_gpu_lies_idle(
+    serve: Serve, models: Path, tmp_path: Path
+) -> None:
+    script = altered(tmp_path, LITTLE_ROOM, ('    "/dev/kfd": (', '    "/proc/self": ('))
     said = said_by(serve("--models-dir", models, "--model", "recital", script=script), "curl")
     assert "fits the memory" in said and "up to 768 tokens of context fit (--ctx)" in said
-
-
-def test_serve_says_that_a_gpu_lies_idle(serve: Callable[..., Server], tmp_path: Path) -> None:
-    script = altered(tmp_path, ('    "/dev/kfd": (', '    "/proc/self": ('))
-    said = said_by(serve(script=script), "curl")
     assert "the machine has an AMD one" in said and "-DGGML_HIP=on" in said
+    table = shimmy("list", "--models-dir", models, home=tmp_path, script=script).stdout.decode()
+    assert re.search(r"recital .* 65536 +- +ctx 768 ", table) and re.search(r"dice .* 256 +- +yes ", table)
 
 
 @contextlib.contextmanager
@@ -18961,7 +17645,7 @@ def test_serve_on_a_terminal_shows_how_far_a_load_is(models: Path, tmp_path: Pat
         assert screen.process.wait(HANG) == 0
 
 
-def test_verbose_serve_logs_tokens_and_speed_of_each_request(serve: Callable[..., Server], models: Path) -> None:
+def test_verbose_serve_logs_tokens_and_speed_of_each_request(serve: Serve, models: Path) -> None:
     running = serve("-v", "--models-dir", models)
     for _ in range(2):
         running.generate("a long prompt that is read once =", max_tokens=40)
@@ -18973,15 +17657,12 @@ def test_verbose_serve_logs_tokens_and_speed_of_each_request(serve: Callable[...
 # The terminal.
 
 
-def test_verbose_generate_ends_with_tokens_and_speed(server: Server, models: Path, tmp_path: Path) -> None:
+def test_verbose_generate_ends_with_tokens_and_speed_also_of_lines(server: Server, models: Path, tmp_path: Path) -> None:
     for env in ({"SHIMMY_MODEL_PATHS": str(models)}, {"SHIMMY_PORT": str(server.port)}):
         done = shimmy("-v", "generate", "recital", "--raw", "--prompt", "=", home=tmp_path, env=env)
         last = done.stderr.decode().splitlines()[-1]
         assert done.stdout.decode() == TEXTS["="]
         assert re.search(r" 2\+40 tokens( \(1 cached\))?, first after \d+\.\d{3} s, [\d.]+ tokens/s$", last), last
-
-
-def test_verbose_lines_end_with_tokens_and_speed(models: Path, tmp_path: Path) -> None:
     done = shimmy("-v", "generate", "recital", "--raw", "--lines", "--models-dir", models, home=tmp_path, stdin=b":\n=\n")
     assert re.search(rb"43 tokens in [\d.]+ s: [\d.]+ tokens/s\n$", done.stderr), done.stderr
 
@@ -19058,20 +17739,20 @@ def test_chat_says_what_went_wrong_and_goes_on(models: Path, tmp_path: Path) -> 
 
 @pty
 @pytest.mark.parametrize("columns", [40, 60])
-def test_list_keeps_to_a_narrow_terminal(columns: int, models: Path, tmp_path: Path) -> None:
+def test_list_keeps_to_a_narrow_terminal_and_leaves_paths_and_values_whole(columns: int, models: Path, tmp_path: Path) -> None:
     with narrow_terminal(columns, "list", "--models-dir", models, home=tmp_path) as screen:
         lines = screen.rest().splitlines()
     assert "recital" in lines and max(len(line) for line in lines if not line.endswith(".gguf")) <= columns
+    (start,) = [i for i, line in enumerate(lines) if line == "recital"]
+    about = [line.split() for line in lines[start + 1 : start + 8]]
+    assert [line[0] for line in about] == ["params", "quant", "size", "context", "sees", "fits", "where"]
+    assert all(len(line) == 2 for line in about) and about[-1][1] == str(models / "recital.gguf")
 
 
 def test_list_names_the_largest_context_that_fits(models: Path, tmp_path: Path) -> None:
     done = shimmy("list", "--json", "--models-dir", models, home=tmp_path)
     contexts = {model["id"]: model["largest_context"] for model in json.loads(done.stdout)["models"]}
     assert (contexts["recital"], contexts["dice"]) == (65536, 256)
-    place = "        left = free - self.weights_bytes - GRAPH_BYTES"
-    script = altered(tmp_path, (place, "        free = self.size_bytes + 128 * MIB + 102_400\n" + place))
-    table = shimmy("list", "--models-dir", models, home=tmp_path, script=script).stdout.decode()
-    assert re.search(r"recital .* 65536 +- +ctx 768 ", table) and re.search(r"dice .* 256 +- +yes ", table)
 
 
 @cases("command", {name or "none": name for name in module.HELP})
@@ -19097,23 +17778,25 @@ def test_the_examples_of_the_help_work(hub: FakeHub, tmp_path: Path) -> None:
     assert serve_it == "shimmy.py serve"
 
 
-@cases(
-    "words,completed",
-    {"a command": (["gen"], ["generate"]), "a flag": (["serve", "--po"], ["--port"]),
-     "a choice": (["serve", "--kv-type", "q"], ["q8_0", "q4_0"]), "a model": (["generate", "rec"], ["recital"]),
-     "a hostile one": (["probe", "$("], [r"\$\(touch\$ifs-run\)"])},
-)  # fmt: skip
-def test_bash_completes(words: list[str], completed: list[str], models: Path, tmp_path: Path) -> None:
+COMPLETED = {  # words, and what the last one can become
+    "gen": ["generate"], "serve --po": ["--port"], "serve --kv-type q": ["q8_0", "q4_0"], "generate rec": ["recital"],
+    "probe $(": [r"\$\(touch\$ifs-run\)"],  # a hostile one
+}  # fmt: skip
+
+
+def test_bash_completes(models: Path, tmp_path: Path) -> None:
     write_recital(tmp_path / "models" / "$(touch$IFS run).gguf")
     command = tmp_path / "shimmy.py"
-    command.write_text(f"#!/bin/sh\nexec {IN_A_SHELL} \"$@\"\n")
+    command.write_text(f'#!/bin/sh\nexec {IN_A_SHELL} "$@"\n')
     command.chmod(0o755)
     script = shimmy("completion", "bash", home=tmp_path).stdout.decode()
-    array = " ".join(f"'{word}'" for word in ["./shimmy.py", *words])
-    script += f"\nCOMP_WORDS=({array}); COMP_CWORD={len(words)}; _shimmy; printf '%s\\n' \"${{COMPREPLY[@]}}\""
+    for line in COMPLETED:
+        array = " ".join(f"'{word}'" for word in ["./shimmy.py", *line.split()])
+        script += f"\nCOMP_WORDS=({array}); COMP_CWORD={len(line.split())}; _shimmy; echo \"${{COMPREPLY[@]}}\""
     env = environment(tmp_path, {"SHIMMY_MODEL_PATHS": str(models)})
     done = subprocess.run(["bash", "-c", script], cwd=tmp_path, env=env, capture_output=True, timeout=HANG, check=True)
-    assert done.stdout.decode().split("\n")[:-1] == completed and not (tmp_path / "run").exists()
+    assert done.stdout.decode().splitlines() == [" ".join(words) for words in COMPLETED.values()]
+    assert not (tmp_path / "run").exists()
 
 
 @cases("shell", {"zsh": "zsh", "fish": "fish"})
@@ -19122,56 +17805,30 @@ def test_completion_knows_every_command(shell: str, tmp_path: Path) -> None:
     assert all(command in script for command in module.HELP if command) and "kv-type" in script
 
 
-@cases(
-    "changes",
-    {"text for numbers": {"attention.key_length": "a" * 1000, "attention.value_length": "a"},
-     "text for a count": {"block_count": "x"}, "no heads": {"attention.head_count": 0},
-     "a list of texts": {"attention.head_count_kv": ("a",)}, "a fraction": {"block_count": 0.5}},
-)  # fmt: skip
+@cases("changes", {
+    "text for numbers": {"attention.key_length": "a" * 1000, "attention.value_length": "a"},
+    "text for a count": {"block_count": "x"}, "no heads": {"attention.head_count": 0},
+    "a list of texts": {"attention.head_count_kv": ("a",)}, "a fraction": {"block_count": 0.5},
+})  # fmt: skip
 def test_memory_of_a_context_is_unknown_where_the_header_is_wrong(changes: dict[str, Any]) -> None:
     shape = {"block_count": 2, "embedding_length": 64, "attention.head_count": 4, "attention.head_count_kv": 2}
     named = [{f"llama.{key}": value for key, value in each.items()} for each in (shape, shape | changes)]
     assert [module.kv_shape(meta, "llama") for meta in named] == [module.KvShape((2 * 2 * 16,) * 2, (0, 0)), None]
 
 
-def test_memory_of_a_context_counts_each_layers_heads() -> None:
-    meta = {"a.block_count": 3, "a.embedding_length": 64, "a.attention.head_count": 4, "a.attention.head_count_kv": (4, 0, 2)}
-    assert module.kv_shape(meta, "a") == module.KvShape((4 * 2 * 16, 0, 2 * 2 * 16), (0, 0, 0))
-
-
-# Names.
-
-
-@cases("command", {"generate": ["generate", "--prompt", "x"], "probe": ["probe"]})
-def test_model_misspelt_on_the_command_line_is_told_with_the_near_name(command: list[str], tmp_path: Path) -> None:
-    write_recital(tmp_path / "models" / "recital.gguf")
-    done = shimmy(command[0], "recitol", *command[1:], home=tmp_path, env={"SHIMMY_MODEL_PATHS": str(tmp_path / "models")})
-    assert_failed(done, 1, "did you mean recital?")
-    assert b"--alias" not in done.stderr
-
-
 def test_model_misspelt_in_a_request_is_told_with_the_near_name(server: Server) -> None:
     assert "(did you mean recital? available: " in server.chat(model="recitol").json()["error"]["message"]
 
 
-# Serve.
-
-
 def test_serve_on_a_taken_port_says_how_to_take_another(server: Server, tmp_path: Path) -> None:
-    done = shimmy("serve", "--port", str(server.port), home=tmp_path)
+    done = refused("serve", "--port", str(server.port), home=tmp_path)
     assert_failed(done, 1, f":{server.port}: Address already in use; --port N listens on another")
-
-
-# Pull.
 
 
 def test_pull_without_a_network_asks_about_the_network(tmp_path: Path) -> None:
     env = {"HTTPS_PROXY": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9", "NO_PROXY": "", "no_proxy": ""}
     done = shimmy("pull", "someone/something", home=tmp_path, env=env)
     assert_failed(done, 1, "is the network there? HF_ENDPOINT names another hub")
-
-
-# Completion.
 
 
 @cases("other,used", {"no other": (False, "shimmy 0"), "another program": (True, "the other one")})
@@ -19217,20 +17874,7 @@ def test_ctrl_c_at_an_early_moment_ends_quietly(command: str, line: str, pause: 
     assert (running.returncode, stdout, stderr) == (-signal.SIGINT, b"", b"")
 
 
-@pty
-def test_list_on_a_narrow_terminal_leaves_paths_and_values_whole(models: Path, tmp_path: Path) -> None:
-    with narrow_terminal(40, "list", "--models-dir", models, home=tmp_path) as screen:
-        lines = screen.rest().splitlines()
-    (start,) = [i for i, line in enumerate(lines) if line == "recital"]
-    about = [line.split() for line in lines[start + 1 : start + 8]]
-    assert [line[0] for line in about] == ["params", "quant", "size", "context", "sees", "fits", "where"]
-    assert all(len(line) == 2 for line in about) and about[-1][1] == str(models / "recital.gguf")
-
-
 # ── README ────────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-# Readme.
-
 README = (REPO / "README.md").read_text()
 BLOCKS = re.findall(r"(?ms)^```(\w+)\n(.*?)^```$", README)
 
@@ -19273,6 +17917,7 @@ NOT_RUN: dict[str, tuple[str, Callable[[str], None]]] = {  # by a block's start:
     ".venv/bin/python shimmy.py pull": ("fetches from the network", check_command_lines),
     "pip install --prefer-binary": ("installs, and opens a browser", check_command_lines),
     "python shimmy.py pull": ("fetches from the network", check_command_lines),
+    "CMAKE_ARGS=-DGGML_RPC=on pip": ("installs, and needs another machine", check_command_lines),
     "docker build": ("needs docker's daemon and the network", check_docker),
 }
 
@@ -19337,41 +17982,33 @@ def test_readme_python_runs(block: str, documented: Server) -> None:
     assert done.stdout.strip() or "@tool" in block
 
 
-def test_readme_blocks_name_their_language_and_none_is_left_out() -> None:
-    known = {"sh", "python", "nginx", "ini", "dockerfile", "caddyfile"}
+def test_readme_blocks_links_and_routes_are_whole() -> None:
+    known = {"sh", "python", "nginx", "haproxy", "ini", "dockerfile", "caddyfile"}
     assert {language for language, _ in BLOCKS} == known and README.count("\n```") == 2 * len(BLOCKS)
     for start in NOT_RUN:
         assert [b for b in blocks_of("sh") if b.startswith(start)], f"README no longer says {start!r}"
-
-
-def test_readme_links_lead_somewhere() -> None:
     headings = {re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in re.findall(r"(?m)^#+ (.+)$", README)}
     for target in re.findall(r"\]\(([^)]+)\)", README):
         if target.startswith("#"):
             assert target[1:] in headings, target
         elif not target.startswith("http"):
             assert (REPO / target).is_file(), target
-
-
-def test_readme_names_every_route() -> None:
     missing = [r.label() for r in module.ROUTES if r.label() not in README and f"/v1{r.label()}" not in README]
     assert [m for m in missing if not re.search(r"…|/unload$|/status$|^/$|reranking|models/\{name\}$", m)] == []
 
 
-def test_readme_names_every_flag_of_serve(capsys: pytest.CaptureFixture[str]) -> None:
+def test_readme_names_every_flag_of_serve_and_none_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
     flags = set(re.findall(r"(?m)^ +(--[a-z-]+)", run_here(capsys, "serve", "--help")[1]))
     assert {flag for flag in flags if flag not in README} <= {"--help"}
-
-
-def test_readme_flags_exist(capsys: pytest.CaptureFixture[str]) -> None:
-    others = "prefer-binary extra-index-url url no-cache-dir no-install-recommends create-home now install"
+    others = ("prefer-binary extra-index-url url no-cache-dir no-install-recommends create-home now install build target "
+              "force-reinstall")  # fmt: skip
     commands = ("serve", "generate", "list", "probe", "diag", "pull")
     help = "".join(run_here(capsys, command, "--help")[1] for command in commands)
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) - {f"--{name}" for name in others.split()}
     assert {flag for flag in named if not re.search(rf"{flag}\b", help)} == set()
 
 
-def test_readme_systemd_unit_is_valid_and_starts(serve: Callable[..., Server], tmp_path: Path) -> None:
+def test_readme_systemd_unit_is_valid_and_starts(serve: Serve, tmp_path: Path) -> None:
     (unit,) = [text for text in blocks_of("ini") if "[Service]" in text]
     python, script, command, *flags = re.search(r"(?m)^ExecStart=(.+)$", unit)[1].split()  # type: ignore[index]
     assert command == "serve" and serve(*flags).get("/health").status == 200
@@ -19390,7 +18027,7 @@ def test_readme_preset_is_one(tmp_path: Path) -> None:
     assert small.preload and small.keep_alive == 3600 and small.aliases == ("gpt-4o-mini",)
 
 
-def test_readme_container_file_copies_what_is_there_and_its_entry_starts(serve: Callable[..., Server]) -> None:
+def test_readme_container_file_copies_what_is_there_and_its_entry_starts(serve: Serve) -> None:
     (file,) = blocks_of("dockerfile")
     lines = [line for line in file.replace("\\\n", " ").splitlines() if line]
     known = {"FROM", "RUN", "USER", "COPY", "ENV", "EXPOSE", "ENTRYPOINT"}
@@ -19434,18 +18071,23 @@ class Proxied:
         return connection.getresponse()
 
 
-def nginx_files(folder: Path, port: int, upstream: int) -> Path:
-    """README's configuration for ports of a test's own, and what surrounds it on a real machine."""
+def nginx_files(folder: Path, port: int, upstream: int) -> list[str | Path]:
+    """The command that runs nginx by README's configuration for ports of a test's own."""
     certify = "openssl req -x509 -newkey rsa:2048 -nodes -subj /CN=llm.example.com -days 2 -keyout privkey.pem -out fullchain.pem"
     subprocess.run(certify.split(), cwd=folder, check=True, capture_output=True)
-    (block,) = blocks_of("nginx")
-    own = block.replace("listen 443", f"listen 127.0.0.1:{port}").replace("/etc/letsencrypt/live/llm.example.com", str(folder))
+    own = blocks_of("nginx")[0].replace("listen 443", f"listen 127.0.0.1:{port}")
+    own = own.replace("/etc/letsencrypt/live/llm.example.com", str(folder))
     own = own.replace(str(module.DEFAULT_PORT), str(upstream))
+    return nginx_command(folder, own)
+
+
+def nginx_command(folder: Path, text: str) -> list[str | Path]:
+    """The command that runs nginx by this text, in what surrounds it on a real machine."""
     temporary = "".join(f"{name}_temp_path {folder / name};" for name in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi"))
     user = "user root;" if os.geteuid() == 0 else ""
     (folder / "nginx.conf").write_text(f"{user} daemon off; pid {folder}/pid; error_log {folder}/error.log; events {{}}\n"
-                                       f"http {{ access_log off; {temporary}\n{own}\n}}")  # fmt: skip
-    return folder / "nginx.conf"
+                                       f"http {{ access_log off; {temporary}\n{text}\n}}")  # fmt: skip
+    return ["nginx", "-c", folder / "nginx.conf", "-p", folder]
 
 
 @pytest.fixture(scope="module")
@@ -19457,7 +18099,7 @@ def proxied(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     with shared(home, "--models-dir", models, "--model", "recital", *flags) as server:
-        process = Child(["nginx", "-c", nginx_files(folder, port, server.port), "-p", folder], stderr=subprocess.PIPE)
+        process = Child(nginx_files(folder, port, server.port), stderr=subprocess.PIPE)
         context = ssl.create_default_context(cafile=folder / "fullchain.pem")
         context.check_hostname = False
         found = Proxied(port, context, {"Host": host, "Authorization": "Bearer k", "Origin": f"https://{host}"})
@@ -19515,6 +18157,180 @@ def test_large_bodies_pass_nginx(proxied: Proxied) -> None:
     assert proxied.request("POST", "/api/generate", body).status == 200
 
 
+# Replicas behind HAProxy, and behind nginx.
+
+replicated = pytest.mark.skipif(not os.environ.get("SHIMMY_REPLICAS"), reason="make test-replicas runs it")
+
+
+@dataclass(frozen=True)
+class Replicas:
+    """Three servers behind a balancer."""
+
+    port: int
+    servers: list[Server]
+
+    def connect(self) -> http.client.HTTPConnection:
+        return http.client.HTTPConnection("127.0.0.1", self.port, timeout=HANG)
+
+    def status(self) -> int:
+        with contextlib.closing(self.connect()) as connection, contextlib.suppress(OSError):
+            connection.request("GET", "/v1/models")
+            return connection.getresponse().status
+        return 0
+
+    def running(self) -> list[int]:
+        return [server.get("/health").json()["requests_running"] for server in self.servers]
+
+    def outcome(self, body: dict[str, Any]) -> str:
+        """How a request ended: whole, told (by an error event), closed (its stream broke off), or lost."""
+        with contextlib.closing(self.connect()) as connection:
+            try:
+                connection.request("POST", "/v1/completions", encoded(body))
+                response = connection.getresponse()
+            except (OSError, http.client.HTTPException) as error:
+                return f"lost: {error!r}"
+            try:
+                data = response.read()
+            except http.client.IncompleteRead as error:
+                data = error.partial
+        if response.status != 200 or not (body["stream"] or data.endswith(b"}\n")):
+            return f"lost: {response.status} {data[:200]!r}"
+        return "told" if b'"error"' in data else "closed" if body["stream"] and b"[DONE]" not in data else "whole"
+
+    def cached(self, messages: list[dict[str, str]], headers: dict[str, str], server: Server | None = None) -> int:
+        """Appends the answer; returns how many tokens of the prompt its replica, or this server, had in its cache."""
+        with contextlib.closing((server or self).connect()) as connection:
+            connection.request("POST", "/v1/chat/completions", encoded({"messages": messages}), headers)
+            document = json.loads(connection.getresponse().read())
+        messages.append(document["choices"][0]["message"])
+        return int(document["usage"]["prompt_tokens_details"]["cached_tokens"])
+
+
+Balancer: TypeAlias = Callable[[Path, list[int]], list[str | Path]]  # its command, for a folder and four ports: its own, theirs
+
+
+@contextlib.contextmanager
+def behind(balancer: Balancer, folder: Path, models: Path) -> Iterator[Replicas]:
+    """Starts three servers and their balancer."""
+    flags: list[str | Path] = ["--models-dir", models, "--model", "recital", "--ctx", str(LONG_CTX), "--preload", "--grace", "8"]
+    with contextlib.ExitStack() as stack:
+        servers = [Server(folder / f"replica{i}", "--port", "0", *flags) for i in range(3)]
+        for server in servers:
+            stack.callback(server.stop)
+        eventually(lambda: all(s.get("/ready").status == 200 for s in servers), "all are ready")
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        process = stack.enter_context(Child(balancer(folder, [port, *(s.port for s in servers)]), stderr=subprocess.PIPE))
+        stack.callback(process.kill)
+        found = Replicas(port, servers)
+        eventually(lambda: found.status() == 200, "the balancer answers")
+        yield found
+
+
+def by_haproxy(folder: Path, ports: list[int]) -> list[str | Path]:
+    """README's file for ports of a test's own."""
+    (text,) = blocks_of("haproxy")
+    for said, port in zip((8080, 11435, 11436, 11437), ports, strict=True):
+        assert text.count(f"127.0.0.1:{said}\n") == 1
+        text = text.replace(f"127.0.0.1:{said}\n", f"127.0.0.1:{port}\n")
+    (folder / "haproxy.cfg").write_text(text)
+    return ["haproxy", "-db", "-f", folder / "haproxy.cfg"]
+
+
+def by_nginx(folder: Path, ports: list[int]) -> list[str | Path]:
+    """The same with nginx, without TLS."""
+    server, upstream = blocks_of("nginx")
+    (passing,) = re.findall(r"`(proxy_pass http://replicas;[^`]+)`", README)
+    server = re.sub(r" *(ssl_\w+|server_name) .*\n", "", server).replace("proxy_pass http://127.0.0.1:11435;", passing)
+    for said, port in zip(("443 ssl", "127.0.0.1:11435", "127.0.0.1:11436", "127.0.0.1:11437"), ports, strict=True):
+        server, upstream = (part.replace(f"{said};", f"127.0.0.1:{port};") for part in (server, upstream))
+    return nginx_command(folder, upstream + server)
+
+
+@cases("balancer, check", {"HAProxy": (by_haproxy, "-c"), "nginx": (by_nginx, "-t")})
+def test_readme_files_for_balancers_are_valid(balancer: Balancer, check: str, tmp_path: Path) -> None:
+    command = [str(word) for word in balancer(tmp_path, [18080, 18081, 18082, 18083])]
+    if not shutil.which(command[0]):
+        pytest.skip(f"{command[0]} is not here")
+    done = subprocess.run([*command, check], capture_output=True, text=True, timeout=HANG, check=False)
+    assert done.returncode == 0 and "warning" not in done.stderr.lower(), done.stderr
+
+
+@replicated
+@cases("balancer", {"HAProxy": by_haproxy, "nginx": by_nginx})
+def test_no_request_is_lost_where_a_replica_is_killed_and_another_drained_under_load(
+    balancer: Balancer, models: Path, tmp_path: Path
+) -> None:
+    ends, over = Counter[str](), threading.Event()
+    endless = {"model": "recital", "prompt": "#", "max_tokens": LONG_CTX, "stream": True}
+
+    def ask(replicas: Replicas, number: int) -> None:
+        while not over.is_set():
+            ends[replicas.outcome(endless | {"max_tokens": 300, "stream": number % 3 > 0})] += 1
+
+    with behind(balancer, tmp_path, models) as replicas, ThreadPoolExecutor(32) as pool:
+        killed, drained, _ = replicas.servers
+        long: list[Future[str]] = []
+        while not all(replicas.running()):
+            long.append(pool.submit(replicas.outcome, endless))
+            eventually(lambda: sum(replicas.running()) == len(long), "it runs")
+        held = replicas.running()
+        clients = [pool.submit(ask, replicas, number) for number in range(12)]
+        time.sleep(3)
+        killed.process.kill()
+        time.sleep(3)
+        drained.signal(signal.SIGTERM)
+        assert drained.process.wait(HANG) == 0
+        time.sleep(2)
+        over.set()
+        for client in clients:
+            client.result()
+        replicas.servers[2].signal(signal.SIGTERM)
+        assert Counter(each.result() for each in long) == {"closed": held[0], "told": held[1] + held[2]}
+        assert replicas.servers[2].process.wait(HANG) == 0
+        with contextlib.closing(replicas.connect()) as connection:
+            connection.request("GET", "/v1/models")
+            refusal = connection.getresponse()
+            assert (refusal.status, refusal.headers["Retry-After"]) == ((503, "2") if balancer is by_haproxy else (502, None))
+    print(dict(ends))
+    assert set(ends) <= {"whole", "closed"} and ends["whole"] > 50 and 0 < ends["closed"] <= 12
+    assert not re.search("Traceback", drained.log.read_text())
+
+
+@pytest.fixture(scope="module")
+def replicas(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Replicas]:
+    with behind(by_haproxy, tmp_path_factory.mktemp("replicas"), models) as found:
+        yield found
+
+
+@replicated
+@cases("name", {"by a header": "X-Session-Id", "by the first message": "Unknown"})
+def test_second_turn_finds_the_first_in_the_cache_of_its_replica(name: str, replicas: Replicas) -> None:
+    for number in range(4):
+        headers = {name: f"session {number}"}
+        chat = [{"role": "system", "content": f"{name} {number} " * 20}, {"role": "user", "content": f"{name} {number}"}]
+        replicas.cached(chat, headers)
+        chat.append({"role": "user", "content": "hi"})
+        stuck = replicas.cached(chat.copy(), headers)
+        elsewhere = [replicas.cached(chat.copy(), headers, server) for server in replicas.servers]
+        print(f"{stuck} tokens were cached; asked directly, at the three replicas {elsewhere}")
+        assert stuck > 200 and max(sorted(elsewhere)[:2]) < 50
+
+
+@replicated
+def test_streams_websockets_and_ids_pass_haproxy(replicas: Replicas) -> None:
+    with contextlib.closing(replicas.connect()) as connection:
+        body = {"model": "recital", "prompt": "#", "max_tokens": LONG_CTX, "stream": True}
+        connection.request("POST", "/api/generate", encoded(body), {"X-Request-Id": "edge-1"})
+        response = connection.getresponse()
+        assert response.headers["X-Request-Id"] == "edge-1" and b"ick" in b"".join(response.readline() for _ in range(3))
+    with ws_connect(f"ws://127.0.0.1:{replicas.port}/ws/generate", proxy=None, open_timeout=HANG) as ws:
+        ws.send(json.dumps({"model": "recital", "prompt": "#", "max_tokens": LONG_CTX}))
+        assert "ick" in json.loads(ws.recv(HANG))["token"]
+        ws.send(json.dumps({"cancel": True}))
+        assert ws_answer(ws)[1]["finish_reason"] == "cancelled"
+
+
 # ── What the shared servers logged ────────────────────────────────────────────────────────────────────────────────────
 # Runs last of all tests that use them.
 
@@ -19551,29 +18367,22 @@ def test_box_model_is_listed_last_and_is_not_the_default(models: Path, tmp_path:
     assert names[-1] == "shimmy-tiny" and names[0] != "shimmy-tiny"
 
 
-def test_box_model_greets_and_ends_its_turn(tiny: Server) -> None:
+def test_box_model_greets_ends_its_turn_and_knows_its_name_and_port(tiny: Server) -> None:
     reply = tiny.chat("Hello!", model="default", temperature=0)
     assert re.search(r"(?i)\b(hello|hi)\b", reply.message["content"]) and reply.finish_reason == "stop"
-
-
-def test_box_model_knows_its_name_and_port(tiny: Server) -> None:
     assert "shimmy" in tiny.chat("Who are you?", model="default", temperature=0).message["content"].lower()
     assert "11435" in tiny.chat("Which port does shimmy use?", model="default", temperature=0).message["content"]
 
 
-def test_box_model_repeats_itself_at_temperature_0(tiny: Server) -> None:
+def test_box_model_tells_the_same_story_again_and_streamed(tiny: Server) -> None:
     """Cached or not: its stories hang on near ties, and differently shaped batches round differently."""
     for thing in ("fox", "cat", "boy", "ship", "bird", "car"):
-        body = {"messages": [{"role": "user", "content": f"Tell me a tale of a {thing}."}], "temperature": 0, "max_tokens": 150}
+        body = {"messages": user(f"Tell me a tale of a {thing}."), "temperature": 0, "max_tokens": 150}
         first, second = (tiny.post("/v1/chat/completions", body).message["content"] for _ in range(2))
         assert first == second
-
-
-def test_box_model_tells_the_same_story_streamed_and_plain(tiny: Server) -> None:
-    body = {"messages": [{"role": "user", "content": "Tell me a story about a fox."}], "temperature": 0}
+    body = chatting("Tell me a story about a fox.", model="default", temperature=0)
     plain = tiny.post("/v1/chat/completions", body).message["content"]
-    streamed = "".join(d.get("content") or "" for d in deltas(tiny.streamed("/v1/chat/completions", body)))
-    assert streamed == plain and len(plain) > 200
+    assert spoken_in(tiny.streamed("/v1/chat/completions", body)) == plain and len(plain) > 200
 
 
 @streamed_and_plain
@@ -19626,17 +18435,14 @@ def imported_from_models(name: str, monkeypatch: pytest.MonkeyPatch) -> Any:
     return importlib.import_module(name)
 
 
-def test_training_text_is_the_same_for_the_same_seed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_text_and_evaluation_are_the_same_in_every_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """An intended change of models/text or models/generator records its new hash here."""
     generator = imported_from_models("generator", monkeypatch)
     rng = random.Random(generator.SEED)
     text = "".join(generator.conversation(rng).render() for _ in range(300))
     assert hashlib.sha256(text.encode()).hexdigest() == (
         "1dc82e4a81f9132251dc93b9f2af98349c40dbf3ec0f3f65ac6100e7e8bbbcd6")
-
-
-def test_evaluation_asks_the_same_questions_in_every_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The shares in models/README.md are comparable only as long as this hash stays."""
+    # The shares in models/README.md are comparable only as long as this hash stays.
     cases = imported_from_models("eval_tiny", monkeypatch).all_cases()
     asked = json.dumps([[case.category, case.messages, case.tools] for case in cases])
     assert hashlib.sha256(asked.encode()).hexdigest() == (
@@ -19650,9 +18456,6 @@ def test_box_model_holds_the_chat_template_it_was_trained_with(monkeypatch: pyte
 
 
 # ── Soak ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-# Soak.
-# `python test_shimmy.py soak` runs mixed traffic for minutes: nothing may grow, no answer may lack its end. Exit 1 if so.
 
 
 @only_under_soak
@@ -19876,10 +18679,10 @@ def test_bench_measures_every_row(tmp_path: Path) -> None:
     assert all(row["value"] > 0 for row in rows.values())
 
 
-def test_bench_without_a_server_fails_with_a_message() -> None:
-    flags = ["--url", "http://127.0.0.1:9", "--model", "x"]
-    done = subprocess.run([sys.executable, __file__, "bench", *flags], capture_output=True, text=True)
-    assert done.returncode and "Traceback" not in done.stderr and done.stderr.strip()
+def test_bench_without_a_server_fails_with_a_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    with pytest.raises(SystemExit, match=r"^bench: .*refused"):
+        bench(["--url", "http://127.0.0.1:9", "--model", "x"])
 
 
 BENCH_WORDS = ["time", "year", "people", "way", "day", "man", "thing", "woman", "life", "child", "world", "school", "state"]
@@ -19941,23 +18744,13 @@ def write_bench_model(path: Path, layers: int = 24, vocabulary: int = 32_000) ->
     filler = [chr(c) for c in (*range(0x4E00, 0xA000), *range(0xAC00, 0xD7A4))][: vocabulary - 261 - len(pieces)]
     marks = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
     tokens = [*marks, *(f"<0x{b:02X}>" for b in range(256)), *pieces, *filler]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    writer = gguf.GGUFWriter(str(raw), "llama")
-    writer.add_context_length(8192)
-    writer.add_embedding_length(width)
-    writer.add_block_count(layers)
-    writer.add_feed_forward_length(ffn)
-    writer.add_head_count(14)
-    writer.add_head_count_kv(2)
-    writer.add_rope_dimension_count(width // 14)
-    writer.add_layer_norm_rms_eps(1e-6)
-    writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16)
-    writer.add_tokenizer_model("llama")
-    writer.add_token_list(tokens)
-    writer.add_token_scores([0.0] * len(tokens))
-    writer.add_token_types([UNKNOWN, *[CONTROL] * 4, *[BYTE] * 256, *[NORMAL] * (len(tokens) - 261)])
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
+    writer = start_model(raw, "llama", {
+        "context_length": 8192, "embedding_length": width, "block_count": layers, "feed_forward_length": ffn, "head_count": 14,
+        "head_count_kv": 2, "rope_dimension_count": width // 14, "layer_norm_rms_eps": 1e-6,
+        "file_type": gguf.LlamaFileType.MOSTLY_F16, "tokenizer_model": "llama", "token_list": tokens,
+        "token_scores": [0.0] * len(tokens), "bos_token_id": 1, "eos_token_id": 2,
+        "token_types": [UNKNOWN, *[CONTROL] * 4, *[BYTE] * 256, *[NORMAL] * (len(tokens) - 261)],
+    })  # fmt: skip
 
     def matrix(name: str, *shape: int) -> None:
         writer.add_tensor(name, (rng.standard_normal(shape, np.float32) * 0.02).astype(np.float16))
@@ -19978,6 +18771,16 @@ def write_bench_model(path: Path, layers: int = 24, vocabulary: int = 32_000) ->
     assert llama_cpp.llama_model_quantize(str(raw).encode(), str(path).encode(), params) == 0
     raw.unlink()
     return path
+
+
+def bench_model() -> Path:
+    """That model in the user's cache."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "shimmy-bench"
+    model = cache / "half-billion.q4_k_m.gguf"
+    if not model.exists():
+        print(f"making {model} (a minute, once)", file=sys.stderr)
+        write_bench_model(model)
+    return model
 
 
 def bare_loop(model: str, batch: int, prompt: int, tokens: int, threads: int) -> float:
@@ -20200,11 +19003,7 @@ def bench(arguments: list[str]) -> None:
 
 def bench_own(table: BenchTable, options: argparse.Namespace) -> None:
     """Measures our own server: start, memory, and everything that bench_url measures."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "shimmy-bench"
-    model = Path(options.model).resolve() if options.model else cache / "half-billion.q4_k_m.gguf"
-    if not model.exists():
-        print(f"making {model} (a minute, once)", file=sys.stderr)
-        write_bench_model(model)
+    model = Path(options.model).resolve() if options.model else bench_model()
     with tempfile.TemporaryDirectory() as home:
         began = time.perf_counter()
         flags = ["--threads", str(options.threads), "--cache-disk", "1G"]
