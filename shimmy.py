@@ -5427,16 +5427,16 @@ class Pace:
         added = max(seconds - self.usual(decoding), seconds / 10) * (1 if decoding else self.SLICE)
         if rows == decoding:
             self._usual[rows] = self._blend(self._usual.get(rows), seconds)
-            self.drafted_row += 0.01 * (self.row - self.drafted_row)  # or slow steps might end drafts for ever
+            self.drafted_row += 0.01 * ((self.row or self.drafted_row) - self.drafted_row)  # slow steps must not end drafts
         elif drafted:
-            self.drafted_row = self._blend(self.drafted_row, added / (rows - decoding))
+            self.drafted_row = self._blend(self.drafted_row or None, added / (rows - decoding))
         else:
             self.row = self._blend(self.row or None, added / (rows - decoding))
             self.drafted_row = self.drafted_row or self.row
 
     def knows(self, decoding: int) -> bool:
-        """Whether such a step was measured without other rows, and what these cost is known too."""
-        return decoding in self._usual and self.drafted_row > 0
+        """Whether such a step was measured without other rows."""
+        return decoding in self._usual
 
     @staticmethod
     def _blend(old: float | None, new: float) -> float:
@@ -6221,7 +6221,8 @@ class Scheduler:
 
     def _with_drafts(self, streams: list[Sequence]) -> list[tuple[Sequence, int]]:
         """A row of each stream, and rows of guessed tokens, as many as make most tokens a second: full blocks of the kernels."""
-        usual, added, count = self.pace.usual(len(streams)), self.pace.drafted_row, len(streams)
+        usual, count = self.pace.usual(len(streams)), len(streams)
+        added = self.pace.drafted_row or usual / 2  # a guess until a prompt is read: it may come from the disk
         guessing = streams if self.drafts and usual > self.QUICK and self.pace.knows(count) else ()
         for sequence in guessing:
             sequence.look_up()
