@@ -68,8 +68,8 @@ Threads of the main process: one a connection, which blocks (HTTP); `accept`; `w
 `websocket`, which runs asyncio from the first upgrade on; `manage`, which begins loads and unloads, each in a thread of its
 own (Residents); `names`, which scans first; and for each worker one that reads, one that writes and one that watches.
 Threads of a child: one receives, one beats, one tokenizes, one reads grammars that take long (Intake); the main thread
-alone decodes: Engine takes the step that Scheduler plans, in cells that Cache gives out, and reads long prompts aside
-(PromptReader).
+alone decodes: Engine takes the step that Scheduler plans, in cells that Cache gives out, Picker picks the tokens, and long
+prompts are read aside (PromptReader).
 """
 from __future__ import annotations
 
@@ -1057,6 +1057,8 @@ class Usage:
     forced_tokens: int = 0  # of the completion's, those that a grammar left no choice about
     reasoning_tokens: int = 0  # of the completion's, those of thoughts
     picture_tokens: int = 0  # of the prompt's
+    drafted_tokens: int = 0  # guesses that were computed beside the completion's
+    accepted_tokens: int = 0  # of these, those that came true
 
     def document(self) -> dict[str, Any]:
         total = self.prompt_tokens + self.completion_tokens
@@ -1073,6 +1075,8 @@ class Usage:
     def timings(self) -> dict[str, float]:
         """Speeds in llama-server's shape: milliseconds, and tokens per second; of our own, how many a grammar forced."""
         told: dict[str, float] = {"cache_n": self.cached_tokens, "forced_n": self.forced_tokens}
+        if self.drafted_tokens:
+            told |= {"draft_n": self.drafted_tokens, "draft_n_accepted": self.accepted_tokens}
         for name, tokens, seconds in (("prompt", self.prompt_tokens - self.cached_tokens, self.prompt_seconds),
                                       ("predicted", self.completion_tokens, self.decode_seconds)):  # fmt: skip
             each, rate = (seconds * 1000 / tokens, tokens / seconds) if tokens and seconds > 0 else (0.0, 0.0)
@@ -3045,6 +3049,7 @@ class EngineOptions:
     mmap: bool = knob(True, "map the weights from the file instead of reading them")
     lora: tuple[str, ...] = knob((), "LoRA adapter to apply (repeatable)", metavar="FILE")
     chat_template: str | None = knob(None, "chat template (jinja) in place of the model's own", metavar="FILE")  # its text
+    spec: str = knob("lookup", "guess tokens from what the text says already, where that is faster", choices=("lookup", "none"))
     mmproj: str | None = knob(None, "projector by which the model sees images (default: one beside it); none: it sees nothing",
                               metavar="FILE|none")  # fmt: skip
 
@@ -3264,6 +3269,8 @@ class Finished:
     picture_tokens: int = 0  # of the prompt's
     disk_bytes: int = 0  # read from the disk, where the prompt's beginning was kept
     disk_seconds: float = 0.0  # spared by that
+    drafted_tokens: int = 0  # guesses that were computed beside the completion's
+    accepted_tokens: int = 0  # of these, those that came true
 
 
 @dataclass(frozen=True)
@@ -4096,6 +4103,10 @@ class Rows:
         """The part of a picture that comes next."""
         return next((m for m in self.media if m.start <= self.n_computed < m.end), None) if self.media else None
 
+    def wanted(self, count: int) -> int:
+        """The logits of how many of the next `count` tokens are wanted, the last ones: of its last token and any behind it."""
+        return count if self.scored else max(0, self.n_computed + count + 1 - self.n_tokens)
+
     def border(self, count: int) -> int:
         """So many tokens, or fewer: cells cannot be cut within a part of a picture."""
         return next((m.start for m in self.media if m.start < count < m.end), count)
@@ -4181,7 +4192,8 @@ class Context:
         return batch
 
     def decode(self, plan: Seq[tuple[Rows, int]]) -> int:
-        """Evaluates so many next tokens of each sequence; of all sequences, or of none, these are parts of pictures.
+        """Evaluates so many next tokens of each sequence; of all sequences, or of none, these are parts of pictures. More than
+        are pending are drafted ones, which stand behind its own.
 
         Returns llama_decode's status: 0 done, 1 no free cells, 2 aborted, below zero an error. At 1 nothing has changed.
         """
@@ -4191,8 +4203,8 @@ class Context:
             self.tokens[at:end] = sequence.tokens[done : done + count]
             self.positions[at:end] = sequence.positions[done : done + count]
             self.sequences[at:end] = self.pointers[sequence.row]
-            self.flags[at:end] = every = self.EVERY_ROW or sequence.scored
-            self.flags[end - 1] = every or done + count == sequence.n_tokens
+            self.flags[at:end] = self.EVERY_ROW
+            self.flags[end - sequence.wanted(count) : end] = 1
             at = end
         self.batch.n_tokens = at
         status = self._decode_media(plan) if plan[0][0].medium else int(self.c.llama_decode(self.handle, self.batch))
@@ -5134,6 +5146,9 @@ class Echo:
 class Sequence(Rows):
     """One text in the making. Owned by the step loop."""
 
+    TRUST, LEARNING = 0.4, 0.2  # in a guess, at first, and how much the next guess moves it
+    MATCH = 4  # the longest run of last tokens that is looked for; the shortest is two
+
     def __init__(self, submission: Submission, prompt: Prompt, llama: Llama) -> None:
         self.submission, job = submission, submission.job
         assert isinstance(job, Generate)
@@ -5148,6 +5163,9 @@ class Sequence(Rows):
         self.thought = ThoughtMeter(job.thought) if job.thought else None
         self._ending = llama.vocab.tokens(job.thought.ending).tolist() if job.thought else ()
         self.n_shown = self.n_prompt  # tokens whose text was given out
+        self.guess = -1  # the index of an earlier token that is thought to come again next
+        self.trust = self.TRUST  # the share of such guesses that were right lately
+        self.n_drafted = self.n_accepted = 0  # guessed tokens that were computed, and of these, the right ones
         self.n_jumped, self._jumped_at = 0, -1  # forced tokens so far; the index of the last sampled one
         self.logits: Any = None  # while its grammar takes more than a step to find what may come next
         self.jumps = False  # True while the forced continuation is being found
@@ -5201,9 +5219,37 @@ class Sequence(Rows):
         """True if the next main step gives it a token."""
         return (self.pending == 1 or self.jumping) and not self.jumps and not self.medium
 
-    def append(self, token: int) -> None:
+    def append(self, token: int, picked: bool = True) -> None:
+        """Adds a token; one that was picked tells how good guesses are."""
+        right = self.guess >= 0 and int(self.tokens[self.guess]) == token
+        if picked and self.guess >= 0:
+            self.trust += self.LEARNING * (right - self.trust)
+        self.guess = self.guess + 1 if right else -1
         self.tokens[self.n_tokens] = token
         self.n_tokens += 1
+
+    def look_up(self) -> None:
+        """Guesses that the text goes on as it did behind its last tokens before: at the longest match, there the newest.
+
+        Not where a seed asks for the same text each time: when drafts pay is measured, and batches of other shapes round
+        differently.
+        """
+        if self.guess >= 0 or self.n_tokens <= self.MATCH or self.sampling.seed is not None:
+            return
+        text = self.tokens[: self.n_tokens]
+        behind = ((text[1:-1] == text[-1]) & (text[:-2] == text[-2])).nonzero()[0] + 2
+        for size in range(3, self.MATCH + 1):
+            longer = behind[(behind >= size) & (text[behind - size] == text[-size])]
+            behind = longer if len(longer) else behind
+        self.guess = int(behind[-1]) if len(behind) else -1
+
+    def draft(self, index: int) -> bool:
+        """Writes the next guessed token but `index` behind its own; False if there is none."""
+        at, token = self.n_tokens + index, int(self.tokens[self.guess + index % (self.n_tokens - self.guess)])
+        if at + 1 >= self.limit or token < 0:  # a picture's
+            return False
+        self.tokens[at] = token
+        return True
 
     def jump(self) -> int:
         """Appends the text that must come next: nothing needs to be picked there. Returns the number of its tokens; raises
@@ -5212,7 +5258,7 @@ class Sequence(Rows):
             return 0
         tokens, self._jumped_at = self.sampler.jump(self.limit - 1 - self.n_tokens), self.n_tokens - 1
         for token in tokens:
-            self.append(token)
+            self.append(token, picked=False)
         self.n_jumped += len(tokens)
         return len(tokens)
 
@@ -5374,14 +5420,23 @@ class Pace:
         self.n_batch = n_batch
         self._usual: dict[int, float] = {}  # seconds of a step by decoding sequences
         self.row = 0.0  # seconds a prompt row adds to a step: grows with the context, so the last steps count
+        self.drafted_row = 0.0  # the same of a row whose token is a guess
 
-    def record(self, decoding: int, rows: int, seconds: float) -> None:
-        """Learn from a step that had so many decoding sequences among its rows."""
+    def record(self, decoding: int, rows: int, seconds: float, drafted: bool = False) -> None:
+        """Learn from a step that had so many decoding sequences among its rows; the others are prompts', or `drafted`."""
+        added = max(seconds - self.usual(decoding), seconds / 10) * (1 if decoding else self.SLICE)
         if rows == decoding:
             self._usual[rows] = self._blend(self._usual.get(rows), seconds)
+            self.drafted_row += 0.01 * ((self.row or self.drafted_row) - self.drafted_row)  # slow steps must not end drafts
+        elif drafted:
+            self.drafted_row = self._blend(self.drafted_row or None, added / (rows - decoding))
         else:
-            added = max(seconds - self.usual(decoding), seconds / 10) * (1 if decoding else self.SLICE)
             self.row = self._blend(self.row or None, added / (rows - decoding))
+            self.drafted_row = self.drafted_row or self.row
+
+    def knows(self, decoding: int) -> bool:
+        """Whether such a step was measured without other rows."""
+        return decoding in self._usual
 
     @staticmethod
     def _blend(old: float | None, new: float) -> float:
@@ -5538,11 +5593,11 @@ class Cache:
     def undo(self, in_step: Seq[Sequence]) -> None:
         """After an aborted decode: drops what it was to add, and every recurrent state, for it has moved them."""
         for sequence in in_step if self.llama.cuttable else ():
-            self._cut(sequence)
+            self.cut(sequence)
         if not self.llama.cuttable:
             self.clear(False)
 
-    def _cut(self, sequence: Sequence) -> None:
+    def cut(self, sequence: Sequence) -> None:
         """Frees what lies behind a sequence's computed cells, and these as far as they end within a part of a picture."""
         sequence.n_computed = sequence.border(sequence.n_computed)
         self.main.drop(sequence.row, sequence.positions[sequence.n_computed])
@@ -5560,8 +5615,8 @@ class Cache:
     def leave(self, sequence: Sequence) -> None:
         """Makes what a sequence has in the cache a prefix, which stays in its row."""
         whole = sequence.border(sequence.n_computed) == sequence.n_computed
-        if not whole and self.llama.cuttable:
-            self._cut(sequence)
+        if self.llama.cuttable:
+            self.cut(sequence)
         if sequence.n_computed and (whole or self.llama.cuttable):
             prefix = self.rows[sequence.row] = Prefix.of(sequence, self.main.oldest(sequence.row))
             self.add(prefix)
@@ -6085,6 +6140,10 @@ class Scheduler:
     GROWTH = 16  # cells a newcomer must leave free for each running sequence
     SLICES = 2  # a prompt that takes more of them beside the streams is read aside
     SCORED = 4  # tokens of echoed prompts that a step tells beside streams: with a large vocabulary each takes 2 ms
+    QUICK = 0.002  # seconds of a step: shorter ones take little longer than to look for guesses
+    DRAFTED = 15  # most guessed tokens a step
+    WORTH = 1.1  # a step with guesses must promise so many times the tokens per second of one without
+    LATER = 1.3  # how long a step with guesses may take beside other streams, as a multiple of a usual one
 
     def __init__(self, llama: Llama, parallel: int) -> None:
         self.llama, self.parallel = llama, parallel
@@ -6092,6 +6151,7 @@ class Scheduler:
         self.running: list[Sequence] = []  # in order of admission
         self.cache, self.pace = Cache(llama), Pace(llama.main.n_batch)
         self.reader: PromptReader | None = None
+        self.drafts = llama.options.spec == "lookup" and llama.cuttable  # else tokens cannot be taken back
         self._looked = False  # whether the last step was of pictures
         self.stepped_at = 0.0  # when the main context's last step ended (perf_counter)
 
@@ -6146,9 +6206,9 @@ class Scheduler:
         if self._looked:
             return pictures
         jumping = [s for s in streams if s.jumping]
-        plan = [(s, 1) for s in streams if not s.jumping]
         if not jumping and not prompts:
-            return plan
+            return self._with_drafts(streams)
+        plan = [(s, 1) for s in streams if not s.jumping]
         alone = len(streams) == len(jumping) == 1 and not prompts
         target = Pace.TARGET if any(s.unread > 1 for s in prompts) else Pace.FORCED
         rows = self.pace.prompt_rows(0) - 1 if alone else self.pace.prompt_rows(len(streams), target) // (1 + bool(pictures))
@@ -6158,6 +6218,30 @@ class Scheduler:
             rows -= more
         outputs = self.llama.main.n_seq - len(self.running)  # each may have one at its end
         return plan + fair_slices(prompts, rows, min(outputs, self.SCORED) if streams else outputs)
+
+    def _with_drafts(self, streams: list[Sequence]) -> list[tuple[Sequence, int]]:
+        """A row of each stream, and rows of guessed tokens, as many as make most tokens a second: full blocks of the kernels."""
+        usual, count = self.pace.usual(len(streams)), len(streams)
+        added = self.pace.drafted_row or usual / 2  # a guess until a prompt is read: it may come from the disk
+        guessing = streams if self.drafts and usual > self.QUICK and self.pace.knows(count) else ()
+        for sequence in guessing:
+            sequence.look_up()
+        chances = {s: s.trust for s in guessing if s.guess >= 0 and s.first_token}
+        room = min(self.llama.pool - held_cells(self.running), self.llama.main.n_seq, self.llama.main.n_batch) if chances else 0
+        most = self.LATER * max(usual, FLUSH_SECONDS) if len(self.active) > 1 else math.inf
+        chosen, drafted = Counter[Sequence](streams), Counter[Sequence](streams)
+        best, tokens = self.WORTH * count, float(count)  # the most tokens so far, in the time of a usual step
+        while drafted.total() < min(count + self.DRAFTED, room):
+            likely = max(chances, key=chances.__getitem__)
+            if chances[likely] * usual <= added * count or not likely.draft(drafted[likely] - 1):
+                break
+            drafted[likely] += 1
+            tokens += chances[likely]
+            chances[likely] *= likely.trust
+            seconds = usual + added * (drafted.total() - count)
+            if drafted.total() % Pace.STEP == 0 and seconds <= most and tokens * usual > best * seconds:
+                best, chosen = tokens * usual / seconds, drafted.copy()
+        return list(chosen.items())
 
     def _long_prompts(self) -> list[Sequence]:
         """Prompts for the reader: in the main context they would take many slices beside the streams there."""
@@ -6274,7 +6358,8 @@ class Outbox:
         self._events.append(Finished(
             sequence.id, reason, sequence.n_prompt, generated, sequence.n_cached, first - started, now - first,
             sequence.text.stopped, min(sequence.n_jumped, generated),
-            sum(medium.end - medium.start for medium in sequence.media), sequence.disk_bytes, sequence.disk_seconds))  # fmt: skip
+            sum(medium.end - medium.start for medium in sequence.media), sequence.disk_bytes, sequence.disk_seconds,
+            sequence.n_drafted, sequence.n_accepted))  # fmt: skip
 
     def embedded(self, job: Embedding) -> None:
         """The end of an Embed job, with its vectors if it came so far."""
@@ -6543,11 +6628,171 @@ class Intake:
         return tokens if len(tokens) else self.llama.vocab.nothing
 
 
-class Engine:
-    """The step loop of one model, in the child's main thread. Intake, Scheduler, PromptReader and Outbox do the rest."""
+class Picker:
+    """Picks the next tokens of sequences, gives their text out and ends them. Used by the step loop alone."""
 
     PATIENCE = 0.01  # seconds of each step in which grammars are asked what comes next
     SEEKING, SEEKING_EACH = 5.0, 0.1  # seconds in which one may be asked for a text, and more for each token
+
+    def __init__(self, llama: Llama, scheduler: Scheduler, outbox: Outbox, intake: Intake, flush: Callable[[], None]) -> None:
+        self.llama, self.scheduler, self.outbox, self.intake, self.flush = llama, scheduler, outbox, intake, flush
+        self.sought = 0.0  # seconds of this step in which grammars were asked
+
+    def sample(self, plan: Seq[tuple[Sequence, int]]) -> bool:
+        """Picks tokens for every sequence that is fully evaluated; whether one of them is a first token."""
+        ready, row, end = list[tuple[Sequence, int, slice]](), 0, 0  # each, the row behind its own, and its logits
+        for sequence, count in plan:
+            row += count
+            if wanted := sequence.wanted(count):
+                start, end = end, end + wanted
+                ready.append((sequence, row, slice(start, end)))
+            sequence.n_computed = min(sequence.n_computed + count, sequence.n_tokens)
+            if sequence.pending and sequence.n_computed in sequence.borders:
+                self.scheduler.cache.save(Prefix.of(sequence, self.llama.main.oldest(sequence.row)))
+        if not ready:
+            return False
+        logits = self.llama.main.logits(end)
+        finite = self.llama.np.isfinite(logits.max(axis=1))  # what sorts logits that are no numbers may leave its array
+        first = False
+        for sequence, row, part in ready:
+            if not finite[part if sequence.scored else part.start].all():
+                self.fail(sequence, "the model's output is not a number")
+                continue
+            if sequence.scored:
+                self._score(sequence, logits[part])
+                part = slice(part.stop - 1, part.stop)
+            if not sequence.pending and sequence.n_tokens >= sequence.limit:  # nothing but the echo was wanted
+                self.finish(sequence, "length")
+            elif not sequence.pending:
+                first = first or not sequence.first_token
+                self._pick_behind(sequence, logits[part], finite[part], row)
+        return first
+
+    def _pick_behind(self, sequence: Sequence, logits: Any, finite: Any, row: int) -> None:
+        """Picks a token, and one more behind each drafted token that was picked itself; drops the cells of the others.
+
+        `logits` are those of its last token and of the drafted ones behind it, which end before index `row` of the batch.
+        """
+        start, count = sequence.n_tokens, len(logits) - 1
+        draft = sequence.tokens[start : start + count].copy()
+        sequence.n_drafted += count
+        for index in range(count + 1):
+            at = start + index
+            if at == sequence.n_tokens and finite[index]:  # else it is known what must come there
+                self._pick(sequence, logits[index], row - count - 1 + index)
+            is_next = index < count and at < sequence.n_tokens and sequence.tokens[at] == draft[index]
+            if not is_next or sequence.done or sequence.jumps:
+                break
+            sequence.n_computed += 1
+            sequence.n_accepted += 1
+        if not sequence.done and sequence.n_computed < start + count:
+            self.scheduler.cache.cut(sequence)
+
+    def _score(self, sequence: Sequence, logits: Any) -> None:
+        """Gives out the prompt's tokens that its rows computed last were to predict; the first of all has no row before it."""
+        vocab, echo, alternatives = self.llama.vocab, sequence.echo, sequence.sampling.logprobs or 0
+        start, end = sequence.n_computed - len(logits) + 1, min(sequence.n_computed + 1, sequence.n_prompt)
+        assert echo
+        for at in range(echo.n_echoed, end):
+            token = int(sequence.tokens[at])
+            known = LogProbs(vocab, logits[at - start]).of(token, alternatives) if at else None
+            told, text = echo.tell(known or TokenLogprob(vocab.name(token), math.nan, id=token))
+            sequence.logprobs.append(told)
+            self.outbox.text(sequence, text)
+
+    def ask_again(self) -> None:
+        """Resumes unfinished grammars, least served first."""
+        self.sought = 0.0
+        for sequence in sorted(self.scheduler.running, key=lambda s: s.sought):
+            if sequence.jumps:
+                self.jump(sequence)
+            elif sequence.logits is not None and not sequence.pending:
+                self._pick(sequence, sequence.logits, -1)
+            if self.outbox.due():
+                self.flush()
+
+    def _ask(self, sequence: Sequence, question: Callable[[], Result]) -> Result | None:
+        """What a sequence's grammar answers; None if it needs more time, or cannot be followed, which ends the sequence."""
+        share = self.PATIENCE / max(1, len(self.scheduler.running))
+        fault, began = None, time.thread_time()
+        TURN.begin(max(self.PATIENCE - self.sought, share))
+        try:
+            return question()
+        except NotYet:
+            if sequence.sought > self.SEEKING:
+                fault = InvalidRequest(Grammar.TOO_INTRICATE)
+        except InvalidRequest as error:
+            fault = error
+        finally:
+            spent = time.thread_time() - began
+            self.sought += spent
+            sequence.sought += spent
+        if fault and sequence.sampler.grammar:
+            self.fail(sequence, sequence.sampler.grammar.named(fault))
+        return None
+
+    def _pick(self, sequence: Sequence, scores: Any, row: int) -> None:
+        """One more token for one sequence, with what must come behind it; its end if that was the last."""
+        sampling, vocab = sequence.sampling, self.llama.vocab
+        sequence.first_token = sequence.first_token or time.perf_counter()
+        known = None if sampling.logprobs is None else LogProbs(vocab, scores)
+        forced, token = bool(sequence.forced), self._ask(sequence, lambda: sequence.next_token(scores, row))
+        sequence.logits = scores.copy() if token is None and not sequence.done else None
+        if token is None:
+            return
+        sequence.sought = max(0.0, sequence.sought - self.SEEKING_EACH)
+        if token < 0 and sequence.sampler.is_stuck:
+            self.fail(sequence, "The document cannot go on: no token that may follow is allowed or in the vocabulary")
+            return
+        if token < 0 or (token in vocab.eog and not sampling.ignore_eos and not forced):
+            self.finish(sequence, "stop")
+            return
+        sequence.append(token)
+        if known:
+            sequence.unshown.append(known.of(token, sampling.logprobs or 0))
+        self.jump(sequence)
+
+    def jump(self, sequence: Sequence) -> None:
+        """Appends what must come next, and gives out what is there. Waiting for it keeps tokenization independent of timing."""
+        sequence.jumps = self._ask(sequence, sequence.jump) is None
+        if sequence.done:
+            return
+        self._show(sequence)
+        if sequence.text.stopped or sequence.sampler.is_done:
+            self.finish(sequence, "stop")
+        elif sequence.n_tokens >= sequence.limit and not sequence.scored:
+            self.finish(sequence, "length")
+
+    def _show(self, sequence: Sequence) -> None:
+        """Gives out the text of tokens that were not shown yet, up to a stop string."""
+        vocab = self.llama.vocab
+        while sequence.n_shown < sequence.n_tokens and not sequence.text.stopped:
+            token = int(sequence.tokens[sequence.n_shown])
+            sequence.n_shown += 1
+            marker = vocab.marker_pieces.get(token) if sequence.markers else None
+            piece = marker.encode() if marker in sequence.markers else vocab.piece(token)
+            self.outbox.text(sequence, sequence.show(piece))
+            if sequence.thought:
+                sequence.watch_thought(vocab.shown(token))
+
+    def finish(self, sequence: Sequence, reason: str) -> None:
+        self.outbox.finished(sequence, reason)
+        self._retire(sequence)
+
+    def fail(self, sequence: Sequence, error: ApiError | str) -> None:
+        self.outbox.failed(sequence.id, GenerationFailed(error) if isinstance(error, str) else error)
+        self._retire(sequence)
+
+    def _retire(self, sequence: Sequence) -> None:
+        self.scheduler.retire(sequence)
+        self.intake.ended(sequence.id)
+        sequence.logits = None
+        sequence.sampler.close()
+
+
+class Engine:
+    """The step loop of one model, in the child's main thread. Intake, Scheduler, PromptReader, Picker and Outbox do the rest."""
+
     GARBAGE, MOST_GARBAGE = 10, 1000  # collections of young objects before all are looked at: while idle, and while text runs
 
     def __init__(self, llama: Llama, pipe: Pipe, pulse: Pulse) -> None:
@@ -6556,12 +6801,12 @@ class Engine:
         self.intake = Intake(llama, self.outbox)
         self.inbox = self.intake.inbox
         self.scheduler = Scheduler(llama, llama.options.parallel)
+        self.picker = Picker(llama, self.scheduler, self.outbox, self.intake, self._flush)
         self.embedder = Embedder(llama, self.scheduler, self._step_streams)
         self.encoder = Encoder(llama.eyes, self.scheduler, self._step_streams) if llama.eyes else None
         self._may_read_aside = llama.on_cpu  # whether to make a prompt reader: a GPU is quick with slices
         # whether to make it soon: several sequences have run at once, or the first picture must not hold up a stream
         self._wants_reader = llama.eyes is not None
-        self._sought = 0.0  # seconds of this step in which grammars were asked
 
     def run(self) -> None:
         """Main loop: takes messages, steps while work remains, sleeps otherwise."""
@@ -6606,12 +6851,12 @@ class Engine:
             self.embedder.add(work)
         elif work is not None:
             self.scheduler.waiting.append(work)
-            self._jump(work)
+            self.picker.jump(work)
             if work.n_jumped or work.done:
                 self._flush()
         if work is None or work.submission.cancelled:
             for gone in [s for s in (*self.scheduler.active, *self.scheduler.waiting) if s.submission.cancelled]:
-                self._finish(gone, "cancelled")
+                self.picker.finish(gone, "cancelled")
             self._flush()
 
     def step(self) -> None:
@@ -6638,7 +6883,7 @@ class Engine:
             encoder.encode(sequence)
         except PictureError as error:
             encoder.leave()
-            self._fail(sequence, f"a picture {error}")
+            self.picker.fail(sequence, f"a picture {error}")
         if self.outbox.due():
             self._flush()
 
@@ -6684,7 +6929,7 @@ class Engine:
         self.pulse.begin("decode")
         if status := reader.read(plan):
             for sequence in reader.reading:
-                self._fail(sequence, f"llama_decode returned {status}")
+                self.picker.fail(sequence, f"llama_decode returned {status}")
             self._flush()
 
     def _step_streams(self) -> None:
@@ -6699,14 +6944,15 @@ class Engine:
         scheduler = self.scheduler
         if self._running() != self.outbox.running:
             self._flush()
-        self._ask_again()
+        self.picker.ask_again()
         plan = scheduler.schedule()
         if not plan:
             scheduler.stepped_at = time.perf_counter()
             return
-        if all(count == 1 for _, count in plan):
+        decoding, drafted = sum(1 for s, _ in plan if s.is_stream), any(count > s.pending for s, count in plan)
+        if decoding == len(plan):
             self._tidy()  # takes as long as a short step; beside a prompt it would add to the gap
-        decoding, tokens = sum(1 for s, _ in plan if s.is_stream), sum(count for _, count in plan)
+        tokens = sum(count for _, count in plan)
         self.main.abort(False)
         self.intake.in_step = [s for s, _ in plan]
         # an RPC server that stops does not say so; four times what each token took by itself allows for a long context
@@ -6718,9 +6964,9 @@ class Engine:
         if status:
             self._recover(status, plan)
             return
-        scheduler.pace.record(decoding, tokens, scheduler.stepped_at - started)
+        scheduler.pace.record(decoding, tokens, scheduler.stepped_at - started, drafted)
         self.pulse.begin("sample")
-        urgent = self._sample(plan)
+        urgent = self.picker.sample(plan)
         if urgent or self.outbox.due():
             self._flush()
 
@@ -6732,153 +6978,22 @@ class Engine:
         gate = self.llama.gate
         if gate is None or not decoding:
             return contextlib.nullcontext()
-        least = max(self.PATIENCE / 4, self.scheduler.pace.usual(decoding) / 3)
-        return gate.shut(max(least, self.PATIENCE - self._sought))
+        least = max(self.picker.PATIENCE / 4, self.scheduler.pace.usual(decoding) / 3)
+        return gate.shut(max(least, self.picker.PATIENCE - self.picker.sought))
 
     def _recover(self, status: int, plan: Seq[tuple[Sequence, int]]) -> None:
         """After a decode that did not do its work (llama.h): 1 no free cells, 2 aborted, below zero an error."""
         if status == 1:
             back = self.scheduler.make_room()
             if back and not self.scheduler.running:  # it was alone, and the pool holds a whole context
-                self._fail(back, "the KV cache is full")
+                self.picker.fail(back, "the KV cache is full")
         elif status == 2:
             self.scheduler.cache.undo([s for s, _ in plan])
         else:
             for sequence in list(self.scheduler.running):
-                self._fail(sequence, f"llama_decode returned {status}")
+                self.picker.fail(sequence, f"llama_decode returned {status}")
             self.scheduler.cache.clear(True)
         self._flush()
-
-    def _sample(self, plan: Seq[tuple[Sequence, int]]) -> bool:
-        """Picks a token for every sequence that is fully evaluated; whether one of them is a first token."""
-        ready, row, end = list[tuple[Sequence, int, slice]](), -1, 0  # each with its last row, and its part of the logits
-        for sequence, count in plan:
-            row += count
-            sequence.n_computed += count
-            is_read = sequence.n_computed == sequence.n_tokens
-            if is_read or sequence.scored:
-                start, end = end, end + (count if sequence.scored else 1)
-                ready.append((sequence, row, slice(start, end)))
-            if not is_read and sequence.n_computed in sequence.borders:
-                self.scheduler.cache.save(Prefix.of(sequence, self.main.oldest(sequence.row)))
-        if not ready:
-            return False
-        logits = self.main.logits(end)
-        peaks = logits.max(axis=1)  # not a number if one of them is none: what sorts them may then leave its array
-        first = False
-        for sequence, row, part in ready:
-            if not self.llama.np.isfinite(peaks[part]).all():
-                self._fail(sequence, "the model's output is not a number")
-                continue
-            if sequence.scored:
-                self._score(sequence, logits[part])
-            if not sequence.pending and sequence.n_tokens >= sequence.limit:  # nothing but the echo was wanted
-                self._finish(sequence, "length")
-            elif not sequence.pending:
-                first = first or not sequence.first_token
-                self._pick(sequence, logits[part][-1], row)
-        return first
-
-    def _score(self, sequence: Sequence, logits: Any) -> None:
-        """Gives out the prompt's tokens that its rows computed last were to predict; the first of all has no row before it."""
-        vocab, echo, alternatives = self.llama.vocab, sequence.echo, sequence.sampling.logprobs or 0
-        start, end = sequence.n_computed - len(logits) + 1, min(sequence.n_computed + 1, sequence.n_prompt)
-        assert echo
-        for at in range(echo.n_echoed, end):
-            token = int(sequence.tokens[at])
-            known = LogProbs(vocab, logits[at - start]).of(token, alternatives) if at else None
-            told, text = echo.tell(known or TokenLogprob(vocab.name(token), math.nan, id=token))
-            sequence.logprobs.append(told)
-            self.outbox.text(sequence, text)
-
-    def _ask_again(self) -> None:
-        """Resumes unfinished grammars, least served first."""
-        self._sought = 0.0
-        for sequence in sorted(self.scheduler.running, key=lambda s: s.sought):
-            if sequence.jumps:
-                self._jump(sequence)
-            elif sequence.logits is not None and not sequence.pending:
-                self._pick(sequence, sequence.logits, -1)
-            if self.outbox.due():
-                self._flush()
-
-    def _ask(self, sequence: Sequence, question: Callable[[], Result]) -> Result | None:
-        """What a sequence's grammar answers; None if it needs more time, or cannot be followed, which ends the sequence."""
-        share = self.PATIENCE / max(1, len(self.scheduler.running))
-        fault, began = None, time.thread_time()
-        TURN.begin(max(self.PATIENCE - self._sought, share))
-        try:
-            return question()
-        except NotYet:
-            if sequence.sought > self.SEEKING:
-                fault = InvalidRequest(Grammar.TOO_INTRICATE)
-        except InvalidRequest as error:
-            fault = error
-        finally:
-            spent = time.thread_time() - began
-            self._sought += spent
-            sequence.sought += spent
-        if fault and sequence.sampler.grammar:
-            self._fail(sequence, sequence.sampler.grammar.named(fault))
-        return None
-
-    def _pick(self, sequence: Sequence, scores: Any, row: int) -> None:
-        """One more token for one sequence, with what must come behind it; its end if that was the last."""
-        sampling, vocab = sequence.sampling, self.llama.vocab
-        sequence.first_token = sequence.first_token or time.perf_counter()
-        known = None if sampling.logprobs is None else LogProbs(vocab, scores)
-        forced, token = bool(sequence.forced), self._ask(sequence, lambda: sequence.next_token(scores, row))
-        sequence.logits = scores.copy() if token is None and not sequence.done else None
-        if token is None:
-            return
-        sequence.sought = max(0.0, sequence.sought - self.SEEKING_EACH)
-        if token < 0 and sequence.sampler.is_stuck:
-            self._fail(sequence, "The document cannot go on: no token that may follow is allowed or in the vocabulary")
-            return
-        if token < 0 or (token in vocab.eog and not sampling.ignore_eos and not forced):
-            self._finish(sequence, "stop")
-            return
-        sequence.append(token)
-        if known:
-            sequence.unshown.append(known.of(token, sampling.logprobs or 0))
-        self._jump(sequence)
-
-    def _jump(self, sequence: Sequence) -> None:
-        """Appends what must come next, and gives out what is there. Waiting for it keeps tokenization independent of timing."""
-        sequence.jumps = self._ask(sequence, sequence.jump) is None
-        if sequence.done:
-            return
-        self._show(sequence)
-        if sequence.text.stopped or sequence.sampler.is_done:
-            self._finish(sequence, "stop")
-        elif sequence.n_tokens >= sequence.limit and not sequence.scored:
-            self._finish(sequence, "length")
-
-    def _show(self, sequence: Sequence) -> None:
-        """Gives out the text of tokens that were not shown yet, up to a stop string."""
-        vocab = self.llama.vocab
-        while sequence.n_shown < sequence.n_tokens and not sequence.text.stopped:
-            token = int(sequence.tokens[sequence.n_shown])
-            sequence.n_shown += 1
-            marker = vocab.marker_pieces.get(token) if sequence.markers else None
-            piece = marker.encode() if marker in sequence.markers else vocab.piece(token)
-            self.outbox.text(sequence, sequence.show(piece))
-            if sequence.thought:
-                sequence.watch_thought(vocab.shown(token))
-
-    def _finish(self, sequence: Sequence, reason: str) -> None:
-        self.outbox.finished(sequence, reason)
-        self._retire(sequence)
-
-    def _fail(self, sequence: Sequence, error: ApiError | str) -> None:
-        self.outbox.failed(sequence.id, GenerationFailed(error) if isinstance(error, str) else error)
-        self._retire(sequence)
-
-    def _retire(self, sequence: Sequence) -> None:
-        self.scheduler.retire(sequence)
-        self.intake.ended(sequence.id)
-        sequence.logits = None
-        sequence.sampler.close()
 
     def _running(self) -> int:
         return len(self.scheduler.active) + len(self.embedder.jobs)
@@ -7033,6 +7148,7 @@ class Meter:
         self._lock = threading.Lock()
         self.computed_tokens = self.cached_tokens = self.sought_tokens = self.generated_tokens = 0
         self.disk_hits, self.disk_bytes, self.disk_seconds = 0, 0, 0.0
+        self.drafted_tokens = self.accepted_tokens = 0
         self.loads = self.load_failures = self.deaths = 0
         self.ends = dict.fromkeys(self.ENDS.values(), 0)
         self.first_token, self.gap, self.per_token, self.queue = Histogram(), Histogram(), Histogram(), Histogram()
@@ -7065,6 +7181,8 @@ class Meter:
             self.disk_hits += end.disk_bytes > 0
             self.disk_bytes += end.disk_bytes
             self.disk_seconds += end.disk_seconds
+            self.drafted_tokens += end.drafted_tokens
+            self.accepted_tokens += end.accepted_tokens
             self.prompt_sizes.add(end.prompt_tokens)
             self.whole.add(now - job.began)
             self.inference.add(computing)
@@ -8432,6 +8550,7 @@ class Service:
             sum(e.cached_tokens for e in prompts.values()), max(e.prompt_seconds for e in ends),
             max(e.decode_seconds for e in ends), sum(e.forced_tokens for e in ends),
             picture_tokens=sum(e.picture_tokens for e in prompts.values()),
+            drafted_tokens=sum(e.drafted_tokens for e in ends), accepted_tokens=sum(e.accepted_tokens for e in ends),
         )  # fmt: skip
 
     def health(self) -> dict[str, Any]:
@@ -8602,6 +8721,8 @@ METRICS: tuple[tuple[str, str, str, Any], ...] = (
     ("vllm:request_inference_time_seconds", "histogram", "From first step to last token.", "inference"),
     ("vllm:request_prompt_tokens", "histogram", "Tokens of each prompt.", "prompt_sizes"),
     ("vllm:request_generation_tokens", "histogram", "Tokens of each answer.", "answer_sizes"),
+    ("vllm:spec_decode_num_draft_tokens_total", "counter", "Guessed tokens that were computed.", "drafted_tokens"),
+    ("vllm:spec_decode_num_accepted_tokens_total", "counter", "Of these, the right ones.", "accepted_tokens"),
     # shimmy's own
     ("shimmy_model_loaded", "gauge", "1 while the model is loaded.", "loaded"),
     ("shimmy_model_memory_bytes", "gauge", "Resident memory of the model's engine.", "memory"),
@@ -9076,8 +9197,10 @@ class OpenAI(Dialect):
         """`usage` as OpenAI has it; `timings` beside it, as llama-server has them, and in it, as we first did."""
         timings = usage.timings()
         images = {"image_tokens": usage.picture_tokens} if usage.picture_tokens else {}
+        drafts = {"accepted_prediction_tokens": usage.accepted_tokens,
+                  "rejected_prediction_tokens": usage.drafted_tokens - usage.accepted_tokens} if usage.drafted_tokens else {}
         details = {"prompt_tokens_details": {"cached_tokens": usage.cached_tokens, **images},
-                   "completion_tokens_details": {"reasoning_tokens": usage.reasoning_tokens}}  # fmt: skip
+                   "completion_tokens_details": {"reasoning_tokens": usage.reasoning_tokens, **drafts}}  # fmt: skip
         return {"usage": usage.document() | details | {"timings": timings}, "timings": timings}
 
 

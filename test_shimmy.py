@@ -15,6 +15,7 @@ import base64
 import contextlib
 import copy
 import ctypes
+import errno
 import faulthandler
 import functools
 import glob
@@ -1329,8 +1330,8 @@ def serve(tmp_path: Path) -> Iterator[Serve]:
         each.stop()
 
 
-# with one small random model for each kind of memory
-kinds = serving("--max-loaded", "4", write=lambda folder: write_kinds(folder))
+# with one small random model for each kind of memory; it drafts nothing, and keeps nothing on the disk
+kinds = serving("--max-loaded", "4", "--spec", "none", write=lambda folder: write_kinds(folder))
 # with a speller that sends each character by itself instead of 10 ms of them together
 spelling = serving(write=lambda folder: write_speller(folder / "speller.gguf"),
                    changes=[("FLUSH_SECONDS = 0.01", "FLUSH_SECONDS = 0.0")])  # fmt: skip
@@ -5797,8 +5798,8 @@ def test_grammar_that_is_read_has_a_part_of_each_step(usual: float, decoding: in
     pace = module.Pace(512)
     pace.record(2, 2, usual)
     engine = types.SimpleNamespace(
-        llama=types.SimpleNamespace(gate=types.SimpleNamespace(shut=given.append)), _sought=sought,
-        PATIENCE=module.Engine.PATIENCE, scheduler=types.SimpleNamespace(pace=pace))  # fmt: skip
+        llama=types.SimpleNamespace(gate=types.SimpleNamespace(shut=given.append)), scheduler=types.SimpleNamespace(pace=pace),
+        picker=types.SimpleNamespace(PATIENCE=module.Picker.PATIENCE, sought=sought))  # fmt: skip
     module.Engine._undisturbed(engine, decoding)  # type: ignore[arg-type]
     assert given == ([] if seconds is None else [pytest.approx(seconds)])
 
@@ -7125,6 +7126,10 @@ def test_memory_of_processes_on_windows() -> None:
 
 # Reads every prompt aside: the models here are too fast for the reader to be used otherwise.
 ALL_ASIDE = (("    SLICES = 2 ", "    SLICES = 0 "), ("if self._wants_reader and self._may", "if self._may"))
+ALL_DRAFTED = (("    WORTH = 1.1 ", "    WORTH = 0.0 "), ("    LATER = 1.3 ", "    LATER = 1e9 "),
+               ("    QUICK = 0.002 ", "    QUICK = 0.0 "), (" or self.sampling.seed is not None:", ":"),
+               ("if chances[likely] * usual <= added * count or not", "if not"),
+               ("        self.tokens[at] = token\n", "        self.tokens[at] = max(0, token - (at % 7 == 0))\n"))  # fmt: skip
 
 
 def write_kinds(folder: Path) -> None:
@@ -7132,7 +7137,10 @@ def write_kinds(folder: Path) -> None:
         write_kind(folder / f"{kind}.gguf", kind)
 
 
-asides = serving("--max-loaded", "4", write=write_kinds, changes=ALL_ASIDE)  # reads prompts aside while a stream runs
+# reads prompts aside while a stream runs, drafts all it can guess and some wrong tokens, keeps prompts on the disk, and has room
+# for few texts at once
+asides = serving("--max-loaded", "4", "--cache-disk", "100M", "--kv-pool", "1024", write=write_kinds,
+                 changes=(*ALL_ASIDE, *ALL_DRAFTED))  # fmt: skip
 # for two sequences in a pool that holds one, with one place in the queue
 tight = serving("--ctx", "8192", "--kv-pool", "8192", "--parallel", "2", "--max-queue", "1", "--batch", "64", load=("recital",))
 
@@ -7261,13 +7269,27 @@ def test_answers_about_pictures_equal_llama_servers(family: str, serve: Serve, t
 
 @pytest.fixture(scope="module", params=EYES)
 def eyes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """A worker of each family."""
+    """A worker of each family, which drafts all that it can guess."""
     folder, (make, controls) = tmp_path_factory.mktemp(request.param), EYES[request.param]
     info = model_info(write_kind(folder / "seer.gguf", request.param, letters=controls))
     info = replace(info, projector=str(write_projector(folder / "mmproj-seer.gguf", make=make)))
-    options = module.EngineOptions(ctx=512, kv_pool=1024, parallel=4, batch=32)
-    worker = module.Worker(info, module.Setup(options), 99, lambda *_: None, lambda _: None).start()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "__file__", str(altered(folder, *ALL_DRAFTED)))
+        worker = started_eyes(info)
     assert worker.loaded.sees
+    yield worker
+    worker.stop()
+
+
+def started_eyes(info: Any, **options: Any) -> Any:
+    setup = module.Setup(module.EngineOptions(ctx=512, kv_pool=1024, parallel=4, batch=32, **options))
+    return module.Worker(info, setup, 99, lambda *_: None, lambda _: None).start()
+
+
+@pytest.fixture(scope="module")
+def plain_eyes(eyes: Any) -> Iterator[Any]:
+    """The same model, which drafts nothing."""
+    worker = started_eyes(eyes.info, spec="none")
     yield worker
     worker.stop()
 
@@ -7299,7 +7321,8 @@ def look(worker: Any, prompt: tuple[Any, ...], tokens: int = 12, cancel: Any = N
 def assert_same_sight(one: Sight, other: Sight) -> None:
     """Asserts the same text up to rounding, which may break a tie."""
     assert other.first == pytest.approx(one.first, abs=0.1)
-    until = next((i for i, (mine, its) in enumerate(zip(one.ids, other.ids, strict=True)) if mine != its), 12) + 1
+    pairs = zip(one.ids, other.ids, strict=True)
+    until = next((i for i, (mine, its) in enumerate(pairs) if mine != its), len(one.ids)) + 1
     assert other.logprobs[:until] == pytest.approx(one.logprobs[:until], abs=0.1)
 
 
@@ -7329,6 +7352,16 @@ def test_pictures_are_read_as_libmtmd_reads_them(eyes: Any, llama_of_eyes: Any) 
         assert_as_libmtmd(llama_of_eyes, prompt, found[name])
     assert found["two"].first != pytest.approx(found["other order"].first, abs=0.1)
     assert found["before"].end.picture_tokens == 16 and found["two"].end.picture_tokens in (28, 32)
+
+
+def test_drafts_change_nothing_behind_pictures(eyes: Any, plain_eyes: Any) -> None:
+    said = letters(30, 1)
+    prompts = [*SIGHTS.values(), (said, noise(64, 64, 1), said, noise(96, 32, 2), said[:20])]
+    with ThreadPoolExecutor(4) as pool:
+        drafted = list(pool.map(lambda prompt: look(eyes, prompt, 60), prompts))
+    for prompt, sight in zip(prompts, drafted, strict=True):
+        assert_same_sight(look(plain_eyes, prompt, 60), sight)
+    assert any(sight.end.drafted_tokens for sight in drafted)
 
 
 def test_pictures_are_lent_like_text(eyes: Any, llama_of_eyes: Any) -> None:
@@ -7442,26 +7475,23 @@ def test_parked_conversation_is_restored_intact(kind: str, kinds: Server) -> Non
     fresh(kinds, kind, longer).assert_same(on)
 
 
-keeping = serving("--cache-disk", "100M", write=write_kinds)  # keeps prompts on the disk
-
-
 def kept_files(server: Server) -> list[Path]:
     return list((server.home / ".cache" / "shimmy" / "prefixes").glob("*"))
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_conversation_goes_on_after_its_model_was_unloaded(kind: str, kinds: Server, keeping: Server) -> None:
+def test_conversation_goes_on_after_its_model_was_unloaded(kind: str, kinds: Server, asides: Server) -> None:
     prompt = ids(STORY * 3)[:300]
-    first = greedy(keeping, kind, prompt)
+    first = greedy(asides, kind, prompt)
     longer = [*prompt, *first.tokens, *ids(" and")]
-    keeping.unload(kind)
-    on = greedy(keeping, kind, longer)
+    asides.unload(kind)
+    on = greedy(asides, kind, longer)
     assert on.cached >= len(prompt) - 1
     fresh(kinds, kind, longer).assert_same(on)
-    assert all(file.stat().st_mode & 0o777 == 0o600 for file in kept_files(keeping))
-    keeping.unload(kind)
+    assert all(file.stat().st_mode & 0o777 == 0o600 for file in kept_files(asides))
+    asides.unload(kind)
     fork = [*prompt[:250], *ids("something else")]
-    fresh(kinds, kind, fork).assert_same(greedy(keeping, kind, fork))
+    fresh(kinds, kind, fork).assert_same(greedy(asides, kind, fork))
 
 
 def test_kept_prompt_survives_a_restart_is_counted_and_spares_nothing_of_another_client(tmp_path: Path) -> None:
@@ -7577,6 +7607,23 @@ def test_prefixes_that_cannot_be_kept_cost_one_warning(
     assert len(caplog.records) == 1 and not files.listed("")
 
 
+def test_folder_that_can_only_be_read_lends_what_it_has_and_costs_one_warning(
+    model_file: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keep(prefix_files(model_file), 1)
+
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise PermissionError(errno.EROFS, "Read-only file system")
+
+    with monkeypatch.context() as patch:
+        for call in ("open", "replace", "remove", "utime"):
+            patch.setattr(module.os, call, refuse)
+        files = prefix_files(model_file)
+        keep(files, 2)
+        keep(files, 3)
+        assert salts(files) == salts(files) == [1] and len(caplog.records) == 1
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills its own copies")
 def test_writer_that_is_killed_anywhere_leaves_only_whole_files(model_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module.PrefixFiles, "BLOCK", 4096)
@@ -7617,16 +7664,101 @@ def test_random_mix_of_conversations_stays_correct(kind: str, kinds: Server) -> 
             alone[i].assert_same(run)
 
 
+RIGHT_DRAFTS = "vllm:spec_decode_num_accepted_tokens_total"
+
+
+def metric(server: Server, name: str, model: str) -> float:
+    found = re.search(rf'(?m)^{name}{{model_name="{model}"[^}}]*}} (\S+)$', server.get("/metrics").body.decode())
+    return float(found[1]) if found else 0.0
+
+
+NARROW: dict[str, Any] = {"logit_bias": {str(i): -100 for i in range(9, 257)}}  # so that a text comes back to itself
+
+
+@more_under_soak
+@pytest.mark.parametrize("kind, rows", [*((kind, 24) for kind in KINDS), ("gemma2", 256)])
+def test_texts_drafted_forked_parked_restored_and_set_back_are_those_of_solo_runs(
+    kind: str, rows: int, asides: Server, kinds: Server
+) -> None:
+    """Eight at a time, in a pool for two or three of them; between rounds the model is unloaded, and goes on from the disk. With
+    256 rows there is no room for twins, which keep what a sliding window has left."""
+    choose, options = random.Random(SOAK), {"parallel": 128 if rows == 256 else 8}
+    talks = [ids(f"{i:02d}{STORY}{STORY[9 * i :]}{STORY[: 50 + 9 * i]}") for i in range(8)]
+    counts = lambda: [metric(asides, name, kind) for name in (RIGHT_DRAFTS, "shimmy_prefix_disk_hits_total")]  # noqa: E731
+    before = counts()
+    for _ in range(10 if SOAK else 2):
+        prompts = []
+        for _ in range(30 if SOAK else 12):
+            talk = choose.choice(talks)
+            fork = choose.randrange(50, len(talk))
+            prompts.append(choose.choice([talk, [*talk[:fork], *ids(STORY[-40:])], [*talk, *talk[-60:]]])[:440])
+        assert asides.post(f"/api/models/{kind}/load", options).status == 200
+        with ThreadPoolExecutor(8) as pool:
+            together = list(pool.map(lambda prompt: greedy(asides, kind, prompt, 60, **NARROW), prompts))
+        for prompt, run in zip(prompts, together, strict=True):
+            greedy(kinds, kind, prompt, 60, **NARROW).assert_same(run)
+        talks.append([*prompts[-1], *together[-1].tokens][:400])
+        asides.unload(kind)
+    drafted, restored = (after - at_first for after, at_first in zip(counts(), before, strict=True))
+    assert restored and (drafted > 100 if kind in ("llama", "gemma2") else drafted == 0)
+
+
+DRAFTED_FIELDS: dict[str, dict[str, Any]] = {
+    "greedy": NARROW, "seeded": {"temperature": 1.0, "seed": 3} | NARROW, "choices": {"n": 2} | NARROW,
+    "few": {"temperature": 0.8, "top_k": 5, "min_p": 0.1, "seed": 4} | NARROW,
+    "mirostat": {"temperature": 1.0, "mirostat": 2, "seed": 5} | NARROW, "dry": {"dry_multiplier": 0.5} | NARROW,
+    "penalties": {"repeat_penalty": 1.1, "frequency_penalty": 0.1} | NARROW, "all tokens": {},
+    "grammar": {"grammar": 'root ::= (" w" [0-9] [0-9] [0-9])+', "temperature": 1.0, "seed": 6},
+    "forced": {"grammar": 'root ::= (" w" [01] "17 w020 w030 w040 w0" [0-9] [0-9])+'},
+    "a stop string": {"stop": [" w020 w030"], "grammar": 'root ::= (" w" [01] "17 w" [0-9] "20 w030" " w040"?)+'},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2"])
+def test_drafts_change_nothing_but_the_time_and_are_counted(kind: str, kinds: Server, asides: Server) -> None:
+    prompt, drafted = ids(STORY + STORY[:60]), dict[str, int]()
+    for name, fields in DRAFTED_FIELDS.items():
+        plain, guessed = (greedy(server, kind, prompt, 90, **fields) for server in (kinds, asides))
+        plain.assert_same(guessed)
+        timings, details = guessed.usage["timings"], guessed.usage["completion_tokens_details"]
+        drafted[name] = timings.get("draft_n_accepted", 0)
+        if timings.get("draft_n"):
+            assert details["accepted_prediction_tokens"] == timings["draft_n_accepted"], name
+            assert details["rejected_prediction_tokens"] == timings["draft_n"] - timings["draft_n_accepted"], name
+        assert "draft_n" not in plain.usage["timings"]
+        assert "accepted_prediction_tokens" not in plain.usage["completion_tokens_details"]
+    assert drafted["greedy"] > 20 and sum(map(bool, drafted.values())) > 6, drafted
+
+
+@cases("trusts, running, expected", {
+    "alone and trusted": ([0.98], 1, [16]), "alone and doubted": ([0.4], 1, [1]), "beside a prompt aside": ([0.98], 2, [1]),
+    "two that are trusted": ([0.98, 0.98], 2, [1, 1]), "one of three": ([0.2, 0.99, 0.2], 3, [1, 2, 1]),
+})  # fmt: skip
+def test_guesses_are_computed_as_far_as_they_pay(
+    trusts: list[float], running: int, expected: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step takes 40 ms, each guess adds 8."""
+    monkeypatch.setattr(module, "held_cells", lambda _: 100)
+    endless = lambda trust: type("Stream", (), {"trust": trust, "guess": 1, "first_token": 1.0, "look_up": lambda _: None,  # noqa: E731
+                                                "draft": lambda *_: True})()  # fmt: skip
+    streams, pace = list(map(endless, trusts)), module.Pace(512)
+    pace.record(len(streams), len(streams), 0.04)
+    pace.record(len(streams), len(streams) + 2, 0.056)
+    llama = types.SimpleNamespace(pool=1000, main=types.SimpleNamespace(n_seq=24, n_batch=512))
+    limits = {name: getattr(module.Scheduler, name) for name in ("DRAFTED", "WORTH", "LATER", "QUICK")}
+    scheduler: Any = types.SimpleNamespace(pace=pace, llama=llama, running=streams, active=range(running), drafts=True, **limits)
+    assert [count for _, count in module.Scheduler._with_drafts(scheduler, streams)] == expected
+
+
 @pytest.mark.parametrize("kind", KINDS)
-def test_prompts_read_aside_generate_the_same_as_alone(kind: str, asides: Server) -> None:
+def test_prompts_read_aside_generate_the_same_as_alone(kind: str, asides: Server, kinds: Server) -> None:
     """Eight at a time, twelve in all: most arrive during other streams and pass through the reader's context."""
-    asides.unload(kind)
     talks = [ids(f"{i:02d}{STORY * 4}"[: 60 + 26 * i]) for i in range(12)]
     with ThreadPoolExecutor(8) as pool:
         together = list(pool.map(lambda talk: greedy(asides, kind, talk, 40), talks))
     for talk, run in zip(talks, together, strict=True):
         greedy(asides, kind, talk, 40).assert_same(run)
-    fresh(asides, kind, talks[11], 40).assert_same(together[11])
+    fresh(kinds, kind, talks[11], 40).assert_same(together[11])
 
 
 def assert_together_as_alone(server: Server, prompts: list[list[int]], tokens: int, unload: bool = True) -> None:
@@ -7656,7 +7788,7 @@ def test_prompts_are_read_in_slices_when_a_reader_cannot_be_made(why: str, serve
 
 
 @pytest.mark.parametrize("kind", ["llama", "mamba"])
-def test_cancelled_prompts_read_aside_leave_nothing_behind(kind: str, asides: Server) -> None:
+def test_cancelled_prompts_read_aside_leave_nothing_behind(kind: str, asides: Server, kinds: Server) -> None:
     asides.unload(kind)
     alone = greedy(asides, kind, ids(STORY), 300)
 
@@ -7669,7 +7801,7 @@ def test_cancelled_prompts_read_aside_leave_nothing_behind(kind: str, asides: Se
     for stream in streams:
         stream.result().assert_same(alone)
     eventually(lambda: asides.get("/health").json()["requests_running"] == 0, "the engine is idle")
-    fresh(asides, kind, ids(STORY), 300).assert_same(greedy(asides, kind, ids(STORY), 300))
+    fresh(kinds, kind, ids(STORY), 300).assert_same(greedy(asides, kind, ids(STORY), 300))
 
 
 def test_n_choices_share_one_prompt_and_repeat_with_a_seed(kinds: Server) -> None:
@@ -8214,7 +8346,7 @@ def break_engine(server: Server, fault: str) -> None:
 
 
 @linux
-@cases("task, place", {"decode": ("decode", "Context.decode"), "sample": ("sample", "Engine._sample"),
+@cases("task, place", {"decode": ("decode", "Context.decode"), "sample": ("sample", "Picker.sample"),
                        "tokenize": ("tokenize", "Intake._answering")})  # fmt: skip
 def test_engine_that_does_not_come_back_from(task: str, place: str, breakable: Server) -> None:
     with breakable.endless() as stream:
@@ -18540,10 +18672,10 @@ def test_bench_measures_every_row(tmp_path: Path) -> None:
     for _ in range(3):  # on a machine that others keep busy two streams may not run at once, and the bench says so
         done = subprocess.run([sys.executable, __file__, "bench", "--model", model, *flags], capture_output=True, text=True)
         rows = json.loads(done.stdout)
-        assert done.returncode == 0 and len(rows) <= 34
+        assert done.returncode == 0 and len(rows) <= 38
         if "not measured" not in done.stderr:
             break
-    assert "not measured" not in done.stderr and len(rows) == 34
+    assert "not measured" not in done.stderr and len(rows) == 38
     assert all(row["value"] > 0 for row in rows.values())
 
 
@@ -18761,12 +18893,12 @@ class BenchClient:
         times = self.stream(prompt, 2).times
         return times[min(isinstance(prompt, list), len(times) - 1)] - began
 
-    def together(self, count: int, words: int, tokens: int, salt: int) -> float:
+    def together(self, count: int, words: int, tokens: int, salt: int, **fields: Any) -> float:
         """Returns the tokens per second of `count` concurrent clients, from the first request to the last byte."""
         prompts = [bench_prompt(words, salt * 1000 + i) for i in range(count)]
         with ThreadPoolExecutor(count) as pool:
             began = time.perf_counter()
-            streams = list(pool.map(lambda p: self.stream(p, tokens), prompts))
+            streams = list(pool.map(lambda p: self.stream(p, tokens, **fields), prompts))
         made = sum(s.usage["completion_tokens"] for s in streams)
         if made != count * tokens and "prompt_tokens" in streams[0].usage:
             raise RuntimeError(f"{count} clients asked for {tokens} tokens each and got {made} together")
@@ -18893,10 +19025,45 @@ def bench_own(table: BenchTable, options: argparse.Namespace) -> None:
             seconds = client.first_token(bench_prompt(400, 41))
             cold = table.rows["first token of a 400-word prompt, cold"]["value"]
             table.add("first token of it, after an unload", seconds, "s", seconds / cold, "cold")
+            os.kill(server.engine(model.name), signal.SIGKILL)
+            eventually(lambda: server.status("default")["error"], "the engine's end is known")
+            client.stream(bench_prompt(4, 1), 1)
+            seconds = client.first_token(bench_prompt(400, 41))
+            table.add("first token of it, after the engine was killed", seconds, "s", seconds / cold, "cold")
             server.unload("default")
             kept = (resident(server) - idle) / max(loaded - idle, 1e-9)
             table.add("memory after unload", resident(server), "MB", kept or None, "what loading took is still there")
         finally:
+            server.stop()
+        bench_drafts(table, model, Path(home), options)
+
+
+BENCH_COPIED = 4242  # the top_k of a text that repeats its prompt, but for a token in 30, whatever the model says
+BENCH_COPIES = (
+    "            token = self.sampler.pick(logits, row)\n",
+    "            token, n = self.sampler.pick(logits, row), self.n_tokens - self.n_prompt\n"
+    f"            if self.sampling.top_k == {BENCH_COPIED} and n % 30:\n"
+    "                token = int(self.tokens[n % self.n_prompt])\n",
+)
+
+
+def bench_drafts(table: BenchTable, model: Path, home: Path, options: argparse.Namespace) -> None:
+    """Measures two servers in turn, one of which drafts: a text that is copied with small changes, and free text."""
+    flags, script = ["--threads", str(options.threads), "--model", model], altered(home, BENCH_COPIES)
+    servers = [Server(home / spec, "--port", "0", *flags, "--spec", spec, script=script) for spec in ("lookup", "none")]
+    clients = [BenchClient(f"http://127.0.0.1:{server.port}", "default") for server in servers]
+    try:
+        for client in clients:
+            client.stream(bench_prompt(options.words, 3), 2)
+        for what, count, fields in (("copying", 1, {"top_k": BENCH_COPIED}), ("free text", 1, {}), ("eight free texts", 8, {})):
+            speeds, began = list[list[float]](), time.perf_counter()
+            while not speeds or (time.perf_counter() - began < 2 * options.seconds and len(speeds) < 15):
+                words, salt = max(options.words, 100), 90 + len(speeds)
+                speeds.append([c.together(count, words, options.tokens, salt, temperature=1.0, **fields) for c in clients])
+            drafted, ratio = statistics.median(s[0] for s in speeds), statistics.median(s[0] / s[1] for s in speeds)
+            table.add(f"{what} with drafts", drafted, "tokens/s", ratio, "without")
+    finally:
+        for server in servers:
             server.stop()
 
 
