@@ -16,31 +16,31 @@ Part I, the server, reads downward as a request flows. Its sections with their l
     1    Limits and errors            180  every bound with its reason; ApiError and its kinds
     2    Requests and events          740  a body becomes a checked request; the events of its answer
     3    Models on disk               500  the catalog of model files; presets
-    4    Chat                         840  messages to a prompt by the model's template (Helpers), its text back to events
+    4    Chat                         850  messages to a prompt by the model's template (Helpers), its text back to events
     5    Tools                        450  a Python function is a tool; what built-in ones may reach
-    6    Messages                     410  jobs, what comes back of them, and the Pipe they cross
-    7    llama.cpp                   1140  the library: model, contexts, vocabulary, kernels, Eyes
+    6    Messages                     440  jobs, what comes back of them, and the Pipe they cross
+    7    llama.cpp                   1190  the library: model, contexts, vocabulary, kernels, Eyes
     8    Sampling                     480  how the next token is picked, and the text that tokens become
-    9    Scheduling                  1160  who runs and who waits, whose cells are where; Prefix, PrefixFiles
-    10   Engine                       770  the step loop, and the threads that feed it
-    11   Worker                       520  the parent's side of a child; the Ladder of its loads; Metrics
-    12   Models in memory             690  loads, evictions; ModelTable finds by name
-    13   Service                      510  the only way in for every door; ToolLoop runs what tools the server may
+    9    Scheduling                  1230  who runs and who waits, whose cells are where; Prefix, PrefixFiles
+    10   Engine                       810  the step loop, and the threads that feed it
+    11   Worker                       530  the parent's side of a child; the Ladder of its loads; Metrics
+    12   Models in memory             700  loads, evictions; ModelTable finds by name
+    13   Service                      530  the only way in for every door; ToolLoop runs what tools the server may
     14.1 Dialects                     530  what OpenAI's clients speak, and our own
     14.2 Dialects of blocks           520  Messages and Responses
     14.3 Ollama and llama-server      550  their shapes, and what clients are told of models
     15.1 Connections                  340  who may call, what comes in, who has left
     15.2 Wires                        110  documents to bytes; `deliver` is the one loop between
-    15.3 Routes                       250  one row a route
-    15.4 HTTP                         420  a connection's thread from its first byte to its last; how a server stops
+    15.3 Routes                       260  one row a route
+    15.4 HTTP                         430  a connection's thread from its first byte to its last; how a server stops
     16   WebSocket, lifecycle         260  asyncio on its side thread
-    17.1 Command line                 480  flags and their meaning
-    17.2 Commands                     600  serve, list, probe, diag, pull
+    17.1 Command line                 490  flags and their meaning
+    17.2 Commands                     620  serve, list, probe, diag, pull
     17.3 generate                     560  by a running server or an engine of its own; main
 
 Part II is a library that knows no request, route or model in memory. Each head says what it offers and uses.
 
-    A    The machine                  370  memory, cores, versions, known faults, child processes
+    A    The machine                  400  memory, cores, versions, known faults, child processes
     B    GGUF headers                 380  a bounded reader, and the memory a model asks for
     C    Formats                      950  how models write thoughts and calls, and the parser of it
     D.1  Automata                     420  symbols, and the states of all readings of a text
