@@ -21,10 +21,10 @@ Part I, the server, reads downward as a request flows. Its sections with their l
     6    Messages                     440  jobs, what comes back of them, and the Pipe they cross
     7    llama.cpp                   1190  the library: model, contexts, vocabulary, kernels, Eyes
     8    Sampling                     480  how the next token is picked, and the text that tokens become
-    9    Scheduling                  1230  who runs and who waits, whose cells are where; Prefix, PrefixFiles
-    10   Engine                       810  the step loop, and the threads that feed it
+    9    Scheduling                  1240  who runs and who waits, whose cells are where; Prefix, PrefixFiles
+    10   Engine                       820  the step loop, and the threads that feed it
     11   Worker                       530  the parent's side of a child; the Ladder of its loads; Metrics
-    12   Models in memory             700  loads, evictions; ModelTable finds by name
+    12   Models in memory             710  loads, evictions; ModelTable finds by name
     13   Service                      530  the only way in for every door; ToolLoop runs what tools the server may
     14.1 Dialects                     530  what OpenAI's clients speak, and our own
     14.2 Dialects of blocks           520  Messages and Responses
@@ -40,7 +40,7 @@ Part I, the server, reads downward as a request flows. Its sections with their l
 
 Part II is a library that knows no request, route or model in memory. Each head says what it offers and uses.
 
-    A    The machine                  400  memory, cores, versions, known faults, child processes
+    A    The machine                  410  memory, cores, versions, known faults, child processes
     B    GGUF headers                 380  a bounded reader, and the memory a model asks for
     C    Formats                      950  how models write thoughts and calls, and the parser of it
     D.1  Automata                     420  symbols, and the states of all readings of a text
@@ -3069,7 +3069,7 @@ class Rung:
         """The next rung that may mend a crash, a hang, or a want of memory; None if no other can."""
         if cause == "memory" and not self.small_pool:
             return replace(self, small_pool=True)
-        rpc = rpc and not self.local
+        rpc = rpc and not self.local and not self.cpu
         gpu = gpu or rpc
         if rpc and cause != "memory":
             return replace(self, local=True)
@@ -4209,6 +4209,8 @@ class Context:
         self.batch.n_tokens = at
         status = self._decode_media(plan) if plan[0][0].medium else int(self.c.llama_decode(self.handle, self.batch))
         self.c.llama_synchronize(self.handle)  # a GPU computes on; its time belongs to this step
+        if any(device.remote for device in self.llama.devices):  # RPC's only waits for the sending; answers come in order
+            self.llama.ggml.devices()
         for sequence, count in plan if self.twins and not status else ():
             if count > 1 or sequence.n_computed % max(1, self.llama.n_swa // 2) == 0:  # none has left the window so far
                 self._twin(sequence.row)
@@ -5074,6 +5076,7 @@ class Submission:
         self.id, self.job, self.cancelled = submit.id, submit.job, False
 
 
+NO_NUMBER = "the model's output is not a number"
 BORDERS = 3  # turns at a prompt's end, where the state of a model whose memory cannot be cut is kept
 
 
@@ -5427,7 +5430,8 @@ class Pace:
         added = max(seconds - self.usual(decoding), seconds / 10) * (1 if decoding else self.SLICE)
         if rows == decoding:
             self._usual[rows] = self._blend(self._usual.get(rows), seconds)
-            self.drafted_row += 0.01 * ((self.row or self.drafted_row) - self.drafted_row)  # slow steps must not end drafts
+            if self.drafted_row:  # slow steps must not end drafts
+                self.drafted_row += 0.01 * (min(self.row or math.inf, seconds / 2) - self.drafted_row)
         elif drafted:
             self.drafted_row = self._blend(self.drafted_row or None, added / (rows - decoding))
         else:
@@ -6111,7 +6115,7 @@ class Embedder(Aside):
         for input in [i for i, _ in plan if not i.pending]:
             self._leave(input)
             if (vector := context.finished(input.pooled, input.job.dimensions)) is None:
-                input.job.error = GenerationFailed("the model's output is not a number")
+                input.job.error = GenerationFailed(NO_NUMBER)
             else:
                 input.job.vectors[input.index] = vector
                 input.job.missing -= 1
@@ -6233,8 +6237,11 @@ class Scheduler:
         best, tokens = self.WORTH * count, float(count)  # the most tokens so far, in the time of a usual step
         while drafted.total() < min(count + self.DRAFTED, room):
             likely = max(chances, key=chances.__getitem__)
-            if chances[likely] * usual <= added * count or not likely.draft(drafted[likely] - 1):
+            if chances[likely] * usual <= added * count:
                 break
+            if not likely.draft(drafted[likely] - 1):
+                chances[likely] = 0.0
+                continue
             drafted[likely] += 1
             tokens += chances[likely]
             chances[likely] *= likely.trust
@@ -6656,7 +6663,7 @@ class Picker:
         first = False
         for sequence, row, part in ready:
             if not finite[part if sequence.scored else part.start].all():
-                self.fail(sequence, "the model's output is not a number")
+                self.fail(sequence, NO_NUMBER)
                 continue
             if sequence.scored:
                 self._score(sequence, logits[part])
@@ -6678,10 +6685,12 @@ class Picker:
         sequence.n_drafted += count
         for index in range(count + 1):
             at = start + index
-            if at == sequence.n_tokens and finite[index]:  # else it is known what must come there
+            if at == sequence.n_tokens and not finite[index]:
+                self.fail(sequence, NO_NUMBER)
+            elif at == sequence.n_tokens:  # else it is known what must come there
                 self._pick(sequence, logits[index], row - count - 1 + index)
             is_next = index < count and at < sequence.n_tokens and sequence.tokens[at] == draft[index]
-            if not is_next or sequence.done or sequence.jumps:
+            if not is_next or sequence.done or sequence.jumps or self.sought > self.PATIENCE:
                 break
             sequence.n_computed += 1
             sequence.n_accepted += 1
@@ -6832,7 +6841,7 @@ class Engine:
         """Idle work: saves prefixes, makes the prompt reader where several sequences ran at once, runs the cycle collector."""
         self.pulse.begin("move")
         while self.inbox.empty() and (self._tidy() or self._write_prefix()):
-            pass
+            self.pulse.begin("move")
         if self._wants_reader and self._may_read_aside and not self.scheduler.reader and self.inbox.empty():
             self._make_reader()
         if gc.get_count()[2] >= self.GARBAGE and self.inbox.empty():
@@ -6895,6 +6904,7 @@ class Engine:
         self.pulse.begin("decode")
         try:
             if plan := embedder.plan():
+                self._begin_decode(sum(count for _, count in plan))
                 if embedder.context is self.main:
                     self.intake.in_step = [i.job for i, _ in plan]
                 embedder.step(plan)
@@ -6926,7 +6936,7 @@ class Engine:
 
     def _read_aside(self, reader: PromptReader, plan: Seq[tuple[Sequence, int]]) -> None:
         """Reads one batch of the prompts aside."""
-        self.pulse.begin("decode")
+        self._begin_decode(sum(count for _, count in plan))
         if status := reader.read(plan):
             for sequence in reader.reading:
                 self.picker.fail(sequence, f"llama_decode returned {status}")
@@ -6955,8 +6965,7 @@ class Engine:
         tokens = sum(count for _, count in plan)
         self.main.abort(False)
         self.intake.in_step = [s for s, _ in plan]
-        # an RPC server that stops does not say so; four times what each token took by itself allows for a long context
-        self.pulse.begin("decode", min(Pulse.LIMITS["decode"], 30 + 4 * tokens * self.llama.token_seconds))
+        self._begin_decode(tokens)
         with self._undisturbed(decoding):
             started = time.perf_counter()
             status = self.main.decode(plan)
@@ -6969,6 +6978,10 @@ class Engine:
         urgent = self.picker.sample(plan)
         if urgent or self.outbox.due():
             self._flush()
+
+    def _begin_decode(self, tokens: int) -> None:
+        """Tells the heartbeat. An RPC server that stops does not say so: four times what a token took by itself is the limit."""
+        self.pulse.begin("decode", min(Pulse.LIMITS["decode"], 30 + 4 * tokens * self.llama.token_seconds))
 
     def _undisturbed(self, decoding: int) -> contextlib.AbstractContextManager[None]:
         """Keeps a grammar that is being read off the processors for a step of streams, if that takes them all.
@@ -7723,6 +7736,7 @@ class Entry:
     servers: tuple[str, ...] = ()  # RPC servers that are its own while it is in memory: each serves one client at a time
     crowded: str = ""  # why it did not fit beside the other models, until one of them is gone
     departures: int = 0  # times that it has left the memory
+    broken: str = ""  # why its last load failed, if no rung and no wait would mend that
     failures: int = 0  # loads in a row that failed on every rung
     retry_at: float = 0.0  # monotonic: until then requests get the reason of the last failure
     leases: int = 0  # requests that use the worker now
@@ -7901,6 +7915,7 @@ class Residents:
         with self.changed:
             if worker:
                 entry.asked, entry.failures, entry.retry_at, entry.idle_since = asked, 0, 0.0, time.monotonic()
+                entry.broken = ""
                 entry.servers = worker.loaded.servers
                 self.move(entry, "loaded", worker)
                 if not worker.alive:
@@ -7915,6 +7930,8 @@ class Residents:
                 if cause and asked == entry.asked:  # what one client wished for keeps no other from it
                     pause = self.FIRST_PAUSE * 2 ** min(entry.failures, 10)
                     entry.retry_at, entry.failures = time.monotonic() + min(self.LONGEST_PAUSE, pause), entry.failures + 1
+                elif isinstance(error, LoadFailure) and asked == entry.asked:
+                    entry.broken = error.details
                 self._end_load(entry, error)
 
     def _start(self, entry: Entry, info: ModelInfo, setup: Setup) -> Worker:
@@ -8303,14 +8320,19 @@ class ModelTable:
             return [e.status() | {"left": self._residents.left(e)} for e in held]
 
     def check_available(self) -> None:
-        """Raises Overloaded if no model can be had: none is here, or none is in memory and a load failed on every rung."""
+        """Raises Overloaded if no model can be had: none is here, or none is in memory and the default one failed to load."""
         if not self.names().resolve("default") and not self.infos():
             raise Overloaded("No GGUF model was found")
         with self._changed:
-            entries = self._residents.entries.values()
-            pause = max((e.retry_at for e in entries if e.state == "failed"), default=0.0) - time.monotonic()
-            if pause > 0 and not any(e.in_memory for e in entries):
+            entries = list(self._residents.entries.values())
+            first = [e for e in entries if e.info.id == self._names.default] or entries
+            if not first or any(e.in_memory for e in entries):
+                return
+            pause = min(e.retry_at if e.state == "failed" else 0.0 for e in first) - time.monotonic()
+            if pause > 0:
                 raise Overloaded(f"The last load of a model failed; it is tried again in {pause:.0f} s")
+            if all(e.broken for e in first):
+                raise Overloaded(first[0].broken)
 
     def keep(self, id: str, seconds: float) -> None:
         """How long this model stays when nobody uses it, until it is unloaded; 0: it goes as soon as it is idle."""
@@ -11571,7 +11593,7 @@ class Server(socketserver.ThreadingTCPServer):
             return
         until = time.monotonic() + (GRACE_SECONDS if grace is None else grace)
         self.service.unready.add(SHUTTING_DOWN)
-        time.sleep(min(LINGER_SECONDS, grace or 0.0))
+        time.sleep(min(LINGER_SECONDS, (grace or 0.0) / 2))
         self.stopping = True
         self.shutdown()
         self.server_close()
@@ -13666,11 +13688,16 @@ def ask_rpc_server(server: str, seconds: float = RPC_SECONDS) -> tuple[int, int]
     """
     host, _, port = server.rpartition(":")
     address = socket.gethostbyname(host), int(port)
-    with socket.create_connection(address, seconds) as connection, connection.makefile("rb") as answers:
+    until = time.monotonic() + seconds
+    with socket.create_connection(address, seconds) as connection:
 
         def ask(command: int, body: bytes, size: int) -> bytes:
             connection.sendall(struct.pack("<BQ", command, len(body)) + body)
-            answer = answers.read(8 + size)
+            answer, more = b"", b"?"
+            while more and len(answer) < 8 + size:
+                connection.settimeout(max(0.001, until - time.monotonic()))
+                more = connection.recv(8 + size - len(answer))
+                answer += more
             if len(answer) != 8 + size or answer[:8] != struct.pack("<Q", size):
                 raise ConnectionError("it is no RPC server of llama.cpp's")
             return answer[8:]

@@ -7128,7 +7128,7 @@ def test_memory_of_processes_on_windows() -> None:
 ALL_ASIDE = (("    SLICES = 2 ", "    SLICES = 0 "), ("if self._wants_reader and self._may", "if self._may"))
 ALL_DRAFTED = (("    WORTH = 1.1 ", "    WORTH = 0.0 "), ("    LATER = 1.3 ", "    LATER = 1e9 "),
                ("    QUICK = 0.002 ", "    QUICK = 0.0 "), (" or self.sampling.seed is not None:", ":"),
-               ("if chances[likely] * usual <= added * count or not", "if not"),
+               ("if chances[likely] * usual <= added * count:", "if not chances[likely]:"),
                ("        self.tokens[at] = token\n", "        self.tokens[at] = max(0, token - (at % 7 == 0))\n"))  # fmt: skip
 
 
@@ -7748,6 +7748,26 @@ def test_guesses_are_computed_as_far_as_they_pay(
     limits = {name: getattr(module.Scheduler, name) for name in ("DRAFTED", "WORTH", "LATER", "QUICK")}
     scheduler: Any = types.SimpleNamespace(pace=pace, llama=llama, running=streams, active=range(running), drafts=True, **limits)
     assert [count for _, count in module.Scheduler._with_drafts(scheduler, streams)] == expected
+
+
+@cases("slow", {
+    "a cold prompt": (0, 30, 5.0, False), "a short one": (0, 1, 0.045, False), "a drafted step": (1, 4, 0.6, True),
+})  # fmt: skip
+def test_one_slow_step_does_not_end_guesses_for_good(slow: tuple[int, int, float, bool]) -> None:
+    pace = module.Pace(512)
+    pace.record(*slow)
+    for _ in range(300):
+        pace.record(1, 1, 0.04)
+    assert pace.drafted_row < 0.03
+
+
+def test_guessed_row_that_is_not_a_number_fails_the_request(serve: Serve, tmp_path: Path) -> None:
+    script = altered(tmp_path, *ALL_DRAFTED, ("            if at == sequence.n_tokens and not finite[index]:",
+                                              "            if at == sequence.n_tokens and index:"))  # fmt: skip
+    write_kind(tmp_path / "llama.gguf", "llama")
+    own = serve("--models-dir", tmp_path, script=script)
+    body = {"model": "llama", "prompt": ids(STORY + STORY[:60]), "max_tokens": 90, "temperature": 0, "ignore_eos": True}
+    assert_error(own.post("/v1/completions", body), 500, "generation_failed", "not a number")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -8899,6 +8919,19 @@ def test_rpc_server_that_does_not_answer_in_time_is_left_by_a_reset() -> None:
         connections[0].send(b"hello")
 
 
+def test_rpc_server_that_answers_drop_by_drop_is_left_in_time() -> None:
+    def drip(connection: socket.socket) -> None:
+        with connection, contextlib.suppress(OSError):
+            for byte in struct.pack("<Q", 28) + bytes(28):
+                time.sleep(0.05)
+                connection.sendall(bytes([byte]))
+
+    began = time.monotonic()
+    with answering(drip) as address, pytest.raises(OSError, match="does not answer"):
+        module.ask_rpc_server(address, 0.2)
+    assert time.monotonic() - began < 1.5
+
+
 @cases("servers, words", {
     "no port": ("box", "'box' is no HOST:PORT"), "no host": (":1", "':1' is no HOST:PORT"), "port 0": ("box:0", "'box:0' is no"),
     "IPv6": ("[::1]:50052", "a name or an IPv4 address"), "an empty one": ("box:1,", "'' is no HOST:PORT"),
@@ -9449,6 +9482,31 @@ class FakeWorker:
 
 def table_of(models: Path, start_worker: Any) -> ModelTable:
     return ModelTable(Catalog([SearchRoot(str(models), "--models-dir")]), start_worker, TableOptions())
+
+
+def test_no_model_can_be_had_when_the_default_one_fails_and_none_is_in_memory(models: Path) -> None:
+    """Whatever becomes of others, which any client may name."""
+    causes: list[str] = []
+
+    def start(*_: Any) -> Any:
+        if causes:
+            raise module.LoadFailure("no luck", cause=causes[0])
+        return FakeWorker()
+
+    table = table_of(models, start)
+    table.infos()
+    default, other = table.resolve("default"), next(m.id for m in table.infos() if m.id != table.resolve("default"))
+    failures = ((other, "crash", ""), (other, "", ""), (default, "", "no luck"), (default, "crash", "tried again"))
+    for name, cause, words in failures:
+        causes[:] = [cause]
+        with pytest.raises(GenerationFailed):
+            table.load(name, True, Cancellation())
+        with pytest.raises(module.Overloaded, match=words) if words else contextlib.nullcontext():
+            table.check_available()
+    causes.clear()
+    table.load(default, False, Cancellation())
+    eventually(lambda: any(s["loaded"] for s in table.statuses()), "it is loaded")
+    table.check_available()
 
 
 def test_failing_load_gives_each_waiter_an_exception_of_its_own(models: Path) -> None:
@@ -19049,7 +19107,7 @@ BENCH_COPIES = (
 
 def bench_drafts(table: BenchTable, model: Path, home: Path, options: argparse.Namespace) -> None:
     """Measures two servers in turn, one of which drafts: a text that is copied with small changes, and free text."""
-    flags, script = ["--threads", str(options.threads), "--model", model], altered(home, BENCH_COPIES)
+    flags, script = ("--threads", str(options.threads), "--model", model), altered(home, BENCH_COPIES)
     servers = [Server(home / spec, "--port", "0", *flags, "--spec", spec, script=script) for spec in ("lookup", "none")]
     clients = [BenchClient(f"http://127.0.0.1:{server.port}", "default") for server in servers]
     try:
