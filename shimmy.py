@@ -4192,8 +4192,8 @@ class Context:
         return batch
 
     def decode(self, plan: Seq[tuple[Rows, int]]) -> int:
-        """Evaluates so many next tokens of each sequence; of all sequences, or of none, these are parts of pictures. More than
-        are pending are drafted ones, which stand behind its own.
+        """Evaluates the next `count` tokens of each sequence; either all are parts of pictures or none is. A count above
+        `pending` includes drafted tokens, which are stored right after the sequence's own.
 
         Returns llama_decode's status: 0 done, 1 no free cells, 2 aborted, below zero an error. At 1 nothing has changed.
         """
@@ -5232,10 +5232,10 @@ class Sequence(Rows):
         self.n_tokens += 1
 
     def look_up(self) -> None:
-        """Guesses that the text goes on as it did behind its last tokens before: at the longest match, there the newest.
+        """Guesses that the text continues as after an earlier run of its last 2 to 4 tokens: the longest run, then the newest.
 
-        Not where a seed asks for the same text each time: when drafts pay is measured, and batches of other shapes round
-        differently.
+        Never with a seed: whether drafts pay depends on measured times, and a batch of another shape rounds differently,
+        so the same seed could give another text.
         """
         if self.guess >= 0 or self.n_tokens <= self.MATCH or self.sampling.seed is not None:
             return
@@ -6146,7 +6146,7 @@ class Scheduler:
     SCORED = 4  # tokens of echoed prompts that a step tells beside streams: with a large vocabulary each takes 2 ms
     QUICK = 0.002  # seconds of a step: shorter ones take little longer than to look for guesses
     DRAFTED = 15  # most guessed tokens a step
-    WORTH = 1.1  # a step with guesses must promise so many times the tokens per second of one without
+    WORTH = 1.1  # guesses are added only if they should give at least this many times the tokens per second
     LATER = 1.3  # how long a step with guesses may take beside other streams, as a multiple of a usual one
 
     def __init__(self, llama: Llama, parallel: int) -> None:
@@ -6224,9 +6224,9 @@ class Scheduler:
         return plan + fair_slices(prompts, rows, min(outputs, self.SCORED) if streams else outputs)
 
     def _with_drafts(self, streams: list[Sequence]) -> list[tuple[Sequence, int]]:
-        """A row of each stream, and rows of guessed tokens, as many as make most tokens a second: full blocks of the kernels."""
+        """One row per stream, plus as many guessed tokens as should give the most tokens per second, in whole blocks."""
         usual, count = self.pace.usual(len(streams)), len(streams)
-        added = self.pace.drafted_row or usual / 2  # a guess until a prompt is read: it may come from the disk
+        added = self.pace.drafted_row or usual / 2  # estimated until a prompt is computed; one from the disk tells nothing
         guessing = streams if self.drafts and usual > self.QUICK and self.pace.knows(count) else ()
         for sequence in guessing:
             sequence.look_up()
@@ -6676,7 +6676,7 @@ class Picker:
         return first
 
     def _pick_behind(self, sequence: Sequence, logits: Any, finite: Any, row: int) -> None:
-        """Picks a token, and one more behind each drafted token that was picked itself; drops the cells of the others.
+        """Picks the next token, and one more after each drafted token that the pick matches; frees the other drafts' cells.
 
         `logits` are those of its last token and of the drafted ones behind it, which end before index `row` of the batch.
         """
@@ -6980,7 +6980,7 @@ class Engine:
             self._flush()
 
     def _begin_decode(self, tokens: int) -> None:
-        """Tells the heartbeat. An RPC server that stops does not say so: four times what a token took by itself is the limit."""
+        """Sets the heartbeat's limit: 30 s and, as RPC servers hang silently, 4 times the load-time measure for each token."""
         self.pulse.begin("decode", min(Pulse.LIMITS["decode"], 30 + 4 * tokens * self.llama.token_seconds))
 
     def _undisturbed(self, decoding: int) -> contextlib.AbstractContextManager[None]:
@@ -8347,7 +8347,7 @@ class ModelTable:
             return [e.worker for e in self._residents.entries.values() if e.worker]
 
     def close(self, engines: bool = True) -> None:
-        """Refuses whoever waits for a model from now on, and ends the `engines`, or lets their requests go on; idempotent."""
+        """Refuses everybody who waits for a model from now on. `engines`: ends these too, else lets them finish. Idempotent."""
         self._residents.close(engines)
 
 
@@ -11584,10 +11584,10 @@ class Server(socketserver.ThreadingTCPServer):
                 self._changed.notify_all()
 
     def stop(self, grace: float | None = None) -> None:
-        """Stops accepting, lets requests finish within GRACE_SECONDS, calls the rest off, ends the engines. Idempotent.
+        """Stops accepting, lets requests finish within `grace` seconds (None: GRACE_SECONDS), cancels the rest, ends the engines.
 
-        With a `grace` of the operator's, /ready says first that nobody should be sent here, and requests are still taken for
-        LINGER_SECONDS of it.
+        Idempotent. With a `grace` of the operator's, /ready says first that nobody should be sent here, and requests are
+        still taken for LINGER_SECONDS of it, or half.
         """
         if self.stopping:
             return
