@@ -33,7 +33,7 @@ Part I, the server, reads downward as a request flows. Its sections with their l
     15.2 Wires                        110  documents to bytes; `deliver` is the one loop between
     15.3 Routes                       260  one row a route
     15.4 HTTP                         430  a connection's thread from its first byte to its last; how a server stops
-    16   WebSocket, lifecycle         260  asyncio on its side thread
+    16   WebSocket, lifecycle         270  asyncio on its side thread
     17.1 Command line                 490  flags and their meaning
     17.2 Commands                     620  serve, list, probe, diag, pull
     17.3 generate                     560  by a running server or an engine of its own; main
@@ -7893,7 +7893,7 @@ class Residents:
         """A load's thread; takes the condition to say how it ended."""
         worker: Worker | None = None
         error: ApiError | None = None
-        asked, others = dict[str, Any](), list[Worker]()
+        asked, others, servers = dict[str, Any](), list[Worker](), tuple[str, ...]()
         try:
             with self.changed:
                 asked = dict(load.asked)
@@ -7906,6 +7906,7 @@ class Residents:
             setup = Setup(engine, reserved=reserved, others_idle=idle, taken=tuple(taken))
             info = entry.info.fitted(engine.mmproj)
             worker = self._ladder.load(info, setup, functools.partial(self._start, entry, info), bool(asked))
+            servers = worker.loaded.servers
         except ApiError as failure:
             error = failure
         except Exception as failure:
@@ -7915,8 +7916,7 @@ class Residents:
         with self.changed:
             if worker:
                 entry.asked, entry.failures, entry.retry_at, entry.idle_since = asked, 0, 0.0, time.monotonic()
-                entry.broken = ""
-                entry.servers = worker.loaded.servers
+                entry.broken, entry.servers = "", servers
                 self.move(entry, "loaded", worker)
                 if not worker.alive:
                     self.move(entry, "failed", error="the engine process ended right after the load")
@@ -8413,6 +8413,18 @@ def without_older_images(messages: Seq[dict[str, Any]]) -> tuple[dict[str, Any],
     return tuple(kept)
 
 
+def usage_of(ends: Seq[Finished], index: Mapping[int, int], n: int) -> Usage:
+    """Sums up the ends of a request's texts, `n` of each prompt; a prompt counts once, as its first text tells of it."""
+    prompts = {index[e.id] // n: e for e in sorted(ends, key=lambda e: -index[e.id])}
+    return Usage(
+        sum(e.prompt_tokens for e in prompts.values()), sum(e.completion_tokens for e in ends),
+        sum(e.cached_tokens for e in prompts.values()), max(e.prompt_seconds for e in ends),
+        max(e.decode_seconds for e in ends), sum(e.forced_tokens for e in ends),
+        picture_tokens=sum(e.picture_tokens for e in prompts.values()),
+        drafted_tokens=sum(e.drafted_tokens for e in ends), accepted_tokens=sum(e.accepted_tokens for e in ends),
+    )  # fmt: skip
+
+
 class Service:
     """Everything the front doors share: models, tools, settings, and `generate`."""
 
@@ -8468,12 +8480,12 @@ class Service:
                     ends.append(message)
                     for event in parsers[generation.index[message.id]].finish(message.finish_reason):
                         if isinstance(event, ChoiceEnd):
-                            usage = self._usage([message], generation.index, request.n)
+                            usage = usage_of([message], generation.index, request.n)
                             event = replace(event, stopped_by=message.stopped_by, usage=usage)
                         yield event
                 else:
                     yield message
-            yield replace(self._usage(ends, generation.index, request.n), reasoning_tokens=thought)
+            yield replace(usage_of(ends, generation.index, request.n), reasoning_tokens=thought)
 
     @staticmethod
     def _filled(request: GenerateRequest, settings: ModelSettings) -> GenerateRequest:
@@ -8560,20 +8572,9 @@ class Service:
             generation = worker.submit([job], cancel, began)
             for message in generation:
                 if isinstance(message, Finished):
-                    yield self._usage([message], generation.index, 1)
+                    yield usage_of([message], generation.index, 1)
                 elif not isinstance(message, Piece):
                     yield message
-
-    @staticmethod
-    def _usage(ends: Seq[Finished], index: Mapping[int, int], n: int) -> Usage:
-        prompts = {index[e.id] // n: e for e in sorted(ends, key=lambda e: -index[e.id])}  # the first choice of each
-        return Usage(
-            sum(e.prompt_tokens for e in prompts.values()), sum(e.completion_tokens for e in ends),
-            sum(e.cached_tokens for e in prompts.values()), max(e.prompt_seconds for e in ends),
-            max(e.decode_seconds for e in ends), sum(e.forced_tokens for e in ends),
-            picture_tokens=sum(e.picture_tokens for e in prompts.values()),
-            drafted_tokens=sum(e.drafted_tokens for e in ends), accepted_tokens=sum(e.accepted_tokens for e in ends),
-        )  # fmt: skip
 
     def health(self) -> dict[str, Any]:
         """`/api/health`: memory is the resident set of the server and its engines."""
@@ -11393,7 +11394,7 @@ class Handler(socketserver.BaseRequestHandler):
         return uncompressed(data, encoding, most) if data else data
 
     def _answer(self, head: Head, cancel: Cancellation) -> None:
-        self.out.closes = self.out.closes or bool(self.service.unready)  # the client's next connection may lead elsewhere
+        self.out.closes = self.out.closes or SHUTTING_DOWN in self.service.unready  # the client's next connection may lead elsewhere
         if self.server.stopping:
             raise Overloaded(SHUTTING_DOWN)
         if head.method == "OPTIONS":
@@ -11628,6 +11629,7 @@ class SocketRequest:
     message: bytes
     turn: BodyTurn
     cancel: Cancellation = field(default_factory=Cancellation)
+    answered: bool = False  # its last document is on its way: a cancel that comes now means the next request
 
     def body(self) -> dict[str, Any]:
         """The parsed message, which is kept no longer."""
@@ -11729,8 +11731,8 @@ class SocketConnection(Wire):
         """Queues a request, or cancels the running one."""
         waiting = len(self._requests)
         if request.is_cancel():
-            with contextlib.suppress(IndexError):
-                self._cancel(self._requests[0], gently=True)
+            if running := next((r for r in list(self._requests) if not r.answered), None):
+                self._cancel(running, gently=True)
         elif self._server.stopping or waiting >= self.PENDING:
             request.turn.release()
             full = f"{waiting} requests wait on this connection already"
@@ -11799,6 +11801,7 @@ class SocketConnection(Wire):
     async def _send(self, document: dict[str, Any]) -> None:
         if self._protocol.state.name != "OPEN" or self._writer.is_closing():
             raise ClientGone
+        self._requests[0].answered = "done" in document or "error" in document
         self._protocol.send_text(to_json(document))
         self._flush()
         await self._writer.drain()

@@ -8715,7 +8715,7 @@ def test_model_that_hangs_in_its_first_step_loads_without_special_kernels(
 def test_model_that_always_dies_fails_with_the_first_reason_and_is_not_loaded_again_and_again(
     serve: Serve, stand_in: StandIn, models: Path
 ) -> None:
-    own = serve("--models-dir", models, env=stand_in("dies"))
+    own = serve("--models-dir", models, "--model", "recital", env=stand_in("dies"))
     assert_error(own.generate(), 500, "generation_failed", "signal 11")
     loads = own.log.read_text().count("loading recital")
     assert loads == 2  # as configured, and without special kernels
@@ -9491,7 +9491,9 @@ def test_no_model_can_be_had_when_the_default_one_fails_and_none_is_in_memory(mo
     def start(*_: Any) -> Any:
         if causes:
             raise module.LoadFailure("no luck", cause=causes[0])
-        return FakeWorker()
+        worker = FakeWorker()
+        worker.measure.set()
+        return worker
 
     table = table_of(models, start)
     table.infos()
@@ -12670,7 +12672,8 @@ class SeeingWorker(FakeWorker):
     """Remembers the prompt of the job that it is given, and does no more."""
 
     loaded = types.SimpleNamespace(
-        ctx=1, pool=1, parallel=1, sees=True, chat=module.ChatFacts({"": TEMPLATE}, "", False, "</s>", ("<|im_end|>",)))
+        ctx=1, pool=1, parallel=1, sees=True, servers=(),
+        chat=module.ChatFacts({"": TEMPLATE}, "", False, "</s>", ("<|im_end|>",)))
     chat: Any = None
     prompt: tuple[Any, ...] = ()
 
