@@ -7500,9 +7500,9 @@ class Worker:
         if self._serving and not self._stopping:  # of a load the ladder tells
             log.error("%s: %s", self.info.id, reason)
         self._outcome.put(LoadFailed("it was unloaded while it loaded" if self._stopping else reason, self.cause))
-        self.fail_all(f"Model '{self.info.id}': {reason}")
-        if self._serving:
+        if self._serving:  # first, so that who asks again at once does not get this worker
             self._died(self, reason)
+        self.fail_all(f"Model '{self.info.id}': {reason}")
 
     def fail_all(self, details: str, kind: type[ApiError] = GenerationFailed) -> None:
         """Ends every job with an error."""
@@ -11394,7 +11394,8 @@ class Handler(socketserver.BaseRequestHandler):
         return uncompressed(data, encoding, most) if data else data
 
     def _answer(self, head: Head, cancel: Cancellation) -> None:
-        self.out.closes = self.out.closes or SHUTTING_DOWN in self.service.unready  # the client's next connection may lead elsewhere
+        if SHUTTING_DOWN in self.service.unready:  # the client's next connection may lead elsewhere
+            self.out.closes = True
         if self.server.stopping:
             raise Overloaded(SHUTTING_DOWN)
         if head.method == "OPTIONS":
