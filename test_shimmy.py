@@ -9063,11 +9063,11 @@ def timed(server: Server, prompt: str, tokens: int) -> tuple[str, float]:
 
 @with_rpc
 def test_model_spread_over_rpc_servers_writes_what_it_writes_alone(spread: Callable[..., Server], tmp_path: Path) -> None:
-    """Without the kernels that rearrange weights, and round otherwise: the servers have none of them."""
+    """Without drafts and without the kernels that rearrange weights, which round otherwise: the servers have none of these."""
     prompt, found = bench_prompt(40, 7), dict[str, tuple[str, float]]()
     script = altered(tmp_path, ("params.use_extra_bufts = not self.setup.rung.plain", "params.use_extra_bufts = False"))
     for name, flags in {"near": [], "spread": ["--tensor-split", "3,1"], "half": ["--gpu-layers", "12"]}.items():
-        own = spread(*flags, near=name == "near", script=script)
+        own = spread("--spec", "none", *flags, near=name == "near", script=script)
         found[name] = timed(own, prompt, 48)
         print(f"{name:8} {48 / found[name][1]:5.1f} tokens/s  {own.status('default')['devices']}")
         own.stop()
