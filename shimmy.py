@@ -5149,7 +5149,7 @@ class Echo:
 class Sequence(Rows):
     """One text in the making. Owned by the step loop."""
 
-    TRUST, LEARNING = 0.4, 0.2  # in a guess, at first, and how much the next guess moves it
+    TRUST, LEARNING = 0.4, 0.1  # in a guess, at first, and how much one of many guesses moves it; the first ones move it more
     MATCH = 4  # the longest run of last tokens that is looked for; the shortest is two
 
     def __init__(self, submission: Submission, prompt: Prompt, llama: Llama) -> None:
@@ -5167,7 +5167,8 @@ class Sequence(Rows):
         self._ending = llama.vocab.tokens(job.thought.ending).tolist() if job.thought else ()
         self.n_shown = self.n_prompt  # tokens whose text was given out
         self.guess = -1  # the index of an earlier token that is thought to come again next
-        self.trust = self.TRUST  # the share of such guesses that were right lately
+        self.strayed = False  # True if the last guess was wrong: this one is right if a token just stands in place of another
+        self.trust, self.n_guessed = self.TRUST, 0  # the share of such guesses that were right lately; how many there were
         self.n_drafted = self.n_accepted = 0  # guessed tokens that were computed, and of these, the right ones
         self.n_jumped, self._jumped_at = 0, -1  # forced tokens so far; the index of the last sampled one
         self.logits: Any = None  # while its grammar takes more than a step to find what may come next
@@ -5226,8 +5227,10 @@ class Sequence(Rows):
         """Adds a token; one that was picked tells how good guesses are."""
         right = self.guess >= 0 and int(self.tokens[self.guess]) == token
         if picked and self.guess >= 0:
-            self.trust += self.LEARNING * (right - self.trust)
-        self.guess = self.guess + 1 if right else -1
+            self.n_guessed += 1
+            self.trust += max(self.LEARNING, 1 / (self.n_guessed + 2)) * (right - self.trust)
+        self.guess = self.guess + 1 if self.guess >= 0 and (right or not self.strayed) else -1
+        self.strayed = not right
         self.tokens[self.n_tokens] = token
         self.n_tokens += 1
 
@@ -5237,14 +5240,15 @@ class Sequence(Rows):
         Never with a seed: whether drafts pay depends on measured times, and a batch of another shape rounds differently,
         so the same seed could give another text.
         """
-        if self.guess >= 0 or self.n_tokens <= self.MATCH or self.sampling.seed is not None:
+        if (self.guess >= 0 and not self.strayed) or self.n_tokens <= self.MATCH or self.sampling.seed is not None:
             return
         text = self.tokens[: self.n_tokens]
         behind = ((text[1:-1] == text[-1]) & (text[:-2] == text[-2])).nonzero()[0] + 2
         for size in range(3, self.MATCH + 1):
             longer = behind[(behind >= size) & (text[behind - size] == text[-size])]
             behind = longer if len(longer) else behind
-        self.guess = int(behind[-1]) if len(behind) else -1
+        if len(behind):
+            self.guess, self.strayed = int(behind[-1]), False
 
     def draft(self, index: int) -> bool:
         """Writes the next guessed token but `index` behind its own; False if there is none."""
@@ -6722,6 +6726,8 @@ class Picker:
 
     def _ask(self, sequence: Sequence, question: Callable[[], Result]) -> Result | None:
         """What a sequence's grammar answers; None if it needs more time, or cannot be followed, which ends the sequence."""
+        if not sequence.sampler.grammar:
+            return question()
         share = self.PATIENCE / max(1, len(self.scheduler.running))
         fault, began = None, time.thread_time()
         TURN.begin(max(self.PATIENCE - self.sought, share))
@@ -6736,7 +6742,7 @@ class Picker:
             spent = time.thread_time() - began
             self.sought += spent
             sequence.sought += spent
-        if fault and sequence.sampler.grammar:
+        if fault:
             self.fail(sequence, sequence.sampler.grammar.named(fault))
         return None
 

@@ -7761,6 +7761,28 @@ def test_one_slow_step_does_not_end_guesses_for_good(slow: tuple[int, int, float
     assert pace.drafted_row < 0.03
 
 
+def test_guesses_go_on_behind_a_token_that_is_changed_but_not_behind_two() -> None:
+    text = module.Sequence.__new__(module.Sequence)
+    text.tokens, text.n_tokens, text.guess, text.strayed = [1, 2, 3, 4, 5, 6, 7, *[0] * 5], 7, 1, False
+    text.trust, text.n_guessed = text.TRUST, 0
+    told = []
+    for token in (2, 9, 4, 9, 9):  # in place of 3, and then of 5 and 6
+        text.append(token)
+        told.append(text.guess)
+    assert told == [2, 3, 4, 5, -1] and text.n_guessed == 5
+
+
+def test_slow_picks_end_no_right_guesses(serve: Serve, tmp_path: Path) -> None:
+    """Only a grammar's time counts: 16 picks among 150,000 words take longer than a grammar may."""
+    slow = "            began = time.thread_time()\n            while time.thread_time() < began + 0.004:\n                pass\n"
+    script = altered(tmp_path, *ALL_DRAFTED[:-1], (BENCH_COPIES[0], slow + BENCH_COPIES[1]))
+    write_kind(tmp_path / "llama.gguf", "llama")
+    own = serve("--models-dir", tmp_path, script=script)
+    body = {"model": "llama", "prompt": ids(STORY), "max_tokens": 58, "temperature": 0, "ignore_eos": True, "top_k": BENCH_COPIED}
+    timings = own.post("/v1/completions", body).json()["usage"]["timings"]
+    assert timings["draft_n_accepted"] > 40 and timings["draft_n"] < 80, timings
+
+
 def test_guessed_row_that_is_not_a_number_fails_the_request(serve: Serve, tmp_path: Path) -> None:
     script = altered(tmp_path, *ALL_DRAFTED, ("            if at == sequence.n_tokens and not finite[index]:",
                                               "            if at == sequence.n_tokens and index:"))  # fmt: skip
@@ -19116,11 +19138,12 @@ def bench_drafts(table: BenchTable, model: Path, home: Path, options: argparse.N
     try:
         for client in clients:
             client.stream(bench_prompt(options.words, 3), 2)
-        for what, count, fields in (("copying", 1, {"top_k": BENCH_COPIED}), ("free text", 1, {}), ("eight free texts", 8, {})):
+        copying = {"top_k": BENCH_COPIED, "temperature": 0}  # picks among all words would be half of a small model's time
+        for what, count, fields in (("copying", 1, copying), ("free text", 1, {}), ("eight free texts", 8, {})):
             speeds, began = list[list[float]](), time.perf_counter()
             while not speeds or (time.perf_counter() - began < 2 * options.seconds and len(speeds) < 15):
                 words, salt = max(options.words, 100), 90 + len(speeds)
-                speeds.append([c.together(count, words, options.tokens, salt, temperature=1.0, **fields) for c in clients])
+                speeds.append([c.together(count, words, options.tokens, salt, **{"temperature": 1.0} | fields) for c in clients])
             drafted, ratio = statistics.median(s[0] for s in speeds), statistics.median(s[0] / s[1] for s in speeds)
             table.add(f"{what} with drafts", drafted, "tokens/s", ratio, "without")
     finally:
