@@ -5228,7 +5228,7 @@ class Sequence(Rows):
         right = self.guess >= 0 and int(self.tokens[self.guess]) == token
         if picked and self.guess >= 0:
             self.n_guessed += 1
-            self.trust += max(self.LEARNING, 1 / (self.n_guessed + 2)) * (right - self.trust)
+            self.trust += max(self.LEARNING, 1 / (self.n_guessed + 1)) * (right - self.trust)
         self.guess = self.guess + 1 if self.guess >= 0 and (right or not self.strayed) else -1
         self.strayed = not right
         self.tokens[self.n_tokens] = token
