@@ -1113,7 +1113,8 @@ def parse_json(data: bytes, what: str = "The body") -> Any:
     try:
         value = json.loads(source, parse_float=_finite, parse_constant=_finite)
     except (ValueError, RecursionError) as error:
-        raise InvalidRequest(f"{what} is not valid JSON: {error}") from None
+        reason = str(error).partition(";")[0]  # behind it Python tells how to read a longer number
+        raise InvalidRequest(f"{what} is not valid JSON: {reason}") from None
     if "\\u" in source:
         try:
             json.dumps(value, ensure_ascii=False).encode()
@@ -8112,7 +8113,7 @@ class Names:
 
     def resolve(self, name: str) -> list[str]:
         """The ids that a name may mean, one if it is clear: `default`, id, alias, stem, letter case, prefix, in this order."""
-        if name == "default":
+        if name.lower() == "default":
             return [self.default] if self.default else []
         if name in self._models:
             return [name]
@@ -9100,7 +9101,7 @@ def read_format(where: str, format: Any) -> Schema | None:
         return None
     holder = an_object(f"{where}.json_schema", given(format, "json_schema", format))
     schema = given(holder, "schema", {"type": "object"} if kind == "json_object" else None)
-    return Schema(where, an_object(f"{where}.schema", schema))
+    return Schema(where, an_object(f"{where}.schema" if holder is format else f"{where}.json_schema.schema", schema))
 
 
 def guided(body: Mapping[str, Any]) -> dict[str, Any]:
@@ -9655,7 +9656,8 @@ def claude_error(error: ApiError) -> dict[str, Any]:
     kind, message = kinds.get(error.code) or kinds.get(error.kind, error.kind), str(error)
     if isinstance(error, ContextLengthExceeded) and error.sizes:  # Claude Code reads these words, and compacts
         message = "prompt is too long: {} tokens > {} maximum".format(*error.sizes)
-    return {"type": "error", "error": {"type": kind, "message": message, "code": error.code, "details": error.details}}
+    return {"type": "error", "error": {"type": kind, "message": message, "code": error.code, "param": error.param,
+                                       "details": error.details}}  # fmt: skip
 
 
 HOSTED_ITEM = re.compile(  # what tools of OpenAI's own did: those tools are left out here, and their traces too
@@ -9676,6 +9678,8 @@ class ResponseInput:
         if instructions := optional(body, "instructions", a_string):
             self.turns.append({"role": "system", "content": instructions})
         said = body.get("input")
+        if not isinstance(said, (str, list)):
+            raise InvalidRequest(f"input must be a string or a list of items, not {_said(said)}", "input")
         items = listed("input", [{"role": "user", "content": said}] if isinstance(said, str) else said)
         check_length("input", items, MAX_MESSAGES)
         self._newest = newest_turn([item for _, item in items])
@@ -10666,7 +10670,7 @@ class RequestReader:
     """Reads requests: every size is bounded. `turn` is a large body's; who parses the body releases it."""
 
     def __init__(self, connection: socket.socket) -> None:
-        self.incoming, self.turn = Incoming(connection), BodyTurn()
+        self.incoming, self.turn, self.begun = Incoming(connection), BodyTurn(), bytearray()  # the head as far as it came
         self._bytes = io.BufferedReader(self.incoming)
 
     def begin(self) -> None:
@@ -10678,7 +10682,7 @@ class RequestReader:
 
     def head(self) -> tuple[str, Headers]:
         """The request line and the headers. Raises InvalidRequest (400, 414, 431): too large, or malformed lines."""
-        head = bytearray()
+        head = self.begun = bytearray()
         while not head.endswith((b"\n\r\n", b"\n\n")):
             head += self._bytes.readline(MAX_HEAD + 1 - len(head))
             if len(head) > MAX_HEAD:
@@ -11448,8 +11452,7 @@ class Handler(socketserver.BaseRequestHandler):
         if found is None:
             raise NotFound(f"No route matches /{'/'.join(head.segments)[:200]}")
         if found[0].method != method:
-            allowed = {r.method for r, _ in matching}
-            raise MethodNotAllowed(head.method, allowed | ({"HEAD"} if "GET" in allowed else set()) | {"OPTIONS"})
+            raise MethodNotAllowed(head.method, allowed_methods(head))
         return found
 
     def _upgrade(self, head: Head) -> None:
@@ -11464,7 +11467,7 @@ class Handler(socketserver.BaseRequestHandler):
 
     def _preflight(self, head: Head) -> None:
         """CORS: what a page of an allowed origin may send. Needs no key."""
-        methods = sorted({r.method for r in ROUTES if r.match(head.segments) is not None} | {"OPTIONS"})
+        methods = sorted(allowed_methods(head))
         headers = {"Allow": ", ".join(methods)}
         if self.out.allowed_origin():
             asked = head.headers.get("Access-Control-Request-Headers") or "authorization, content-type"
@@ -11494,7 +11497,14 @@ class Handler(socketserver.BaseRequestHandler):
         first, second, *_ = (*self.out.head.segments, "", "")
         if self.route:
             return self.route.api
-        return "openai" if first == "v1" else "ollama" if first == "api" and second in OLLAMA_UNSERVED else "shimmy"
+        is_v1 = first == "v1" or re.match(rb"\S+ /v1/", self.reader.begun)  # a head that cannot be read tells that much
+        return "openai" if is_v1 else "ollama" if first == "api" and second in OLLAMA_UNSERVED else "shimmy"
+
+
+def allowed_methods(head: Head) -> set[str]:
+    """The methods that a path takes."""
+    methods = {r.method for r in ROUTES if r.match(head.segments) is not None}
+    return methods | ({"HEAD", "OPTIONS"} if "GET" in methods else {"OPTIONS"})
 
 
 RESERVED_DESCRIPTORS = 160  # for what is open at the start, pipes of engines (3 each), model files, sockets of tools
@@ -11636,11 +11646,14 @@ class SocketRequest:
     message: bytes
     turn: BodyTurn
     cancel: Cancellation = field(default_factory=Cancellation)
+    refusal: ApiError | None = None  # which is told in its turn, so that nobody takes it for the running request's end
     answered: bool = False  # its last document is on its way: a cancel that comes now means the next request
 
     def body(self) -> dict[str, Any]:
         """The parsed message, which is kept no longer."""
         try:
+            if self.refusal:
+                raise self.refusal
             return parse_object(self.message, "The message")
         finally:
             self.message = b""
@@ -11656,7 +11669,7 @@ class SocketRequest:
 class SocketConnection(Wire):
     """One WebSocket, around websockets' parser. The loop's thread reads and flushes, another one answers."""
 
-    PENDING = 32  # requests that may wait on one connection
+    PENDING, REFUSED = 32, 1000  # requests that may wait on one connection, and that may wait for their refusal besides
     reading: asyncio.Task[None]
 
     def __init__(self, server: Server, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, id: str, owner: str) -> None:
@@ -11740,12 +11753,14 @@ class SocketConnection(Wire):
         if request.is_cancel():
             if running := next((r for r in list(self._requests) if not r.answered), None):
                 self._cancel(running, gently=True)
-        elif self._server.stopping or waiting >= self.PENDING:
+        elif waiting >= self.PENDING + self.REFUSED:
             request.turn.release()
-            full = f"{waiting} requests wait on this connection already"
-            error = Overloaded(SHUTTING_DOWN if self._server.stopping else full)
-            self._protocol.send_text(to_json(ERROR_SHAPES["shimmy"](error)))
+            self.close(1013, "too many requests wait")
         else:
+            if self._server.stopping or waiting >= self.PENDING:
+                full = f"{self.PENDING} requests wait on this connection already"
+                request.message, request.refusal = b"", Overloaded(SHUTTING_DOWN if self._server.stopping else full)
+                request.turn.release()
             self._requests.append(request)
             self._queue.put(request)
 

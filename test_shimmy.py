@@ -9189,7 +9189,7 @@ def test_request_by_file_stem_finds_the_model(files: Server) -> None:
 
 
 def test_v1_model_absent_or_aliased_means_default(server: Server) -> None:
-    for model in ({}, {"model": None}, {"model": "default"}, {"model": "gpt-4o-mini"}):
+    for model in ({}, {"model": None}, {"model": "default"}, {"model": "Default"}, {"model": "gpt-4o-mini"}):
         reply = server.post("/v1/chat/completions", {**model, "messages": user("hi")})
         assert reply.message["content"] == "Hello wide world", model
 
@@ -9979,7 +9979,7 @@ def test_schema_in_vllms_words_is_alone_and_a_grammar_holds(server: Server) -> N
 
 @cases("format, word", {
     "no schema": ({"type": "json_schema"}, "schema"), "a string": ("json", "object"),
-    "an empty holder": ({"type": "json_schema", "json_schema": {"name": "x"}}, "schema"),
+    "an empty holder": ({"type": "json_schema", "json_schema": {"name": "x"}}, "response_format.json_schema.schema"),
 })  # fmt: skip
 def test_chat_response_format_that_is_wrong_names_it(format: Any, word: str, server: Server) -> None:
     assert_error(server.chat(response_format=format), 400, "invalid_request", "response_format", word)
@@ -13064,7 +13064,7 @@ def test_unknown_path_is_404_with_the_error_object(method: str, path: str, serve
 WRONG_METHODS = [
     ("GET", "/api/generate", "POST"), ("POST", "/api/health", "GET"), ("DELETE", "/api/models", "GET"),
     ("PUT", "/v1/chat/completions", "POST"), ("PATCH", "/api/tools/calculator/execute", "POST"),
-    ("GET", "/api/models/recital/load", "POST"), ("BREW", "/health", "GET"),
+    ("GET", "/api/models/recital/load", "POST"), ("BREW", "/health", "GET"), ("PUT", "/health", "HEAD"),
 ]  # fmt: skip
 
 
@@ -13073,6 +13073,7 @@ def test_wrong_method_is_405_with_allow(method: str, path: str, allowed: str, se
     reply = server.request(method, path)
     assert_error(reply, 405, "method_not_allowed")
     assert allowed in re.split(r",\s*", reply.headers["Allow"])
+    assert server.request("OPTIONS", path).headers["Allow"] == reply.headers["Allow"]
 
 
 SENT = json.dumps({"model": "recital", "prompt": ":"}).encode()
@@ -13369,6 +13370,17 @@ def test_control_character_or_folded_line_in_a_head_is_400(line: str, path: str,
     upgrade = [f"{name}: {value}" for name, value in UPGRADE.items()] if path != "/health" else []
     (reply,) = exchange(server, head_of("GET", path, *upgrade, line))
     assert_error(reply, 400, "invalid_request")
+
+
+@cases("head, status", {
+    "address": (b"GET /v1/" + b"a" * 70_000 + b" HTTP/1.1\r\n\r\n", 414),
+    "headers": (head_of("POST", "/v1/completions", "X-Large: " + "x" * 70_000), 431),
+    "header line": (head_of("POST", "/v1/completions", "nonsense"), 400),
+})  # fmt: skip
+def test_head_that_cannot_be_read_is_told_in_the_shape_of_its_path(head: bytes, status: int, server: Server) -> None:
+    (reply,) = exchange(server, head)
+    error = assert_error(reply, status, "invalid_request")
+    assert error["type"] == "invalid_request_error" and error["param"] is None
 
 
 def test_ws_upgrade_may_be_as_large_as_any_head_and_no_larger(server: Server) -> None:
@@ -14465,6 +14477,17 @@ def test_ws_request_during_shutdown_is_refused(serve: Serve, models: Path) -> No
         idle.send(json.dumps({"model": "recital", "prompt": ":"}))
         assert json.loads(idle.recv(timeout=HANG))["error"]["code"] == "overloaded"
     assert own.process.wait(HANG) == 0
+
+
+def test_ws_requests_over_those_that_may_wait_are_refused_in_their_turn(server: Server) -> None:
+    with server.ws() as ws:
+        ws.send(json.dumps({"model": "recital", "prompt": "#", "max_tokens": LONG_CTX}))
+        for _ in range(40):
+            ws.send(json.dumps({"model": "recital", "prompt": ":", "max_tokens": 2}))
+        ws.send(json.dumps({"cancel": True}))
+        ends = [ws_answer(ws)[1] for _ in range(41)]
+    assert ["error" in end for end in ends] == [False] * 32 + [True] * 9
+    assert ends[-1]["error"]["code"] == "overloaded" and "32 requests wait" in ends[-1]["error"]["details"]
 
 
 def test_ws_frame_that_never_ends_closes_the_connection(hasty: Server) -> None:
