@@ -5428,20 +5428,22 @@ class Pace:
         self.n_batch = n_batch
         self._usual: dict[int, float] = {}  # seconds of a step by decoding sequences
         self.row = 0.0  # seconds a prompt row adds to a step: grows with the context, so the last steps count
-        self.drafted_row = 0.0  # the same of a row whose token is a guess
+        self.guessed_row = 0.0  # the same of a guessed row; half a step until a prompt is computed (one from the disk is not)
+        self._guessed: dict[int, float] = {}  # seconds that so many guessed rows added to a step
 
     def record(self, decoding: int, rows: int, seconds: float, drafted: bool = False) -> None:
         """Learn from a step that had so many decoding sequences among its rows; the others are prompts', or `drafted`."""
         added = max(seconds - self.usual(decoding), seconds / 10) * (1 if decoding else self.SLICE)
         if rows == decoding:
             self._usual[rows] = self._blend(self._usual.get(rows), seconds)
-            if self.drafted_row:  # slow steps must not end drafts
-                self.drafted_row += 0.01 * (min(self.row or math.inf, seconds / 2) - self.drafted_row)
+            least = min(self.row or math.inf, seconds / 2)
+            self.guessed_row = (self.guessed_row or least) * 0.99 + least * 0.01  # slow steps must not end drafts
+            self._guessed = {n: slow * 0.99 + n * least * 0.01 for n, slow in self._guessed.items()}
         elif drafted:
-            self.drafted_row = self._blend(self.drafted_row or None, added / (rows - decoding))
+            self._guessed[rows - decoding] = self._blend(self._guessed.get(rows - decoding), added)
         else:
             self.row = self._blend(self.row or None, added / (rows - decoding))
-            self.drafted_row = self.drafted_row or self.row
+            self.guessed_row = min(self.guessed_row or self.row, self.row)
 
     def knows(self, decoding: int) -> bool:
         """Whether such a step was measured without other rows."""
@@ -5457,6 +5459,11 @@ class Pace:
         if not decoding or not self._usual:
             return 0.0
         return self._usual[min(self._usual, key=lambda n: abs(n - decoding))]
+
+    def guessed(self, rows: int) -> float:
+        """Seconds that so many guessed rows add: measured, or as far from what was as rows of prompts are from each other."""
+        near = min(self._guessed, key=lambda n: abs(n - rows), default=0)
+        return max(self._guessed.get(near, 0.0) + (rows - near) * self.guessed_row, rows * self.guessed_row)
 
     def prompt_rows(self, decoding: int, target: float = TARGET) -> int:
         """How many prompt tokens the next step may take beside so many decoding sequences. Faster than messages are sent, no
@@ -6231,7 +6238,6 @@ class Scheduler:
     def _with_drafts(self, streams: list[Sequence]) -> list[tuple[Sequence, int]]:
         """One row per stream, plus as many guessed tokens as should give the most tokens per second, in whole blocks."""
         usual, count = self.pace.usual(len(streams)), len(streams)
-        added = self.pace.drafted_row or usual / 2  # estimated until a prompt is computed; one from the disk tells nothing
         guessing = streams if self.drafts and usual > self.QUICK and self.pace.knows(count) else ()
         for sequence in guessing:
             sequence.look_up()
@@ -6242,7 +6248,7 @@ class Scheduler:
         best, tokens = self.WORTH * count, float(count)  # the most tokens so far, in the time of a usual step
         while drafted.total() < min(count + self.DRAFTED, room):
             likely = max(chances, key=chances.__getitem__)
-            if chances[likely] * usual <= added * count:
+            if chances[likely] * usual <= self.pace.guessed_row * count:
                 break
             if not likely.draft(drafted[likely] - 1):
                 chances[likely] = 0.0
@@ -6250,7 +6256,7 @@ class Scheduler:
             drafted[likely] += 1
             tokens += chances[likely]
             chances[likely] *= likely.trust
-            seconds = usual + added * (drafted.total() - count)
+            seconds = usual + self.pace.guessed(drafted.total() - count)
             if drafted.total() % Pace.STEP == 0 and seconds <= most and tokens * usual > best * seconds:
                 best, chosen = tokens * usual / seconds, drafted.copy()
         return list(chosen.items())

@@ -7128,7 +7128,7 @@ def test_memory_of_processes_on_windows() -> None:
 ALL_ASIDE = (("    SLICES = 2 ", "    SLICES = 0 "), ("if self._wants_reader and self._may", "if self._may"))
 ALL_DRAFTED = (("    WORTH = 1.1 ", "    WORTH = 0.0 "), ("    LATER = 1.3 ", "    LATER = 1e9 "),
                ("    QUICK = 0.002 ", "    QUICK = 0.0 "), (" or self.sampling.seed is not None:", ":"),
-               ("if chances[likely] * usual <= added * count:", "if not chances[likely]:"),
+               ("if chances[likely] * usual <= self.pace.guessed_row * count:", "if not chances[likely]:"),
                ("        self.tokens[at] = token\n", "        self.tokens[at] = max(0, token - (at % 7 == 0))\n"))  # fmt: skip
 
 
@@ -7758,7 +7758,7 @@ def test_one_slow_step_does_not_end_guesses_for_good(slow: tuple[int, int, float
     pace.record(*slow)
     for _ in range(300):
         pace.record(1, 1, 0.04)
-    assert pace.drafted_row < 0.03
+    assert pace.guessed(3) < 0.1
 
 
 def test_guesses_go_on_behind_a_token_that_is_changed_but_not_behind_two() -> None:
@@ -7770,6 +7770,17 @@ def test_guesses_go_on_behind_a_token_that_is_changed_but_not_behind_two() -> No
         text.append(token)
         told.append(text.guess)
     assert told == [2, 3, 4, 5, -1] and text.n_guessed == 5
+
+
+def test_cost_of_guesses_is_known_for_each_number_of_them() -> None:
+    """Blocks of 4 rows may be dear, as kernels are, and those of 16 cheap: one must not speak for the other."""
+    pace = module.Pace(512)
+    pace.record(0, 100, 1.0)
+    pace.record(1, 1, 0.03)
+    pace.record(1, 4, 0.09, True)
+    assert pace.guessed(3) == pytest.approx(0.06) and pace.guessed(7) == pytest.approx(0.06 + 4 * pace.guessed_row)
+    pace.record(1, 16, 0.18, True)
+    assert pace.guessed(15) == pytest.approx(0.15) and pace.guessed(3) == pytest.approx(0.06)
 
 
 def test_slow_picks_end_no_right_guesses(serve: Serve, tmp_path: Path) -> None:
