@@ -5461,9 +5461,9 @@ class Pace:
         return self._usual[min(self._usual, key=lambda n: abs(n - decoding))]
 
     def guessed(self, rows: int) -> float:
-        """Seconds that so many guessed rows add: measured, or as far from what was as rows of prompts are from each other."""
+        """Seconds that so many guessed rows add: measured, or from the nearest number that was."""
         near = min(self._guessed, key=lambda n: abs(n - rows), default=0)
-        return max(self._guessed.get(near, 0.0) + (rows - near) * self.guessed_row, rows * self.guessed_row)
+        return self._guessed.get(near, 0.0) * min(1, rows / max(near, 1)) + max(0, rows - near) * self.guessed_row
 
     def prompt_rows(self, decoding: int, target: float = TARGET) -> int:
         """How many prompt tokens the next step may take beside so many decoding sequences. Faster than messages are sent, no
