@@ -5151,7 +5151,6 @@ class Sequence(Rows):
     """One text in the making. Owned by the step loop."""
 
     TRUST, LEARNING = 0.4, 0.1  # in a guess, at first, and how much one of many guesses moves it; the first ones move it more
-    MATCH = 4  # the longest run of last tokens that is looked for; the shortest is two
 
     def __init__(self, submission: Submission, prompt: Prompt, llama: Llama) -> None:
         self.submission, job = submission, submission.job
@@ -5168,7 +5167,6 @@ class Sequence(Rows):
         self._ending = llama.vocab.tokens(job.thought.ending).tolist() if job.thought else ()
         self.n_shown = self.n_prompt  # tokens whose text was given out
         self.guess = -1  # the index of an earlier token that is thought to come again next
-        self.strayed = False  # True if the last guess was wrong: this one is right if a token just stands in place of another
         self.trust, self.n_guessed = self.TRUST, 0  # the share of such guesses that were right lately; how many there were
         self.n_drafted = self.n_accepted = 0  # guessed tokens that were computed, and of these, the right ones
         self.n_jumped, self._jumped_at = 0, -1  # forced tokens so far; the index of the last sampled one
@@ -5230,26 +5228,23 @@ class Sequence(Rows):
         if picked and self.guess >= 0:
             self.n_guessed += 1
             self.trust += max(self.LEARNING, 1 / (self.n_guessed + 1)) * (right - self.trust)
-        self.guess = self.guess + 1 if self.guess >= 0 and (right or not self.strayed) else -1
-        self.strayed = not right
+        self.guess = self.guess + 1 if right else -1
         self.tokens[self.n_tokens] = token
         self.n_tokens += 1
 
     def look_up(self) -> None:
-        """Guesses that the text continues as after an earlier run of its last 2 to 4 tokens: the longest run, then the newest.
+        """Guesses that the text continues as after an earlier run of its last 3 or 4 tokens: the longest run, then the newest.
 
         Never with a seed: whether drafts pay depends on measured times, and a batch of another shape rounds differently,
         so the same seed could give another text.
         """
-        if (self.guess >= 0 and not self.strayed) or self.n_tokens <= self.MATCH or self.sampling.seed is not None:
+        if self.guess >= 0 or self.n_tokens <= 4 or self.sampling.seed is not None:
             return
         text = self.tokens[: self.n_tokens]
-        behind = ((text[1:-1] == text[-1]) & (text[:-2] == text[-2])).nonzero()[0] + 2
-        for size in range(3, self.MATCH + 1):
-            longer = behind[(behind >= size) & (text[behind - size] == text[-size])]
-            behind = longer if len(longer) else behind
-        if len(behind):
-            self.guess, self.strayed = int(behind[-1]), False
+        behind = ((text[2:-1] == text[-1]) & (text[1:-2] == text[-2]) & (text[:-3] == text[-3])).nonzero()[0] + 3
+        longer = behind[(behind >= 4) & (text[behind - 4] == text[-4])]
+        behind = longer if len(longer) else behind
+        self.guess = int(behind[-1]) if len(behind) else -1
 
     def draft(self, index: int) -> bool:
         """Writes the next guessed token but `index` behind its own; False if there is none."""

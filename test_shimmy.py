@@ -7761,17 +7761,6 @@ def test_one_slow_step_does_not_end_guesses_for_good(slow: tuple[int, int, float
     assert pace.guessed(3) < 0.1
 
 
-def test_guesses_go_on_behind_a_token_that_is_changed_but_not_behind_two() -> None:
-    text = module.Sequence.__new__(module.Sequence)
-    text.tokens, text.n_tokens, text.guess, text.strayed = [1, 2, 3, 4, 5, 6, 7, *[0] * 5], 7, 1, False
-    text.trust, text.n_guessed = text.TRUST, 0
-    told = []
-    for token in (2, 9, 4, 9, 9):  # in place of 3, and then of 5 and 6
-        text.append(token)
-        told.append(text.guess)
-    assert told == [2, 3, 4, 5, -1] and text.n_guessed == 5
-
-
 def test_cost_of_guesses_is_known_for_each_number_of_them() -> None:
     """Blocks of 4 rows may be dear, as kernels are, and those of 16 cheap: one must not speak for the other."""
     pace = module.Pace(512)
@@ -7799,7 +7788,7 @@ def test_guessed_row_that_is_not_a_number_fails_the_request(serve: Serve, tmp_pa
                                               "            if at == sequence.n_tokens and index:"))  # fmt: skip
     write_kind(tmp_path / "llama.gguf", "llama")
     own = serve("--models-dir", tmp_path, script=script)
-    body = {"model": "llama", "prompt": ids(STORY + STORY[:60]), "max_tokens": 90, "temperature": 0, "ignore_eos": True}
+    body = {"model": "llama", "prompt": ids(STORY + STORY[:60]), "max_tokens": 90, "temperature": 0, "ignore_eos": True} | NARROW
     assert_error(own.post("/v1/completions", body), 500, "generation_failed", "not a number")
 
 
