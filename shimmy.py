@@ -2893,7 +2893,7 @@ class HttpGetter:
         if "*" not in self.hosts and host not in self.hosts:
             raise ToolError(f"the host {host} is not opened by --tool-hosts")
         port = parts.port or (443 if parts.scheme == "https" else 80)
-        connection = http.client.HTTPConnection(host, parts.port or 80)  # for the Host header, which has no default port
+        connection = http.client.HTTPConnection(host, parts.port or 80)  # for the Host header, which leaves the usual port out
         connection.sock = sock = self._connect(host, port, parts.scheme == "https", deadline)
         # a server that drips bytes resets every time-out of the socket: at the deadline the connection is cut
         cut = threading.Timer(max(0.0, deadline - time.monotonic()), sock.shutdown, [socket.SHUT_RDWR])
@@ -12501,7 +12501,8 @@ def _after_scan(args: argparse.Namespace, service: Service, signals: StopSignals
     preloads = dict.fromkeys([*(["default"] if args.preload else []), *wanted])
     if not preloads:  # what is told below takes a second or two
         service.unready.discard(STARTING)
-    tell_serving(args, service, url)
+    with contextlib.suppress(OSError):  # nobody reads it
+        tell_serving(args, service, url)
     for preset in service.settings.presets:
         if preset.pattern != "*" and not any(map(preset.means, ids)):
             log.warning("--preset %s: [%s] means no model that is here", args.preset, printable(preset.pattern))

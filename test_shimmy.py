@@ -9469,8 +9469,10 @@ def test_model_stays_for_an_answer_while_its_tools_run(serve: Serve, models: Pat
             asked = pool.submit(own.chat, "weather", tools=[WEATHER_BUILTIN])
             eventually((own.home / "gone").exists, "the tool runs")
             (own.home / "gone").unlink()
-            yield asked
-            (own.home / "on").touch()
+            try:
+                yield asked
+            finally:
+                (own.home / "on").touch()
 
     with ThreadPoolExecutor() as pool:
         with answering() as answer:
@@ -17128,6 +17130,25 @@ def test_serve_preloads_a_model_given_by_path(serve: Serve, tmp_path: Path) -> N
     eventually(lambda: server.status("default")["status"] == "loaded", "the default model is loaded by itself")
     assert server.status("default")["model"] == "far-away"
     assert server.generate(model="far-away").text == "Hello wide world"
+
+
+@linux
+def test_serve_preloads_and_is_ready_where_nobody_reads_what_it_says(models: Path, tmp_path: Path) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [*command_of(), "serve", "--port", "0", "--preload", "--models-dir", str(models)]
+    with Child(command, cwd=tmp_path, env=environment(tmp_path), stdout=subprocess.PIPE, stderr=writer) as running:
+        os.close(writer)
+        assert running.stdout
+        address = urlsplit(running.stdout.readline().split()[-1].decode())
+
+        def ready() -> bool:
+            with contextlib.closing(http.client.HTTPConnection(address.hostname or "", address.port)) as connection:
+                connection.request("GET", "/ready")
+                return connection.getresponse().status == 200
+
+        eventually(ready, "it is ready")
+        running.terminate()
 
 
 def test_serve_stays_up_when_preloading_fails(serve: Serve, models: Path) -> None:
