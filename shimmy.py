@@ -1193,6 +1193,7 @@ class Stored:
     engine: Mapping[str, Any] = field(default_factory=dict)  # by field of EngineOptions
     sampling: Mapping[str, Any] = field(default_factory=dict)  # by field of Sampling
     system: str = ""
+    manifest: str = field(default="", repr=False, compare=False)  # the path by which Ollama knows the model
 
 
 @dataclass(frozen=True)
@@ -1505,7 +1506,8 @@ def read_manifest(manifest: pathlib.Path, blobs: pathlib.Path) -> tuple[str | No
     engine |= {"lora": tuple(paths["adapter"])} if "adapter" in paths else {}
     engine |= {"mmproj": paths["projector"][0]} if "projector" in paths else {}
     system = "".join(read_blob(path).decode("utf-8", "replace") for path in paths.get("system", ())[-1:])
-    stored = Stored(engine, {k: v for k, v in vars(sampling).items() if v != getattr(Sampling(), k)}, system)
+    stored = Stored(engine, {k: v for k, v in vars(sampling).items() if v != getattr(Sampling(), k)}, system,
+                    str(manifest))  # fmt: skip
     return next(iter(paths.get("model", ())), None), stored
 
 
@@ -1541,7 +1543,7 @@ class Catalog:
         self.report = ScanReport()
         self._scanning = threading.Lock()
         self._read: dict[str, tuple[Any, ModelInfo | Projector | str]] = {}  # by path: sizes and times, and what it is
-        self._ids: dict[tuple[str, str], str] = {}  # by path and name: an id stays with its model for the server's life
+        self._ids: dict[str, str] = {}  # by path, of a manifest if there is one: an id stays with it for the server's life
 
     def scan(self, age: float = 0.0) -> ScanReport:
         """Looks at the disk, unless a scan has that began at most `age` seconds ago: one serves all who wait for it.
@@ -1572,7 +1574,7 @@ class Catalog:
                     continue
                 result = self._examine(path, root.source, time.thread_time() < deadline)
                 if stamp and isinstance(result, ModelInfo):
-                    models[key] = replace(result, id=self._id_for(path, label), stored=stored)
+                    models[key] = replace(result, id=self._id_for(stored.manifest or path, label), stored=stored)
                 elif isinstance(result, Projector):
                     projectors.append(result)
                     skipped.setdefault(path, PROJECTOR)
@@ -1622,14 +1624,14 @@ class Catalog:
 
     def _id_for(self, path: str, label: str) -> str:
         """The model's id; a second one of the same name gets a suffix made from its path, which never changes."""
-        if (path, label) not in self._ids:
+        if path not in self._ids:
             id, taken = plain_id(label) or "model", set(self._ids.values())
             if id in taken or id == "default":
                 import hashlib
 
                 id += "-" + hashlib.sha256(path.encode("utf-8", "surrogateescape")).hexdigest()[:6]
-            self._ids[path, label] = id
-        return self._ids[path, label]
+            self._ids[path] = id
+        return self._ids[path]
 
     def why_skipped(self, name: str, may_be_path: bool = False) -> str:
         """": " and the reason, if a file of that name, or at that path, was skipped; else nothing."""
@@ -7471,10 +7473,10 @@ class Worker:
                 self._meter.finished(timing, event)
             elif timing and isinstance(event, Failed) and event.code == GenerationFailed.code:  # else the request was at fault
                 self._meter.failed(timing)
-            if generation:
-                generation.give(event)
             if isinstance(event, (Finished, Failed)):
                 self._jobs.pop(event.id, None)
+            if generation:
+                generation.give(event)
 
     def _watch(self) -> None:
         """The watching thread: gives up a child that is silent, and one that not even a kill ends.
@@ -7923,7 +7925,7 @@ class Residents:
             error = failure
         except Exception as failure:
             log.exception("loading %s failed", entry.info.id)
-            error = LoadFailure(f"{type(failure).__name__}: {failure}", "crash")
+            error = LoadFailure(f"{type(failure).__name__}: {failure}", "crash")  # it may pass, as want of processes does
         cause = getattr(error, "cause", "")
         with self.changed:
             if worker:

@@ -2474,6 +2474,8 @@ def test_models_that_ollama_made_of_another_are_listed_beside_it(tmp_path: Path)
     assert [catalog.whole(model).id for model in catalog.report.models] == ids
     table = ModelTable(catalog, lambda *_: None, TableOptions(default=str(blob)))  # type: ignore[arg-type]
     assert table.resolve("default") == "captain:latest"  # of those that have the file the first
+    ollama_model(store, "hot", "latest", made=write_header(tmp_path / "new.gguf", name="Newer"))  # as a pull changes it
+    assert [(m.id, m.name) for m in catalog.scan().models if "hot" in m.id] == [("hot:latest", "Newer")]
 
 
 def test_catalog_keeps_only_what_it_read_of_files_as_they_are(tmp_path: Path) -> None:
