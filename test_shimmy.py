@@ -8611,7 +8611,8 @@ def test_request_that_cannot_be_sent_to_the_engine_is_told_so(models: Path) -> N
     worker = module.Worker(model_info(models / "recital.gguf"), module.Setup(), 5, lambda *_: None, lambda _: None)
     worker.process = types.SimpleNamespace(kill=lambda: None, wait=lambda _: None, returncode=-9)  # type: ignore[assignment]
     worker._pipe = module.Pipe(io.BytesIO(), io.BytesIO())
-    generation = worker.submit([module.Tokenize(lambda: None)], Cancellation())  # what no pickle holds
+    unsendable: Any = lambda: None  # noqa: E731
+    generation = worker.submit([module.Tokenize(unsendable)], Cancellation())
     worker._write()
     with pytest.raises(GenerationFailed, match="cannot be sent"):
         list(generation)
