@@ -10762,10 +10762,10 @@ class RequestReader:
 
     def unread(self) -> bytes:
         """Takes the bytes that were read behind the request."""
-        data, self.incoming.deadline = b"", time.monotonic() + 0.001
+        data, self.incoming.deadline = b"", 0.0  # no more are waited for
         with contextlib.suppress(ClientGone):
-            while len(data) < TURN_BYTES and (more := self._bytes.read1(MAX_AHEAD)):
-                data += more
+            while True:
+                data += self._bytes.read1(MAX_AHEAD)
         return data
 
     def drain(self) -> None:
@@ -11288,7 +11288,6 @@ class Responder(Wire):
         """Sends the head of a stream."""
         if self.framing and not self.begun:
             self.begun, self._chunked = True, self.head.version == "HTTP/1.1"
-            self.closes = self.closes or not self._chunked
             encoding = {"Transfer-Encoding": "chunked"} if self._chunked else {}
             self.write_head(200, {"Content-Type": self.framing.content_type, "Cache-Control": "no-cache",
                                   "X-Accel-Buffering": "no", **encoding})  # fmt: skip
@@ -11402,7 +11401,7 @@ class Handler(socketserver.BaseRequestHandler):
     def _body(self) -> dict[str, Any]:
         """The request's body, as large as its route takes; read even if unasked for, or it would become the next request.
 
-        It is parsed at once: nobody keeps its bytes, or its place, while the request runs. An empty one is {} but for a dialect.
+        An empty one is {}, but for a dialect.
         """
         assert self.route
         head, most = self.out.head, self.route.max_body
@@ -11417,9 +11416,7 @@ class Handler(socketserver.BaseRequestHandler):
             self.reader.turn.take()  # for whatever size it has unpacked
             data = uncompressed(data, encoding, most)
         is_read = isinstance(self.route.answer, type) or (head.method == "POST" and data.strip())
-        document = parse_object(data) if is_read else {}
-        self.reader.turn.release()
-        return document
+        return parse_object(data) if is_read else {}  # nobody keeps the bytes while the request runs
 
     def _answer(self, head: Head, cancel: Cancellation) -> None:
         if SHUTTING_DOWN in self.service.unready:  # the client's next connection may lead elsewhere
@@ -11436,6 +11433,7 @@ class Handler(socketserver.BaseRequestHandler):
         answer, watching = self.route.answer, self.server.watcher.watching(self.reader.incoming, cancel)
         if isinstance(answer, type):
             dialect = self.out.line.dialect = self._dialect(self._body())
+            self.reader.turn.release()
             self.out.framing = self.route.framing if dialect.stream else None
             dialect.owner = self.server.access.owner(head.headers)
             with watching:
@@ -11444,6 +11442,7 @@ class Handler(socketserver.BaseRequestHandler):
             self._upgrade(head)
         else:
             call = Call(self.service, names, head.query, self._body(), cancel, head.headers.get("Accept", ""))
+            self.reader.turn.release()
             with watching:
                 told = answer(call)
                 self.out.respond(told if isinstance(told, Answer) else Answer(told))
