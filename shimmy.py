@@ -8127,7 +8127,7 @@ class Names:
 
     def resolve(self, name: str) -> list[str]:
         """The ids that a name may mean, one if it is clear: `default`, id, alias, stem, letter case, prefix, in this order."""
-        if name.strip().lower() in ("default", ""):
+        if name.lower() in ("default", ""):
             return [self.default] if self.default else []
         if name in self._models:
             return [name]
@@ -10429,7 +10429,7 @@ class LlamaCompletion(Dialect):
         if samplers := optional(body, "samplers", one_type(list, "a list")):
             own |= {field: value for name, off in self.OFF.items() if name not in samplers for field, value in off.items()}
         request = GenerateRequest(
-            model=optional(body, "model", a_string, "default"),
+            model=optional(body, "model", a_string, "default").strip(),
             sampling=Sampling.from_json({**neutral(body), **own}, logprobs=self._count or (0 if self._with_tokens else None)),
         )
         return self.asked(body, request)
