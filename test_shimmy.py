@@ -14413,7 +14413,8 @@ def test_a_large_body_gives_its_place_back_whatever_raises_and_before_it_waits(
         eventually(lambda: server.status("recital")["status"] == "unloading", "it waits")
         for _ in range(2):
             ws.send(f'{{"model": "recital", "prompt": ":"{large}}}')
-            assert_error(server.post("/api/generate", f"{{{large}}}".encode()), 400, "invalid_request", "model")
+            ws.ping().wait(HANG)  # it has come
+        assert_error(server.post("/api/generate", f"{{{large}}}".encode()), 400, "invalid_request", "model")
         ws.send('{"cancel": true}')
         (_, first), (text, second), (_, third) = (ws_answer(ws) for _ in range(3))
         assert (first["finish_reason"], text, second["finish_reason"]) == ("cancelled", TEXTS[":"], "stop")
