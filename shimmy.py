@@ -8127,7 +8127,7 @@ class Names:
 
     def resolve(self, name: str) -> list[str]:
         """The ids that a name may mean, one if it is clear: `default`, id, alias, stem, letter case, prefix, in this order."""
-        if name.lower() == "default":
+        if name.lower() in ("default", ""):
             return [self.default] if self.default else []
         if name in self._models:
             return [name]
@@ -9124,6 +9124,7 @@ def guided(body: Mapping[str, Any]) -> dict[str, Any]:
     """json_schema or grammar, as vLLM's fields ask for them: structured_outputs, and guided_… before it."""
     older = {name: body.get(f"guided_{name}") for name in ("json", "choice", "grammar")}
     newer = optional(body, "structured_outputs", an_object, {})
+    newer = {k: v for k, v in newer.items() if k != "disable_any_whitespace"}  # a document has one form here
     told = [(k, v) for k, v in (*newer.items(), *older.items()) if v is not None and v is not False]
     if len(told) > 1:
         raise InvalidRequest(f"structured_outputs: {' and '.join(dict(told))} exclude each other", "structured_outputs")
@@ -9131,6 +9132,8 @@ def guided(body: Mapping[str, Any]) -> dict[str, Any]:
         one_of("structured_outputs", name, ("json", "json_object", "choice", "grammar"))
         if name == "choice":
             texts = [a_string("structured_outputs.choice", text) for text in one_type(list, "a list")(name, value)]
+            if not texts:
+                raise InvalidRequest("structured_outputs.choice must hold at least one text", "structured_outputs")
             return {"grammar": "root ::= " + " | ".join(json.dumps(text, ensure_ascii=False) for text in texts)}
         if name == "grammar":
             return {"grammar": value}
@@ -10426,7 +10429,7 @@ class LlamaCompletion(Dialect):
         if samplers := optional(body, "samplers", one_type(list, "a list")):
             own |= {field: value for name, off in self.OFF.items() if name not in samplers for field, value in off.items()}
         request = GenerateRequest(
-            model=optional(body, "model", a_string, "default").strip() or "default",
+            model=optional(body, "model", a_string, "default").strip(),
             sampling=Sampling.from_json({**neutral(body), **own}, logprobs=self._count or (0 if self._with_tokens else None)),
         )
         return self.asked(body, request)
@@ -10506,6 +10509,10 @@ class LlamaInfill(LlamaCompletion):
 
 class ClientGone(Exception):
     """The client has left, or is too slow: there is nobody to answer."""
+
+
+class RequestTimeout(InvalidRequest, ClientGone):
+    """The client sends too slowly: between requests that is its leaving."""
 
 
 @dataclass(frozen=True)
@@ -10610,7 +10617,7 @@ MAX_AHEAD = 1 << 16  # bytes that a client may send before its request is answer
 
 
 class Incoming(io.RawIOBase):
-    """A connection's bytes. A read ends by `deadline` (monotonic seconds), and raises ClientGone there and at the end of file.
+    """A connection's bytes. A read raises RequestTimeout by `deadline` (monotonic seconds), ClientGone at the end of file.
 
     What the client sends while its request runs is read ahead by the watcher, which so sees it leave.
     """
@@ -10627,10 +10634,15 @@ class Incoming(io.RawIOBase):
             data, self._ahead = self._ahead[: len(buffer)], self._ahead[len(buffer) :]
             buffer[: len(data)] = data
             return len(data)
+        left = self.deadline - time.monotonic()
         try:
-            self.connection.settimeout(max(self.deadline - time.monotonic(), 0.001))
+            if left <= 0:  # who sends without a pause would never meet the socket's own timeout
+                raise TimeoutError
+            self.connection.settimeout(left)
             size = self.connection.recv_into(buffer)
-        except OSError:  # a timeout too
+        except TimeoutError:
+            raise RequestTimeout(f"The request took over {REQUEST_SECONDS:g} seconds", status=408) from None
+        except OSError:
             raise ClientGone from None
         if not size:
             raise ClientGone
@@ -10658,7 +10670,8 @@ class Headers:
         return self._values.get(name.lower(), [])
 
     def get(self, name: str, default: Any = None) -> Any:
-        return next(iter(self.get_all(name)), default)
+        """All lines of a field as one (RFC 9110, 5.3)."""
+        return ", ".join(self.get_all(name)) if self.get_all(name) else default
 
 
 LARGE_BODIES = threading.BoundedSemaphore(8)
@@ -10759,10 +10772,10 @@ class RequestReader:
 
     def unread(self) -> bytes:
         """Takes the bytes that were read behind the request."""
-        data, self.incoming.deadline = b"", 0.0
+        data, self.incoming.deadline = b"", 0.0  # no more are waited for
         with contextlib.suppress(ClientGone):
-            while len(data) < TURN_BYTES and (more := self._bytes.read1(MAX_AHEAD)):
-                data += more
+            while True:
+                data += self._bytes.read1(MAX_AHEAD)
         return data
 
     def drain(self) -> None:
@@ -10974,16 +10987,9 @@ class Call:
     service: Service
     names: tuple[str, ...]  # in the path
     query: Mapping[str, str]
-    body: bytes
+    body: Mapping[str, Any]  # {} where nobody asks for one
     cancel: Cancellation
     accept: str = ""  # kinds of answer that the client reads: a browser begins with text/html
-    parsed: Callable[[], None] = lambda: None  # the body's place is free: others may be read
-
-    def document(self) -> dict[str, Any]:
-        """The body, before what may wait for a model."""
-        document = parse_object(self.body)
-        self.parsed()
-        return document
 
 
 def answer_ready(call: Call) -> dict[str, Any]:
@@ -11016,8 +11022,7 @@ def answer_discover(call: Call) -> dict[str, Any]:
 def answer_load(call: Call) -> Answer:
     """200 with the status once the model is loaded; with `?wait=false` 202 at once. The body may hold a preset's keys."""
     wait = SWITCHES.get(call.query.get("wait", "").lower(), True)
-    asked = load_options(parse_object(call.body)) if call.body.strip() else {}
-    status = call.service.table.load(call.names[0], wait, call.cancel, asked)
+    status = call.service.table.load(call.names[0], wait, call.cancel, load_options(call.body))
     return Answer(status, 200 if wait or status["loaded"] else 202)
 
 
@@ -11027,9 +11032,10 @@ def answer_unload(call: Call) -> dict[str, Any]:
     return call.service.table.unload(call.names[0], force, call.cancel)
 
 
-def answer_upgrade(call: Call) -> NoReturn:
-    """426: Handler gives proper upgrades to SocketListener."""
-    raise InvalidRequest("This address speaks WebSocket (version 13): connect with ws://", status=426)
+def answer_upgrade(call: Call) -> Answer:
+    """426 (RFC 9110, 15.5.22, and RFC 6455, 4.4): Handler gives proper upgrades to SocketListener."""
+    error = InvalidRequest("This address speaks WebSocket (version 13): connect with ws://")
+    return Answer(error.document(), 426, {"Upgrade": "websocket", "Connection": "Upgrade", "Sec-WebSocket-Version": "13"})
 
 
 def answer_openai_models(call: Call) -> dict[str, Any]:
@@ -11057,7 +11063,7 @@ def answer_ps(call: Call) -> dict[str, Any]:
 
 def answer_show(call: Call) -> dict[str, Any]:
     """One model in detail; older clients call the field `name`."""
-    name = first_given(parse_object(call.body), a_string, "model", "name")
+    name = first_given(call.body, a_string, "model", "name")
     if name is None:
         raise InvalidRequest("model is required: the name of a model, or default", "model")
     return ollama_show(call.service, call.service.table.info(name))
@@ -11080,8 +11086,8 @@ def answer_slots(call: Call) -> list[dict[str, Any]]:
 
 def answer_tokenize(call: Call) -> dict[str, Any]:
     """A text's tokens, with `with_pieces` also what they stand for: a string, or bytes where that is no whole character."""
-    body = parse_object(call.body)
-    content, pieces = a_string("content", body.get("content")), flag(body, "with_pieces")
+    body, pieces = call.body, flag(call.body, "with_pieces")
+    content = a_string("content", body.get("content"))
     check_length("content", content, MAX_TOKENIZED)
     job = Tokenize(content, flag(body, "add_special"), flag(body, "parse_special", True), pieces)
     tokens = call.service.tokenize(optional(body, "model", a_string, "default"), job, call.cancel)
@@ -11099,19 +11105,18 @@ def text_or_bytes(piece: bytes) -> str | list[int]:
 
 def answer_detokenize(call: Call) -> dict[str, Any]:
     """The text that tokens stand for, special ones by their names."""
-    body = parse_object(call.body)
-    ids: Any = body.get("tokens")
+    ids: Any = call.body.get("tokens")
     if ids != [] and not is_ids(ids):
         raise InvalidRequest(f"tokens must be a list of token ids, not {_said(ids)}", "tokens")
     check_length("tokens", ids, MAX_TOKENIZED // 4)
     job = Tokenize(tuple(ids), pieces=True)
-    tokens = call.service.tokenize(optional(body, "model", a_string, "default"), job, call.cancel)
+    tokens = call.service.tokenize(optional(call.body, "model", a_string, "default"), job, call.cancel)
     return {"content": b"".join(tokens.pieces).decode("utf-8", "replace")}
 
 
 def answer_template(call: Call) -> dict[str, Any]:
     """The prompt that a chat becomes, with the marker of /props in the place of each picture."""
-    parts = call.service.render(ChatCompletion(call.document()).request, call.cancel)
+    parts = call.service.render(ChatCompletion(call.body).request, call.cancel)
     return {"prompt": "".join(part if isinstance(part, str) else media_marker() for part in parts)}
 
 
@@ -11179,7 +11184,7 @@ ROUTES = (
     *_route("GET /api/models/{}/status", lambda call: call.service.table.status(call.names[0])),
     *_route("GET /api/tools", lambda call: {"tools": call.service.tools.documents()}),
     *_route("POST /api/tools/{}/execute", needs_body=True, answer=lambda call: call.service.tools.execute(
-        call.names[0], parse_json(call.body or b"{}"), call.cancel)),
+        call.names[0], call.body, call.cancel)),
     *_route("GET /ws/generate", answer_upgrade),
     *_route("POST /v1/chat/completions", ChatCompletion),
     *_route("POST /v1/completions", Completion),
@@ -11188,7 +11193,7 @@ ROUTES = (
     *_route("POST /v1/reranking", Rerank),
     *_route("POST /v1/messages", Messages, framing=NAMED_SSE),
     *_route("POST /v1/messages/count_tokens", needs_body=True, api="anthropic", max_body=MAX_PICTURED_BODY, answer=lambda call: {
-        "input_tokens": call.service.count_tokens(Messages(call.document()).request, call.cancel)}),
+        "input_tokens": call.service.count_tokens(Messages(call.body).request, call.cancel)}),
     *_route("POST /v1/responses", Responses, framing=NAMED_SSE),
     *_route("GET /v1/models", answer_openai_models, api="openai"),
     *_route("GET /v1/models/{}", api="openai", answer=lambda call: listed_model(
@@ -11236,7 +11241,7 @@ class Head:
             raise InvalidRequest("The request line must be METHOD ADDRESS HTTP/1.1")
         self.method, self.path, self.version = words[0], re.sub(r"^//+", "/", words[1]), min(words[2], "HTTP/1.1")
         options = {option.strip() for option in self.headers.get("Connection", "").lower().split(",")}
-        self.closes = "close" in options or (self.version == "HTTP/1.0" and "keep-alive" not in options)
+        self.closes = "close" in options or self.version == "HTTP/1.0"  # whose clients want their keep-alive confirmed
         for name in ("Host", "Transfer-Encoding", "Origin", "Authorization"):
             if len(self.headers.get_all(name)) > 1:
                 raise InvalidRequest(f"The header {name} is repeated, where one is allowed")
@@ -11293,7 +11298,6 @@ class Responder(Wire):
         """Sends the head of a stream."""
         if self.framing and not self.begun:
             self.begun, self._chunked = True, self.head.version == "HTTP/1.1"
-            self.closes = self.closes or not self._chunked
             encoding = {"Transfer-Encoding": "chunked"} if self._chunked else {}
             self.write_head(200, {"Content-Type": self.framing.content_type, "Cache-Control": "no-cache",
                                   "X-Accel-Buffering": "no", **encoding})  # fmt: skip
@@ -11404,8 +11408,11 @@ class Handler(socketserver.BaseRequestHandler):
         with self.server.running(cancel):
             self._answer(head, cancel)
 
-    def _body(self) -> bytes:
-        """The request's body, as large as its route takes; read even if unasked for, or it would become the next request."""
+    def _body(self) -> dict[str, Any]:
+        """The request's body, as large as its route takes; read even if unasked for, or it would become the next request.
+
+        An empty one is {}, but for a dialect.
+        """
         assert self.route
         head, most = self.out.head, self.route.max_body
         size, encoding = head.length or 0, head.headers.get("Content-Encoding", "").lower()
@@ -11417,7 +11424,9 @@ class Handler(socketserver.BaseRequestHandler):
         self.out.unread = False
         if data and encoding:
             self.reader.turn.take()  # for whatever size it has unpacked
-        return uncompressed(data, encoding, most) if data else data
+            data = uncompressed(data, encoding, most)
+        is_read = isinstance(self.route.answer, type) or (head.method == "POST" and data.strip())
+        return parse_object(data) if is_read else {}  # nobody keeps the bytes while the request runs
 
     def _answer(self, head: Head, cancel: Cancellation) -> None:
         if SHUTTING_DOWN in self.service.unready:  # the client's next connection may lead elsewhere
@@ -11433,7 +11442,7 @@ class Handler(socketserver.BaseRequestHandler):
             raise InvalidRequest("The request needs a Content-Length, or a chunked body", status=411)
         answer, watching = self.route.answer, self.server.watcher.watching(self.reader.incoming, cancel)
         if isinstance(answer, type):
-            dialect = self.out.line.dialect = self._dialect(parse_object(self._body()))  # nobody keeps the bytes while it runs
+            dialect = self.out.line.dialect = self._dialect(self._body())
             self.reader.turn.release()
             self.out.framing = self.route.framing if dialect.stream else None
             dialect.owner = self.server.access.owner(head.headers)
@@ -11442,8 +11451,8 @@ class Handler(socketserver.BaseRequestHandler):
         elif answer is answer_upgrade and head.is_handshake():
             self._upgrade(head)
         else:
-            call = Call(self.service, names, head.query, self._body(), cancel, head.headers.get("Accept", ""),
-                        self.reader.turn.release)  # fmt: skip
+            call = Call(self.service, names, head.query, self._body(), cancel, head.headers.get("Accept", ""))
+            self.reader.turn.release()
             with watching:
                 told = answer(call)
                 self.out.respond(told if isinstance(told, Answer) else Answer(told))
@@ -11473,10 +11482,9 @@ class Handler(socketserver.BaseRequestHandler):
 
     def _upgrade(self, head: Head) -> None:
         """Answers the handshake: the connection speaks HTTP no more."""
-        import hashlib
+        from websockets.utils import accept_key
 
-        key = head.headers.get("Sec-WebSocket-Key") + "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # RFC 6455, 4.2.2
-        accept = base64.b64encode(hashlib.sha1(key.encode(), usedforsecurity=False).digest()).decode()
+        accept = accept_key(head.headers.get("Sec-WebSocket-Key"))
         self.out.closes = False  # whatever the client said of its connection besides
         self.out.write_head(101, {"Upgrade": "websocket", "Connection": "Upgrade", "Sec-WebSocket-Accept": accept})
         self.out.closes = self.upgraded = True
@@ -11528,8 +11536,9 @@ RESERVED_DESCRIPTORS = 160  # for what is open at the start, pipes of engines (3
 
 def raise_descriptor_limit() -> int:
     """Raises the soft limit of open descriptors as far as it may go and helps; how many there may be then."""
-    limit = 10_240  # macOS says "unlimited" and takes no more than this
-    with contextlib.suppress(ImportError, OSError, ValueError):  # Windows counts none
+    # macOS says "unlimited" and takes no more than this; Windows counts none, but the Watcher's select() takes 512 sockets
+    limit = 10_240 if os.name == "posix" else RESERVED_DESCRIPTORS + 512
+    with contextlib.suppress(ImportError, OSError, ValueError):
         import resource
 
         soft, hard = (limit if n == resource.RLIM_INFINITY else n for n in resource.getrlimit(resource.RLIMIT_NOFILE))
@@ -11660,20 +11669,22 @@ class SocketRequest:
     """A request on a WebSocket: its message until that is parsed, and the way to cancel it."""
 
     message: bytes
-    turn: BodyTurn
     cancel: Cancellation = field(default_factory=Cancellation)
     refusal: ApiError | None = None  # which is told in its turn, so that nobody takes it for the running request's end
     answered: bool = False  # its last document is on its way: a cancel that comes now means the next request
 
     def body(self) -> dict[str, Any]:
         """The parsed message, which is kept no longer."""
+        turn = BodyTurn()
         try:
             if self.refusal:
                 raise self.refusal
+            if len(self.message) > TURN_BYTES:
+                turn.take()
             return parse_object(self.message, "The message")
         finally:
             self.message = b""
-            self.turn.release()
+            turn.release()
 
     def is_cancel(self) -> bool:
         """True for `{"cancel": true}`, which is no request but ends one."""
@@ -11716,7 +11727,7 @@ class SocketConnection(Wire):
             self._queue.put(None)
             self._loop.call_later(SOCKET_CLOSE_SECONDS, self._writer.transport.abort)
             for request in list(self._requests):
-                self._cancel(request)
+                request.cancel.cancel()
 
     async def _read(self) -> bytes:
         """The next bytes; none when the client has left, or answers no ping."""
@@ -11743,8 +11754,9 @@ class SocketConnection(Wire):
                 continue
             self._fragments += frame.data
             if frame.fin:
-                request = SocketRequest(bytes(self._fragments), self._turn)
-                self._fragments, self._turn, self._since = bytearray(), BodyTurn(), None
+                request = SocketRequest(bytes(self._fragments))
+                self._fragments, self._since = bytearray(), None
+                self._turn.release()  # it may wait for long behind others
                 self._receive(request)
         self._bound(len(self._fragments) + len(self._protocol.reader.buffer))
         self._flush()
@@ -11765,24 +11777,18 @@ class SocketConnection(Wire):
 
     def _receive(self, request: SocketRequest) -> None:
         """Queues a request, or cancels the running one."""
-        waiting = len(self._requests)
+        waiting, size = len(self._requests), sum(len(r.message) for r in list(self._requests))
         if request.is_cancel():
             if running := next((r for r in list(self._requests) if not r.answered), None):
-                self._cancel(running, gently=True)
+                running.cancel.cancel(gently=True)
         elif waiting >= self.PENDING + self.REFUSED:
-            request.turn.release()
             self.close(1013, "too many requests wait")
         else:
-            if self._server.stopping or waiting >= self.PENDING:
-                full = f"{self.PENDING} requests wait on this connection already"
-                request.message, request.refusal = b"", Overloaded(SHUTTING_DOWN if self._server.stopping else full)
-                request.turn.release()
+            if waiting >= self.PENDING or (size and size + len(request.message) > NativeSocket.max_body):
+                full = f"{self.PENDING} requests wait on this connection already, or {human_bytes(NativeSocket.max_body)} of them"
+                request.message, request.refusal = b"", Overloaded(full)
             self._requests.append(request)
             self._queue.put(request)
-
-    def _cancel(self, request: SocketRequest, gently: bool = False) -> None:
-        """In a thread: telling the engine may block on its pipe, which must not stop the loop."""
-        self._loop.run_in_executor(None, request.cancel.cancel, gently)
 
     def answer_all(self) -> None:
         """Answers the requests one after another, until the connection ends."""
@@ -11790,10 +11796,9 @@ class SocketConnection(Wire):
             try:
                 if not self._writer.is_closing():  # else the client has left
                     self._answer(request)
-            except Exception:  # a thread's border: the requests behind this one hold turns
+            except Exception:  # a thread's border
                 log.exception("a WebSocket's request could not be answered")
                 self._loop.call_soon_threadsafe(self._writer.transport.abort)
-            request.turn.release()
             self._requests.popleft()
             self._used = time.monotonic()
 
@@ -11801,6 +11806,8 @@ class SocketConnection(Wire):
         line = RequestLog("WS /ws/generate", self._id)
 
         def work() -> None:
+            if self._server.stopping:  # it may have waited behind one that ran
+                raise Overloaded(SHUTTING_DOWN)
             dialect = line.dialect = NativeSocket(request.body() | {"stream": True})
             dialect.owner, line.status = self._owner, 200
             deliver(dialect, dialect.events(self._server.service, request.cancel), self)
@@ -11811,9 +11818,9 @@ class SocketConnection(Wire):
 
     # The wire, used by a request's thread
 
-    def fail(self, error: ApiError, document: dict[str, Any] | None = None) -> None:
+    def fail(self, error: ApiError) -> None:
         with contextlib.suppress(ClientGone):
-            self.send(document or ERROR_SHAPES["shimmy"](error))
+            self.send(ERROR_SHAPES["shimmy"](error))
 
     def leave(self) -> None:
         with contextlib.suppress(ClientGone):
@@ -12364,17 +12371,20 @@ def preset_of(pattern: str, pairs: Mapping[str, Any]) -> Preset:
     return Preset(pattern, engine_fields(args), sampling, tuple(args.alias), args.preload, args.keep_alive)
 
 
-# what names files, or machines that are to be reached, as only presets and the command line may
-OWN_SETTINGS = ("cache-dir", "lora", "chat-template", "chat-template-file", "mmproj", "mm", "rpc")
+OWN_SETTINGS = {  # what only presets and the command line may say, and why
+    "cache-dir": "names a file", "lora": "names a file", "chat-template": "names a file", "mmproj": "names a file",
+    "rpc": "names a server", "cache-disk": "takes disk",
+}  # fmt: skip
 
 
 def load_options(body: Mapping[str, Any]) -> dict[str, Any]:
     """Fields of EngineOptions from the body of a load: a preset's keys, but OWN_SETTINGS. Raises InvalidRequest."""
     body = {key: value for key, value in body.items() if value is not None}
     for key in body:
-        if key.strip().replace("_", "-") in OWN_SETTINGS and body[key] != "none":
-            kind = "server" if key.strip() == "rpc" else "file"
-            raise InvalidRequest(f"{printable(key)} names a {kind}, which only a preset and the command line may", key)
+        flag = key.strip().replace("_", "-")
+        flag = SYNONYMS.get(flag, flag)
+        if flag in OWN_SETTINGS and (flag, body[key]) != ("mmproj", "none"):
+            raise InvalidRequest(f"{printable(key)} {OWN_SETTINGS[flag]}, which only a preset and the command line may", key)
     try:
         preset = preset_of("", body)
     except UsageError as error:
@@ -12445,7 +12455,7 @@ STARTING = "The server is starting"
 
 
 def command_serve(args: argparse.Namespace) -> int:
-    """Listens, then waits for a signal; models load on demand. Exits with 2 if a model named by a flag is not found."""
+    """Listens, then waits for a signal; models load on demand. Exits with 2 if a name in a flag means no model."""
     check_packages()
     args.model = fetch_named(args.model)
     signals = StopSignals()
@@ -12525,7 +12535,7 @@ def _after_scan(args: argparse.Namespace, service: Service, signals: StopSignals
     preloads = dict.fromkeys([*(["default"] if args.preload else []), *wanted])
     if not preloads:  # what is told below takes a second or two
         service.unready.discard(STARTING)
-    with contextlib.suppress(OSError):  # nobody reads it
+    with contextlib.suppress(ApiError):  # the default model's file has just gone
         tell_serving(args, service, url)
     for preset in service.settings.presets:
         if preset.pattern != "*" and not any(map(preset.means, ids)):
@@ -13195,7 +13205,8 @@ def command_generate(args: argparse.Namespace) -> int:
     if args.text is not None and args.prompt is not None:
         raise UsageError("the prompt is given twice: behind MODEL, and with --prompt")
     args.prompt = args.text if args.prompt is None else args.prompt
-    schema = args.schema and parse_json(read_file("--schema", args.schema).encode(), f"--schema {args.schema}:")
+    where = f"--schema {args.schema}:"
+    schema = args.schema and an_object(where, parse_json(read_file("--schema", args.schema).encode(), where))
     sampling, _ = given_sampling(args, json_schema=schema)
     path = fetch_named(args.model)
     if path != args.model:  # a hub's repository, by the id of its file: a running server may be asked for that
@@ -13452,6 +13463,7 @@ def generate_lines(args: argparse.Namespace, source: TextSource, sampling: dict[
     """Answers every line of standard input in order, each with one line of JSON; 1 if any failed."""
     failed = cut = tokens = 0
     began = time.monotonic()
+    generate_body(args, source, "", sampling)  # flags that cannot be meant end all at once
     line = waiting_line(source)
     if sys.stdin.isatty():
         line.clear()  # it would be drawn over what is being typed
@@ -13548,12 +13560,24 @@ def end_interrupted() -> int:
     return 130
 
 
+class LossyStderr(io.FileIO):
+    """Standard error, whose reader may leave and whose disk may be full: that ends no command, and none of its threads."""
+
+    def write(self, data: Any) -> int:
+        with contextlib.suppress(OSError):
+            return super().write(data)
+        return len(data)
+
+
 def main(argv: Seq[str] | None = None) -> int:
     """Runs one command; returns its exit code."""
     no_stdout = open_closed_streams()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a file's name or a × must not end a command where the locale is C
             stream.reconfigure(errors="backslashreplace")
+    if (own := sys.__stderr__) and sys.stderr is own and not own.isatty():
+        raw: Any = LossyStderr(own.fileno(), "w", closefd=False)
+        sys.stderr = io.TextIOWrapper(raw, own.encoding, "backslashreplace", line_buffering=True)
     try:
         if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # a shell's background jobs ignore it, and so do we
             signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -13584,8 +13608,7 @@ def main(argv: Seq[str] | None = None) -> int:
 
 def complain(error: Exception, code: int) -> int:
     """One plain line on stderr."""
-    with contextlib.suppress(OSError):  # 2>&1 into a pipe that is closed
-        print(f"shimmy: {harmless(' '.join(str(error).split()))}", file=sys.stderr)
+    print(f"shimmy: {harmless(' '.join(str(error).split()))}", file=sys.stderr)
     return code
 
 

@@ -1730,6 +1730,7 @@ IMAGE = {"type": "image_url", "image_url": {"url": "x"}}
     "allowed tools without a list": ({"tools": [WEATHER], "tool_choice": {"type": "allowed_tools"}}, "tool_choice"),
     "a regular expression of vLLM's": ({"guided_regex": "a+"}, "guided_regex"),
     "another format of vLLM's": ({"structured_outputs": {"structural_tag": "{}"}}, "structured_outputs"),
+    "a choice of nothing": ({"structured_outputs": {"choice": []}}, "structured_outputs"),
     "a tool of an unknown type": ({"tools": [{"type": "web_search"}]}, "tools"),
     "parallel_tool_calls a string": ({"parallel_tool_calls": "yes"}, "parallel_tool_calls"),
     "parallel_tool_calls a number": ({"parallel_tool_calls": 1}, "parallel_tool_calls"),
@@ -9261,7 +9262,7 @@ def test_request_by_file_stem_finds_the_model(files: Server) -> None:
 
 
 def test_v1_model_absent_or_aliased_means_default(server: Server) -> None:
-    for model in ({}, {"model": None}, {"model": "default"}, {"model": "Default"}, {"model": "gpt-4o-mini"}):
+    for model in ({}, {"model": None}, {"model": ""}, {"model": "default"}, {"model": "Default"}, {"model": "gpt-4o-mini"}):
         reply = server.post("/v1/chat/completions", {**model, "messages": user("hi")})
         assert reply.message["content"] == "Hello wide world", model
 
@@ -9887,7 +9888,9 @@ def test_load_with_other_settings_that_does_not_wait_is_answered_at_once_by_a_bu
     "sampling": ({"temperature": 1}, "a load takes the engine's settings"),
     "a file": ({"chat_template": "/etc/passwd"}, "chat_template names a file"),
     "another": ({"lora": ["x"]}, "lora names a file"), "a projector": ({"mmproj": "x"}, "mmproj names a file"),
-    "a server": ({"rpc": "127.0.0.1:1"}, "rpc names a server"),
+    "a server": ({"rpc": "127.0.0.1:1"}, "rpc names a server"), "a folder": ({"cache_dir": "none"}, "cache_dir names a file"),
+    "a synonym": ({"chat_template_file": "none"}, "names a file"), "no adapter": ({"lora": "none"}, "lora names a file"),
+    "disk": ({"cache_disk": "100TB"}, "cache_disk takes disk"),
     "no such device": ({"device": "CUDA9"}, "there is no such device"), "no object": ([1], "must be a JSON object"),
 })  # fmt: skip
 def test_load_refuses_settings_that_are_wrong_and_loses_nothing(body: Any, words: str, server: Server) -> None:
@@ -10137,6 +10140,7 @@ FIVE = {"const": 5}
     "llama-server's json_schema": ({"response_format": {"type": "json_schema", "schema": FIVE}}, {"5"}),
     "vLLM's": ({"structured_outputs": {"json": FIVE}}, {"5"}),
     "vLLM's as text": ({"structured_outputs": {"json": json.dumps(FIVE), "choice": None}}, {"5"}),
+    "vLLM's without blanks": ({"structured_outputs": {"json": FIVE, "disable_any_whitespace": True}}, {"5"}),
     "vLLM's older": ({"guided_json": FIVE}, {"5"}),
     "vLLM's choice": ({"structured_outputs": {"choice": ["left", 'a "b"']}}, {"left", 'a "b"'}),
     "vLLM's older choice": ({"guided_choice": ["left", "right"]}, {"left", "right"}),
@@ -13243,6 +13247,11 @@ def test_connection_is_kept_alive_behind_streams_and_answers_in_order(server: Se
         sock.sendall(raw_post("/api/generate", SENT) + head_of("GET", "/nope") + head_of("GET", "/health", "Connection: close"))
         answer = b"".join(iter(lambda: sock.recv(65536), b""))  # to the connection's end
     assert re.findall(rb"HTTP/1.1 (\d+)", answer) == [b"200", b"404", b"200"]
+    for head in (head_of("GET", "/health", "Connection: keep-alive", "Connection: close"),
+                 b"GET /health HTTP/1.0\r\nConnection: keep-alive\r\n\r\n"):  # fmt: skip
+        with knocking(server) as sock:
+            sock.sendall(head)
+            assert b"\r\nConnection: close\r\n" in b"".join(iter(lambda sock=sock: sock.recv(65536), b""))  # type: ignore[misc]
 
 
 @pytest.mark.parametrize("path", ["/nope", "/api/generate", "/api/health", "/v1/nope"])
@@ -14055,13 +14064,15 @@ hasty = serving(changes=(
 
 def test_slow_head_and_slow_body_end_after_their_time(hasty: Server) -> None:
     with contextlib.ExitStack() as stack:
-        for start in (b"GET /hea", head_of("POST", "/api/generate", "Content-Length: 9") + b"{", b"GET /ws/gen"):
-            sock = stack.enter_context(socket.create_connection((hasty.host, hasty.port), timeout=HANG))
+        slow = [stack.enter_context(knocking(hasty)) for _ in range(3)]
+        body = head_of("POST", "/v1/completions", "Content-Length: 9999999")
+        for sock, start in zip(slow, (b"GET /hea", b"GET /ws/gen", body), strict=True):
             sock.sendall(start)
-            with contextlib.suppress(ConnectionError):
-                while sock.recv(4096):
-                    pass
-    assert hasty.get("/health").status == 200
+        with quickly(10.0):
+            while not select.select([sock], [], [], 0)[0]:
+                sock.sendall(b" ")  # without a pause
+            for sock in slow:
+                assert_error(read_reply(sock), 408, "invalid_request", "over 1 seconds")
 
 
 @linux
@@ -14373,16 +14384,19 @@ def test_id_that_is_not_sane_is_replaced(sent: bytes, server: Server) -> None:
     assert reply.status == 200 and re.fullmatch(r"[0-9a-f]{16}", assert_id(reply))
 
 
-def test_a_large_body_gives_its_place_back_whatever_raises(serve: Serve, models: Path, tmp_path: Path) -> None:
-    """Where even the error cannot be told; behind a WebSocket's request that ends so, another one holds a place."""
+def test_a_large_body_gives_its_place_back_whatever_raises_and_before_it_waits(
+    serve: Serve, models: Path, tmp_path: Path
+) -> None:
+    """Where even the error cannot be told. Behind a WebSocket's request several may wait, and are bounded together."""
     script = altered(
         tmp_path,
         ("threading.BoundedSemaphore(8)", "threading.BoundedSemaphore(1)"),
         ("TURN_SECONDS = 10.0", "TURN_SECONDS = 0.2"),
         ("        fail(ApiError(\"See the server's log\"))", "        raise"),
         ("    value = parse_json(data, what)", "    assert b'boom' not in data\n    value = parse_json(data, what)"),
+        ("MAX_PICTURED_BODY = 32 * MIB", "MAX_PICTURED_BODY = 3 * MIB"),
     )
-    server, large = serve("--models-dir", models, script=script), " " * (module.TURN_BYTES + 1)
+    server, large = serve("--models-dir", models, "--ctx", str(LONG_CTX), script=script), " " * (2 * module.TURN_BYTES)
     with pytest.raises(http.client.RemoteDisconnected):
         server.post("/api/generate", f'{{"boom": "{large}"}}'.encode())
     assert_error(server.post("/api/generate", f"{{{large}}}".encode()), 400, "invalid_request", "model")
@@ -14392,6 +14406,20 @@ def test_a_large_body_gives_its_place_back_whatever_raises(serve: Serve, models:
             ws.send(f"{{{large}}}")
             ws.recv(HANG)
     eventually(lambda: server.post("/api/generate", f"{{{large}}}".encode()).status == 400, "the place is free")
+    with server.ws() as ws, ThreadPoolExecutor(1) as pool:
+        ws.send(ENDLESS.decode())
+        ws.recv(HANG)
+        loading = pool.submit(server.post, "/api/models/recital/load", f'{{"ctx": 128{large}}}'.encode())
+        eventually(lambda: server.status("recital")["status"] == "unloading", "it waits")
+        for _ in range(2):
+            ws.send(f'{{"model": "recital", "prompt": ":"{large}}}')
+            ws.ping().wait(HANG)  # it has come
+        assert_error(server.post("/api/generate", f"{{{large}}}".encode()), 400, "invalid_request", "model")
+        ws.send('{"cancel": true}')
+        (_, first), (text, second), (_, third) = (ws_answer(ws) for _ in range(3))
+        assert (first["finish_reason"], text, second["finish_reason"]) == ("cancelled", TEXTS[":"], "stop")
+        assert third["error"]["code"] == "overloaded" and "3.0MB" in third["error"]["details"]
+        assert loading.result(HANG).status == 200
 
 
 def test_ids_are_as_long_as_they_may_be_and_each_requests_own(server: Server) -> None:
@@ -14581,6 +14609,7 @@ def test_ws_malformed_upgrade_is_an_error_object(wrong: dict[str, str | None], s
     (reply,) = exchange(server, head_of("GET", "/ws/generate", *lines))
     assert 400 <= reply.status < 500 and reply.json()["error"]["code"] in ("invalid_request", "method_not_allowed")
     assert server.post("/ws/generate", {}).status in (400, 405, 426)
+    assert reply.status == 400 or (reply.headers["Upgrade"], reply.headers["Sec-WebSocket-Version"]) == ("websocket", "13")
 
 
 def test_ws_key_is_required_and_friendly_origins_are_accepted(guarded: Server, server: Server) -> None:
@@ -14611,14 +14640,19 @@ def test_ws_message_whose_fragments_never_end_closes_the_connection(hasty: Serve
 
 
 def test_ws_request_during_shutdown_is_refused(serve: Serve, models: Path) -> None:
-    own = serve("--models-dir", models)
-    with own.ws() as idle, own.endless() as stream:
-        next(stream)
+    own, short = serve("--models-dir", models, "--ctx", str(LONG_CTX)), json.dumps({"model": "recital", "prompt": ":"})
+    with own.ws() as idle, own.ws() as busy:
+        busy.send(ENDLESS.decode())
+        busy.recv(HANG)
+        busy.send(short)
         own.signal(signal.SIGTERM)
         eventually(lambda: "shutting down" in own.log.read_text(), "it shuts down")
         time.sleep(0.3)
-        idle.send(json.dumps({"model": "recital", "prompt": ":"}))
+        idle.send(short)
         assert json.loads(idle.recv(timeout=HANG))["error"]["code"] == "overloaded"
+        busy.send('{"cancel": true}')
+        assert ws_answer(busy)[1]["finish_reason"] == "cancelled"
+        assert ws_answer(busy)[1]["error"]["code"] == "overloaded"
     assert own.process.wait(HANG) == 0
 
 
@@ -17057,6 +17091,8 @@ REFUSED_COMMANDS: dict[str, tuple[tuple[str, ...], dict[str, str], int, tuple[st
     "a tool without a chat": (("generate", TINY, "--raw", "--tool", "calculator", "--prompt", "x"), {}, 2, ("--tool",)),
     "a template that is no file": (("generate", "recital", "--chat-template", "none.jinja", "--prompt", "x"), {}, 2, (
         "--chat-template", "none.jinja")),
+    "an image for lines that is no file": (("generate", "recital", "--chat", "--lines", "--image", "none.png"), {}, 2, (
+        "--image none.png",)),
 }  # fmt: skip
 
 
@@ -17068,6 +17104,22 @@ def test_command_that_cannot_be_meant_ends_with_one_line_that_says_why(
     done = refused(*args, home=tmp_path, env=found | env)
     assert_failed(done, code, *words)
     assert "recitol" not in args or b"--alias" not in done.stderr
+
+
+@linux
+def test_stderr_that_takes_nothing_ends_no_command_otherwise(models: Path, tmp_path: Path) -> None:
+    """Whether its reader has left or its disk is full: serve finds out that it must end, --lines that a line failed."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    start = functools.partial(
+        Child, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=tmp_path,
+        env=seeded(tmp_path, {"SHIMMY_MODEL_PATHS": str(models), "SHIMMY_PORT": "0"}),
+    )  # fmt: skip
+    with open("/dev/full", "wb") as full, open(writing, "wb") as unread:
+        server = start([*command_of(), "serve", "--model", "nope"], stderr=full)
+        lines = start([*command_of(), "generate", "recital", "--lines"], stderr=unread)
+    assert lines.communicate(b"\n", HANG) and lines.returncode == 1
+    assert server.wait(HANG) == 2
 
 
 @cases("flags, env, words", {
@@ -17308,7 +17360,8 @@ def test_generate_writes_utf_8_in_any_locale(models: Path, tmp_path: Path) -> No
 
 @cases("schema, fields, code, words", {
     "a choice": ('{"type": "string", "enum": ["yes", "no"]}', [], 0, ""),
-    "half an object": ("{", [], 2, ""), "a list": ("[]", [], 2, ""), "not UTF-8": ("\xff", [], 2, ""),
+    "half an object": ("{", [], 2, ""), "a list": ("[]", [], 2, "--schema schema.json: must be an object"),
+    "null": ("null", [], 1, "--schema schema.json: must be an object"), "not UTF-8": ("\xff", [], 2, ""),
     "an unknown type": ('{"type": "wrong"}', [], 1, ""), "$ref to nowhere": ('{"$ref": "#/nowhere"}', [], 1, ""),
     "one that is cut": ('{"type": "string", "enum": ["yes and no and yes and no"]}', ["--max-tokens", "3"], 1, "--max-tokens 3"),
 })  # fmt: skip
