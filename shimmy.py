@@ -2101,11 +2101,9 @@ class SpecialNames:
         self._lengths: dict[str, list[int]] = {}  # by a name's first two characters, longest first
         for start, length in sorted({(n[:2], len(n)) for n in self._names}, reverse=True):
             self._lengths.setdefault(start, []).append(length)
-        first, second = (
-            # beyond 16 bits all characters: re would try one behind another
-            "".join({re.escape(s[at]) if s[at] < "\U00010000" else "\U00010000-\U0010ffff" for s in self._lengths})
-            for at in (0, 1)
-        )
+        beyond = "\U00010000-\U0010ffff"  # of these all, for re would try one behind another
+        first, second = ("".join({re.escape(start[at]) if start[at] <= "\uffff" else beyond for start in self._lengths})
+                         for at in (0, 1))  # fmt: skip
         self._start = re.compile(f"[{first}](?=[{second}])" if first else r"(?!)")
 
     def spans(self, text: str) -> Iterator[tuple[int, int]]:
@@ -4683,8 +4681,7 @@ class Sampler:
             yield c.llama_sampler_init_xtc(v.xtc_probability, v.xtc_threshold, 1, v.seed)
         if not self._greedy:
             coldest, hottest = max(self.COLDEST, v.temperature - v.dynatemp_range), v.temperature + v.dynatemp_range
-            mean, most_off = (coldest + hottest) / 2, (hottest - coldest) / 2
-            yield c.llama_sampler_init_temp_ext(mean, most_off, v.dynatemp_exponent)
+            yield c.llama_sampler_init_temp_ext((coldest + hottest) / 2, (hottest - coldest) / 2, v.dynatemp_exponent)
             yield c.llama_sampler_init_dist(v.seed)
 
     @staticmethod
@@ -6673,7 +6670,7 @@ class Picker:
                 start, end = end, end + wanted
                 ready.append((sequence, row, slice(start, end)))
             sequence.n_computed = min(sequence.n_computed + count, sequence.n_tokens)
-            if sequence.pending and sequence.n_computed in sequence.borders:
+            if sequence.n_computed in sequence.borders:
                 self.scheduler.cache.save(Prefix.of(sequence, self.llama.main.oldest(sequence.row)), self.llama.main)
         if not ready:
             return False
