@@ -211,6 +211,7 @@ import struct
 import threading
 import types
 import urllib.parse
+import warnings
 import zlib
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping
@@ -1193,6 +1194,7 @@ class Stored:
     engine: Mapping[str, Any] = field(default_factory=dict)  # by field of EngineOptions
     sampling: Mapping[str, Any] = field(default_factory=dict)  # by field of Sampling
     system: str = ""
+    manifest: str = field(default="", repr=False, compare=False)  # the path by which Ollama knows the model
 
 
 @dataclass(frozen=True)
@@ -1314,15 +1316,15 @@ def with_projectors(models: Seq[ModelInfo], projectors: Seq[Projector]) -> Itera
         yield replace(model, projector=min(found, key=lambda p: p.rank).path) if found else model
 
 
-def describe(header: GgufHeader, path: str, id: str, source: str, size: int) -> ModelInfo:
-    """The ModelInfo of a header, its texts printable and short."""
+def describe(header: GgufHeader, path: str, source: str, size: int) -> ModelInfo:
+    """The ModelInfo of a header, its texts printable and short; an id it gets later."""
     meta, stem = header.metadata, SHARD.sub("", pathlib.Path(path).stem)
     architecture = str(meta.get("general.architecture") or "unknown")
     quantization = FILE_TYPES.get(meta.get("general.file_type", -1)) or _in_name(QUANT_IN_NAME, stem)
     context, width = (meta.get(f"{architecture}.{key}") for key in ("context_length", "embedding_length"))
     name, shown = printable(str(meta.get("general.name") or stem)), printable(architecture)
     return ModelInfo(
-        id=id, name=name, path=path, source=source, size_bytes=size, architecture=shown,
+        id="", name=name, path=path, source=source, size_bytes=size, architecture=shown,
         parameter_count=_parameter_count(header) or _in_name(SIZE_IN_NAME, stem), quantization=quantization,
         context_length=context if isinstance(context, int) else None,
         embedding=_is_embedding(meta, architecture), pooling=POOLINGS.get(meta.get(f"{architecture}.pooling_type", 0)),
@@ -1376,12 +1378,11 @@ BOX = os.path.join(os.path.dirname(os.path.realpath(__file__)), "models")  # bes
 
 @dataclass(frozen=True)
 class SearchRoot:
-    """A place to look for models: a tree of `depth` levels, or a store of Ollama's."""
+    """A place to look for models: a tree of `depth` levels, which may be a store of Ollama's."""
 
     path: str
     source: str
     depth: int = MAX_SCAN_DEPTH
-    ollama: bool = False
 
 
 def search_roots(explicit: Seq[str], base: str | None) -> list[SearchRoot]:
@@ -1403,7 +1404,7 @@ def search_roots(explicit: Seq[str], base: str | None) -> list[SearchRoot]:
     unique: dict[str, SearchRoot] = {}
     for source, path in ((source, path) for source, paths in places.items() for path in paths if path):
         path = os.path.abspath(os.path.expanduser(path))
-        root = SearchRoot(path, source, 0 if source == "SHIMMY_BASE_GGUF" else MAX_SCAN_DEPTH, source == "ollama")
+        root = SearchRoot(path, source, 0 if source == "SHIMMY_BASE_GGUF" else MAX_SCAN_DEPTH)
         first = unique.setdefault(os.path.realpath(path), root)
         unique[os.path.realpath(path)] = replace(first, depth=max(first.depth, root.depth))
     return list(unique.values())
@@ -1469,10 +1470,12 @@ def _walk(root: SearchRoot, notes: list[str]) -> Iterator[tuple[str, str, Stored
 
 def _walk_ollama(root: SearchRoot, notes: list[str]) -> Iterator[tuple[str, str, Stored]]:
     """The same of Ollama's store: manifests/HOST/NAMESPACE/MODEL/TAG is JSON whose model layer names a blob."""
-    store = pathlib.Path(root.path)
-    for manifest in sorted(itertools.islice(store.glob("manifests/*/*/*/*"), MAX_SCAN_ENTRIES)):
+    import glob  # pathlib's raises where a folder above is closed, as the system user's may be
+
+    paths = glob.iglob(os.path.join(glob.escape(root.path), "manifests/*/*/*/*")) if root.depth else ()
+    for manifest in sorted(map(pathlib.Path, itertools.islice(paths, MAX_SCAN_ENTRIES))):
         try:
-            model, stored = read_manifest(manifest, store / "blobs")
+            model, stored = read_manifest(manifest, pathlib.Path(root.path, "blobs"))
         except (GgufError, OSError, ValueError, ApiError) as error:
             notes.append(f"{manifest}: {error}")
             continue
@@ -1504,7 +1507,8 @@ def read_manifest(manifest: pathlib.Path, blobs: pathlib.Path) -> tuple[str | No
     engine |= {"lora": tuple(paths["adapter"])} if "adapter" in paths else {}
     engine |= {"mmproj": paths["projector"][0]} if "projector" in paths else {}
     system = "".join(read_blob(path).decode("utf-8", "replace") for path in paths.get("system", ())[-1:])
-    stored = Stored(engine, {k: v for k, v in vars(sampling).items() if v != getattr(Sampling(), k)}, system)
+    stored = Stored(engine, {k: v for k, v in vars(sampling).items() if v != getattr(Sampling(), k)}, system,
+                    str(manifest))  # fmt: skip
     return next(iter(paths.get("model", ())), None), stored
 
 
@@ -1539,8 +1543,8 @@ class Catalog:
         self.roots, self.files = roots, files
         self.report = ScanReport()
         self._scanning = threading.Lock()
-        self._read: dict[tuple[Any, ...], ModelInfo | Projector | str] = {}  # or why it is none, by path, sizes and times
-        self._ids: dict[str, str] = {}  # path to id: an id stays with its file for the server's life
+        self._read: dict[str, tuple[Any, ModelInfo | Projector | str]] = {}  # by path: sizes and times, and what it is
+        self._ids: dict[str, str] = {}  # by path, of a manifest if there is one: an id stays with it for the server's life
 
     def scan(self, age: float = 0.0) -> ScanReport:
         """Looks at the disk, unless a scan has that began at most `age` seconds ago: one serves all who wait for it.
@@ -1555,7 +1559,7 @@ class Catalog:
 
     def _look(self, began: float) -> ScanReport:
         deadline = time.thread_time() + SCAN_DETAIL_SECONDS
-        models: dict[tuple[int, ...], ModelInfo] = {}  # by device and inode: the same file reached twice is one model
+        models: dict[tuple[Any, str], ModelInfo] = {}  # by file and settings: the same file reached twice is one model
         twins: list[ModelInfo] = []  # where it was reached again: a projector may lie there alone
         projectors: list[Projector] = []
         skipped: dict[str, str] = {}  # reason by path
@@ -1563,14 +1567,15 @@ class Catalog:
         for root in (*(SearchRoot(file, "--model") for file in self.files), *self.roots):
             notes: list[str] = []
             before = len(models)
-            for path, label, stored in (_walk_ollama if root.ollama else _walk)(root, notes):
+            for path, label, stored in itertools.chain(_walk(root, notes), _walk_ollama(root, notes)):
                 stamp = _stamp(path)
-                if stamp and stamp[:2] in models:
-                    twins.append(replace(models[stamp[:2]], path=path))
+                key = stamp and stamp[:2], repr(stored)  # what Ollama makes of a model has the same file, and own settings
+                if key in models:
+                    twins.append(replace(models[key], path=path))
                     continue
-                result = self._examine(path, root.source, label, time.thread_time() < deadline)
+                result = self._examine(path, root.source, time.thread_time() < deadline)
                 if stamp and isinstance(result, ModelInfo):
-                    models[stamp[:2]] = replace(result, stored=stored)
+                    models[key] = replace(result, id=self._id_for(stored.manifest or path, label), stored=stored)
                 elif isinstance(result, Projector):
                     projectors.append(result)
                     skipped.setdefault(path, PROJECTOR)
@@ -1579,6 +1584,8 @@ class Catalog:
             directories.append({"path": root.path, "source": root.source, "exists": os.path.isdir(root.path),
                                 "models": len(models) - before,
                                 "notes": list(dict.fromkeys(printable(note, 400) for note in notes))})  # fmt: skip
+        seen = {*skipped, *(model.path for model in models.values())}
+        self._read = {path: known for path, known in list(self._read.items()) if path in seen}
         # the model that comes with shimmy stands last, unless it was asked for by path
         there = {m.id: m.projector for m in with_projectors(twins, projectors) if m.projector}
         found = [m if m.projector else replace(m, projector=there.get(m.id))
@@ -1587,16 +1594,16 @@ class Catalog:
         reasons = ({"path": path, "reason": reason} for path, reason in skipped.items())
         return ScanReport(tuple(ordered), tuple(reasons), tuple(directories[len(self.files) :]), began)
 
-    def _examine(self, path: str, source: str, label: str, whole_header: bool, anew: bool = False
-                 ) -> ModelInfo | Projector | str:  # fmt: skip
-        """The file's ModelInfo or Projector, or why it is neither; remembered while it and the others of its set stay."""
-        key = (path, *map(_stamp, shard_paths(path)))
-        known = self._read.get(key)
-        if known is None or anew:
-            known = self._read[key] = self._describe(path, source, label, whole_header)
-        return known
+    def _examine(self, path: str, source: str, whole_header: bool, anew: bool = False) -> ModelInfo | Projector | str:
+        """The file's ModelInfo without id, its Projector, or why it is neither; remembered while its set is unchanged."""
+        stamps = [_stamp(part) for part in shard_paths(path)]
+        known = self._read.get(path)
+        if known is None or known[0] != stamps or anew:
+            known = self._read[path] = stamps, self._describe(path, source, whole_header)
+        return known[1]
 
-    def _describe(self, path: str, source: str, label: str, whole_header: bool) -> ModelInfo | Projector | str:
+    @staticmethod
+    def _describe(path: str, source: str, whole_header: bool) -> ModelInfo | Projector | str:
         deadline = time.thread_time() + HeaderReader.SECONDS
         try:
             header = read_gguf_header(path, whole_header, deadline)
@@ -1611,13 +1618,13 @@ class Catalog:
             if whole_header:
                 parameters = (read_gguf_header(part, deadline=deadline).parameters for part in paths[1:])
                 header = replace(header, parameters=header.parameters + sum(parameters))
-            return describe(header, path, self._id_for(path, label), source, size)
+            return describe(header, path, source, size)
         except (GgufError, OSError, ValueError, TypeError, ArithmeticError, MemoryError) as error:
             # damage of any kind is this file's reason, never the end of a scan
             return printable((error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__)
 
     def _id_for(self, path: str, label: str) -> str:
-        """The file's id; a second one of the same name gets a suffix made from its path, which never changes."""
+        """The model's id; a second one of the same name gets a suffix made from its path, which never changes."""
         if path not in self._ids:
             id, taken = plain_id(label) or "model", set(self._ids.values())
             if id in taken or id == "default":
@@ -1636,9 +1643,9 @@ class Catalog:
 
     def whole(self, model: ModelInfo) -> ModelInfo:
         """The model with all its header tells; what could not be read stays as it was."""
-        result = self._examine(model.path, model.source, model.id, whole_header=True, anew=True)
+        result = self._examine(model.path, model.source, whole_header=True, anew=True)
         if isinstance(result, ModelInfo):
-            return replace(result, stored=model.stored, projector=model.projector)
+            return replace(result, id=model.id, stored=model.stored, projector=model.projector)
         return model
 
 
@@ -2546,10 +2553,10 @@ def make_tool(function: Callable[..., Any], name: str | None = None) -> Tool:
     kinds, properties = {kind.__name__: name for name, kind in PYTHON_TYPES.items()}, {}
     parameters = inspect.signature(function).parameters
     for key, parameter in parameters.items():
-        hint = getattr(parameter.annotation, "__name__", None) or str(parameter.annotation)
+        hint = parameter.annotation.__name__ if isinstance(parameter.annotation, type) else str(parameter.annotation)
         kind = kinds.get(re.split(r"[\[ |]", hint)[0])
-        if kind is None:
-            raise ValueError(f"tool {function.__name__}: parameter {key} needs a plain type hint, not {hint}")
+        if kind is None or parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
+            raise ValueError(f"tool {function.__name__}: parameter {parameter} needs a name of its own and a plain type hint")
         properties[key] = {"type": kind} | ({"description": lines[key]} if key in lines else {})
     required = [key for key, parameter in parameters.items() if parameter.default is parameter.empty]
     schema = {"type": "object", "properties": properties, "required": required, "additionalProperties": False}
@@ -2593,6 +2600,7 @@ class Tools:
         reader, self.getter = FileReader(options.root), HttpGetter(options.hosts)
         built_in = (make_tool(calculator), make_tool(reader.file_read), make_tool(self.getter.http_get))
         self._tools = {t.name: t for t in built_in}
+        warnings.filterwarnings("ignore", module="<unknown>")  # of Python, on what calculator has it parse
         for path in options.files:
             load_tools(path)
         self._tools |= REGISTERED
@@ -2881,7 +2889,7 @@ class HttpGetter:
                 location = headers.get("Location")
                 if status not in (301, 302, 303, 307, 308) or not location:
                     return status, headers, data
-                url = urllib.parse.urljoin(url, location)
+                url = urllib.parse.urljoin(url, quoted(location.encode("latin-1")))
             except (OSError, http.client.HTTPException, ValueError) as error:
                 raise ToolError(f"the address cannot be fetched: {error or type(error).__name__}") from None
         raise ToolError(f"over {self.MAX_REDIRECTS} redirects")
@@ -2894,14 +2902,14 @@ class HttpGetter:
         if "*" not in self.hosts and host not in self.hosts:
             raise ToolError(f"the host {host} is not opened by --tool-hosts")
         port = parts.port or (443 if parts.scheme == "https" else 80)
-        connection = http.client.HTTPConnection(host, port)
+        connection = http.client.HTTPConnection(host, parts.port or 80)  # for the Host header, which leaves the usual port out
         connection.sock = sock = self._connect(host, port, parts.scheme == "https", deadline)
         # a server that drips bytes resets every time-out of the socket: at the deadline the connection is cut
         cut = threading.Timer(max(0.0, deadline - time.monotonic()), sock.shutdown, [socket.SHUT_RDWR])
         cut.daemon = True
         cut.start()
         try:
-            target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+            target = quoted((parts.path or "/") + (f"?{parts.query}" if parts.query else ""))
             connection.request("GET", target, headers={"User-Agent": f"shimmy/{__version__}", "Connection": "close"})
             response = connection.getresponse()
             return response.status, response.headers, self._read(response, most, deadline)
@@ -5156,7 +5164,6 @@ class Sequence(Rows):
     """One text in the making. Owned by the step loop."""
 
     TRUST, LEARNING = 0.4, 0.1  # in a guess, at first, and how much one of many guesses moves it; the first ones move it more
-    MATCH = 4  # the longest run of last tokens that is looked for; the shortest is two
 
     def __init__(self, submission: Submission, prompt: Prompt, llama: Llama) -> None:
         self.submission, job = submission, submission.job
@@ -5173,7 +5180,6 @@ class Sequence(Rows):
         self._ending = llama.vocab.tokens(job.thought.ending).tolist() if job.thought else ()
         self.n_shown = self.n_prompt  # tokens whose text was given out
         self.guess = -1  # the index of an earlier token that is thought to come again next
-        self.strayed = False  # True if the last guess was wrong: this one is right if a token just stands in place of another
         self.trust, self.n_guessed = self.TRUST, 0  # the share of such guesses that were right lately; how many there were
         self.n_drafted = self.n_accepted = 0  # guessed tokens that were computed, and of these, the right ones
         self.n_jumped, self._jumped_at = 0, -1  # forced tokens so far; the index of the last sampled one
@@ -5236,26 +5242,23 @@ class Sequence(Rows):
         if picked and self.guess >= 0:
             self.n_guessed += 1
             self.trust += max(self.LEARNING, 1 / (self.n_guessed + 1)) * (right - self.trust)
-        self.guess = self.guess + 1 if self.guess >= 0 and (right or not self.strayed) else -1
-        self.strayed = not right
+        self.guess = self.guess + 1 if right else -1
         self.tokens[self.n_tokens] = token
         self.n_tokens += 1
 
     def look_up(self) -> None:
-        """Guesses that the text continues as after an earlier run of its last 2 to 4 tokens: the longest run, then the newest.
+        """Guesses that the text continues as after an earlier run of its last 3 or 4 tokens: the longest run, then the newest.
 
         Never with a seed: whether drafts pay depends on measured times, and a batch of another shape rounds differently,
         so the same seed could give another text.
         """
-        if (self.guess >= 0 and not self.strayed) or self.n_tokens <= self.MATCH or self.sampling.seed is not None:
+        if self.guess >= 0 or self.n_tokens <= 4 or self.sampling.seed is not None:
             return
         text = self.tokens[: self.n_tokens]
-        behind = ((text[1:-1] == text[-1]) & (text[:-2] == text[-2])).nonzero()[0] + 2
-        for size in range(3, self.MATCH + 1):
-            longer = behind[(behind >= size) & (text[behind - size] == text[-size])]
-            behind = longer if len(longer) else behind
-        if len(behind):
-            self.guess, self.strayed = int(behind[-1]), False
+        behind = ((text[2:-1] == text[-1]) & (text[1:-2] == text[-2]) & (text[:-3] == text[-3])).nonzero()[0] + 3
+        longer = behind[(behind >= 4) & (text[behind - 4] == text[-4])]
+        behind = longer if len(longer) else behind
+        self.guess = int(behind[-1]) if len(behind) else -1
 
     def draft(self, index: int) -> bool:
         """Writes the next guessed token but `index` behind its own; False if there is none."""
@@ -7207,7 +7210,6 @@ class Meter:
         now = time.monotonic()
         computing = end.prompt_seconds + end.decode_seconds
         with self._lock:
-            self._recent.append((now, end))
             self.ends[self.ENDS[end.finish_reason]] += 1
             self.computed_tokens += end.prompt_tokens - end.cached_tokens
             self.cached_tokens += end.cached_tokens
@@ -7228,6 +7230,7 @@ class Meter:
                 self.answer_sizes.add(end.completion_tokens)
             if end.completion_tokens > 1:
                 self.per_token.add(end.decode_seconds / (end.completion_tokens - 1))
+            self._recent.append((now, end))
 
     def failed(self, job: Timing) -> None:
         """A job broke off."""
@@ -7440,9 +7443,14 @@ class Worker:
 
     def _write(self) -> None:
         """The writing thread: a child that hangs, with its pipe full, holds up this one only."""
-        with contextlib.suppress(OSError, ValueError):  # the reading thread notices the same death
+        try:
             while (message := self._outbox.get()) is not None:
                 self._pipe.send(message)
+        except (OSError, ValueError):
+            pass  # the reading thread notices the same death
+        except Exception:  # a thread's border
+            log.exception("%s: a message cannot be sent", self.info.id)
+            self._give_up("a message to it cannot be sent")
 
     def _read(self) -> None:
         """The reading thread: hands every message to its generation, or to the load."""
@@ -7474,17 +7482,18 @@ class Worker:
 
     def _take(self, event: Any) -> None:
         """Tells the meter what became of a job, whether or not anybody still waits for it, and hands it on."""
-        with self._lock:
-            ends = isinstance(event, (Finished, Failed))
-            generation, timing, _ = (self._jobs.pop if ends else self._jobs.get)(event.id, (None, None, 0))
-        if timing and isinstance(event, Piece):
-            self._meter.piece(timing, event.tokens)
-        elif timing and isinstance(event, Finished):
-            self._meter.finished(timing, event)
-        elif timing and isinstance(event, Failed) and event.code == GenerationFailed.code:  # else the request was at fault
-            self._meter.failed(timing)
-        if generation:
-            generation.give(event)
+        with self._lock:  # until the end: what the meter cannot count was malformed, and the job must still be there to fail
+            generation, timing, _ = self._jobs.get(event.id, (None, None, 0))
+            if timing and isinstance(event, Piece):
+                self._meter.piece(timing, event.tokens)
+            elif timing and isinstance(event, Finished):
+                self._meter.finished(timing, event)
+            elif timing and isinstance(event, Failed) and event.code == GenerationFailed.code:  # else the request was at fault
+                self._meter.failed(timing)
+            if isinstance(event, (Finished, Failed)):
+                self._jobs.pop(event.id, None)
+            if generation:
+                generation.give(event)
 
     def _watch(self) -> None:
         """The watching thread: gives up a child that is silent, and one that not even a kill ends.
@@ -7933,7 +7942,7 @@ class Residents:
             error = failure
         except Exception as failure:
             log.exception("loading %s failed", entry.info.id)
-            error = LoadFailure(f"{type(failure).__name__}: {failure}")
+            error = LoadFailure(f"{type(failure).__name__}: {failure}", "crash")  # it may pass, as want of processes does
         cause = getattr(error, "cause", "")
         with self.changed:
             if worker:
@@ -7983,12 +7992,6 @@ class Residents:
 
     # Unloading
 
-    def release(self, entry: Entry) -> None:
-        """A request is done with the worker."""
-        entry.leases -= 1
-        entry.idle_since, entry.last_used = time.monotonic(), time.time()
-        self.changed.notify_all()
-
     def left(self, entry: Entry) -> float:
         """Seconds until the model goes if nobody comes; infinite for one that stays."""
         wished = (entry.keep_alive, self._settings(entry, {}).keep_alive, self._options.keep_alive)
@@ -8005,15 +8008,16 @@ class Residents:
             cancel.check()
             if entry.state == "loaded":
                 self.move(entry, "unloading", entry.worker)
-            if force and entry.worker:
+            if force and entry.worker:  # a request whose tool runs has no job to fail, and is not waited for
                 entry.worker.fail_all("The model was unloaded (force)")
+                entry.ends = entry.ends or self._begin(self._unload, entry, entry.worker)
             if force and entry.starting and self._begin(entry.starting.stop):
                 entry.starting = None
             self.changed.wait(1.0)
         if entry.state == "failed":
             self.move(entry, "unloaded")
         if entry.state == "unloaded":
-            entry.asked = {}
+            entry.asked, entry.broken = {}, ""
 
     def _unload(self, entry: Entry, worker: Worker) -> None:
         """An unload's thread; takes the condition to say that it is over."""
@@ -8053,7 +8057,8 @@ class Lease:
         """`asked` are options that the request wants the model loaded with: a longer context reloads it once it is idle."""
         self._residents, self._entry, self._cancel, self._asked = residents, entry, cancel, asked or {}
         self._load: PendingLoad | None = None
-        self._waiting, self._due = True, time.monotonic() + LOAD_WAIT_SECONDS
+        self._worker: Worker | None = None  # once it has come
+        self._due = time.monotonic() + LOAD_WAIT_SECONDS
 
     def __enter__(self) -> Lease:
         self._cancel.on_cancel(self._residents.wake)
@@ -8062,25 +8067,25 @@ class Lease:
         return self
 
     def wait(self, seconds: float = math.inf) -> Worker | None:
-        """The worker, once the model is loaded; None after so many seconds.
+        """The worker, each time the same, once the model is loaded; None after so many seconds.
 
         Raises GenerationFailed with the load's reason, Overloaded when no room comes, Cancelled.
         """
         until, entry = time.monotonic() + seconds, self._entry
         with self._residents.changed:
-            while (left := until - time.monotonic()) > 0:
+            while not self._worker and (left := until - time.monotonic()) > 0:
                 self._cancel.check()
                 if self._load and self._load.error:  # one of its own for each waiter: a raised one holds the frames it passed
                     raise copy.copy(self._load.error)
                 if self._load and self._load.refusal and time.monotonic() > self._due:
                     raise copy.copy(self._load.refusal)
                 if entry.worker and entry.state == "loaded" and not self._is_unfit(entry.worker):
-                    entry.waiting, entry.leases, self._waiting = entry.waiting - 1, entry.leases + 1, False
+                    entry.waiting, entry.leases, self._worker = entry.waiting - 1, entry.leases + 1, entry.worker
                     entry.last_used = time.time()
-                    return entry.worker
+                    break
                 self._load = self._residents.want(entry, self._asked)
                 self._residents.changed.wait(min(left, 1.0))
-        return None
+        return self._worker
 
     def waited(self) -> Generator[Waiting, None, Worker]:
         """The same without end, with signs of life."""
@@ -8096,11 +8101,14 @@ class Lease:
         return is_too_short or bool(self._asked and self._entry.load)  # it is about to be loaded again
 
     def __exit__(self, *_: object) -> None:
+        entry = self._entry
         with self._residents.changed:
-            if self._waiting:
-                self._entry.waiting -= 1
+            if self._worker:
+                entry.leases -= 1
+                entry.idle_since, entry.last_used = time.monotonic(), time.time()
             else:
-                self._residents.release(self._entry)
+                entry.waiting -= 1
+            self._residents.changed.notify_all()
 
 
 def some_of(names: Seq[str], most: int = 5) -> str:
@@ -8121,7 +8129,7 @@ class Names:
         self.default = default
         if self._wanted and default not in models:
             path = os.path.realpath(os.path.expanduser(self._wanted))
-            found = [id for id, m in models.items() if os.path.realpath(m.path) == path] or self._match(self._wanted)
+            found = [id for id, m in models.items() if os.path.realpath(m.path) == path][:1] or self._match(self._wanted)
             self.default = found[0] if len(found) == 1 else None
         elif not self._wanted and (default not in models or models[default].embedding):
             self.default = next((id for id, m in models.items() if not m.embedding), None)
@@ -8212,7 +8220,7 @@ class ModelTable:
             found = {m.id: entries.get(m.id) or Entry(m) for m in report.models}
             for model in report.models:
                 found[model.id].info = model
-            used = {id: e for id, e in entries.items() if e.state != "unloaded" or e.waiting or e.leases or e.load}
+            used = {id: e for id, e in entries.items() if e.in_memory or e.waiting or e.leases or e.load}
             self._residents.entries = found | {id: e for id, e in used.items() if id not in found}
             models = {id: e.info for id, e in self._residents.entries.items()}
             self._names = Names(self.options, models, self._names.default)
@@ -8477,37 +8485,39 @@ class Service:
         request = self._shown(constrained(request), cancel)  # what is wrong is told before a model is loaded for it
         if request.messages is not None:
             self.helpers.warm()
-        yield from ToolLoop(self.tools, request, cancel).run(self._answer) if request.builtins else self._answer(request, cancel)
+        loop = ToolLoop(self.tools, request, cancel) if request.builtins else None
+        with self.table.lease(request.model, cancel, asked=request.engine) as lease:  # for all rounds, and the tools between
+            answer = functools.partial(self._answer, lease)
+            yield from loop.run(answer) if loop else answer(request, cancel)
 
-    def _answer(self, request: GenerateRequest, cancel: Cancellation) -> Iterator[Event]:
+    def _answer(self, lease: Lease, request: GenerateRequest, cancel: Cancellation) -> Iterator[Event]:
         """One answer of the model's."""
         began = time.monotonic()
-        with self.table.lease(request.model, cancel, asked=request.engine) as lease:
-            worker = yield from lease.waited()
-            request = self._filled(request, self.table.settings(worker.info.id))
-            jobs, parsers = self._jobs(request, self._chat(worker))
-            if not worker.loaded.sees and any(map(pictures_of, jobs)):
-                raise InvalidRequest(f"model: the projector of {worker.info.id} cannot be loaded, so it sees no images", "model")
-            generation = worker.submit(jobs, cancel, began)
-            ends: list[Finished] = []
-            thought, untold = 0, Counter[int]()  # tokens: of thoughts, and by job of what the parser holds back
-            for message in generation:
-                if isinstance(message, Piece):
-                    events = list(parsers[generation.index[message.id]].push(message.text, message.logprobs))
-                    untold[message.id] += message.tokens
-                    if events:
-                        thought += untold.pop(message.id) * isinstance(events[0], Thought)
-                    yield from events
-                elif isinstance(message, Finished):
-                    ends.append(message)
-                    for event in parsers[generation.index[message.id]].finish(message.finish_reason):
-                        if isinstance(event, ChoiceEnd):
-                            usage = usage_of([message], generation.index, request.n)
-                            event = replace(event, stopped_by=message.stopped_by, usage=usage)
-                        yield event
-                else:
-                    yield message
-            yield replace(usage_of(ends, generation.index, request.n), reasoning_tokens=thought)
+        worker = yield from lease.waited()
+        request = self._filled(request, self.table.settings(worker.info.id))
+        jobs, parsers = self._jobs(request, self._chat(worker))
+        if not worker.loaded.sees and any(map(pictures_of, jobs)):
+            raise InvalidRequest(f"model: the projector of {worker.info.id} cannot be loaded, so it sees no images", "model")
+        generation = worker.submit(jobs, cancel, began)
+        ends: list[Finished] = []
+        thought, untold = 0, Counter[int]()  # tokens: of thoughts, and by job of what the parser holds back
+        for message in generation:
+            if isinstance(message, Piece):
+                events = list(parsers[generation.index[message.id]].push(message.text, message.logprobs))
+                untold[message.id] += message.tokens
+                if events:
+                    thought += untold.pop(message.id) * isinstance(events[0], Thought)
+                yield from events
+            elif isinstance(message, Finished):
+                ends.append(message)
+                for event in parsers[generation.index[message.id]].finish(message.finish_reason):
+                    if isinstance(event, ChoiceEnd):
+                        usage = usage_of([message], generation.index, request.n)
+                        event = replace(event, stopped_by=message.stopped_by, usage=usage)
+                    yield event
+            else:
+                yield message
+        yield replace(usage_of(ends, generation.index, request.n), reasoning_tokens=thought)
 
     @staticmethod
     def _filled(request: GenerateRequest, settings: ModelSettings) -> GenerateRequest:
@@ -12524,7 +12534,8 @@ def _after_scan(args: argparse.Namespace, service: Service, signals: StopSignals
     preloads = dict.fromkeys([*(["default"] if args.preload else []), *wanted])
     if not preloads:  # what is told below takes a second or two
         service.unready.discard(STARTING)
-    tell_serving(args, service, url)
+    with contextlib.suppress(OSError):  # nobody reads it
+        tell_serving(args, service, url)
     for preset in service.settings.presets:
         if preset.pattern != "*" and not any(map(preset.means, ids)):
             log.warning("--preset %s: [%s] means no model that is here", args.preset, printable(preset.pattern))
@@ -18746,8 +18757,8 @@ def char_but(chars: str) -> OneChar:
 # ── F. Pull ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 # Fetches models: from a Hugging Face hub into its cache, where every other tool finds them, or from any address. Pull plans
 # and asks, Download resumes one file and checks it.
-# Offers: Pull, Plan, Wanted, read_wanted, repository, pulled_before. Uses: Fetching (2), hub_home, hub_caches, SHARD and
-# QUANT_IN_NAME (3), some_of (12), user_cache, and how A shows sizes.
+# Offers: Pull, Plan, Wanted, read_wanted, repository, pulled_before, quoted. Uses: Fetching (2), hub_home, hub_caches, SHARD
+# and QUANT_IN_NAME (3), some_of (12), user_cache, and how A shows sizes.
 
 MAX_LISTING = 32 * MIB  # a repository's files as JSON; the largest have some 10,000
 PULL_CHUNK = MIB
@@ -18792,6 +18803,11 @@ def is_address(url: str) -> bool:
         return False
 
 
+def quoted(address: str | bytes) -> str:
+    """An address, or a part of it, with percent signs for what may not stand there: blanks, letters outside ASCII."""
+    return urllib.parse.quote(address, safe="%!#$&'()*+,/:;=?@[]~")
+
+
 def hub_address() -> str:
     """The hub's address. Raises PullFailed when HF_ENDPOINT is none."""
     address = (os.environ.get("HF_ENDPOINT") or HUB).rstrip("/")
@@ -18819,7 +18835,7 @@ def read_wanted(name: str) -> Wanted:
     if wanted := repository(named):
         return wanted
     if is_address(name):
-        return Wanted(url=urllib.parse.quote(name, safe="%!#$&'()*+,/:;=?@[]~"))
+        return Wanted(url=quoted(name))
     shapes = "OWNER/REPO, OWNER/REPO:Q4_K_M, OWNER/REPO:FILE.gguf or an address"
     raise InvalidRequest(f"'{printable(name)}' is no model to fetch: write {shapes}", "model")
 
@@ -19085,7 +19101,7 @@ class Pull:
             response.close()
             before, url = url, location
             with contextlib.suppress(ValueError):  # then it is no address
-                url = urllib.parse.quote(urllib.parse.urljoin(before, location), safe="%!#$&'()*+,/:;=?@[]~")
+                url = urllib.parse.urljoin(before, quoted(location.encode("latin-1")))
             if not is_address(url) or origin_of(before)[0] == "https" != origin_of(url)[0]:
                 raise PullFailed(message=f"{urllib.parse.urlsplit(before).netloc} redirects to {printable(url)}: refused")
         raise PullFailed(message=f"{urllib.parse.urlsplit(url).netloc} redirects in circles")
@@ -19191,7 +19207,10 @@ class Pull:
 
     def plan(self, wanted: Wanted, folder: str) -> Generator[Fetching, None, Plan]:
         """Raises ModelNotFound, Forbidden, PullFailed; `folder` takes what comes from an address."""
-        return (yield from self._plan_repository(wanted) if wanted.repo else self._plan_address(wanted.url, folder))
+        try:
+            return (yield from self._plan_repository(wanted) if wanted.repo else self._plan_address(wanted.url, folder))
+        finally:
+            self._socket = None
 
     def _plan_repository(self, wanted: Wanted) -> Generator[Fetching, None, Plan]:
         commit, files = yield from self.listing(wanted.repo)
@@ -19248,6 +19267,8 @@ class Pull:
         except OSError as error:
             where = f"{printable(str(error.filename), 400)}: " if error.filename else ""
             raise PullFailed(message=f"the model cannot be written: {where}{error.strerror or error}") from None
+        finally:
+            self._socket = None
 
 
 def connection_words(error: BaseException) -> str:
@@ -19304,13 +19325,13 @@ class Download:
     def _complete(self, part: BinaryIO) -> Iterator[Fetching]:
         """Fetches what the part lacks, over as many connections as that takes."""
         yield from self._take_up(part)
-        pauses = iter(PULL_RETRY_SECONDS)
+        pauses, most = iter(PULL_RETRY_SECONDS), self._have
         while self._have < self._file.size:
-            before = self._have
             try:
                 yield from self._receive(part)
             except ConnectionLost as lost:
-                pauses = iter(PULL_RETRY_SECONDS) if self._have > before else pauses
+                if self._have > most:
+                    pauses, most = iter(PULL_RETRY_SECONDS), self._have
                 pause = next(pauses, None)
                 if pause is None:
                     left = f"; {human_bytes(self._have)} of {human_bytes(self._file.size)} are here, pull again to go on"
@@ -19327,6 +19348,7 @@ class Download:
         self._have, self._hash = 0, self._new_hash()
         part.seek(0)
         while chunk := part.read(PULL_CHUNK):
+            self._pull.cancel.check()
             self._hash.update(chunk)
             self._have += len(chunk)
             yield self._event("")

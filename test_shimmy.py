@@ -56,6 +56,7 @@ import time
 import traceback
 import tracemalloc
 import types
+import warnings
 import zlib
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Iterable, Iterator
@@ -63,7 +64,7 @@ from collections.abc import Sequence as Seq
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeAlias, TypeVar
 from urllib.parse import quote, unquote, urlsplit
 
 import gguf
@@ -1285,7 +1286,7 @@ def double(n: int) -> int:
     return 2 * n
 
 @tool
-def stumble(why: str = "no reason") -> str:
+def stumble(why: str | None = "no reason") -> str:
     """Always fails."""
     raise ValueError(f"stumbled over {why}")
 '''
@@ -2161,7 +2162,8 @@ def test_list_survives_link_loops_and_malformed_manifests(tmp_path: Path) -> Non
         path = store / "manifests" / "host" / "library" / name / "latest"
         path.parent.mkdir(parents=True)
         path.write_text(manifest)
-    assert "dice" in listing(tmp_path, "--models-dir", folder, env={"OLLAMA_MODELS": str(store)}).models
+    env = {"OLLAMA_MODELS": str(store), "SHIMMY_MODEL_PATHS": "x" * 300}  # a name for which no file system has room
+    assert "dice" in listing(tmp_path, "--models-dir", folder, env=env).models
 
 
 @pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may read everything")
@@ -2169,7 +2171,7 @@ def test_list_skips_a_directory_it_cannot_read(tmp_path: Path) -> None:
     write_header(tmp_path / "models" / "fine.gguf")
     closed = write_header(tmp_path / "models" / "closed" / "shut.gguf").parent
     closed.chmod(0)
-    result = listing(tmp_path)
+    result = listing(tmp_path, env={"OLLAMA_MODELS": str(closed / "ollama")})  # as its system user's home may be
     closed.chmod(0o700)
     assert "fine" in result.models and "shut" not in result.models
 
@@ -2413,7 +2415,7 @@ def read_model(path: Path) -> None:
     size = path.stat().st_size
     for whole in (False, True):
         header = module.read_gguf_header(str(path), whole)
-        info = module.describe(header, str(path), "id", "here", size)
+        info = module.describe(header, str(path), "here", size)
         shown = json.loads(json.dumps(info.document(), allow_nan=False))
         assert all(text.isprintable() and len(text) <= 200 for text in shown.values() if isinstance(text, str)), shown
 
@@ -2457,6 +2459,35 @@ def test_merged_file_that_is_still_named_like_a_shard_is_a_model_and_what_was_th
     for folder in (".Trash", ".Trash-1000", ".Trashes", "$RECYCLE.BIN"):
         write_header(tmp_path / folder / "files" / "old.gguf")
     assert listed(Catalog([SearchRoot(str(tmp_path), "here")])) == ["merged"]
+
+
+def test_models_that_ollama_made_of_another_are_listed_beside_it(tmp_path: Path) -> None:
+    """They share its file; a plain second name is the same model, as is the file under a name of its own."""
+    store, links = tmp_path / "store", tmp_path / "links"
+    for name, more in {"llama3": {}, "zebra": {}, "captain": {"system": b"Ahoy"}, "hot": {"params": b'{"top_k": 9}'}}.items():
+        ollama_model(store, name, "latest", made=write_header(tmp_path / "new.gguf"), more=more)
+    write_header(store / "beside.gguf", name="Another")
+    blob = next((store / "blobs").glob(f"sha256-{hashlib.sha256(write_header(tmp_path / 'new.gguf').read_bytes()).hexdigest()}"))
+    links.mkdir()
+    (links / "linked.gguf").symlink_to(blob)
+    catalog = Catalog([SearchRoot(str(store), "--models-dir"), SearchRoot(str(links), "")])  # named as any other folder
+    ids = ["beside", "captain:latest", "hot:latest", "llama3:latest"]
+    assert listed(catalog) == listed(catalog) == ids
+    assert [(m.stored.system, len(m.stored.sampling)) for m in catalog.report.models[1:]] == [("Ahoy", 0), ("", 1), ("", 0)]
+    assert [catalog.whole(model).id for model in catalog.report.models] == ids
+    table = ModelTable(catalog, lambda *_: None, TableOptions(default=str(blob)))  # type: ignore[arg-type]
+    assert table.resolve("default") == "captain:latest"  # of those that have the file the first
+    ollama_model(store, "hot", "latest", made=write_header(tmp_path / "new.gguf", name="Newer"))  # as a pull changes it
+    assert [(m.id, m.name) for m in catalog.scan().models if "hot" in m.id] == [("hot:latest", "Newer")]
+
+
+def test_catalog_keeps_only_what_it_read_of_files_as_they_are(tmp_path: Path) -> None:
+    catalog = Catalog([SearchRoot(str(tmp_path), "here")])
+    for name in ("One", "Another", "The last"):
+        path = write_header(tmp_path / "changing.gguf", name=name)
+        assert [model.name for model in catalog.scan().models] == [name] and len(catalog._read) == 1
+    path.unlink()
+    assert listed(catalog) == [] and not catalog._read
 
 
 def test_split_model_that_is_reached_twice_keeps_its_name(tmp_path: Path) -> None:
@@ -2658,7 +2689,7 @@ def test_projector_of_a_hub_snapshot_and_of_ollamas_store_is_found(tmp_path: Pat
 
     hf_snapshot(tmp_path / "hub", "me/seer-GGUF", write, "seer")
     ollama_model(tmp_path / "ollama", "seer", "1b", more={"projector": write_projector(tmp_path / "p.gguf").read_bytes()})
-    roots = [SearchRoot(str(tmp_path / "hub"), "hub"), SearchRoot(str(tmp_path / "ollama"), "ollama", ollama=True)]
+    roots = [SearchRoot(str(tmp_path / "hub"), "hub"), SearchRoot(str(tmp_path / "ollama"), "ollama")]
     hub, ollama = Catalog(roots).scan().models
     (alone,) = Catalog([], [hub.path]).scan().models
     assert alone.projector
@@ -5941,7 +5972,8 @@ def test_tool_of_a_file_runs_and_its_arguments_are_checked(server: Server) -> No
     "a syntax error": ("def (", "broken.py"),
     "raises": ("raise ValueError('so there')", "so there"),
     "divides by zero": ("1 / 0", "zero"),
-    "a parameter without a type": ("from shimmy import tool\n@tool\ndef f(x): ...", "x"),
+    **{f"a parameter {told}": (f"from shimmy import tool\n@tool\ndef f({told}): ...", "x")
+       for told in ("x", "*x: int", "**x: int", "x: int, /")},
 })  # fmt: skip
 def test_tools_file_that_fails_to_load_exits_1_with_one_line(source: str, word: str, tmp_path: Path) -> None:
     (tmp_path / "broken.py").write_text(source + "\n")
@@ -5983,6 +6015,13 @@ def test_calculator_rejects(expression: str, server: Server) -> None:
     reply = execute(server, "calculator", expression)
     if expression or reply.status != 400:
         assert_tool_failed(reply)
+
+
+def test_calculator_lets_python_warn_nobody_of_what_it_reads() -> None:
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        tools = module.Tools(module.ToolOptions())
+        assert not tools.execute("calculator", {"expression": "1if 2else 3"})["success"] and not warned
 
 
 @pytest.mark.parametrize("long", ["parentheses", "sum", "minuses", "digits"])
@@ -6322,8 +6361,10 @@ class Redirects(http.server.BaseHTTPRequestHandler):
     """Sends whoever comes to `place`."""
 
     place = ""
+    seen: ClassVar[list[tuple[str, str]]] = []  # path and host
 
     def do_GET(self) -> None:
+        self.seen.append((self.path, self.headers["Host"]))
         self.send_response(302)
         self.send_header("Location", self.place)
         self.end_headers()
@@ -6363,6 +6404,24 @@ def redirecting(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], str
 def test_http_get_checks_where_it_is_sent_on(hosts: str, place: str, why: str, redirecting: Callable[[str], str]) -> None:
     with pytest.raises(module.ToolError, match=why):
         module.HttpGetter([hosts]).http_get(redirecting(place))
+
+
+@linux
+def test_http_get_asks_in_percent_signs_for_what_is_outside_ascii(
+    redirecting: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = redirecting("/ol\xc3\xa9 1")  # as sent by a server that writes UTF-8 into its headers
+    Redirects.seen.clear()
+    with pytest.raises(module.ToolError, match="redirects"):
+        module.HttpGetter(["*"]).http_get(f"{start}caf\u00e9 au lait?q=\u00fc%20#top")
+    assert [path for path, _ in Redirects.seen[:2]] == ["/caf%C3%A9%20au%20lait?q=%C3%BC%20", "/ol%C3%A9%201"]
+    address = urlsplit(start).hostname, urlsplit(start).port
+    monkeypatch.setattr(module.HttpGetter, "_connect", lambda *_: socket.create_connection(address))
+    for url in ("https://pages.example/", "http://pages.example/", "http://pages.example:8000/"):
+        Redirects.place = url
+        with pytest.raises(module.ToolError, match="redirects"):
+            module.HttpGetter(["*"]).http_get(url)
+        assert Redirects.seen[-1] == ("/", urlsplit(url).netloc)
 
 
 STUCK_WEATHER = """
@@ -7833,17 +7892,6 @@ def test_one_slow_step_does_not_end_guesses_for_good(slow: tuple[int, int, float
     assert pace.guessed(3) < 0.1
 
 
-def test_guesses_go_on_behind_a_token_that_is_changed_but_not_behind_two() -> None:
-    text = module.Sequence.__new__(module.Sequence)
-    text.tokens, text.n_tokens, text.guess, text.strayed = [1, 2, 3, 4, 5, 6, 7, *[0] * 5], 7, 1, False
-    text.trust, text.n_guessed = text.TRUST, 0
-    told = []
-    for token in (2, 9, 4, 9, 9):  # in place of 3, and then of 5 and 6
-        text.append(token)
-        told.append(text.guess)
-    assert told == [2, 3, 4, 5, -1] and text.n_guessed == 5
-
-
 def test_cost_of_guesses_is_known_for_each_number_of_them() -> None:
     """Blocks of 4 rows may be dear, as kernels are, and those of 16 cheap: one must not speak for the other."""
     pace = module.Pace(512)
@@ -7871,7 +7919,7 @@ def test_guessed_row_that_is_not_a_number_fails_the_request(serve: Serve, tmp_pa
                                               "            if at == sequence.n_tokens and index:"))  # fmt: skip
     write_kind(tmp_path / "llama.gguf", "llama")
     own = serve("--models-dir", tmp_path, script=script)
-    body = {"model": "llama", "prompt": ids(STORY + STORY[:60]), "max_tokens": 90, "temperature": 0, "ignore_eos": True}
+    body = {"model": "llama", "prompt": ids(STORY + STORY[:60]), "max_tokens": 90, "temperature": 0, "ignore_eos": True} | NARROW
     assert_error(own.post("/v1/completions", body), 500, "generation_failed", "not a number")
 
 
@@ -8626,7 +8674,20 @@ BABBLE = {
     "bytes that are no message": "pipe._writer.write(b'\\xff' * 64); pipe._writer.flush()",
     "a message of 4 GiB": "pipe._writer.write(b'\\xff\\xff\\xff\\xff'); pipe._writer.flush()",
     "a closed pipe": "pipe._writer.close()",
+    "an end of no known kind": "pipe.send(Stepped(tuple(Finished(id, 'odd', 1, 1) for id in range(1, 2000)), 1))",
 }
+
+
+def test_request_that_cannot_be_sent_to_the_engine_is_told_so(models: Path) -> None:
+    """Its thread would be missing for all later ones."""
+    worker = module.Worker(model_info(models / "recital.gguf"), module.Setup(), 5, lambda *_: None, lambda _: None)
+    worker.process = types.SimpleNamespace(kill=lambda: None, wait=lambda _: None, returncode=-9)  # type: ignore[assignment]
+    worker._pipe = module.Pipe(io.BytesIO(), io.BytesIO())
+    unsendable: Any = lambda: None  # noqa: E731
+    generation = worker.submit([module.Tokenize(unsendable)], Cancellation())
+    worker._write()
+    with pytest.raises(GenerationFailed, match="cannot be sent"):
+        list(generation)
 
 
 @linux
@@ -9421,6 +9482,8 @@ def test_model_whose_file_is_repaired_or_deleted_is_loaded_or_an_error(files: Se
     path.unlink()
     reply = files.generate(model="lived")
     assert reply.status in (404, 500) and reply.json()["error"]["code"] in ("model_not_found", "generation_failed")
+    files.post("/api/models/discover")
+    assert "lived" not in files.ids()  # although it failed
 
 
 def test_max_loaded_evicts_the_least_recently_used(zoo: Server) -> None:
@@ -9492,6 +9555,58 @@ def test_keep_alive_zero_unloads_immediately(serve: Serve, models: Path) -> None
     server = serve("--models-dir", models, "--keep-alive", "0")
     assert server.generate("=").text == TEXTS["="]
     eventually(lambda: server.status("recital")["status"] == "unloaded", "the model goes")
+
+
+PATIENT_WEATHER = """
+import os, time
+from shimmy import tool
+
+@tool
+def get_weather(city: str) -> str:
+    '''Waits until it is told to go on.'''
+    os.rename("go", "gone")
+    while not os.path.exists("on"):
+        time.sleep(0.01)
+    os.remove("on")
+    return "sunny"
+"""
+
+
+@linux
+def test_model_stays_for_an_answer_while_its_tools_run(serve: Serve, models: Path, tmp_path: Path) -> None:
+    """Although it is to go at once when idle. An unload waits for the answer, or by force ends it."""
+    (tmp_path / "patient.py").write_text(PATIENT_WEATHER)
+    own = serve("--models-dir", models, "--keep-alive", "0", "--tools", tmp_path / "patient.py")
+
+    @contextlib.contextmanager
+    def answering() -> Iterator[Future[Reply]]:
+        """An answer whose tool runs in the block, and goes on behind it."""
+        (own.home / "go").touch()
+        with ThreadPoolExecutor() as pool:
+            asked = pool.submit(own.chat, "weather", tools=[WEATHER_BUILTIN])
+            eventually((own.home / "gone").exists, "the tool runs")
+            (own.home / "gone").unlink()
+            try:
+                yield asked
+            finally:
+                (own.home / "on").touch()
+
+    with ThreadPoolExecutor() as pool:
+        with answering() as answer:
+            status = own.status("recital")
+            assert status["loaded"] and status["requests_waiting"] == status["requests_running"] == 0
+            unloading = pool.submit(own.unload, "recital")
+            eventually(lambda: own.status("recital")["status"] == "unloading", "it is to go")
+        assert answer.result().message["content"] == TEXTS["S"] and unloading.result().json()["status"] == "unloaded"
+    assert scrape(own).of("recital", "shimmy_model_loads_total") == 1
+    with answering() as answer, quickly():
+        assert own.unload("recital", "?force=true").json()["status"] == "unloaded"
+    assert_error(answer.result(), 500, "generation_failed", "ended")
+    with answering() as answer:
+        os.kill(own.engine("recital.gguf"), signal.SIGKILL)
+        eventually(lambda: not own.status("recital")["loaded"], "its death is known")
+    assert_error(answer.result(), 500, "generation_failed", "ended")
+    assert own.generate().text == TEXTS[":"]
 
 
 # Names
@@ -9614,6 +9729,8 @@ def test_no_model_can_be_had_when_the_default_one_fails_and_none_is_in_memory(mo
     causes: list[str] = []
 
     def start(*_: Any) -> Any:
+        if causes == ["no process"]:
+            raise BlockingIOError("no more processes now")
         if causes:
             raise module.LoadFailure("no luck", cause=causes[0])
         worker = FakeWorker()
@@ -9623,17 +9740,32 @@ def test_no_model_can_be_had_when_the_default_one_fails_and_none_is_in_memory(mo
     table = table_of(models, start)
     table.infos()
     default, other = table.resolve("default"), next(m.id for m in table.infos() if m.id != table.resolve("default"))
-    failures = ((other, "crash", ""), (other, "", ""), (default, "", "no luck"), (default, "crash", "tried again"))
+    failures = ((other, "crash", ""), (other, "", ""), (default, "no process", "tried again"), (default, "", "no luck"),
+                (default, "crash", "tried again"))  # fmt: skip
     for name, cause, words in failures:
         causes[:] = [cause]
         with pytest.raises(GenerationFailed):
             table.load(name, True, Cancellation())
         with pytest.raises(module.Overloaded, match=words) if words else contextlib.nullcontext():
             table.check_available()
+    table.unload(default, False, Cancellation())  # what it failed at is forgotten then
+    table.check_available()
     causes.clear()
     table.load(default, False, Cancellation())
     eventually(lambda: any(s["loaded"] for s in table.statuses()), "it is loaded")
     table.check_available()
+
+
+def test_request_that_leaves_unserved_lets_its_model_go(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FakeWorker, "memory_bytes", lambda _: 7)
+    catalog = Catalog([SearchRoot(str(models), "--models-dir")])
+    table = ModelTable(catalog, lambda *_: FakeWorker(), TableOptions(keep_alive=0))  # type: ignore[arg-type,return-value]
+    with table.lease("dice", Cancellation()):  # it waits for the model, which another has loaded
+        assert table.load("dice", True, Cancellation())["loaded"]
+        time.sleep(0.1)
+        assert table.status("dice")["loaded"]
+    eventually(lambda: table.status("dice")["status"] == "unloaded", "the model goes")
+    table.close()
 
 
 def test_failing_load_gives_each_waiter_an_exception_of_its_own(models: Path) -> None:
@@ -16327,6 +16459,10 @@ class FakeHub:
         class Handler(http.server.BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
 
+            def handle(self) -> None:
+                with contextlib.suppress(ConnectionError):  # a pull ends its connection as soon as it knows enough
+                    super().handle()
+
             def do_GET(self) -> None:
                 hub.seen.append((name, self.path, dict(self.headers)))
                 if hub.answers:
@@ -16590,6 +16726,45 @@ def assert_failed_last(done: subprocess.CompletedProcess[bytes], *words: str) ->
 def test_pull_begins_anew_where_the_server_ignores_ranges(hub: FakeHub, quick: None, tmp_path: Path) -> None:
     hub.ignores_range, hub.cuts = True, [0.3]
     assert_pulled(pull(REPO_NAME, home=tmp_path, env=hub.env), tmp_path, hub)
+
+
+def test_pull_gives_up_where_it_must_begin_anew_and_never_comes_further(hub: FakeHub, quick: None, tmp_path: Path) -> None:
+    def half(request: Any) -> None:
+        data = hub.files["recital-q4_k_m.gguf"]
+        request.close_connection = True
+        status, sent = (416, b"") if request.headers.get("Range") else (200, data[:200_000])
+        request.reply(status, {"Content-Length": str(len(data) if sent else 0)}, sent)
+
+    hub.answer_file = half  # type: ignore[method-assign]
+    assert_failed_last(pull(REPO_NAME, home=tmp_path, env=hub.env), "pull again to go on")
+    assert len(hub.downloads()) <= 6
+
+
+def test_pull_that_is_cancelled_reads_no_more_of_its_part_and_keeps_no_connection(
+    hub: FakeHub, quick: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {**hub.env, "HF_HUB_CACHE": str(tmp_path)}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(module, "PULL_CHUNK", 1000)
+    hub.cuts = [0.5, 0.0, 0.0, 0.0, 0.0]
+    for error in (module.PullFailed, module.Cancelled):
+        pulling = module.Pull(cancel := Cancellation())
+        plan = finished(pulling.plan(module.Wanted(REPO_NAME), ""))
+        events = pulling.run(plan)
+        assert next(events).completed < 2000 and pulling.host
+        with pytest.raises(error):
+            cancel.cancel() if error is module.Cancelled else None
+            list(events)
+        assert pulling._socket is None
+
+
+def finished(generator: Any) -> Any:
+    """What a generator returns."""
+    while True:
+        try:
+            next(generator)
+        except StopIteration as end:
+            return end.value
 
 
 def test_pull_removes_what_has_the_wrong_checksum(hub: FakeHub, tmp_path: Path) -> None:
@@ -17099,6 +17274,25 @@ def test_serve_preloads_a_model_given_by_path(serve: Serve, tmp_path: Path) -> N
     eventually(lambda: server.status("default")["status"] == "loaded", "the default model is loaded by itself")
     assert server.status("default")["model"] == "far-away"
     assert server.generate(model="far-away").text == "Hello wide world"
+
+
+@linux
+def test_serve_preloads_and_is_ready_where_nobody_reads_what_it_says(models: Path, tmp_path: Path) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [*command_of(), "serve", "--port", "0", "--preload", "--models-dir", str(models)]
+    with Child(command, cwd=tmp_path, env=environment(tmp_path), stdout=subprocess.PIPE, stderr=writer) as running:
+        os.close(writer)
+        assert running.stdout
+        address = urlsplit(running.stdout.readline().split()[-1].decode())
+
+        def ready() -> bool:
+            with contextlib.closing(http.client.HTTPConnection(address.hostname or "", address.port)) as connection:
+                connection.request("GET", "/ready")
+                return connection.getresponse().status == 200
+
+        eventually(ready, "it is ready")
+        running.terminate()
 
 
 def test_serve_stays_up_when_preloading_fails(serve: Serve, models: Path) -> None:
