@@ -514,7 +514,7 @@ def biases(name: str, value: Any) -> tuple[tuple[int, float], ...]:
     """
     pairs = list(value.items()) if isinstance(value, dict) else value
     paired = isinstance(pairs, list) and all(isinstance(p, (list, tuple)) and len(p) == 2 for p in pairs)
-    if not paired or len(pairs) > MAX_BIASES or not all(re.fullmatch("0*[0-9]{1,10}", str(token)) for token, _ in pairs):
+    if not paired or len(pairs) > MAX_BIASES or not all(re.fullmatch("[0-9]{1,10}", str(token)) for token, _ in pairs):
         forms = f"an object of up to {MAX_BIASES} token ids, or a list of pairs of a token id and its bias"
         raise InvalidRequest(f"{name} must be {forms}, not {_said(value)}", name)
     check = number(-100, 100)
@@ -2101,13 +2101,17 @@ def unused_in(said: Any) -> str:
 class SpecialNames:
     """Finds the names of special tokens in text, in time linear in the text: some vocabularies have 6,000 of them."""
 
+    LONGEST = 128  # characters; of a longer name, which no model has, the beginning counts as the name
+
     def __init__(self, names: Iterable[str]) -> None:
-        self._names = frozenset(n for n in names if len(n) > 1)
+        self._names = frozenset(n[: self.LONGEST] for n in names if len(n) > 1)
         self._lengths: dict[str, list[int]] = {}  # by a name's first two characters, longest first
         for start, length in sorted({(n[:2], len(n)) for n in self._names}, reverse=True):
             self._lengths.setdefault(start, []).append(length)
-        starts = "|".join(map(re.escape, self._lengths))
-        self._start = re.compile(f"(?={starts})" if starts else r"(?!)")
+        beyond = "\U00010000-\U0010ffff"  # of these all, for re would try one behind another
+        first, second = ("".join({re.escape(start[at]) if start[at] <= "\uffff" else beyond for start in self._lengths})
+                         for at in (0, 1))  # fmt: skip
+        self._start = re.compile(f"[{first}](?=[{second}])" if first else r"(?!)")
 
     def spans(self, text: str) -> Iterator[tuple[int, int]]:
         """Where names stand, the longest one at each place, from left to right without overlap."""
@@ -2116,7 +2120,7 @@ class SpecialNames:
             at = found.start()
             if at < end:
                 continue
-            length = next((n for n in self._lengths[text[at : at + 2]] if text[at : at + n] in self._names), 0)
+            length = next((n for n in self._lengths.get(text[at : at + 2], ()) if text[at : at + n] in self._names), 0)
             if length:
                 end = at + length
                 yield at, end
@@ -2292,7 +2296,7 @@ class Rendering:
             messages, tools = reshape(self.messages, self.tools)
             try:
                 prompt = self._render(messages, tools)
-                if not self._loses(prompt, self._render(messages, []) if tools else ""):
+                if not self._loses(prompt) and self._shows_tools(prompt, self._render(messages, []) if tools else ""):
                     return prompt
                 rendered = rendered or prompt
             except MemoryError:
@@ -2319,18 +2323,22 @@ class Rendering:
                 raise MemoryError
         return "".join(pieces)
 
-    def _loses(self, prompt: str, without_tools: str) -> bool:
-        """True if the template dropped something silently: an offered tool, a call made, its result, a system text."""
+    def _shows_tools(self, prompt: str, without_tools: str) -> bool:
+        """True if each offered tool is named, more often than where none is offered."""
+        return all(prompt.count(name) > without_tools.count(name) for name in (t["function"]["name"] for t in self.tools))
+
+    def _loses(self, prompt: str) -> bool:
+        """True if the template dropped something silently: a call made, its result, a system text."""
         names = [t["function"]["name"] for t in self.tools]
-        if any(prompt.count(name) <= without_tools.count(name) for name in names):
-            return True
         called = [c["function"]["name"] for m in self.messages for c in m.get("tool_calls", [])]
-        if any(prompt.count(name) < called.count(name) + names.count(name) for name in called):
+        if any(prompt.count(name) < times + names.count(name) for name, times in Counter(called).items()):
             return True
-        at = 0
+        at, usual = 0, dict[str, int]()  # the spelling found last, by role
         for role, said in self._must_appear():
-            # looked for behind the last one first: in order, a long chat costs one pass over its prompt
-            found = next((p for word in said for start in (at, 0) if (p := prompt.find(word, start)) >= 0), None)
+            # looked for as it was last, behind the last one first: in order, a long chat costs one pass over its prompt
+            ways = [(start, way) for start in (at, 0) for way in (usual.get(role, 0), 1 - usual.get(role, 0))]
+            places = ((prompt.find(said[way], start), way) for start, way in ways)
+            found, usual[role] = next(((place, way) for place, way in places if place >= 0), (None, 0))
             if found is None and role != "user":
                 return True
             if role != "call" and found is not None:
@@ -2339,14 +2347,12 @@ class Rendering:
                 at = found
         return False
 
-    def _must_appear(self) -> Iterator[tuple[str, tuple[str, ...]]]:
-        """Yields the texts that the prompt must hold, in the messages' order, each in several spellings."""
+    def _must_appear(self) -> Iterator[tuple[str, tuple[str, str]]]:
+        """Yields the texts that the prompt must hold, in the messages' order, each in two spellings."""
         for message in self.messages:
             if message["role"] != "assistant":
                 yield message["role"], _spellings(message["content"].strip())
-            for call in (c["function"] for c in message.get("tool_calls", [])):
-                arguments = call["arguments"]
-                yield "call", (call["name"], json.dumps(arguments, ensure_ascii=False))
+            for arguments in (c["function"]["arguments"] for c in message.get("tool_calls", [])):
                 words = arguments.values() if isinstance(arguments, dict) else [str(arguments)]
                 yield from (("call", _spellings(v)) for v in words if isinstance(v, str))
 
@@ -3466,10 +3472,9 @@ class Ggml:
         import ctypes
 
         self._ctypes, self._llama = ctypes, llama
-        folder = os.path.dirname(llama._lib._name)
         # libraries that libllama links to show their functions through it, but not on Windows
-        paths = [os.path.join(folder, n) for n in sorted(os.listdir(folder)) if "ggml" in n] if os.name == "nt" else []
-        self._libraries = [llama._lib, *map(ctypes.CDLL, paths)]
+        paths = sorted(pathlib.Path(llama._lib._name).parent.glob("*ggml*.dll"))
+        self._libraries = [llama._lib, *map(ctypes.CDLL, map(str, paths))]
 
     def call(self, name: str, result: Any, *arguments: Any) -> Any:
         """Calls a function; whole numbers are passed as size_t or pointers, which have the same width."""
@@ -4683,7 +4688,8 @@ class Sampler:
             yield c.llama_sampler_init_min_p(v.min_p, 1)
             yield c.llama_sampler_init_xtc(v.xtc_probability, v.xtc_threshold, 1, v.seed)
         if not self._greedy:
-            yield c.llama_sampler_init_temp_ext(v.temperature, v.dynatemp_range, v.dynatemp_exponent)
+            coldest, hottest = max(self.COLDEST, v.temperature - v.dynatemp_range), v.temperature + v.dynatemp_range
+            yield c.llama_sampler_init_temp_ext((coldest + hottest) / 2, (hottest - coldest) / 2, v.dynatemp_exponent)
             yield c.llama_sampler_init_dist(v.seed)
 
     @staticmethod
@@ -4716,10 +4722,10 @@ class Sampler:
 
     def force(self, token: int) -> None:
         """Takes a token that was not picked."""
+        if self.grammar:
+            self.grammar.follow(token)  # first: it may raise NotYet
         if self.chain:
             self.llama.c.llama_sampler_accept(self.chain, token)
-        if self.grammar:
-            self.grammar.follow(token)
 
     def _pick_with(self, grammar: Grammar, logits: Any) -> int:
         while (token := self._picked) is None or (token >= 0 and grammar.after(token) is None):
@@ -4729,10 +4735,9 @@ class Sampler:
             all_tried = self._refused >= (1 if self._aims else self.TRIES)  # Mirostat learns from each pick
             few = self._refused and not grammar.is_awaited and (all_tried or grammar.is_quick)
             self._picked = self._choose(logits, grammar.allowed() if few else None)
+        if token >= 0:  # else all that may follow is banned, or has no token
+            self.force(token)
         self._picked, self._refused = None, 0
-        if token < 0:
-            return -1  # all that may follow is banned, or has no token
-        self.force(token)
         return token
 
     def _choose(self, logits: Any, tokens: Any) -> int:
@@ -5179,6 +5184,7 @@ class Sequence(Rows):
         self.n_drafted = self.n_accepted = 0  # guessed tokens that were computed, and of these, the right ones
         self.n_jumped, self._jumped_at = 0, -1  # forced tokens so far; the index of the last sampled one
         self.logits: Any = None  # while its grammar takes more than a step to find what may come next
+        self.known: LogProbs | None = None  # of its next token, before the grammar bans any
         self.jumps = False  # True while the forced continuation is being found
         self.sought = 0.0  # CPU seconds its grammar used beyond its allowance
         self.forced: deque[int] = deque()  # tokens that come next, whatever the model says
@@ -5280,9 +5286,8 @@ class Sequence(Rows):
             self.forced.extend(self.sampler.closing(token))
             if not self.forced:
                 return token
-        token = self.forced.popleft()
-        self.sampler.force(token)
-        return token
+        self.sampler.force(self.forced[0])
+        return self.forced.popleft()
 
     def watch_thought(self, piece: bytes) -> None:
         """Takes a token's bytes, or none yet; a thought over its budget is closed by the tokens that come next."""
@@ -5648,15 +5653,15 @@ class Cache:
         prefix = next((p for p in self.prefixes if p.saved is None and p.n_computed <= most), None)
         if prefix:
             self.prefixes.remove(prefix)
-            self.save(prefix)
+            self.save(prefix, self.main)
             self.empty(prefix.row)
             if self.llama.cuttable and not any(self.rows):
                 self.main.clear(False)  # to begin at the first cell again: the order of cells shows in the last bits of sums
         return prefix is not None
 
-    def save(self, prefix: Prefix) -> None:
+    def save(self, prefix: Prefix, context: Context) -> None:
         """Saves the cells of its row as bytes; the saved prefixes used least recently make room."""
-        prefix.save(self.main)
+        prefix.save(context)
         if prefix.saved is None:
             prefix.n_computed = 0  # nothing to lend
         else:
@@ -6097,7 +6102,7 @@ class Embedder(Aside):
         context, plan = self.context, list[tuple[Input, int]]()
         room = context.batch_tokens
         for input in self.reading:
-            if count := min(input.pending, room):
+            if count := input.pending if context.whole else min(input.pending, room):
                 plan.append((input, count))
                 room -= count
         while self.unread and room > 0 and self._free:
@@ -6668,8 +6673,8 @@ class Picker:
                 start, end = end, end + wanted
                 ready.append((sequence, row, slice(start, end)))
             sequence.n_computed = min(sequence.n_computed + count, sequence.n_tokens)
-            if sequence.pending and sequence.n_computed in sequence.borders:
-                self.scheduler.cache.save(Prefix.of(sequence, self.llama.main.oldest(sequence.row)))
+            if sequence.n_computed in sequence.borders:
+                self.scheduler.cache.save(Prefix.of(sequence, self.llama.main.oldest(sequence.row)), self.llama.main)
         if not ready:
             return False
         logits = self.llama.main.logits(end)
@@ -6760,7 +6765,8 @@ class Picker:
         """One more token for one sequence, with what must come behind it; its end if that was the last."""
         sampling, vocab = sequence.sampling, self.llama.vocab
         sequence.first_token = sequence.first_token or time.perf_counter()
-        known = None if sampling.logprobs is None else LogProbs(vocab, scores)
+        if sampling.logprobs is not None:
+            sequence.known = sequence.known or LogProbs(vocab, scores)
         forced, token = bool(sequence.forced), self._ask(sequence, lambda: sequence.next_token(scores, row))
         sequence.logits = scores.copy() if token is None and not sequence.done else None
         if token is None:
@@ -6773,8 +6779,9 @@ class Picker:
             self.finish(sequence, "stop")
             return
         sequence.append(token)
-        if known:
-            sequence.unshown.append(known.of(token, sampling.logprobs or 0))
+        if sequence.known:
+            sequence.unshown.append(sequence.known.of(token, sampling.logprobs or 0))
+            sequence.known = None
         self.jump(sequence)
 
     def jump(self, sequence: Sequence) -> None:
@@ -6957,6 +6964,8 @@ class Engine:
             for sequence in reader.reading:
                 self.picker.fail(sequence, f"llama_decode returned {status}")
             self._flush()
+        for sequence in [s for s, _ in plan if s.pending > 1 and s.n_computed in s.borders and not s.done]:
+            self.scheduler.cache.save(Prefix.of(sequence, 0), reader.context)
 
     def _step_streams(self) -> None:
         """Between operations of what is computed aside (prompts, pictures, vectors): lets newcomers in and streams step."""
@@ -13844,12 +13853,20 @@ def physical_cores() -> int:
     for cpu in allowed:
         with contextlib.suppress(OSError):
             cores.add(pathlib.Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").read_text())
-    count = len(cores) or len(allowed)
+    count = len(cores) or _mac_cores() or len(allowed)
     for group in _cgroups():
         with contextlib.suppress(OSError, ValueError):  # ValueError: the quota is "max"
             quota, period = (group / "cpu.max").read_text().split()
             count = min(count, max(1, int(quota) // int(period)))
     return count
+
+
+@functools.cache
+def _mac_cores() -> int:
+    """A Mac's fast cores, without those that save power: every step waits for its slowest thread. 0 elsewhere."""
+    names = ("hw.perflevel0.physicalcpu", "hw.physicalcpu") if sys.platform == "darwin" else ()  # Intel's have no levels
+    told = (output_of(["/usr/sbin/sysctl", "-n", name]).strip() for name in names)
+    return next((int(words) for words in told if words), 0)
 
 
 def kept_prefixes(folder: str, most: int) -> dict[str, Any]:
@@ -14056,8 +14073,8 @@ class HeaderReader:
 
     SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
     KEEP_STRING = MIB  # chat templates reach 20 kB
-    KEEP_STRINGS = 8 * MIB  # of all strings together
-    KEEP_ARRAY = 1024  # per-layer numbers; vocabularies are skipped
+    KEEP_ARRAY, NUMBER = 1024, 40  # per-layer numbers, and the bytes of one in Python; vocabularies are skipped
+    KEPT = 8 * MIB  # of all strings and arrays together
     MAX_PAIRS = 16_384  # models have about 50
     MAX_TENSORS = 262_144  # 60 layers of 384 experts, each in three tensors of its own, are 70,000
     SECONDS = 2.0  # of processor time for one model; the largest vocabulary takes 0.1
@@ -14065,7 +14082,7 @@ class HeaderReader:
     def __init__(self, file: Any, deadline: float) -> None:
         self.size = os.fstat(file.fileno()).st_size
         self.file, self.deadline = io.BufferedReader(file, 64 * 1024), deadline  # on time.thread_time's clock
-        self.kept = 0  # bytes of strings
+        self.kept = 0  # bytes
 
     def check_time(self) -> None:
         if time.thread_time() > self.deadline:
@@ -14085,14 +14102,17 @@ class HeaderReader:
     def unpack(self, form: str) -> tuple[Any, ...]:
         return struct.unpack("<" + form, self.read(struct.calcsize("<" + form)))
 
+    def keep(self, size: int) -> None:
+        self.kept += size
+        if self.kept > self.KEPT:
+            raise GgufError(f"the header holds more than {self.KEPT // MIB} MiB of text and numbers")
+
     def string(self) -> str:
         """The next string, or its first KEEP_STRING bytes."""
         self.check_time()  # each pair and each tensor begins with one
         (length,) = self.unpack("Q")
         keep = min(length, self.KEEP_STRING)
-        self.kept += keep
-        if self.kept > self.KEEP_STRINGS:
-            raise GgufError(f"the header holds more than {self.KEEP_STRINGS // MIB} MiB of text")
+        self.keep(keep)
         raw = self.read(keep)
         self.skip(length - keep)
         return raw.decode("utf-8", "replace")
@@ -14123,6 +14143,7 @@ class HeaderReader:
             raise GgufError(f"the header has an array of unknown type {inner}")
         if count > self.KEEP_ARRAY:
             return self.skip(count * struct.calcsize("<" + self.SCALARS[inner]))
+        self.keep(count * self.NUMBER)
         return self.unpack(f"{count}{self.SCALARS[inner]}")
 
 

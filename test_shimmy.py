@@ -58,7 +58,7 @@ import tracemalloc
 import types
 import warnings
 import zlib
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from collections.abc import Sequence as Seq
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -1722,6 +1722,7 @@ IMAGE = {"type": "image_url", "image_url": {"url": "x"}}
     "logit_bias a list of numbers": ({"logit_bias": [1]}, "logit_bias"),
     "logit_bias key not a number": ({"logit_bias": {"x": 1}}, "logit_bias"),
     "logit_bias beyond 100": ({"logit_bias": {"1": 101}}, "logit_bias"),
+    "logit_bias key of many digits": ({"logit_bias": {"0" * 5000 + "1": 1}}, "logit_bias"),
     "model a number": ({"model": 5}, "model"),
     "top_logprobs without logprobs": ({"top_logprobs": 2}, "top_logprobs"),
     "top_logprobs=21": ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
@@ -2307,6 +2308,8 @@ STRAINING = {
     "pairs": (130 << 20, header_of(10_000_000), "metadata pairs"),
     "tensors": (130 << 20, struct.pack("<4sIQQ", b"GGUF", 3, 3_000_000, 1) + ARCHITECTURE, "tensors"),
     "kept text": (20 << 20, header_of(14, *(bytes_of_pair(f"k{i}", 8, LONG_STRING) for i in range(14))), "MiB of text"),
+    "kept numbers": (1 << 20, header_of(999, *(bytes_of_pair(f"k{i}", 9, struct.pack("<IQ", 0, 1024) + bytes(1024))
+                                               for i in range(300))), "MiB of text and numbers"),
     "strings of nothing": (2 << 30, header_of(2, bytes_of_pair("k", 9, struct.pack("<IQ", 8, 1 << 28))), "to read"),
 }
 
@@ -3820,6 +3823,18 @@ def test_template_arguments_that_are_names_of_our_own_change_nothing() -> None:
     assert "".join(talk.prompt(asked(("user", "Hi"), template_args=args))) == "<|user|>Hi<|end|><|assistant|>yes"
 
 
+def test_long_chat_of_calls_is_checked_in_time_linear_in_its_prompt() -> None:
+    """Names were counted anew for each call, and texts that stand in JSON first sought raw, in all that follows."""
+    calls = [{"name": "get_weather", "arguments": {"text": f"Paris {i}\n" * 12}} for i in range(4000)]
+    made = [{"id": "1", "type": "function", "function": call} for call in calls]
+    messages = [message for i, call in enumerate(made) for message in (
+        said("assistant", "", tool_calls=[call]), said("tool", f"“{i}”"))]  # fmt: skip
+    prompt = "".join(f"{json.dumps(call)}“{i}”" for i, call in enumerate(calls))
+    rendering = module.Rendering({}, "", "", messages, [], {})
+    with quickly(1.0):
+        assert not rendering._loses(prompt) and rendering._loses(prompt.replace("“3500”", ""))
+
+
 def test_results_have_the_ids_that_their_calls_have_in_the_prompt() -> None:
     """Kimi K2 wants the function's name and the call's number in them, and writes nothing else of a result's call."""
     source = ("{% for m in messages %}{% for c in m.tool_calls or [] %}{{ c.id }}{{ c.function }}{% endfor %}"
@@ -3928,6 +3943,10 @@ def test_special_tokens_are_found_in_time_linear_in_the_text() -> None:
     with quickly(2.0):
         assert not list(names.spans("<unused" * 32_000))
         assert names.split("a<unused77>b<bos>", "|") == "a<|unused77>b<|bos>"
+        names = module.SpecialNames([f"{chr(0x4E00 + i)}{chr(0x20000 + i)}" for i in range(20_000)])
+        assert names.split("é𠀁" * 30_000 + "一𠀀", "|").endswith("é𠀁一|𠀀")
+        names = module.SpecialNames(["<" * size for size in range(3, 3000)])
+        assert names.split("<!" * 3000 + "<" * 2500, "|").count("|") == 2500 // 128 + (2500 % 128 > 2)
 
 
 def test_helpers_are_kept_for_the_next_burst() -> None:
@@ -4925,6 +4944,38 @@ def test_picks_under_a_grammar_have_the_probabilities_that_all_allowed_tokens_gi
     assert sum((counts[t] - expected[t]) ** 2 / expected[t] for t in often) < 3 * len(often) + 10
 
 
+def test_token_is_not_lost_when_its_grammar_needs_more_time(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    follow, asked = module.Grammar.follow, itertools.count()
+
+    def hesitate(grammar: Any, token: int) -> None:
+        if next(asked) % 2 == 0:
+            raise NotYet
+        follow(grammar, token)
+
+    monkeypatch.setattr(module.Grammar, "follow", hesitate)
+    logits, row = Rows(llama, "The number is ").logits()
+    picking = sampler(llama, "root ::= [0-9] [a-z]+", temperature=2.0)
+    sequence = types.SimpleNamespace(forced=deque(), sampler=picking)
+    for _ in range(2):  # one that is picked, then one that is forced
+        with pytest.raises(NotYet):
+            module.Sequence.next_token(sequence, logits, row)
+        wanted = sequence.forced[0] if sequence.forced else picking._picked
+        assert module.Sequence.next_token(sequence, logits, row) == wanted and picking._picked is None
+        sequence.forced.extend(llama.vocab.tokens_inside(b"q"))
+    assert wanted == sequence.forced[0]
+
+
+def test_sure_model_at_a_dynamic_temperature_gives_its_likeliest_token(llama: Any) -> None:
+    """The entropy's power was next to 0, the logits divided by it infinite, and the last candidate was picked."""
+    logits, row = Rows(llama, "The number is ").logits()
+    likeliest = int(logits.argmax())
+    fields = {"temperature": 1.0, "dynatemp_range": 1.0, "dynatemp_exponent": 6.0, "top_p": 1.0, "min_p": 0.0, "seed": 1}
+    picking = module.Sampler(llama, module.Sampling(**fields), ())
+    for _ in range(60):
+        logits[likeliest] += 0.5
+        assert picking.pick(logits, row) == likeliest or logits[likeliest] < 15
+
+
 @cases("grammar", GRAMMARS)
 def test_allowed_tokens_are_those_whose_bytes_may_follow(grammar: str, llama: Any) -> None:
     started = module.Grammar(llama, module.Constraint(module.Gbnf(grammar), "grammar"))
@@ -5148,7 +5199,8 @@ def test_time_does_not_change_what_is_forced_nor_what_is_said_behind_it(serve: S
     form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
     asks: list[dict[str, Any]] = [
         {"grammar": PLACES, "seed": 5},
-        {"grammar": 'root ::= ([a-z]{2,5} " "){8}', "seed": 2, "top_k": 0, "top_p": 1, "min_p": 0, "temperature": 1.5},
+        {"grammar": 'root ::= ([a-z]{2,5} " "){8}', "seed": 2, "top_k": 0, "top_p": 1, "min_p": 0, "temperature": 1.5,
+         "logprobs": True, "top_logprobs": 2},
         {"response_format": form, "seed": 2, "temperature": 1.5},
     ]
 
@@ -5158,6 +5210,7 @@ def test_time_does_not_change_what_is_forced_nor_what_is_said_behind_it(serve: S
 
     usual, slow = replies(SHIMMY), replies(altered(tmp_path, *NO_TIME))
     assert [reply.message for reply in usual] == [reply.message for reply in slow]
+    assert usual[1].json()["choices"][0]["logprobs"] == slow[1].json()["choices"][0]["logprobs"]
     assert forced(usual[0]) == forced(slow[0]) > 20 and len(usual[1].message["content"].split()) == 8
     Draft202012Validator(schema).validate(json.loads(usual[2].message["content"]))
 
@@ -7175,6 +7228,16 @@ def test_free_memory_of_a_mac(text: str, expected: list[int]) -> None:
     assert list(module._mac_memory(text)) == expected
 
 
+@cases("told, cores", {
+    "Apple's": ({"hw.perflevel0.physicalcpu": "8\n", "hw.physicalcpu": "10\n"}, 8), "Intel's": ({"hw.physicalcpu": "4\n"}, 4),
+    "no Mac's": ({}, 0),
+})  # fmt: skip
+def test_fast_cores_of_a_mac(told: dict[str, str], cores: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module.sys, "platform", "darwin")
+    monkeypatch.setattr(module, "output_of", lambda command: told.get(command[-1], ""))
+    assert module._mac_cores.__wrapped__() == cores
+
+
 def test_memory_of_processes_on_windows() -> None:
     rows = [("python.exe", 10, "12.345 K"), ("python.exe", 11, "1,000 K"), ("other.exe", 12, "5 K")]
     listed = "".join(f'"{name}","{pid}","Console","1","{size}"\r\n' for name, pid, size in rows)
@@ -7521,6 +7584,15 @@ def test_state_that_cannot_be_cut_is_kept_at_the_prompts_end_and_where_turns_beg
     first.assert_same(found.pop(tuple(prompt)))
     for tokens, run in found.items():
         fresh(kinds, kind, list(tokens)).assert_same(run)
+
+
+@pytest.mark.parametrize("kind", ["mamba", "lfm2"])
+def test_state_is_kept_where_turns_begin_in_a_prompt_that_is_read_aside(kind: str, asides: Server) -> None:
+    prompt = [token for i in range(4) for token in (*ids(f"aside {i}{STORY}"[:60]), 2)]
+    with asides.stream("/v1/completions", {"model": kind, "prompt": [9], "max_tokens": 400, "ignore_eos": True}) as busy:
+        next(busy)
+        greedy(asides, kind, prompt, 2)
+        assert greedy(asides, kind, [*prompt[:-50], 7, 8, 9], 2).cached >= 3 * 61 - 1
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -8856,6 +8928,26 @@ def test_kernel_that_crashes_is_found_before_any_model_loads_and_left_out(serve:
         assert f"this CPU's {name} kernels are broken in this build of llama-cpp-python (signal 4)" in own.log.read_text()
     assert own.log.read_text().count("loading recital") == 1 and "trying again" not in own.log.read_text()
     assert own.status("recital")["fallback"] == (f"without the {' and '.join(kernels)} kernels of the CPU" if kernels else "")
+
+
+def test_input_that_must_be_whole_is_so_after_an_abort_too() -> None:
+    embedder = module.Embedder(None, types.SimpleNamespace(due=None), lambda: None)
+    vars(embedder)["context"] = types.SimpleNamespace(whole=True, batch_tokens=512, n_seq=4)
+    long, short = (types.SimpleNamespace(pending=size, n_tokens=size) for size in (900, 100))
+    embedder.reading.append(long)
+    embedder.unread.append(short)
+    assert embedder.plan() == [(long, 900)]
+
+
+def test_functions_of_ggml_are_found_beside_import_libraries_on_windows(tmp_path: Path) -> None:
+    import ctypes
+
+    lib = Path(module.import_llama()._lib._name).parent
+    for name in ("libggml", "libggml-base"):
+        (tmp_path / f"{name.removeprefix('lib')}.dll").symlink_to(next(lib.glob(f"{name}.*")))
+        (tmp_path / f"{name.removeprefix('lib')}.lib").write_bytes(b"!<arch>")
+    ggml = module.Ggml(types.SimpleNamespace(_lib=types.SimpleNamespace(_name=str(tmp_path / "llama.dll"))))
+    assert ggml.call("ggml_backend_dev_count", ctypes.c_size_t) > 0
 
 
 def test_kernels_of_this_machine_are_tried_and_wrong_results_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
