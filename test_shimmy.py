@@ -4955,7 +4955,7 @@ def test_token_is_not_lost_when_its_grammar_needs_more_time(llama: Any, monkeypa
     monkeypatch.setattr(module.Grammar, "follow", hesitate)
     logits, row = Rows(llama, "The number is ").logits()
     picking = sampler(llama, "root ::= [0-9] [a-z]+", temperature=2.0)
-    sequence = types.SimpleNamespace(forced=deque(), sampler=picking)
+    sequence: Any = types.SimpleNamespace(forced=deque(), sampler=picking)
     for _ in range(2):  # one that is picked, then one that is forced
         with pytest.raises(NotYet):
             module.Sequence.next_token(sequence, logits, row)
@@ -4969,7 +4969,7 @@ def test_sure_model_at_a_dynamic_temperature_gives_its_likeliest_token(llama: An
     """The entropy's power was next to 0, the logits divided by it infinite, and the last candidate was picked."""
     logits, row = Rows(llama, "The number is ").logits()
     likeliest = int(logits.argmax())
-    fields = {"temperature": 1.0, "dynatemp_range": 1.0, "dynatemp_exponent": 6.0, "top_p": 1.0, "min_p": 0.0, "seed": 1}
+    fields: dict[str, Any] = {"temperature": 1.0, "dynatemp_range": 1.0, "dynatemp_exponent": 6.0, "top_p": 1.0, "min_p": 0.0, "seed": 1}
     picking = module.Sampler(llama, module.Sampling(**fields), ())
     for _ in range(60):
         logits[likeliest] += 0.5
@@ -8931,9 +8931,10 @@ def test_kernel_that_crashes_is_found_before_any_model_loads_and_left_out(serve:
 
 
 def test_input_that_must_be_whole_is_so_after_an_abort_too() -> None:
-    embedder = module.Embedder(None, types.SimpleNamespace(due=None), lambda: None)
+    nobody: Any = types.SimpleNamespace(due=None)
+    embedder = module.Embedder(nobody, nobody, lambda: None)
     vars(embedder)["context"] = types.SimpleNamespace(whole=True, batch_tokens=512, n_seq=4)
-    long, short = (types.SimpleNamespace(pending=size, n_tokens=size) for size in (900, 100))
+    long, short = list[Any](types.SimpleNamespace(pending=size, n_tokens=size) for size in (900, 100))
     embedder.reading.append(long)
     embedder.unread.append(short)
     assert embedder.plan() == [(long, 900)]
@@ -15537,7 +15538,7 @@ def test_clock_that_runs_backwards_changes_nothing_but_dates(serve: Serve, model
 
 
 DATES = {  # who may ask for the time of day: what becomes a date that people or clients read, or is compared with a file's
-    "_bytecode_prefix", "Lease.wait", "Residents.release", "Service.__init__", "Dialect.__init__",
+    "_bytecode_prefix", "Lease.wait", "Lease.__exit__", "Service.__init__", "Dialect.__init__",
     "Ollama._document", "answer_ps", "retry_after", "PrefixFiles._make_room", "PrefixFiles._remove_stale",
 }  # fmt: skip
 
