@@ -4969,8 +4969,8 @@ def test_sure_model_at_a_dynamic_temperature_gives_its_likeliest_token(llama: An
     """The entropy's power was next to 0, the logits divided by it infinite, and the last candidate was picked."""
     logits, row = Rows(llama, "The number is ").logits()
     likeliest = int(logits.argmax())
-    fields: dict[str, Any] = {"temperature": 1.0, "dynatemp_range": 1.0, "dynatemp_exponent": 6.0, "top_p": 1.0, "min_p": 0.0, "seed": 1}
-    picking = module.Sampler(llama, module.Sampling(**fields), ())
+    fields: dict[str, Any] = {"temperature": 1.0, "dynatemp_range": 1.0, "dynatemp_exponent": 6.0, "top_p": 1.0, "min_p": 0.0}
+    picking = module.Sampler(llama, module.Sampling(seed=1, **fields), ())
     for _ in range(60):
         logits[likeliest] += 0.5
         assert picking.pick(logits, row) == likeliest or logits[likeliest] < 15
