@@ -8646,7 +8646,8 @@ def test_engine_out_of_memory_fails_requests_and_is_replaced(serve: Serve, model
     size = int(Path(f"/proc/{engine}/statm").read_text().split()[0]) * resource.getpagesize()
     resource.prlimit(engine, resource.RLIMIT_AS, (size, size))
     with ThreadPoolExecutor(8) as pool:
-        replies = list(pool.map(lambda i: own.generate(f"{i} " * 10_000 + "#", max_tokens=10), range(8)))
+        replies = list(pool.map(lambda i: own.generate(f"{i} " * 3_000 + "#", max_tokens=10), range(8)))
+    assert {r.status for r in replies} | {200} == {200, 500}  # the next engine may answer some
     assert all(r.status == 200 or r.json()["error"]["code"] == "generation_failed" for r in replies)
     eventually(lambda: requests_of(own) == (0, 0), "nobody is left")
     own.unload("recital", "?force=true")
