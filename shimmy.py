@@ -1569,7 +1569,7 @@ class Catalog:
             before = len(models)
             for path, label, stored in itertools.chain(_walk(root, notes), _walk_ollama(root, notes)):
                 stamp = _stamp(path)
-                key = stamp and stamp[:2], repr(stored)  # what Ollama makes of a model has the same file, and own settings
+                key = stamp and stamp[:2], repr(stored)  # Ollama models may share a file: their settings tell them apart
                 if key in models:
                     twins.append(replace(models[key], path=path))
                     continue
@@ -5163,7 +5163,7 @@ class Echo:
 class Sequence(Rows):
     """One text in the making. Owned by the step loop."""
 
-    TRUST, LEARNING = 0.4, 0.1  # in a guess, at first, and how much one of many guesses moves it; the first ones move it more
+    TRUST, LEARNING = 0.4, 0.1  # in a guess at first; how much one outcome changes that (the first outcomes change it more)
 
     def __init__(self, submission: Submission, prompt: Prompt, llama: Llama) -> None:
         self.submission, job = submission, submission.job
@@ -5469,7 +5469,7 @@ class Pace:
         return self._usual[min(self._usual, key=lambda n: abs(n - decoding))]
 
     def guessed(self, rows: int) -> float:
-        """Seconds that so many guessed rows add: measured, or from the nearest number that was."""
+        """Seconds that this many guessed rows add to a step, estimated from the nearest number that was measured."""
         near = min(self._guessed, key=lambda n: abs(n - rows), default=0)
         return self._guessed.get(near, 0.0) * min(1, rows / max(near, 1)) + max(0, rows - near) * self.guessed_row
 
@@ -5987,7 +5987,7 @@ class PromptReader(Aside):
         return status
 
     def give_back(self) -> Iterator[tuple[Sequence, Prefix]]:
-        """The sequences that are read, all but their last token, and what they have read; they leave."""
+        """Lets go of the sequences that are read but for their last token, and returns each with its saved prefix."""
         for sequence in [s for s in self.reading if s.pending == 1]:
             prefix = Prefix.of(sequence, 0)
             prefix.save(self.context)
@@ -6662,7 +6662,7 @@ class Picker:
 
     def __init__(self, llama: Llama, scheduler: Scheduler, outbox: Outbox, intake: Intake, flush: Callable[[], None]) -> None:
         self.llama, self.scheduler, self.outbox, self.intake, self.flush = llama, scheduler, outbox, intake, flush
-        self.sought = 0.0  # seconds of this step in which grammars were asked
+        self.sought = 0.0  # CPU seconds this step has spent picking for sequences with a grammar
 
     def sample(self, plan: Seq[tuple[Sequence, int]]) -> bool:
         """Picks tokens for every sequence that is fully evaluated; whether one of them is a first token."""
@@ -6697,6 +6697,8 @@ class Picker:
     def _pick_behind(self, sequence: Sequence, logits: Any, finite: Any, row: int) -> None:
         """Picks the next token, and one more after each drafted token that the pick matches; frees the other drafts' cells.
 
+        A grammar that has used up PATIENCE stops early.
+
         `logits` are those of its last token and of the drafted ones behind it, which end before index `row` of the batch.
         """
         start, count = sequence.n_tokens, len(logits) - 1
@@ -6709,7 +6711,7 @@ class Picker:
             elif at == sequence.n_tokens:  # else it is known what must come there
                 self._pick(sequence, logits[index], row - count - 1 + index)
             is_next = index < count and at < sequence.n_tokens and sequence.tokens[at] == draft[index]
-            if not is_next or sequence.done or sequence.jumps or self.sought > self.PATIENCE:
+            if not is_next or sequence.done or sequence.jumps or (sequence.sampler.grammar and self.sought > self.PATIENCE):
                 break
             sequence.n_computed += 1
             sequence.n_accepted += 1
@@ -7482,7 +7484,7 @@ class Worker:
 
     def _take(self, event: Any) -> None:
         """Tells the meter what became of a job, whether or not anybody still waits for it, and hands it on."""
-        with self._lock:  # until the end: what the meter cannot count was malformed, and the job must still be there to fail
+        with self._lock:  # throughout: the meter raises for a malformed event, and the job must still be there to fail
             generation, timing, _ = self._jobs.get(event.id, (None, None, 0))
             if timing and isinstance(event, Piece):
                 self._meter.piece(timing, event.tokens)
@@ -8008,7 +8010,7 @@ class Residents:
             cancel.check()
             if entry.state == "loaded":
                 self.move(entry, "unloading", entry.worker)
-            if force and entry.worker:  # a request whose tool runs has no job to fail, and is not waited for
+            if force and entry.worker:  # a request that is running a tool is not waited for: it fails at its next round
                 entry.worker.fail_all("The model was unloaded (force)")
                 entry.ends = entry.ends or self._begin(self._unload, entry, entry.worker)
             if force and entry.starting and self._begin(entry.starting.stop):
@@ -10521,7 +10523,7 @@ class ClientGone(Exception):
 
 
 class RequestTimeout(InvalidRequest, ClientGone):
-    """The client sends too slowly: between requests that is its leaving."""
+    """The client sends too slowly: within a request it gets a 408, between requests it counts as gone."""
 
 
 @dataclass(frozen=True)
@@ -11705,7 +11707,7 @@ class SocketRequest:
 class SocketConnection(Wire):
     """One WebSocket, around websockets' parser. The loop's thread reads and flushes, another one answers."""
 
-    PENDING, REFUSED = 32, 1000  # requests that may wait on one connection, and that may wait for their refusal besides
+    PENDING, REFUSED = 32, 1000  # requests a connection holds, with the running one; more that may wait to be refused
     reading: asyncio.Task[None]
 
     def __init__(self, server: Server, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, id: str, owner: str) -> None:
@@ -11794,7 +11796,7 @@ class SocketConnection(Wire):
             self.close(1013, "too many requests wait")
         else:
             if waiting >= self.PENDING or (size and size + len(request.message) > NativeSocket.max_body):
-                full = f"{self.PENDING} requests wait on this connection already, or {human_bytes(NativeSocket.max_body)} of them"
+                full = f"{self.PENDING} requests are on this connection already, or {human_bytes(NativeSocket.max_body)} of them"
                 request.message, request.refusal = b"", Overloaded(full)
             self._requests.append(request)
             self._queue.put(request)
@@ -12381,7 +12383,7 @@ def preset_of(pattern: str, pairs: Mapping[str, Any]) -> Preset:
 
 
 OWN_SETTINGS = {  # what only presets and the command line may say, and why
-    "cache-dir": "names a file", "lora": "names a file", "chat-template": "names a file", "mmproj": "names a file",
+    "cache-dir": "names a directory", "lora": "names a file", "chat-template": "names a file", "mmproj": "names a file",
     "rpc": "names a server", "cache-disk": "takes disk",
 }  # fmt: skip
 
@@ -13570,7 +13572,7 @@ def end_interrupted() -> int:
 
 
 class LossyStderr(io.FileIO):
-    """Standard error, whose reader may leave and whose disk may be full: that ends no command, and none of its threads."""
+    """Standard error that drops what it cannot write: its reader left, the disk is full. A full pipe that is open blocks."""
 
     def write(self, data: Any) -> int:
         with contextlib.suppress(OSError):

@@ -9982,7 +9982,7 @@ def test_load_with_other_settings_that_does_not_wait_is_answered_at_once_by_a_bu
     "sampling": ({"temperature": 1}, "a load takes the engine's settings"),
     "a file": ({"chat_template": "/etc/passwd"}, "chat_template names a file"),
     "another": ({"lora": ["x"]}, "lora names a file"), "a projector": ({"mmproj": "x"}, "mmproj names a file"),
-    "a server": ({"rpc": "127.0.0.1:1"}, "rpc names a server"), "a folder": ({"cache_dir": "none"}, "cache_dir names a file"),
+    "a server": ({"rpc": "127.0.0.1:1"}, "rpc names a server"), "a folder": ({"cache_dir": "none"}, "cache_dir names a directory"),
     "a synonym": ({"chat_template_file": "none"}, "names a file"), "no adapter": ({"lora": "none"}, "lora names a file"),
     "disk": ({"cache_disk": "100TB"}, "cache_disk takes disk"),
     "no such device": ({"device": "CUDA9"}, "there is no such device"), "no object": ([1], "must be a JSON object"),
@@ -14758,7 +14758,7 @@ def test_ws_requests_over_those_that_may_wait_are_refused_in_their_turn(server: 
         ws.send(json.dumps({"cancel": True}))
         ends = [ws_answer(ws)[1] for _ in range(41)]
     assert ["error" in end for end in ends] == [False] * 32 + [True] * 9
-    assert ends[-1]["error"]["code"] == "overloaded" and "32 requests wait" in ends[-1]["error"]["details"]
+    assert ends[-1]["error"]["code"] == "overloaded" and "32 requests are on this connection" in ends[-1]["error"]["details"]
 
 
 def test_ws_frame_that_never_ends_closes_the_connection(hasty: Server) -> None:
