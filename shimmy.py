@@ -16001,7 +16001,8 @@ class PatternReader(Reader):
         if self.text.startswith(("\\b", "\\B"), self.token.start()):
             raise self.refuse(f"{self.text[self.token.start() :][:2]} (a word's border) cannot be honoured")
         self.at = self.token.start()
-        return OneChar(merged(self.member()))
+        found = self.member()
+        return OneChar(found if len(found) > 1 else merged(found))  # thousands of \\p{L} share one tuple
 
     def member(self) -> Ranges:
         match = self.CHAR.match(self.text, self.at)
@@ -16016,7 +16017,7 @@ class PatternReader(Reader):
         elif control:
             code = ord(control) % 32
         elif kind:
-            return self._property(name) if kind == "p" else others(self._property(name))
+            return self._property(name, kind == "p")
         elif plain or char in self.NAMED:
             code = ord(plain) if plain else self.NAMED[char]
         elif char.lower() in self.CLASSES:
@@ -16031,15 +16032,13 @@ class PatternReader(Reader):
             raise self.refuse(f"{match[0]} is not a character")
         return ((code, code),)
 
-    def _property(self, name: str) -> Ranges:
-        """The characters of a general category by its short name, or of a property of emoji."""
+    def _property(self, name: str, wanted: bool) -> Ranges:
+        """The characters of a general category by its short name, or of a property of emoji; without `wanted` all others."""
         name = re.sub(r"^(gc|General_Category)=", "", name)
-        if name in PROPERTIES:
-            return PROPERTIES[name]
-        found = [ranges for category, ranges in general_categories().items() if category.startswith(name)]
-        if not found or not name:
+        found = PROPERTIES.get(name) or (category_ranges(name) if name else ())
+        if not found:
             raise self.refuse(f"the property {_said(name)} is not one of the general categories (L, Lu, Nd …)")
-        return merged(itertools.chain(*found))
+        return found if wanted else others(found)
 
 
 def _ranges_of(text: str) -> Ranges:
@@ -16074,6 +16073,12 @@ def general_categories() -> dict[str, list[tuple[int, int]]]:
             members = list(run)
             found.setdefault(category, []).append((members[0], members[-1]))
     return found
+
+
+@functools.lru_cache(maxsize=100)
+def category_ranges(name: str) -> Ranges:
+    """The characters of the categories that begin so."""
+    return merged(itertools.chain(*(ranges for category, ranges in general_categories().items() if category.startswith(name))))
 
 
 @functools.lru_cache(maxsize=1000)
@@ -16118,7 +16123,8 @@ class RuleName(Symbol):
 class GbnfReader(Reader):
     """Reads one GBNF grammar into symbols, as llama.cpp does: of two rules with one name the last counts."""
 
-    NAMED_TOKENS = re.compile(r'"(?:\\.|[^"\\])*"|\[(?:\\.|[^\]\\])*\]|\#[^\n]*|(<[^>\n]+>)', re.DOTALL)  # between texts
+    NAMED_TOKENS = re.compile(  # between texts; what is not closed goes up to the end, or looking for ends would take n² steps
+        r'"(?:\\.|[^"\\])*(?:["\\]|\Z)|\[(?:\\.|[^\]\\])*(?:[\]\\]|\Z)|\#[^\n]*|(<[^>\n]+>)|<[^>\n]*', re.DOTALL)
     TOKEN = re.compile(
         r"(?P<blank>(?:[ \t\r\n]|\#[^\n]*)+)|(?P<rule>[A-Za-z0-9-_]+)[ \t]*::=|(?P<name>[A-Za-z0-9-_]+)|(?P<literal>\")"
         r"|(?P<class>\[)|(?P<repeat>(?P<sign>[*+?])|\{\s*(?P<low>[0-9]{1,12})\s*(?:(?P<comma>,)\s*(?P<high>[0-9]{0,12})\s*)?\})"
@@ -16866,7 +16872,11 @@ class NumberMachine:
             self.places = max(map(self._places, (*multiples, *unlike))) + (0 if multiples else self.MORE_PLACES)
         scale = 10**self.places
         units, others = ([int(exact(value) * scale) for value in values] for values in (multiples, unlike))
-        unit = math.lcm(*units)
+        unit = 1
+        for one in units:
+            unit = math.lcm(unit, one)
+            if unit > self.MAX_NUMBER * scale:
+                raise InvalidRequest("what is a multiple of every multipleOf has too many digits")
         if not any(number % scale for number in (unit, *others)):
             self.places = 0  # a point would add nothing
         self.scale = 10**self.places
@@ -17730,7 +17740,8 @@ class Forms(Constants):
                 raise self.refuse(f"{key} multiplies out into over {self.MAX_OPTIONS} alternatives")
         if not found and ours and theirs:
             kinds = [kind_of(form[0][0]) for form in (ours, theirs)]
-            self.dead_end = f"nothing is both {kinds[0]} and {kinds[1]}" if kinds[0] != kinds[1] else self.dead_end
+            self.dead_end = (f"nothing is both {kinds[0]} and {kinds[1]}" if kinds[0] != kinds[1]
+                             else self.dead_end or f"{key} leaves no {kinds[0]}")
         return list(found)
 
     def _meet(self, one: Any, two: Any) -> Any:
@@ -17954,6 +17965,7 @@ class SchemaShapes(Forms):
     """
 
     MAX_SHAPES = 1500  # of one value: so many a text can begin with at once
+    MAX_CONTAINS = 13  # of one array: an element fits each or not, which makes 2^13 cases
 
     def __init__(self, name: str, root: Any) -> None:
         super().__init__(name, root)
@@ -17996,6 +18008,8 @@ class SchemaShapes(Forms):
     json = staticmethod(json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode)
 
     def _array_written(self, shape: ArrayShape) -> ArrayShape:
+        if len(shape.contains) > self.MAX_CONTAINS:
+            raise self.refuse(f"over {self.MAX_CONTAINS} contains in one array")
         low, high, longest = shape.low, shape.high, len(shape.first)
         rest = shape.rest if shape.is_rest_said or not longest else None
         stops = [index for index, node in enumerate(shape.first) if node == (self.never,)]
@@ -18017,7 +18031,8 @@ class SchemaShapes(Forms):
             listed = (json.loads(one.text) for one in choice if isinstance(one, Constant) and one.text[0] == '"')
             named |= {name: shape.at(name) for name in listed if kinds and name not in named}
         if shape.closed:
-            if any(prop.required and not prop.said for prop in named.values()):
+            if closed_out := next((prop.name for prop in named.values() if prop.required and not prop.said), None):
+                self.dead_end = f"it would need the property {_said(closed_out)}, to which no schema opens its objects"
                 return
             named = {name: prop for name, prop in named.items() if prop.said}
         properties = list(named.values())
@@ -18068,13 +18083,19 @@ class Json(Symbol):
 @functools.lru_cache(maxsize=64)
 def read_json(text: str, param: str) -> Symbol:
     """The documents of a schema. Raises InvalidRequest naming the keyword at fault."""
-    shapes = SchemaShapes(param, json.loads(text))
-    try:
+    with reading(shapes := SchemaShapes(param, json.loads(text))):
         return Documents(shapes).root()
-    except InvalidRequest as error:  # strings and numbers know no field
-        raise error if error.param else shapes.refuse(str(error)) from None
+
+
+@contextlib.contextmanager
+def reading(reader: SchemaReader) -> Iterator[None]:
+    """Names the field in what is wrong with its schema: strings and numbers know none."""
+    try:
+        yield
+    except InvalidRequest as error:
+        raise error if error.param else reader.refuse(str(error)) from None
     except RecursionError:
-        raise shapes.refuse("the schema is nested too deep") from None
+        raise reader.refuse("the schema is nested too deep") from None
 
 
 Position = tuple[int, tuple[int, ...]]  # of an array: elements read, and how many fit each schema of contains
@@ -18271,6 +18292,7 @@ class Documents:
         """The schemas that an element may fit, and how many then have fitted each schema of contains."""
         node = shape.at(index)
         for counted in itertools.product((True, False), repeat=len(shape.contains)) if node is not None else ():
+            TURN.tick()
             inside, after = list(node or ()), []
             for fits, count, (number, least, most) in zip(counted, counts, shape.contains, strict=True):
                 if fits and (count == most or (most is None and count >= least)):
@@ -18475,6 +18497,7 @@ class Elements(Part):
     counts: tuple[int, ...]
     seen: frozenset[Any] = frozenset()
     alike: frozenset[tuple[Any, ...]] = frozenset()
+    before: tuple[int, ...] = ()  # counts before the element that is being read: 1.0 may be the 1 that it must contain
 
     def made(self) -> list[Symbols]:
         """The alternatives: the end, or one more element."""
@@ -18485,13 +18508,18 @@ class Elements(Part):
         live = documents.alive(shape, documents.possible) if shape.contains else None
         comma = (Word(b", "),) if self.index else ()
         for node, counts in documents.elements(shape, self.index, self.counts):
-            after = Elements(documents, shape, documents.next(shape, self.index), counts, self.seen)
+            after = Elements(documents, shape, documents.next(shape, self.index), counts, self.seen,
+                             before=self.counts if shape.unique else ())
             if node in documents.possible and (live is None or (after.index, counts) in live):
                 found += [(*comma, *behind) for behind in documents.unlike(node, taken, after)]
         return found
 
     def follow(self, text: bytes) -> Symbols:
-        return (replace(self, seen=self.seen | {comparable(json.loads(text))}),)
+        value, counts = json.loads(text), list(self.counts)
+        for i, (number, least, most) in enumerate(self.shape.contains):
+            if most is None and counts[i] == self.before[i] < least and self.documents.shapes.fits(value, (number,)):
+                counts[i] += 1
+        return (replace(self, seen=self.seen | {comparable(value)}, counts=tuple(counts), before=()),)
 
 
 @dataclass(frozen=True)
@@ -18606,11 +18634,8 @@ class SchemaStructure(SchemaReader):
 @functools.lru_cache(maxsize=512)
 def check_structure(text: str, where: str) -> None:
     """Raises InvalidRequest, naming the keyword, for a schema that holds something else where a schema or a list must be."""
-    reader = SchemaStructure(where, json.loads(text))
-    try:
+    with reading(reader := SchemaStructure(where, json.loads(text))):
         reader.read(reader.root)
-    except RecursionError:
-        raise reader.refuse("the schema is nested too deep") from None
 
 
 @functools.lru_cache(maxsize=256)
@@ -18633,12 +18658,12 @@ def object_shapes(shapes: SchemaShapes) -> list[ObjectShape]:
 
 def types_of(shapes: Shapes) -> int:
     """The types of values of these shapes, as SchemaReader's bits."""
-    found, kinds = 0, {NumberShape: "number", Texts: "string", ArrayShape: "array", ObjectShape: "object"}
+    found = 0
     for shape in shapes:
         if isinstance(shape, Constant):
             found |= type_bit(json.loads(shape.text))
         else:
-            found |= SchemaReader.TYPES["integer" if isinstance(shape, NumberShape) and shape.whole else kinds[type(shape)]]
+            found |= 8 if isinstance(shape, NumberShape) and shape.whole else SHAPE_BITS[type(shape)]
     return found
 
 
@@ -18656,19 +18681,20 @@ class ArgumentList(Json):
 def read_arguments(text: str, param: str, params: Params) -> tuple[Symbols, ...]:
     """A schema's objects, property by property. Raises InvalidRequest naming the keyword at fault."""
     documents, found = Documents(SchemaShapes(param, json.loads(text))), list[Symbols]()
-    objects = object_shapes(documents.shapes)
-    for shape in objects:
-        if shape.high is not None or shape.low > sum(prop.required for prop in shape.named):
-            keyword = "minProperties" if shape.high is None else "maxProperties"
-            raise documents.shapes.refuse(f"keyword {keyword} is not supported where arguments are written one by one")
-    documents.root()  # tells what is possible
-    for shape in objects:
-        arguments = [(one_argument(documents, prop, params), prop.required) for prop in shape.named
-                     if prop.node in documents.possible]  # fmt: skip
-        found.append((in_turn(arguments, format_text(params.closes if params.quote else "")),))
-    if not found:
-        raise documents.shapes.refuse("a function's arguments are an object, and the schema allows none")
-    return tuple(found)
+    with reading(documents.shapes):
+        objects = object_shapes(documents.shapes)
+        for shape in objects:
+            if shape.high is not None or shape.low > sum(prop.required for prop in shape.named):
+                keyword = "minProperties" if shape.high is None else "maxProperties"
+                raise documents.shapes.refuse(f"keyword {keyword} is not supported where arguments are written one by one")
+        documents.root()  # tells what is possible
+        for shape in (shape for shape in objects if documents.is_possible(shape, documents.possible)):
+            arguments = [(one_argument(documents, prop, params), prop.required) for prop in shape.named
+                         if prop.node in documents.possible]  # fmt: skip
+            found.append((in_turn(arguments, format_text(params.closes if params.quote else "")),))
+        if not found:
+            raise documents.shapes.refuse("a function's arguments are an object, and the schema allows none")
+        return tuple(found)
 
 
 def one_argument(documents: Documents, prop: Property, params: Params) -> Symbol:

@@ -4411,6 +4411,7 @@ HOSTILE_PATTERNS = [
     "^" + "(?=.*a)" * 500,
     "(?!" * 30 + "a" + ")" * 30,
     "^(" + "|".join(f"[{chr(0x4E00 + n)}-{chr(0x7E00 + n)}]" for n in range(2000)) + ")*$",
+    r"\p{L}" * 4000,
 ]
 
 
@@ -5622,6 +5623,13 @@ def test_a_plain_argument_fits_its_schema(schema, pattern):
         assert re.fullmatch(f"<call>f\n<p=a>({pattern})</p></call>", written(one(schema), seed))
 
 
+def test_arguments_that_cannot_be_whole_are_not_written():
+    inside = {"type": "object", "properties": {"z": False}, "required": ["z"]}
+    objects = [{"properties": {"a": inside}, "required": ["a"]}, {"properties": {"b": {"const": 1}}, "required": ["b"]}]
+    for seed in range(5):
+        assert "<p=b>1</p>" in written({"type": "object", "anyOf": objects}, seed)
+
+
 def test_a_required_argument_without_a_schema_is_written():
     assert "<p=b>" in written({"type": "object", "properties": {}, "required": ["b"]}, 1)
 
@@ -5633,8 +5641,9 @@ def test_a_required_argument_without_a_schema_is_written():
     ({**one({}), "minProperties": 2}, "minProperties"),
 ])  # fmt: skip
 def test_what_plain_arguments_cannot_honour_is_refused_by_name(parameters, word):
-    with pytest.raises(InvalidRequest, match=word):
+    with pytest.raises(InvalidRequest, match=word) as refused:
         written(parameters, 1)
+    assert refused.value.param
 
 
 ZIP = {"$defs": {"Zip": {"enum": ["12345", "true"]}}}
@@ -5744,6 +5753,14 @@ def test_text_that_nests_too_deep_to_be_followed_is_refused() -> None:
                                         "prefixItems": [{"const": 1}, {"const": 1}]}, "uniqueItems"),
     "objects that can only be empty, without repeats": ({**UNIQUE, "prefixItems": [
         {**OBJECT, "maxProperties": 0}, {**OBJECT, "additionalProperties": False}]}, "uniqueItems"),
+    "more of contains than can be told apart": (
+        {"allOf": [{**ANY_ARRAY, "contains": {"const": n}} for n in range(14)]}, "over 13 contains"),
+    "multiples of too much": ({"allOf": [{"multipleOf": 10**299 + n} for n in range(9)]}, "multipleOf"),
+    "objects that close each other out": (
+        {"allOf": [{**OBJECT, "properties": {n: {}}, "required": [n], "additionalProperties": False} for n in "ab"]},
+        "allOf leaves no object"),
+    "objects that only each other's properties tell apart": (
+        {"oneOf": [{**OBJECT, "properties": {n: {}}} for n in "ab"]}, "need the property .a., to which no schema opens"),
     "elements that may take what must be contained": (
         {**UNIQUE, "prefixItems": [{"enum": [1, [2]]}], "items": {"const": [2]}, "contains": {"const": [2]}, "minContains": 2},
         "uniqueItems"),
@@ -5752,6 +5769,20 @@ def test_schema_is_refused_before_a_text_begins_and_by_its_field(schema: Any, sa
     with pytest.raises(InvalidRequest, match=f"^json_schema: .*{said}") as refused:
         begin(schema)
     assert refused.value.param == "json_schema"
+
+
+def test_value_that_must_be_contained_counts_however_it_is_written() -> None:
+    few = {**UNIQUE, "items": {"type": "string", "pattern": "^[ab]?$"}, "minItems": 2, "maxItems": 2, "contains": {"enum": ["a"]}}
+    for schema, text in ((few, b'["\\u0061", ""]'), ({**UNIQUE, "contains": {"const": 1}, "maxItems": 3}, b"[1.0, 2, 3]")):
+        here = begin(schema).read(text)
+        assert here is not None and here.ends, text
+
+
+def test_thirteen_of_contains_are_read_in_turns() -> None:
+    schema, begun = {"allOf": [{**ANY_ARRAY, "contains": {"const": n}} for n in range(13)]}, time.thread_time()
+    with TURN.limited(0.005):
+        begin(schema)
+    assert time.thread_time() - begun < 0.5
 
 
 def test_what_a_number_must_not_be_is_one_machine_however_it_is_written():
@@ -9982,7 +10013,7 @@ def test_load_with_other_settings_that_does_not_wait_is_answered_at_once_by_a_bu
     "sampling": ({"temperature": 1}, "a load takes the engine's settings"),
     "a file": ({"chat_template": "/etc/passwd"}, "chat_template names a file"),
     "another": ({"lora": ["x"]}, "lora names a file"), "a projector": ({"mmproj": "x"}, "mmproj names a file"),
-    "a server": ({"rpc": "127.0.0.1:1"}, "rpc names a server"), "a folder": ({"cache_dir": "none"}, "cache_dir names a directory"),
+    "a server": ({"rpc": "127.0.0.1:1"}, "rpc names a server"), "a folder": ({"cache_dir": "none"}, "names a directory"),
     "a synonym": ({"chat_template_file": "none"}, "names a file"), "no adapter": ({"lora": "none"}, "lora names a file"),
     "disk": ({"cache_disk": "100TB"}, "cache_disk takes disk"),
     "no such device": ({"device": "CUDA9"}, "there is no such device"), "no object": ([1], "must be a JSON object"),
@@ -10210,6 +10241,10 @@ def test_grammar_of_a_long_chain_of_rules_is_read_soon_and_tokens_are_named() ->
     assert time.thread_time() - begun < 5
     grammar = 'root ::= <think> "<b>" [<] <|end|> # <c>\n'
     assert module.token_names(grammar) == {"<think>", "<|end|>"}
+    begun = time.thread_time()
+    for opened in ("<" * 300_000, "<" + "[" * 300_000, "<" + '"\\' * 150_000):
+        module.token_names(opened)
+    assert time.thread_time() - begun < 2, "what is not closed is looked through once"
 
 
 def test_schema_in_vllms_words_is_alone_and_a_grammar_holds(server: Server) -> None:
