@@ -6594,9 +6594,10 @@ class Intake:
             cells = self._tokenized_segments(prompt) if least < ctx else Prompt(())
         count, about = len(cells.tokens) or least, "" if len(cells.tokens) else "at least "
         if count >= ctx:
+            most = self.llama.info.context_length or 0
             error = ContextLengthExceeded(
                 f"The prompt has {about}{count} tokens; this model's maximum context length is {ctx}, at least one of them for "
-                "the answer"  # OpenAI's words, by which clients know the error
+                f"the answer{f'; --ctx N allows up to {most}' if most > ctx else ''}"  # OpenAI's words: clients know them
             )
             error.sizes = (count, ctx - 1)
             raise error
@@ -8125,7 +8126,8 @@ class Names:
     def __init__(self, options: TableOptions, models: dict[str, ModelInfo], default: str | None = None) -> None:
         """`default` stays what it was while that is there."""
         self._wanted, self._aliases = options.default, options.aliases
-        self._all_aliases = (*options.aliases, *options.preset_aliases)
+        aliases = (*options.aliases, *options.preset_aliases)
+        self._all_aliases = sorted(aliases, key=lambda pair: bool(re.search(r"[*?[]", pair[0])))  # names before patterns
         self._models = models  # by id, in the order of the list
         self._stems = {id: pathlib.Path(m.path).stem for id, m in models.items()}
         self.default = default
@@ -8166,7 +8168,7 @@ class Names:
         if name == "default" and not self._wanted:
             if self._models:
                 return ModelNotFound(f"No model here generates text, only embedding models were found: {known}")
-            return ModelNotFound("No GGUF model was found: put one into ./models, or name its directory with --models-dir")
+            return ModelNotFound("No GGUF model was found: put one into ./models, name its folder with --models-dir, or pull one")
         wanted, may_be_path = name, name == "default"  # which the operator named; a request never names a path
         if self._wanted and may_be_path:
             wanted = self._wanted
@@ -12611,7 +12613,8 @@ def command_list(args: argparse.Namespace) -> int:
         print_table(["NAME", "PARAMS", "QUANT", "SIZE", "CONTEXT", "SEES", "FITS", "WHERE"],
                     [[printable(str(cell or "-"), MAX_SHOWN_PATH) for cell in row] for row in cells])  # fmt: skip
         if not found:
-            print("No GGUF model was found; put one into ./models or name its directory with --models-dir.", file=sys.stderr)
+            print("No GGUF model was found: put one into ./models, name its directory with --models-dir, or fetch one:\n"
+                  f"  {own_command()} pull {SUGGESTED}", file=sys.stderr)  # fmt: skip
     if args.verbose and not args.json:
         print_rows([("skipped", f"{each['path']}: {each['reason']}") for each in report.skipped], sys.stderr)
         print_rows([("note", note) for place in report.directories for note in place["notes"]], sys.stderr)
@@ -13390,7 +13393,7 @@ CHAT_HELP = """\
 /system TEXT    sets the system prompt, and forgets the conversation
 /help           shows this
 \"\"\"             begins a text of several lines, and ends it
-Ctrl-C stops an answer, Ctrl-D ends."""
+Ctrl-C stops an answer, Ctrl-D or /exit ends."""
 
 
 def converse(args: argparse.Namespace, source: TextSource, sampling: dict[str, Any]) -> int:
@@ -13402,6 +13405,8 @@ def converse(args: argparse.Namespace, source: TextSource, sampling: dict[str, A
     turns: list[dict[str, Any]] = []
     while (text := read_turn()) is not None:
         command, _, rest = text.strip().partition(" ")
+        if command in ("/exit", "/bye", "/quit"):  # as elsewhere
+            break
         if command == "/reset":
             turns = [turn for turn in turns if turn["role"] == "system"]
         elif command == "/system":

@@ -9698,6 +9698,12 @@ def test_models_named_in_vain_are_told_with_near_names(models: Path) -> None:
     assert lost == [("--model", "recitol", "; did you mean recital?"), ("--alias gpt-*", "nonesuch", "")]
 
 
+def test_alias_that_is_a_name_comes_before_patterns(models: Path) -> None:
+    options = TableOptions(aliases=(("gpt-4*", "dice"),), preset_aliases=(("gpt-4o-mini", "recital"),))
+    table = ModelTable(Catalog([SearchRoot(str(models), "--models-dir")]), lambda *_: None, options)  # type: ignore[arg-type]
+    assert (table.resolve("gpt-4o-mini"), table.resolve("gpt-4o")) == ("recital", "dice")
+
+
 def test_unknown_names_at_once_share_a_scan(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     table, scans, look = table_of(models, lambda *_: None), list[float](), Catalog._look
 
@@ -18225,9 +18231,10 @@ def test_chat_takes_commands_and_texts_of_several_lines(models: Path, tmp_path: 
 def test_chat_says_what_went_wrong_and_goes_on(models: Path, tmp_path: Path) -> None:
     with type_into_chat("--ctx", "128", models=models, home=tmp_path) as screen:
         screen.read_until("> ")
-        say(screen, "a" * 300, "does not fit", "/reset begins anew")
+        say(screen, "a" * 300, "does not fit", "--ctx N allows up to 65536", "/reset begins anew")
         say(screen, "hello", "Hello wide world")
-        end(screen)
+        os.write(screen.mine, b"/exit\n")
+        assert screen.process.wait(HANG) == 0
 
 
 @pty
