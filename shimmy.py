@@ -14,7 +14,7 @@
 Part I, the server, reads downward as a request flows. Its sections with their lines, 7 to 10 in the child:
 
     1    Limits and errors            180  every bound with its reason; ApiError and its kinds
-    2    Requests and events          740  a body becomes a checked request; the events of its answer
+    2    Requests and events          750  a body becomes a checked request; the events of its answer
     3    Models on disk               500  the catalog of model files; presets
     4    Chat                         850  messages to a prompt by the model's template (Helpers), its text back to events
     5    Tools                        450  a Python function is a tool; what built-in ones may reach
@@ -29,28 +29,28 @@ Part I, the server, reads downward as a request flows. Its sections with their l
     14.1 Dialects                     530  what OpenAI's clients speak, and our own
     14.2 Dialects of blocks           520  Messages and Responses
     14.3 Ollama and llama-server      550  their shapes, and what clients are told of models
-    15.1 Connections                  340  who may call, what comes in, who has left
+    15.1 Connections                  350  who may call, what comes in, who has left
     15.2 Wires                        110  documents to bytes; `deliver` is the one loop between
-    15.3 Routes                       260  one row a route
-    15.4 HTTP                         430  a connection's thread from its first byte to its last; how a server stops
+    15.3 Routes                       250  one row a route
+    15.4 HTTP                         440  a connection's thread from its first byte to its last; how a server stops
     16   WebSocket, lifecycle         270  asyncio on its side thread
     17.1 Command line                 490  flags and their meaning
     17.2 Commands                     620  serve, list, probe, diag, pull
-    17.3 generate                     560  by a running server or an engine of its own; main
+    17.3 generate                     580  by a running server or an engine of its own; main
 
 Part II is a library that knows no request, route or model in memory. Each head says what it offers and uses.
 
-    A    The machine                  410  memory, cores, versions, known faults, child processes
+    A    The machine                  420  memory, cores, versions, known faults, child processes
     B    GGUF headers                 380  a bounded reader, and the memory a model asks for
     C    Formats                      950  how models write thoughts and calls, and the parser of it
     D.1  Automata                     420  symbols, and the states of all readings of a text
-    D.2  Patterns                     420  regular expressions and GBNF
+    D.2  Patterns                     430  regular expressions and GBNF
     D.3  Strings                      590  sets of texts, with and, or and not
-    D.4  Numbers                      220  numbers by bounds and multiples
+    D.4  Numbers                      230  numbers by bounds and multiples
     E.1  JSON schemas                 350  a client's schema, read and checked
-    E.2  Shapes                       660  its normal form: meet, union, not
-    E.3  Grammars                     730  its documents, and calls, as symbols
-    F    Pull                         680  from a hub or any address into the cache
+    E.2  Shapes                       670  its normal form: meet, union, not
+    E.3  Grammars                     740  its documents, and calls, as symbols
+    F    Pull                         690  from a hub or any address into the cache
     G    Page                         960  the chat page at /
 
 Three seams. What the client speaks: a Dialect reads bodies and makes documents, a Wire sends them. What the model writes:
