@@ -7943,7 +7943,7 @@ def test_slow_picks_end_no_right_guesses(serve: Serve, tmp_path: Path) -> None:
     own = serve("--models-dir", tmp_path, script=script)
     body = {"model": "llama", "prompt": ids(STORY), "max_tokens": 58, "temperature": 0, "ignore_eos": True, "top_k": BENCH_COPIED}
     timings = own.post("/v1/completions", body).json()["usage"]["timings"]
-    assert timings["draft_n_accepted"] > 40 and timings["draft_n"] < 80, timings
+    assert timings["draft_n_accepted"] > max(20, 0.6 * timings["draft_n"]), timings
 
 
 def test_guessed_row_that_is_not_a_number_fails_the_request(serve: Serve, tmp_path: Path) -> None:
