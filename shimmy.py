@@ -8120,6 +8120,11 @@ def some_of(names: Seq[str], most: int = 5) -> str:
     return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
 
 
+def is_default(name: str) -> bool:
+    """True for a request's name of the default model, which may be left empty."""
+    return name.lower() in ("default", "")
+
+
 class Names:
     """Maps the names in requests to the models that one scan found. Never changes."""
 
@@ -8140,7 +8145,7 @@ class Names:
 
     def resolve(self, name: str) -> list[str]:
         """The ids that a name may mean, one if it is clear: `default`, id, alias, stem, letter case, prefix, in this order."""
-        if name.lower() in ("default", ""):
+        if is_default(name):
             return [self.default] if self.default else []
         if name in self._models:
             return [name]
@@ -8165,11 +8170,11 @@ class Names:
     def not_found(self, name: str, catalog: Catalog) -> ModelNotFound:
         """The error for a name that means nothing, or several models, with why a file of that name is no model."""
         known = some_of(list(self._models))
-        if name == "default" and not self._wanted:
+        if is_default(name) and not self._wanted:
             if self._models:
                 return ModelNotFound(f"No model here generates text, only embedding models were found: {known}")
             return ModelNotFound("No GGUF model was found: put one into ./models, name its folder with --models-dir, or pull one")
-        wanted, may_be_path = name, name == "default"  # which the operator named; a request never names a path
+        wanted, may_be_path = name, is_default(name)  # which the operator named; a request never names a path
         if self._wanted and may_be_path:
             wanted = self._wanted
         could_be = self._match(wanted) if may_be_path else self.resolve(name)
@@ -8179,7 +8184,7 @@ class Names:
             return ModelNotFound(details)
         if near := self.near(wanted):
             return ModelNotFound(details, hint=f" (did you mean {' or '.join(near)}? available: {known})")
-        alias = f"; serve --alias '{printable(name, 40)}=MODEL' gives a model this name" if name != "default" else ""
+        alias = f"; serve --alias '{printable(name, 40)}=MODEL' gives a model this name" if not is_default(name) else ""
         return ModelNotFound(details, hint=f" (available: {known}{alias})")
 
     def near(self, name: str) -> tuple[str, ...]:

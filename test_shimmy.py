@@ -9409,7 +9409,8 @@ def test_default_without_a_base_model_is_the_first_listed_and_stays_so(serve: Se
 def test_server_without_models_is_healthy_and_generate_is_404(serve: Serve, tmp_path: Path) -> None:
     server = serve(script=altered(tmp_path))  # beside which there is no model in the box
     assert server.get("/health").json()["models_loaded"] == 0
-    assert_error(server.generate(model="default"), 404, "model_not_found")
+    for name in ("default", "Default", ""):
+        assert_error(server.generate(model=name), 404, "model_not_found", "No GGUF model was found")
     assert_refuses_balancers(server, "No GGUF model")
     write_recital(server.home / "models" / "recital.gguf")
     eventually(lambda: server.get("/ready").status == 200, "the file is found")
@@ -19568,9 +19569,9 @@ def bench_drafts(table: BenchTable, model: Path, home: Path, options: argparse.N
         for what, count, fields in (("copying", 1, copying), ("free text", 1, free), ("eight free texts", 8, free)):
             speeds, began = list[list[float]](), time.perf_counter()
             while not speeds or (time.perf_counter() - began < 2 * options.seconds and len(speeds) < 15):
-                words, salt = max(options.words, 100), 90 + len(speeds)
+                words, tokens, salt = max(options.words, 100), 2 * options.tokens, 90 + len(speeds)
                 speeds.append([c.together(count, words, options.tokens, salt, **fields) if count > 1
-                               else c.writing(words, 2 * options.tokens, salt, **fields) for c in clients])  # fmt: skip
+                               else c.writing(words + tokens, tokens, salt, **fields) for c in clients])  # fmt: skip
             drafted, ratio = statistics.median(s[0] for s in speeds), statistics.median(s[0] / s[1] for s in speeds)
             table.add(f"{what} with drafts", drafted, "tokens/s", ratio, "without")
     finally:
