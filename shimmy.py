@@ -12787,7 +12787,7 @@ def plan_words(plan: Plan) -> list[str]:
         lines[0] += f", {human_bytes(plan.left)} still to fetch"
     elif not plan.left:
         lines[0] += ", here already"
-    lines += [f"  {printable(file.name)}  {human_bytes(file.size)}" for file, _ in plan.files]
+    lines += [f"  {printable(file.name)}  {human_bytes(file.size)}" for file in (each.file for each in plan.files)]
     lines.append(f"into {printable(os.path.dirname(plan.path), MAX_SHOWN_PATH)}")
     lines.append(memory_words(plan.size))
     if plan.others:
@@ -18828,10 +18828,14 @@ PULL_RETRY_SECONDS = (1.0, 2.0, 4.0, 8.0, 16.0)  # the pauses between tries; byt
 MAX_REMOTE_FILE = 1 << 63  # bytes; no file system has larger files
 MAX_RETRY_AFTER = 300.0  # seconds that a busy server may have us wait
 MAX_REDIRECTS = 8
+BUSY = (429, 500, 502, 503, 504)  # statuses after which to try again
 
 
 class PullFailed(ApiError, status=502, message="The model could not be fetched"):
     """The model could not be fetched; the message says why, and what helps."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message=message)
 
 
 class DiskFull(PullFailed, status=507):
@@ -18857,11 +18861,10 @@ class Wanted:
 
 def is_address(url: str) -> bool:
     """True for an http or https address that names a host, and no impossible port."""
-    try:
+    with contextlib.suppress(ValueError):
         parts = urllib.parse.urlsplit(url)
         return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:
-        return False
+    return False
 
 
 def quoted(address: str | bytes) -> str:
@@ -18873,7 +18876,7 @@ def hub_address() -> str:
     """The hub's address. Raises PullFailed when HF_ENDPOINT is none."""
     address = (os.environ.get("HF_ENDPOINT") or HUB).rstrip("/")
     if not is_address(address):
-        raise PullFailed(message=f"HF_ENDPOINT is '{printable(address)}': write an address, such as {HUB}")
+        raise PullFailed(f"HF_ENDPOINT is '{printable(address)}': write an address, such as {HUB}")
     return address
 
 
@@ -18925,12 +18928,12 @@ class Offer:
 
     @property
     def quant(self) -> str:
-        """The quantization that its name or its folder's states, or ""."""
-        return next(iter(QUANT_IN_NAME.findall(self.stem.replace("/", "-"))[::-1]), "").upper()
+        return quant_in(self.stem)
 
     @property
     def label(self) -> str:
-        return self.quant or self.stem
+        """For a message."""
+        return printable(self.quant or self.stem, 60)
 
     def preference(self) -> tuple[Any, ...]:
         """Sorts Q4_K_M to the front, then its neighbours: more bits rather than fewer, K-quants rather than others."""
@@ -18943,6 +18946,11 @@ class Offer:
         names = {n.lower() for file in self.files for n in (file.name, file.name.rpartition("/")[2])}
         part = part.lower()
         return 3 * (part in names) or 2 * (part == self.quant.lower()) or int(self.stem.lower().endswith(part))
+
+
+def quant_in(stem: str) -> str:
+    """The quantization that a file's name or its folder's states, or ""."""
+    return next(iter(QUANT_IN_NAME.findall(stem.replace("/", "-"))[::-1]), "").upper()
 
 
 def offers_of(files: Iterable[RemoteFile]) -> list[Offer]:
@@ -18962,74 +18970,25 @@ def projector_for(offer: Offer, files: Iterable[RemoteFile]) -> list[RemoteFile]
     found = []
     for file in files:
         place, _, name = file.name.rpartition("/")
-        quant = next(iter(QUANT_IN_NAME.findall(name.rpartition(".")[0])[::-1]), "").upper()
         if re.search(r"mmproj.*\.gguf$", name, re.I) and (not place or f"{folder}/".startswith(f"{place}/")):
-            found.append((-len(place), quant not in ("F16", "Q8_0"), file.size, file.name, file))
+            found.append((-len(place), quant_in(name[:-5]) not in ("F16", "Q8_0"), file.size, file.name, file))
     return [min(found)[-1]] if found else []
 
 
 def choose_offer(offers: Seq[Offer], part: str) -> Offer | None:
     """The model that the part names, or without one the most usual quantization; None if nothing is called so."""
-    if not part or part.lower() == "latest":
-        return min(offers, key=Offer.preference, default=None)
-    best = max((offer.is_called(part) for offer in offers), default=0)
-    return min((o for o in offers if best and o.is_called(part) == best), key=Offer.preference, default=None)
+    if part and part.lower() != "latest":
+        best = max((offer.is_called(part) for offer in offers), default=0)
+        offers = [offer for offer in offers if best and offer.is_called(part) == best]
+    return min(offers, key=Offer.preference, default=None)
 
 
 def offered_names(offers: Iterable[Offer]) -> list[str]:
     """Lists models for a message, smallest first, each with its size."""
-    return [f"{printable(o.label, 60)} ({human_bytes(o.size)})" for o in sorted(offers, key=lambda o: o.size)]
+    return [f"{o.label} ({human_bytes(o.size)})" for o in sorted(offers, key=lambda o: o.size)]
 
 
 # Where it goes
-
-
-@dataclass(frozen=True)
-class Target:
-    """A file's place on the disk, where `path` leads to the bytes in `blob`; until it is whole it grows in `partial`."""
-
-    path: str
-    blob: str
-    partial: str
-    lock: str
-
-    def holds(self, size: int) -> bool:
-        return any(os.path.isfile(path) and os.path.getsize(path) == size for path in (self.blob, self.path))
-
-    def begun(self) -> int:
-        """Bytes that an earlier pull has left."""
-        return os.path.getsize(self.partial) if os.path.isfile(self.partial) else 0
-
-    def link(self) -> None:
-        """Makes `path` lead to the blob; where there are no links, as on many Windows machines, the blob moves there."""
-        if os.path.exists(self.path):
-            return
-        os.makedirs(os.path.dirname(self.path), exist_ok=True)
-        try:
-            os.symlink(os.path.relpath(self.blob, os.path.dirname(self.path)), self.path)
-        except FileExistsError:
-            pass  # another pull was faster
-        except (OSError, NotImplementedError):
-            os.replace(self.blob, self.path)
-
-
-def hub_target(folder: str, commit: str, file: RemoteFile) -> Target:
-    """A file's place in the hub's cache, as huggingface_hub lays it out, locks included."""
-    blob = os.path.join(folder, "blobs", file.digest)
-    cache, name = os.path.split(folder)
-    return Target(os.path.join(folder, "snapshots", commit, *file.name.split("/")), blob, f"{blob}.shimmy.incomplete",
-                  os.path.join(cache, ".locks", name, f"{file.digest}.lock"))  # fmt: skip
-
-
-def plain_target(folder: str, file: RemoteFile) -> Target:
-    """A file's place in a plain folder. What the server says of it names the part, so that another file is not continued."""
-    import hashlib
-
-    path = os.path.join(folder, file.name)
-    address = file.url.partition("?")[0]  # what is behind it may be a signature, another each time
-    key = hashlib.sha256(f"{address} {file.size} {file.etag}".encode()).hexdigest()[:12]
-    lock = os.path.join(user_cache(), "locks", hashlib.sha256(os.path.realpath(path).encode()).hexdigest()[:24])
-    return Target(path, path, f"{path}.{key}.incomplete", lock)
 
 
 def repository_folder(repo: str) -> str:
@@ -19071,19 +19030,30 @@ def lock_file(file: IO[str]) -> bool:
     return True
 
 
+def is_safe_name(name: Any) -> bool:
+    """True for a path that stays below its folder on every system, and that a terminal can show."""
+    parts = name.split("/") if isinstance(name, str) and name.isprintable() else [""]
+    return all(part.strip(". ") and len(part) < 200 and not set(part) & set('\\:*?"<>|') for part in parts)
+
+
 # Asking for it
 
 
 def hub_token() -> str | None:
     """The hub's token, from HF_TOKEN or the file that `hf auth login` writes."""
-    path = os.environ.get("HF_TOKEN_PATH") or os.path.join(hub_home(), "token")
     token = os.environ.get("HF_TOKEN") or os.environ.get("HUGGING_FACE_HUB_TOKEN")
     with contextlib.suppress(OSError, ValueError):
+        path = os.environ.get("HF_TOKEN_PATH") or os.path.join(hub_home(), "token")
         token = token or pathlib.Path(path).expanduser().read_text()
     token = (token or "").strip()
     if token and not re.fullmatch(r"[!-~]+", token):
         raise InvalidRequest("HF_TOKEN holds a character that no token has")
     return token or None
+
+
+def host_of(url: str) -> str:
+    """An address's host and port, for a message."""
+    return printable(urllib.parse.urlsplit(url).netloc)
 
 
 def origin_of(url: str) -> tuple[str, str, int | None]:
@@ -19108,13 +19078,11 @@ def retry_after(headers: http.client.HTTPMessage) -> float | None:
 class Pull:
     """One pull: `plan` asks what there is, `run` fetches it; both yield how far they are. Only the hub gets its token."""
 
-    BUSY = (429, 500, 502, 503, 504)
-
     def __init__(self, cancel: Cancellation) -> None:
         import urllib.request as web
 
         self.url, self._token, self.cancel = hub_address(), hub_token(), cancel
-        self.host = urllib.parse.urlsplit(self.url).netloc
+        self.host = host_of(self.url)
         self._woken, self._answers = threading.Event(), queue.SimpleQueue[Any]()
         self._socket: socket.socket | None = None  # of the last answer
         cancel.on_cancel(self._break_off)
@@ -19135,22 +19103,18 @@ class Pull:
         self._woken.wait(seconds)
         self.cancel.check()
 
-    def wait(self, seconds: float, why: str) -> Iterator[Fetching]:
-        """Waits to try again, and tells every second how many are left, so that nobody gives us up; raises Cancelled."""
-        end = time.monotonic() + seconds
-        while (left := end - time.monotonic()) > 0:
-            yield Fetching(f"{why}, trying again in {left:.0f} s")
-            self.pause(min(left, 1.0))
-
     def get(self, url: str, headers: Mapping[str, str]) -> Generator[Fetching, None, http.client.HTTPResponse]:
         """The answer, behind redirects, once a server is not busy, whatever its status. Raises ConnectionLost, PullFailed."""
         for usual in (*PULL_RETRY_SECONDS, math.inf):
             response = self._follow(url, headers)
             pause = usual if math.isinf(usual) else retry_after(response.headers) or usual
-            if response.status not in self.BUSY or pause > MAX_RETRY_AFTER:
+            if response.status not in BUSY or pause > MAX_RETRY_AFTER:
                 break
             response.close()
-            yield from self.wait(pause, f"{printable(urllib.parse.urlsplit(url).netloc)} is busy ({response.status})")
+            end = time.monotonic() + pause
+            while (left := end - time.monotonic()) > 0:  # told every second, so that nobody gives us up
+                yield Fetching(f"{host_of(url)} is busy ({response.status}), trying again in {left:.0f} s")
+                self.pause(min(left, 1.0))
         return response
 
     def _follow(self, url: str, headers: Mapping[str, str]) -> http.client.HTTPResponse:
@@ -19164,8 +19128,8 @@ class Pull:
             with contextlib.suppress(ValueError):  # then it is no address
                 url = urllib.parse.urljoin(before, quoted(location.encode("latin-1")))
             if not is_address(url) or origin_of(before)[0] == "https" != origin_of(url)[0]:
-                raise PullFailed(message=f"{urllib.parse.urlsplit(before).netloc} redirects to {printable(url)}: refused")
-        raise PullFailed(message=f"{urllib.parse.urlsplit(url).netloc} redirects in circles")
+                raise PullFailed(f"{host_of(before)} redirects to {printable(url)}: refused")
+        raise PullFailed(f"{host_of(url)} redirects in circles")
 
     def _send(self, url: str, headers: Mapping[str, str]) -> http.client.HTTPResponse:
         """Asks in a thread that a cancel leaves behind: nothing else ends a look-up, which may take minutes."""
@@ -19179,61 +19143,52 @@ class Pull:
             except Exception as error:  # raised again where it is waited for
                 self._answers.put(error)
 
-        try:
+        with connection_errors():
             threading.Thread(target=ask, name="asking", daemon=True).start()
             answer = self._answers.get()
             if isinstance(answer, Exception):
                 raise answer
             self._socket = socket.fromfd(answer.fileno(), socket.AF_INET, socket.SOCK_STREAM)  # of any family: to shut it down
-        except (OSError, RuntimeError, ValueError, http.client.HTTPException) as error:
-            raise ConnectionLost(connection_words(error)) from None
         self.cancel.check()
         return answer  # type: ignore[no-any-return]
 
     def read(self, response: http.client.HTTPResponse) -> bytes:
         """Some bytes, none at the end. Raises ConnectionLost, Cancelled."""
         self.cancel.check()
-        try:
+        with connection_errors():
             return response.read1(PULL_CHUNK)
-        except (OSError, http.client.HTTPException, ValueError) as error:
-            raise ConnectionLost(connection_words(error)) from None
 
     # The hub's own API
 
-    def _read_document(self, response: http.client.HTTPResponse) -> bytes:
-        """A whole answer, as far as MAX_LISTING. Raises ConnectionLost, Cancelled."""
-        data = bytearray()
-        while len(data) < MAX_LISTING and (chunk := self.read(response)):
-            data += chunk
-        return bytes(data)
+    def _ask_hub(self, path: str, repo: str) -> Generator[Fetching, None, Any]:
+        """A JSON document, as far as MAX_LISTING. Raises ConnectionLost, Cancelled, ValueError, RecursionError; see refusal."""
+        with contextlib.closing((yield from self.get(self.url + path, {}))) as response:
+            if repo and response.status != 200:
+                raise (yield from self.refusal(response, repo))
+            data = bytearray()
+            while len(data) < MAX_LISTING and (chunk := self.read(response)):
+                data += chunk
+        return json.loads(data)
 
     def listing(self, repo: str) -> Generator[Fetching, None, tuple[str, list[RemoteFile]]]:
         """A repository's commit and files. Raises PullFailed, Forbidden, ModelNotFound."""
         try:
-            response = yield from self.get(f"{self.url}/api/models/{repo}/revision/main?blobs=true", {})
-            with contextlib.closing(response):
-                if response.status != 200:
-                    raise (yield from self.refusal(response, repo))
-                data = self._read_document(response)
+            document = yield from self._ask_hub(f"/api/models/{repo}/revision/main?blobs=true", repo)
+            commit, files = document["sha"], []
+            if not re.fullmatch(r"[0-9a-f]{40}", commit):
+                raise ValueError("no commit")
+            for sibling in document["siblings"]:
+                name, size = sibling["rfilename"], sibling.get("size")
+                digest = (sibling.get("lfs") or {}).get("sha256") or sibling.get("blobId") or ""
+                sane = is_safe_name(name) and isinstance(size, int) and 0 <= size < MAX_REMOTE_FILE
+                if sane and re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", digest):
+                    url = f"{self.url}/{repo}/resolve/{commit}/{urllib.parse.quote(name)}"
+                    files.append(RemoteFile(name, url, size, digest))
         except ConnectionLost as error:
             other = "" if os.environ.get("HF_ENDPOINT") else "; is the network there? HF_ENDPOINT names another hub"
-            raise PullFailed(message=f"{self.host} cannot be reached: {error}{other}") from None
-        try:
-            return self._read_listing(repo, json.loads(data))
+            raise PullFailed(f"{self.host} cannot be reached: {error}{other}") from None
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-            raise PullFailed(message=f"what {self.host} answers is no list of a repository's files") from None
-
-    def _read_listing(self, repo: str, document: Any) -> tuple[str, list[RemoteFile]]:
-        commit, files = document["sha"], []
-        if not re.fullmatch(r"[0-9a-f]{40}", commit):
-            raise ValueError("no commit")
-        for sibling in document["siblings"]:
-            name, size = sibling["rfilename"], sibling.get("size")
-            digest = (sibling.get("lfs") or {}).get("sha256") or sibling.get("blobId") or ""
-            sane = is_safe_name(name) and isinstance(size, int) and 0 <= size < MAX_REMOTE_FILE
-            if sane and re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", digest):
-                url = f"{self.url}/{repo}/resolve/{commit}/{urllib.parse.quote(name)}"
-                files.append(RemoteFile(name, url, size, digest))
+            raise PullFailed(f"what {self.host} answers is no list of a repository's files") from None
         return commit, files
 
     def refusal(self, response: http.client.HTTPResponse, repo: str) -> Generator[Fetching, None, ApiError]:
@@ -19242,7 +19197,7 @@ class Pull:
         if not repo or status not in (401, 403, 404) or origin_of(response.url) != origin_of(self.url):
             wait = retry_after(response.headers)
             later = f"; it asks to be left alone for {wait:.0f} s" if wait else ""
-            return PullFailed(message=f"{printable(urllib.parse.urlsplit(response.url).netloc)} answers {status}{later}")
+            return PullFailed(f"{host_of(response.url)} answers {status}{later}")
         token = f"HF_TOKEN (made at {self.url}/settings/tokens)"
         if said == "GatedRepo" or (status == 403 and said != "RepoNotFound"):
             how = "with the account of your HF_TOKEN" if self._token else f"and set {token}"
@@ -19258,10 +19213,8 @@ class Pull:
 
         words = urllib.parse.quote(repo.partition("/")[2])
         with contextlib.suppress(ConnectionLost, PullFailed, ValueError, TypeError, LookupError, AttributeError, RecursionError):
-            response = yield from self.get(f"{self.url}/api/models?search={words}&filter=gguf&limit=20", {})
-            with contextlib.closing(response):
-                ids = [found["id"] for found in json.loads(self._read_document(response))]
-            return difflib.get_close_matches(repo, [id for id in ids if repository(id)], n=3, cutoff=0.3)
+            found = yield from self._ask_hub(f"/api/models?search={words}&filter=gguf&limit=20", "")
+            return difflib.get_close_matches(repo, [each["id"] for each in found if repository(each["id"])], n=3, cutoff=0.3)
         return []
 
     # What is asked for
@@ -19274,27 +19227,30 @@ class Pull:
             self._socket = None
 
     def _plan_repository(self, wanted: Wanted) -> Generator[Fetching, None, Plan]:
-        commit, files = yield from self.listing(wanted.repo)
+        repo = wanted.repo
+        commit, files = yield from self.listing(repo)
         offers = offers_of(files)
         chosen = choose_offer(offers, wanted.part)
-        if chosen is None:
-            raise self._nothing_called(wanted, offers, files)
-        folder = repository_folder(wanted.repo)
-        fetched = (*chosen.files, *(projector_for(chosen, files) if wanted.sees else ()))
-        targets = tuple((file, hub_target(folder, commit, file)) for file in fetched)
-        others = tuple(offered_names(o for o in offers if o is not chosen))
-        return Plan(f"{wanted.repo}:{printable(chosen.label, 60)}", targets, wanted.repo, others, commit)
-
-    @staticmethod
-    def _nothing_called(wanted: Wanted, offers: Seq[Offer], files: Seq[RemoteFile]) -> ApiError:
         if not offers:
             other = next((f.name for f in files if f.name.endswith((".safetensors", ".bin"))), None)
             hint = f" (it has {printable(other)}): look for one whose name ends in -GGUF" if other else ""
-            return ModelNotFound(message=f"{wanted.repo} holds no GGUF model{hint}")
-        there = some_of(offered_names(offers), 12)
-        return ModelNotFound(message=f"{wanted.repo} has no {printable(wanted.part, 60)}; there are {there}")
+            raise ModelNotFound(message=f"{repo} holds no GGUF model{hint}")
+        if chosen is None:
+            there = some_of(offered_names(offers), 12)
+            raise ModelNotFound(message=f"{repo} has no {printable(wanted.part, 60)}; there are {there}")
+        cache, name = os.path.split(folder := repository_folder(repo))
+        downloads = []
+        for file in (*chosen.files, *(projector_for(chosen, files) if wanted.sees else ())):
+            path = os.path.join(folder, "snapshots", commit, *file.name.split("/"))
+            blob = os.path.join(folder, "blobs", file.digest)
+            lock = os.path.join(cache, ".locks", name, f"{file.digest}.lock")  # all as huggingface_hub has it
+            downloads.append(Download(self, repo, file, path, blob, f"{blob}.shimmy.incomplete", lock))
+        others = tuple(offered_names(o for o in offers if o is not chosen))
+        return Plan(f"{repo}:{chosen.label}", tuple(downloads), repo, others, commit)
 
     def _plan_address(self, url: str, folder: str) -> Generator[Fetching, None, Plan]:
+        import hashlib
+
         name = urllib.parse.unquote(urllib.parse.urlsplit(url).path).rpartition("/")[2]
         if not name.lower().endswith(".gguf") or not is_safe_name(name):
             raise InvalidRequest(f"'{printable(url)}' does not name a .gguf file", "model")
@@ -19303,91 +19259,123 @@ class Pull:
                 if response.status != 200:
                     raise (yield from self.refusal(response, ""))
                 length, etag = response.headers.get("Content-Length") or "", response.headers.get("ETag") or ""
-                start = response.read(4)
-        except (ConnectionLost, OSError, http.client.HTTPException) as error:
-            raise PullFailed(message=f"{urllib.parse.urlsplit(url).netloc} cannot be reached: {error}") from None
+                with connection_errors():
+                    start = response.read(4)
+        except ConnectionLost as error:
+            raise PullFailed(f"{host_of(url)} cannot be reached: {error}") from None
         if start != b"GGUF" or not re.fullmatch(r"\d{1,15}", length):
-            raise PullFailed(message=f"what {printable(url)} gives is no GGUF file, or of unknown size")
+            raise PullFailed(f"what {printable(url)} gives is no GGUF file, or of unknown size")
         file = RemoteFile(name, url, int(length), etag="" if etag.startswith("W/") else etag)
-        target = plain_target(os.path.abspath(folder), file)
-        if os.path.lexists(target.path) and not target.holds(file.size):
-            raise PullFailed(message=f"{printable(target.path, 400)} is there already, and is another file: move it away first")
-        return Plan(name, ((file, target),))
+        path = os.path.join(os.path.abspath(folder), name)
+        # what the server says of a file names its part, so that another file is not continued; behind ? may be a signature
+        key = hashlib.sha256(f"{url.partition('?')[0]} {file.size} {file.etag}".encode()).hexdigest()[:12]
+        lock = os.path.join(user_cache(), "locks", hashlib.sha256(os.path.realpath(path).encode()).hexdigest()[:24])
+        download = Download(self, "", file, path, path, f"{path}.{key}.incomplete", lock)
+        if os.path.lexists(path) and not download.is_here():
+            raise PullFailed(f"{printable(path, 400)} is there already, and is another file: move it away first")
+        return Plan(name, (download,))
 
     def run(self, plan: Plan) -> Generator[Fetching, None, None]:
         """Fetches all that is not here yet. Raises as Download.run does, but PullFailed for what cannot be written."""
-        free = free_disk(plan.files[0][1].blob)
+        free = free_disk(plan.path)
         if free is not None and plan.left > free:
-            need = f"{human_bytes(plan.left)} are to be fetched, {human_bytes(free)} are free"
-            raise DiskFull(message=f"the disk is too small: {need}")
+            raise DiskFull(f"the disk is too small: {human_bytes(plan.left)} are to be fetched, {human_bytes(free)} are free")
         try:
-            for file, target in plan.files:
-                yield from Download(self, plan.repo, file, target).run()
+            for download in plan.files:
+                yield from download.run()
             if plan.commit:
                 write_reference(repository_folder(plan.repo), plan.commit)
         except OSError as error:
             where = f"{printable(str(error.filename), 400)}: " if error.filename else ""
-            raise PullFailed(message=f"the model cannot be written: {where}{error.strerror or error}") from None
+            raise PullFailed(f"the model cannot be written: {where}{error.strerror or error}") from None
         finally:
             self._socket = None
 
 
-def connection_words(error: BaseException) -> str:
-    """Why a connection failed, in the system's words."""
-    reason = getattr(error, "reason", error)
-    return printable(str(getattr(reason, "strerror", None) or reason or type(error).__name__))
+@contextlib.contextmanager
+def connection_errors() -> Iterator[None]:
+    """Raises ConnectionLost, in the system's words, for whatever ends a connection."""
+    import http.client
 
-
-def is_safe_name(name: Any) -> bool:
-    """True for a path that stays below its folder on every system, and that a terminal can show."""
-    parts = name.split("/") if isinstance(name, str) and name.isprintable() else [""]
-    return all(part.strip(". ") and len(part) < 200 and not set(part) & set('\\:*?"<>|') for part in parts)
+    try:
+        yield
+    except (OSError, RuntimeError, ValueError, http.client.HTTPException) as error:
+        reason = getattr(error, "reason", error)
+        words = getattr(reason, "strerror", None) or reason or type(error).__name__
+        raise ConnectionLost(printable(str(words))) from None
 
 
 # Fetching it
 
 
 class Download:
-    """One file on its way to the disk: resumes what is there, goes on after a cut, and checks what came."""
+    """One file on its way to the disk: resumes what is there, goes on after a cut, and checks what came.
 
-    def __init__(self, pull: Pull, repo: str, file: RemoteFile, target: Target) -> None:
-        import hashlib
+    `path` leads to the bytes in `blob`; until they are whole they grow in `partial`.
+    """
 
-        self._pull, self._repo, self._file, self._target = pull, repo, file, target
-        git = len(file.digest) == 40
-        self._new_hash = lambda: hashlib.sha1(b"blob %d\0" % file.size, usedforsecurity=False) if git else hashlib.sha256()
+    def __init__(self, pull: Pull, repo: str, file: RemoteFile, path: str, blob: str, partial: str, lock: str) -> None:
+        self._pull, self._repo, self.file, self.path = pull, repo, file, path
+        self._blob, self._partial, self._lock = blob, partial, lock
         self._have = 0  # bytes in the partial file
+
+    def is_here(self) -> bool:
+        return any(os.path.isfile(path) and os.path.getsize(path) == self.file.size for path in (self._blob, self.path))
+
+    def left(self) -> int:
+        """Bytes still to fetch, behind those that an earlier pull has left."""
+        begun = os.path.getsize(self._partial) if os.path.isfile(self._partial) else 0
+        return 0 if self.is_here() else max(0, self.file.size - begun)
 
     def run(self) -> Iterator[Fetching]:
         """Raises PullFailed, Forbidden, ModelNotFound, Cancelled, OSError; the part stays for the next time."""
-        target, size = self._target, self._file.size
-        for path in (target.partial, target.lock):
+        for path in (self._partial, self._lock):
             os.makedirs(os.path.dirname(path), exist_ok=True)
-        with open(target.lock, "a") as lock:
+        with open(self._lock, "a") as lock:
             while not lock_file(lock):
                 yield self._event("waiting for another pull of ")
                 self._pull.pause(0.2)
-            if not target.holds(size):
-                with open(target.partial, "a+b", buffering=0) as part:
+            if not self.is_here():
+                with open(self._partial, "a+b", buffering=0) as part:
                     yield from self._complete(part)
-                if self._file.digest and self._hash.hexdigest() != self._file.digest:
-                    os.remove(target.partial)
-                    what = "SHA-256" if len(self._file.digest) == 64 else "checksum"
-                    wrong = f"its {what} is wrong, so it was removed; pull it again"
-                    raise PullFailed(message=f"{printable(self._file.name)}: {wrong}")
-                os.replace(target.partial, target.blob)
-            target.link()
-        self._have = size
-        yield self._event("")
+                if self.file.digest and self._hash.hexdigest() != self.file.digest:
+                    os.remove(self._partial)
+                    what = "SHA-256" if len(self.file.digest) == 64 else "checksum"
+                    raise self._failure(f"its {what} is wrong, so it was removed; pull it again")
+                os.replace(self._partial, self._blob)
+            self._link()
+        self._have = self.file.size
+        yield self._event()
 
-    def _event(self, doing: str) -> Fetching:
-        return Fetching(doing + printable(self._file.name, 60), self._file.digest, self._have, self._file.size)
+    def _event(self, doing: str = "") -> Fetching:
+        return Fetching(doing + printable(self.file.name, 60), self.file.digest, self._have, self.file.size)
+
+    def _failure(self, why: str, kind: type[PullFailed] = PullFailed) -> PullFailed:
+        return kind(f"{printable(self.file.name)}: {why}")
+
+    def _link(self) -> None:
+        """Makes `path` lead to the blob; where there are no links, as on many Windows machines, the blob moves there."""
+        if os.path.exists(self.path):
+            return
+        os.makedirs(os.path.dirname(self.path), exist_ok=True)
+        try:
+            os.symlink(os.path.relpath(self._blob, os.path.dirname(self.path)), self.path)
+        except FileExistsError:
+            pass  # another pull was faster
+        except (OSError, NotImplementedError):
+            os.replace(self._blob, self.path)
 
     def _complete(self, part: BinaryIO) -> Iterator[Fetching]:
         """Fetches what the part lacks, over as many connections as that takes."""
-        yield from self._take_up(part)
+        self._begin()
+        part.seek(0)
+        while chunk := part.read(PULL_CHUNK):  # what an earlier pull has left
+            self._pull.cancel.check()
+            yield self._count(chunk)
+        if self._have > self.file.size:
+            self._begin(part)
         pauses, most = iter(PULL_RETRY_SECONDS), self._have
-        while self._have < self._file.size:
+        while self._have < self.file.size:
             try:
                 yield from self._receive(part)
             except ConnectionLost as lost:
@@ -19395,44 +19383,41 @@ class Download:
                     pauses, most = iter(PULL_RETRY_SECONDS), self._have
                 pause = next(pauses, None)
                 if pause is None:
-                    left = f"; {human_bytes(self._have)} of {human_bytes(self._file.size)} are here, pull again to go on"
-                    raise PullFailed(message=f"{printable(self._file.name)}: {lost}{left}") from None
-                yield Fetching(f"{lost}: going on in {pause:.0f} s", self._file.digest, self._have, self._file.size)
+                    here = f"{human_bytes(self._have)} of {human_bytes(self.file.size)} are here"
+                    raise self._failure(f"{lost}; {here}, pull again to go on") from None
+                yield replace(self._event(), status=f"{lost}: going on in {pause:.0f} s")
                 self._pull.pause(pause)
 
-    def _restart(self, part: BinaryIO) -> None:
-        part.truncate(0)
-        self._have, self._hash = 0, self._new_hash()
+    def _begin(self, part: BinaryIO | None = None) -> None:
+        """Counts and hashes from nothing, and empties the part."""
+        import hashlib
 
-    def _take_up(self, part: BinaryIO) -> Iterator[Fetching]:
-        """Reads what an earlier pull has left."""
-        self._have, self._hash = 0, self._new_hash()
-        part.seek(0)
-        while chunk := part.read(PULL_CHUNK):
-            self._pull.cancel.check()
-            self._hash.update(chunk)
-            self._have += len(chunk)
-            yield self._event("")
-        if self._have > self._file.size:
-            self._restart(part)
+        if part:
+            part.truncate(0)
+        git = len(self.file.digest) == 40
+        self._hash = hashlib.sha1(b"blob %d\0" % self.file.size, usedforsecurity=False) if git else hashlib.sha256()
+        self._have = 0
+
+    def _count(self, chunk: bytes) -> Fetching:
+        self._hash.update(chunk)
+        self._have += len(chunk)
+        return self._event()
 
     def _receive(self, part: BinaryIO) -> Iterator[Fetching]:
         """One connection's bytes, behind those that are here. Raises ConnectionLost when they end too early."""
         headers = {"Range": f"bytes={self._have}-"} if self._have else {}
-        if self._have and self._file.etag:
-            headers["If-Range"] = self._file.etag
-        with contextlib.closing((yield from self._pull.get(self._file.url, headers))) as response:
+        if self._have and self.file.etag:
+            headers["If-Range"] = self.file.etag
+        with contextlib.closing((yield from self._pull.get(self.file.url, headers))) as response:
             if response.status not in (200, 206, 416):
                 raise (yield from self._pull.refusal(response, self._repo))
             self._check_answer(response, part)
             while chunk := self._pull.read(response):
-                if self._have + len(chunk) > self._file.size:
-                    raise PullFailed(message=f"{printable(self._file.name)}: the server sends more than {self._file.size} bytes")
+                if self._have + len(chunk) > self.file.size:
+                    raise self._failure(f"the server sends more than {self.file.size} bytes")
                 self._append(part, chunk)
-                self._hash.update(chunk)
-                self._have += len(chunk)
-                yield self._event("")
-        if self._have < self._file.size:
+                yield self._count(chunk)
+        if self._have < self.file.size:
             raise ConnectionLost("the connection was cut")
 
     def _append(self, part: BinaryIO, chunk: bytes) -> None:
@@ -19444,22 +19429,20 @@ class Download:
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise
-            room = f"make room for {human_bytes(self._file.size - self._target.begun())} and pull again to go on"
-            remove = f"or remove {printable(part.name, 400)}"
-            raise DiskFull(message=f"{printable(self._file.name)}: {error.strerror}: {room}, {remove}") from None
+            room = f"make room for {human_bytes(self.left())} and pull again to go on, or remove {printable(part.name, 400)}"
+            raise self._failure(f"{error.strerror}: {room}", DiskFull) from None
 
     def _check_answer(self, response: http.client.HTTPResponse, part: BinaryIO) -> None:
         """Starts anew if the server sends something else than the rest that was asked for."""
         sent = re.fullmatch(r"bytes (\d{1,15})-\d+/(\d+|\*)", response.headers.get("Content-Range") or "")
-        goes_on = response.status == 206 and sent and int(sent[1]) == self._have and sent[2] in ("*", str(self._file.size))
+        goes_on = response.status == 206 and sent and int(sent[1]) == self._have and sent[2] in ("*", str(self.file.size))
         if self._have and not goes_on:
-            self._restart(part)
+            self._begin(part)
             if response.status != 200:
                 raise ConnectionLost("the server cannot go on where the part ends")
-        length = response.headers.get("Content-Length")
-        if length is not None and length.strip() != str(self._file.size - self._have):
-            told = f"the server sends {printable(length, 20)} bytes, not {self._file.size - self._have}"
-            raise PullFailed(message=f"{printable(self._file.name)}: {told}")
+        length, wanted = response.headers.get("Content-Length"), self.file.size - self._have
+        if length is not None and length.strip() != str(wanted):
+            raise self._failure(f"the server sends {printable(length, 20)} bytes, not {wanted}")
 
 
 @dataclass(frozen=True)
@@ -19467,7 +19450,7 @@ class Plan:
     """The files that a pull will fetch, and where they go."""
 
     title: str  # as one would ask for it
-    files: tuple[tuple[RemoteFile, Target], ...]
+    files: tuple[Download, ...]
     repo: str = ""
     others: tuple[str, ...] = ()  # what else the repository has
     commit: str = ""
@@ -19475,16 +19458,16 @@ class Plan:
     @property
     def path(self) -> str:
         """Where the model lies afterwards."""
-        return self.files[0][1].path
+        return self.files[0].path
 
     @property
     def size(self) -> int:
-        return sum(file.size for file, _ in self.files)
+        return sum(download.file.size for download in self.files)
 
     @property
     def left(self) -> int:
         """Bytes still to fetch."""
-        return sum(max(0, file.size - target.begun()) for file, target in self.files if not target.holds(file.size))
+        return sum(download.left() for download in self.files)
 
 
 def free_disk(path: str) -> int | None:
