@@ -11954,10 +11954,22 @@ class UsageError(Exception):
     """The command line asks for something impossible: exit 2."""
 
 
+class HelpFormat(argparse.HelpFormatter):
+    """Wraps the description, and leaves the examples behind the options as they are."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return text if ":\n  " in text else super()._fill_text(text, width, indent)
+
+
 class Arguments(argparse.ArgumentParser):
     """argparse that says what is wrong first, in one line, instead of twelve lines of usage; no flag may be abbreviated."""
 
-    def __init__(self, **settings: Any) -> None:
+    def __init__(self, command: str | None = None, **settings: Any) -> None:
+        """With the HELP of a command, "" for the whole command line."""
+        if command is not None:
+            arguments, description, epilog = HELP[command]
+            usage = f"%(prog)s [options] {arguments}".rstrip()
+            settings |= {"usage": usage, "description": description, "epilog": epilog, "formatter_class": HelpFormat}
         super().__init__(**{"allow_abbrev": False} | settings)
 
     def error(self, message: str) -> NoReturn:
@@ -12059,54 +12071,39 @@ examples:
 }
 
 
-class HelpFormat(argparse.HelpFormatter):
-    """Wraps the description, and leaves the examples behind the options as they are."""
-
-    def _fill_text(self, text: str, width: int, indent: str) -> str:
-        return text if ":\n  " in text else super()._fill_text(text, width, indent)
-
-
-def help_of(command: str) -> dict[str, Any]:
-    """A command's help, as argparse takes it."""
-    arguments, description, epilog = HELP[command]
-    usage = f"%(prog)s [options] {arguments}".rstrip()
-    return {"usage": usage, "description": description, "epilog": epilog, "formatter_class": HelpFormat}
-
-
 def parser() -> Arguments:
     """The whole command line. Global options work before and after the command."""
-    top = Arguments(prog="shimmy", **help_of(""))
+    top, shared = Arguments("", prog="shimmy"), Arguments(add_help=False)
     top.add_argument("-V", "--version", action="version", version=f"shimmy {__version__}")
     top.add_argument("-v", "--verbose", action="store_true", help="log to stderr")
-    shared = Arguments(add_help=False)
     shared.add_argument("-V", "--version", action="version", version=f"shimmy {__version__}", help=argparse.SUPPRESS)
     shared.add_argument("-v", "--verbose", action="store_true", default=argparse.SUPPRESS, help="log to stderr")
     shared.add_argument("--models-dir", action="append", default=[], metavar="DIR", help="also look for models here (repeatable)")
     commands = top.add_subparsers(dest="command", metavar="COMMAND", title="commands", prog=top.prog)
 
-    def command(name: str, help: str, run: Callable[[argparse.Namespace], int]) -> Arguments:
-        sub = commands.add_parser(name, parents=[shared], help=help, **help_of(name))
+    def command(run: Callable[[argparse.Namespace], int], help: str) -> Arguments:
+        name = run.__name__.removeprefix("command_")
+        sub = commands.add_parser(name, command=name, parents=[shared], help=help)
         sub.set_defaults(run=run, parser=sub)
         return sub
 
-    _serve_flags(command("serve", "start the server", command_serve))
-    _generate_flags(command("generate", "generate text from a prompt", command_generate))
-    pull = command("pull", "fetch a model from a Hugging Face hub", command_pull)
+    _serve_flags(command(command_serve, "start the server"))
+    _generate_flags(command(command_generate, "generate text from a prompt"))
+    pull = command(command_pull, "fetch a model from a Hugging Face hub")
     pull.add_argument("name", metavar="NAME", help="OWNER/REPO, OWNER/REPO:Q4_K_M, OWNER/REPO:FILE.gguf or the address of a file")
     pull.add_argument("--no-mmproj", action="store_true", help="leave out the projector, by which a model sees images")
     pull.add_argument("--dry-run", action="store_true", help="only show what would be fetched, and whether it fits the memory")
-    listing = command("list", "list the models on this machine", command_list)
+    listing = command(command_list, "list the models on this machine")
     listing.add_argument("--short", action="store_true", help="names only")
-    listing.add_argument("--json", action="store_true", help="as JSON")
-    probe = command("probe", "load a model, generate, and say how fast", command_probe)
+    probe = command(command_probe, "load a model, generate, and say how fast")
     _model_arguments(probe)
-    probe.add_argument("--json", action="store_true", help="as JSON")
+    diag = command(command_diag, "show versions, memory, search directories and whether a server runs")
+    for each in (listing, probe, diag):
+        each.add_argument("--json", action="store_true", help="as JSON")
     _engine_flags(probe)
-    diag = command("diag", "show versions, memory, search directories and whether a server runs", command_diag)
-    diag.add_argument("--json", action="store_true", help="as JSON")
     _engine_flags(diag, "rpc")
     _address_flags(diag)
-    completion = command("completion", "print a script that completes commands and flags in a shell", command_completion)
+    completion = command(command_completion, "print a script that completes commands and flags in a shell")
     completion.add_argument("shell", choices=("bash", "zsh", "fish"))
     return top
 
@@ -12237,10 +12234,16 @@ def listen_address(args: argparse.Namespace) -> tuple[str, int]:
     named = next((p for p in found.group(2, 4) if p), None)
     # a port flag wins over --bind's, and both over the environment's
     port = args.port if args.port is not None else named if args.bind and named else os.environ.get("SHIMMY_PORT") or named
+    setting = "--bind" if port == named else "SHIMMY_PORT"
+    return host, whole_number(setting, str(DEFAULT_PORT if port is None else port), 0, 65535)
+
+
+def whole_number(setting: str, words: str, least: int, most: int) -> int:
+    """Raises UsageError naming the setting."""
     try:
-        return host, count(0, 65535)(str(DEFAULT_PORT if port is None else port))
+        return count(least, most)(words)
     except argparse.ArgumentTypeError as error:
-        raise UsageError(f"{'--bind' if port == named else 'SHIMMY_PORT'}: {error}") from None
+        raise UsageError(f"{setting}: {error}") from None
 
 
 def engine_fields(args: argparse.Namespace) -> dict[str, Any]:
@@ -12281,15 +12284,6 @@ def read_file(flag: str, file: str) -> str:
         raise UsageError(f"{flag} {file}: {getattr(error, 'strerror', None) or error}") from None
 
 
-def engine_flags(args: argparse.Namespace) -> dict[str, Any]:
-    """The same of a command line, with SHIMMY_MAX_CTX."""
-    found, most = engine_fields(args), os.environ.get("SHIMMY_MAX_CTX")
-    try:
-        return found if "ctx" in found or not most else found | {"ctx": count(*ENGINE_BOUNDS["ctx"])(most)}
-    except argparse.ArgumentTypeError as error:
-        raise UsageError(f"SHIMMY_MAX_CTX: {error}") from None
-
-
 def given_sampling(args: argparse.Namespace, **more: Any) -> tuple[dict[str, Any], Sampling]:
     """The sampling flags that are given and `more`, as fields of a body, and checked. Raises UsageError naming the flag."""
     given = {f.name: getattr(args, f.name, None) for f in fields(Sampling) if f.metadata.get("help")} | more
@@ -12297,8 +12291,17 @@ def given_sampling(args: argparse.Namespace, **more: Any) -> tuple[dict[str, Any
     try:
         return given, Sampling.from_json(given)
     except InvalidRequest as error:
-        name = error.param or ""
-        raise UsageError(f"--{name.replace('_', '-')}{str(error).removeprefix(name)}") from None
+        raise UsageError(in_flags(error.message)) from None
+
+
+FIELD_FLAGS = {f.name: "--" + f.name.replace("_", "-") for f in fields(Sampling) if f.metadata.get("help")} | {
+    "json_schema": "--schema", "tools": "--tool", "messages": "--image"}  # fmt: skip
+
+
+def in_flags(message: str) -> str:
+    """An error's message with the flag in place of the request's field that it begins with."""
+    found = re.match(r"(\w+)([^\s:]*)(?=:| must | may )", message)
+    return FIELD_FLAGS[found[1]] + message[found.end() :] if found and found[1] in FIELD_FLAGS else message
 
 
 # Settings of single models
@@ -12314,7 +12317,7 @@ SWITCHES = {"true": True, "on": True, "1": True, "yes": True, "false": False, "o
 
 
 class PresetParser(Arguments):
-    """Reads the keys of a preset or of a load's body as the flags that they are; says what is wrong as a UsageError."""
+    """Takes the keys of a preset or of a load's body for the flags that they are; says what is wrong as a UsageError."""
 
     def __init__(self) -> None:
         super().__init__(add_help=False)
@@ -12327,19 +12330,8 @@ class PresetParser(Arguments):
     def error(self, message: str) -> NoReturn:
         raise UsageError(message.partition(": ")[2] or message)  # without the flag's name, which may be a synonym
 
-    def read(self, pairs: Mapping[str, Any]) -> argparse.Namespace:
-        """The flags that the pairs stand for. Raises UsageError, which begins with the key."""
-        result = argparse.Namespace()
-        for key, value in pairs.items():
-            try:
-                self.parse_args(self._words(key.strip().replace("_", "-"), value), result)
-            except UsageError as error:
-                raise UsageError(f"{printable(key)}: {error}") from None
-        return self.parse_args([], result)
-
-    def _words(self, flag: str, value: Any) -> list[str]:
-        """A pair as words of a command line."""
-        flag = SYNONYMS.get(flag, flag)
+    def words(self, flag: str, value: Any) -> list[str]:
+        """A pair as words of a command line. Raises UsageError."""
         action = self._option_string_actions.get(f"--{flag}")
         if action is None:
             raise UsageError("there is no such setting")
@@ -12355,7 +12347,27 @@ class PresetParser(Arguments):
         return [f"--{flag}={str(v).strip()}" for v in (value if isinstance(value, list) else [value])]
 
 
-def read_preset(file: str) -> list[Preset]:
+def flag_of(key: str) -> str:
+    """The name of the flag that a key stands for."""
+    flag = key.strip().replace("_", "-")
+    return SYNONYMS.get(flag, flag)
+
+
+def preset_of(pattern: str, pairs: Mapping[str, Any]) -> Preset:
+    """What pairs of key and value say of the models that a pattern means. Raises UsageError, which begins with the key."""
+    reader, args = PresetParser(), argparse.Namespace()
+    for key, value in pairs.items():
+        try:
+            reader.parse_args(reader.words(flag_of(key), value), args)
+        except UsageError as error:
+            raise UsageError(f"{printable(key)}: {error}") from None
+    reader.parse_args([], args)
+    given, checked = given_sampling(args)
+    sampling = {name: getattr(checked, name) for name in given}
+    return Preset(pattern, engine_fields(args), sampling, tuple(args.alias), args.preload, args.keep_alive)
+
+
+def read_preset(file: str) -> Iterator[Preset]:
     """The sections of a preset file, llama-server's form: INI, a section a model. Raises UsageError naming file, section, key."""
     import configparser
 
@@ -12365,28 +12377,17 @@ def read_preset(file: str) -> list[Preset]:
         ini.read_string("[\1]\n" + read_file("--preset", file), file)
     except configparser.Error as error:
         raise UsageError(f"--preset {file}: {' '.join(error.message.split())}") from None
-    presets = []
-    for section in ini.sections():
-        pairs = dict(ini[section])
-        if section == "\1":  # what stands above the first section
-            if left := [key for key in pairs if key != "version"]:
-                raise UsageError(f"--preset {file}: {left[0]} stands in no section")
-            continue
+    above, *sections = ini.sections()
+    if left := [key for key in ini[above] if key != "version"]:
+        raise UsageError(f"--preset {file}: {left[0]} stands in no section")
+    for section in sections:
         try:
-            presets.append(preset := preset_of(section, pairs))
+            preset = preset_of(section, ini[section])
             if preset.aliases and re.search(r"[*?\[]", section):
                 raise UsageError("alias: a pattern means several models, and a name can mean only one")
         except UsageError as error:
             raise UsageError(f"--preset {file}: [{section}] {error}") from None
-    return presets
-
-
-def preset_of(pattern: str, pairs: Mapping[str, Any]) -> Preset:
-    """What pairs of key and value say of the models that a pattern means. Raises UsageError."""
-    args = PresetParser().read(pairs)
-    given, checked = given_sampling(args)
-    sampling = {name: getattr(checked, name) for name in given}
-    return Preset(pattern, engine_fields(args), sampling, tuple(args.alias), args.preload, args.keep_alive)
+        yield preset
 
 
 OWN_SETTINGS = {  # what only presets and the command line may say, and why
@@ -12399,8 +12400,7 @@ def load_options(body: Mapping[str, Any]) -> dict[str, Any]:
     """Fields of EngineOptions from the body of a load: a preset's keys, but OWN_SETTINGS. Raises InvalidRequest."""
     body = {key: value for key, value in body.items() if value is not None}
     for key in body:
-        flag = key.strip().replace("_", "-")
-        flag = SYNONYMS.get(flag, flag)
+        flag = flag_of(key)
         if flag in OWN_SETTINGS and (flag, body[key]) != ("mmproj", "none"):
             raise InvalidRequest(f"{printable(key)} {OWN_SETTINGS[flag]}, which only a preset and the command line may", key)
     try:
@@ -12413,25 +12413,35 @@ def load_options(body: Mapping[str, Any]) -> dict[str, Any]:
     return dict(preset.engine)
 
 
-def make_service(args: argparse.Namespace, model: str | None = None, **more: Any) -> Service:
-    """A Service over the models this command line and environment name; `model` may be a path."""
-    base = os.environ.get("SHIMMY_BASE_GGUF")
-    default = (model if model != "default" else None) or base
+def make_service(args: argparse.Namespace, **more: Any) -> Service:
+    """A Service over the models that this command line and environment name. Its default is serve's MODEL, or a path."""
+    base, model = os.environ.get("SHIMMY_BASE_GGUF"), getattr(args, "model", None)
+    model = model if args.command == "serve" or is_path(model) else None
     files = [os.path.expanduser(p) for p in (model, base) if p and is_path(p)]
     for file in files:
         if not os.path.isfile(file):
             raise ModelNotFound(f"There is no file {file}")
-    catalog = Catalog(search_roots(args.models_dir, base if base and is_path(base) else None), files)
-    presets = read_preset(args.preset) if getattr(args, "preset", None) else []
+    catalog = Catalog(search_roots(args.models_dir, base if is_path(base) else None), files)
+    presets = list(read_preset(args.preset)) if getattr(args, "preset", None) else []
     table = TableOptions(
-        getattr(args, "max_loaded", 3), getattr(args, "keep_alive", -1), default, tuple(getattr(args, "alias", ())),
-        tuple((alias, p.pattern) for p in presets for alias in p.aliases),
+        getattr(args, "max_loaded", 3), getattr(args, "keep_alive", -1), (model if model != "default" else None) or base,
+        tuple(getattr(args, "alias", ())), tuple((alias, p.pattern) for p in presets for alias in p.aliases),
     )  # fmt: skip
-    return Service(catalog, table, Settings(engine_flags(args), presets, args.command != "serve"), **more)
+    engine, most = engine_fields(args), os.environ.get("SHIMMY_MAX_CTX")
+    if most and "ctx" not in engine:
+        engine["ctx"] = whole_number("SHIMMY_MAX_CTX", most, *ENGINE_BOUNDS["ctx"])
+    return Service(catalog, table, Settings(engine, presets, args.command != "serve"), **more)
 
 
-def is_path(model: str) -> bool:
+def model_name(args: argparse.Namespace) -> str:
+    """MODEL as a request to make_service's Service names it."""
+    return "default" if args.model is None or is_path(args.model) else str(args.model)
+
+
+def is_path(model: str | None) -> bool:
     """True if a MODEL argument is a file rather than a name."""
+    if not model:
+        return False
     return model.lower().endswith(".gguf") or (os.sep in model and os.path.exists(os.path.expanduser(model)))
 
 
@@ -12445,7 +12455,8 @@ class StopSignals:
 
     def __init__(self) -> None:
         self.asked = False
-        self._codes: queue.SimpleQueue[int] = queue.SimpleQueue()  # whose put() may interrupt whatever code
+        self._codes: queue.SimpleQueue[int] = queue.SimpleQueue()
+        self.stop = self._codes.put  # ends `wait` with an exit code, from any thread and amid whatever code
         for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK"):
             number = getattr(signal, name, None)
             if number is None or (name in ("SIGINT", "SIGHUP") and signal.getsignal(number) is signal.SIG_IGN):
@@ -12457,10 +12468,6 @@ class StopSignals:
             os._exit(0)
         self.asked = True
         self.stop(0)
-
-    def stop(self, code: int) -> None:
-        """Ends `wait`, from any thread."""
-        self._codes.put(code)
 
     def wait(self) -> int:
         """Blocks until a signal or `stop`; returns the exit code."""
@@ -12478,13 +12485,11 @@ def command_serve(args: argparse.Namespace) -> int:
     args.model = fetch_named(args.model)
     signals = StopSignals()
     address = listen_address(args)
-    access = serve_access(args, address[0])
-    tools = serve_tools(args)
+    access, tools = serve_rights(args, address[0])
     for directory in args.models_dir:
         if not os.path.isdir(os.path.expanduser(directory)):
             log.warning("--models-dir %s: there is no such directory", directory)
-    service = make_service(args, args.model, tools=tools, max_queue=args.max_queue, allow_pull=args.allow_pull,
-                           report=log.warning)  # fmt: skip
+    service = make_service(args, tools=tools, max_queue=args.max_queue, allow_pull=args.allow_pull, report=log.warning)
     service.unready.add(STARTING)
     try:
         server = Server(address, service, access)
@@ -12508,14 +12513,23 @@ def command_serve(args: argparse.Namespace) -> int:
     return code
 
 
-def serve_access(args: argparse.Namespace, host: str) -> Access:
-    """Reads the access rules from the flags. Raises UsageError for a bad key, and for a network address without one."""
+def serve_rights(args: argparse.Namespace, host: str) -> tuple[Access, ToolOptions]:
+    """Reads from the flags who may call, and what tools may reach.
+
+    Raises UsageError for a bad key, for a network address without one, for files and directories that are not there.
+    """
     own = os.environ.get("SHIMMY_API_KEY")
     keys = [checked_key("--api-key", key) for key in args.api_key] or ([checked_key("SHIMMY_API_KEY", own)] if own else [])
     loopback = is_loopback(host)
     if not loopback and not keys and not args.insecure:
         raise UsageError(f"--bind {host} opens the server to the network: set --api-key KEY, or say --insecure")
-    return Access(loopback, tuple(keys), args.private_prompts, tuple(args.allow_origin), tuple(args.allow_host))
+    for file in args.tools:
+        if not os.path.isfile(file):
+            raise UsageError(f"--tools {file}: there is no such file")
+    if args.tool_root and not os.path.isdir(args.tool_root):
+        raise UsageError(f"--tool-root {args.tool_root}: there is no such directory")
+    access = Access(loopback, tuple(keys), args.private_prompts, tuple(args.allow_origin), tuple(args.allow_host))
+    return access, ToolOptions(args.tool_root, tuple(h for h in args.tool_hosts.split(",") if h.strip()), tuple(args.tools))
 
 
 def checked_key(setting: str, words: str) -> str:
@@ -12524,16 +12538,6 @@ def checked_key(setting: str, words: str) -> str:
     if not (key and key.isascii() and key.isprintable()):
         raise UsageError(f"{setting} must be printable ASCII, as headers are, and not empty")
     return key
-
-
-def serve_tools(args: argparse.Namespace) -> ToolOptions:
-    """Reads the tools' rights from the flags. Raises UsageError for files and directories that are not there."""
-    for file in args.tools:
-        if not os.path.isfile(file):
-            raise UsageError(f"--tools {file}: there is no such file")
-    if args.tool_root and not os.path.isdir(args.tool_root):
-        raise UsageError(f"--tool-root {args.tool_root}: there is no such directory")
-    return ToolOptions(args.tool_root, tuple(h for h in args.tool_hosts.split(",") if h.strip()), tuple(args.tools))
 
 
 def _after_scan(args: argparse.Namespace, service: Service, signals: StopSignals, url: str) -> None:
@@ -12676,10 +12680,7 @@ class WaitingLine:
     """
 
     def __init__(self, what: Callable[[], str]) -> None:
-        self._what = what
-        self._lock, self._cleared = threading.Lock(), threading.Event()
-        if not sys.stderr.isatty():
-            self._cleared.set()
+        self._what, self._lock, self.shown = what, threading.Lock(), sys.stderr.isatty()
 
     def __enter__(self) -> WaitingLine:
         if self.shown:
@@ -12703,17 +12704,13 @@ class WaitingLine:
                 if text != drawn and self.shown:
                     print(f"\r{text[: terminal_width() - 1]}\033[K\r", end="", file=sys.stderr, flush=True)
             drawn = text
-            self._cleared.wait(0.2)
-
-    @property
-    def shown(self) -> bool:
-        return not self._cleared.is_set()
+            time.sleep(0.2)
 
     def clear(self) -> None:
         """Removes the line for good; idempotent."""
         with self._lock:
             if self.shown:
-                self._cleared.set()
+                self.shown = False
                 print("\r\033[K", end="", file=sys.stderr, flush=True)
 
 
@@ -12860,10 +12857,9 @@ def command_probe(args: argparse.Namespace) -> int:
     check_packages()
     args.cache_disk = 0  # the prompt that an earlier probe kept would be read in no time
     args.model = fetch_named(args.model)
-    path = args.model if args.model and is_path(args.model) else None
-    service = make_service(args, path)
+    service = make_service(args)
     with contextlib.closing(service):
-        name = service.table.resolve("default" if path or args.model is None else args.model)
+        name = service.table.resolve(model_name(args))
         with WaitingLine(lambda: loading_stage(service.table.status(name)) or "measuring"):
             result = probe(service, name)
     if args.json:
@@ -12944,28 +12940,23 @@ def command_completion(args: argparse.Namespace) -> int:
     commands = next(a.choices for a in parser()._actions if isinstance(a, argparse._SubParsersAction))
     flags = {name: [a for a in sub._actions if a.option_strings and a.help != argparse.SUPPRESS]
              for name, sub in dict(commands or {}).items()}  # fmt: skip
-    chosen = {a.option_strings[-1]: " ".join(a.choices) for some in flags.values() for a in some if a.choices}
     this = shlex.join(child_command("main"))  # from cached bytecode, in a quarter of a script's time
     if args.shell == "fish":
-        print("\n".join([*fish_lines(flags), "complete -c shimmy -w shimmy.py",
-                         f"type -q shimmy; or function shimmy; {this} $argv; end"]))  # fmt: skip
+        for name, some in flags.items():
+            print(f"complete -c shimmy.py -f -n __fish_use_subcommand -a {name}")
+            for a in some:
+                value = f" -x -a '{' '.join(a.choices)}'" if a.choices else " -r" if a.nargs != 0 else ""
+                names = "".join(f" -{'l' if o.startswith('--') else 's'} {o.lstrip('-')}" for o in a.option_strings)
+                said = (a.help or "").replace("\\", "\\\\").replace("'", "\\'")
+                print(f"complete -c shimmy.py -n '__fish_seen_subcommand_from {name}'{names}{value} -d '{said}'")
+        print(f"complete -c shimmy -w shimmy.py\ntype -q shimmy; or function shimmy; {this} $argv; end")
         return 0
-    rows = (f'    {name}) words="{" ".join(o for a in some for o in a.option_strings)}";;' for name, some in flags.items())
-    values = (f'    {flag}) words="{words}";;' for flag, words in chosen.items())
+    rows = [f'    {name}) words="{" ".join(o for a in some for o in a.option_strings)}";;' for name, some in flags.items()]
+    chosen = {a.option_strings[-1]: " ".join(a.choices) for some in flags.values() for a in some if a.choices}
+    values = [f'    {flag}) words="{words}";;' for flag, words in chosen.items()]
     start = "autoload -U +X bashcompinit && bashcompinit\n" if args.shell == "zsh" else ""
     print(start + BASH % ("\n".join(rows), " ".join(flags), "\n".join(values), this), end="")
     return 0
-
-
-def fish_lines(flags: dict[str, list[argparse.Action]]) -> Iterator[str]:
-    """One line for each command and flag."""
-    for name, some in flags.items():
-        yield f"complete -c shimmy.py -f -n __fish_use_subcommand -a {name}"
-        for a in some:
-            value = f" -x -a '{' '.join(a.choices)}'" if a.choices else " -r" if a.nargs != 0 else ""
-            names = "".join(f" -{'l' if o.startswith('--') else 's'} {o.lstrip('-')}" for o in a.option_strings)
-            said = (a.help or "").replace("\\", "\\\\").replace("'", "\\'")
-            yield f"complete -c shimmy.py -n '__fish_seen_subcommand_from {name}'{names}{value} -d '{said}'"
 
 
 def url_of(host: str, port: int) -> str:
@@ -13071,37 +13062,25 @@ class NoServer(Exception):
     """No running server can do the work; the message says why, for -v."""
 
 
-def choose_source(args: argparse.Namespace) -> TextSource:
-    """The running server if it knows the model, else an engine of our own; -v says which and why."""
-    try:
-        server = RunningServer(args)
-    except NoServer as reason:
-        log.info("an engine of its own does the work: %s", reason)
-        return OwnEngine(args)
-    log.info("the server at %s does the work, with %s", server.url, printable(server.model))
-    return server
-
-
 class OwnEngine:
     """Generates with an engine that lives as long as the command."""
 
-    queued: Queued | None = None  # since the request passed its checks
+    reading = ""  # what the request waits for since it passed its checks
     cached_tokens = 0  # of the last prompt
 
     def __init__(self, args: argparse.Namespace) -> None:
         """Finds the model; `warm` or the first answer loads it. Raises ImportError, ModelNotFound, UsageError."""
         check_packages()
-        path = args.model if args.model and is_path(args.model) else None
-        self._service = make_service(args, path)
+        self._service = make_service(args)
         try:
-            info = self._service.table.info("default" if path else args.model or "default")
+            info = self._service.table.info(model_name(args))
         except ModelNotFound as error:
             if args.model is None or args.prompt is not None:
                 raise
             there = error.hint.partition(";")[0].rstrip(")") + ")" if error.hint else ""
             called, advice = printable(args.model, 60), "say --prompt TEXT, or name the model before it"
             raise UsageError(f"no model is called '{called}'{there}; if that is the prompt, {advice}") from None
-        self.model, self.has_template = info.id, info.chat_template
+        self.model, self.has_template, self.close = info.id, info.chat_template, self._service.close
 
     def warm(self) -> None:
         """Has the model loaded, without waiting for it."""
@@ -13117,19 +13096,16 @@ class OwnEngine:
         with contextlib.closing(dialect.events(self._service, Cancellation())) as events:  # type: ignore[type-var]
             for event in events:
                 if isinstance(event, Queued):
-                    self.queued = event
+                    self.reading = f"reading {event.prompt_tokens:,} tokens" if event.prompt_tokens else READING
                 elif isinstance(event, Usage):
                     self.cached_tokens = event.cached_tokens
                 yield from dialect.documents(event)
-
-    def close(self) -> None:
-        self._service.close()
 
 
 class RunningServer(Neighbour):
     """Generates with the server at the configured address."""
 
-    queued: Queued | None = None
+    reading = ""
     cached_tokens = 0  # not told
 
     def __init__(self, args: argparse.Namespace) -> None:
@@ -13142,8 +13118,7 @@ class RunningServer(Neighbour):
         try:
             self.model = self.status()["model"]
             found = next(m for m in self._ask("/api/models")["models"] if m["id"] == self.model)
-            theirs: int | None = found["size_bytes"]
-            self.has_template = found["chat_template"]
+            theirs, self.has_template = found["size_bytes"], found["chat_template"]
         except (LookupError, TypeError, ValueError, AttributeError, StopIteration):
             raise NoServer(f"what answers at {self.url} is no shimmy server of this version") from None
         if size not in (None, theirs):
@@ -13156,20 +13131,22 @@ class RunningServer(Neighbour):
             status, document = self.get(path, 5.0)
         except (OSError, http.client.HTTPException, ValueError):
             raise NoServer(f"no server answers at {self.url}") from None
-        if status == 200:
-            return dict(document)
-        error = self._error(document)
-        if error.code == "model_not_found":
+        if status != 200 and (error := self._error(document)).code == "model_not_found":
             raise NoServer(f"the server at {self.url} knows no model {printable(self.model)}")
-        raise error
+        if status != 200:
+            raise error
+        return dict(document)
 
     def _error(self, document: dict[str, Any]) -> ApiError:
         """The server's error object as an exception."""
-        said = document["error"]
-        if said["code"] == "unauthorized":
+        code, message, details = (document["error"][key] for key in ("code", "message", "details"))
+        if code == "unauthorized":
             return ApiError(message=f"the server at {self.url} {self.refusal}")
-        error = ApiError(str(said["details"]), str(said["message"]))
-        error.code = said["code"]
+        if code == InvalidRequest.code:
+            field = re.fullmatch("Field '(.*)' is at fault", details)
+            return InvalidRequest(message, field and field[1])
+        error = ApiError(str(details), str(message))
+        error.code = code
         return error
 
     def close(self) -> None:
@@ -13185,15 +13162,15 @@ class RunningServer(Neighbour):
             with self.request("POST", "/api/generate", to_json(body | {"stream": True})) as response:
                 if response.status != 200:
                     raise self._error(json.loads(response.read(MAX_BODY)))
-                self.queued = Queued(self.model)
+                self.reading = READING
                 for line in response:
-                    if line.startswith(b"data: {"):
+                    if line.startswith(b"data: [DONE]"):
+                        return
+                    if line.startswith(b"data: "):
                         document = json.loads(line[6:])
                         if "error" in document:
                             raise self._error(document)
                         yield document
-                    elif line.startswith(b"data: [DONE]"):
-                        return
                 raise GenerationFailed("The server closed the connection in mid-answer")
         except (OSError, http.client.HTTPException) as error:
             raise GenerationFailed(f"The connection to the server at {self.url} broke: {error}") from None
@@ -13202,17 +13179,17 @@ class RunningServer(Neighbour):
 
 
 TextSource = OwnEngine | RunningServer
+READING = "reading the prompt"
 
 
 def named_model(args: argparse.Namespace) -> tuple[str, int | None]:
     """The model's name for a server, and the size of the file that --models-dir has under that name."""
     base = os.environ.get("SHIMMY_BASE_GGUF")  # our default, whatever the server's is
     name = args.model or (base and plain_id(pathlib.Path(base).stem if is_path(base) else base)) or "default"
-    if args.models_dir:
-        here = Catalog([SearchRoot(os.path.expanduser(d), "--models-dir") for d in args.models_dir]).scan().models
-        for model in here:
-            if name == "default" or plain_id(name) == model.id:
-                return model.id, model.size_bytes
+    roots = [SearchRoot(os.path.expanduser(d), "--models-dir") for d in args.models_dir]
+    for model in Catalog(roots).scan().models if roots else ():
+        if name == "default" or plain_id(name) == model.id:
+            return model.id, model.size_bytes
     return name, None
 
 
@@ -13223,16 +13200,24 @@ def command_generate(args: argparse.Namespace) -> int:
     """Streams one generation, or one a line, to standard output."""
     if args.text is not None and args.prompt is not None:
         raise UsageError("the prompt is given twice: behind MODEL, and with --prompt")
-    args.prompt = args.text if args.prompt is None else args.prompt
+    given = args.text if args.prompt is None else args.prompt
+    asks = args.chat and given is None and not (args.lines or args.json or args.stdin)
+    args.prompt = None if given in (None, "-") else decoded(os.fsencode(given), "--prompt")
+    args.image = [picture_part(file) for file in args.image]
     where = f"--schema {args.schema}:"
     schema = args.schema and an_object(where, parse_json(read_file("--schema", args.schema).encode(), where))
     sampling, _ = given_sampling(args, json_schema=schema)
     path = fetch_named(args.model)
     if path != args.model:  # a hub's repository, by the id of its file: a running server may be asked for that
         args.model = plain_id(pathlib.Path(str(path)).stem)
-    with contextlib.closing(choose_source(args)) as source:
-        asks = args.prompt is None and not (args.lines or args.json or args.stdin)
-        if args.chat and asks and sys.stdin.isatty() and sys.stdout.isatty():
+    try:
+        source: TextSource = (server := RunningServer(args))
+        log.info("the server at %s does the work, with %s", server.url, printable(server.model))
+    except NoServer as reason:
+        log.info("an engine of its own does the work: %s", reason)
+        source = OwnEngine(args)
+    with contextlib.closing(source):
+        if asks and sys.stdin.isatty() and sys.stdout.isatty():
             return converse(args, source, {"max_tokens": -1} | sampling)  # an answer ends where the model ends it
         if args.lines:
             return generate_lines(args, source, sampling)
@@ -13256,21 +13241,23 @@ class Collected:
         self.text, self.last = "", dict[str, Any]()
         self._began, self._first = time.monotonic(), 0.0
 
-    def texts(self) -> Iterator[str]:
-        """The pieces of text, as they come. Raises ApiError."""
-        self._source.queued = None
-        with contextlib.closing(self._source.documents(self._body)) as documents:  # type: ignore[type-var]
-            for self.last in documents:
-                if text := self.last["choices"][0]["text"]:
-                    self._first = self._first or time.monotonic()
-                    self.text += text
-                    yield text
+    def __iter__(self) -> Iterator[str]:
+        """The pieces of text, as they come. Raises ApiError, whose message names flags."""
+        self._source.reading = ""
+        try:
+            with contextlib.closing(self._source.documents(self._body)) as documents:  # type: ignore[type-var]
+                for self.last in documents:
+                    if text := self.last["choices"][0]["text"]:
+                        self._first = self._first or time.monotonic()
+                        self.text += text
+                        yield text
+        except InvalidRequest as error:
+            raise InvalidRequest(in_flags(error.message)) from None
 
     def document(self) -> dict[str, Any]:
         """The whole answer as one document of /api/generate."""
-        for _ in self.texts():
-            pass
-        return {"choices": [self.last["choices"][0] | {"text": self.text}], "usage": self.last["usage"]}
+        text = "".join(self)
+        return {"choices": [self.last["choices"][0] | {"text": text}], "usage": self.last["usage"]}
 
     def report_speed(self) -> None:
         """Logs tokens, time to first token (a load counts) and speed, for -v."""
@@ -13280,45 +13267,50 @@ class Collected:
             log.info("%s", told.words(self._first - self._began if self._first else None))
 
 
-def generate_body(args: argparse.Namespace, source: TextSource, prompt: str, sampling: dict[str, Any]) -> dict[str, Any]:
+def generate_body(
+    args: argparse.Namespace, source: TextSource, prompt: str, sampling: dict[str, Any], turns: Seq[dict[str, Any]] = ()
+) -> dict[str, Any]:
     """The /api/generate body: a chat where the model has a template, unless --raw or --chat decide."""
     chat = args.chat or (not args.raw and (source.has_template is not False or args.chat_template is not None))
     if (args.tool or args.image) and not chat:
         raise UsageError(f"{'--tool' if args.tool else '--image'} needs a chat: give --chat, and no --raw")
-    said: dict[str, Any] = {"messages": [user_turn(args, prompt)]} if chat else {"prompt": prompt}
+    content = [*args.image, {"type": "text", "text": prompt}] if args.image else prompt
+    said: dict[str, Any] = {"messages": [*turns, {"role": "user", "content": content}]} if chat else {"prompt": prompt}
     if args.tool:
         said["tools"] = [{"type": "builtin", "name": name} for name in args.tool]
     return {"model": source.model} | said | sampling
 
 
-def user_turn(args: argparse.Namespace, text: str) -> dict[str, Any]:
-    """A turn of the user's: the text, behind the images that --image names. Raises UsageError."""
-    parts: list[dict[str, Any]] = []
-    for file in args.image:
-        try:
-            data = read_picture(f"--image {file}", pathlib.Path(file).read_bytes()).data
-        except InvalidRequest as error:
-            raise UsageError(str(error)) from None
-        except OSError as error:
-            raise UsageError(f"--image {file}: {error.strerror}") from None
-        parts.append({"type": "image_url", "image_url": {"url": base64.b64encode(data).decode()}})
-    return {"role": "user", "content": [*parts, {"type": "text", "text": text}] if parts else text}
+def picture_part(file: str) -> dict[str, Any]:
+    """The part of a message that shows an image. Raises UsageError."""
+    try:
+        data = read_picture(f"--image {file}", pathlib.Path(file).read_bytes()).data
+    except InvalidRequest as error:
+        raise UsageError(str(error)) from None
+    except OSError as error:
+        raise UsageError(f"--image {file}: {error.strerror}") from None
+    return {"type": "image_url", "image_url": {"url": base64.b64encode(data).decode()}}
 
 
 def read_prompt(args: argparse.Namespace) -> str:
     """The prompt: from the command line, from standard input, or from both with a newline between."""
-    given = None if args.prompt in (None, "-") else decoded(os.fsencode(args.prompt), "--prompt")
-    if given is not None and not args.stdin:
-        note_ignored_input()
-        return given
+    if args.prompt is not None and not args.stdin:
+        with contextlib.suppress(ImportError, OSError):  # no POSIX, or nothing that can be asked
+            import fcntl
+            import termios
+
+            # what waits in a pipe is never read: it may be the file list of a loop around us; FIONREAD: none at its end
+            if stat.S_ISFIFO(os.fstat(0).st_mode) and any(fcntl.ioctl(0, termios.FIONREAD, bytes(4))):
+                print("shimmy: standard input is ignored; --stdin appends it to the prompt", file=sys.stderr)
+        return str(args.prompt)
     note_keyboard()
     data = sys.stdin.buffer.read(MAX_BODY + 1)
     if len(data) > MAX_BODY:
         raise PayloadTooLarge(f"standard input is over {human_bytes(MAX_BODY)}, the most that a request may have")
     piped = decoded(data, "standard input")
-    if given is None and not piped.strip():
+    if args.prompt is None and not piped.strip():
         raise InvalidRequest("the prompt is empty: standard input gave no text", "prompt")
-    return piped if given is None else f"{given}\n{piped}"
+    return piped if args.prompt is None else f"{args.prompt}\n{piped}"
 
 
 def note_keyboard() -> None:
@@ -13336,26 +13328,9 @@ def decoded(data: bytes, what: str) -> str:
         return data.decode("utf-8", "replace")
 
 
-def note_ignored_input() -> None:
-    """Says so when data waits in a pipe that nobody reads. It is never read: it may be the file list of a loop around us."""
-    with contextlib.suppress(ImportError, OSError):  # no POSIX, or nothing that can be asked
-        import fcntl
-        import termios
-
-        if stat.S_ISFIFO(os.fstat(0).st_mode) and any(fcntl.ioctl(0, termios.FIONREAD, bytes(4))):  # none at a pipe's end
-            print("shimmy: standard input is ignored; --stdin appends it to the prompt", file=sys.stderr)
-
-
 def waiting_line(source: TextSource) -> WaitingLine:
     """Describes the wait for a generation's first word."""
-
-    def stage() -> str:
-        if source.queued is None:
-            return loading_stage(source.status()) or "reading the prompt"
-        tokens = source.queued.prompt_tokens
-        return f"reading {tokens:,} tokens" if tokens else "reading the prompt"
-
-    return WaitingLine(stage)
+    return WaitingLine(lambda: source.reading or loading_stage(source.status()) or READING)
 
 
 def print_answer(answer: Collected, line: WaitingLine, raw: bool = False) -> None:
@@ -13370,7 +13345,7 @@ def print_answer(answer: Collected, line: WaitingLine, raw: bool = False) -> Non
 
     failure = None
     try:
-        for text in answer.texts():
+        for text in answer:
             write(text)
     except ApiError as error:
         failure = error  # whose message gets a line of its own
@@ -13419,12 +13394,21 @@ def converse(args: argparse.Namespace, source: TextSource, sampling: dict[str, A
         elif command.startswith("/") and command[1:].isalpha():
             print(CHAT_HELP if command == "/help" else "there is no such command; /help shows those there are")
         elif text.strip():
-            asked = user_turn(args, decoded(os.fsencode(text), "the text"))
-            answer = Collected(source, generate_body(args, source, "", sampling) | {"messages": [*turns, asked]})
-            answer_turn(answer, source)
+            body = generate_body(args, source, decoded(os.fsencode(text), "the text"), sampling, turns)
+            answer = Collected(source, body)
+            with waiting_line(source) as line:
+                try:
+                    print_answer(answer, line)
+                except KeyboardInterrupt:  # stops the answer alone, as an error does
+                    print()
+                except ApiError as error:
+                    line.clear()
+                    complain(error, 1)
+                    if error.code == ContextLengthExceeded.code:  # a server's has another class
+                        print("/reset begins anew", file=sys.stderr)
             if answer.text:  # it counts even if it was stopped; its images were for this turn
                 args.image = []
-                turns += [asked, {"role": "assistant", "content": answer.text}]
+                turns = [*body["messages"], {"role": "assistant", "content": answer.text}]
             answer.report_speed()
             report_cut(args, answer.last, sampling["max_tokens"])
     return 0
@@ -13450,20 +13434,6 @@ def read_turn() -> str | None:
             return text.rstrip()[3:-3]
 
 
-def answer_turn(answer: Collected, source: TextSource) -> None:
-    """Prints the answer; Ctrl-C stops it, and an error ends no more than it."""
-    with waiting_line(source) as line:
-        try:
-            print_answer(answer, line)
-        except KeyboardInterrupt:
-            print()
-        except ApiError as error:
-            line.clear()
-            complain(error, 1)
-            if error.code == ContextLengthExceeded.code:  # a server's has another class
-                print("/reset begins anew", file=sys.stderr)
-
-
 def use_history() -> None:
     """Editing and history for input(), where Python has readline; the file is for its owner alone."""
     path = os.path.expanduser("~/.shimmy_history")
@@ -13482,15 +13452,36 @@ def use_history() -> None:
 
 def generate_lines(args: argparse.Namespace, source: TextSource, sampling: dict[str, Any]) -> int:
     """Answers every line of standard input in order, each with one line of JSON; 1 if any failed."""
+    generate_body(args, source, "", sampling)  # flags that cannot be meant end all at once
+    # as many at once as the engine batches, and as many that wait for it
+    answers: queue.Queue[queue.SimpleQueue[dict[str, Any]] | None] = queue.Queue(2 * (args.parallel or EngineOptions.parallel))
+
+    def read() -> None:
+        for prompt in prompt_lines(args):
+            answer: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+            answers.put(answer)
+            threading.Thread(target=work, args=(prompt, answer), daemon=True).start()
+        answers.put(None)
+
+    def work(prompt: str | ApiError, answer: queue.SimpleQueue[dict[str, Any]]) -> None:
+        try:
+            if isinstance(prompt, ApiError):
+                raise prompt
+            answer.put(Collected(source, generate_body(args, source, prompt, sampling)).document())
+        except Exception as error:  # a thread's border: the line's reader must hear something
+            log.debug("a line failed", exc_info=True)
+            answer.put((error if isinstance(error, ApiError) else ApiError(f"{type(error).__name__}: {error}")).document())
+
     failed = cut = tokens = 0
     began = time.monotonic()
-    generate_body(args, source, "", sampling)  # flags that cannot be meant end all at once
     line = waiting_line(source)
     if sys.stdin.isatty():
         line.clear()  # it would be drawn over what is being typed
     note_keyboard()
     with line:
-        for document in line_documents(args, source, sampling):
+        threading.Thread(target=read, daemon=True).start()  # it may be waiting for input that never comes
+        while answer := answers.get():
+            document = answer.get()
             line.clear()
             print(json.dumps(document), flush=True)
             cut += document.get("choices", [{}])[0].get("finish_reason") == "length"
@@ -13504,36 +13495,9 @@ def generate_lines(args: argparse.Namespace, source: TextSource, sampling: dict[
     return int(failed > 0 or (cut > 0 and bool(args.schema)))
 
 
-def line_documents(args: argparse.Namespace, source: TextSource, sampling: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """The lines' documents in order, or error objects, made as many at once as the engine batches."""
-    answers: queue.Queue[queue.SimpleQueue[dict[str, Any]] | None] = queue.Queue(2 * Settings(engine_flags(args)).engine.parallel)
-
-    def read() -> None:
-        for line in prompt_lines(args):
-            answer: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
-            answers.put(answer)
-            threading.Thread(target=work, args=(line, answer), daemon=True).start()
-        answers.put(None)
-
-    def work(line: str | ApiError, answer: queue.SimpleQueue[dict[str, Any]]) -> None:
-        try:
-            if isinstance(line, ApiError):
-                raise line
-            answer.put(Collected(source, generate_body(args, source, line, sampling)).document())
-        except ApiError as error:
-            answer.put(error.document())
-        except Exception as error:  # a thread's border: the line's reader must hear something
-            log.debug("a line failed", exc_info=True)
-            answer.put(ApiError(f"{type(error).__name__}: {error}").document())
-
-    threading.Thread(target=read, daemon=True).start()  # it may be waiting for input that never comes
-    while (answer := answers.get()) is not None:
-        yield answer.get()
-
-
 def prompt_lines(args: argparse.Namespace) -> Iterator[str | ApiError]:
     """The prompts of --lines: each line of standard input, behind --prompt if that is given."""
-    before = "" if args.prompt in (None, "-") else decoded(os.fsencode(args.prompt), "--prompt") + "\n"
+    before = "" if args.prompt is None else args.prompt + "\n"
     number, noted = 0, False
     try:
         while data := sys.stdin.buffer.readline(MAX_BODY + 1):
@@ -13560,25 +13524,14 @@ def open_closed_streams() -> bool:
     Otherwise the next file or socket that we open would get the stream's number.
     """
     no_stdout = sys.stdout is None
-    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
         if getattr(sys, name) is None:
             try:
                 os.fstat(number)
             except OSError:
                 os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # takes the lowest number that is free
-            setattr(sys, name, os.fdopen(number, mode, closefd=False))
+            setattr(sys, name, os.fdopen(number, "w" if number else "r", closefd=False))
     return no_stdout
-
-
-def end_interrupted() -> int:
-    """Ends this process by SIGINT, as Ctrl-C would have, so that a shell's loop ends too; 130 where there is no such end."""
-    stream = next((s for s in (sys.stderr, sys.stdout) if s.isatty()), None)
-    if stream:
-        print(file=stream, flush=True)  # behind the terminal's ^C
-    if os.name == "posix":
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        os.kill(os.getpid(), signal.SIGINT)
-    return 130
 
 
 class LossyStderr(io.FileIO):
@@ -13613,7 +13566,12 @@ def main(argv: Seq[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except KeyboardInterrupt:
-        return end_interrupted()
+        if stream := next((s for s in (sys.stderr, sys.stdout) if s.isatty()), None):
+            print(file=stream, flush=True)  # behind the terminal's ^C
+        if os.name == "posix":  # ends by SIGINT, as Ctrl-C would have, so that a shell's loop ends too
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGINT)
+        return 130
     except BrokenPipeError:  # `| head` has seen enough
         code = 0
     except UsageError as error:

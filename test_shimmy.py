@@ -13242,7 +13242,7 @@ def test_generate_refuses_an_image_that_is_none(data: bytes | None, words: str, 
     if data:
         file.write_bytes(data)
     with pytest.raises(module.UsageError, match=re.escape(f"--image {file}: {words}")):
-        module.user_turn(argparse.Namespace(image=[str(file)]), "Look")
+        module.picture_part(str(file))
 
 
 def test_projector_that_cannot_be_loaded_or_is_not_wanted_leaves_a_model_of_text(seeing: Server) -> None:
