@@ -12089,7 +12089,7 @@ def parser() -> Arguments:
 
     _serve_flags(command(command_serve, "start the server"))
     _generate_flags(command(command_generate, "generate text from a prompt"))
-    pull = command(command_pull, "fetch a model from a Hugging Face hub")
+    pull = command(command_pull, "fetch a model from a Hugging Face hub or an address")
     pull.add_argument("name", metavar="NAME", help="OWNER/REPO, OWNER/REPO:Q4_K_M, OWNER/REPO:FILE.gguf or the address of a file")
     pull.add_argument("--no-mmproj", action="store_true", help="leave out the projector, by which a model sees images")
     pull.add_argument("--dry-run", action="store_true", help="only show what would be fetched, and whether it fits the memory")
@@ -12102,7 +12102,7 @@ def parser() -> Arguments:
         each.add_argument("--json", action="store_true", help="as JSON")
     _engine_flags(probe)
     _engine_flags(diag, "rpc")
-    _address_flags(diag)
+    _address_flags(diag, "where to look for a server")
     completion = command(command_completion, "print a script that completes commands and flags in a shell")
     completion.add_argument("shell", choices=("bash", "zsh", "fish"))
     return top
@@ -12127,14 +12127,15 @@ def parse(argv: Seq[str] | None) -> argparse.Namespace:
 
 
 def _model_arguments(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("model", nargs="?", metavar="MODEL", help="name or path (default: the default model)")
+    sub.add_argument("model", nargs="?", metavar="MODEL", help="name or path (default: the default model); OWNER/REPO[:QUANT] is "
+                     "fetched first")  # fmt: skip
     sub.add_argument("--model", dest="named", metavar="NAME|PATH", help="the same as a flag, as `serve` has it")
 
 
-def _address_flags(sub: argparse.ArgumentParser) -> None:
+def _address_flags(sub: argparse.ArgumentParser, whose: str, more: str = "") -> None:
     group = sub.add_argument_group("address")
-    group.add_argument("--bind", metavar="HOST[:PORT]", help="address (default: 127.0.0.1:11435)")
-    group.add_argument("--port", type=count(0, 65535), metavar="N", help="port; wins over the one in --bind; 0 picks one")
+    group.add_argument("--bind", metavar="HOST[:PORT]", help=f"{whose} (default: 127.0.0.1:{DEFAULT_PORT})")
+    group.add_argument("--port", type=count(0, 65535), metavar="N", help=f"port; wins over the one in --bind{more}")
 
 
 def _engine_flags(sub: argparse.ArgumentParser, only: str = "") -> None:
@@ -12155,11 +12156,11 @@ def _engine_flags(sub: argparse.ArgumentParser, only: str = "") -> None:
 
 
 def _serve_flags(sub: argparse.ArgumentParser) -> None:
-    _address_flags(sub)
+    _address_flags(sub, "where to listen", "; 0 picks one")
     add = sub.add_argument_group("models").add_argument
     add("--model", metavar="NAME|PATH", help="what `default` means; OWNER/REPO[:QUANT] is fetched first")
     add("--preload", action="store_true", help="load the default model at once")
-    add("--alias", action="append", type=alias, default=[], metavar="PATTERN=MODEL", help="names that mean a model")
+    add("--alias", action="append", type=alias, default=[], metavar="PATTERN=MODEL", help="names that mean a model (repeatable)")
     add("--preset", metavar="FILE.ini", help="settings of single models: a section a model, its keys are flags")
     add("--max-loaded", type=count(1), default=3, metavar="N", help="models in memory at once (default: 3)")
     add("--keep-alive", type=duration, default=-1, metavar="5m", help="unload models idle for so long; 0: at once, "
@@ -12200,7 +12201,7 @@ def _generate_flags(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--image", action="append", default=[], metavar="FILE", help="a PNG, JPEG, GIF or BMP file that a chat is "
                      "about (repeatable)")  # fmt: skip
     sub.add_argument("--local", action="store_true", help="never ask a running server")
-    _address_flags(sub)
+    _address_flags(sub, "the running server to ask")
     _sampling_flags(sub)
     _engine_flags(sub)
 
@@ -13823,7 +13824,7 @@ def physical_cores() -> int:
     for cpu in allowed:
         with contextlib.suppress(OSError):
             cores.add(pathlib.Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").read_text())
-    count = len(cores) or _mac_cores() or len(allowed)
+    count = len(cores) or _mac_cores() or _windows_cores() or len(allowed)
     for group in _cgroups():
         with contextlib.suppress(OSError, ValueError):  # ValueError: the quota is "max"
             quota, period = (group / "cpu.max").read_text().split()
@@ -13837,6 +13838,22 @@ def _mac_cores() -> int:
     names = ("hw.perflevel0.physicalcpu", "hw.physicalcpu") if sys.platform == "darwin" else ()  # Intel's have no levels
     told = (output_of(["/usr/sbin/sysctl", "-n", name]).strip() for name in names)
     return next((int(words) for words in told if words), 0)
+
+
+def _windows_cores() -> int:
+    """Cores as Windows lists them, a record each, whose length its bytes 4 to 7 tell. 0 elsewhere."""
+    import ctypes
+
+    if sys.platform != "win32":
+        return 0
+    ask, size = vars(ctypes)["windll"].kernel32.GetLogicalProcessorInformationEx, ctypes.c_ulong()
+    ask(0, None, ctypes.byref(size))  # 0 asks for cores; without room for them it tells how much they need
+    records = ctypes.create_string_buffer(size.value)
+    left = records.raw if ask(0, records, ctypes.byref(size)) else b""
+    cores = 0
+    while left:
+        left, cores = left[max(8, int.from_bytes(left[4:8], "little")) :], cores + 1
+    return cores
 
 
 def kept_prefixes(folder: str, most: int) -> dict[str, Any]:
@@ -19235,14 +19252,24 @@ class Pull:
 
     def run(self, plan: Plan) -> Generator[Fetching, None, None]:
         """Fetches all that is not here yet. Raises as Download.run does, but PullFailed for what cannot be written."""
-        free = free_disk(plan.path)
-        if free is not None and plan.left > free:
+        import shutil
+
+        there = next((parent for parent in pathlib.Path(plan.path).parents if parent.exists()), None)
+        try:
+            free = shutil.disk_usage(there).free if there else math.inf
+        except OSError:  # nobody tells
+            free = math.inf
+        if plan.left > free:
             raise DiskFull(f"the disk is too small: {human_bytes(plan.left)} are to be fetched, {human_bytes(free)} are free")
         try:
             for download in plan.files:
                 yield from download.run()
-            if plan.commit:
-                write_reference(repository_folder(plan.repo), plan.commit)
+            if plan.commit:  # says what main is; after the files, or the cache's other readers stumble
+                main = os.path.join(repository_folder(plan.repo), "refs", "main")
+                os.makedirs(os.path.dirname(main), exist_ok=True)
+                new = f"{main}.{os.getpid()}.{threading.get_ident()}.tmp"
+                pathlib.Path(new).write_text(plan.commit)
+                os.replace(new, main)
         except OSError as error:
             where = f"{printable(str(error.filename), 400)}: " if error.filename else ""
             raise PullFailed(f"the model cannot be written: {where}{error.strerror or error}") from None
@@ -19362,14 +19389,25 @@ class Download:
         return self._event()
 
     def _receive(self, part: BinaryIO) -> Iterator[Fetching]:
-        """One connection's bytes, behind those that are here. Raises ConnectionLost when they end too early."""
+        """One connection's bytes, behind those that are here. Raises ConnectionLost when they end too early.
+
+        Starts anew if the server sends something else than the rest that was asked for.
+        """
         headers = {"Range": f"bytes={self._have}-"} if self._have else {}
         if self._have and self.file.etag:
             headers["If-Range"] = self.file.etag
         with contextlib.closing((yield from self._pull.get(self.file.url, headers))) as response:
             if response.status not in (200, 206, 416):
                 raise (yield from self._pull.refusal(response, self._repo))
-            self._check_answer(response, part)
+            sent = re.fullmatch(r"bytes (\d{1,15})-\d+/(\d+|\*)", response.headers.get("Content-Range") or "")
+            goes_on = response.status == 206 and sent and int(sent[1]) == self._have and sent[2] in ("*", str(self.file.size))
+            if self._have and not goes_on:
+                self._begin(part)
+                if response.status != 200:
+                    raise ConnectionLost("the server cannot go on where the part ends")
+            length, wanted = response.headers.get("Content-Length"), self.file.size - self._have
+            if length is not None and length.strip() != str(wanted):
+                raise self._failure(f"the server sends {printable(length, 20)} bytes, not {wanted}")
             while chunk := self._pull.read(response):
                 if self._have + len(chunk) > self.file.size:
                     raise self._failure(f"the server sends more than {self.file.size} bytes")
@@ -19389,18 +19427,6 @@ class Download:
                 raise
             room = f"make room for {human_bytes(self.left())} and pull again to go on, or remove {printable(part.name, 400)}"
             raise self._failure(f"{error.strerror}: {room}", DiskFull) from None
-
-    def _check_answer(self, response: http.client.HTTPResponse, part: BinaryIO) -> None:
-        """Starts anew if the server sends something else than the rest that was asked for."""
-        sent = re.fullmatch(r"bytes (\d{1,15})-\d+/(\d+|\*)", response.headers.get("Content-Range") or "")
-        goes_on = response.status == 206 and sent and int(sent[1]) == self._have and sent[2] in ("*", str(self.file.size))
-        if self._have and not goes_on:
-            self._begin(part)
-            if response.status != 200:
-                raise ConnectionLost("the server cannot go on where the part ends")
-        length, wanted = response.headers.get("Content-Length"), self.file.size - self._have
-        if length is not None and length.strip() != str(wanted):
-            raise self._failure(f"the server sends {printable(length, 20)} bytes, not {wanted}")
 
 
 @dataclass(frozen=True)
@@ -19426,25 +19452,6 @@ class Plan:
     def left(self) -> int:
         """Bytes still to fetch."""
         return sum(download.left() for download in self.files)
-
-
-def free_disk(path: str) -> int | None:
-    """Bytes free where the path is, or will be; None where nobody tells."""
-    import shutil
-
-    for parent in pathlib.Path(path).parents:
-        with contextlib.suppress(OSError):
-            return shutil.disk_usage(parent).free
-    return None
-
-
-def write_reference(folder: str, commit: str) -> None:
-    """Says which commit of the repository is its main branch's; after its files, or the cache's other readers stumble."""
-    main = os.path.join(folder, "refs", "main")
-    os.makedirs(os.path.dirname(main), exist_ok=True)
-    new = f"{main}.{os.getpid()}.{threading.get_ident()}.tmp"
-    pathlib.Path(new).write_text(commit)
-    os.replace(new, main)
 
 
 # ── G. Page ───────────────────────────────────────────────────────────────────────────────────────────────────────────

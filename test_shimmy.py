@@ -1510,6 +1510,25 @@ def test_health_includes_engine_memory(server: Server) -> None:
     assert megabytes() > without + 5
 
 
+def test_windows_hyperthreads_are_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    records = b"".join(struct.pack("<II", 0, size) + bytes(size - 8) for size in (48, 48, 64))  # a core each
+
+    def answer(kind: int, buffer: Any, size: Any) -> int:
+        room, size._obj.value = size._obj.value, len(records)
+        if kind or buffer is None or room < len(records):
+            return 0
+        ctypes.memmove(buffer, records, len(records))
+        return 1
+
+    assert module._windows_cores() == 0 or sys.platform == "win32"
+    kernel32 = types.SimpleNamespace(GetLogicalProcessorInformationEx=answer)
+    monkeypatch.setattr(ctypes, "windll", types.SimpleNamespace(kernel32=kernel32), raising=False)
+    monkeypatch.setattr(sys, "platform", "win32")
+    assert module._windows_cores() == 3
+    records = b""
+    assert module._windows_cores() == 0
+
+
 ROUNDED = {
     "ones": (module.human_count, 999, "999"), "a rounded thousand": (module.human_count, 999_999, "1M"),
     "thousands": (module.human_count, 1_543_000, "1.5M"), "many": (module.human_count, 260_000, "260K"),
@@ -17225,6 +17244,9 @@ REFUSED_COMMANDS: dict[str, tuple[tuple[str, ...], dict[str, str], int, tuple[st
     "a misspelt model": (("generate", "recitol", "--prompt", "x"), {}, 1, ("did you mean recital?",)),
     "a misspelt model to probe": (("probe", "recitol"), {}, 1, ("did you mean recital?",)),
     "a tool without a chat": (("generate", TINY, "--raw", "--tool", "calculator", "--prompt", "x"), {}, 2, ("--tool",)),
+    "an unknown tool": (("generate", TINY, "--tool", "nothing", "--prompt", "x"), {}, 1, ("shimmy: --tool: there is no",)),
+    "an image for one that reads text": (("generate", TINY, "--image", str(REPO / "models" / "page.png"), "hi"), {}, 1, (
+        'shimmy: --image: "image_url" is not served',)),
     "a template that is no file": (("generate", "recital", "--chat-template", "none.jinja", "--prompt", "x"), {}, 2, (
         "--chat-template", "none.jinja")),
     "an image for lines that is no file": (("generate", "recital", "--chat", "--lines", "--image", "none.png"), {}, 2, (
@@ -17498,7 +17520,8 @@ def test_generate_writes_utf_8_in_any_locale(models: Path, tmp_path: Path) -> No
     "a choice": ('{"type": "string", "enum": ["yes", "no"]}', [], 0, ""),
     "half an object": ("{", [], 2, ""), "a list": ("[]", [], 2, "--schema schema.json: must be an object"),
     "null": ("null", [], 1, "--schema schema.json: must be an object"), "not UTF-8": ("\xff", [], 2, ""),
-    "an unknown type": ('{"type": "wrong"}', [], 1, ""), "$ref to nowhere": ('{"$ref": "#/nowhere"}', [], 1, ""),
+    "an unknown type": ('{"type": "wrong"}', [], 1, 'shimmy: --schema: type "wrong" is unknown\n'),
+    "$ref to nowhere": ('{"$ref": "#/nowhere"}', [], 1, 'shimmy: --schema: $ref "#/nowhere" names nothing\n'),
     "one that is cut": ('{"type": "string", "enum": ["yes and no and yes and no"]}', ["--max-tokens", "3"], 1, "--max-tokens 3"),
 })  # fmt: skip
 def test_generate_with_a_schema_file_prints_matching_json_or_fails_with_one_line(
@@ -18028,6 +18051,20 @@ def test_list_in_a_plain_locale_shows_names_it_cannot_write(tmp_path: Path) -> N
     env = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     done = shimmy("list", home=tmp_path, env=env)
     assert done.returncode == 0 and b"caf" in done.stdout and b"Traceback" not in done.stderr
+
+
+@cases("flags, code, words", {
+    "list": (["list"], 0, "caf\\xe9"), "serve": (["serve", "--port", "0"], 1, "llama-cpp-python is not installed"),
+})  # fmt: skip
+def test_command_without_packages_and_home_in_an_ascii_terminal_says_so(
+    flags: list[str], code: int, words: str, tmp_path: Path
+) -> None:
+    write_header(tmp_path / "models" / "café.gguf")
+    env = environment(Path("/dev/null"), {"PYTHONIOENCODING": "ascii"})
+    done = subprocess.run([sys.executable, "-S", SHIMMY, *flags], cwd=tmp_path, env=env, capture_output=True, timeout=HANG,
+                          check=False)  # fmt: skip
+    assert done.returncode == code and words in (done.stdout + done.stderr).decode("ascii"), done.stderr
+    assert len(done.stderr.splitlines()) == code
 
 
 def lines_of(done: subprocess.CompletedProcess[bytes]) -> list[Any]:
