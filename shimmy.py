@@ -12301,8 +12301,11 @@ FIELD_FLAGS = {f.name: "--" + f.name.replace("_", "-") for f in fields(Sampling)
 
 def in_flags(message: str) -> str:
     """An error's message with the flag in place of the request's field that it begins with."""
-    found = re.match(r"(\w+)([^\s:]*)(?=:| must | may )", message)
-    return FIELD_FLAGS[found[1]] + message[found.end() :] if found and found[1] in FIELD_FLAGS else message
+    found = re.match(r"(\w+)[^\s:]*(:?)", message)
+    flag = FIELD_FLAGS.get(found[1]) if found else None
+    if not found or not flag or (flag == "--image" and not found[2]):  # of messages as a whole it is not the image
+        return message
+    return flag + found[2] + message[found.end() :]
 
 
 # Settings of single models
@@ -13144,8 +13147,7 @@ class RunningServer(Neighbour):
         if code == "unauthorized":
             return ApiError(message=f"the server at {self.url} {self.refusal}")
         if code == InvalidRequest.code:
-            field = re.fullmatch("Field '(.*)' is at fault", details)
-            return InvalidRequest(message, field and field[1])
+            return InvalidRequest(str(message))
         error = ApiError(str(details), str(message))
         error.code = code
         return error
@@ -13588,7 +13590,8 @@ def main(argv: Seq[str] | None = None) -> int:
 
 def complain(error: Exception, code: int) -> int:
     """One plain line on stderr."""
-    print(f"shimmy: {harmless(' '.join(str(error).split()))}", file=sys.stderr)
+    words = re.sub(r"^\[\w+ -?\d+\] ", "", " ".join(str(error).split()))  # without an OSError's number
+    print(f"shimmy: {harmless(words)}", file=sys.stderr)
     return code
 
 
@@ -19254,11 +19257,9 @@ class Pull:
         """Fetches all that is not here yet. Raises as Download.run does, but PullFailed for what cannot be written."""
         import shutil
 
-        there = next((parent for parent in pathlib.Path(plan.path).parents if parent.exists()), None)
-        try:
-            free = shutil.disk_usage(there).free if there else math.inf
-        except OSError:  # nobody tells
-            free = math.inf
+        free = math.inf
+        with contextlib.suppress(OSError, StopIteration):  # nobody tells
+            free = shutil.disk_usage(next(parent for parent in pathlib.Path(plan.path).parents if parent.exists())).free
         if plan.left > free:
             raise DiskFull(f"the disk is too small: {human_bytes(plan.left)} are to be fetched, {human_bytes(free)} are free")
         try:
