@@ -12781,19 +12781,15 @@ def fetch_named(model: str | None) -> str | None:
 
 def plan_words(plan: Plan) -> list[str]:
     """Describes a pull: the files, if they fit, and the other quantizations."""
-    lines = [f"{plan.title}: {human_bytes(plan.size)}"]
-    if len(plan.files) > 1:
-        lines[0] += f" in {len(plan.files)} files"
-    if 0 < plan.left < plan.size:
-        lines[0] += f", {human_bytes(plan.left)} still to fetch"
-    elif not plan.left:
-        lines[0] += ", here already"
-    lines += [f"  {printable(file.name)}  {human_bytes(file.size)}" for file in (each.file for each in plan.files)]
-    lines.append(f"into {printable(os.path.dirname(plan.path), MAX_SHOWN_PATH)}")
-    lines.append(memory_words(plan.size))
-    if plan.others:
-        lines.append(f"there are also {some_of(plan.others, 12)}")
-    return lines
+    files = f" in {len(plan.files)} files" if len(plan.files) > 1 else ""
+    left = "" if plan.left == plan.size else f", {human_bytes(plan.left)} still to fetch" if plan.left else ", here already"
+    return [
+        f"{plan.title}: {human_bytes(plan.size)}{files}{left}",
+        *(f"  {printable(each.file.name)}  {human_bytes(each.file.size)}" for each in plan.files),
+        f"into {printable(os.path.dirname(plan.path), MAX_SHOWN_PATH)}",
+        memory_words(plan.size),
+        *([f"there are also {some_of(plan.others, 12)}"] if plan.others else []),
+    ]
 
 
 def clock(seconds: float) -> str:
