@@ -11950,8 +11950,8 @@ DEFAULT_PORT = 11435
 SUGGESTED = "Qwen/Qwen2.5-1.5B-Instruct-GGUF"  # a first real model: small, open (Apache 2.0), good on any laptop
 
 
-class UsageError(Exception):
-    """The command line asks for something impossible: exit 2."""
+class UsageError(argparse.ArgumentTypeError):
+    """The command line asks for something impossible: exit 2. Of a single flag's value argparse says which flag it is."""
 
 
 class HelpFormat(argparse.HelpFormatter):
@@ -11980,16 +11980,16 @@ def duration(words: str) -> float:
     """Seconds from 90, 90s, 5m or 2h; -1 stays -1."""
     found = re.fullmatch(r"(-?\d+(?:\.\d+)?)(s|m|h|d)?", words)
     if not found:
-        raise argparse.ArgumentTypeError(f"{words!r} is no duration; write 90, 90s, 5m or 2h")
+        raise UsageError(f"{words!r} is no duration; write 90, 90s, 5m or 2h")
     return float(found[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[found[2] or "s"]
 
 
-def count(least: int, most: int | None = None) -> Callable[[str], int]:
-    """An argparse type: a whole number from `least` to `most`, or on."""
+def count(least: int, most: int | None = None, setting: str = "") -> Callable[[str], int]:
+    """An argparse type: a whole number from `least` to `most`, or on; an error begins with the setting."""
 
     def check(words: str) -> int:
         if not re.fullmatch(r"-?\d{1,18}", words) or not least <= int(words) <= (most or int(words)):
-            raise argparse.ArgumentTypeError(f"{words!r} is no whole number from {least} {f'to {most}' if most else 'on'}")
+            raise UsageError(f"{setting}{words!r} is no whole number from {least} {f'to {most}' if most else 'on'}")
         return int(words)
 
     return check
@@ -12004,7 +12004,7 @@ def alias(words: str) -> tuple[str, str]:
     """PATTERN=MODEL as a pair."""
     pattern, equals, model = words.partition("=")
     if not (pattern and equals and model):
-        raise argparse.ArgumentTypeError(f"{words!r} is no alias; write PATTERN=MODEL")
+        raise UsageError(f"{words!r} is no alias; write PATTERN=MODEL")
     return pattern, model
 
 
@@ -12222,7 +12222,7 @@ def _plain_number(words: str) -> float:
     try:
         return int(words) if re.fullmatch(r"-?\d+", words) else float(words)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{words!r} is no number") from None
+        raise UsageError(f"{words!r} is no number") from None
 
 
 def listen_address(args: argparse.Namespace) -> tuple[str, int]:
@@ -12236,15 +12236,7 @@ def listen_address(args: argparse.Namespace) -> tuple[str, int]:
     # a port flag wins over --bind's, and both over the environment's
     port = args.port if args.port is not None else named if args.bind and named else os.environ.get("SHIMMY_PORT") or named
     setting = "--bind" if port == named else "SHIMMY_PORT"
-    return host, whole_number(setting, str(DEFAULT_PORT if port is None else port), 0, 65535)
-
-
-def whole_number(setting: str, words: str, least: int, most: int) -> int:
-    """Raises UsageError naming the setting."""
-    try:
-        return count(least, most)(words)
-    except argparse.ArgumentTypeError as error:
-        raise UsageError(f"{setting}: {error}") from None
+    return host, count(0, 65535, f"{setting}: ")(str(DEFAULT_PORT if port is None else port))
 
 
 def engine_fields(args: argparse.Namespace) -> dict[str, Any]:
@@ -12433,7 +12425,7 @@ def make_service(args: argparse.Namespace, **more: Any) -> Service:
     )  # fmt: skip
     engine, most = engine_fields(args), os.environ.get("SHIMMY_MAX_CTX")
     if most and "ctx" not in engine:
-        engine["ctx"] = whole_number("SHIMMY_MAX_CTX", most, *ENGINE_BOUNDS["ctx"])
+        engine["ctx"] = count(*ENGINE_BOUNDS["ctx"], "SHIMMY_MAX_CTX: ")(most)
     return Service(catalog, table, Settings(engine, presets, args.command != "serve"), **more)
 
 
