@@ -217,7 +217,7 @@ from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import IO, TYPE_CHECKING, Any, BinaryIO, ClassVar, NoReturn, TypeVar
+from typing import IO, TYPE_CHECKING, Annotated, Any, BinaryIO, ClassVar, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
 if TYPE_CHECKING:
     import ast
@@ -3199,30 +3199,33 @@ class Cancel:
     ids: tuple[int, ...]
 
 
-# Messages: child to parent
+# Messages: child to parent, whose fields Pipe checks
+
+Count = Annotated[int, lambda n: 0 <= n < 1 << 60]
+Measure = Annotated[float, lambda x: 0 <= x < 1e12]  # so also finite
 
 
 @dataclass(frozen=True)
 class Progress:
     """How much of the weights is loaded, 0 to 1."""
 
-    fraction: float
+    fraction: Measure
 
 
 @dataclass(frozen=True)
 class Loaded:
     """The model is ready: its context, and what the parent needs to know of it."""
 
-    ctx: int
-    pool: int
+    ctx: Count
+    pool: Count
     chat: ChatFacts
     notes: tuple[str, ...]
-    pool_bytes: int = 0  # memory that the pool's KV cache takes when it is full
-    memory_need: int = 0  # bytes of RAM that the engine takes when its pool is full
+    pool_bytes: Count = 0  # memory that the pool's KV cache takes when it is full
+    memory_need: Count = 0  # bytes of RAM that the engine takes when its pool is full
     devices: str = ""  # where the layers are, on a machine with more than a CPU
     on_gpu: bool = False  # some of them
     sees: bool = False  # prompts may have pictures
-    gpu_bytes: int = 0  # memory that the model took on its GPUs, its whole KV cache too
+    gpu_bytes: Count = 0  # memory that the model took on its GPUs, its whole KV cache too
     servers: tuple[str, ...] = ()  # RPC servers that it uses
 
 
@@ -3250,7 +3253,7 @@ class Accepted:
     """The job passed its checks and waits for its first step."""
 
     id: int
-    prompt_tokens: int
+    prompt_tokens: Count
 
 
 @dataclass(frozen=True)
@@ -3260,7 +3263,7 @@ class Piece:
     id: int
     text: str
     logprobs: tuple[TokenLogprob, ...] = ()
-    tokens: int = 0  # generated since the last message
+    tokens: Count = 0  # generated since the last message
 
     @property
     def size(self) -> int:
@@ -3270,22 +3273,22 @@ class Piece:
 
 @dataclass(frozen=True)
 class Finished:
-    """The end of one sequence: stop, length or cancelled."""
+    """The end of one sequence."""
 
     id: int
-    finish_reason: str
-    prompt_tokens: int
-    completion_tokens: int
-    cached_tokens: int = 0
-    prompt_seconds: float = 0.0  # from its first step to its first token
-    decode_seconds: float = 0.0  # from there to its last
+    finish_reason: Annotated[str, ("stop", "length", "cancelled").__contains__]
+    prompt_tokens: Count
+    completion_tokens: Count
+    cached_tokens: Count = 0
+    prompt_seconds: Measure = 0.0  # from its first step to its first token
+    decode_seconds: Measure = 0.0  # from there to its last
     stopped_by: str = ""  # the stop string that ended it
-    forced_tokens: int = 0  # of those, the ones that a grammar left no choice about, which the model did not pick
-    picture_tokens: int = 0  # of the prompt's
-    disk_bytes: int = 0  # read from the disk, where the prompt's beginning was kept
-    disk_seconds: float = 0.0  # spared by that
-    drafted_tokens: int = 0  # guesses that were computed beside the completion's
-    accepted_tokens: int = 0  # of these, those that came true
+    forced_tokens: Count = 0  # of those, the ones that a grammar left no choice about, which the model did not pick
+    picture_tokens: Count = 0  # of the prompt's
+    disk_bytes: Count = 0  # read from the disk, where the prompt's beginning was kept
+    disk_seconds: Measure = 0.0  # spared by that
+    drafted_tokens: Count = 0  # guesses that were computed beside the completion's
+    accepted_tokens: Count = 0  # of these, those that came true
 
 
 @dataclass(frozen=True)
@@ -3293,10 +3296,10 @@ class Failed:
     """A job that cannot go on; `code` names the ApiError."""
 
     id: int
-    code: str
+    code: Annotated[str, ERRORS.__contains__]
     details: str
     param: str | None = None
-    sizes: tuple[int, ...] = ()  # ApiError's
+    sizes: tuple[Count, ...] = ()  # ApiError's
 
 
 @dataclass(frozen=True)
@@ -3304,25 +3307,15 @@ class Stepped:
     """What one step, or the steps of the last few milliseconds, gave all sequences together."""
 
     events: tuple[Piece | Vectors | Tokens | Finished | Failed, ...]
-    running: int  # sequences in the batch now
-    cells: int = 0  # of the pool, that these hold
-
-
-class _Unpickler(pickle.Unpickler):  # nosec B301  # of what the server sends
-    """Finds classes in this file, whatever the module is called on either side."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        return globals()[name]
+    running: Count  # sequences in the batch now
+    cells: Count = 0  # of the pool, that these hold
 
 
 # The pipe. A child may be taken over by a hostile model file or template: what it sends is JSON, whose objects stand for a
-# few types in a table and nothing else. What we send to it may be anything, a grammar's symbols too, and is pickled.
+# few types in a table and nothing else, with the fields that these declare. What we send to it may be anything, a grammar's
+# symbols too, and is pickled.
 
 MAX_MESSAGE = 128 * MIB  # of a child's: 2,048 vectors of 8,192 numbers are 64 MiB, in base64 85
-KINDS: dict[str, tuple[type, ...]] = {
-    "int": (int,), "float": (int, float), "str": (str,), "bytes": (bytes,), "bool": (bool,), "tuple": (tuple,),
-    "Mapping": (dict,), "None": (type(None),),
-}  # fmt: skip
 
 
 @functools.cache
@@ -3334,10 +3327,27 @@ def sendable() -> dict[type, int]:
 
 
 @functools.cache
-def wanted_kinds(kind: type) -> list[tuple[type, ...]]:
-    """For each field of a dataclass the types of its values."""
-    plain = (re.sub(r"\[.*\]", "", str(f.type)).split(" | ") for f in fields(kind))
-    return [tuple(itertools.chain(*(KINDS.get(name, (object,)) for name in names))) for names in plain]
+def field_tests(kind: type) -> list[Callable[[Any], bool]]:
+    """For each field of a dataclass a test of its values."""
+    return [is_of(hint) for hint in get_type_hints(kind, include_extras=True).values()]
+
+
+def is_of(hint: Any) -> Callable[[Any], bool]:
+    """Makes a test for the values of a type, as a message's field declares it."""
+    origin, inner = get_origin(hint), [h for h in get_args(hint) if h is not ...]
+    if origin is Annotated:
+        kind, holds = is_of(inner[0]), inner[1]
+        return lambda value: kind(value) and holds(value)
+    if origin is tuple:
+        item, size = is_of(inner[0]), 0 if ... in get_args(hint) else len(inner)  # 0: any
+        return lambda value: isinstance(value, tuple) and (len(value) == size or not size) and all(map(item, value))
+    if origin is Mapping:
+        key, item = map(is_of, inner)
+        return lambda value: isinstance(value, dict) and all(map(key, value)) and all(map(item, value.values()))
+    if any(map(get_origin, inner)):
+        return lambda value: any(is_of(h)(value) for h in inner)
+    kinds = tuple(itertools.chain(*((int, float) if h is float else (h,) for h in inner or [hint])))
+    return lambda value: isinstance(value, kinds)
 
 
 def json_form(value: Any) -> dict[str, Any]:
@@ -3355,7 +3365,7 @@ def from_json_form(found: dict[str, Any]) -> Any:
         return found
     kind = list(sendable())[found["type"]]
     values = tupled(found["fields"])
-    if not all(map(isinstance, values, wanted_kinds(kind))):
+    if not all(test(value) for test, value in zip(field_tests(kind), values, strict=True)):
         raise TypeError(f"a {kind.__name__} holds what it cannot")
     return kind(*values)
 
@@ -3363,6 +3373,13 @@ def from_json_form(found: dict[str, Any]) -> Any:
 def tupled(value: list[Any]) -> tuple[Any, ...]:
     """A list, which JSON has alone, as the tuple that it was."""
     return tuple([tupled(v) if isinstance(v, list) else v for v in value])
+
+
+class _Unpickler(pickle.Unpickler):  # nosec B301  # of what the server sends
+    """Finds classes in this file, whatever the module is called on either side."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        return globals()[name]
 
 
 class Pipe:
@@ -7167,13 +7184,36 @@ class Histogram:
 
 
 @dataclass
-class Timing:
-    """A job as its model's meter follows it. Owned by the thread that reads the child's messages."""
+class Task:
+    """A job in the engine, until it is known how it ended, wanted or not. Owned by the thread that reads the child's messages."""
 
+    generation: Generation
+    gives: type  # what comes of it: Piece, Vectors or Tokens
     began: float  # monotonic seconds: when its request came, before the model was loaded for it
-    generates: bool
+    inputs: int = 0  # that it makes vectors of
+    picture_bytes: int = 0  # in its prompt
+    accepted: bool = False
+    answered: bool = False  # its vectors or tokens have come
     last: float = 0.0  # when its last piece came
     tokens: int = 0  # generated, that have been counted
+
+    def check(self, event: Any) -> None:
+        """Notes how far the job is. Raises ValueError for what cannot come of it now: a child is not trusted."""
+        kind, fits = type(event), True
+        if kind is Accepted:
+            fits, self.accepted = not self.accepted, True
+        elif kind is Finished:
+            fits = self.accepted and (self.answered or self.gives is Piece or event.finish_reason == "cancelled")
+        elif kind is not Failed:
+            fits, self.answered = self.accepted and kind is self.gives and not self.answered, kind is not Piece
+        if kind is Piece:
+            fits = fits and all(len(p.names) == len(p.logprobs) == len(p.ids) for p in event.logprobs)
+        elif kind is Vectors:
+            fits = fits and len(event.rows) == self.inputs and not any(len(row) % 4 for row in event.rows)
+        elif kind is Tokens:
+            fits = fits and len(event.pieces) in (0, len(event.ids))
+        if not fits:
+            raise ValueError(f"a {kind.__name__} that cannot come of its job now")
 
 
 class Meter:
@@ -7197,49 +7237,43 @@ class Meter:
         self.prompt_sizes, self.answer_sizes = Histogram(TOKENS), Histogram(TOKENS)
         self._recent: deque[tuple[float, Finished]] = deque(maxlen=256)
 
-    def piece(self, job: Timing, tokens: int) -> None:
+    def piece(self, task: Task, tokens: int) -> None:
         """Text came: the first of its sequence, or a gap after the last."""
         now = time.monotonic()
         with self._lock:
-            if job.last:
-                self.gap.add(now - job.last)
-            else:
-                self.first_token.add(now - job.began)
+            (self.gap if task.last else self.first_token).add(now - (task.last or task.began))
             self.generated_tokens += tokens
-        job.last, job.tokens = now, job.tokens + tokens
+        task.last, task.tokens = now, task.tokens + tokens
 
-    def finished(self, job: Timing, end: Finished) -> None:
+    def finished(self, task: Task, end: Finished) -> None:
         """A job has ended as the engine says. What it did not compute it waited for: the load, its turn, its first step."""
-        now = time.monotonic()
-        computing = end.prompt_seconds + end.decode_seconds
+        now, generates = time.monotonic(), task.gives is Piece
+        whole, computing = now - task.began, end.prompt_seconds + end.decode_seconds
         with self._lock:
             self.ends[self.ENDS[end.finish_reason]] += 1
-            self.computed_tokens += end.prompt_tokens - end.cached_tokens
-            self.cached_tokens += end.cached_tokens
-            self.sought_tokens += end.prompt_tokens * job.generates
-            self.generated_tokens += end.completion_tokens - job.tokens
+            for name in ("cached_tokens", "disk_bytes", "disk_seconds", "drafted_tokens", "accepted_tokens"):
+                setattr(self, name, getattr(self, name) + getattr(end, name))
+            self.computed_tokens += max(0, end.prompt_tokens - end.cached_tokens)
+            self.sought_tokens += end.prompt_tokens * generates
+            self.generated_tokens += max(0, end.completion_tokens - task.tokens)
             self.disk_hits += end.disk_bytes > 0
-            self.disk_bytes += end.disk_bytes
-            self.disk_seconds += end.disk_seconds
-            self.drafted_tokens += end.drafted_tokens
-            self.accepted_tokens += end.accepted_tokens
             self.prompt_sizes.add(end.prompt_tokens)
-            self.whole.add(now - job.began)
+            self.whole.add(whole)
             self.inference.add(computing)
-            self.queue.add(max(0.0, now - job.began - computing))
+            self.queue.add(max(0.0, whole - computing))
             self.prefill.add(end.prompt_seconds)
-            if job.generates:
+            if generates:
                 self.decode.add(end.decode_seconds)
                 self.answer_sizes.add(end.completion_tokens)
             if end.completion_tokens > 1:
                 self.per_token.add(end.decode_seconds / (end.completion_tokens - 1))
             self._recent.append((now, end))
 
-    def failed(self, job: Timing) -> None:
+    def failed(self, task: Task) -> None:
         """A job broke off."""
         with self._lock:
             self.ends["error"] += 1
-            self.whole.add(time.monotonic() - job.began)
+            self.whole.add(time.monotonic() - task.began)
 
     def moved(self, before: str, after: str) -> None:
         """The model went from one state to another (Entry.state)."""
@@ -7364,8 +7398,7 @@ class Worker:
         self.info, self.setup, self.max_queue, self._died, self._report = info, setup, max_queue, died, report
         self._meter = meter or Meter()
         self._lock = threading.Lock()
-        # by id, until it is known how a job ended, wanted or not; the meter does not count those of the tokenizer alone
-        self._jobs: dict[int, tuple[Generation, Timing | None, int]] = {}  # and the bytes of its pictures
+        self._tasks: dict[int, Task] = {}  # by id
         self._outbox: queue.SimpleQueue[Any] = queue.SimpleQueue()  # what the writing thread sends; None: no more
         self._outcome: queue.SimpleQueue[Loaded | LoadFailed] = queue.SimpleQueue()  # of the load
         self._silent, self._patience = 0, self.STARTING  # ticks since its last message; and how many seconds are borne
@@ -7385,8 +7418,18 @@ class Worker:
         """Starts the child and waits until the model is loaded. Raises LoadFailure if it is not, also after `stop`."""
         began, id = time.perf_counter(), printable(self.info.id)
         self._report(f"loading {id} ({human_bytes(self.info.size_bytes)})")
-        self._start_child()
+        with self._lock:
+            if self._stopping:
+                raise LoadFailure(f"Model '{self.info.id}': unloaded before it was loaded")
+            self.process, reader, writer = start_child("engine_main")
+            self._pipe = Pipe(reader, writer)
         self._outbox.put(Load(replace(self.info, path=os.path.abspath(self.info.path)), self.setup))
+        try:
+            for work in (self._read, self._write, self._watch):
+                threading.Thread(target=work, name=f"{work.__name__[1:]} {self.info.id}", daemon=True).start()
+        except RuntimeError:  # no more threads to be had
+            self.stop()
+            raise
         message = self._outcome.get()
         if isinstance(message, LoadFailed):
             self.stop()
@@ -7402,40 +7445,27 @@ class Worker:
         self._serving = True
         return self
 
-    def _start_child(self) -> None:
-        with self._lock:
-            if self._stopping:
-                raise LoadFailure(f"Model '{self.info.id}': unloaded before it was loaded")
-            self.process, reader, writer = start_child("engine_main")
-            self._pipe = Pipe(reader, writer)
-        try:
-            for work in (self._read, self._write, self._watch):
-                threading.Thread(target=work, name=f"{work.__name__[1:]} {self.info.id}", daemon=True).start()
-        except RuntimeError:  # no more threads to be had
-            self.stop()
-            raise
-
     def submit(self, jobs: Seq[Job], cancel: Cancellation, began: float | None = None) -> Generation:
         """Queues jobs as one generation, whose request came at `began` (monotonic seconds).
 
         Raises Overloaded when the queue is full, GenerationFailed without a child.
         """
-        ids = [next(self._ids) for _ in jobs]
-        generation = Generation(self, ids)
+        generation = Generation(self, [next(self._ids) for _ in jobs])
+        tasks = [Task(generation, {Generate: Piece, Embed: Vectors, Tokenize: Tokens}[type(job)], began or time.monotonic(),
+                      len(job.inputs) if isinstance(job, Embed) else 0, sum(len(part.data) for part in pictures_of(job)))
+                 for job in jobs]  # fmt: skip
         with self._lock:
             if not self.alive:
                 raise GenerationFailed("The model's engine process ended")
-            most, held = self.parallel + self.max_queue, len(self._jobs)
-            if len(ids) > most:
-                raise InvalidRequest(f"n: {len(ids)} texts are more than the {most} that --max-queue leaves room for", "n")
-            if held + len(ids) > most:
+            most, held = self.parallel + self.max_queue, len(self._tasks)
+            if len(jobs) > most:
+                raise InvalidRequest(f"n: {len(jobs)} texts are more than the {most} that --max-queue leaves room for", "n")
+            if held + len(jobs) > most:
                 raise Overloaded(f"{max(held - self.parallel, 0)} requests wait already (--max-queue {self.max_queue})")
-            sizes = [sum(len(part.data) for part in pictures_of(job)) for job in jobs]
-            if held and sum(sizes) + sum(size for _, _, size in self._jobs.values()) > MAX_WAITING_PICTURES:
+            if held and sum(t.picture_bytes for t in (*tasks, *self._tasks.values())) > MAX_WAITING_PICTURES:
                 raise Overloaded(f"the images of other requests take {human_bytes(MAX_WAITING_PICTURES)}")
-            for id, job, size in zip(ids, jobs, sizes, strict=True):
-                timing = Timing(began or time.monotonic(), isinstance(job, Generate))
-                self._jobs[id] = generation, None if isinstance(job, Tokenize) else timing, size
+            self._tasks |= zip(generation.index, tasks, strict=True)
+            for id, job in zip(generation.index, jobs, strict=True):
                 self._outbox.put(Submit(id, job))
         cancel.on_cancel(lambda: generation.cancel(cancel.gently))
         return generation
@@ -7472,7 +7502,7 @@ class Worker:
                 elif isinstance(message, Accepted):
                     self._take(message)
                 elif isinstance(message, Progress):
-                    self.progress = min(1.0, max(0.0, message.fraction))  # it might send NaN
+                    self.progress = min(1.0, message.fraction)
                 elif isinstance(message, (Loaded, LoadFailed)) and not self._serving:
                     self._outcome.put(message)
         except (EOFError, OSError):
@@ -7484,19 +7514,23 @@ class Worker:
         self._end()
 
     def _take(self, event: Any) -> None:
-        """Tells the meter what became of a job, whether or not anybody still waits for it, and hands it on."""
-        with self._lock:  # throughout: the meter raises for a malformed event, and the job must still be there to fail
-            generation, timing, _ = self._jobs.get(event.id, (None, None, 0))
-            if timing and isinstance(event, Piece):
-                self._meter.piece(timing, event.tokens)
-            elif timing and isinstance(event, Finished):
-                self._meter.finished(timing, event)
-            elif timing and isinstance(event, Failed) and event.code == GenerationFailed.code:  # else the request was at fault
-                self._meter.failed(timing)
+        """Tells the meter what became of a job, whether or not anybody still waits for it, and hands it on.
+
+        Raises ValueError for an event that cannot come now.
+        """
+        with self._lock:
+            if (task := self._tasks.get(event.id)) is None:
+                return
+            task.check(event)  # before all else: a job whose event raises must still be there to fail
+            if isinstance(event, Piece):
+                self._meter.piece(task, event.tokens)
+            elif isinstance(event, Finished) and task.gives is not Tokens:
+                self._meter.finished(task, event)
+            elif isinstance(event, Failed) and event.code == GenerationFailed.code and task.gives is not Tokens:
+                self._meter.failed(task)  # with another code the request was at fault
             if isinstance(event, (Finished, Failed)):
-                self._jobs.pop(event.id, None)
-            if generation:
-                generation.give(event)
+                del self._tasks[event.id]
+            task.generation.give(event)
 
     def _watch(self) -> None:
         """The watching thread: gives up a child that is silent, and one that not even a kill ends.
@@ -7541,14 +7575,13 @@ class Worker:
     def fail_all(self, details: str, kind: type[ApiError] = GenerationFailed) -> None:
         """Ends every job with an error."""
         with self._lock:
-            ids = list(self._jobs)
+            ids = list(self._tasks)
         for id in ids:
             self._take(Failed(id, kind.code, details))
 
     def counts(self) -> tuple[int, int]:
         """Jobs that run, and jobs that wait."""
-        with self._lock:
-            total = len(self._jobs)
+        total = len(self._tasks)
         running = min(self._running, total)
         return running, total - running
 

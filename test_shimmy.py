@@ -14458,9 +14458,9 @@ def test_counting_loses_nothing_among_threads() -> None:
     meter, metrics = module.Meter(), module.Metrics()
 
     def work(_: int) -> None:
-        job = module.Timing(0.0, True)
+        task = module.Task(None, module.Piece, 0.0)
         for _ in range(2000):
-            meter.piece(job, 1)
+            meter.piece(task, 1)
             metrics.answered("GET", "/", "shimmy", 200)
 
     with ThreadPoolExecutor(4) as pool:
