@@ -2919,8 +2919,7 @@ class HttpGetter:
 
     def _connect(self, host: str, port: int, tls: bool, deadline: float) -> socket.socket:
         """Resolve once, refuse any address that is not global, connect to what was resolved."""
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-        addresses = [(str(info[4][0]), port) for info in found]
+        addresses = resolved(host, port, deadline - time.monotonic())
         for address in addresses:
             if not is_global(address[0]):
                 raise ToolError(f"the host {host} has an address that is not global ({address[0]})")
@@ -3082,28 +3081,24 @@ class Rung:
 
     def below(self, cause: str, gpu: bool, rpc: bool = False) -> Rung | None:
         """The next rung that may mend a crash, a hang, or a want of memory; None if no other can."""
-        if cause == "memory" and not self.small_pool:
-            return replace(self, small_pool=True)
-        rpc = rpc and not self.local and not self.cpu
-        gpu = gpu or rpc
-        if rpc and cause != "memory":
-            return replace(self, local=True)
-        if gpu and not self.cpu and self.gpu_share > 0.25:
-            return replace(self, gpu_share=self.gpu_share / 2)
-        if cause != "memory" and not self.plain:
-            return replace(self, plain=True)
-        return replace(self, cpu=True) if gpu and not self.cpu else None
+        crash, rpc = cause != "memory", rpc and not (self.local or self.cpu)
+        gpu = (gpu or rpc) and not self.cpu
+        steps: tuple[tuple[bool, dict[str, Any]], ...] = (
+            (not (crash or self.small_pool), {"small_pool": True}), (crash and rpc, {"local": True}),
+            (gpu and self.gpu_share > 0.25, {"gpu_share": self.gpu_share / 2}),
+            (crash and not self.plain, {"plain": True}), (gpu, {"cpu": True}),
+        )  # fmt: skip
+        return next((replace(self, **step) for may_help, step in steps if may_help), None)
 
     def words(self) -> str:
         """What is given up, for people; "" at the top."""
-        given_up = [
-            (self.small_pool, "with a KV pool of one context"), (self.cpu, "on the CPU alone"),
-            (self.local, "without RPC servers"),
-            (self.gpu_share < 1 and not self.cpu, f"with {self.gpu_share:.0%} of the layers on the GPU"),
-            (self.plain, "without special CPU kernels"),
-            (bool(self.without) and not self.plain, f"without the {' and '.join(self.without)} kernels of the CPU"),
-        ]  # fmt: skip
-        return ", ".join(words for given, words in given_up if given)
+        given_up = {
+            "with a KV pool of one context": self.small_pool, "on the CPU alone": self.cpu, "without RPC servers": self.local,
+            f"with {self.gpu_share:.0%} of the layers on the GPU": self.gpu_share < 1 and not self.cpu,
+            "without special CPU kernels": self.plain,
+            f"without the {' and '.join(self.without)} kernels of the CPU": self.without and not self.plain,
+        }  # fmt: skip
+        return ", ".join(words for words, given in given_up.items() if given)
 
 
 @dataclass(frozen=True)
@@ -3641,8 +3636,12 @@ class LoadPlan:
     memory_need: int = 0  # bytes of RAM that it takes when the pool is full
 
 
-def plan_load(model: ModelInfo, setup: Setup, free: int | None, gpus: Seq[int] = (), weights: Weights | None = None) -> LoadPlan:
-    """Plans a load into `free` bytes of RAM (None: nobody knows) and of each GPU. LoadError, with numbers, if it cannot fit."""
+def plan_load(model: ModelInfo, setup: Setup, free: int | None, gpus: Seq[int] = (), weights: Weights | None = None,
+              remote: bool = False) -> LoadPlan:  # fmt: skip
+    """Plans a load into `free` bytes of RAM (None: nobody knows) and of each GPU; `remote`: none of these is in this machine.
+
+    LoadError, with numbers, if it cannot fit.
+    """
     options, rung, own = setup.options, setup.rung, model.context_length or 8192
     eyes = Eyes.memory_need(model)
     kv, ctx = model.kv or KvShape(), min(options.ctx or min(own, 8192), own)
@@ -3652,14 +3651,17 @@ def plan_load(model: ModelInfo, setup: Setup, free: int | None, gpus: Seq[int] =
     placed = Placement(0, 0, pool)
     if gpus and not rung.cpu:
         placed = place(weights or Weights((), model.size_bytes), kv, gpus, ctx, max(pool, ctx), options.kv_type, sequences,
-                       4 * GRAPH_BYTES + eyes, options.gpu_layers, options.n_cpu_moe, rung.gpu_share)  # fmt: skip
+                       4 * GRAPH_BYTES + eyes * (not remote), options.gpu_layers, options.n_cpu_moe, rung.gpu_share)  # fmt: skip
         as_fits = options.gpu_layers is None and rung.gpu_share == 1
         if setup.others_idle and as_fits and weights and placed.gpu_layers <= len(weights.layers):
             raise LoadError(f"only {placed.gpu_layers} of {len(weights.layers)} layers fit the GPU beside other models", "room")
         pool = placed.pool if pool else 0
     need, on_cpu = _ram_need(model, weights, placed)
     each = kv.token_bytes(options.kv_type) * on_cpu
-    need += int(kv.state_bytes(sequences) * on_cpu) + (0 if placed.gpu_layers else eyes)
+    in_ram = eyes if remote or not placed.gpu_layers else 0
+    need += int(kv.state_bytes(sequences) * on_cpu) + in_ram
+    if free is not None and in_ram > free and not on_cpu:
+        raise LoadError(f"the projector needs {human_bytes(in_ram)}, {human_bytes(max(0, free))} of memory are available", "room")
     if free is not None and on_cpu:
         pool = _fit_pool(model, options, ctx, pool, each, free - need)
     cells = -(-max(pool, ctx) // 256) * 256 if pool else 0
@@ -3867,6 +3869,7 @@ class Llama:
         self.size_bytes, self.embedding = load.model.size_bytes, load.model.embedding
         self.notes: list[str] = []
         self.absent: list[str] = []  # RPC servers that are left out, and why
+        self.moved: set[str] = set()  # those behind the first of them: their devices have other names and numbers than usual
         self.token_seconds = math.inf  # of a step for one token, where RPC servers have a part in it
         self.log_lines: deque[tuple[int, str]] = deque(maxlen=20)  # warnings and errors: level, text
         self.log_callback = self.c.llama_log_callback(self._on_log)  # kept: the library calls it until the process ends
@@ -3905,15 +3908,20 @@ class Llama:
         if self.setup.rung.cpu or wanted in (("none",), ()):
             return []
         self._add_servers()
-        known = {d.name: d for d in self.ggml.devices() if d.kind != "CPU"}
+        found = [d for d in self.ggml.devices() if d.kind != "CPU"]
+        known = {d.name: d for d in found if d.description not in self.moved}
         if unknown := {name for name in set(wanted or ()) - set(known) if not (self.absent and name.startswith("RPC"))}:
             raise LoadError(f"there is no device {min(unknown)}; there are {', '.join(known) or 'none but the CPU'}")
         # the output is where the last layers are: not on another machine, if possible, for logits are large
-        found = sorted((d for d in known.values() if d.kind in ("GPU", "IGPU")), key=lambda d: not d.remote)
-        used = [known[name] for name in wanted if name in known] if wanted else found
-        if main is not None and main >= len(used):
-            raise LoadError(f"--main-gpu {main}: there are {len(used)} GPUs, the first one is 0")
-        return used if main is None else [used[main]]
+        gpus = sorted((d for d in found if d.kind in ("GPU", "IGPU")), key=lambda d: not d.remote)
+        used = [known[name] for name in wanted if name in known] if wanted else gpus
+        if main is None:
+            return used
+        numbered = [d for d in used if d.name in known]
+        if main >= len(numbered):
+            told = [f"--main-gpu {main}: there are {len(numbered)} GPUs, the first one is 0", *self.absent]
+            raise LoadError("; ".join(told))
+        return [numbered[main]]
 
     def _add_servers(self) -> None:
         """Adds the RPC servers that answer, and notes why the others are left out."""
@@ -3926,6 +3934,7 @@ class Llama:
                 self.absent.append(f"without the RPC server {server}: {error.strerror or error}")
             else:
                 self.ggml.add_server(server)
+                self.moved |= {server} if self.absent else set()
         self.notes += self.absent
 
     def _plan(self) -> LoadPlan:
@@ -3938,7 +3947,8 @@ class Llama:
             self.notes.append(f"--ctx {self.options.ctx} is beyond the model's own context; using {own}")
         free = None if free is None else free - self.setup.reserved
         try:
-            return plan_load(self.info, self.setup, free, [d.free for d in self.devices], weights)
+            remote = all(device.remote for device in self.devices)
+            return plan_load(self.info, self.setup, free, [d.free for d in self.devices], weights, remote)
         except LoadError as error:
             raise LoadError("; ".join([str(error), *self.absent]), error.cause) from None
 
@@ -7700,15 +7710,21 @@ class Ladder:
 
     def died(self, worker: Worker) -> None:
         """An engine ended by itself: the second crash of a young one takes its model a rung down."""
-        model, cause = worker.info, worker.cause
-        if not cause or worker.loaded.servers or time.monotonic() - worker.loaded_at > self.YOUNG:
-            return  # with RPC servers it is likely one of these, and the next load asks whether they are there
+        model, cause, rung = worker.info, worker.cause, worker.setup.rung
+        servers = set(worker.loaded.servers).intersection(worker.setup.options.rpc or ())  # an engine might name any address
+        if not cause or time.monotonic() - worker.loaded_at > self.YOUNG:
+            return
+        try:
+            for server in servers:
+                ask_rpc_server(server)
+        except OSError:
+            return  # likely that is why, and the next load goes without it
         self._crashes[model.id] += 1
-        lower = worker.setup.rung.below(cause, worker.loaded.on_gpu)
+        lower = rung.below(cause, worker.loaded.on_gpu, bool(servers))
         if lower and self._crashes[model.id] % 2 == 0:
             self._lowered[model.id] = lower
             self._say(f"{printable(model.id)} crashed twice soon after it was loaded; it goes on {lower.words()}", True)
-            if cause != "memory":
+            if cause != "memory" and lower.local == rung.local:
                 self._remember(model, lower, f"the engine crashed twice ({cause})")
 
 
@@ -7758,23 +7774,19 @@ class Settings:
     def __init__(self, flags: Mapping[str, Any] | None = None, presets: Seq[Preset] = (), one: bool = False) -> None:
         """`flags` are the fields of EngineOptions that the command line gives; `one`: a single model is served by these."""
         self._flags, self.presets, self._one = flags or {}, tuple(presets), one
-        self._all = [p for p in presets if p.pattern == "*"]
-        self.engine = self._merged([*self._all, Preset("*", self._flags)]).engine  # of no model in particular
+        self.engine = self.of(None, True).engine  # of no model in particular
 
-    @staticmethod
-    def _merged(layers: Seq[Preset], system: str = "") -> ModelSettings:
+    def of(self, model: ModelInfo | None, is_default: bool, asked: Mapping[str, Any] | None = None) -> ModelSettings:
+        """The settings of a model; `asked` are fields of EngineOptions that a request for its load gave."""
+        stored = model.stored if model else Stored()
+        flags = {k: v for k, v in self._flags.items() if is_default or self._one or k not in self.DEFAULT_ONLY}
+        own = [p for p in self.presets if model and p.pattern != "*" and p.means(model.id)]
+        layers = [Preset("", stored.engine, stored.sampling), *(p for p in self.presets if p.pattern == "*"),
+                  Preset("", flags), *own, Preset("", asked or {})]  # fmt: skip
         engine = {name: value for layer in layers for name, value in layer.engine.items()}
         sampling = {name: value for layer in layers for name, value in layer.sampling.items()}
         keep = [layer.keep_alive for layer in layers if layer.keep_alive is not None]
-        return ModelSettings(EngineOptions(**engine), sampling, system, keep[-1] if keep else None)
-
-    def of(self, model: ModelInfo, is_default: bool, asked: Mapping[str, Any] | None = None) -> ModelSettings:
-        """The settings of a model; `asked` are fields of EngineOptions that a request for its load gave."""
-        stored = Preset("", model.stored.engine, model.stored.sampling)
-        flags = {k: v for k, v in self._flags.items() if is_default or self._one or k not in self.DEFAULT_ONLY}
-        own = [p for p in self.presets if p.pattern != "*" and p.means(model.id)]
-        layers = [stored, *self._all, Preset("", flags), *own, Preset("", asked or {})]
-        return self._merged(layers, model.stored.system)
+        return ModelSettings(EngineOptions(**engine), sampling, stored.system, keep[-1] if keep else None)
 
 
 @dataclass
@@ -13797,6 +13809,26 @@ def output_of(command: Seq[str], seconds: float | None = None) -> str:
     return subprocess.run(command, capture_output=True, text=True, timeout=seconds).stdout  # noqa: S603  # nosec B603
 
 
+def resolved(host: str, port: int, seconds: float, family: int = 0) -> list[tuple[str, int]]:
+    """The addresses of a host. Raises OSError, also where no answer comes in time: the system may wait for minutes."""
+    found: queue.SimpleQueue[list[Any] | OSError] = queue.SimpleQueue()
+
+    def look_up() -> None:
+        try:
+            found.put(socket.getaddrinfo(host, port, family=family, type=socket.SOCK_STREAM))
+        except (OSError, UnicodeError) as error:
+            found.put(error if isinstance(error, OSError) else OSError(str(error)))
+
+    try:
+        threading.Thread(target=look_up, name="resolve", daemon=True).start()
+        answer = found.get(timeout=max(0.001, seconds))
+    except (RuntimeError, queue.Empty):
+        raise TimeoutError(f"the name {host} is not resolved in time") from None
+    if isinstance(answer, OSError):
+        raise answer
+    return [(str(info[4][0]), port) for info in answer]
+
+
 RPC_SECONDS = 3.0  # in which an RPC server answers, unless it serves another client
 
 
@@ -13806,9 +13838,9 @@ def ask_rpc_server(server: str, seconds: float = RPC_SECONDS) -> tuple[int, int]
     Where nobody answers, or somebody else, native code ends the process or waits for ever. Raises OSError.
     """
     host, _, port = server.rpartition(":")
-    address = socket.gethostbyname(host), int(port)
     until = time.monotonic() + seconds
-    with socket.create_connection(address, seconds) as connection:
+    address = resolved(host, int(port), seconds, socket.AF_INET)[0]
+    with socket.create_connection(address, max(0.001, until - time.monotonic())) as connection:
 
         def ask(command: int, body: bytes, size: int) -> bytes:
             connection.sendall(struct.pack("<BQ", command, len(body)) + body)

@@ -4094,6 +4094,12 @@ def test_message_of_a_child_arrives_as_it_was(message: Any) -> None:
     "a negative type": b'{"type": -99, "fields": []}', "too few fields": b'{"type": 0, "fields": []}',
     "too many": b'{"type": 0, "fields": [1, 2, 3]}', "a field of another kind": b'{"type": 4, "fields": ["1", 2]}',
     "no fields": b'{"type": 0}', "no bytes": b'{"bytes": 5}', "deep": b"[" * 100_000, "no JSON": b"\xff\xfe", "nothing": b"",
+    "no number": b'{"type": 0, "fields": [NaN]}', "infinite": b'{"type": 0, "fields": [1e999]}',
+    "negative": b'{"type": 4, "fields": [1, -1]}', "another kind within": b'{"type": 5, "fields": [["x"], 1, 1]}',
+    "an error of no known kind": b'{"type": 11, "fields": [1, "odd", "", null, []]}',
+    "an end of no known kind": from_a_child(module.Finished(1, "odd", 1, 1)),
+    "facts of another kind": from_a_child(module.ChatFacts({"": 5}, "", True, "", ())),
+    "a format with three marks": from_a_child(module.ChatFormat(thought=("a", "b", "c"))),
 })  # fmt: skip
 def test_what_is_no_message_is_an_error_and_changes_nothing(data: bytes) -> None:
     before = dict(vars(module.Access))
@@ -7205,6 +7211,18 @@ def test_model_that_does_not_fit_the_memory_asks_for_room(free: int, words: str)
     assert error.value.cause == "room"
 
 
+def test_projector_is_planned_where_it_will_be(tmp_path: Path) -> None:
+    """No RPC server takes it."""
+    (tmp_path / "eyes.gguf").write_bytes(bytes(1000))
+    weights, kv = module.Weights(((GIB, 0),) * 4, GIB), module.KvShape((8192,) * 4, (0,) * 4)
+    model = plain_model(size_bytes=5 * GIB, context_length=8192, kv=kv, projector=str(tmp_path / "eyes.gguf"))
+    needs = [module.plan_load(model, module.Setup(), GIB, [64 * GIB], weights, remote).memory_need for remote in (False, True)]
+    assert needs[1] - needs[0] == 1000 + module.GRAPH_BYTES
+    with pytest.raises(module.LoadError, match="the projector needs") as error:
+        module.plan_load(model, module.Setup(), 999, [64 * GIB], weights, True)
+    assert error.value.cause == "room"
+
+
 def test_model_rather_has_idle_ones_unloaded_than_a_part_of_itself_on_the_cpu() -> None:
     weights, kv = module.Weights(((GIB, 0),) * 32, GIB), module.KvShape((8192,) * 32, (0,) * 32)
     model = plain_model(size_bytes=33 * GIB, context_length=8192, kv=kv)
@@ -8708,6 +8726,9 @@ BABBLE = {
     "a message of 4 GiB": "pipe._writer.write(b'\\xff\\xff\\xff\\xff'); pipe._writer.flush()",
     "a closed pipe": "pipe._writer.close()",
     "an end of no known kind": "pipe.send(Stepped(tuple(Finished(id, 'odd', 1, 1) for id in range(1, 2000)), 1))",
+    "an error of no known kind": "pipe.send(Stepped(tuple(Failed(id, 'odd', '') for id in range(1, 2000)), 1))",
+    "what another job gives": "pipe.send(Stepped(tuple(Vectors(id, (b'',)) for id in range(1, 2000)), 1))",
+    "the same again": "[pipe.send(Accepted(id, 1)) for id in range(1, 2000)]",
 }
 
 
@@ -9139,6 +9160,42 @@ def test_rpc_server_that_does_not_answer_in_time_is_left_by_a_reset() -> None:
         connections[0].send(b"hello")
 
 
+def test_name_that_is_not_resolved_in_time_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    done = threading.Event()
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: done.wait(HANG))
+    with pytest.raises(OSError, match="the name slow.example is not resolved in time"):
+        module.ask_rpc_server("slow.example:1", 0.1)
+    monkeypatch.setattr(module.HttpGetter, "MAX_SECONDS", 0.1)
+    with pytest.raises(module.ToolError, match="is not resolved in time"):
+        module.HttpGetter(["*"]).http_get("http://slow.example/")
+    done.set()
+
+
+@cases("servers, count", {"none": ((), 1), "one that is gone": (("gone:1",), 0), "one that is there": (("there:1",), 1),
+                          "one that the engine made up": (("made-up:1",), 1)})  # fmt: skip
+def test_crash_counts_unless_an_rpc_server_is_gone(
+    servers: tuple[str, ...], count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ask(server: str) -> tuple[int, int]:
+        if server != "there:1":
+            raise ConnectionRefusedError(server)
+        return 1, 1
+
+    monkeypatch.setattr(module, "ask_rpc_server", ask)
+    ladder = module.Ladder(module.KnownFaults(str(tmp_path / "known.json")), lambda _: None)
+    options = module.EngineOptions(rpc=("gone:1", "there:1"))
+    loaded = types.SimpleNamespace(servers=servers, on_gpu=bool(servers))
+    worker: Any = types.SimpleNamespace(info=plain_model(), cause="crash", loaded=loaded, loaded_at=time.monotonic())
+    worker.setup = module.Setup(options)
+    for _ in range(2):
+        ladder.died(worker)
+    local = servers == ("there:1",)
+    lowered = {worker.info.id: module.Rung(local=local, plain=not local) if servers != ("made-up:1",) else
+               module.Rung(gpu_share=0.5)}  # fmt: skip
+    assert ladder._lowered == (lowered if count else {})
+    assert local <= (ladder.faults.read() == {})  # no server is remembered
+
+
 def test_rpc_server_that_answers_drop_by_drop_is_left_in_time() -> None:
     def drip(connection: socket.socket) -> None:
         with connection, contextlib.suppress(OSError):
@@ -9312,6 +9369,29 @@ def test_rpc_server_that_is_killed_in_mid_stream_fails_its_requests_and_the_mode
         assert f"without the RPC server {remotes[1 - len(left)].address}: Connection refused" in status["devices"]
     assert own.get("/diag").json()["known_faults"]["rungs"] == {}
     assert_healthy(own)
+
+
+@with_rpc
+def test_device_of_an_absent_rpc_server_means_no_other(spread: Callable[..., Server], remotes: list[RpcServer]) -> None:
+    remotes[0].kill()
+    for name in ("RPC0", "RPC1"):
+        own = spread("--device", name)
+        assert own.load("default").status == 200
+        assert own.status("default")["devices"] == f"without the RPC server {remotes[0].address}: Connection refused"
+        own.stop()
+    own = spread("--main-gpu", "0")
+    assert_error(own.load("default"), 500, "generation_failed", "--main-gpu 0: there are 0 GPUs", remotes[0].address)
+
+
+@with_rpc
+def test_engine_that_crashes_twice_though_its_rpc_servers_are_there_goes_on_without_them(spread: Callable[..., Server]) -> None:
+    own = spread()
+    for fallback in ("", "", "without RPC servers"):
+        assert own.load("default").status == 200
+        assert own.status("default")["fallback"] == fallback
+        os.kill(engine := engine_of(own), signal.SIGSEGV)
+        eventually(lambda engine=engine: not alive(engine), "it is gone")
+    assert own.get("/diag").json()["known_faults"]["rungs"] == {}
 
 
 @with_rpc
