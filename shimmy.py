@@ -278,6 +278,7 @@ TOOL_LOOP_SECONDS = 60.0  # for them all; then the model must answer without
 MAX_SCAN_DEPTH = 12  # directories below a search root
 MAX_SCAN_ENTRIES = 100_000  # files and directories looked at below one root
 SCAN_DETAIL_SECONDS = 0.4  # of processor time: a scan reads whole headers for so long; the rest are read when asked about
+SCAN_PATIENCE = 30.0  # for a scan of another thread, which a dead network drive may hold up for ever; then the last one serves
 HELPER_SECONDS = 1.5  # of processor time, for a helper process's task; the longest chats render in a tenth of that
 HELPER_PATIENCE = 4  # times as long it may take on a machine that others keep busy
 HELPER_BYTES = 1 << 30  # of address space, a helper process's
@@ -1302,17 +1303,20 @@ def read_projector(header: GgufHeader, path: str, size: int) -> Projector | None
     return Projector(path, frozenset(widths), labels_of(meta, path), bool(meta.get("general.basename")), (not good, size))
 
 
-def with_projectors(models: Seq[ModelInfo], projectors: Seq[Projector]) -> Iterator[ModelInfo]:
-    """The models, each with the best projector that fits it: of those in its folder, else in the one above."""
+def with_projectors(models: Seq[tuple[ModelInfo, Seq[str]]], projectors: Seq[Projector]) -> Iterator[ModelInfo]:
+    """The models, given with the folders that they are in, each with the best projector that fits it: of those in such a
+    folder, else in the one above."""
     places, makes = defaultdict[str, list[Projector]](list), defaultdict[tuple[str, int], set[str]](set)
     for projector in projectors:
         places[os.path.dirname(projector.path)].append(projector)
-    folders = [os.path.dirname(model.path) if places else "" for model in models]
-    for model, folder in zip(models, folders, strict=True):
-        makes[folder, model.width].add(plain_label(model.labels[0]) if folder in places else "")
-    for model, folder in zip(models, folders, strict=True):
-        found = [p for p in places.get(folder, ()) if p.fits(model, len(makes[folder, model.width]) == 1)]
-        found = found or [p for p in places.get(os.path.dirname(folder), ()) if p.fits(model, False)]
+    inside = [(model, folder) for model, folders in models for folder in folders if folder in places]
+    for model, folder in inside:
+        makes[folder, model.width].add(plain_label(model.labels[0]))
+    for model, folders in models:
+        found: list[Projector] = []
+        for folder in folders if places else ():
+            found = found or [p for p in places.get(folder, ()) if p.fits(model, len(makes[folder, model.width]) == 1)]
+            found = found or [p for p in places.get(os.path.dirname(folder), ()) if p.fits(model, False)]
         yield replace(model, projector=min(found, key=lambda p: p.rank).path) if found else model
 
 
@@ -1323,11 +1327,19 @@ def describe(header: GgufHeader, path: str, source: str, size: int) -> ModelInfo
     quantization = FILE_TYPES.get(meta.get("general.file_type", -1)) or _in_name(QUANT_IN_NAME, stem)
     context, width = (meta.get(f"{architecture}.{key}") for key in ("context_length", "embedding_length"))
     name, shown = printable(str(meta.get("general.name") or stem)), printable(architecture)
+    stated, label = meta.get("general.parameter_count"), meta.get("general.size_label")
+    if isinstance(stated, int) and stated:
+        parameters: str | None = human_count(stated)
+    else:
+        parameters = printable(str(label)) if label else human_count(header.parameters) if header.complete else None
+    # encoders, and decoders turned into embedders or rerankers, pool or attend in both directions
+    pooling, causal = meta.get(f"{architecture}.pooling_type", 0), meta.get(f"{architecture}.attention.causal")
+    pools = architecture in EMBEDDERS or (isinstance(pooling, int) and pooling > 0)
     return ModelInfo(
         id="", name=name, path=path, source=source, size_bytes=size, architecture=shown,
-        parameter_count=_parameter_count(header) or _in_name(SIZE_IN_NAME, stem), quantization=quantization,
+        parameter_count=parameters or _in_name(SIZE_IN_NAME, stem), quantization=quantization,
         context_length=context if isinstance(context, int) else None,
-        embedding=_is_embedding(meta, architecture), pooling=POOLINGS.get(meta.get(f"{architecture}.pooling_type", 0)),
+        embedding=pools or (causal is False and architecture not in DIFFUSERS), pooling=POOLINGS.get(pooling),
         chat_template="tokenizer.chat_template" in meta if header.complete else None,
         description=printable(str(meta.get("general.description") or f"{name} ({shown})")),
         kv=kv_shape(meta, architecture), width=width if isinstance(width, int) else 0, labels=labels_of(meta, path),
@@ -1336,23 +1348,6 @@ def describe(header: GgufHeader, path: str, source: str, size: int) -> ModelInfo
 
 def _in_name(pattern: re.Pattern[str], stem: str) -> str | None:
     return next(iter(pattern.findall(stem)), "").upper() or None
-
-
-def _parameter_count(header: GgufHeader) -> str | None:
-    """As stated, else as labelled, else summed over the tensors."""
-    stated, label = header.metadata.get("general.parameter_count"), header.metadata.get("general.size_label")
-    if isinstance(stated, int) and stated:
-        return human_count(stated)
-    if label:
-        return printable(str(label))
-    return human_count(header.parameters) if header.complete else None
-
-
-def _is_embedding(meta: Mapping[str, Any], architecture: str) -> bool:
-    """Encoders, and decoders turned into embedders or rerankers: they pool, or attend in both directions."""
-    pooling, causal = meta.get(f"{architecture}.pooling_type"), meta.get(f"{architecture}.attention.causal")
-    pools = architecture in EMBEDDERS or (isinstance(pooling, int) and pooling > 0)
-    return pools or (causal is False and architecture not in DIFFUSERS)
 
 
 PROJECTOR = "a projector (mmproj), not a model"  # why it is not listed
@@ -1549,18 +1544,24 @@ class Catalog:
     def scan(self, age: float = 0.0) -> ScanReport:
         """Looks at the disk, unless a scan has that began at most `age` seconds ago: one serves all who wait for it.
 
-        A rescan costs a stat for each unchanged file.
+        A rescan costs a stat for each unchanged file. Raises Overloaded while the first scan takes long.
         """
         oldest = time.monotonic() - age
-        with self._scanning:
+        if not self._scanning.acquire(timeout=SCAN_PATIENCE):
+            if self.report.began == -math.inf:
+                raise Overloaded("The directories of the models take long to read")
+            return self.report
+        try:
             if self.report.began <= oldest:
                 self.report = self._look(time.monotonic())
             return self.report
+        finally:
+            self._scanning.release()
 
     def _look(self, began: float) -> ScanReport:
         deadline = time.thread_time() + SCAN_DETAIL_SECONDS
-        models: dict[tuple[Any, str], ModelInfo] = {}  # by file and settings: the same file reached twice is one model
-        twins: list[ModelInfo] = []  # where it was reached again: a projector may lie there alone
+        # by file and settings: the same file reached twice is one model; and the folders where it is
+        models: dict[tuple[Any, str], tuple[ModelInfo, list[str]]] = {}
         projectors: list[Projector] = []
         skipped: dict[str, str] = {}  # reason by path
         directories: list[dict[str, Any]] = []
@@ -1571,11 +1572,12 @@ class Catalog:
                 stamp = _stamp(path)
                 key = stamp and stamp[:2], repr(stored)  # Ollama models may share a file: their settings tell them apart
                 if key in models:
-                    twins.append(replace(models[key], path=path))
+                    models[key][1].append(os.path.dirname(path))
                     continue
                 result = self._examine(path, root.source, time.thread_time() < deadline)
                 if stamp and isinstance(result, ModelInfo):
-                    models[key] = replace(result, id=self._id_for(stored.manifest or path, label), stored=stored)
+                    model = replace(result, id=self._id_for(stored.manifest or path, label), stored=stored)
+                    models[key] = model, [os.path.dirname(path)]
                 elif isinstance(result, Projector):
                     projectors.append(result)
                     skipped.setdefault(path, PROJECTOR)
@@ -1584,12 +1586,10 @@ class Catalog:
             directories.append({"path": root.path, "source": root.source, "exists": os.path.isdir(root.path),
                                 "models": len(models) - before,
                                 "notes": list(dict.fromkeys(printable(note, 400) for note in notes))})  # fmt: skip
-        seen = {*skipped, *(model.path for model in models.values())}
+        seen = {*skipped, *(model.path for model, _ in models.values())}
         self._read = {path: known for path, known in list(self._read.items()) if path in seen}
         # the model that comes with shimmy stands last, unless it was asked for by path
-        there = {m.id: m.projector for m in with_projectors(twins, projectors) if m.projector}
-        found = [m if m.projector else replace(m, projector=there.get(m.id))
-                 for m in with_projectors(list(models.values()), projectors)]  # fmt: skip
+        found = with_projectors(list(models.values()), projectors)
         ordered = sorted(found, key=lambda m: is_boxed(m) and m.source != "--model")
         reasons = ({"path": path, "reason": reason} for path, reason in skipped.items())
         return ScanReport(tuple(ordered), tuple(reasons), tuple(directories[len(self.files) :]), began)
@@ -1907,19 +1907,17 @@ class Chat:
         if not {"pre", "suf", "mid"} <= fim.keys():
             raise InvalidRequest("model: it has no tokens for a prefix and a suffix, so it cannot fill a gap", "model")
         mark = unused_in([gap.prefix, gap.suffix, gap.extra])
+
+        def apart(parts: Seq[tuple[str, str]]) -> list[str]:
+            """Tokens that mark a gap, each with a client's text behind it, in which names of special tokens are split."""
+            segments = ((fim.get(token), *self._guard(text, mark).split(mark)) for token, text in parts)
+            return [segment for segment in itertools.chain(*segments) if segment]
+
         extra = [("rep", "myproject\n")] if "rep" in fim and gap.extra else []
         extra += [("sep", f"{name}\n{text}" if "sep" in fim else f"\n\n--- snippet ---\n\n{text}") for name, text in gap.extra]
         extra += [("sep", "filename\n")] if "sep" in fim and gap.extra else []
-        first = self._apart(extra, mark)
-        return (*first, *self._apart([("pre", gap.prefix), ("suf", gap.suffix), ("mid", "")], mark)), len(first)
-
-    def _apart(self, parts: Seq[tuple[str, str]], mark: str) -> list[str]:
-        """Tokens that mark a gap, each with a client's text behind it, in which names of special tokens are split."""
-        segments: list[str] = []
-        for token, text in parts:
-            segments += [self.facts.fim[token]] if token in self.facts.fim else []
-            segments += self._guard(text, mark).split(mark)
-        return [segment for segment in segments if segment]
+        first = apart(extra)
+        return (*first, *apart([("pre", gap.prefix), ("suf", gap.suffix), ("mid", "")])), len(first)
 
     def _render(self, rendering: Rendering) -> str:
         try:
@@ -1964,12 +1962,11 @@ class Chat:
 
         `last` is the prompt's last segment, as for the parser.
         """
-        named = request.tool_choice.removeprefix("function:") if request.tool_choice.startswith("function:") else None
-        forced = request.tool_choice == "required" or named is not None
-        tools = [t for t in request.tools if named in (None, t["function"]["name"])]
-        calls = self.format.calls[0]
+        choice, calls = request.tool_choice, self.format.calls[0]
+        forced, named = choice not in ("auto", "none"), choice.partition(":")[2]  # behind function:
+        tools = [t for t in request.tools if named in ("", t["function"]["name"])]
         one = not request.parallel_tool_calls and request.sampling.constraint is None
-        if not tools or request.tool_choice == "none" or not (forced or one):
+        if not tools or choice == "none" or not (forced or one):
             return self._schema(request, str(last[0]))
         mark = calls.marks[0]
         if not forced:  # the first call is the only one
@@ -1977,7 +1974,7 @@ class Chat:
             return Constraint(symbol, "parallel_tool_calls", mark, self.markers) if mark else None
         opened = calls.opens if calls.opens.strip() and str(last[0]).endswith(calls.opens) else ""
         thought, after = self._thought_first(request, str(last[0]))
-        many = request.parallel_tool_calls and named is None
+        many = request.parallel_tool_calls and not named
         symbol = calls_symbol(calls, tools, opened, many)
         return Constraint(InOrder((*thought, symbol)), "tool_choice", after, self.markers)
 
@@ -2296,7 +2293,7 @@ class Rendering:
             messages, tools = reshape(self.messages, self.tools)
             try:
                 prompt = self._render(messages, tools)
-                if not self._loses(prompt) and self._shows_tools(prompt, self._render(messages, []) if tools else ""):
+                if not self._loses(prompt, messages, tools):
                     return prompt
                 rendered = rendered or prompt
             except MemoryError:
@@ -2323,12 +2320,8 @@ class Rendering:
                 raise MemoryError
         return "".join(pieces)
 
-    def _shows_tools(self, prompt: str, without_tools: str) -> bool:
-        """True if each offered tool is named, more often than where none is offered."""
-        return all(prompt.count(name) > without_tools.count(name) for name in (t["function"]["name"] for t in self.tools))
-
-    def _loses(self, prompt: str) -> bool:
-        """True if the template dropped something silently: a call made, its result, a system text."""
+    def _loses(self, prompt: str, messages: list[Any], tools: list[Any]) -> bool:
+        """True if the template, given these, dropped something silently: a call made, its result, a system text, a tool."""
         names = [t["function"]["name"] for t in self.tools]
         called = [c["function"]["name"] for m in self.messages for c in m.get("tool_calls", [])]
         if any(prompt.count(name) < times + names.count(name) for name, times in Counter(called).items()):
@@ -2345,7 +2338,8 @@ class Rendering:
                 if found < at:  # moved, it changes the beginning of every longer prompt
                     return True
                 at = found
-        return False
+        without_tools = self._render(messages, []) if tools else ""  # an offered one is named more often than there
+        return any(prompt.count(name) <= without_tools.count(name) for name in names)
 
     def _must_appear(self) -> Iterator[tuple[str, tuple[str, str]]]:
         """Yields the texts that the prompt must hold, in the messages' order, each in two spellings."""
@@ -2432,16 +2426,6 @@ def in_call_form(as_text: bool, new_id: Callable[[str, str, int], str] | None) -
     return reshape
 
 
-def short_id(id: str, name: str, number: int) -> str:
-    """Nine letters and digits, on which Mistral's templates insist."""
-    return f"{zlib.crc32(id.encode('utf-8', 'replace')):09x}"
-
-
-def telling_id(id: str, name: str, number: int) -> str:
-    """An id that holds the function's name: Kimi K2's templates write nothing else of it."""
-    return f"functions.{name}:{number}"
-
-
 def folded(messages: list[Any], tools: list[Any]) -> Turns:
     """Turns as the strictest templates want them: one system turn at the beginning, then a user's, then by turns.
 
@@ -2511,8 +2495,13 @@ def compose(*reshapes: Reshape) -> Reshape:
     return lambda messages, tools: functools.reduce(lambda turns, reshape: reshape(*turns), reshapes, (messages, tools))
 
 
+NEW_IDS: dict[str, Callable[[str, str, int], str]] = {
+    "nine letters and digits": lambda id, name, number: f"{zlib.crc32(id.encode('utf-8', 'replace')):09x}",  # Mistral
+    "with the function's name": lambda id, name, number: f"functions.{name}:{number}",  # Kimi K2 writes nothing else of it
+}
+SHORT, TELLING = NEW_IDS.values()
 CALL_FORMS = tuple(itertools.starmap(in_call_form, (
-    (False, None), (True, None), (False, short_id), (True, short_id), (False, telling_id))))  # fmt: skip
+    (False, None), (True, None), (False, SHORT), (True, SHORT), (False, TELLING))))  # fmt: skip
 NATIVE = tuple(compose(turns, calls) for turns in (compose(), folded, system_as_user) for calls in CALL_FORMS)
 RESHAPES = (
     *NATIVE, tools_in_system, compose(tools_in_system, CALL_FORMS[1]), calls_as_text, compose(calls_as_text, system_as_user),
@@ -2598,11 +2587,18 @@ class Tools:
 
     def __init__(self, options: ToolOptions) -> None:
         reader, self.getter = FileReader(options.root), HttpGetter(options.hosts)
+        self._running: dict[str, dict[threading.Thread, float]] = {}  # calls by tool: their threads, and when they began
         built_in = (make_tool(calculator), make_tool(reader.file_read), make_tool(self.getter.http_get))
         self._tools = {t.name: t for t in built_in}
         warnings.filterwarnings("ignore", module="<unknown>")  # of Python, on what calculator has it parse
+        import runpy
+
+        sys.modules.setdefault("shimmy", sys.modules[__name__])  # for `from shimmy import tool`
         for path in options.files:
-            load_tools(path)
+            try:
+                runpy.run_path(path)
+            except Exception as error:  # somebody's code: anything may come
+                raise ImportError(f"--tools {path}: {type(error).__name__}: {error}") from error
         self._tools |= REGISTERED
 
     def documents(self) -> list[dict[str, Any]]:
@@ -2630,9 +2626,10 @@ class Tools:
         """The same with signs of life while the tool runs, for so many seconds and TOOL_SECONDS at most."""
         if name not in self._tools:
             raise NotFound(f"Tool '{name[:200]}' is not registered", "The specified tool was not found")
-        call = ToolCall(self._tools[name], check_arguments(self._tools[name], arguments))
+        tool = self._tools[name]
+        arguments = check_arguments(tool, arguments)
         try:
-            result = yield from call.wait(cancel, min(seconds, TOOL_SECONDS))
+            result = yield from self._called(tool, arguments, cancel, min(seconds, TOOL_SECONDS))
             return {"success": True, "result": result, "error": None}
         except ToolError as error:
             return {"success": False, "result": None, "error": str(error)}
@@ -2643,57 +2640,46 @@ class Tools:
             return {"success": False, "result": None, "error": f"{type(error).__name__}: {error}"}
 
 
-class ToolCall(threading.Thread):
-    """One call of a tool, in a thread that is left behind when it takes longer than it may."""
+    def _called(self, tool: Tool, arguments: dict[str, Any], cancel: Cancellation | None,
+                seconds: float) -> Generator[Waiting, None, Any]:  # fmt: skip
+        """The result of a call, in a thread that is left behind when it takes longer than it may.
 
-    def __init__(self, tool: Tool, arguments: dict[str, Any]) -> None:
-        super().__init__(name=f"tool {tool.name}", daemon=True)
-        self._tool, self._arguments, self._began = tool, arguments, time.monotonic()
-        self._outcome: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
-
-    def wait(self, cancel: Cancellation | None, seconds: float) -> Generator[Waiting, None, Any]:
-        """The result. Raises what the tool raised, ToolError where it takes too long or MAX_STUCK calls never came back,
-        Overloaded beyond MAX_CALLS."""
-        others = [thread for thread in threading.enumerate() if isinstance(thread, ToolCall) and thread.name == self.name]
-        stuck = sum(self._began - other._began > TOOL_SECONDS for other in others)
+        Raises what the tool raised, ToolError where it takes too long or MAX_STUCK calls never came back, Overloaded beyond
+        MAX_CALLS.
+        """
+        began, others = time.monotonic(), self._running.setdefault(tool.name, {})
+        stuck = sum(began - other > TOOL_SECONDS for other in list(others.values()))
         if stuck >= MAX_STUCK:
-            raise ToolError(f"{stuck} calls of {self._tool.name} have not come back yet")
+            raise ToolError(f"{stuck} calls of {tool.name} have not come back yet")
         if len(others) >= MAX_CALLS:
-            raise Overloaded(f"{len(others)} calls of {self._tool.name} are running")
-        self.start()
+            raise Overloaded(f"{len(others)} calls of {tool.name} are running")
+        outcome: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
+
+        def call() -> None:
+            result, failure = None, None
+            others[thread] = began
+            try:  # somebody's function: it may return and raise anything, SystemExit too
+                result = tool.function(**arguments)
+                json.dumps(result, allow_nan=False)
+            except BaseException as error:
+                failure = error if isinstance(error, Exception) else ToolError(f"{type(error).__name__}: {error}")
+            del others[thread]
+            outcome.put((result, failure))
+
+        thread = threading.Thread(target=call, name=f"tool {tool.name}", daemon=True)
+        thread.start()
         if cancel:
-            cancel.on_cancel(lambda: self._outcome.put((None, Cancelled())))
-        while (left := self._began + seconds - time.monotonic()) > 0:
+            cancel.on_cancel(lambda: outcome.put((None, Cancelled())))
+        while (left := began + seconds - time.monotonic()) > 0:
             try:
-                result, error = self._outcome.get(timeout=max(0.01, min(left, PING_SECONDS)))
+                result, error = outcome.get(timeout=max(0.01, min(left, PING_SECONDS)))
             except queue.Empty:
                 yield Waiting()
                 continue
             if error:
                 raise error
             return result
-        raise ToolError(f"{self._tool.name} took over {seconds:g} seconds")
-
-    def run(self) -> None:
-        """Calls the function, which is somebody's: it may return and raise anything, SystemExit too."""
-        result, failure = None, None
-        try:
-            result = self._tool.function(**self._arguments)
-            json.dumps(result, allow_nan=False)
-        except BaseException as error:
-            failure = error if isinstance(error, Exception) else ToolError(f"{type(error).__name__}: {error}")
-        self._outcome.put((result, failure))
-
-
-def load_tools(path: str) -> None:
-    """Runs a Python file so that its @tool functions register; `from shimmy import tool` works in it."""
-    import runpy
-
-    sys.modules.setdefault("shimmy", sys.modules[__name__])
-    try:
-        runpy.run_path(path)
-    except Exception as error:  # somebody's code: anything may come
-        raise ImportError(f"--tools {path}: {type(error).__name__}: {error}") from error
+        raise ToolError(f"{tool.name} took over {seconds:g} seconds")
 
 
 def check_arguments(tool: Tool, arguments: Any) -> dict[str, Any]:
@@ -7637,7 +7623,8 @@ class Ladder:
     def __init__(self, faults: KnownFaults, report: Callable[[str], None]) -> None:
         self.faults, self.report = faults, report
         self._said: set[str] = set()
-        self._crashes = Counter[str]()  # young engines that crashed, by model
+        self._crashed: dict[str, Worker] = {}  # by model, the young engine that crashed last, until its next load
+        self._crashes = Counter[str]()  # of young engines, by model
         self._lowered: dict[str, Rung] = {}  # where to begin, by model
 
     def load(self, model: ModelInfo, setup: Setup, start: Callable[[Setup], Worker], asked: bool = False) -> Worker:
@@ -7646,6 +7633,8 @@ class Ladder:
         Raises the first rung's failure when none holds, and at once one that no other rung would mend. What a client
         `asked` for may itself be what crashes: that is remembered of no machine.
         """
+        if crashed := self._crashed.pop(model.id, None):
+            self._judge(crashed)
         rung = kept = self._top(model)
         first: LoadFailure | None = None
         crash = ""  # what the first engine that crashed or hung said
@@ -7709,16 +7698,19 @@ class Ladder:
         return wanted and any(device["kind"] in ("GPU", "IGPU") for device in engine_build()["devices"])
 
     def died(self, worker: Worker) -> None:
-        """An engine ended by itself: the second crash of a young one takes its model a rung down."""
+        """An engine ended by itself: if it was young, its model's next load looks into that."""
+        if worker.cause and time.monotonic() - worker.loaded_at <= self.YOUNG:
+            self._crashed[worker.info.id] = worker
+
+    def _judge(self, worker: Worker) -> None:
+        """The second crash of a young engine takes its model a rung down, unless it came with an RPC server's end."""
         model, cause, rung = worker.info, worker.cause, worker.setup.rung
         servers = set(worker.loaded.servers).intersection(worker.setup.options.rpc or ())  # an engine might name any address
-        if not cause or time.monotonic() - worker.loaded_at > self.YOUNG:
-            return
         try:
             for server in servers:
                 ask_rpc_server(server)
         except OSError:
-            return  # likely that is why, and the next load goes without it
+            return  # this load goes without it
         self._crashes[model.id] += 1
         lower = rung.below(cause, worker.loaded.on_gpu, bool(servers))
         if lower and self._crashes[model.id] % 2 == 0:
@@ -7972,7 +7964,16 @@ class Residents:
         """A load's thread; takes the condition to say how it ended."""
         worker: Worker | None = None
         error: ApiError | None = None
-        asked, others, servers = dict[str, Any](), list[Worker](), tuple[str, ...]()
+        asked, others = dict[str, Any](), list[Worker]()
+
+        def start(setup: Setup) -> Worker:
+            starting = self._make_worker(info, setup, functools.partial(self._died, entry))
+            with self.changed:
+                if self.closed:
+                    raise Overloaded(SHUTTING_DOWN)
+                entry.starting = starting
+            return starting.start()
+
         try:
             with self.changed:
                 asked = dict(load.asked)
@@ -7984,8 +7985,7 @@ class Residents:
             reserved = sum(other.reserved_bytes() for other in others)
             setup = Setup(engine, reserved=reserved, others_idle=idle, taken=tuple(taken))
             info = entry.info.fitted(engine.mmproj)
-            worker = self._ladder.load(info, setup, functools.partial(self._start, entry, info), bool(asked))
-            servers = worker.loaded.servers
+            worker = self._ladder.load(info, setup, start, bool(asked))
         except ApiError as failure:
             error = failure
         except Exception as failure:
@@ -7995,7 +7995,7 @@ class Residents:
         with self.changed:
             if worker:
                 entry.asked, entry.failures, entry.retry_at, entry.idle_since = asked, 0, 0.0, time.monotonic()
-                entry.broken, entry.servers = "", servers
+                entry.broken, entry.servers = "", tuple(s for s in entry.servers if s in worker.loaded.servers)
                 self.move(entry, "loaded", worker)
                 if not worker.alive:
                     self.move(entry, "failed", error="the engine process ended right after the load")
@@ -8012,15 +8012,6 @@ class Residents:
                 elif isinstance(error, LoadFailure) and asked == entry.asked:
                     entry.broken = error.details
                 self._end_load(entry, error)
-
-    def _start(self, entry: Entry, info: ModelInfo, setup: Setup) -> Worker:
-        """Starts one engine for a load; takes the condition. Raises LoadFailure."""
-        starting = self._make_worker(info, setup, functools.partial(self._died, entry))
-        with self.changed:
-            if self.closed:
-                raise Overloaded(SHUTTING_DOWN)
-            entry.starting = starting
-        return starting.start()
 
     def _end_load(self, entry: Entry, error: ApiError | None = None) -> None:
         """Tells everybody who waits for a load how it ended."""
@@ -8450,35 +8441,30 @@ class PictureReader:
     def read(self, attachment: Attachment) -> Picture:
         """Raises InvalidRequest, which names the part and says what is wrong."""
         self._cancel.check()
-        self._count += 1
+        self._count, where = self._count + 1, attachment.where
         if self._count > MAX_PICTURES:
-            raise InvalidRequest(f"{attachment.where}: a request may have up to {MAX_PICTURES} images", attachment.where)
-        data = self._bytes(attachment.where, attachment.source)
+            raise InvalidRequest(f"{where}: a request may have up to {MAX_PICTURES} images", where)
+        data = self._bytes(where, attachment.source if isinstance(attachment.source, str) else "")
         self._left -= len(data)
         if self._left < 0:
             most = human_bytes(MAX_PICTURES_BYTES)
-            raise InvalidRequest(f"{attachment.where}: the images of a request may have up to {most} together", attachment.where)
-        return read_picture(attachment.where, data)
+            raise InvalidRequest(f"{where}: the images of a request may have up to {most} together", where)
+        return read_picture(where, data)
 
-    def _bytes(self, where: str, source: Any) -> bytes:
-        source = source if isinstance(source, str) else ""
+    def _bytes(self, where: str, source: str) -> bytes:
         if re.match("https?://", source, re.I):
-            return self._fetched(where, source)
+            try:
+                status, _, data = self._getter.fetch(source, self._left, self._deadline)
+            except ToolError as error:
+                raise InvalidRequest(f"{where}: the image cannot be fetched: {error}", where) from None
+            if status != 200:
+                raise InvalidRequest(f"{where}: the image cannot be fetched: its server answers {status}", where)
+            return data
         head, _, told = source.partition(",") if source.startswith("data:") else (";base64", "", source)
         with contextlib.suppress(ValueError):  # also from letters outside ASCII
             if told and head.endswith(";base64"):
                 return base64.b64decode(told.encode().translate(None, b" \t\r\n"), validate=True)
         raise InvalidRequest(f"{where}: an image must be base64, a data: URL of it, or an http or https address", where)
-
-    def _fetched(self, where: str, url: str) -> bytes:
-        self._cancel.check()
-        try:
-            status, _, data = self._getter.fetch(url, self._left, self._deadline)
-        except ToolError as error:
-            raise InvalidRequest(f"{where}: the image cannot be fetched: {error}", where) from None
-        if status != 200:
-            raise InvalidRequest(f"{where}: the image cannot be fetched: its server answers {status}", where)
-        return data
 
 
 def without_older_images(messages: Seq[dict[str, Any]]) -> tuple[dict[str, Any], ...]:
@@ -8752,9 +8738,8 @@ class Scrape:
         return [({}, sum(map(tokens, ends)) / (sum(map(seconds, ends)) or 1.0))]
 
 
-def metric_lines(scrape: Scrape, metric: tuple[str, str, str, Any]) -> Iterator[str]:
-    """The lines of one row of METRICS."""
-    name, kind, help, read = metric
+def metric_lines(scrape: Scrape, name: str, kind: str, help: str, read: Any) -> Iterator[str]:
+    """The lines of one row of METRICS; the buckets of a histogram are cumulative."""
     yield f"# HELP {name} {help}"
     yield f"# TYPE {name} {kind}"
     if callable(read):
@@ -8764,19 +8749,14 @@ def metric_lines(scrape: Scrape, metric: tuple[str, str, str, Any]) -> Iterator[
     else:
         samples = [({"model_name": id}, operator.attrgetter(read)(numbers)) for id, numbers in scrape.models.items()]
     for labels, value in samples:
-        if isinstance(value, Histogram):
-            yield from histogram_lines(name, labels, value)
-        else:
+        if not isinstance(value, Histogram):
             yield sample_line(name, labels, value)
-
-
-def histogram_lines(name: str, labels: Mapping[str, str], value: Histogram) -> Iterator[str]:
-    """A histogram in Prometheus' text format, its buckets cumulative."""
-    counts = list(value.counts)  # one moment's, so that each bucket holds the one before
-    for bound, count in zip((*map(repr, value.bounds), "+Inf"), itertools.accumulate(counts), strict=True):
-        yield sample_line(f"{name}_bucket", {**labels, "le": bound}, count)
-    yield sample_line(f"{name}_sum", labels, value.sum)
-    yield sample_line(f"{name}_count", labels, sum(counts))
+            continue
+        counts = list(value.counts)  # one moment's, so that each bucket holds the one before
+        for bound, count in zip((*map(repr, value.bounds), "+Inf"), itertools.accumulate(counts), strict=True):
+            yield sample_line(f"{name}_bucket", {**labels, "le": bound}, count)
+        yield sample_line(f"{name}_sum", labels, value.sum)
+        yield sample_line(f"{name}_count", labels, sum(counts))
 
 
 def sample_line(name: str, labels: Mapping[str, str], value: float) -> str:
@@ -8856,7 +8836,7 @@ METRICS: tuple[tuple[str, str, str, Any], ...] = (
 def metrics_text(service: Service) -> bytes:
     """All of METRICS in Prometheus' text format."""
     scrape = Scrape(service)
-    return "".join(f"{line}\n" for metric in METRICS for line in metric_lines(scrape, metric)).encode()
+    return "".join(f"{line}\n" for metric in METRICS for line in metric_lines(scrape, *metric)).encode()
 
 
 class ToolLoop:
@@ -8904,12 +8884,12 @@ class ToolLoop:
         for event in events:
             if isinstance(event, (CallBegan, CallArguments)):
                 if isinstance(event, CallBegan):
-                    self._calls[event.number] = ToolResult(0, event.id, event.name, "", None, None)
-                    self._client_calls += event.name not in self._request.builtins
+                    call = ToolResult(0, event.id, event.name, "", None, None)
+                    self._client_calls += call.name not in self._request.builtins
                 else:
-                    written = self._calls[event.number].arguments + event.text
-                    self._calls[event.number] = replace(self._calls[event.number], arguments=written)
-                if self._calls[event.number].name not in self._request.builtins:
+                    call = replace(self._calls[event.number], arguments=self._calls[event.number].arguments + event.text)
+                self._calls[event.number] = call
+                if call.name not in self._request.builtins:
                     yield replace(event, number=self._client_calls - 1)
             elif isinstance(event, ChoiceEnd):
                 self._reason = event.finish_reason
