@@ -2161,6 +2161,8 @@ class Helper:
         try:
             self._pipe.send(task)
             value, complaint = self._pipe.receive()
+            if not is_of(str if complaint is not None else get_type_hints(task.run)["return"])(complaint or value):
+                raise TypeError("a value of another type")
             return value, complaint
         except Exception:  # a process's border: it died, or what it says cannot be read
             was_late = timer.finished.is_set()
@@ -2342,18 +2344,13 @@ class Rendering:
         return any(prompt.count(name) <= without_tools.count(name) for name in names)
 
     def _must_appear(self) -> Iterator[tuple[str, tuple[str, str]]]:
-        """Yields the texts that the prompt must hold, in the messages' order, each in two spellings."""
+        """Yields the texts that the prompt must hold, in the messages' order: each as it is, and as in a JSON string."""
         for message in self.messages:
-            if message["role"] != "assistant":
-                yield message["role"], _spellings(message["content"].strip())
+            texts = [(message["role"], message["content"].strip())] if message["role"] != "assistant" else []
             for arguments in (c["function"]["arguments"] for c in message.get("tool_calls", [])):
                 words = arguments.values() if isinstance(arguments, dict) else [str(arguments)]
-                yield from (("call", _spellings(v)) for v in words if isinstance(v, str))
-
-
-def _spellings(word: str) -> tuple[str, str]:
-    """Text as it is, and as it stands in a JSON string."""
-    return word, json.dumps(word, ensure_ascii=False)[1:-1]
+                texts += [("call", v) for v in words if isinstance(v, str)]
+            yield from ((role, (text, json.dumps(text, ensure_ascii=False)[1:-1])) for role, text in texts)
 
 
 @functools.lru_cache(maxsize=16)
@@ -2447,17 +2444,12 @@ def folded(messages: list[Any], tools: list[Any]) -> Turns:
         if message["role"] == "assistant" and not any(m["role"] != "system" for m in shaped):
             shaped.append({"role": "user", "content": ""})
         if shaped and shaped[-1]["role"] == message["role"] and message["role"] in ("system", "user", "assistant"):
-            shaped[-1] = joined(shaped[-1], message)
-        else:
-            shaped.append(message)
+            pair = shaped.pop(), message
+            message = pair[0] | message | {"content": "\n\n".join(t["content"] for t in pair if t["content"])}
+            calls = [call for turn in pair for call in turn.get("tool_calls", [])]
+            message |= {"tool_calls": calls} if calls else {}
+        shaped.append(message)
     return shaped, tools
-
-
-def joined(first: Any, second: Any) -> Any:
-    """Two turns of one role as one."""
-    both = {**first, **second, "content": "\n\n".join(t["content"] for t in (first, second) if t["content"])}
-    calls = [*first.get("tool_calls", []), *second.get("tool_calls", [])]
-    return both | ({"tool_calls": calls} if calls else {})
 
 
 def tools_in_system(messages: list[Any], tools: list[Any]) -> Turns:
@@ -2495,13 +2487,12 @@ def compose(*reshapes: Reshape) -> Reshape:
     return lambda messages, tools: functools.reduce(lambda turns, reshape: reshape(*turns), reshapes, (messages, tools))
 
 
-NEW_IDS: dict[str, Callable[[str, str, int], str]] = {
-    "nine letters and digits": lambda id, name, number: f"{zlib.crc32(id.encode('utf-8', 'replace')):09x}",  # Mistral
-    "with the function's name": lambda id, name, number: f"functions.{name}:{number}",  # Kimi K2 writes nothing else of it
-}
-SHORT, TELLING = NEW_IDS.values()
-CALL_FORMS = tuple(itertools.starmap(in_call_form, (
-    (False, None), (True, None), (False, SHORT), (True, SHORT), (False, TELLING))))  # fmt: skip
+NEW_IDS: tuple[Callable[[str, str, int], str] | None, ...] = (
+    None,
+    lambda id, name, number: f"{zlib.crc32(id.encode('utf-8', 'replace')):09x}",  # nine letters and digits, as Mistral insists
+    lambda id, name, number: f"functions.{name}:{number}",  # Kimi K2's templates write nothing else of the function's name
+)
+CALL_FORMS = tuple(in_call_form(as_text, new_id) for new_id in NEW_IDS for as_text in (False, True))
 NATIVE = tuple(compose(turns, calls) for turns in (compose(), folded, system_as_user) for calls in CALL_FORMS)
 RESHAPES = (
     *NATIVE, tools_in_system, compose(tools_in_system, CALL_FORMS[1]), calls_as_text, compose(calls_as_text, system_as_user),
@@ -2897,8 +2888,15 @@ class HttpGetter:
         try:
             target = quoted((parts.path or "/") + (f"?{parts.query}" if parts.query else ""))
             connection.request("GET", target, headers={"User-Agent": f"shimmy/{__version__}", "Connection": "close"})
-            response = connection.getresponse()
-            return response.status, response.headers, self._read(response, most, deadline)
+            response, data = connection.getresponse(), bytearray()
+            while len(data) <= most:
+                chunk = response.read1(65536)
+                if time.monotonic() >= deadline:
+                    raise ToolError(f"the answer took over {self.MAX_SECONDS:.0f} seconds")
+                if not chunk:
+                    return response.status, response.headers, bytes(data)
+                data += chunk
+            raise ToolError(f"the answer is over {most} bytes")
         finally:
             cut.cancel()
             connection.close()
@@ -2921,17 +2919,6 @@ class HttpGetter:
         import ssl
 
         return ssl.create_default_context().wrap_socket(connection, server_hostname=host)
-
-    def _read(self, response: http.client.HTTPResponse, most: int, deadline: float) -> bytes:
-        data = bytearray()
-        while len(data) <= most:
-            chunk = response.read1(65536)
-            if time.monotonic() >= deadline:
-                raise ToolError(f"the answer took over {self.MAX_SECONDS:.0f} seconds")
-            if not chunk:
-                return bytes(data)
-            data += chunk
-        raise ToolError(f"the answer is over {most} bytes")
 
 
 # IANA's special-purpose registries, multicast and reserved space, written out: `ipaddress` knows a different part of
@@ -8672,14 +8659,14 @@ class Service:
     def diag(self) -> dict[str, Any]:
         """Versions, engine, memory, and where models were looked for: `diag` and `GET /diag`."""
         self.table.models()  # waits for the first scan
-        report = self.table.catalog.report
-        build = engine_build()
+        report, build, known = self.table.catalog.report, engine_build(), self.faults.read()
         return versions() | build | {
             "devices": [*build["devices"], *self._servers()],
             "memory": {"resident_bytes": self.memory_bytes(), "available_bytes": available_memory()},
             "directories": list(report.directories), "skipped": list(report.skipped),
             "models": len(report.models), "models_loaded": [w.info.id for w in self.table.workers()],
-            "server": {"running": True, "pid": os.getpid()}, "known_faults": self.known_faults(),
+            "server": {"running": True, "pid": os.getpid()},
+            "known_faults": {"file": self.faults.path, "kernels": known.get("kernels", {}), "rungs": known.get("rungs", {})},
             "prefixes": kept_prefixes(self.settings.engine.cache_dir or prefix_folder(), self.settings.engine.cache_disk),
         }  # fmt: skip
 
@@ -8694,11 +8681,6 @@ class Service:
                 except OSError as error:
                     words = f"RPC server, not usable: {error.strerror or error}"
             yield {"name": server, "description": words, "kind": "RPC", "free": free, "total": total}
-
-    def known_faults(self) -> dict[str, Any]:
-        """The kernels and rungs that KnownFaults remembers, and its file."""
-        known = self.faults.read()
-        return {"file": self.faults.path, "kernels": known.get("kernels", {}), "rungs": known.get("rungs", {})}
 
     def close(self) -> None:
         """Ends every engine and helper; idempotent."""

@@ -3972,13 +3972,19 @@ def test_helpers_are_kept_for_the_next_burst() -> None:
     helpers.close()
 
 
-def test_helper_that_died_while_it_waited_is_replaced() -> None:
+def test_helper_that_died_while_it_waited_or_says_nonsense_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     helpers, rendering = module.Helpers(), module.Rendering({"": "x"}, "", "", [], [], {})
     assert helpers.run(rendering) == "x"
     (helper,) = helpers._idle
     helper.process.kill()
     helper.process.wait(HANG)
     assert helpers.run(rendering) == "x"
+    for nonsense in ((5, None), (None, 5), ("x",), "x"):
+        monkeypatch.setattr(module.Pipe, "receive", lambda _, said=nonsense: said)
+        with pytest.raises(module.HelperFailed):
+            helpers.run(rendering)
+        assert not helpers._idle
+        monkeypatch.undo()
     helpers.close()
 
 
