@@ -3279,6 +3279,13 @@ class Stepped:
     cells: Count = 0  # of the pool, that these hold
 
 
+class _Unpickler(pickle.Unpickler):  # nosec B301  # of what the server sends
+    """Finds classes in this file, whatever the module is called on either side."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        return globals()[name]
+
+
 # The pipe. A child may be taken over by a hostile model file or template: what it sends is JSON, whose objects stand for a
 # few types in a table and nothing else, with the fields that these declare. What we send to it may be anything, a grammar's
 # symbols too, and is pickled.
@@ -3341,13 +3348,6 @@ def from_json_form(found: dict[str, Any]) -> Any:
 def tupled(value: list[Any]) -> tuple[Any, ...]:
     """A list, which JSON has alone, as the tuple that it was."""
     return tuple([tupled(v) if isinstance(v, list) else v for v in value])
-
-
-class _Unpickler(pickle.Unpickler):  # nosec B301  # of what the server sends
-    """Finds classes in this file, whatever the module is called on either side."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        return globals()[name]
 
 
 class Pipe:
