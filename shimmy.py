@@ -1958,32 +1958,23 @@ class Chat:
         return last.rstrip().endswith(opens) or (begins_thought(said, self.format) and closes not in said)
 
     def constraint(self, request: GenerateRequest, last: Seq[Any]) -> Constraint | None:
-        """Constrains the answer to the calls or the schema that were asked for, behind a thought that the prompt has begun.
+        """Constrains the answer to the calls, the schema or the grammar that were asked for, behind its thought.
 
-        `last` is the prompt's last segment, as for the parser.
+        `last` is the prompt's last segment, as for the parser. Where functions are offered beside a schema a call may stand
+        instead; a client's own grammar says itself what stands beside it.
         """
-        choice, calls = request.tool_choice, self.format.calls[0]
-        forced, named = choice not in ("auto", "none"), choice.partition(":")[2]  # behind function:
-        tools = [t for t in request.tools if named in ("", t["function"]["name"])]
-        one = not request.parallel_tool_calls and request.sampling.constraint is None
-        if not tools or choice == "none" or not (forced or one):
-            return self._schema(request, str(last[0]))
-        mark = calls.marks[0]
-        if not forced:  # the first call is the only one
+        end, choice, calls, wanted = str(last[0]), request.tool_choice, self.format.calls[0], request.sampling.constraint
+        thought, after = self._thought_first(request, end)
+        named = choice.partition(":")[2]  # behind function:
+        tools = [t for t in request.tools if choice != "none" and named in ("", t["function"]["name"])]
+        if tools and choice != "auto":
+            opened = calls.opens if calls.opens.strip() and end.endswith(calls.opens) else ""
+            symbol = calls_symbol(calls, tools, opened, request.parallel_tool_calls and not named)
+            return Constraint(InOrder((*thought, symbol)), "tool_choice", after, self.markers)
+        if tools and wanted is None and not request.parallel_tool_calls:  # the first call is the only one
+            mark = calls.marks[0]
             symbol = calls_symbol(calls, tools, mark, False)
             return Constraint(symbol, "parallel_tool_calls", mark, self.markers) if mark else None
-        opened = calls.opens if calls.opens.strip() and str(last[0]).endswith(calls.opens) else ""
-        thought, after = self._thought_first(request, str(last[0]))
-        many = request.parallel_tool_calls and not named
-        symbol = calls_symbol(calls, tools, opened, many)
-        return Constraint(InOrder((*thought, symbol)), "tool_choice", after, self.markers)
-
-    def _schema(self, request: GenerateRequest, last: str) -> Constraint | None:
-        """The schema or grammar that was asked for: behind the thought, and where functions are offered a call instead.
-
-        A client's own grammar says itself what stands beside it.
-        """
-        wanted, (thought, after) = request.sampling.constraint, self._thought_first(request, last)
         if wanted is None or wanted.param == "grammar":
             return wanted and replace(wanted, after=after, markers=self.markers | wanted.markers)
         grammar = wanted.grammar
@@ -1994,9 +1985,8 @@ class Chat:
             grammar = RestOf(grammar, begun.encode(), wanted.param)
             read_soon(grammar)
             return replace(wanted, markers=self.markers, grammar=grammar)
-        if request.tools and request.tool_choice != "none":
-            calls = calls_symbol(self.format.calls[0], request.tools, "", request.parallel_tool_calls)
-            grammar = AnyOf((calls, grammar))
+        if tools:
+            grammar = AnyOf((calls_symbol(calls, tools, "", request.parallel_tool_calls), grammar))
         return replace(wanted, after=after, markers=self.markers, grammar=InOrder((*thought, grammar)))
 
     def _thought_first(self, request: GenerateRequest, last: str) -> tuple[Symbols, str | None]:
