@@ -7547,9 +7547,7 @@ class Worker:
 
     def fail_all(self, details: str, kind: type[ApiError] = GenerationFailed) -> None:
         """Ends every job with an error."""
-        with self._lock:
-            ids = list(self._tasks)
-        for id in ids:
+        for id in list(self._tasks):
             self._take(Failed(id, kind.code, details))
 
     def counts(self) -> tuple[int, int]:
@@ -8840,14 +8838,20 @@ class ToolLoop:
             self._reason = "stop"
             with contextlib.closing(answer(request, self._cancel)) as events:  # type: ignore[type-var]
                 yield from self._passed_on(events, first=count == 0)
-            results: list[ToolResult] = []
+            called, turns = list[dict[str, Any]](), list[dict[str, Any]]()  # of the model's turn, and the results behind it
             for call in self._calls.values() if self._reason != "length" else ():  # a call that was cut is not run
                 if call.name in self._request.builtins:
-                    results.append((yield from self._execute(call)))
-                    yield results[-1]
-            if not results or self._client_calls or self._reason == "length":
+                    arguments, result = yield from self._execute(call)
+                    yield result
+                    called.append({"id": call.id, "type": "function", "function": {"name": call.name, "arguments": arguments}})
+                    content = json.dumps(result.result, ensure_ascii=False) if result.error is None else f"Error: {result.error}"
+                    cut = f"\n(cut: {len(content)} characters in all)" if len(content) > MAX_TOOL_RESULT else ""
+                    content = content[:MAX_TOOL_RESULT] + cut
+                    turns.append({"role": "tool", "tool_call_id": call.id, "name": call.name, "content": content})
+            if not turns or self._client_calls or self._reason == "length":
                 break
-            self._extend(results)
+            said = {"role": "assistant", "content": "".join(self._said), "tool_calls": called}
+            self._request = replace(self._request, messages=(*(self._request.messages or ()), said, *turns), tool_choice="auto")
         yield ChoiceEnd(0, "tool_calls" if self._client_calls else "stop" if self._reason == "tool_calls" else self._reason)
         yield Usage(*(sum(getattr(u, f.name) for u in self._used) for f in fields(Usage)))
 
@@ -8871,33 +8875,18 @@ class ToolLoop:
                 self._said += [event.text] if isinstance(event, Text) else []
                 yield event
 
-    def _execute(self, call: ToolResult) -> Generator[Waiting, None, ToolResult]:
-        """Runs a call, with signs of life; what is wrong with it is told to the model."""
+    def _execute(self, call: ToolResult) -> Generator[Waiting, None, tuple[Any, ToolResult]]:
+        """Runs a call, with signs of life: its arguments, and its result or what is wrong with it, which the model is told."""
         self._cancel.check()
-        left = self._deadline - time.monotonic()
+        left, arguments = self._deadline - time.monotonic(), call.arguments
         try:
+            arguments = parse_json(call.arguments.encode("utf-8", "replace"), "The arguments")
             if left <= 0:
                 raise Overloaded(f"not run: the tools of an answer have {TOOL_LOOP_SECONDS:g} seconds", "The time is over")
-            arguments = parse_json(call.arguments.encode("utf-8", "replace"), "The arguments")
             answer = yield from self._tools.running(call.name, arguments, self._cancel, left)
         except ApiError as error:
             answer = {"result": None, "error": str(error)}
-        return replace(call, result=answer["result"], error=answer["error"])
-
-    def _extend(self, results: Seq[ToolResult]) -> None:
-        """Adds the model's turn and the results to the conversation."""
-        calls, turns = list[Any](), list[dict[str, Any]]()
-        for result in results:
-            arguments: Any = result.arguments
-            with contextlib.suppress(InvalidRequest):
-                arguments = parse_json(result.arguments.encode("utf-8", "replace"))
-            calls.append({"id": result.id, "type": "function", "function": {"name": result.name, "arguments": arguments}})
-            content = json.dumps(result.result, ensure_ascii=False) if result.error is None else f"Error: {result.error}"
-            if len(content) > MAX_TOOL_RESULT:
-                content = f"{content[:MAX_TOOL_RESULT]}\n(cut: {len(content)} characters in all)"
-            turns.append({"role": "tool", "tool_call_id": result.id, "name": result.name, "content": content})
-        said = {"role": "assistant", "content": "".join(self._said), "tool_calls": calls}
-        self._request = replace(self._request, messages=(*(self._request.messages or ()), said, *turns), tool_choice="auto")
+        return arguments, replace(call, result=answer["result"], error=answer["error"])
 
 
 def constrained(request: GenerateRequest) -> GenerateRequest:
