@@ -2151,7 +2151,7 @@ class Helper:
         try:
             self._pipe.send(task)
             value, complaint = self._pipe.receive()
-            if not is_of(str if complaint is not None else get_type_hints(task.run)["return"])(complaint or value):
+            if not isinstance(complaint or value, str if complaint else get_type_hints(task.run)["return"]):
                 raise TypeError("a value of another type")
             return value, complaint
         except Exception:  # a process's border: it died, or what it says cannot be read
@@ -7173,15 +7173,16 @@ class Task:
     def check(self, event: Any) -> None:
         """Notes how far the job is. Raises ValueError for what cannot come of it now: a child is not trusted."""
         kind, fits = type(event), True
-        if kind is Accepted:
+        if kind is Piece:
+            whole = not event.logprobs or all(len(p.names) == len(p.logprobs) == len(p.ids) for p in event.logprobs)
+            fits = whole and self.accepted and self.gives is Piece
+        elif kind is Accepted:
             fits, self.accepted = not self.accepted, True
         elif kind is Finished:
             fits = self.accepted and (self.answered or self.gives is Piece or event.finish_reason == "cancelled")
         elif kind is not Failed:
-            fits, self.answered = self.accepted and kind is self.gives and not self.answered, kind is not Piece
-        if kind is Piece:
-            fits = fits and all(len(p.names) == len(p.logprobs) == len(p.ids) for p in event.logprobs)
-        elif kind is Vectors:
+            fits, self.answered = self.accepted and kind is self.gives and not self.answered, True
+        if kind is Vectors:
             fits = fits and len(event.rows) == self.inputs and not any(len(row) % 4 for row in event.rows)
         elif kind is Tokens:
             fits = fits and len(event.pieces) in (0, len(event.ids))
