@@ -7408,13 +7408,13 @@ class Worker:
         if isinstance(message, LoadFailed):
             self.stop()
             raise LoadFailure(f"Model '{self.info.id}': {message.reason}", cause=message.cause)
-        self.loaded: Loaded = message
+        self.loaded = replace(message, devices=printable(message.devices, 2000))
         self.loaded_at = time.monotonic()
         self.load_seconds = time.perf_counter() - began
         for note in message.notes:
             log.warning("%s: %s", id, printable(str(note)))
         pool = f"; its KV pool of {message.pool:,} tokens takes up to {human_bytes(message.pool_bytes)}" if message.pool else ""
-        pool += f"; {message.devices}" if message.devices else ""
+        pool += f"; {self.loaded.devices}" if message.devices else ""
         self._report(f"loaded {id} in {self.load_seconds:.1f} s: {human_bytes(self.memory_bytes())} of memory{pool}")
         self._serving = True
         return self
