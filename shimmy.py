@@ -7180,7 +7180,10 @@ class Task:
             fits, self.accepted = not self.accepted, True
         elif kind is Finished:
             fits = self.accepted and (self.answered or self.gives is Piece or event.finish_reason == "cancelled")
-        elif kind is not Failed:
+        elif kind is Failed:
+            needs_sizes = self.gives is Piece and event.code == ContextLengthExceeded.code
+            fits = len(event.sizes) in ((2,) if needs_sizes else (0, 2))
+        else:
             fits, self.answered = self.accepted and kind is self.gives and not self.answered, True
         if kind is Vectors:
             fits = fits and len(event.rows) == self.inputs and not any(len(row) % 4 for row in event.rows)

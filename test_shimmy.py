@@ -8744,6 +8744,8 @@ BABBLE = {
     "an end of no known kind": "pipe.send(Stepped(tuple(Finished(id, 'odd', 1, 1) for id in range(1, 2000)), 1))",
     "an error of no known kind": "pipe.send(Stepped(tuple(Failed(id, 'odd', '') for id in range(1, 2000)), 1))",
     "what another job gives": "pipe.send(Stepped(tuple(Vectors(id, (b'',)) for id in range(1, 2000)), 1))",
+    "a length without its numbers":
+        "pipe.send(Stepped(tuple(Failed(id, 'context_length_exceeded', '') for id in range(1, 2000)), 1))",
     "the same again": "[pipe.send(Accepted(id, 1)) for id in range(1, 2000)]",
 }
 
