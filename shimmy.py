@@ -2154,8 +2154,10 @@ class Helper:
             if not isinstance(complaint or value, str if complaint else get_type_hints(task.run)["return"]):
                 raise TypeError("a value of another type")
             return value, complaint
-        except Exception:  # a process's border: it died, or what it says cannot be read
+        except Exception as error:  # a process's border: it died, or what it says cannot be read
             was_late = timer.finished.is_set()
+            if not isinstance(error, (EOFError, OSError)):
+                self.process.kill()
             with contextlib.suppress(Exception):
                 self.process.wait(1.0)
             if was_late and PROCESSOR_TIMER is not None:  # the process counts its own time, and ends with that

@@ -3842,7 +3842,7 @@ def test_long_chat_of_calls_is_checked_in_time_linear_in_its_prompt() -> None:
     prompt = "".join(f"{json.dumps(call)}“{i}”" for i, call in enumerate(calls))
     rendering = module.Rendering({}, "", "", messages, [], {})
     with quickly(1.0):
-        assert not rendering._loses(prompt) and rendering._loses(prompt.replace("“3500”", ""))
+        assert not rendering._loses(prompt, messages, []) and rendering._loses(prompt.replace("“3500”", ""), messages, [])
 
 
 def test_results_have_the_ids_that_their_calls_have_in_the_prompt() -> None:
