@@ -1859,8 +1859,8 @@ class Chat:
 
     def prompt(self, request: GenerateRequest) -> tuple[str | Picture, ...]:
         """The prompt's segments. Raises InvalidRequest when the template refuses the messages, or runs away."""
-        pictures = PictureMarks(request)
-        messages = without_noise(pictures.messages)
+        marked, pictures, place = with_marks(request)
+        messages = without_noise(marked)
         for message in messages:
             if THOUGHT_FIELDS[0] in message:
                 message[self.format.thought_field] = message.pop(THOUGHT_FIELDS[0])
@@ -1874,7 +1874,13 @@ class Chat:
         segments = self._continued(rendering, rendered, begun) if begun else [rendered]
         if self.facts.adds_bos and self.facts.bos and segments[0].startswith(self.facts.bos):
             segments[0] = segments[0][len(self.facts.bos) :]  # the tokenizer adds it, once
-        return pictures.checked(tuple(part for segment in segments for part in pictures.apart(segment, mark)))
+        parts: list[str | Picture] = []
+        for segment in segments:
+            for i, piece in enumerate(re.split(f"{place}([0-9]+){place}", segment) if pictures else [segment]):
+                parts += [pictures[int(piece)]] if i % 2 else piece.split(mark)
+        if set(map(id, pictures)) - set(map(id, parts)):
+            raise InvalidRequest("messages: the model's chat template leaves out an image", "messages")
+        return tuple(parts)
 
     def _continued(self, rendering: Rendering, rendered: str, begun: dict[str, Any]) -> list[str]:
         """The segments of a prompt that ends with an answer that has begun.
@@ -2024,36 +2030,23 @@ class Chat:
         return frozenset(text[start:end] for start, end in self._names.spans(text))
 
 
-class PictureMarks:
-    """Marks the places of pictures in messages, so that a template renders plain text; no client's text can be a mark."""
+def with_marks(request: GenerateRequest) -> tuple[list[dict[str, Any]], list[Picture], str]:
+    """The messages with plain text, which a template renders: a picture's number between two marks stands for it.
 
-    def __init__(self, request: GenerateRequest) -> None:
-        contents = [message["content"] for message in request.messages or ()]
-        parts = itertools.chain(*(content for content in contents if isinstance(content, tuple)))
-        self._pictures = [part for part in parts if isinstance(part, Picture)]
-        self._mark = unused_in([contents, request.tools, request.template_args]) if self._pictures else ""
-        numbers = itertools.count()  # a template may leave turns out, or move them
+    Also the pictures, and the mark, which no client's text holds.
+    """
+    contents = [message["content"] for message in request.messages or ()]
+    parts = itertools.chain(*(content for content in contents if isinstance(content, tuple)))
+    pictures = [part for part in parts if isinstance(part, Picture)]
+    mark = unused_in([contents, request.tools, request.template_args]) if pictures else ""
+    numbers = itertools.count()  # a template may leave turns out, or move them
 
-        def text(content: Any) -> str:
-            if isinstance(content, str):
-                return content
-            return "".join(part if isinstance(part, str) else f"{self._mark}{next(numbers)}{self._mark}" for part in content)
+    def text(content: Any) -> str:
+        if isinstance(content, str):
+            return content
+        return "".join(part if isinstance(part, str) else f"{mark}{next(numbers)}{mark}" for part in content)
 
-        self.messages = [{**message, "content": text(message["content"])} for message in request.messages or ()]
-
-    def apart(self, segment: str, mark: str) -> Iterator[str | Picture]:
-        """The texts of a rendered segment, split also by another mark, and its pictures."""
-        for i, piece in enumerate(re.split(f"{self._mark}([0-9]+){self._mark}", segment) if self._pictures else [segment]):
-            if i % 2:
-                yield self._pictures[int(piece)]
-            else:
-                yield from piece.split(mark)
-
-    def checked(self, prompt: tuple[str | Picture, ...]) -> tuple[str | Picture, ...]:
-        """The prompt, if all pictures are in it. Raises InvalidRequest."""
-        if {id(picture) for picture in self._pictures} - set(map(id, prompt)):
-            raise InvalidRequest("messages: the model's chat template leaves out an image", "messages")
-        return prompt
+    return [{**message, "content": text(message["content"])} for message in request.messages or ()], pictures, mark
 
 
 def begins_thought(content: str, format: ChatFormat) -> bool:
