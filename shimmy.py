@@ -2134,12 +2134,13 @@ class Helper:
 
     def run(self, task: Any) -> tuple[Any, str | None]:
         """The task's value, or why it has none. Raises HelperFailed when it ended or outlived the process, Overloaded when it
-        had no time."""
+        had no time; then the process is gone."""
         timer = threading.Timer(HELPER_SECONDS * (HELPER_PATIENCE if PROCESSOR_TIMER is not None else 1), self.process.kill)
         timer.daemon = True
         try:
             timer.start()
         except RuntimeError as error:
+            self.end()
             raise Overloaded(f"The system starts no more threads ({error})") from None
         try:
             self._pipe.send(task)
@@ -2147,12 +2148,9 @@ class Helper:
             if not isinstance(complaint or value, str if complaint else get_type_hints(task.run)["return"]):
                 raise TypeError("a value of another type")
             return value, complaint
-        except Exception as error:  # a process's border: it died, or what it says cannot be read
+        except Exception:  # a process's border: it died, or what it says cannot be read
             was_late = timer.finished.is_set()
-            if not isinstance(error, (EOFError, OSError)):
-                self.process.kill()
-            with contextlib.suppress(Exception):
-                self.process.wait(1.0)
+            self.end()
             if was_late and PROCESSOR_TIMER is not None:  # the process counts its own time, and ends with that
                 raise Overloaded("The machine is too busy to apply the model's chat template") from None
             if was_late or self.process.returncode == -getattr(signal, "SIGPROF", 256):
@@ -2164,7 +2162,8 @@ class Helper:
 
     def end(self) -> None:
         self.process.kill()
-        self.process.wait()
+        with contextlib.suppress(Exception):
+            self.process.wait(2.0)  # in an uninterruptible wait for a disk it stays
         self._pipe.end()
 
 
@@ -2190,11 +2189,7 @@ class Helpers:
             raise Overloaded(f"{MAX_HELPERS} chat templates take long at once")
         try:
             helper = self._take()
-            try:
-                value, complaint = helper.run(task)
-            except BaseException:
-                helper.end()
-                raise
+            value, complaint = helper.run(task)
             self._keep(helper)
         finally:
             self._free.release()
