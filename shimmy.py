@@ -2610,7 +2610,6 @@ class Tools:
             log.warning("tool %s failed: %s", name, type(error).__name__, exc_info=True)
             return {"success": False, "result": None, "error": f"{type(error).__name__}: {error}"}
 
-
     def _called(self, tool: Tool, arguments: dict[str, Any], cancel: Cancellation | None,
                 seconds: float) -> Generator[Waiting, None, Any]:  # fmt: skip
         """The result of a call, in a thread that is left behind when it takes longer than it may.
