@@ -217,7 +217,8 @@ from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import IO, TYPE_CHECKING, Annotated, Any, BinaryIO, ClassVar, NoReturn, TypeVar, get_args, get_origin, get_type_hints
+from typing import IO, TYPE_CHECKING, Annotated, Any, BinaryIO, ClassVar, NoReturn, TypeVar
+from typing import get_args, get_origin, get_type_hints
 
 if TYPE_CHECKING:
     import ast
@@ -3603,7 +3604,8 @@ def plan_load(model: ModelInfo, setup: Setup, free: int | None, gpus: Seq[int] =
     placed = Placement(0, 0, pool)
     if gpus and not rung.cpu:
         placed = place(weights or Weights((), model.size_bytes), kv, gpus, ctx, max(pool, ctx), options.kv_type, sequences,
-                       4 * GRAPH_BYTES + eyes * (not remote), options.gpu_layers, options.n_cpu_moe, rung.gpu_share)  # fmt: skip
+                       4 * GRAPH_BYTES + (0 if remote else eyes), options.gpu_layers, options.n_cpu_moe,
+                       rung.gpu_share)  # fmt: skip
         as_fits = options.gpu_layers is None and rung.gpu_share == 1
         if setup.others_idle and as_fits and weights and placed.gpu_layers <= len(weights.layers):
             raise LoadError(f"only {placed.gpu_layers} of {len(weights.layers)} layers fit the GPU beside other models", "room")
@@ -3613,7 +3615,8 @@ def plan_load(model: ModelInfo, setup: Setup, free: int | None, gpus: Seq[int] =
     in_ram = eyes if remote or not placed.gpu_layers else 0
     need += int(kv.state_bytes(sequences) * on_cpu) + in_ram
     if free is not None and in_ram > free and not on_cpu:
-        raise LoadError(f"the projector needs {human_bytes(in_ram)}, {human_bytes(max(0, free))} of memory are available", "room")
+        have = human_bytes(max(0, free))
+        raise LoadError(f"the projector needs {human_bytes(in_ram)}, {have} of memory are available", "room")
     if free is not None and on_cpu:
         pool = _fit_pool(model, options, ctx, pool, each, free - need)
     cells = -(-max(pool, ctx) // 256) * 256 if pool else 0
@@ -7147,7 +7150,7 @@ class Histogram:
 
 @dataclass
 class Task:
-    """A job in the engine, until it is known how it ended, wanted or not. Owned by the thread that reads the child's messages."""
+    """A job in the engine, wanted or not, until it is known how it ended. Owned by its worker's reading thread."""
 
     generation: Generation
     gives: type  # what comes of it: Piece, Vectors or Tokens
@@ -8837,10 +8840,11 @@ class ToolLoop:
                     arguments, result = yield from self._execute(call)
                     yield result
                     called.append({"id": call.id, "type": "function", "function": {"name": call.name, "arguments": arguments}})
-                    content = json.dumps(result.result, ensure_ascii=False) if result.error is None else f"Error: {result.error}"
-                    cut = f"\n(cut: {len(content)} characters in all)" if len(content) > MAX_TOOL_RESULT else ""
-                    content = content[:MAX_TOOL_RESULT] + cut
-                    turns.append({"role": "tool", "tool_call_id": call.id, "name": call.name, "content": content})
+                    error = result.error
+                    told = json.dumps(result.result, ensure_ascii=False) if error is None else f"Error: {error}"
+                    if len(told) > MAX_TOOL_RESULT:
+                        told = f"{told[:MAX_TOOL_RESULT]}\n(cut: {len(told)} characters in all)"
+                    turns.append({"role": "tool", "tool_call_id": call.id, "name": call.name, "content": told})
             if not turns or self._client_calls or self._reason == "length":
                 break
             said = {"role": "assistant", "content": "".join(self._said), "tool_calls": called}
