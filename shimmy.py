@@ -210,6 +210,7 @@ import stat
 import struct
 import threading
 import types
+import typing
 import urllib.parse
 import warnings
 import zlib
@@ -218,7 +219,6 @@ from collections.abc import Callable, Collection, Generator, Iterable, Iterator,
 from collections.abc import Sequence as Seq
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import IO, TYPE_CHECKING, Annotated, Any, BinaryIO, ClassVar, NoReturn, TypeVar
-from typing import get_args, get_origin, get_type_hints
 
 if TYPE_CHECKING:
     import ast
@@ -2146,7 +2146,7 @@ class Helper:
         try:
             self._pipe.send(task)
             value, complaint = self._pipe.receive()
-            if not isinstance(complaint or value, str if complaint else get_type_hints(task.run)["return"]):
+            if not isinstance(complaint or value, str if complaint else typing.get_type_hints(task.run)["return"]):
                 raise TypeError("a value of another type")
             return value, complaint
         except Exception:  # a process's border: it died, or what it says cannot be read
@@ -3284,22 +3284,22 @@ def sendable() -> dict[type, int]:
 @functools.cache
 def field_tests(kind: type) -> list[Callable[[Any], bool]]:
     """For each field of a dataclass a test of its values."""
-    return [is_of(hint) for hint in get_type_hints(kind, include_extras=True).values()]
+    return [is_of(hint) for hint in typing.get_type_hints(kind, include_extras=True).values()]
 
 
 def is_of(hint: Any) -> Callable[[Any], bool]:
     """Makes a test for the values of a type, as a message's field declares it."""
-    origin, inner = get_origin(hint), [h for h in get_args(hint) if h is not ...]
+    origin, inner = typing.get_origin(hint), [h for h in typing.get_args(hint) if h is not ...]
     if origin is Annotated:
         kind, holds = is_of(inner[0]), inner[1]
         return lambda value: kind(value) and holds(value)
     if origin is tuple:
-        item, size = is_of(inner[0]), 0 if ... in get_args(hint) else len(inner)  # 0: any
+        item, size = is_of(inner[0]), 0 if ... in typing.get_args(hint) else len(inner)  # 0: any
         return lambda value: isinstance(value, tuple) and (len(value) == size or not size) and all(map(item, value))
     if origin is Mapping:
         key, item = map(is_of, inner)
         return lambda value: isinstance(value, dict) and all(map(key, value)) and all(map(item, value.values()))
-    if any(map(get_origin, inner)):
+    if any(map(typing.get_origin, inner)):
         return lambda value: any(is_of(h)(value) for h in inner)
     kinds = tuple(itertools.chain(*((int, float) if h is float else (h,) for h in inner or [hint])))
     return lambda value: isinstance(value, kinds)
