@@ -210,6 +210,7 @@ import stat
 import struct
 import threading
 import types
+import typing
 import urllib.parse
 import warnings
 import zlib
@@ -217,7 +218,7 @@ from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import IO, TYPE_CHECKING, Any, BinaryIO, ClassVar, NoReturn, TypeVar
+from typing import IO, TYPE_CHECKING, Annotated, Any, BinaryIO, ClassVar, NoReturn, TypeVar
 
 if TYPE_CHECKING:
     import ast
@@ -278,6 +279,7 @@ TOOL_LOOP_SECONDS = 60.0  # for them all; then the model must answer without
 MAX_SCAN_DEPTH = 12  # directories below a search root
 MAX_SCAN_ENTRIES = 100_000  # files and directories looked at below one root
 SCAN_DETAIL_SECONDS = 0.4  # of processor time: a scan reads whole headers for so long; the rest are read when asked about
+SCAN_PATIENCE = 30.0  # for a scan of another thread, which a dead network drive may hold up for ever; then the last one serves
 HELPER_SECONDS = 1.5  # of processor time, for a helper process's task; the longest chats render in a tenth of that
 HELPER_PATIENCE = 4  # times as long it may take on a machine that others keep busy
 HELPER_BYTES = 1 << 30  # of address space, a helper process's
@@ -1302,17 +1304,20 @@ def read_projector(header: GgufHeader, path: str, size: int) -> Projector | None
     return Projector(path, frozenset(widths), labels_of(meta, path), bool(meta.get("general.basename")), (not good, size))
 
 
-def with_projectors(models: Seq[ModelInfo], projectors: Seq[Projector]) -> Iterator[ModelInfo]:
-    """The models, each with the best projector that fits it: of those in its folder, else in the one above."""
+def with_projectors(models: Seq[tuple[ModelInfo, Seq[str]]], projectors: Seq[Projector]) -> Iterator[ModelInfo]:
+    """The models, given with the folders that they are in, each with the best projector that fits it: of those in such a
+    folder, else in the one above."""
     places, makes = defaultdict[str, list[Projector]](list), defaultdict[tuple[str, int], set[str]](set)
     for projector in projectors:
         places[os.path.dirname(projector.path)].append(projector)
-    folders = [os.path.dirname(model.path) if places else "" for model in models]
-    for model, folder in zip(models, folders, strict=True):
-        makes[folder, model.width].add(plain_label(model.labels[0]) if folder in places else "")
-    for model, folder in zip(models, folders, strict=True):
-        found = [p for p in places.get(folder, ()) if p.fits(model, len(makes[folder, model.width]) == 1)]
-        found = found or [p for p in places.get(os.path.dirname(folder), ()) if p.fits(model, False)]
+    inside = [(model, folder) for model, folders in models for folder in folders if folder in places]
+    for model, folder in inside:
+        makes[folder, model.width].add(plain_label(model.labels[0]))
+    for model, folders in models:
+        found: list[Projector] = []
+        for folder in folders if places else ():
+            found = found or [p for p in places.get(folder, ()) if p.fits(model, len(makes[folder, model.width]) == 1)]
+            found = found or [p for p in places.get(os.path.dirname(folder), ()) if p.fits(model, False)]
         yield replace(model, projector=min(found, key=lambda p: p.rank).path) if found else model
 
 
@@ -1323,11 +1328,19 @@ def describe(header: GgufHeader, path: str, source: str, size: int) -> ModelInfo
     quantization = FILE_TYPES.get(meta.get("general.file_type", -1)) or _in_name(QUANT_IN_NAME, stem)
     context, width = (meta.get(f"{architecture}.{key}") for key in ("context_length", "embedding_length"))
     name, shown = printable(str(meta.get("general.name") or stem)), printable(architecture)
+    stated, label = meta.get("general.parameter_count"), meta.get("general.size_label")
+    if isinstance(stated, int) and stated:
+        parameters: str | None = human_count(stated)
+    else:
+        parameters = printable(str(label)) if label else human_count(header.parameters) if header.complete else None
+    # encoders, and decoders turned into embedders or rerankers, pool or attend in both directions
+    pooling, causal = meta.get(f"{architecture}.pooling_type", 0), meta.get(f"{architecture}.attention.causal")
+    pools = architecture in EMBEDDERS or (isinstance(pooling, int) and pooling > 0)
     return ModelInfo(
         id="", name=name, path=path, source=source, size_bytes=size, architecture=shown,
-        parameter_count=_parameter_count(header) or _in_name(SIZE_IN_NAME, stem), quantization=quantization,
+        parameter_count=parameters or _in_name(SIZE_IN_NAME, stem), quantization=quantization,
         context_length=context if isinstance(context, int) else None,
-        embedding=_is_embedding(meta, architecture), pooling=POOLINGS.get(meta.get(f"{architecture}.pooling_type", 0)),
+        embedding=pools or (causal is False and architecture not in DIFFUSERS), pooling=POOLINGS.get(pooling),
         chat_template="tokenizer.chat_template" in meta if header.complete else None,
         description=printable(str(meta.get("general.description") or f"{name} ({shown})")),
         kv=kv_shape(meta, architecture), width=width if isinstance(width, int) else 0, labels=labels_of(meta, path),
@@ -1336,23 +1349,6 @@ def describe(header: GgufHeader, path: str, source: str, size: int) -> ModelInfo
 
 def _in_name(pattern: re.Pattern[str], stem: str) -> str | None:
     return next(iter(pattern.findall(stem)), "").upper() or None
-
-
-def _parameter_count(header: GgufHeader) -> str | None:
-    """As stated, else as labelled, else summed over the tensors."""
-    stated, label = header.metadata.get("general.parameter_count"), header.metadata.get("general.size_label")
-    if isinstance(stated, int) and stated:
-        return human_count(stated)
-    if label:
-        return printable(str(label))
-    return human_count(header.parameters) if header.complete else None
-
-
-def _is_embedding(meta: Mapping[str, Any], architecture: str) -> bool:
-    """Encoders, and decoders turned into embedders or rerankers: they pool, or attend in both directions."""
-    pooling, causal = meta.get(f"{architecture}.pooling_type"), meta.get(f"{architecture}.attention.causal")
-    pools = architecture in EMBEDDERS or (isinstance(pooling, int) and pooling > 0)
-    return pools or (causal is False and architecture not in DIFFUSERS)
 
 
 PROJECTOR = "a projector (mmproj), not a model"  # why it is not listed
@@ -1549,18 +1545,24 @@ class Catalog:
     def scan(self, age: float = 0.0) -> ScanReport:
         """Looks at the disk, unless a scan has that began at most `age` seconds ago: one serves all who wait for it.
 
-        A rescan costs a stat for each unchanged file.
+        A rescan costs a stat for each unchanged file. Raises Overloaded while the first scan takes long.
         """
         oldest = time.monotonic() - age
-        with self._scanning:
+        if not self._scanning.acquire(timeout=SCAN_PATIENCE):
+            if self.report.began == -math.inf:
+                raise Overloaded("The directories of the models take long to read")
+            return self.report
+        try:
             if self.report.began <= oldest:
                 self.report = self._look(time.monotonic())
             return self.report
+        finally:
+            self._scanning.release()
 
     def _look(self, began: float) -> ScanReport:
         deadline = time.thread_time() + SCAN_DETAIL_SECONDS
-        models: dict[tuple[Any, str], ModelInfo] = {}  # by file and settings: the same file reached twice is one model
-        twins: list[ModelInfo] = []  # where it was reached again: a projector may lie there alone
+        # by file and settings: the same file reached twice is one model; and the folders where it is
+        models: dict[tuple[Any, str], tuple[ModelInfo, list[str]]] = {}
         projectors: list[Projector] = []
         skipped: dict[str, str] = {}  # reason by path
         directories: list[dict[str, Any]] = []
@@ -1571,11 +1573,12 @@ class Catalog:
                 stamp = _stamp(path)
                 key = stamp and stamp[:2], repr(stored)  # Ollama models may share a file: their settings tell them apart
                 if key in models:
-                    twins.append(replace(models[key], path=path))
+                    models[key][1].append(os.path.dirname(path))
                     continue
                 result = self._examine(path, root.source, time.thread_time() < deadline)
                 if stamp and isinstance(result, ModelInfo):
-                    models[key] = replace(result, id=self._id_for(stored.manifest or path, label), stored=stored)
+                    model = replace(result, id=self._id_for(stored.manifest or path, label), stored=stored)
+                    models[key] = model, [os.path.dirname(path)]
                 elif isinstance(result, Projector):
                     projectors.append(result)
                     skipped.setdefault(path, PROJECTOR)
@@ -1584,12 +1587,10 @@ class Catalog:
             directories.append({"path": root.path, "source": root.source, "exists": os.path.isdir(root.path),
                                 "models": len(models) - before,
                                 "notes": list(dict.fromkeys(printable(note, 400) for note in notes))})  # fmt: skip
-        seen = {*skipped, *(model.path for model in models.values())}
+        seen = {*skipped, *(model.path for model, _ in models.values())}
         self._read = {path: known for path, known in list(self._read.items()) if path in seen}
         # the model that comes with shimmy stands last, unless it was asked for by path
-        there = {m.id: m.projector for m in with_projectors(twins, projectors) if m.projector}
-        found = [m if m.projector else replace(m, projector=there.get(m.id))
-                 for m in with_projectors(list(models.values()), projectors)]  # fmt: skip
+        found = with_projectors(list(models.values()), projectors)
         ordered = sorted(found, key=lambda m: is_boxed(m) and m.source != "--model")
         reasons = ({"path": path, "reason": reason} for path, reason in skipped.items())
         return ScanReport(tuple(ordered), tuple(reasons), tuple(directories[len(self.files) :]), began)
@@ -1859,8 +1860,8 @@ class Chat:
 
     def prompt(self, request: GenerateRequest) -> tuple[str | Picture, ...]:
         """The prompt's segments. Raises InvalidRequest when the template refuses the messages, or runs away."""
-        pictures = PictureMarks(request)
-        messages = without_noise(pictures.messages)
+        marked, pictures, place = with_marks(request)
+        messages = without_noise(marked)
         for message in messages:
             if THOUGHT_FIELDS[0] in message:
                 message[self.format.thought_field] = message.pop(THOUGHT_FIELDS[0])
@@ -1874,7 +1875,13 @@ class Chat:
         segments = self._continued(rendering, rendered, begun) if begun else [rendered]
         if self.facts.adds_bos and self.facts.bos and segments[0].startswith(self.facts.bos):
             segments[0] = segments[0][len(self.facts.bos) :]  # the tokenizer adds it, once
-        return pictures.checked(tuple(part for segment in segments for part in pictures.apart(segment, mark)))
+        parts: list[str | Picture] = []
+        for segment in segments:
+            for i, piece in enumerate(re.split(f"{place}([0-9]+){place}", segment) if pictures else [segment]):
+                parts += [pictures[int(piece)]] if i % 2 else piece.split(mark)
+        if set(map(id, pictures)) - set(map(id, parts)):
+            raise InvalidRequest("messages: the model's chat template leaves out an image", "messages")
+        return tuple(parts)
 
     def _continued(self, rendering: Rendering, rendered: str, begun: dict[str, Any]) -> list[str]:
         """The segments of a prompt that ends with an answer that has begun.
@@ -1907,19 +1914,17 @@ class Chat:
         if not {"pre", "suf", "mid"} <= fim.keys():
             raise InvalidRequest("model: it has no tokens for a prefix and a suffix, so it cannot fill a gap", "model")
         mark = unused_in([gap.prefix, gap.suffix, gap.extra])
+
+        def apart(parts: Seq[tuple[str, str]]) -> list[str]:
+            """Tokens that mark a gap, each with a client's text behind it, in which names of special tokens are split."""
+            segments = ((fim.get(token), *self._guard(text, mark).split(mark)) for token, text in parts)
+            return [segment for segment in itertools.chain(*segments) if segment]
+
         extra = [("rep", "myproject\n")] if "rep" in fim and gap.extra else []
         extra += [("sep", f"{name}\n{text}" if "sep" in fim else f"\n\n--- snippet ---\n\n{text}") for name, text in gap.extra]
         extra += [("sep", "filename\n")] if "sep" in fim and gap.extra else []
-        first = self._apart(extra, mark)
-        return (*first, *self._apart([("pre", gap.prefix), ("suf", gap.suffix), ("mid", "")], mark)), len(first)
-
-    def _apart(self, parts: Seq[tuple[str, str]], mark: str) -> list[str]:
-        """Tokens that mark a gap, each with a client's text behind it, in which names of special tokens are split."""
-        segments: list[str] = []
-        for token, text in parts:
-            segments += [self.facts.fim[token]] if token in self.facts.fim else []
-            segments += self._guard(text, mark).split(mark)
-        return [segment for segment in segments if segment]
+        first = apart(extra)
+        return (*first, *apart([("pre", gap.prefix), ("suf", gap.suffix), ("mid", "")])), len(first)
 
     def _render(self, rendering: Rendering) -> str:
         try:
@@ -1960,33 +1965,23 @@ class Chat:
         return last.rstrip().endswith(opens) or (begins_thought(said, self.format) and closes not in said)
 
     def constraint(self, request: GenerateRequest, last: Seq[Any]) -> Constraint | None:
-        """Constrains the answer to the calls or the schema that were asked for, behind a thought that the prompt has begun.
+        """Constrains the answer to the calls, the schema or the grammar that were asked for, behind its thought.
 
-        `last` is the prompt's last segment, as for the parser.
+        `last` is the prompt's last segment, as for the parser. Where functions are offered beside a schema a call may stand
+        instead; a client's own grammar says itself what stands beside it.
         """
-        named = request.tool_choice.removeprefix("function:") if request.tool_choice.startswith("function:") else None
-        forced = request.tool_choice == "required" or named is not None
-        tools = [t for t in request.tools if named in (None, t["function"]["name"])]
-        calls = self.format.calls[0]
-        one = not request.parallel_tool_calls and request.sampling.constraint is None
-        if not tools or request.tool_choice == "none" or not (forced or one):
-            return self._schema(request, str(last[0]))
-        mark = calls.marks[0]
-        if not forced:  # the first call is the only one
+        end, choice, calls, wanted = str(last[0]), request.tool_choice, self.format.calls[0], request.sampling.constraint
+        thought, after = self._thought_first(request, end)
+        named = choice.partition(":")[2]  # behind function:
+        tools = [t for t in request.tools if choice != "none" and named in ("", t["function"]["name"])]
+        if tools and choice != "auto":
+            opened = calls.opens if calls.opens.strip() and end.endswith(calls.opens) else ""
+            symbol = calls_symbol(calls, tools, opened, request.parallel_tool_calls and not named)
+            return Constraint(InOrder((*thought, symbol)), "tool_choice", after, self.markers)
+        if tools and wanted is None and not request.parallel_tool_calls:  # the first call is the only one
+            mark = calls.marks[0]
             symbol = calls_symbol(calls, tools, mark, False)
             return Constraint(symbol, "parallel_tool_calls", mark, self.markers) if mark else None
-        opened = calls.opens if calls.opens.strip() and str(last[0]).endswith(calls.opens) else ""
-        thought, after = self._thought_first(request, str(last[0]))
-        many = request.parallel_tool_calls and named is None
-        symbol = calls_symbol(calls, tools, opened, many)
-        return Constraint(InOrder((*thought, symbol)), "tool_choice", after, self.markers)
-
-    def _schema(self, request: GenerateRequest, last: str) -> Constraint | None:
-        """The schema or grammar that was asked for: behind the thought, and where functions are offered a call instead.
-
-        A client's own grammar says itself what stands beside it.
-        """
-        wanted, (thought, after) = request.sampling.constraint, self._thought_first(request, last)
         if wanted is None or wanted.param == "grammar":
             return wanted and replace(wanted, after=after, markers=self.markers | wanted.markers)
         grammar = wanted.grammar
@@ -1997,9 +1992,8 @@ class Chat:
             grammar = RestOf(grammar, begun.encode(), wanted.param)
             read_soon(grammar)
             return replace(wanted, markers=self.markers, grammar=grammar)
-        if request.tools and request.tool_choice != "none":
-            calls = calls_symbol(self.format.calls[0], request.tools, "", request.parallel_tool_calls)
-            grammar = AnyOf((calls, grammar))
+        if tools:
+            grammar = AnyOf((calls_symbol(calls, tools, "", request.parallel_tool_calls), grammar))
         return replace(wanted, after=after, markers=self.markers, grammar=InOrder((*thought, grammar)))
 
     def _thought_first(self, request: GenerateRequest, last: str) -> tuple[Symbols, str | None]:
@@ -2037,36 +2031,23 @@ class Chat:
         return frozenset(text[start:end] for start, end in self._names.spans(text))
 
 
-class PictureMarks:
-    """Marks the places of pictures in messages, so that a template renders plain text; no client's text can be a mark."""
+def with_marks(request: GenerateRequest) -> tuple[list[dict[str, Any]], list[Picture], str]:
+    """The messages with plain text, which a template renders: a picture's number between two marks stands for it.
 
-    def __init__(self, request: GenerateRequest) -> None:
-        contents = [message["content"] for message in request.messages or ()]
-        parts = itertools.chain(*(content for content in contents if isinstance(content, tuple)))
-        self._pictures = [part for part in parts if isinstance(part, Picture)]
-        self._mark = unused_in([contents, request.tools, request.template_args]) if self._pictures else ""
-        numbers = itertools.count()  # a template may leave turns out, or move them
+    Also the pictures, and the mark, which no client's text holds.
+    """
+    contents = [message["content"] for message in request.messages or ()]
+    parts = itertools.chain(*(content for content in contents if isinstance(content, tuple)))
+    pictures = [part for part in parts if isinstance(part, Picture)]
+    mark = unused_in([contents, request.tools, request.template_args]) if pictures else ""
+    numbers = itertools.count()  # a template may leave turns out, or move them
 
-        def text(content: Any) -> str:
-            if isinstance(content, str):
-                return content
-            return "".join(part if isinstance(part, str) else f"{self._mark}{next(numbers)}{self._mark}" for part in content)
+    def text(content: Any) -> str:
+        if isinstance(content, str):
+            return content
+        return "".join(part if isinstance(part, str) else f"{mark}{next(numbers)}{mark}" for part in content)
 
-        self.messages = [{**message, "content": text(message["content"])} for message in request.messages or ()]
-
-    def apart(self, segment: str, mark: str) -> Iterator[str | Picture]:
-        """The texts of a rendered segment, split also by another mark, and its pictures."""
-        for i, piece in enumerate(re.split(f"{self._mark}([0-9]+){self._mark}", segment) if self._pictures else [segment]):
-            if i % 2:
-                yield self._pictures[int(piece)]
-            else:
-                yield from piece.split(mark)
-
-    def checked(self, prompt: tuple[str | Picture, ...]) -> tuple[str | Picture, ...]:
-        """The prompt, if all pictures are in it. Raises InvalidRequest."""
-        if {id(picture) for picture in self._pictures} - set(map(id, prompt)):
-            raise InvalidRequest("messages: the model's chat template leaves out an image", "messages")
-        return prompt
+    return [{**message, "content": text(message["content"])} for message in request.messages or ()], pictures, mark
 
 
 def begins_thought(content: str, format: ChatFormat) -> bool:
@@ -2154,21 +2135,23 @@ class Helper:
 
     def run(self, task: Any) -> tuple[Any, str | None]:
         """The task's value, or why it has none. Raises HelperFailed when it ended or outlived the process, Overloaded when it
-        had no time."""
+        had no time; then the process is gone."""
         timer = threading.Timer(HELPER_SECONDS * (HELPER_PATIENCE if PROCESSOR_TIMER is not None else 1), self.process.kill)
         timer.daemon = True
         try:
             timer.start()
         except RuntimeError as error:
+            self.end()
             raise Overloaded(f"The system starts no more threads ({error})") from None
         try:
             self._pipe.send(task)
             value, complaint = self._pipe.receive()
+            if not isinstance(complaint or value, str if complaint else typing.get_type_hints(task.run)["return"]):
+                raise TypeError("a value of another type")
             return value, complaint
         except Exception:  # a process's border: it died, or what it says cannot be read
             was_late = timer.finished.is_set()
-            with contextlib.suppress(Exception):
-                self.process.wait(1.0)
+            self.end()
             if was_late and PROCESSOR_TIMER is not None:  # the process counts its own time, and ends with that
                 raise Overloaded("The machine is too busy to apply the model's chat template") from None
             if was_late or self.process.returncode == -getattr(signal, "SIGPROF", 256):
@@ -2180,7 +2163,8 @@ class Helper:
 
     def end(self) -> None:
         self.process.kill()
-        self.process.wait()
+        with contextlib.suppress(Exception):
+            self.process.wait(2.0)  # in an uninterruptible wait for a disk it stays
         self._pipe.end()
 
 
@@ -2206,11 +2190,7 @@ class Helpers:
             raise Overloaded(f"{MAX_HELPERS} chat templates take long at once")
         try:
             helper = self._take()
-            try:
-                value, complaint = helper.run(task)
-            except BaseException:
-                helper.end()
-                raise
+            value, complaint = helper.run(task)
             self._keep(helper)
         finally:
             self._free.release()
@@ -2296,7 +2276,7 @@ class Rendering:
             messages, tools = reshape(self.messages, self.tools)
             try:
                 prompt = self._render(messages, tools)
-                if not self._loses(prompt) and self._shows_tools(prompt, self._render(messages, []) if tools else ""):
+                if not self._loses(prompt, messages, tools):
                     return prompt
                 rendered = rendered or prompt
             except MemoryError:
@@ -2323,12 +2303,8 @@ class Rendering:
                 raise MemoryError
         return "".join(pieces)
 
-    def _shows_tools(self, prompt: str, without_tools: str) -> bool:
-        """True if each offered tool is named, more often than where none is offered."""
-        return all(prompt.count(name) > without_tools.count(name) for name in (t["function"]["name"] for t in self.tools))
-
-    def _loses(self, prompt: str) -> bool:
-        """True if the template dropped something silently: a call made, its result, a system text."""
+    def _loses(self, prompt: str, messages: list[Any], tools: list[Any]) -> bool:
+        """True if the template, given these, dropped something silently: a call made, its result, a system text, a tool."""
         names = [t["function"]["name"] for t in self.tools]
         called = [c["function"]["name"] for m in self.messages for c in m.get("tool_calls", [])]
         if any(prompt.count(name) < times + names.count(name) for name, times in Counter(called).items()):
@@ -2345,21 +2321,17 @@ class Rendering:
                 if found < at:  # moved, it changes the beginning of every longer prompt
                     return True
                 at = found
-        return False
+        without_tools = self._render(messages, []) if tools else ""  # an offered one is named more often than there
+        return any(prompt.count(name) <= without_tools.count(name) for name in names)
 
     def _must_appear(self) -> Iterator[tuple[str, tuple[str, str]]]:
-        """Yields the texts that the prompt must hold, in the messages' order, each in two spellings."""
+        """Yields the texts that the prompt must hold, in the messages' order: each as it is, and as in a JSON string."""
         for message in self.messages:
-            if message["role"] != "assistant":
-                yield message["role"], _spellings(message["content"].strip())
+            texts = [(message["role"], message["content"].strip())] if message["role"] != "assistant" else []
             for arguments in (c["function"]["arguments"] for c in message.get("tool_calls", [])):
                 words = arguments.values() if isinstance(arguments, dict) else [str(arguments)]
-                yield from (("call", _spellings(v)) for v in words if isinstance(v, str))
-
-
-def _spellings(word: str) -> tuple[str, str]:
-    """Text as it is, and as it stands in a JSON string."""
-    return word, json.dumps(word, ensure_ascii=False)[1:-1]
+                texts += [("call", v) for v in words if isinstance(v, str)]
+            yield from ((role, (text, json.dumps(text, ensure_ascii=False)[1:-1])) for role, text in texts)
 
 
 @functools.lru_cache(maxsize=16)
@@ -2432,16 +2404,6 @@ def in_call_form(as_text: bool, new_id: Callable[[str, str, int], str] | None) -
     return reshape
 
 
-def short_id(id: str, name: str, number: int) -> str:
-    """Nine letters and digits, on which Mistral's templates insist."""
-    return f"{zlib.crc32(id.encode('utf-8', 'replace')):09x}"
-
-
-def telling_id(id: str, name: str, number: int) -> str:
-    """An id that holds the function's name: Kimi K2's templates write nothing else of it."""
-    return f"functions.{name}:{number}"
-
-
 def folded(messages: list[Any], tools: list[Any]) -> Turns:
     """Turns as the strictest templates want them: one system turn at the beginning, then a user's, then by turns.
 
@@ -2463,17 +2425,12 @@ def folded(messages: list[Any], tools: list[Any]) -> Turns:
         if message["role"] == "assistant" and not any(m["role"] != "system" for m in shaped):
             shaped.append({"role": "user", "content": ""})
         if shaped and shaped[-1]["role"] == message["role"] and message["role"] in ("system", "user", "assistant"):
-            shaped[-1] = joined(shaped[-1], message)
-        else:
-            shaped.append(message)
+            pair = shaped.pop(), message
+            message = pair[0] | message | {"content": "\n\n".join(t["content"] for t in pair if t["content"])}
+            calls = [call for turn in pair for call in turn.get("tool_calls", [])]
+            message |= {"tool_calls": calls} if calls else {}
+        shaped.append(message)
     return shaped, tools
-
-
-def joined(first: Any, second: Any) -> Any:
-    """Two turns of one role as one."""
-    both = {**first, **second, "content": "\n\n".join(t["content"] for t in (first, second) if t["content"])}
-    calls = [*first.get("tool_calls", []), *second.get("tool_calls", [])]
-    return both | ({"tool_calls": calls} if calls else {})
 
 
 def tools_in_system(messages: list[Any], tools: list[Any]) -> Turns:
@@ -2511,8 +2468,12 @@ def compose(*reshapes: Reshape) -> Reshape:
     return lambda messages, tools: functools.reduce(lambda turns, reshape: reshape(*turns), reshapes, (messages, tools))
 
 
-CALL_FORMS = tuple(itertools.starmap(in_call_form, (
-    (False, None), (True, None), (False, short_id), (True, short_id), (False, telling_id))))  # fmt: skip
+NEW_IDS: tuple[Callable[[str, str, int], str] | None, ...] = (
+    None,
+    lambda id, name, number: f"{zlib.crc32(id.encode('utf-8', 'replace')):09x}",  # nine letters and digits, as Mistral insists
+    lambda id, name, number: f"functions.{name}:{number}",  # Kimi K2's templates write nothing else of the function's name
+)
+CALL_FORMS = tuple(in_call_form(as_text, new_id) for new_id in NEW_IDS for as_text in (False, True))
 NATIVE = tuple(compose(turns, calls) for turns in (compose(), folded, system_as_user) for calls in CALL_FORMS)
 RESHAPES = (
     *NATIVE, tools_in_system, compose(tools_in_system, CALL_FORMS[1]), calls_as_text, compose(calls_as_text, system_as_user),
@@ -2598,11 +2559,18 @@ class Tools:
 
     def __init__(self, options: ToolOptions) -> None:
         reader, self.getter = FileReader(options.root), HttpGetter(options.hosts)
+        self._running: dict[str, dict[threading.Thread, float]] = {}  # calls by tool: their threads, and when they began
         built_in = (make_tool(calculator), make_tool(reader.file_read), make_tool(self.getter.http_get))
         self._tools = {t.name: t for t in built_in}
         warnings.filterwarnings("ignore", module="<unknown>")  # of Python, on what calculator has it parse
+        import runpy
+
+        sys.modules.setdefault("shimmy", sys.modules[__name__])  # for `from shimmy import tool`
         for path in options.files:
-            load_tools(path)
+            try:
+                runpy.run_path(path)
+            except Exception as error:  # somebody's code: anything may come
+                raise ImportError(f"--tools {path}: {type(error).__name__}: {error}") from error
         self._tools |= REGISTERED
 
     def documents(self) -> list[dict[str, Any]]:
@@ -2630,9 +2598,10 @@ class Tools:
         """The same with signs of life while the tool runs, for so many seconds and TOOL_SECONDS at most."""
         if name not in self._tools:
             raise NotFound(f"Tool '{name[:200]}' is not registered", "The specified tool was not found")
-        call = ToolCall(self._tools[name], check_arguments(self._tools[name], arguments))
+        tool = self._tools[name]
+        arguments = check_arguments(tool, arguments)
         try:
-            result = yield from call.wait(cancel, min(seconds, TOOL_SECONDS))
+            result = yield from self._called(tool, arguments, cancel, min(seconds, TOOL_SECONDS))
             return {"success": True, "result": result, "error": None}
         except ToolError as error:
             return {"success": False, "result": None, "error": str(error)}
@@ -2642,58 +2611,46 @@ class Tools:
             log.warning("tool %s failed: %s", name, type(error).__name__, exc_info=True)
             return {"success": False, "result": None, "error": f"{type(error).__name__}: {error}"}
 
+    def _called(self, tool: Tool, arguments: dict[str, Any], cancel: Cancellation | None,
+                seconds: float) -> Generator[Waiting, None, Any]:  # fmt: skip
+        """The result of a call, in a thread that is left behind when it takes longer than it may.
 
-class ToolCall(threading.Thread):
-    """One call of a tool, in a thread that is left behind when it takes longer than it may."""
-
-    def __init__(self, tool: Tool, arguments: dict[str, Any]) -> None:
-        super().__init__(name=f"tool {tool.name}", daemon=True)
-        self._tool, self._arguments, self._began = tool, arguments, time.monotonic()
-        self._outcome: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
-
-    def wait(self, cancel: Cancellation | None, seconds: float) -> Generator[Waiting, None, Any]:
-        """The result. Raises what the tool raised, ToolError where it takes too long or MAX_STUCK calls never came back,
-        Overloaded beyond MAX_CALLS."""
-        others = [thread for thread in threading.enumerate() if isinstance(thread, ToolCall) and thread.name == self.name]
-        stuck = sum(self._began - other._began > TOOL_SECONDS for other in others)
+        Raises what the tool raised, ToolError where it takes too long or MAX_STUCK calls never came back, Overloaded beyond
+        MAX_CALLS.
+        """
+        began, others = time.monotonic(), self._running.setdefault(tool.name, {})
+        stuck = sum(began - other > TOOL_SECONDS for other in list(others.values()))
         if stuck >= MAX_STUCK:
-            raise ToolError(f"{stuck} calls of {self._tool.name} have not come back yet")
+            raise ToolError(f"{stuck} calls of {tool.name} have not come back yet")
         if len(others) >= MAX_CALLS:
-            raise Overloaded(f"{len(others)} calls of {self._tool.name} are running")
-        self.start()
+            raise Overloaded(f"{len(others)} calls of {tool.name} are running")
+        outcome: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
+
+        def call() -> None:
+            result, failure = None, None
+            others[thread] = began
+            try:  # somebody's function: it may return and raise anything, SystemExit too
+                result = tool.function(**arguments)
+                json.dumps(result, allow_nan=False)
+            except BaseException as error:
+                failure = error if isinstance(error, Exception) else ToolError(f"{type(error).__name__}: {error}")
+            del others[thread]
+            outcome.put((result, failure))
+
+        thread = threading.Thread(target=call, name=f"tool {tool.name}", daemon=True)
+        thread.start()
         if cancel:
-            cancel.on_cancel(lambda: self._outcome.put((None, Cancelled())))
-        while (left := self._began + seconds - time.monotonic()) > 0:
+            cancel.on_cancel(lambda: outcome.put((None, Cancelled())))
+        while (left := began + seconds - time.monotonic()) > 0:
             try:
-                result, error = self._outcome.get(timeout=max(0.01, min(left, PING_SECONDS)))
+                result, error = outcome.get(timeout=max(0.01, min(left, PING_SECONDS)))
             except queue.Empty:
                 yield Waiting()
                 continue
             if error:
                 raise error
             return result
-        raise ToolError(f"{self._tool.name} took over {seconds:g} seconds")
-
-    def run(self) -> None:
-        """Calls the function, which is somebody's: it may return and raise anything, SystemExit too."""
-        result, failure = None, None
-        try:
-            result = self._tool.function(**self._arguments)
-            json.dumps(result, allow_nan=False)
-        except BaseException as error:
-            failure = error if isinstance(error, Exception) else ToolError(f"{type(error).__name__}: {error}")
-        self._outcome.put((result, failure))
-
-
-def load_tools(path: str) -> None:
-    """Runs a Python file so that its @tool functions register; `from shimmy import tool` works in it."""
-    import runpy
-
-    sys.modules.setdefault("shimmy", sys.modules[__name__])
-    try:
-        runpy.run_path(path)
-    except Exception as error:  # somebody's code: anything may come
-        raise ImportError(f"--tools {path}: {type(error).__name__}: {error}") from error
+        raise ToolError(f"{tool.name} took over {seconds:g} seconds")
 
 
 def check_arguments(tool: Tool, arguments: Any) -> dict[str, Any]:
@@ -2911,16 +2868,22 @@ class HttpGetter:
         try:
             target = quoted((parts.path or "/") + (f"?{parts.query}" if parts.query else ""))
             connection.request("GET", target, headers={"User-Agent": f"shimmy/{__version__}", "Connection": "close"})
-            response = connection.getresponse()
-            return response.status, response.headers, self._read(response, most, deadline)
+            response, data = connection.getresponse(), bytearray()
+            while len(data) <= most:
+                chunk = response.read1(65536)
+                if time.monotonic() >= deadline:
+                    raise ToolError(f"the answer took over {self.MAX_SECONDS:.0f} seconds")
+                if not chunk:
+                    return response.status, response.headers, bytes(data)
+                data += chunk
+            raise ToolError(f"the answer is over {most} bytes")
         finally:
             cut.cancel()
             connection.close()
 
     def _connect(self, host: str, port: int, tls: bool, deadline: float) -> socket.socket:
         """Resolve once, refuse any address that is not global, connect to what was resolved."""
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-        addresses = [(str(info[4][0]), port) for info in found]
+        addresses = resolved(host, port, deadline - time.monotonic())
         for address in addresses:
             if not is_global(address[0]):
                 raise ToolError(f"the host {host} has an address that is not global ({address[0]})")
@@ -2936,17 +2899,6 @@ class HttpGetter:
         import ssl
 
         return ssl.create_default_context().wrap_socket(connection, server_hostname=host)
-
-    def _read(self, response: http.client.HTTPResponse, most: int, deadline: float) -> bytes:
-        data = bytearray()
-        while len(data) <= most:
-            chunk = response.read1(65536)
-            if time.monotonic() >= deadline:
-                raise ToolError(f"the answer took over {self.MAX_SECONDS:.0f} seconds")
-            if not chunk:
-                return bytes(data)
-            data += chunk
-        raise ToolError(f"the answer is over {most} bytes")
 
 
 # IANA's special-purpose registries, multicast and reserved space, written out: `ipaddress` knows a different part of
@@ -3082,28 +3034,24 @@ class Rung:
 
     def below(self, cause: str, gpu: bool, rpc: bool = False) -> Rung | None:
         """The next rung that may mend a crash, a hang, or a want of memory; None if no other can."""
-        if cause == "memory" and not self.small_pool:
-            return replace(self, small_pool=True)
-        rpc = rpc and not self.local and not self.cpu
-        gpu = gpu or rpc
-        if rpc and cause != "memory":
-            return replace(self, local=True)
-        if gpu and not self.cpu and self.gpu_share > 0.25:
-            return replace(self, gpu_share=self.gpu_share / 2)
-        if cause != "memory" and not self.plain:
-            return replace(self, plain=True)
-        return replace(self, cpu=True) if gpu and not self.cpu else None
+        crash, rpc = cause != "memory", rpc and not (self.local or self.cpu)
+        gpu = (gpu or rpc) and not self.cpu
+        steps: tuple[tuple[bool, dict[str, Any]], ...] = (
+            (not (crash or self.small_pool), {"small_pool": True}), (crash and rpc, {"local": True}),
+            (gpu and self.gpu_share > 0.25, {"gpu_share": self.gpu_share / 2}),
+            (crash and not self.plain, {"plain": True}), (gpu, {"cpu": True}),
+        )  # fmt: skip
+        return next((replace(self, **step) for may_help, step in steps if may_help), None)
 
     def words(self) -> str:
         """What is given up, for people; "" at the top."""
-        given_up = [
-            (self.small_pool, "with a KV pool of one context"), (self.cpu, "on the CPU alone"),
-            (self.local, "without RPC servers"),
-            (self.gpu_share < 1 and not self.cpu, f"with {self.gpu_share:.0%} of the layers on the GPU"),
-            (self.plain, "without special CPU kernels"),
-            (bool(self.without) and not self.plain, f"without the {' and '.join(self.without)} kernels of the CPU"),
-        ]  # fmt: skip
-        return ", ".join(words for given, words in given_up if given)
+        given_up = {
+            "with a KV pool of one context": self.small_pool, "on the CPU alone": self.cpu, "without RPC servers": self.local,
+            f"with {self.gpu_share:.0%} of the layers on the GPU": self.gpu_share < 1 and not self.cpu,
+            "without special CPU kernels": self.plain,
+            f"without the {' and '.join(self.without)} kernels of the CPU": self.without and not self.plain,
+        }  # fmt: skip
+        return ", ".join(words for words, given in given_up.items() if given)
 
 
 @dataclass(frozen=True)
@@ -3199,30 +3147,33 @@ class Cancel:
     ids: tuple[int, ...]
 
 
-# Messages: child to parent
+# Messages: child to parent, whose fields Pipe checks
+
+Count = Annotated[int, lambda n: 0 <= n < 1 << 60]
+Measure = Annotated[float, lambda x: 0 <= x < 1e12]  # so also finite
 
 
 @dataclass(frozen=True)
 class Progress:
     """How much of the weights is loaded, 0 to 1."""
 
-    fraction: float
+    fraction: Measure
 
 
 @dataclass(frozen=True)
 class Loaded:
     """The model is ready: its context, and what the parent needs to know of it."""
 
-    ctx: int
-    pool: int
+    ctx: Count
+    pool: Count
     chat: ChatFacts
     notes: tuple[str, ...]
-    pool_bytes: int = 0  # memory that the pool's KV cache takes when it is full
-    memory_need: int = 0  # bytes of RAM that the engine takes when its pool is full
+    pool_bytes: Count = 0  # memory that the pool's KV cache takes when it is full
+    memory_need: Count = 0  # bytes of RAM that the engine takes when its pool is full
     devices: str = ""  # where the layers are, on a machine with more than a CPU
     on_gpu: bool = False  # some of them
     sees: bool = False  # prompts may have pictures
-    gpu_bytes: int = 0  # memory that the model took on its GPUs, its whole KV cache too
+    gpu_bytes: Count = 0  # memory that the model took on its GPUs, its whole KV cache too
     servers: tuple[str, ...] = ()  # RPC servers that it uses
 
 
@@ -3250,7 +3201,7 @@ class Accepted:
     """The job passed its checks and waits for its first step."""
 
     id: int
-    prompt_tokens: int
+    prompt_tokens: Count
 
 
 @dataclass(frozen=True)
@@ -3260,7 +3211,7 @@ class Piece:
     id: int
     text: str
     logprobs: tuple[TokenLogprob, ...] = ()
-    tokens: int = 0  # generated since the last message
+    tokens: Count = 0  # generated since the last message
 
     @property
     def size(self) -> int:
@@ -3270,22 +3221,22 @@ class Piece:
 
 @dataclass(frozen=True)
 class Finished:
-    """The end of one sequence: stop, length or cancelled."""
+    """The end of one sequence."""
 
     id: int
-    finish_reason: str
-    prompt_tokens: int
-    completion_tokens: int
-    cached_tokens: int = 0
-    prompt_seconds: float = 0.0  # from its first step to its first token
-    decode_seconds: float = 0.0  # from there to its last
+    finish_reason: Annotated[str, ("stop", "length", "cancelled").__contains__]
+    prompt_tokens: Count
+    completion_tokens: Count
+    cached_tokens: Count = 0
+    prompt_seconds: Measure = 0.0  # from its first step to its first token
+    decode_seconds: Measure = 0.0  # from there to its last
     stopped_by: str = ""  # the stop string that ended it
-    forced_tokens: int = 0  # of those, the ones that a grammar left no choice about, which the model did not pick
-    picture_tokens: int = 0  # of the prompt's
-    disk_bytes: int = 0  # read from the disk, where the prompt's beginning was kept
-    disk_seconds: float = 0.0  # spared by that
-    drafted_tokens: int = 0  # guesses that were computed beside the completion's
-    accepted_tokens: int = 0  # of these, those that came true
+    forced_tokens: Count = 0  # of those, the ones that a grammar left no choice about, which the model did not pick
+    picture_tokens: Count = 0  # of the prompt's
+    disk_bytes: Count = 0  # read from the disk, where the prompt's beginning was kept
+    disk_seconds: Measure = 0.0  # spared by that
+    drafted_tokens: Count = 0  # guesses that were computed beside the completion's
+    accepted_tokens: Count = 0  # of these, those that came true
 
 
 @dataclass(frozen=True)
@@ -3293,10 +3244,10 @@ class Failed:
     """A job that cannot go on; `code` names the ApiError."""
 
     id: int
-    code: str
+    code: Annotated[str, ERRORS.__contains__]
     details: str
     param: str | None = None
-    sizes: tuple[int, ...] = ()  # ApiError's
+    sizes: tuple[Count, ...] = ()  # ApiError's
 
 
 @dataclass(frozen=True)
@@ -3304,8 +3255,8 @@ class Stepped:
     """What one step, or the steps of the last few milliseconds, gave all sequences together."""
 
     events: tuple[Piece | Vectors | Tokens | Finished | Failed, ...]
-    running: int  # sequences in the batch now
-    cells: int = 0  # of the pool, that these hold
+    running: Count  # sequences in the batch now
+    cells: Count = 0  # of the pool, that these hold
 
 
 class _Unpickler(pickle.Unpickler):  # nosec B301  # of what the server sends
@@ -3316,13 +3267,10 @@ class _Unpickler(pickle.Unpickler):  # nosec B301  # of what the server sends
 
 
 # The pipe. A child may be taken over by a hostile model file or template: what it sends is JSON, whose objects stand for a
-# few types in a table and nothing else. What we send to it may be anything, a grammar's symbols too, and is pickled.
+# few types in a table and nothing else, with the fields that these declare. What we send to it may be anything, a grammar's
+# symbols too, and is pickled.
 
 MAX_MESSAGE = 128 * MIB  # of a child's: 2,048 vectors of 8,192 numbers are 64 MiB, in base64 85
-KINDS: dict[str, tuple[type, ...]] = {
-    "int": (int,), "float": (int, float), "str": (str,), "bytes": (bytes,), "bool": (bool,), "tuple": (tuple,),
-    "Mapping": (dict,), "None": (type(None),),
-}  # fmt: skip
 
 
 @functools.cache
@@ -3334,10 +3282,27 @@ def sendable() -> dict[type, int]:
 
 
 @functools.cache
-def wanted_kinds(kind: type) -> list[tuple[type, ...]]:
-    """For each field of a dataclass the types of its values."""
-    plain = (re.sub(r"\[.*\]", "", str(f.type)).split(" | ") for f in fields(kind))
-    return [tuple(itertools.chain(*(KINDS.get(name, (object,)) for name in names))) for names in plain]
+def field_tests(kind: type) -> list[Callable[[Any], bool]]:
+    """For each field of a dataclass a test of its values."""
+    return [is_of(hint) for hint in typing.get_type_hints(kind, include_extras=True).values()]
+
+
+def is_of(hint: Any) -> Callable[[Any], bool]:
+    """Makes a test for the values of a type, as a message's field declares it."""
+    origin, inner = typing.get_origin(hint), [h for h in typing.get_args(hint) if h is not ...]
+    if origin is Annotated:
+        kind, holds = is_of(inner[0]), inner[1]
+        return lambda value: kind(value) and holds(value)
+    if origin is tuple:
+        item, size = is_of(inner[0]), 0 if ... in typing.get_args(hint) else len(inner)  # 0: any
+        return lambda value: isinstance(value, tuple) and (len(value) == size or not size) and all(map(item, value))
+    if origin is Mapping:
+        key, item = map(is_of, inner)
+        return lambda value: isinstance(value, dict) and all(map(key, value)) and all(map(item, value.values()))
+    if any(map(typing.get_origin, inner)):
+        return lambda value: any(is_of(h)(value) for h in inner)
+    kinds = tuple(itertools.chain(*((int, float) if h is float else (h,) for h in inner or [hint])))
+    return lambda value: isinstance(value, kinds)
 
 
 def json_form(value: Any) -> dict[str, Any]:
@@ -3355,7 +3320,7 @@ def from_json_form(found: dict[str, Any]) -> Any:
         return found
     kind = list(sendable())[found["type"]]
     values = tupled(found["fields"])
-    if not all(map(isinstance, values, wanted_kinds(kind))):
+    if not all(test(value) for test, value in zip(field_tests(kind), values, strict=True)):
         raise TypeError(f"a {kind.__name__} holds what it cannot")
     return kind(*values)
 
@@ -3624,8 +3589,12 @@ class LoadPlan:
     memory_need: int = 0  # bytes of RAM that it takes when the pool is full
 
 
-def plan_load(model: ModelInfo, setup: Setup, free: int | None, gpus: Seq[int] = (), weights: Weights | None = None) -> LoadPlan:
-    """Plans a load into `free` bytes of RAM (None: nobody knows) and of each GPU. LoadError, with numbers, if it cannot fit."""
+def plan_load(model: ModelInfo, setup: Setup, free: int | None, gpus: Seq[int] = (), weights: Weights | None = None,
+              remote: bool = False) -> LoadPlan:  # fmt: skip
+    """Plans a load into `free` bytes of RAM (None: nobody knows) and of each GPU; `remote`: none of these is in this machine.
+
+    LoadError, with numbers, if it cannot fit.
+    """
     options, rung, own = setup.options, setup.rung, model.context_length or 8192
     eyes = Eyes.memory_need(model)
     kv, ctx = model.kv or KvShape(), min(options.ctx or min(own, 8192), own)
@@ -3635,14 +3604,19 @@ def plan_load(model: ModelInfo, setup: Setup, free: int | None, gpus: Seq[int] =
     placed = Placement(0, 0, pool)
     if gpus and not rung.cpu:
         placed = place(weights or Weights((), model.size_bytes), kv, gpus, ctx, max(pool, ctx), options.kv_type, sequences,
-                       4 * GRAPH_BYTES + eyes, options.gpu_layers, options.n_cpu_moe, rung.gpu_share)  # fmt: skip
+                       4 * GRAPH_BYTES + (0 if remote else eyes), options.gpu_layers, options.n_cpu_moe,
+                       rung.gpu_share)  # fmt: skip
         as_fits = options.gpu_layers is None and rung.gpu_share == 1
         if setup.others_idle and as_fits and weights and placed.gpu_layers <= len(weights.layers):
             raise LoadError(f"only {placed.gpu_layers} of {len(weights.layers)} layers fit the GPU beside other models", "room")
         pool = placed.pool if pool else 0
     need, on_cpu = _ram_need(model, weights, placed)
     each = kv.token_bytes(options.kv_type) * on_cpu
-    need += int(kv.state_bytes(sequences) * on_cpu) + (0 if placed.gpu_layers else eyes)
+    in_ram = eyes if remote or not placed.gpu_layers else 0
+    need += int(kv.state_bytes(sequences) * on_cpu) + in_ram
+    if free is not None and in_ram > free and not on_cpu:
+        have = human_bytes(max(0, free))
+        raise LoadError(f"the projector needs {human_bytes(in_ram)}, {have} of memory are available", "room")
     if free is not None and on_cpu:
         pool = _fit_pool(model, options, ctx, pool, each, free - need)
     cells = -(-max(pool, ctx) // 256) * 256 if pool else 0
@@ -3850,6 +3824,7 @@ class Llama:
         self.size_bytes, self.embedding = load.model.size_bytes, load.model.embedding
         self.notes: list[str] = []
         self.absent: list[str] = []  # RPC servers that are left out, and why
+        self.moved: set[str] = set()  # those behind the first of them: their devices have other names and numbers than usual
         self.token_seconds = math.inf  # of a step for one token, where RPC servers have a part in it
         self.log_lines: deque[tuple[int, str]] = deque(maxlen=20)  # warnings and errors: level, text
         self.log_callback = self.c.llama_log_callback(self._on_log)  # kept: the library calls it until the process ends
@@ -3888,15 +3863,20 @@ class Llama:
         if self.setup.rung.cpu or wanted in (("none",), ()):
             return []
         self._add_servers()
-        known = {d.name: d for d in self.ggml.devices() if d.kind != "CPU"}
+        found = [d for d in self.ggml.devices() if d.kind != "CPU"]
+        known = {d.name: d for d in found if d.description not in self.moved}
         if unknown := {name for name in set(wanted or ()) - set(known) if not (self.absent and name.startswith("RPC"))}:
             raise LoadError(f"there is no device {min(unknown)}; there are {', '.join(known) or 'none but the CPU'}")
         # the output is where the last layers are: not on another machine, if possible, for logits are large
-        found = sorted((d for d in known.values() if d.kind in ("GPU", "IGPU")), key=lambda d: not d.remote)
-        used = [known[name] for name in wanted if name in known] if wanted else found
-        if main is not None and main >= len(used):
-            raise LoadError(f"--main-gpu {main}: there are {len(used)} GPUs, the first one is 0")
-        return used if main is None else [used[main]]
+        gpus = sorted((d for d in found if d.kind in ("GPU", "IGPU")), key=lambda d: not d.remote)
+        used = [known[name] for name in wanted if name in known] if wanted else gpus
+        if main is None:
+            return used
+        numbered = [d for d in used if d.name in known]
+        if main >= len(numbered):
+            told = [f"--main-gpu {main}: there are {len(numbered)} GPUs, the first one is 0", *self.absent]
+            raise LoadError("; ".join(told))
+        return [numbered[main]]
 
     def _add_servers(self) -> None:
         """Adds the RPC servers that answer, and notes why the others are left out."""
@@ -3909,6 +3889,7 @@ class Llama:
                 self.absent.append(f"without the RPC server {server}: {error.strerror or error}")
             else:
                 self.ggml.add_server(server)
+                self.moved |= {server} if self.absent else set()
         self.notes += self.absent
 
     def _plan(self) -> LoadPlan:
@@ -3921,7 +3902,8 @@ class Llama:
             self.notes.append(f"--ctx {self.options.ctx} is beyond the model's own context; using {own}")
         free = None if free is None else free - self.setup.reserved
         try:
-            return plan_load(self.info, self.setup, free, [d.free for d in self.devices], weights)
+            remote = all(device.remote for device in self.devices)
+            return plan_load(self.info, self.setup, free, [d.free for d in self.devices], weights, remote)
         except LoadError as error:
             raise LoadError("; ".join([str(error), *self.absent]), error.cause) from None
 
@@ -7167,13 +7149,40 @@ class Histogram:
 
 
 @dataclass
-class Timing:
-    """A job as its model's meter follows it. Owned by the thread that reads the child's messages."""
+class Task:
+    """A job in the engine, wanted or not, until it is known how it ended. Owned by its worker's reading thread."""
 
+    generation: Generation
+    gives: type  # what comes of it: Piece, Vectors or Tokens
     began: float  # monotonic seconds: when its request came, before the model was loaded for it
-    generates: bool
+    inputs: int = 0  # that it makes vectors of
+    picture_bytes: int = 0  # in its prompt
+    accepted: bool = False
+    answered: bool = False  # its vectors or tokens have come
     last: float = 0.0  # when its last piece came
     tokens: int = 0  # generated, that have been counted
+
+    def check(self, event: Any) -> None:
+        """Notes how far the job is. Raises ValueError for what cannot come of it now: a child is not trusted."""
+        kind, fits = type(event), True
+        if kind is Piece:
+            whole = not event.logprobs or all(len(p.names) == len(p.logprobs) == len(p.ids) for p in event.logprobs)
+            fits = whole and self.accepted and self.gives is Piece
+        elif kind is Accepted:
+            fits, self.accepted = not self.accepted, True
+        elif kind is Finished:
+            fits = self.accepted and (self.answered or self.gives is Piece or event.finish_reason == "cancelled")
+        elif kind is Failed:
+            needs_sizes = self.gives is Piece and event.code == ContextLengthExceeded.code
+            fits = len(event.sizes) in ((2,) if needs_sizes else (0, 2))
+        else:
+            fits, self.answered = self.accepted and kind is self.gives and not self.answered, True
+        if kind is Vectors:
+            fits = fits and len(event.rows) == self.inputs and not any(len(row) % 4 for row in event.rows)
+        elif kind is Tokens:
+            fits = fits and len(event.pieces) in (0, len(event.ids))
+        if not fits:
+            raise ValueError(f"a {kind.__name__} that cannot come of its job now")
 
 
 class Meter:
@@ -7197,49 +7206,43 @@ class Meter:
         self.prompt_sizes, self.answer_sizes = Histogram(TOKENS), Histogram(TOKENS)
         self._recent: deque[tuple[float, Finished]] = deque(maxlen=256)
 
-    def piece(self, job: Timing, tokens: int) -> None:
+    def piece(self, task: Task, tokens: int) -> None:
         """Text came: the first of its sequence, or a gap after the last."""
         now = time.monotonic()
         with self._lock:
-            if job.last:
-                self.gap.add(now - job.last)
-            else:
-                self.first_token.add(now - job.began)
+            (self.gap if task.last else self.first_token).add(now - (task.last or task.began))
             self.generated_tokens += tokens
-        job.last, job.tokens = now, job.tokens + tokens
+        task.last, task.tokens = now, task.tokens + tokens
 
-    def finished(self, job: Timing, end: Finished) -> None:
+    def finished(self, task: Task, end: Finished) -> None:
         """A job has ended as the engine says. What it did not compute it waited for: the load, its turn, its first step."""
-        now = time.monotonic()
-        computing = end.prompt_seconds + end.decode_seconds
+        now, generates = time.monotonic(), task.gives is Piece
+        whole, computing = now - task.began, end.prompt_seconds + end.decode_seconds
         with self._lock:
             self.ends[self.ENDS[end.finish_reason]] += 1
-            self.computed_tokens += end.prompt_tokens - end.cached_tokens
-            self.cached_tokens += end.cached_tokens
-            self.sought_tokens += end.prompt_tokens * job.generates
-            self.generated_tokens += end.completion_tokens - job.tokens
+            for name in ("cached_tokens", "disk_bytes", "disk_seconds", "drafted_tokens", "accepted_tokens"):
+                setattr(self, name, getattr(self, name) + getattr(end, name))
+            self.computed_tokens += max(0, end.prompt_tokens - end.cached_tokens)
+            self.sought_tokens += end.prompt_tokens * generates
+            self.generated_tokens += max(0, end.completion_tokens - task.tokens)
             self.disk_hits += end.disk_bytes > 0
-            self.disk_bytes += end.disk_bytes
-            self.disk_seconds += end.disk_seconds
-            self.drafted_tokens += end.drafted_tokens
-            self.accepted_tokens += end.accepted_tokens
             self.prompt_sizes.add(end.prompt_tokens)
-            self.whole.add(now - job.began)
+            self.whole.add(whole)
             self.inference.add(computing)
-            self.queue.add(max(0.0, now - job.began - computing))
+            self.queue.add(max(0.0, whole - computing))
             self.prefill.add(end.prompt_seconds)
-            if job.generates:
+            if generates:
                 self.decode.add(end.decode_seconds)
                 self.answer_sizes.add(end.completion_tokens)
             if end.completion_tokens > 1:
                 self.per_token.add(end.decode_seconds / (end.completion_tokens - 1))
             self._recent.append((now, end))
 
-    def failed(self, job: Timing) -> None:
+    def failed(self, task: Task) -> None:
         """A job broke off."""
         with self._lock:
             self.ends["error"] += 1
-            self.whole.add(time.monotonic() - job.began)
+            self.whole.add(time.monotonic() - task.began)
 
     def moved(self, before: str, after: str) -> None:
         """The model went from one state to another (Entry.state)."""
@@ -7364,8 +7367,7 @@ class Worker:
         self.info, self.setup, self.max_queue, self._died, self._report = info, setup, max_queue, died, report
         self._meter = meter or Meter()
         self._lock = threading.Lock()
-        # by id, until it is known how a job ended, wanted or not; the meter does not count those of the tokenizer alone
-        self._jobs: dict[int, tuple[Generation, Timing | None, int]] = {}  # and the bytes of its pictures
+        self._tasks: dict[int, Task] = {}  # by id
         self._outbox: queue.SimpleQueue[Any] = queue.SimpleQueue()  # what the writing thread sends; None: no more
         self._outcome: queue.SimpleQueue[Loaded | LoadFailed] = queue.SimpleQueue()  # of the load
         self._silent, self._patience = 0, self.STARTING  # ticks since its last message; and how many seconds are borne
@@ -7385,57 +7387,54 @@ class Worker:
         """Starts the child and waits until the model is loaded. Raises LoadFailure if it is not, also after `stop`."""
         began, id = time.perf_counter(), printable(self.info.id)
         self._report(f"loading {id} ({human_bytes(self.info.size_bytes)})")
-        self._start_child()
-        self._outbox.put(Load(replace(self.info, path=os.path.abspath(self.info.path)), self.setup))
-        message = self._outcome.get()
-        if isinstance(message, LoadFailed):
-            self.stop()
-            raise LoadFailure(f"Model '{self.info.id}': {message.reason}", cause=message.cause)
-        self.loaded: Loaded = message
-        self.loaded_at = time.monotonic()
-        self.load_seconds = time.perf_counter() - began
-        for note in message.notes:
-            log.warning("%s: %s", id, printable(str(note)))
-        pool = f"; its KV pool of {message.pool:,} tokens takes up to {human_bytes(message.pool_bytes)}" if message.pool else ""
-        pool += f"; {message.devices}" if message.devices else ""
-        self._report(f"loaded {id} in {self.load_seconds:.1f} s: {human_bytes(self.memory_bytes())} of memory{pool}")
-        self._serving = True
-        return self
-
-    def _start_child(self) -> None:
         with self._lock:
             if self._stopping:
                 raise LoadFailure(f"Model '{self.info.id}': unloaded before it was loaded")
             self.process, reader, writer = start_child("engine_main")
             self._pipe = Pipe(reader, writer)
+        self._outbox.put(Load(replace(self.info, path=os.path.abspath(self.info.path)), self.setup))
         try:
             for work in (self._read, self._write, self._watch):
                 threading.Thread(target=work, name=f"{work.__name__[1:]} {self.info.id}", daemon=True).start()
         except RuntimeError:  # no more threads to be had
             self.stop()
             raise
+        message = self._outcome.get()
+        if isinstance(message, LoadFailed):
+            self.stop()
+            raise LoadFailure(f"Model '{self.info.id}': {message.reason}", cause=message.cause)
+        self.loaded = replace(message, devices=printable(message.devices, 2000))
+        self.loaded_at = time.monotonic()
+        self.load_seconds = time.perf_counter() - began
+        for note in message.notes:
+            log.warning("%s: %s", id, printable(str(note)))
+        pool = f"; its KV pool of {message.pool:,} tokens takes up to {human_bytes(message.pool_bytes)}" if message.pool else ""
+        pool += f"; {self.loaded.devices}" if message.devices else ""
+        self._report(f"loaded {id} in {self.load_seconds:.1f} s: {human_bytes(self.memory_bytes())} of memory{pool}")
+        self._serving = True
+        return self
 
     def submit(self, jobs: Seq[Job], cancel: Cancellation, began: float | None = None) -> Generation:
         """Queues jobs as one generation, whose request came at `began` (monotonic seconds).
 
         Raises Overloaded when the queue is full, GenerationFailed without a child.
         """
-        ids = [next(self._ids) for _ in jobs]
-        generation = Generation(self, ids)
+        generation = Generation(self, [next(self._ids) for _ in jobs])
+        tasks = [Task(generation, {Generate: Piece, Embed: Vectors, Tokenize: Tokens}[type(job)], began or time.monotonic(),
+                      len(job.inputs) if isinstance(job, Embed) else 0, sum(len(part.data) for part in pictures_of(job)))
+                 for job in jobs]  # fmt: skip
         with self._lock:
             if not self.alive:
                 raise GenerationFailed("The model's engine process ended")
-            most, held = self.parallel + self.max_queue, len(self._jobs)
-            if len(ids) > most:
-                raise InvalidRequest(f"n: {len(ids)} texts are more than the {most} that --max-queue leaves room for", "n")
-            if held + len(ids) > most:
+            most, held = self.parallel + self.max_queue, len(self._tasks)
+            if len(jobs) > most:
+                raise InvalidRequest(f"n: {len(jobs)} texts are more than the {most} that --max-queue leaves room for", "n")
+            if held + len(jobs) > most:
                 raise Overloaded(f"{max(held - self.parallel, 0)} requests wait already (--max-queue {self.max_queue})")
-            sizes = [sum(len(part.data) for part in pictures_of(job)) for job in jobs]
-            if held and sum(sizes) + sum(size for _, _, size in self._jobs.values()) > MAX_WAITING_PICTURES:
+            if held and sum(t.picture_bytes for t in (*tasks, *self._tasks.values())) > MAX_WAITING_PICTURES:
                 raise Overloaded(f"the images of other requests take {human_bytes(MAX_WAITING_PICTURES)}")
-            for id, job, size in zip(ids, jobs, sizes, strict=True):
-                timing = Timing(began or time.monotonic(), isinstance(job, Generate))
-                self._jobs[id] = generation, None if isinstance(job, Tokenize) else timing, size
+            self._tasks |= zip(generation.index, tasks, strict=True)
+            for id, job in zip(generation.index, jobs, strict=True):
                 self._outbox.put(Submit(id, job))
         cancel.on_cancel(lambda: generation.cancel(cancel.gently))
         return generation
@@ -7472,7 +7471,7 @@ class Worker:
                 elif isinstance(message, Accepted):
                     self._take(message)
                 elif isinstance(message, Progress):
-                    self.progress = min(1.0, max(0.0, message.fraction))  # it might send NaN
+                    self.progress = min(1.0, message.fraction)
                 elif isinstance(message, (Loaded, LoadFailed)) and not self._serving:
                     self._outcome.put(message)
         except (EOFError, OSError):
@@ -7484,19 +7483,23 @@ class Worker:
         self._end()
 
     def _take(self, event: Any) -> None:
-        """Tells the meter what became of a job, whether or not anybody still waits for it, and hands it on."""
-        with self._lock:  # throughout: the meter raises for a malformed event, and the job must still be there to fail
-            generation, timing, _ = self._jobs.get(event.id, (None, None, 0))
-            if timing and isinstance(event, Piece):
-                self._meter.piece(timing, event.tokens)
-            elif timing and isinstance(event, Finished):
-                self._meter.finished(timing, event)
-            elif timing and isinstance(event, Failed) and event.code == GenerationFailed.code:  # else the request was at fault
-                self._meter.failed(timing)
+        """Tells the meter what became of a job, whether or not anybody still waits for it, and hands it on.
+
+        Raises ValueError for an event that cannot come now.
+        """
+        with self._lock:
+            if (task := self._tasks.get(event.id)) is None:
+                return
+            task.check(event)  # before all else: a job whose event raises must still be there to fail
+            if isinstance(event, Piece):
+                self._meter.piece(task, event.tokens)
+            elif isinstance(event, Finished) and task.gives is not Tokens:
+                self._meter.finished(task, event)
+            elif isinstance(event, Failed) and event.code == GenerationFailed.code and task.gives is not Tokens:
+                self._meter.failed(task)  # with another code the request was at fault
             if isinstance(event, (Finished, Failed)):
-                self._jobs.pop(event.id, None)
-            if generation:
-                generation.give(event)
+                del self._tasks[event.id]
+            task.generation.give(event)
 
     def _watch(self) -> None:
         """The watching thread: gives up a child that is silent, and one that not even a kill ends.
@@ -7540,15 +7543,12 @@ class Worker:
 
     def fail_all(self, details: str, kind: type[ApiError] = GenerationFailed) -> None:
         """Ends every job with an error."""
-        with self._lock:
-            ids = list(self._jobs)
-        for id in ids:
+        for id in list(self._tasks):
             self._take(Failed(id, kind.code, details))
 
     def counts(self) -> tuple[int, int]:
         """Jobs that run, and jobs that wait."""
-        with self._lock:
-            total = len(self._jobs)
+        total = len(self._tasks)
         running = min(self._running, total)
         return running, total - running
 
@@ -7594,7 +7594,8 @@ class Ladder:
     def __init__(self, faults: KnownFaults, report: Callable[[str], None]) -> None:
         self.faults, self.report = faults, report
         self._said: set[str] = set()
-        self._crashes = Counter[str]()  # young engines that crashed, by model
+        self._crashed: dict[str, Worker] = {}  # by model, the young engine that crashed last, until its next load
+        self._crashes = Counter[str]()  # of young engines, by model
         self._lowered: dict[str, Rung] = {}  # where to begin, by model
 
     def load(self, model: ModelInfo, setup: Setup, start: Callable[[Setup], Worker], asked: bool = False) -> Worker:
@@ -7603,6 +7604,8 @@ class Ladder:
         Raises the first rung's failure when none holds, and at once one that no other rung would mend. What a client
         `asked` for may itself be what crashes: that is remembered of no machine.
         """
+        if crashed := self._crashed.pop(model.id, None):
+            self._judge(crashed)
         rung = kept = self._top(model)
         first: LoadFailure | None = None
         crash = ""  # what the first engine that crashed or hung said
@@ -7666,16 +7669,25 @@ class Ladder:
         return wanted and any(device["kind"] in ("GPU", "IGPU") for device in engine_build()["devices"])
 
     def died(self, worker: Worker) -> None:
-        """An engine ended by itself: the second crash of a young one takes its model a rung down."""
-        model, cause = worker.info, worker.cause
-        if not cause or worker.loaded.servers or time.monotonic() - worker.loaded_at > self.YOUNG:
-            return  # with RPC servers it is likely one of these, and the next load asks whether they are there
+        """An engine ended by itself: if it was young, its model's next load looks into that."""
+        if worker.cause and time.monotonic() - worker.loaded_at <= self.YOUNG:
+            self._crashed[worker.info.id] = worker
+
+    def _judge(self, worker: Worker) -> None:
+        """The second crash of a young engine takes its model a rung down, unless it came with an RPC server's end."""
+        model, cause, rung = worker.info, worker.cause, worker.setup.rung
+        servers = set(worker.loaded.servers).intersection(worker.setup.options.rpc or ())  # an engine might name any address
+        try:
+            for server in servers:
+                ask_rpc_server(server)
+        except OSError:
+            return  # this load goes without it
         self._crashes[model.id] += 1
-        lower = worker.setup.rung.below(cause, worker.loaded.on_gpu)
+        lower = rung.below(cause, worker.loaded.on_gpu, bool(servers))
         if lower and self._crashes[model.id] % 2 == 0:
             self._lowered[model.id] = lower
             self._say(f"{printable(model.id)} crashed twice soon after it was loaded; it goes on {lower.words()}", True)
-            if cause != "memory":
+            if cause != "memory" and lower.local == rung.local:
                 self._remember(model, lower, f"the engine crashed twice ({cause})")
 
 
@@ -7725,23 +7737,19 @@ class Settings:
     def __init__(self, flags: Mapping[str, Any] | None = None, presets: Seq[Preset] = (), one: bool = False) -> None:
         """`flags` are the fields of EngineOptions that the command line gives; `one`: a single model is served by these."""
         self._flags, self.presets, self._one = flags or {}, tuple(presets), one
-        self._all = [p for p in presets if p.pattern == "*"]
-        self.engine = self._merged([*self._all, Preset("*", self._flags)]).engine  # of no model in particular
+        self.engine = self.of(None, True).engine  # of no model in particular
 
-    @staticmethod
-    def _merged(layers: Seq[Preset], system: str = "") -> ModelSettings:
+    def of(self, model: ModelInfo | None, is_default: bool, asked: Mapping[str, Any] | None = None) -> ModelSettings:
+        """The settings of a model; `asked` are fields of EngineOptions that a request for its load gave."""
+        stored = model.stored if model else Stored()
+        flags = {k: v for k, v in self._flags.items() if is_default or self._one or k not in self.DEFAULT_ONLY}
+        own = [p for p in self.presets if model and p.pattern != "*" and p.means(model.id)]
+        layers = [Preset("", stored.engine, stored.sampling), *(p for p in self.presets if p.pattern == "*"),
+                  Preset("", flags), *own, Preset("", asked or {})]  # fmt: skip
         engine = {name: value for layer in layers for name, value in layer.engine.items()}
         sampling = {name: value for layer in layers for name, value in layer.sampling.items()}
         keep = [layer.keep_alive for layer in layers if layer.keep_alive is not None]
-        return ModelSettings(EngineOptions(**engine), sampling, system, keep[-1] if keep else None)
-
-    def of(self, model: ModelInfo, is_default: bool, asked: Mapping[str, Any] | None = None) -> ModelSettings:
-        """The settings of a model; `asked` are fields of EngineOptions that a request for its load gave."""
-        stored = Preset("", model.stored.engine, model.stored.sampling)
-        flags = {k: v for k, v in self._flags.items() if is_default or self._one or k not in self.DEFAULT_ONLY}
-        own = [p for p in self.presets if p.pattern != "*" and p.means(model.id)]
-        layers = [stored, *self._all, Preset("", flags), *own, Preset("", asked or {})]
-        return self._merged(layers, model.stored.system)
+        return ModelSettings(EngineOptions(**engine), sampling, stored.system, keep[-1] if keep else None)
 
 
 @dataclass
@@ -7927,7 +7935,16 @@ class Residents:
         """A load's thread; takes the condition to say how it ended."""
         worker: Worker | None = None
         error: ApiError | None = None
-        asked, others, servers = dict[str, Any](), list[Worker](), tuple[str, ...]()
+        asked, others = dict[str, Any](), list[Worker]()
+
+        def start(setup: Setup) -> Worker:
+            starting = self._make_worker(info, setup, functools.partial(self._died, entry))
+            with self.changed:
+                if self.closed:
+                    raise Overloaded(SHUTTING_DOWN)
+                entry.starting = starting
+            return starting.start()
+
         try:
             with self.changed:
                 asked = dict(load.asked)
@@ -7939,8 +7956,7 @@ class Residents:
             reserved = sum(other.reserved_bytes() for other in others)
             setup = Setup(engine, reserved=reserved, others_idle=idle, taken=tuple(taken))
             info = entry.info.fitted(engine.mmproj)
-            worker = self._ladder.load(info, setup, functools.partial(self._start, entry, info), bool(asked))
-            servers = worker.loaded.servers
+            worker = self._ladder.load(info, setup, start, bool(asked))
         except ApiError as failure:
             error = failure
         except Exception as failure:
@@ -7950,7 +7966,7 @@ class Residents:
         with self.changed:
             if worker:
                 entry.asked, entry.failures, entry.retry_at, entry.idle_since = asked, 0, 0.0, time.monotonic()
-                entry.broken, entry.servers = "", servers
+                entry.broken, entry.servers = "", tuple(s for s in entry.servers if s in worker.loaded.servers)
                 self.move(entry, "loaded", worker)
                 if not worker.alive:
                     self.move(entry, "failed", error="the engine process ended right after the load")
@@ -7967,15 +7983,6 @@ class Residents:
                 elif isinstance(error, LoadFailure) and asked == entry.asked:
                     entry.broken = error.details
                 self._end_load(entry, error)
-
-    def _start(self, entry: Entry, info: ModelInfo, setup: Setup) -> Worker:
-        """Starts one engine for a load; takes the condition. Raises LoadFailure."""
-        starting = self._make_worker(info, setup, functools.partial(self._died, entry))
-        with self.changed:
-            if self.closed:
-                raise Overloaded(SHUTTING_DOWN)
-            entry.starting = starting
-        return starting.start()
 
     def _end_load(self, entry: Entry, error: ApiError | None = None) -> None:
         """Tells everybody who waits for a load how it ended."""
@@ -8405,35 +8412,30 @@ class PictureReader:
     def read(self, attachment: Attachment) -> Picture:
         """Raises InvalidRequest, which names the part and says what is wrong."""
         self._cancel.check()
-        self._count += 1
+        self._count, where = self._count + 1, attachment.where
         if self._count > MAX_PICTURES:
-            raise InvalidRequest(f"{attachment.where}: a request may have up to {MAX_PICTURES} images", attachment.where)
-        data = self._bytes(attachment.where, attachment.source)
+            raise InvalidRequest(f"{where}: a request may have up to {MAX_PICTURES} images", where)
+        data = self._bytes(where, attachment.source if isinstance(attachment.source, str) else "")
         self._left -= len(data)
         if self._left < 0:
             most = human_bytes(MAX_PICTURES_BYTES)
-            raise InvalidRequest(f"{attachment.where}: the images of a request may have up to {most} together", attachment.where)
-        return read_picture(attachment.where, data)
+            raise InvalidRequest(f"{where}: the images of a request may have up to {most} together", where)
+        return read_picture(where, data)
 
-    def _bytes(self, where: str, source: Any) -> bytes:
-        source = source if isinstance(source, str) else ""
+    def _bytes(self, where: str, source: str) -> bytes:
         if re.match("https?://", source, re.I):
-            return self._fetched(where, source)
+            try:
+                status, _, data = self._getter.fetch(source, self._left, self._deadline)
+            except ToolError as error:
+                raise InvalidRequest(f"{where}: the image cannot be fetched: {error}", where) from None
+            if status != 200:
+                raise InvalidRequest(f"{where}: the image cannot be fetched: its server answers {status}", where)
+            return data
         head, _, told = source.partition(",") if source.startswith("data:") else (";base64", "", source)
         with contextlib.suppress(ValueError):  # also from letters outside ASCII
             if told and head.endswith(";base64"):
                 return base64.b64decode(told.encode().translate(None, b" \t\r\n"), validate=True)
         raise InvalidRequest(f"{where}: an image must be base64, a data: URL of it, or an http or https address", where)
-
-    def _fetched(self, where: str, url: str) -> bytes:
-        self._cancel.check()
-        try:
-            status, _, data = self._getter.fetch(url, self._left, self._deadline)
-        except ToolError as error:
-            raise InvalidRequest(f"{where}: the image cannot be fetched: {error}", where) from None
-        if status != 200:
-            raise InvalidRequest(f"{where}: the image cannot be fetched: its server answers {status}", where)
-        return data
 
 
 def without_older_images(messages: Seq[dict[str, Any]]) -> tuple[dict[str, Any], ...]:
@@ -8641,14 +8643,14 @@ class Service:
     def diag(self) -> dict[str, Any]:
         """Versions, engine, memory, and where models were looked for: `diag` and `GET /diag`."""
         self.table.models()  # waits for the first scan
-        report = self.table.catalog.report
-        build = engine_build()
+        report, build, known = self.table.catalog.report, engine_build(), self.faults.read()
         return versions() | build | {
             "devices": [*build["devices"], *self._servers()],
             "memory": {"resident_bytes": self.memory_bytes(), "available_bytes": available_memory()},
             "directories": list(report.directories), "skipped": list(report.skipped),
             "models": len(report.models), "models_loaded": [w.info.id for w in self.table.workers()],
-            "server": {"running": True, "pid": os.getpid()}, "known_faults": self.known_faults(),
+            "server": {"running": True, "pid": os.getpid()},
+            "known_faults": {"file": self.faults.path, "kernels": known.get("kernels", {}), "rungs": known.get("rungs", {})},
             "prefixes": kept_prefixes(self.settings.engine.cache_dir or prefix_folder(), self.settings.engine.cache_disk),
         }  # fmt: skip
 
@@ -8663,11 +8665,6 @@ class Service:
                 except OSError as error:
                     words = f"RPC server, not usable: {error.strerror or error}"
             yield {"name": server, "description": words, "kind": "RPC", "free": free, "total": total}
-
-    def known_faults(self) -> dict[str, Any]:
-        """The kernels and rungs that KnownFaults remembers, and its file."""
-        known = self.faults.read()
-        return {"file": self.faults.path, "kernels": known.get("kernels", {}), "rungs": known.get("rungs", {})}
 
     def close(self) -> None:
         """Ends every engine and helper; idempotent."""
@@ -8707,9 +8704,8 @@ class Scrape:
         return [({}, sum(map(tokens, ends)) / (sum(map(seconds, ends)) or 1.0))]
 
 
-def metric_lines(scrape: Scrape, metric: tuple[str, str, str, Any]) -> Iterator[str]:
-    """The lines of one row of METRICS."""
-    name, kind, help, read = metric
+def metric_lines(scrape: Scrape, name: str, kind: str, help: str, read: Any) -> Iterator[str]:
+    """The lines of one row of METRICS; the buckets of a histogram are cumulative."""
     yield f"# HELP {name} {help}"
     yield f"# TYPE {name} {kind}"
     if callable(read):
@@ -8719,19 +8715,14 @@ def metric_lines(scrape: Scrape, metric: tuple[str, str, str, Any]) -> Iterator[
     else:
         samples = [({"model_name": id}, operator.attrgetter(read)(numbers)) for id, numbers in scrape.models.items()]
     for labels, value in samples:
-        if isinstance(value, Histogram):
-            yield from histogram_lines(name, labels, value)
-        else:
+        if not isinstance(value, Histogram):
             yield sample_line(name, labels, value)
-
-
-def histogram_lines(name: str, labels: Mapping[str, str], value: Histogram) -> Iterator[str]:
-    """A histogram in Prometheus' text format, its buckets cumulative."""
-    counts = list(value.counts)  # one moment's, so that each bucket holds the one before
-    for bound, count in zip((*map(repr, value.bounds), "+Inf"), itertools.accumulate(counts), strict=True):
-        yield sample_line(f"{name}_bucket", {**labels, "le": bound}, count)
-    yield sample_line(f"{name}_sum", labels, value.sum)
-    yield sample_line(f"{name}_count", labels, sum(counts))
+            continue
+        counts = list(value.counts)  # one moment's, so that each bucket holds the one before
+        for bound, count in zip((*map(repr, value.bounds), "+Inf"), itertools.accumulate(counts), strict=True):
+            yield sample_line(f"{name}_bucket", {**labels, "le": bound}, count)
+        yield sample_line(f"{name}_sum", labels, value.sum)
+        yield sample_line(f"{name}_count", labels, sum(counts))
 
 
 def sample_line(name: str, labels: Mapping[str, str], value: float) -> str:
@@ -8811,7 +8802,7 @@ METRICS: tuple[tuple[str, str, str, Any], ...] = (
 def metrics_text(service: Service) -> bytes:
     """All of METRICS in Prometheus' text format."""
     scrape = Scrape(service)
-    return "".join(f"{line}\n" for metric in METRICS for line in metric_lines(scrape, metric)).encode()
+    return "".join(f"{line}\n" for metric in METRICS for line in metric_lines(scrape, *metric)).encode()
 
 
 class ToolLoop:
@@ -8843,14 +8834,21 @@ class ToolLoop:
             self._reason = "stop"
             with contextlib.closing(answer(request, self._cancel)) as events:  # type: ignore[type-var]
                 yield from self._passed_on(events, first=count == 0)
-            results: list[ToolResult] = []
+            called, turns = list[dict[str, Any]](), list[dict[str, Any]]()  # of the model's turn, and the results behind it
             for call in self._calls.values() if self._reason != "length" else ():  # a call that was cut is not run
                 if call.name in self._request.builtins:
-                    results.append((yield from self._execute(call)))
-                    yield results[-1]
-            if not results or self._client_calls or self._reason == "length":
+                    arguments, result = yield from self._execute(call)
+                    yield result
+                    called.append({"id": call.id, "type": "function", "function": {"name": call.name, "arguments": arguments}})
+                    error = result.error
+                    told = json.dumps(result.result, ensure_ascii=False) if error is None else f"Error: {error}"
+                    if len(told) > MAX_TOOL_RESULT:
+                        told = f"{told[:MAX_TOOL_RESULT]}\n(cut: {len(told)} characters in all)"
+                    turns.append({"role": "tool", "tool_call_id": call.id, "name": call.name, "content": told})
+            if not turns or self._client_calls or self._reason == "length":
                 break
-            self._extend(results)
+            said = {"role": "assistant", "content": "".join(self._said), "tool_calls": called}
+            self._request = replace(self._request, messages=(*(self._request.messages or ()), said, *turns), tool_choice="auto")
         yield ChoiceEnd(0, "tool_calls" if self._client_calls else "stop" if self._reason == "tool_calls" else self._reason)
         yield Usage(*(sum(getattr(u, f.name) for u in self._used) for f in fields(Usage)))
 
@@ -8859,12 +8857,12 @@ class ToolLoop:
         for event in events:
             if isinstance(event, (CallBegan, CallArguments)):
                 if isinstance(event, CallBegan):
-                    self._calls[event.number] = ToolResult(0, event.id, event.name, "", None, None)
-                    self._client_calls += event.name not in self._request.builtins
+                    call = ToolResult(0, event.id, event.name, "", None, None)
+                    self._client_calls += call.name not in self._request.builtins
                 else:
-                    written = self._calls[event.number].arguments + event.text
-                    self._calls[event.number] = replace(self._calls[event.number], arguments=written)
-                if self._calls[event.number].name not in self._request.builtins:
+                    call = replace(self._calls[event.number], arguments=self._calls[event.number].arguments + event.text)
+                self._calls[event.number] = call
+                if call.name not in self._request.builtins:
                     yield replace(event, number=self._client_calls - 1)
             elif isinstance(event, ChoiceEnd):
                 self._reason = event.finish_reason
@@ -8874,33 +8872,18 @@ class ToolLoop:
                 self._said += [event.text] if isinstance(event, Text) else []
                 yield event
 
-    def _execute(self, call: ToolResult) -> Generator[Waiting, None, ToolResult]:
-        """Runs a call, with signs of life; what is wrong with it is told to the model."""
+    def _execute(self, call: ToolResult) -> Generator[Waiting, None, tuple[Any, ToolResult]]:
+        """Runs a call, with signs of life: its arguments, and its result or what is wrong with it, which the model is told."""
         self._cancel.check()
-        left = self._deadline - time.monotonic()
+        left, arguments = self._deadline - time.monotonic(), call.arguments
         try:
+            arguments = parse_json(call.arguments.encode("utf-8", "replace"), "The arguments")
             if left <= 0:
                 raise Overloaded(f"not run: the tools of an answer have {TOOL_LOOP_SECONDS:g} seconds", "The time is over")
-            arguments = parse_json(call.arguments.encode("utf-8", "replace"), "The arguments")
             answer = yield from self._tools.running(call.name, arguments, self._cancel, left)
         except ApiError as error:
             answer = {"result": None, "error": str(error)}
-        return replace(call, result=answer["result"], error=answer["error"])
-
-    def _extend(self, results: Seq[ToolResult]) -> None:
-        """Adds the model's turn and the results to the conversation."""
-        calls, turns = list[Any](), list[dict[str, Any]]()
-        for result in results:
-            arguments: Any = result.arguments
-            with contextlib.suppress(InvalidRequest):
-                arguments = parse_json(result.arguments.encode("utf-8", "replace"))
-            calls.append({"id": result.id, "type": "function", "function": {"name": result.name, "arguments": arguments}})
-            content = json.dumps(result.result, ensure_ascii=False) if result.error is None else f"Error: {result.error}"
-            if len(content) > MAX_TOOL_RESULT:
-                content = f"{content[:MAX_TOOL_RESULT]}\n(cut: {len(content)} characters in all)"
-            turns.append({"role": "tool", "tool_call_id": result.id, "name": result.name, "content": content})
-        said = {"role": "assistant", "content": "".join(self._said), "tool_calls": calls}
-        self._request = replace(self._request, messages=(*(self._request.messages or ()), said, *turns), tool_choice="auto")
+        return arguments, replace(call, result=answer["result"], error=answer["error"])
 
 
 def constrained(request: GenerateRequest) -> GenerateRequest:
@@ -13714,6 +13697,26 @@ def output_of(command: Seq[str], seconds: float | None = None) -> str:
     return subprocess.run(command, capture_output=True, text=True, timeout=seconds).stdout  # noqa: S603  # nosec B603
 
 
+def resolved(host: str, port: int, seconds: float, family: int = 0) -> list[tuple[str, int]]:
+    """The addresses of a host. Raises OSError, also where no answer comes in time: the system may wait for minutes."""
+    found: queue.SimpleQueue[list[Any] | OSError] = queue.SimpleQueue()
+
+    def look_up() -> None:
+        try:
+            found.put(socket.getaddrinfo(host, port, family=family, type=socket.SOCK_STREAM))
+        except (OSError, UnicodeError) as error:
+            found.put(error if isinstance(error, OSError) else OSError(str(error)))
+
+    try:
+        threading.Thread(target=look_up, name="resolve", daemon=True).start()
+        answer = found.get(timeout=max(0.001, seconds))
+    except (RuntimeError, queue.Empty):
+        raise TimeoutError(f"the name {host} is not resolved in time") from None
+    if isinstance(answer, OSError):
+        raise answer
+    return [(str(info[4][0]), port) for info in answer]
+
+
 RPC_SECONDS = 3.0  # in which an RPC server answers, unless it serves another client
 
 
@@ -13723,9 +13726,9 @@ def ask_rpc_server(server: str, seconds: float = RPC_SECONDS) -> tuple[int, int]
     Where nobody answers, or somebody else, native code ends the process or waits for ever. Raises OSError.
     """
     host, _, port = server.rpartition(":")
-    address = socket.gethostbyname(host), int(port)
     until = time.monotonic() + seconds
-    with socket.create_connection(address, seconds) as connection:
+    address = resolved(host, int(port), seconds, socket.AF_INET)[0]
+    with socket.create_connection(address, max(0.001, until - time.monotonic())) as connection:
 
         def ask(command: int, body: bytes, size: int) -> bytes:
             connection.sendall(struct.pack("<BQ", command, len(body)) + body)

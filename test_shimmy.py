@@ -2474,6 +2474,16 @@ def test_each_shard_must_be_whole(tmp_path: Path) -> None:
     assert any("truncated" in skipped["reason"] for skipped in catalog.report.skipped)
 
 
+def test_scan_that_hangs_holds_up_nobody_else(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "SCAN_PATIENCE", 0.1)
+    catalog = Catalog([SearchRoot(str(models), "")])
+    with catalog._scanning, pytest.raises(module.Overloaded, match="take long to read"):
+        catalog.scan()
+    before = catalog.scan()
+    with catalog._scanning:
+        assert catalog.scan() is before and before.models
+
+
 def test_merged_file_that_is_still_named_like_a_shard_is_a_model_and_what_was_thrown_away_is_none(tmp_path: Path) -> None:
     write_header(tmp_path / "merged-00001-of-00003.gguf")
     for folder in (".Trash", ".Trash-1000", ".Trashes", "$RECYCLE.BIN"):
@@ -3851,7 +3861,7 @@ def test_long_chat_of_calls_is_checked_in_time_linear_in_its_prompt() -> None:
     prompt = "".join(f"{json.dumps(call)}“{i}”" for i, call in enumerate(calls))
     rendering = module.Rendering({}, "", "", messages, [], {})
     with quickly(1.0):
-        assert not rendering._loses(prompt) and rendering._loses(prompt.replace("“3500”", ""))
+        assert not rendering._loses(prompt, messages, []) and rendering._loses(prompt.replace("“3500”", ""), messages, [])
 
 
 def test_results_have_the_ids_that_their_calls_have_in_the_prompt() -> None:
@@ -3981,13 +3991,19 @@ def test_helpers_are_kept_for_the_next_burst() -> None:
     helpers.close()
 
 
-def test_helper_that_died_while_it_waited_is_replaced() -> None:
+def test_helper_that_died_while_it_waited_or_says_nonsense_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     helpers, rendering = module.Helpers(), module.Rendering({"": "x"}, "", "", [], [], {})
     assert helpers.run(rendering) == "x"
     (helper,) = helpers._idle
     helper.process.kill()
     helper.process.wait(HANG)
     assert helpers.run(rendering) == "x"
+    for nonsense in ((5, None), (None, 5), ("x",), "x"):
+        monkeypatch.setattr(module.Pipe, "receive", lambda _, said=nonsense: said)
+        with pytest.raises(module.HelperFailed):
+            helpers.run(rendering)
+        assert not helpers._idle
+        monkeypatch.undo()
     helpers.close()
 
 
@@ -4113,6 +4129,12 @@ def test_message_of_a_child_arrives_as_it_was(message: Any) -> None:
     "a negative type": b'{"type": -99, "fields": []}', "too few fields": b'{"type": 0, "fields": []}',
     "too many": b'{"type": 0, "fields": [1, 2, 3]}', "a field of another kind": b'{"type": 4, "fields": ["1", 2]}',
     "no fields": b'{"type": 0}', "no bytes": b'{"bytes": 5}', "deep": b"[" * 100_000, "no JSON": b"\xff\xfe", "nothing": b"",
+    "no number": b'{"type": 0, "fields": [NaN]}', "infinite": b'{"type": 0, "fields": [1e999]}',
+    "negative": b'{"type": 4, "fields": [1, -1]}', "another kind within": b'{"type": 5, "fields": [["x"], 1, 1]}',
+    "an error of no known kind": b'{"type": 11, "fields": [1, "odd", "", null, []]}',
+    "an end of no known kind": from_a_child(module.Finished(1, "odd", 1, 1)),
+    "facts of another kind": from_a_child(module.ChatFacts({"": 5}, "", True, "", ())),
+    "a format with three marks": from_a_child(module.ChatFormat(thought=("a", "b", "c"))),
 })  # fmt: skip
 def test_what_is_no_message_is_an_error_and_changes_nothing(data: bytes) -> None:
     before = dict(vars(module.Access))
@@ -7224,6 +7246,18 @@ def test_model_that_does_not_fit_the_memory_asks_for_room(free: int, words: str)
     assert error.value.cause == "room"
 
 
+def test_projector_is_planned_where_it_will_be(tmp_path: Path) -> None:
+    """No RPC server takes it."""
+    (tmp_path / "eyes.gguf").write_bytes(bytes(1000))
+    weights, kv = module.Weights(((GIB, 0),) * 4, GIB), module.KvShape((8192,) * 4, (0,) * 4)
+    model = plain_model(size_bytes=5 * GIB, context_length=8192, kv=kv, projector=str(tmp_path / "eyes.gguf"))
+    needs = [module.plan_load(model, module.Setup(), GIB, [64 * GIB], weights, remote).memory_need for remote in (False, True)]
+    assert needs[1] - needs[0] == 1000 + module.GRAPH_BYTES
+    with pytest.raises(module.LoadError, match="the projector needs") as error:
+        module.plan_load(model, module.Setup(), 999, [64 * GIB], weights, True)
+    assert error.value.cause == "room"
+
+
 def test_model_rather_has_idle_ones_unloaded_than_a_part_of_itself_on_the_cpu() -> None:
     weights, kv = module.Weights(((GIB, 0),) * 32, GIB), module.KvShape((8192,) * 32, (0,) * 32)
     model = plain_model(size_bytes=33 * GIB, context_length=8192, kv=kv)
@@ -8727,6 +8761,11 @@ BABBLE = {
     "a message of 4 GiB": "pipe._writer.write(b'\\xff\\xff\\xff\\xff'); pipe._writer.flush()",
     "a closed pipe": "pipe._writer.close()",
     "an end of no known kind": "pipe.send(Stepped(tuple(Finished(id, 'odd', 1, 1) for id in range(1, 2000)), 1))",
+    "an error of no known kind": "pipe.send(Stepped(tuple(Failed(id, 'odd', '') for id in range(1, 2000)), 1))",
+    "what another job gives": "pipe.send(Stepped(tuple(Vectors(id, (b'',)) for id in range(1, 2000)), 1))",
+    "a length without its numbers":
+        "pipe.send(Stepped(tuple(Failed(id, 'context_length_exceeded', '') for id in range(1, 2000)), 1))",
+    "the same again": "[pipe.send(Accepted(id, 1)) for id in range(1, 2000)]",
 }
 
 
@@ -9158,6 +9197,44 @@ def test_rpc_server_that_does_not_answer_in_time_is_left_by_a_reset() -> None:
         connections[0].send(b"hello")
 
 
+def test_name_that_is_not_resolved_in_time_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    done = threading.Event()
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: done.wait(HANG))
+    with pytest.raises(OSError, match=r"the name slow\.example is not resolved in time"):
+        module.ask_rpc_server("slow.example:1", 0.1)
+    monkeypatch.setattr(module.HttpGetter, "MAX_SECONDS", 0.1)
+    with pytest.raises(module.ToolError, match="is not resolved in time"):
+        module.HttpGetter(["*"]).http_get("http://slow.example/")
+    done.set()
+
+
+@cases("servers, count", {"none": ((), 1), "one that is gone": (("gone:1",), 0), "one that is there": (("there:1",), 1),
+                          "one that the engine made up": (("made-up:1",), 1)})  # fmt: skip
+def test_crash_counts_unless_an_rpc_server_is_gone(
+    servers: tuple[str, ...], count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ask(server: str) -> tuple[int, int]:
+        if server != "there:1":
+            raise ConnectionRefusedError(server)
+        return 1, 1
+
+    monkeypatch.setattr(module, "ask_rpc_server", ask)
+    ladder = module.Ladder(module.KnownFaults(str(tmp_path / "known.json")), lambda _: None)
+    options = module.EngineOptions(rpc=("gone:1", "there:1"))
+    loaded = types.SimpleNamespace(servers=servers, on_gpu=bool(servers))
+    worker: Any = types.SimpleNamespace(info=plain_model(), cause="crash", loaded=loaded, loaded_at=time.monotonic())
+    worker.setup = module.Setup(options)
+    monkeypatch.setattr(module.KnownFaults, "kernels", lambda _: ({}, False))
+    for _ in range(3):
+        ladder.load(worker.info, worker.setup, lambda _: worker)
+        ladder.died(worker)
+    local = servers == ("there:1",)
+    lowered = {worker.info.id: module.Rung(local=local, plain=not local) if servers != ("made-up:1",) else
+               module.Rung(gpu_share=0.5)}  # fmt: skip
+    assert ladder._lowered == (lowered if count else {})
+    assert local <= (ladder.faults.read() == {})  # no server is remembered
+
+
 def test_rpc_server_that_answers_drop_by_drop_is_left_in_time() -> None:
     def drip(connection: socket.socket) -> None:
         with connection, contextlib.suppress(OSError):
@@ -9331,6 +9408,29 @@ def test_rpc_server_that_is_killed_in_mid_stream_fails_its_requests_and_the_mode
         assert f"without the RPC server {remotes[1 - len(left)].address}: Connection refused" in status["devices"]
     assert own.get("/diag").json()["known_faults"]["rungs"] == {}
     assert_healthy(own)
+
+
+@with_rpc
+def test_device_of_an_absent_rpc_server_means_no_other(spread: Callable[..., Server], remotes: list[RpcServer]) -> None:
+    remotes[0].kill()
+    for name in ("RPC0", "RPC1"):
+        own = spread("--device", name)
+        assert own.load("default").status == 200
+        assert own.status("default")["devices"] == f"without the RPC server {remotes[0].address}: Connection refused"
+        own.stop()
+    own = spread("--main-gpu", "0")
+    assert_error(own.load("default"), 500, "generation_failed", "--main-gpu 0: there are 0 GPUs", remotes[0].address)
+
+
+@with_rpc
+def test_engine_that_crashes_twice_though_its_rpc_servers_are_there_goes_on_without_them(spread: Callable[..., Server]) -> None:
+    own = spread()
+    for fallback in ("", "", "without RPC servers"):
+        assert own.load("default").status == 200
+        assert own.status("default")["fallback"] == fallback
+        os.kill(engine := engine_of(own), signal.SIGSEGV)
+        eventually(lambda engine=engine: not alive(engine), "it is gone")
+    assert own.get("/diag").json()["known_faults"]["rungs"] == {}
 
 
 @with_rpc
@@ -14477,9 +14577,9 @@ def test_counting_loses_nothing_among_threads() -> None:
     meter, metrics = module.Meter(), module.Metrics()
 
     def work(_: int) -> None:
-        job = module.Timing(0.0, True)
+        task = module.Task(None, module.Piece, 0.0)
         for _ in range(2000):
-            meter.piece(job, 1)
+            meter.piece(task, 1)
             metrics.answered("GET", "/", "shimmy", 200)
 
     with ThreadPoolExecutor(4) as pool:
