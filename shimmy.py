@@ -18043,12 +18043,12 @@ class SchemaShapes(Forms):
                     yield from self._object_written(found)
 
 
-FREE: Shapes = (NumberShape(), ALL, ArrayShape(), ObjectShape())
+FREE: Shapes = (NumberShape(), ALL, ArrayShape(), ObjectShape())  # all values of a type
 
 
 # ── E.3. Grammars ─────────────────────────────────────────────────────────────────────────────────────────────────────
 # A schema's documents as symbols that open as a text reaches them, and calls of functions.
-# Offers: json_symbol, read_json, read_soon, calls_symbol, anything_but. Uses: D.1's automata, E.2's shapes, C's CallFormat.
+# Offers: json_symbol, read_json, read_soon, calls_symbol, anything_but. Uses: D's symbols, E.2's shapes, C's CallFormat.
 
 
 @dataclass(frozen=True)
@@ -18088,7 +18088,7 @@ class Documents:
     """Turns shapes into symbols; those that nothing can fit are left out, so that no text comes to a dead end."""
 
     MAX_KEPT = 10_000  # values, objects and arrays, as far as texts have reached them
-    MAX_DIFFERENT = 1000  # elements that must all differ
+    MAX_DIFFERENT = 200  # elements that must differ; to count so many numbers takes 0.7 s
     MANY = 100  # values that are told from infinitely many
     BLOCK = 256  # named properties that are opened at a time: a millisecond
 
@@ -18098,7 +18098,7 @@ class Documents:
         self._leaves: dict[Texts | NumberShape, Symbol | None] = {}
         self._kept: dict[Part, list[Symbols]] = {}
         self._tails: dict[ObjectShape, list[tuple[int, int]]] = {}
-        self._keys: dict[ObjectShape, Property | None] = {}
+        self._counts: dict[tuple[Node, int], int] = {}
 
     def root(self) -> Symbol:
         """The root of the grammar. Raises InvalidRequest naming the keyword at fault."""
@@ -18146,6 +18146,10 @@ class Documents:
                 if node not in self.possible and any(map(self.is_possible, self.shapes.choice(node))):
                     self.possible.add(node)
                     self._tails.clear()
+                    self._counts.clear()
+        for shape in itertools.chain(*map(self.shapes.choice, self.possible)):
+            if isinstance(shape, ArrayShape) and shape.unique:
+                self._has_different(shape)  # what it counts is kept, for later a step has no time to count
 
     def _inside(self, choice: Shapes) -> Iterator[Node]:
         for shape in choice:
@@ -18168,7 +18172,7 @@ class Documents:
         if isinstance(shape, ArrayShape):
             needed = range(min(shape.low, len(shape.first) + 1))
             return (all(shape.at(index) in self.possible for index in needed) and self.has_room(shape, 0, shape.contains)
-                    and (not shape.unique or shape.low < 2 or self._has_different(shape)))  # fmt: skip
+                    and (not shape.unique or self._has_different(shape)))  # fmt: skip
         if isinstance(shape, ObjectShape):
             required = all(prop.node in self.possible for prop in shape.named if prop.required)
             return required and self.can_end(Members(self, shape, 0, shape.low, math.inf if shape.high is None else shape.high))
@@ -18197,11 +18201,6 @@ class Documents:
 
     # Arrays
 
-    @staticmethod
-    def next(shape: ArrayShape, index: int) -> int:
-        """The index of the next element, as far as it matters."""
-        return index + 1 if shape.high is not None or index < max(len(shape.first), shape.low, 1) else index
-
     def has_room(self, shape: ArrayShape, index: int, lacking: tuple[int, ...]) -> bool:
         """True if elements from an index on can fit the schemas that an array still lacks, one each."""
         room = 0
@@ -18219,28 +18218,34 @@ class Documents:
         """True if an array whose elements all differ can be as long as it must be, whatever stands before each."""
         if shape.low > self.MAX_DIFFERENT:
             raise self.shapes.refuse(f"uniqueItems beside minItems over {self.MAX_DIFFERENT} is not supported")
-        last = [shape.low - 1] if shape.low > len(shape.first) else []
-        for index in [*range(1, min(shape.low, len(shape.first))), *last]:
-            if self._count(shape.at(index) or (), index + 1) <= index:
+        last = max(shape.low - 1, len(shape.first))
+        for index in [*range(len(shape.first)), last]:
+            node = shape.at(index)
+            if node is not None and self._count(node, index + 1) <= index < shape.low:
                 self.shapes.dead_end = f"uniqueItems needs {index + 1} elements that are known to differ"
                 return False
         return True
 
     def _count(self, node: Node, most: int) -> int:
         """How many values that are told apart fit, up to `most`: those of one kind."""
-        counts = [0]
-        for shape in self.shapes.choice(node):
-            if isinstance(shape, Listed):
-                counts.append(len(shape.values))
-            elif isinstance(shape, Texts):
-                few = few_texts(shape, most)
-                counts.append(most if few is None else len(few))
-            elif isinstance(shape, NumberShape):
-                counts.append(self._count_numbers(shape, most))
-            elif self.is_possible(shape):
-                key = self.key(shape) if isinstance(shape, ObjectShape) else None
-                counts.append(most if self.is_endless(shape) else self._count(key.node, most) if key else 1)
-        return min(max(counts), most)
+        if (node, most) not in self._counts:
+            self._counts[node, most] = 0  # as far as it holds itself
+            counts = [self._count_shape(shape, most) for shape in self.shapes.choice(node)]
+            self._counts[node, most] = min(max(counts, default=0), most)
+        return self._counts[node, most]
+
+    def _count_shape(self, shape: Shape, most: int) -> int:
+        if isinstance(shape, Listed):
+            return len(shape.values)
+        if isinstance(shape, Texts):
+            few = few_texts(shape, most)
+            return most if few is None else len(few)
+        if isinstance(shape, NumberShape):
+            return most if not (shape.low and shape.high) and not shape.multiples else self._count_numbers(shape, most)
+        if not self.is_possible(shape):
+            return 0
+        key = self.key(shape) if isinstance(shape, ObjectShape) else None
+        return most if self.is_endless(shape) else self._count(key.node, most) if key else 1
 
     def _count_numbers(self, shape: NumberShape, most: int) -> int:
         taken = set[Any]()
@@ -18248,26 +18253,25 @@ class Documents:
             here, text = Automaton(symbol).start, b""
             while not here.ends:
                 text += bytes([next(bytes_of(here.bits))])
-                here = here.read(text[-1:]) or here
+                here = here.step(text[-1]) or here
             taken.add(json.loads(text))
         return len(taken)
 
     def is_endless(self, shape: Shape) -> bool:
         """True for an array or object that may always go on."""
         if isinstance(shape, ArrayShape):
-            return shape.high is None and shape.rest in self.possible and not shape.unique
+            can_go_on = shape.high is None and self.possible.issuperset((*shape.first, shape.rest))
+            return can_go_on and (not shape.unique or any(one in FREE[:2] for one in self.shapes.choice(shape.rest or ())))
         return isinstance(shape, ObjectShape) and shape.high is None and any(
             names.most == math.inf and few_texts(names, self.MANY) is None for names, node, _ in shape.unnamed
             if node in self.possible)  # fmt: skip
 
     def key(self, shape: ObjectShape) -> Property | None:
         """The property in which objects differ: that with most values, if they are neither objects nor arrays."""
-        if shape not in self._keys:
-            props = [prop for prop in shape.named if prop.node in self.possible and not any(
-                isinstance(one, (ObjectShape, ArrayShape)) for one in self.shapes.choice(prop.node))]  # fmt: skip
-            key = max(props, key=lambda prop: (self._count(prop.node, self.MANY), prop.required), default=None)
-            self._keys[shape] = key if key and self.is_possible(shape.needing(key.name)) else None
-        return self._keys[shape]
+        props = [prop for prop in shape.named if prop.node in self.possible and not any(
+            isinstance(one, (ObjectShape, ArrayShape)) for one in self.shapes.choice(prop.node))]  # fmt: skip
+        key = max(props, key=lambda prop: (self._count(prop.node, self.MANY), prop.required), default=None)
+        return key if key and self.is_possible(shape.needing(key.name)) else None
 
 
 @dataclass(frozen=True)
@@ -18390,12 +18394,13 @@ class Elements(Part):
         shape, documents, node = self.shape, self.documents, self.shape.at(self.index)
         found: list[Symbols] = [(Word(b"]"),)] if self.index >= shape.low and not self.lacking else []
         comma = (Word(b", "),) if self.index else ()
+        counts = shape.high is not None or self.index < max(len(shape.first), shape.low, 1)  # else no index matters any more
         ways = [] if node is None else [(node, self.lacking)]
         if node is not None and self.lacking:
             ways.append((documents.shapes.node((*node, self.lacking[0])), self.lacking[1:]))
         for node, lacking in ways:
             value = Value(documents, node, self.seen)
-            after = replace(self, index=documents.next(shape, self.index), lacking=lacking)
+            after = replace(self, index=self.index + counts, lacking=lacking)
             if node in documents.possible and documents.has_room(shape, after.index, lacking):
                 if not shape.unique:
                     found.append((*comma, value, after))
@@ -18416,7 +18421,7 @@ class Element(Symbol):
     def firsts(self) -> int:
         """Without a bracket that would end an object or array that is there already."""
         bits = self.here.bits
-        for byte in b"]}" if self.array.seen else b"":
+        for byte in b"]}" if self.array.seen and self.text[:1] in b"[{" else b"":
             behind = self.here.step(byte)
             if behind and behind.ends and comparable(json.loads(self.text + bytes([byte]))) in self.array.seen:
                 bits &= ~(1 << byte)
@@ -18565,7 +18570,9 @@ def one_argument(documents: Documents, prop: Property, params: Params) -> Symbol
 
 def plain_texts(documents: Documents, shapes: Shapes, marker: str) -> Symbols:
     """Strings as they are: what stands behind them, `marker`, does not occur in them. Raises InvalidRequest if there are none."""
-    apart, found = texts_by("pattern", not_before(marker), False), list[Symbol]()
+    first, second = map(re.escape, (marker + "  ")[:2])  # left out: the marker's first two characters, and what may become them
+    begun = rf"{first}|\\|\n" if len(marker) == 1 else f"{first}(?:{first}|{second}|$)"
+    apart, found = texts_by("pattern", begun, False), list[Symbol]()
     for shape in shapes:
         if isinstance(shape, Listed):
             found += (word(value) for value in shape.values.values() if isinstance(value, str) and has(apart, value))
@@ -18576,12 +18583,6 @@ def plain_texts(documents: Documents, shapes: Shapes, marker: str) -> Symbols:
     if not found:
         raise documents.shapes.refuse(f"no string can fit the schema and be written before {_said(marker)}")
     return tuple(found)
-
-
-def not_before(marker: str) -> str:
-    """A pattern that no text before a marker may match: its first two characters, or one that could become them."""
-    first, second = map(re.escape, (marker + "  ")[:2])
-    return rf"{first}|\\|\n" if len(marker) == 1 else f"{first}(?:{first}|{second}|$)"
 
 
 class PlainText(JsonText):
