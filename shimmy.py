@@ -17030,7 +17030,7 @@ def number_fits(shape: NumberShape, value: int | float) -> bool:
 # ── E.1. JSON schemas ─────────────────────────────────────────────────────────────────────────────────────────────────
 # A client's JSON schema, read: keywords checked, older drafts in the words of the newest, references followed; what can
 # be said in fewer keywords is, and what cannot be honoured is refused by name.
-# Offers: SchemaReader, its numbers of schemas as Node; comparable and plain, type_bit. Uses: nothing.
+# Offers: SchemaReader, its numbers of schemas as Node; comparable, type_bit. Uses: nothing.
 
 Node = tuple[int, ...]  # schemas that must all hold, by their number in SchemaReader, ~number: must not hold; () allows all
 Result = TypeVar("Result")
@@ -17050,6 +17050,7 @@ class Keywords:
     MAX_BOUND = 2**1024  # a number beyond is no bound
     TYPES: ClassVar = {"object": 1, "array": 2, "string": 4, "number": 24, "integer": 8, "boolean": 32, "null": 64}
     FRACTION, EVERY_TYPE = 16, 127  # a number that is no integer; all
+    SOME = "a list of at least one element"
 
     def __init__(self, name: str) -> None:
         self.name, self.steps, self.size = name, 0, 0
@@ -17077,29 +17078,25 @@ class Keywords:
         """The number of a client's schema."""
         raise NotImplementedError
 
-    def _must(self, fits: bool, key: str, what: str, value: Any) -> None:
+    def _must(self, fits: bool, key: str, what: str, value: Any) -> Any:
         if not fits:
             raise self.refuse(f"{key} must be {what}, not {described(value)}")
+        return value
 
     def _schema(self, key: str, value: Any) -> int:
         return self.read(value, key)
 
     def _schemas(self, key: str, value: Any) -> list[int]:
-        return [self.read(one, key) for one in self._list(key, value)]
+        return [self.read(one, key) for one in self._must(isinstance(value, list) and bool(value), key, self.SOME, value)]
 
     def _named(self, key: str, value: Any, inner: Callable[[str, Any], Any] | None = None) -> dict[str, Any]:
         self._must(isinstance(value, dict), key, "an object", value)
         self.keep(*value)
         return {name: (inner or self._schema)(key, one) for name, one in value.items()}
 
-    def _list(self, key: str, value: Any) -> list[Any]:
-        self._must(isinstance(value, list) and bool(value), key, "a list of at least one element", value)
-        return value  # type: ignore[no-any-return]
-
     def _count(self, key: str, value: Any) -> int:
         whole = type_bit(value) == self.TYPES["integer"] and 0 <= value <= self.MAX_COUNT
-        self._must(whole, key, f"a whole number from 0 to {self.MAX_COUNT}", value)
-        return int(value)
+        return int(self._must(whole, key, f"a whole number from 0 to {self.MAX_COUNT}", value))
 
     def _bound(self, key: str, value: Any) -> int | float:
         self._must(bool(type_bit(value) & self.TYPES["number"]), key, "a number", value)
@@ -17129,14 +17126,19 @@ class Keywords:
         self.keep(*value)
         return list(dict.fromkeys(value))
 
-    def _constants(self, key: str, value: Any) -> Any:
+    def _needs(self, key: str, value: Any) -> Any:
+        """A dependency of the older drafts: names, one name, or a schema."""
+        names = [value] if isinstance(value, str) else value
+        return self._names(key, names) if isinstance(names, list) else self.read(value, key)
+
+    def _constants(self, key: str, value: Any) -> dict[Any, Any]:
         if key == "enum":
-            self.spend(len(self._list(key, value)) // 8)
+            self.spend(len(self._must(isinstance(value, list) and bool(value), key, self.SOME, value)) // 8)
         try:
             self.keep(json.dumps(value, ensure_ascii=False, allow_nan=False))
         except ValueError:
             raise self.refuse("a number is too large for JSON") from None
-        return value
+        return {comparable(one): one for one in (value if key == "enum" else [value])}
 
     def _reference(self, key: str, value: Any) -> str:
         self._must(isinstance(value, str), key, "a string", value)
@@ -17153,16 +17155,16 @@ class Keywords:
              "unevaluatedProperties", "unevaluatedItems"): _schema,
             ("prefixItems", "allOf", "anyOf", "oneOf"): _schemas,
             ("properties", "patternProperties", "dependentSchemas"): _named,
-            ("minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties", "minContains",
-             "maxContains"): _count,
+            ("minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties", "minContains"): _count,
             ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"): _bound,
             ("pattern", "format"): _text, ("multipleOf",): _factor, ("type",): _types,
             ("required",): _names, ("enum", "const"): _constants,
             ("$ref",): _reference,
             ("dependentRequired",): lambda reader, key, value: reader._named(key, value, reader._names),
+            ("dependencies",): lambda reader, key, value: reader._named(key, value, reader._needs),
             ("uniqueItems", "nullable"): lambda reader, key, value: value is True,
             ("discriminator",): lambda reader, key, value: value.get("propertyName") if isinstance(value, dict) else None,
-            ("$dynamicRef", "$recursiveRef", "extends", "disallow", "divisibleBy"): _unsupported,
+            ("$dynamicRef", "$recursiveRef", "extends", "disallow", "divisibleBy", "maxContains"): _unsupported,
         }.items() for key in keys}  # fmt: skip
 
 
@@ -17170,8 +17172,8 @@ class SchemaReader(Keywords):
     """A client's JSON schema as checked dicts with a number each, equal ones once.
 
     A checked dict holds numbers where the client's holds schemas, and only keywords that are honoured; `type` is a bit for
-    each type, const an enum, multipleOf a list; pattern and format are lists of texts_by's arguments. `soft` is our own: the
-    schema was derived, and does not close an object.
+    each type, enum and const are values by what compares as they do, multipleOf is a list; pattern and format are lists of
+    texts_by's arguments. `soft` is our own: the schema was derived, and does not close an object.
     """
 
     MAX_DEPTH = 64
@@ -17187,7 +17189,7 @@ class SchemaReader(Keywords):
         self.base = next((said[key] for key in ("$id", "id") if isinstance(said.get(key), str)), "").partition("#")[0]
         draft = re.search(r"draft-0?(\d)\b", str(said.get("$schema")))
         self.lone_refs = draft is not None and int(draft[1]) < 8  # what stands beside $ref was ignored up to draft 7
-        self.free, self.never, self.null = self.number({}), self.number({"enum": []}), self.number({"enum": [None]})
+        self.free, self.never, self.null = self.number({}), self.number({"enum": {}}), self.number({"enum": {None: None}})
 
     def number(self, schema: dict[str, Any]) -> int:
         text = repr(schema)  # properties are written in the order that the client gave
@@ -17238,10 +17240,6 @@ class SchemaReader(Keywords):
                 del given["prefixItems"]
             elif "additionalItems" not in given:
                 del given["items"]
-        if isinstance(given.get("dependencies"), dict):
-            for name, needs in given["dependencies"].items():
-                key = "dependentRequired" if isinstance(needs, (list, str)) else "dependentSchemas"
-                given[key] = {**given.get(key, {}), name: [needs] if isinstance(needs, str) else needs}
         for key, partner in (("exclusiveMinimum", "minimum"), ("exclusiveMaximum", "maximum")):
             if given.get(key) is True:
                 if partner not in given:
@@ -17251,23 +17249,22 @@ class SchemaReader(Keywords):
                 del given[key]
         return given
 
-    OLDER: ClassVar = {"items", "dependencies", "exclusiveMinimum", "exclusiveMaximum", "$ref"}
-    REWRITTEN: ClassVar = {"if", "then", "else", "dependentRequired", "dependentSchemas", "const", "nullable",
-                           "unevaluatedProperties", "unevaluatedItems"}  # fmt: skip
+    OLDER: ClassVar = {"items", "exclusiveMinimum", "exclusiveMaximum", "$ref"}
+    REWRITTEN: ClassVar = {"if", "then", "else", "dependencies", "dependentRequired", "dependentSchemas", "const", "nullable",
+                           "unevaluatedItems"}  # fmt: skip
     EVALUATING: ClassVar = ("$ref", "allOf", "anyOf", "oneOf", "not", "if", "dependentSchemas", "contains")
     def _rewritten(self, found: dict[str, Any]) -> int:
         """The number of a checked dict in which const is an enum and conditions are alternatives."""
-        for key, plain in (("unevaluatedProperties", "additionalProperties"), ("unevaluatedItems", "items")):
-            if key in found:
-                if beside := next((other for other in self.EVALUATING if other in found), None):
-                    raise self.refuse(f"keyword {key} is not supported beside {beside}")
-                found.setdefault(plain, found.pop(key))
+        if "unevaluatedItems" in found:
+            if beside := next((other for other in self.EVALUATING if other in found), None):
+                raise self.refuse(f"keyword unevaluatedItems is not supported beside {beside}")
+            found.setdefault("items", found.pop("unevaluatedItems"))
         if "const" in found:
             const = found.pop("const")
-            wanted = comparable(const)
-            found["enum"] = [value for value in found.get("enum", [const]) if comparable(value) == wanted]
-        also = [self._lacks_or(name, {"required": names}) for name, names in found.pop("dependentRequired", {}).items()]
-        also += [self._lacks_or(name, {"allOf": [one]}) for name, one in found.pop("dependentSchemas", {}).items()]
+            found["enum"] = {key: value for key, value in found.get("enum", const).items() if key in const}
+        also = [self._lacks_or(name, {"required": needs} if isinstance(needs, list) else {"allOf": [needs]})
+                for key in ("dependencies", "dependentRequired", "dependentSchemas")
+                for name, needs in found.pop(key, {}).items()]  # fmt: skip
         condition, then, other = (found.pop(key, None) for key in ("if", "then", "else"))
         if condition is not None and not (then is other is None):
             opposite = {"not": condition, **({} if other is None else {"allOf": [other]})}
@@ -17348,46 +17345,23 @@ def type_bit(value: Any) -> int:
     return TYPE_BITS[type(value)]
 
 
-class Fields(dict[str, Any]):
-    """An object's properties, to compare and hash."""
-
-    def __hash__(self) -> int:  # type: ignore[override]
-        return hash(frozenset(self.items()))
-
-
 def comparable(value: Any) -> Any:
     """A JSON value that compares and hashes as JSON's values do: 1 is 1.0 and not true."""
     if isinstance(value, dict):
-        return Fields((name, comparable(one)) for name, one in value.items())
+        return frozenset((name, comparable(one)) for name, one in value.items())
     if isinstance(value, list):
         return tuple(map(comparable, value))
-    return (type(value), value) if isinstance(value, bool) else value
-
-
-def plain(value: Any) -> Any:
-    """The JSON value that a comparable one was made of."""
-    if isinstance(value, Fields):
-        return {name: plain(one) for name, one in value.items()}
-    if isinstance(value, tuple):
-        return value[1] if value[:1] == (bool,) else [plain(one) for one in value]
-    return value
+    return b"true" if value is True else b"false" if value is False else value
 
 
 # ── E.2. Shapes ───────────────────────────────────────────────────────────────────────────────────────────────────────
 # A schema in normal form: the shapes that its values may have, of which one must fit; forms are joined, united and denied.
-# Offers: SchemaShapes (a schema as shapes), the shapes. Uses: E.1's schemas, D.3's strings, D.4's numbers.
-
-
-@dataclass(frozen=True)
-class Constant:
-    """One value, as JSON text."""
-
-    text: str
+# Offers: SchemaShapes (a schema as shapes), the shapes, types_of. Uses: E.1's schemas, D.3's strings, D.4's numbers.
 
 
 @dataclass(frozen=True, eq=False)
 class Listed:
-    """Values that are listed, by what compares as they do; choice() makes Constants of them."""
+    """Values that are listed, by what compares as they do."""
 
     values: dict[Any, Any]
 
@@ -17396,8 +17370,8 @@ class Listed:
 class ArrayShape:
     """Elements with a schema each, then any number of the `rest` (None: no more), `low` to `high` in all.
 
-    `contains` are schemas, and how many elements at least and at most fit them. A form has how it was said, too: whether
-    some schema speaks of the rest, and of the least length.
+    `contains` are schemas that an element each must fit. A form has how it was said, too: whether some schema speaks of the
+    rest, and of the least length; and `why` it cannot be honoured, if so.
     """
 
     first: tuple[Node, ...] = ()
@@ -17405,7 +17379,7 @@ class ArrayShape:
     low: int = 0
     high: int | None = None
     unique: bool = False
-    contains: tuple[tuple[int, int, int | None], ...] = ()
+    contains: tuple[int, ...] = ()
     is_rest_said: bool = False
     is_low_said: bool = False
     why: str = ""
@@ -17436,8 +17410,7 @@ class ObjectShape:
     """Properties in their order, then unnamed ones: names of a shape, and their values' schema. `low` to `high` in all.
 
     A form has those that no schema speaks of, too: `closed` objects have none of them. Its `names` fit a schema; of the
-    properties without these names and patterns `some` one must fit a schema; `wanted` ones are required where objects are
-    written. `why` it cannot be honoured, if so.
+    properties without these names and patterns `some` one must fit a schema. `why` it cannot be honoured, if so.
     """
 
     named: tuple[Property, ...] = ()
@@ -17447,7 +17420,6 @@ class ObjectShape:
     closed: bool = False
     names: Node = ()
     some: tuple[tuple[tuple[str, ...], tuple[str, ...], int], ...] = ()
-    wanted: tuple[str, ...] = ()
     why: str = ""
 
     def __hash__(self) -> int:
@@ -17466,6 +17438,10 @@ class ObjectShape:
     def places(self) -> dict[str, Property]:
         return {prop.name: prop for prop in self.named}
 
+    def needing(self, name: str) -> ObjectShape:
+        """Requires one of the named properties."""
+        return replace(self, named=tuple(replace(prop, required=prop.required or prop.name == name) for prop in self.named))
+
     def at(self, name: str) -> Property:
         """A property that has no place of its own."""
         for names, node, said in self.unnamed:
@@ -17475,9 +17451,9 @@ class ObjectShape:
 
 
 ANY_OBJECT = ObjectShape(unnamed=((ALL, (), False),))
-Shape = Constant | Texts | NumberShape | ArrayShape | ObjectShape
+Shape = Listed | Texts | NumberShape | ArrayShape | ObjectShape
 Shapes = tuple[Shape, ...]  # a value that has one of these shapes
-Form = list[tuple[Any, int]]  # such values: a shape or Listed, and the types that keywords are about, or TYPED
+Form = list[tuple[Any, int]]  # such values: a shape, and the types that keywords are about, or TYPED
 TYPED = 128  # a type is said
 
 
@@ -17487,7 +17463,6 @@ class Constants(SchemaReader):
     def __init__(self, name: str, root: Any) -> None:
         super().__init__(name, root)
         self._lists: dict[Node, dict[Any, Any] | None] = {}
-        self._enums: dict[int, dict[Any, Any]] = {}
 
     def form(self, number: int) -> Form:
         raise NotImplementedError
@@ -17516,9 +17491,9 @@ class Constants(SchemaReader):
         return self._fits_array(value, shape) if isinstance(shape, ArrayShape) else self._fits_object(value, shape)
 
     def _fits_array(self, value: list[Any], shape: ArrayShape) -> bool:
-        counts = ((sum(self.fits(one, (number,)) for one in value), least, most) for number, least, most in shape.contains)
         return ((not shape.unique or len(set(map(comparable, value))) == len(value))
-                and all(least <= count and (most is None or count <= most) for count, least, most in counts)
+                and all(sum(self.fits(one, (number,)) for one in value) >= least
+                        for number, least in Counter(shape.contains).items())
                 and all(self.fits(one, shape.at(i) or ()) for i, one in enumerate(value)))  # fmt: skip
 
     def _fits_object(self, value: dict[str, Any], shape: ObjectShape) -> bool:
@@ -17547,16 +17522,12 @@ class Constants(SchemaReader):
         """The values that enum and not of enum leave, by what compares as they do; None if no schema lists any."""
         if node not in self._lists:
             self.spend(len(node) // 8)
-            lists = sorted((self._values(number) for number in node if number >= 0 and "enum" in self.schemas[number]), key=len)
-            denied = [self._values(~number) for number in node if number < 0 and self.schemas[~number].keys() == {"enum"}]
+            enums = (self.schemas[number].get("enum") for number in node if number >= 0)
+            lists = sorted((values for values in enums if values is not None), key=len)
+            denied = [self.schemas[~number]["enum"] for number in node if number < 0 and self.schemas[~number].keys() == {"enum"}]
             shared = set(lists[0]).intersection(*lists).difference(*denied) if lists else ()
             self._lists[node] = {key: value for key, value in lists[0].items() if key in shared} if lists else None
         return self._lists[node]
-
-    def _values(self, number: int) -> dict[Any, Any]:
-        if number not in self._enums:
-            self._enums[number] = {comparable(value): value for value in self.schemas[number]["enum"]}
-        return self._enums[number]
 
 
 class Forms(Constants):
@@ -17564,7 +17535,8 @@ class Forms(Constants):
 
     MAX_OPTIONS = 1000  # cases of one value
     MAX_PATTERNS = 12  # that an object's unnamed properties may have
-    COMBINED: ClassVar = {"$ref", "allOf", "anyOf", "oneOf", "not", "discriminator"}
+    MAX_CONTAINS = 100  # elements that an array must contain
+    COMBINED: ClassVar = {"$ref", "allOf", "anyOf", "oneOf", "not", "discriminator", "unevaluatedProperties"}
     HINTS: ClassVar = {  # type → keywords about it; the first one counts
         1: {"properties", "required", "additionalProperties", "patternProperties", "propertyNames", "minProperties",
             "maxProperties"},
@@ -17575,6 +17547,7 @@ class Forms(Constants):
     def __init__(self, name: str, root: Any) -> None:
         super().__init__(name, root)
         self.dead_end = ""  # why a form came to nothing
+        self.is_denied_twice = False  # not of not: of such a schema's properties unevaluatedProperties knows nothing
         self._forms: dict[int, Form] = {}
         self._following: list[int] = []  # schemas being followed with no bracket between them
         words = Listed({comparable(value): value for value in (None, True, False)})
@@ -17600,9 +17573,22 @@ class Forms(Constants):
         found = self._plain(plain)
         for key, form in self._also(schema) if len(plain) < len(schema) else ():
             found = self.meet(found, form, key)
+        if "unevaluatedProperties" in schema:
+            found = [(self._evaluated(shape, self.node([schema["unevaluatedProperties"]])), said) for shape, said in found]
         if name := schema.get("discriminator"):  # OpenAPI's: the property that tells options apart is always written
-            found = [(replace(shape, wanted=(name,)) if isinstance(shape, ObjectShape) else shape, said) for shape, said in found]
+            found = [(shape.needing(name) if isinstance(shape, ObjectShape) else shape, said) for shape, said in found]
         return found
+
+    def _evaluated(self, shape: Any, rest: Node) -> Any:
+        """A shape of which the properties that no schema beside unevaluatedProperties speaks of fit what that says."""
+        if self.is_denied_twice or (isinstance(shape, Listed) and dict in map(type, shape.values.values())):
+            raise self.refuse("keyword unevaluatedProperties is not supported beside not of not, nor with constant objects")
+        if not isinstance(shape, ObjectShape):
+            return shape
+        unnamed = tuple((names, node if said else self.both(node, rest), True) for names, node, said in shape.unnamed)
+        named = (prop if prop.said and not prop.late else replace(prop, node=self.both(prop.node, rest), said=True)
+                 for prop in shape.named)  # fmt: skip
+        return replace(shape, named=tuple(named), unnamed=unnamed)
 
     def _also(self, schema: dict[str, Any]) -> Iterator[tuple[str, Form]]:
         """The forms that must fit beside a schema's own keywords, and the keywords that say so."""
@@ -17631,9 +17617,9 @@ class Forms(Constants):
     def _plain(self, schema: dict[str, Any]) -> Form:
         if not schema:
             return self.everything
-        bits, excluded, soft = schema.get("type", self.EVERY_TYPE), schema.get("excluded", ()), "soft" in schema
+        bits, excluded, soft = schema.get("type", self.EVERY_TYPE), schema.get("excluded", {}), "soft" in schema
         if "enum" in schema:
-            values = {comparable(value): value for value in schema["enum"] if type_bit(value) & bits}
+            values = {key: value for key, value in schema["enum"].items() if type_bit(value) & bits}
             if rest := {key: value for key, value in schema.items() if key not in ("enum", "type")}:
                 form = self._plain(rest)
                 values = {key: value for key, value in values.items() if self.fits_form(value, form)}
@@ -17641,8 +17627,8 @@ class Forms(Constants):
         said = 0 if soft else TYPED
         if not soft and "type" not in schema:
             said = sum(bit for bit, about in self.HINTS.items() if about & schema.keys())
-        values = {key: value for key, value in self.everything[0][0].values.items()
-                  if type_bit(value) & bits and not any(value is one for one in excluded)}  # fmt: skip
+        words = self.everything[0][0].values
+        values = {key: value for key, value in words.items() if type_bit(value) & bits and key not in excluded}
         found: Form = [(Listed(values), said)] if values else []
         if bits & 24:
             found.append((self._number(schema, bits & 24, excluded), said))
@@ -17650,29 +17636,33 @@ class Forms(Constants):
             rules = [rule for key in ("pattern", "format") for rule in schema.get(key, ())]
             length = schema.get("minLength", 0), schema.get("maxLength", math.inf)
             texts = sized(intersection(texts_by(*rule) for rule in rules), *length)
-            denied = [one for one in excluded if isinstance(one, str)]
+            denied = [one for one in excluded.values() if isinstance(one, str)]
             found.append((but_not(texts, denied) if denied else texts, said))
         for kind in (list, dict):
             if bits & TYPE_BITS[kind]:
                 shape = self._array(schema) if kind is list else self._object(schema)
-                taken = [one for one in excluded if isinstance(one, kind)]
+                taken = [one for one in excluded.values() if isinstance(one, kind)]
                 why = "keyword not is not supported around a constant object or array" if any(taken) else shape.why
                 found.append((replace(shape, low=max(shape.low, 1), why=why) if taken else shape, said))
         return found
 
-    def _number(self, schema: dict[str, Any], bits: int, excluded: Seq[Any]) -> NumberShape:
+    def _number(self, schema: dict[str, Any], bits: int, excluded: Mapping[Any, Any]) -> NumberShape:
         lows = [(schema[key], key != "minimum") for key in ("minimum", "exclusiveMinimum") if key in schema]
         highs = ((schema[key], key != "maximum") for key in ("maximum", "exclusiveMaximum") if key in schema)
         others = (*schema.get("notMultiple", ()), *((1,) if bits == self.FRACTION else ()))
+        numbers = frozenset(one for one in excluded.values() if type_bit(one) & 24)
         return NumberShape(bits == 8, max(lows, default=None), functools.reduce(lower, highs, None),
-                           tuple(schema.get("multipleOf", ())), others, frozenset(one for one in excluded if type_bit(one) & 24))
+                           tuple(schema.get("multipleOf", ())), others, numbers)
 
     def _array(self, schema: dict[str, Any]) -> ArrayShape:
-        contains = [(schema["contains"], schema.get("minContains", 1), schema.get("maxContains"))] if "contains" in schema else []
+        contains, least = schema.get("contains"), schema.get("minContains", 1)
+        if contains is not None and least > self.MAX_CONTAINS:
+            raise self.refuse(f"minContains over {self.MAX_CONTAINS} is not supported")
         return ArrayShape(tuple(self.node([one]) for one in schema.get("prefixItems", ())),
                           self.node([schema["items"]]) if "items" in schema else (), schema.get("minItems", 0),
-                          schema.get("maxItems"), schema.get("uniqueItems", False), tuple(contains), "items" in schema,
-                          "minItems" in schema, schema.get("why", ""))  # fmt: skip
+                          schema.get("maxItems"), schema.get("uniqueItems", False),
+                          () if contains is None else (contains,) * least, "items" in schema, "minItems" in schema,
+                          schema.get("why", ""))  # fmt: skip
 
     def _object(self, schema: dict[str, Any]) -> ObjectShape:
         properties, patterns = schema.get("properties", {}), schema.get("patternProperties", {})
@@ -17718,7 +17708,7 @@ class Forms(Constants):
             if len(found) > self.MAX_OPTIONS:
                 raise self.refuse(f"{key} multiplies out into over {self.MAX_OPTIONS} alternatives")
         if not found and ours and theirs:
-            kinds = [kind_of(form[0][0]) for form in (ours, theirs)]
+            kinds = [next(kind for kind, bit in self.TYPES.items() if bit & types_of(form[0][:1])) for form in (ours, theirs)]
             self.dead_end = (f"nothing is both {kinds[0]} and {kinds[1]}" if kinds[0] != kinds[1]
                              else self.dead_end or f"{key} leaves no {kinds[0]}")
         return list(found)
@@ -17747,7 +17737,7 @@ class Forms(Constants):
         named = {prop.name: prop for prop in sorted((*one.named, *two.named), key=operator.attrgetter("late"))}
         both_say = [name for name in two.places if name in one.places or one.is_open]
         both_say += [name for name in one.places if name not in two.places] if two.is_open else []
-        self.spend(len(both_say) // 8)
+        self.spend((len(one.named) + len(two.named)) // 32)
         for name in both_say:
             mine, yours = (shape.places.get(name) or shape.at(name) for shape in (one, two))
             named[name] = Property(name, self.both(mine.node, yours.node), mine.required or yours.required,
@@ -17799,23 +17789,12 @@ class Forms(Constants):
                  for shape in shapes if isinstance(shape, ObjectShape)]  # fmt: skip
         return {name: frozenset().union(*(own[name] for own in lists)) for name in set.intersection(*map(set, lists))}
 
-    def _is_empty(self, node: Node, depth: int = 0) -> bool:
-        """True if nothing fits all schemas, as far as a look 4 levels deep tells."""
+    def _is_empty(self, node: Node) -> bool:
+        """True if nothing fits all schemas, as far as that is seen without a look inside."""
         try:
-            return self.is_never(node) or (
-                depth < 4 and all(self._is_impossible(shape, depth + 1) for shape, _ in self.meeting(node)))
+            return self.is_never(node) or not self.meeting(node)
         except InvalidRequest:
             return False  # it cannot be told so
-
-    def _is_impossible(self, shape: Any, depth: int) -> bool:
-        self.spend()
-        if isinstance(shape, ArrayShape):
-            return any(self._is_empty(shape.at(index) or (), depth) for index in range(min(shape.low, 8)))
-        if isinstance(shape, ObjectShape):
-            return any(self._is_empty(prop.node, depth) for prop in shape.named if prop.required)
-        if isinstance(shape, Texts):
-            return self.string(shape) is None
-        return isinstance(shape, NumberShape) and number_symbol(shape) is None
 
     # not: what a schema does not allow
 
@@ -17837,8 +17816,10 @@ class Forms(Constants):
             elif key in ("anyOf", "oneOf"):
                 found.append(self.meeting(tuple(~one for one in value)))
                 pairs = itertools.combinations(value, 2) if key == "oneOf" else ()
+                self.is_denied_twice |= key == "oneOf"
                 found += [self.meet(self.form(one), self.form(two), "not") for one, two in pairs]
             elif key == "not":
+                self.is_denied_twice = True
                 found.append(self.form(value))
             else:
                 found += [self._plain({**option, "soft": "not"}) for option in self._denials(key, value, schema)]
@@ -17869,20 +17850,12 @@ class Forms(Constants):
         elif key == "additionalProperties":
             outside = (tuple(schema.get(inner, ())) for inner in ("properties", "patternProperties"))
             yield {**objects, "other": (*outside, ~value)}
-        elif key == "prefixItems":
-            for i, one in enumerate(value):
-                yield {**arrays, "minItems": i + 1, "prefixItems": [self.free] * i + [~one], "items": self.free}
-        elif key == "items" and value == self.never and "prefixItems" in schema:
-            yield {**arrays, "minItems": len(schema["prefixItems"]) + 1}
         elif key == "items" and "prefixItems" not in schema:
             yield {**arrays, "contains": ~value}
-        elif key == "contains":
-            least, most = schema.get("minContains", 1), schema.get("maxContains")
-            if least:
-                yield {**arrays, "contains": value, "minContains": 0, "maxContains": least - 1}
-            if most is not None:
-                yield {**arrays, "contains": value, "minContains": most + 1}
-        elif not (value is False or key in ("soft", "discriminator", "minContains", "maxContains")
+        elif key == "contains" and schema.get("minContains", 1) < 2:
+            if schema.get("minContains", 1):
+                yield {**arrays, "items": ~value}
+        elif not (value is False or key in ("soft", "discriminator", "minContains")
                   or (key == "patternProperties" and set(value.values()) <= {self.free})):  # fmt: skip
             of = arrays if key in self.HINTS[2] else objects
             yield {**of, "why": f"keyword not is not supported around {key}, and oneOf needs it where a document may fit two "
@@ -17891,10 +17864,13 @@ class Forms(Constants):
 SHAPE_BITS = {ObjectShape: 1, ArrayShape: 2, Texts: 4, NumberShape: 24}
 
 
-def kind_of(shape: Any) -> str:
-    """The name of a shape's type."""
-    bits = type_bit(next(iter(shape.values.values()))) if isinstance(shape, Listed) else SHAPE_BITS[type(shape)]
-    return next(kind for kind, bit in SchemaReader.TYPES.items() if bit & bits)
+def types_of(shapes: Iterable[Any]) -> int:
+    """The types of values of these shapes, as SchemaReader's bits."""
+    found = 0
+    for shape in shapes:
+        types = map(type_bit, shape.values.values()) if isinstance(shape, Listed) else (SHAPE_BITS[type(shape)],)
+        found |= 8 if isinstance(shape, NumberShape) and shape.whole else functools.reduce(operator.or_, types, 0)
+    return found
 
 
 def united(forms: Iterable[Form]) -> Form:
@@ -17919,8 +17895,8 @@ JOINS: dict[str, Callable[[Any, Any], Any]] = {  # by field
     "low": lambda one, two: max((bound for bound in (one, two) if bound is not None), default=None), "high": lower,
     "excluded": frozenset.union,
     **dict.fromkeys(("whole", "unique", "closed", "is_rest_said", "is_low_said", "why"), lambda one, two: one or two),
-    **dict.fromkeys(("multiples", "not_multiples", "contains", "some", "wanted"),
-                    lambda one, two: tuple(dict.fromkeys(one + two)))}  # fmt: skip
+    **dict.fromkeys(("multiples", "not_multiples", "some"), lambda one, two: tuple(dict.fromkeys(one + two))),
+    "contains": lambda one, two: tuple((Counter(one) | Counter(two)).elements())}  # fmt: skip
 
 
 def joined_shape(one: Any, two: Any, **own: Any) -> Any:
@@ -17944,7 +17920,6 @@ class SchemaShapes(Forms):
     """
 
     MAX_SHAPES = 1500  # of one value: so many a text can begin with at once
-    MAX_CONTAINS = 13  # of one array: an element fits each or not, which makes 2^13 cases
 
     def __init__(self, name: str, root: Any) -> None:
         super().__init__(name, root)
@@ -17956,11 +17931,12 @@ class SchemaShapes(Forms):
             meant = (shape for shape, said in self.meeting(node) if self._is_meant(shape, said))
             shapes = [written for shape in meant for written in self._written(shape)]
             shapes = list(dict.fromkeys(shapes)) if len(shapes) > 1 else shapes
-            if sum(not isinstance(shape, Constant) for shape in shapes) > self.MAX_SHAPES:
+            if len(shapes) > self.MAX_SHAPES:
                 raise self.refuse(f"anyOf and oneOf leave over {self.MAX_SHAPES} alternatives that are not constants")
             free = {type(shape) for shape in shapes if shape in FREE} if len(shapes) > 1 else ()
             if Texts in free:
-                shapes = [shape for shape in shapes if not (isinstance(shape, Constant) and shape.text[0] == '"')]
+                shapes = [Listed({key: value for key, value in shape.values.items() if not isinstance(value, str)})
+                          if isinstance(shape, Listed) else shape for shape in shapes]  # fmt: skip
             self._choices[node] = tuple(shape for shape in shapes if type(shape) not in free or shape in FREE)
         return self._choices[node]
 
@@ -17971,10 +17947,7 @@ class SchemaShapes(Forms):
         return bool(said & TYPED or not about or (not isinstance(shape, Listed) and SHAPE_BITS[type(shape)] == about))
 
     def _written(self, shape: Any) -> Iterator[Shape]:
-        if isinstance(shape, Listed):
-            self.spend(len(shape.values) // 8)
-            yield from (Constant(self.json(value)) for value in shape.values.values())
-        elif isinstance(shape, (Texts, NumberShape)):
+        if isinstance(shape, (Listed, Texts, NumberShape)):
             yield shape
         elif shape.why:
             raise self.refuse(shape.why)
@@ -17984,11 +17957,9 @@ class SchemaShapes(Forms):
         else:
             yield from [self._array_written(shape)] if isinstance(shape, ArrayShape) else self._object_written(shape)
 
-    json = staticmethod(json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode)
-
     def _array_written(self, shape: ArrayShape) -> ArrayShape:
-        if len(shape.contains) > self.MAX_CONTAINS:
-            raise self.refuse(f"over {self.MAX_CONTAINS} contains in one array")
+        if shape.contains and shape.unique:
+            raise self.refuse("uniqueItems is not supported beside contains")
         low, high, longest = shape.low, shape.high, len(shape.first)
         rest = shape.rest if shape.is_rest_said or not longest else None
         stops = [index for index, node in enumerate(shape.first) if node == (self.never,)]
@@ -18007,23 +17978,24 @@ class SchemaShapes(Forms):
         choice: Shapes = (ALL,)
         if shape.names:
             choice = self.choice(shape.names)
-            listed = (json.loads(one.text) for one in choice if isinstance(one, Constant) and one.text[0] == '"')
-            named |= {name: shape.at(name) for name in listed if kinds and name not in named}
+            listed = itertools.chain(*(one.values.values() for one in choice if isinstance(one, Listed)))
+            named |= {name: shape.at(name) for name in listed if kinds and isinstance(name, str) and name not in named}
         if shape.closed:
             if closed_out := next((prop.name for prop in named.values() if prop.required and not prop.said), None):
                 self.dead_end = f"it would need the property {_said(closed_out)}, to which no schema opens its objects"
                 return
             named = {name: prop for name, prop in named.items() if prop.said}
         properties = list(named.values())
-        if shape.names or shape.wanted:
-            properties = [Property(prop.name, prop.node if self.fits(prop.name, shape.names) else (self.never,),
-                                   prop.required or prop.name in shape.wanted) for prop in properties]  # fmt: skip
+        if shape.names:
+            properties = [prop if self.fits(prop.name, shape.names) else replace(prop, node=(self.never,)) for prop in properties]
         self.spend(len(properties) // 4)
         unnamed = list[tuple[Texts, Node, bool]]()
         for (names, node), wanted in itertools.product(kinds, choice):
             both = joined_shape(names, wanted) if isinstance(wanted, Texts) and node != (self.never,) else None
             if both:
                 unnamed.append((but_not(both, named) if named else both, node, True))
+        if unnamed and shape.low > len(properties) + 1:
+            self.dead_end = f"minProperties {shape.low} counts only one property whose name the schema does not give"
         yield ObjectShape(tuple(properties), tuple(unnamed), shape.low, shape.high)
 
     def _with_some(self, shape: ObjectShape) -> Iterator[ObjectShape]:
@@ -18040,23 +18012,27 @@ class SchemaShapes(Forms):
                     yield from self._object_written(found)
 
 
-FREE: Shapes = (NumberShape(), ALL, ArrayShape(), ObjectShape())
+FREE: Shapes = (NumberShape(), ALL, ArrayShape(), ObjectShape())  # all values of a type
 
 
 # ── E.3. Grammars ─────────────────────────────────────────────────────────────────────────────────────────────────────
 # A schema's documents as symbols that open as a text reaches them, and calls of functions.
-# Offers: json_symbol, read_json, read_soon, calls_symbol, anything_but. Uses: D.1's automata, E.2's shapes, C's CallFormat.
+# Offers: json_symbol, read_json, read_soon, calls_symbol, anything_but. Uses: D's symbols, E.2's shapes, C's CallFormat.
 
 
 @dataclass(frozen=True)
 class Json(Symbol):
-    """The documents of a JSON schema, which is read when it is met; `param` is the request's field that holds it."""
+    """The documents of a JSON schema, which is read when it is met; `param` is the request's field that holds it.
+
+    With `params` they are a function's arguments, written one by one.
+    """
 
     text: str
     param: str
+    params: Params | None = None
 
     def opened(self) -> Iterable[Symbols]:
-        return ((read_json(self.text, self.param),),)
+        return read_arguments(self.text, self.param, self.params) if self.params else ((read_json(self.text, self.param),),)
 
 
 @functools.lru_cache(maxsize=64)
@@ -18077,39 +18053,27 @@ def reading(reader: SchemaReader) -> Iterator[None]:
         raise reader.refuse("the schema is nested too deep") from None
 
 
-Position = tuple[int, tuple[int, ...]]  # of an array: elements read, and how many fit each schema of contains
-
-
 class Documents:
     """Turns shapes into symbols; those that nothing can fit are left out, so that no text comes to a dead end."""
 
     MAX_KEPT = 10_000  # values, objects and arrays, as far as texts have reached them
-    MAX_PLACES = 20_000  # of an array with contains
-    MAX_TAKEN, MAX_EXAMPLE = 1000, 10_000  # values that are counted, and their length
-    WIDE = 40  # so many bytes may come only within a string
-    MAX_NAMES = 10_000  # names that an object may have, counted
-    MAX_ALIKE = 16  # names of those taken that an object may have too, at a time
+    MAX_DIFFERENT = 200  # elements that must differ; to count so many numbers takes 0.7 s
+    MANY = 100  # values that are told from infinitely many
     BLOCK = 256  # named properties that are opened at a time: a millisecond
 
     def __init__(self, shapes: SchemaShapes) -> None:
         self.shapes = shapes
         self.possible: set[Node] = set()
         self._leaves: dict[Texts | NumberShape, Symbol | None] = {}
-        self._live: dict[ArrayShape, set[Position]] = {}
         self._kept: dict[Part, list[Symbols]] = {}
-        self._scarce: set[ArrayShape] = set()
         self._tails: dict[ObjectShape, list[tuple[int, int]]] = {}
+        self._counts: dict[tuple[Node, int], int] = {}
 
     def root(self) -> Symbol:
         """The root of the grammar. Raises InvalidRequest naming the keyword at fault."""
         reader = self.shapes
         root = reader.node([reader.read(reader.root)])
-        self.possible = self._possible(root)
-        while scarce := self._scarce_arrays():
-            self._scarce.update(scarce)
-            self._live.clear()
-            self._kept.clear()
-            self.possible = self._possible(root)
+        self._find_possible(root)
         reader.steps = -(10**12)  # from here on texts bound the work
         if root not in self.possible:
             raise reader.refuse(f"no document can fit the schema{': ' if reader.dead_end else ''}{reader.dead_end}")
@@ -18125,111 +18089,6 @@ class Documents:
             self._leaves[shape] = self.shapes.string(shape) if isinstance(shape, Texts) else number_symbol(shape)
         return self._leaves[shape]
 
-    # What can be written at all: a required property that nothing fits makes its object impossible, and so on.
-
-    def _possible(self, root: Node) -> set[Node]:
-        nodes, found = {root: None}, set[Node]()
-        for node in (todo := [root]):
-            fresh = [inner for inner in self._inside(self.shapes.choice(node)) if inner not in nodes]
-            nodes |= dict.fromkeys(fresh)
-            todo += dict.fromkeys(fresh)
-        before = -1
-        while before < len(found):  # a list that must hold lists is never finished
-            before = len(found)
-            for node in reversed(nodes):
-                if node not in found and any(self.is_possible(shape, found) for shape in self.shapes.choice(node)):
-                    found.add(node)
-        return found
-
-    def _inside(self, choice: Shapes) -> Iterator[Node]:
-        for shape in choice:
-            if isinstance(shape, ObjectShape):
-                self.shapes.spend(len(shape.named) // 4)
-                yield from (prop.node for prop in shape.named)
-                yield from (node for _, node, _ in shape.unnamed)
-            elif isinstance(shape, ArrayShape):
-                for index in range(len(shape.first) + 1):
-                    yield from (node for node, _ in self.elements(shape, index, (0,) * len(shape.contains)))
-            elif not isinstance(shape, Constant):
-                self.leaf(shape)  # may be refused
-
-    def _scarce_arrays(self) -> list[ArrayShape]:
-        """Arrays that must hold more different elements than there are."""
-        arrays = [shape for node in self.possible for shape in self.shapes.choice(node) if isinstance(shape, ArrayShape)]
-        return [shape for shape in arrays
-                if self.is_possible(shape, self.possible) and shape.unique and not self._has_enough(shape)]  # fmt: skip
-
-    def is_possible(self, shape: Shape, possible: set[Node]) -> bool:
-        self.shapes.spend()
-        if isinstance(shape, Constant):
-            return True
-        if isinstance(shape, ArrayShape):
-            if shape in self._scarce:
-                return False
-            if shape.contains:
-                return (0, (0,) * len(shape.contains)) in self.alive(shape, possible)
-            return all(shape.at(index) in possible for index in range(min(shape.low, len(shape.first) + 1)))
-        if not isinstance(shape, ObjectShape):
-            return self.leaf(shape) is not None
-        if not all(prop.node in possible for prop in shape.named if prop.required):
-            return False
-        most = sum(prop.node in possible for prop in shape.named) + self.most_names(shape, possible)
-        return shape.low <= most and (shape.high is None or sum(prop.required for prop in shape.named) <= shape.high)
-
-    def _has_enough(self, shape: ArrayShape) -> bool:
-        """True if an array whose elements are all different can be as long as it must be."""
-        first, contains = shape.first, shape.contains
-        if not first and len(contains) < 2 and all(most is None for _, _, most in contains):
-            rest = shape.at(0)
-            wanted = [] if rest is None else [(rest, shape.low)]
-            wanted += [(self.shapes.node((*(rest or ()), number)), least) for number, least, _ in contains]
-            return all(count < 2 or self._has_different(node, count) for node, count in wanted)
-        length = max(shape.low, sum(least for _, least, _ in contains) + len(first) if contains else 0)
-        # where there are so many of each kind, none takes what another needs
-        kinds = {node for index in range(min(len(first) + 1, length))
-                 for node, _ in self.elements(shape, index, (0,) * len(contains)) if node in self.possible}  # fmt: skip
-        if length > 1 and not all(self._has_different(node, length) for node in kinds):
-            raise self.shapes.refuse("uniqueItems beside prefixItems, maxContains or two contains is not supported where an "
-                                     "element has few values")  # fmt: skip
-        return True
-
-    def _has_different(self, node: Node, count: int) -> bool:
-        """True if so many different values fit, as tries tell."""
-        taken, count, value = set[Any](), min(count, self.MAX_TAKEN), Value(self, node)
-        start = Automaton(value).start
-        try:
-            for number in range(2 * count if self.kept(value) else 0):  # mostly these differ
-                if len(taken) < count:
-                    taken.add(comparable(self._example(start, number)))
-            while len(taken) < count and self.kept(value := Value(self, node, frozenset(taken))):
-                taken.add(comparable(self._example(Automaton(value).start, 0)))
-        except LookupError:  # an array inside is scarce: when that is known, this one is looked at again
-            return True
-        return len(taken) == count
-
-    def _example(self, here: State, number: int) -> Any:
-        """A document: its first choices spell the number, of later ones a quarter are as chance has it, the others end what they
-        can. Raises LookupError at a dead end.
-        """
-        text = b""
-        while not here.ends or (number and here.bits):
-            may = list(bytes_of(here.bits))
-            ends = [byte for byte in (b']}"' if len(may) < self.WIDE else b'"') if byte in may]
-            chance = zlib.crc32(b"%d" % len(text))
-            byte = ends[0] if ends and not number and chance % 4 else may[(number or chance >> 2) % max(len(may), 1)]
-            number //= len(may)
-            text, behind = text + bytes([byte]), here.step(byte)
-            if behind is None or len(text) > self.MAX_EXAMPLE:
-                raise self.shapes.refuse("uniqueItems: the elements are too long to count them")
-            here = behind
-        return json.loads(text)
-
-    def most_names(self, shape: ObjectShape, possible: set[Node]) -> int:
-        """How many unnamed properties an object may have, counted as far as it must have some."""
-        kinds = (names for names, node, _ in shape.unnamed if shape.low and node in possible and self.leaf(names) is not None)
-        few = (few_texts(names, min(shape.low, self.MAX_NAMES)) for names in kinds)
-        return sum(shape.low if texts is None else len(texts) for texts in few)
-
     def kept(self, part: Part) -> list[Symbols]:
         """The alternatives for a part, found once. Raises NotYet."""
         found = self._kept.get(part)
@@ -18241,107 +18100,147 @@ class Documents:
             TURN.kept()
         return found
 
-    # Objects: what is required, and how many properties there must be, must be able to come within the most there may be
+    # What can be written at all: a required property that nothing fits makes its object impossible, and so on.
+
+    def _find_possible(self, root: Node) -> None:
+        nodes = {root: None}
+        for node in (todo := [root]):
+            fresh = dict.fromkeys(inner for inner in self._inside(self.shapes.choice(node)) if inner not in nodes)
+            nodes |= fresh
+            todo += fresh
+        before = -1
+        while before < len(self.possible):  # a list that must hold lists is never finished
+            before = len(self.possible)
+            for node in reversed(nodes):
+                if node not in self.possible and any(map(self.is_possible, self.shapes.choice(node))):
+                    self.possible.add(node)
+                    self._tails.clear()
+                    self._counts.clear()
+        for shape in itertools.chain(*map(self.shapes.choice, self.possible)):
+            if isinstance(shape, ArrayShape) and shape.unique:
+                self._has_different(shape)  # what it counts is kept, for later a step has no time to count
+
+    def _inside(self, choice: Shapes) -> Iterator[Node]:
+        for shape in choice:
+            if isinstance(shape, ObjectShape):
+                self.shapes.spend(len(shape.named) // 4)
+                yield from (prop.node for prop in shape.named)
+                yield from (node for _, node, _ in shape.unnamed)
+            elif isinstance(shape, ArrayShape):
+                for node in (shape.at(index) for index in range(len(shape.first) + 1)):
+                    if node is not None:
+                        yield node
+                        yield from (self.shapes.node((*node, number)) for number in dict.fromkeys(shape.contains))
+            elif not isinstance(shape, Listed):
+                self.leaf(shape)  # may be refused
+
+    def is_possible(self, shape: Shape) -> bool:
+        self.shapes.spend()
+        if isinstance(shape, Listed):
+            return bool(shape.values)
+        if isinstance(shape, ArrayShape):
+            needed = range(min(shape.low, len(shape.first) + 1))
+            return (all(shape.at(index) in self.possible for index in needed) and self.has_room(shape, 0, shape.contains)
+                    and (not shape.unique or self._has_different(shape)))  # fmt: skip
+        if isinstance(shape, ObjectShape):
+            required = all(prop.node in self.possible for prop in shape.named if prop.required)
+            return required and self.can_end(Members(self, shape, 0, shape.low, math.inf if shape.high is None else shape.high))
+        return self.leaf(shape) is not None
+
+    # Objects: what is required, and how many properties there must be, must be able to come within the most there may be.
+    # Of unnamed ones one is counted, for their names are not told apart.
 
     def can_end(self, here: Members) -> bool:
-        shape, lacking = here.shape, here.shape.low - here.count
-        if lacking <= 0 and shape.high is None:
+        """True if an object can be finished."""
+        if not here.lacking and here.room == math.inf:
             return True
+        shape = here.shape
         required, possible = self._tail(shape, here.at)
-        if shape.high is not None and here.count + required > shape.high:
-            return False
-        return possible >= lacking or possible + self.most_names(shape, self.possible) - len(here.taken) >= lacking
+        if here.lacking > possible and here.at <= len(shape.named):
+            possible += any(node in self.possible and self.leaf(names) is not None for names, node, _ in shape.unnamed)
+        return here.lacking <= possible and max(required, here.lacking) <= here.room
 
     def _tail(self, shape: ObjectShape, at: int) -> tuple[int, int]:
         """How many of the named properties from one on are required, and how many can be."""
         if shape not in self._tails:
             counts = [(prop.required, prop.node in self.possible) for prop in reversed(shape.named)]
             sums = itertools.accumulate(counts, lambda so_far, one: (so_far[0] + one[0], so_far[1] + one[1]), initial=(0, 0))
-            self._tails[shape] = list(sums)[::-1]
+            self._tails[shape] = [(0, 0), *sums][::-1]
         return self._tails[shape][at]
 
     # Arrays
 
-    @staticmethod
-    def next(shape: ArrayShape, index: int) -> int:
-        """The index of the next element, as far as it matters."""
-        return index + 1 if shape.high is not None or index < max(len(shape.first), shape.low, 1) else index
+    def has_room(self, shape: ArrayShape, index: int, lacking: tuple[int, ...]) -> bool:
+        """True if elements from an index on can fit the schemas that an array still lacks, one each."""
+        room = 0
+        for at in range(index, max(index, len(shape.first)) + len(lacking)):
+            node = shape.at(at)
+            if node is None or node not in self.possible:
+                break
+            room += all(self.shapes.node((*node, number)) in self.possible for number in set(lacking))
+        return room >= len(lacking)
 
-    def elements(self, shape: ArrayShape, index: int, counts: tuple[int, ...]) -> Iterator[tuple[Node, tuple[int, ...]]]:
-        """The schemas that an element may fit, and how many then have fitted each schema of contains."""
-        node = shape.at(index)
-        for counted in itertools.product((True, False), repeat=len(shape.contains)) if node is not None else ():
-            TURN.tick()
-            inside, after = list(node or ()), []
-            for fits, count, (number, least, most) in zip(counted, counts, shape.contains, strict=True):
-                if fits and (count == most or (most is None and count >= least)):
-                    break  # one more may not be, or need not be told apart
-                inside += [number] if fits else [] if most is None else [~number]
-                after.append(count + fits)
-            else:
-                yield self.shapes.node(inside), tuple(after)
+    # uniqueItems: constants, strings and numbers are told apart as they are. An object or array that may always go on cannot end
+    # while it is like another. Other objects differ in one property, their key; of other arrays there may be one.
 
-    def alive(self, shape: ArrayShape, possible: set[Node]) -> set[Position]:
-        """The places of an array, elements read and counts of contains, from which it can be finished."""
-        if shape in self._live:
-            return self._live[shape]
-        last = shape.high if shape.high is not None else max(len(shape.first), shape.low, 1)
-        spans = [range(low if most is None else most, -1, -1) for _, low, most in shape.contains]
-        if (last + 1) * math.prod(map(len, spans)) > self.MAX_PLACES:
-            raise self.shapes.refuse(f"contains beside minItems or maxItems is supported up to {self.MAX_PLACES} cases")
-        found: set[Position] = set()
-        for index in range(last, -1, -1):
-            for counts in itertools.product(*spans):
-                behind = [more for node, more in self.elements(shape, index, counts) if node in possible]
-                if self.is_whole(shape, index, counts) or any((self.next(shape, index), more) in found for more in behind):
-                    found.add((index, counts))
-        if possible is self.possible:
-            self._live[shape] = found
-        return found
-
-    @staticmethod
-    def is_whole(shape: ArrayShape, index: int, counts: tuple[int, ...]) -> bool:
-        """True if an array may end here."""
-        return index >= shape.low and all(count >= low for count, (_, low, _) in zip(counts, shape.contains, strict=True))
-
-    # uniqueItems: elements that are objects and arrays are told apart part by part
-
-    def _parts_soon(self, here: Members | Elements) -> bool:
-        """True if the next value can be one that none of those taken has there: then no look further on is needed."""
-        if isinstance(here, Elements):
-            node = here.shape.at(here.index)
-            heads = {one[0] for one in here.alike if one}
-            if node is None or node not in self.possible or here.shape.contains:
+    def _has_different(self, shape: ArrayShape) -> bool:
+        """True if an array whose elements all differ can be as long as it must be, whatever stands before each."""
+        if shape.low > self.MAX_DIFFERENT:
+            raise self.shapes.refuse(f"uniqueItems beside minItems over {self.MAX_DIFFERENT} is not supported")
+        last = max(shape.low - 1, len(shape.first))
+        for index in [*range(len(shape.first)), last]:
+            node = shape.at(index)
+            if node is not None and self._count(node, index + 1) <= index < shape.low:
+                self.shapes.dead_end = f"uniqueItems needs {index + 1} elements that are known to differ"
                 return False
-            return bool(self.kept(Value(self, node, here.seen | heads)))
-        if here.shape.low or here.shape.high is not None:
-            return False
-        for prop in here.shape.named[here.at :]:
-            values = frozenset(one[prop.name] for one in here.alike if prop.name in one)
-            if prop.node in self.possible and self.kept(Value(self, prop.node, values)):
-                return True
-            if prop.required:
-                return False
-        taken = here.taken.union(*here.alike)
-        return any(node in self.possible and self.leaf(names, taken) is not None for names, node, _ in here.shape.unnamed)
+        return True
 
-    def unlike(self, node: Node, taken: Iterable[tuple[Any, Any]], after: Any) -> list[Symbols]:
-        """A value and what follows it, so that the whole is none of those taken, of which each is its value here and the rest."""
-        unique = isinstance(after, Elements) and after.shape.unique
-        heads: dict[Any, set[Any]] = {}
-        for value, rest in taken:
-            heads.setdefault(value, set()).add(rest)
-        if not heads and not unique:
-            return [(Value(self, node), after)]
-        found, seen = list[Symbols](), after.seen if unique else frozenset()
-        for value, rest in heads.items():
-            same = replace(after, alike=frozenset(rest), **({"seen": seen | {value}} if unique else {}))
-            if value not in seen and self.shapes.fits(plain(value), node) and (self._parts_soon(same) or self.kept(same)):
-                found.append((word(self.shapes.json(plain(value))), same))
-        other = Value(self, node, seen.union(heads))
-        if not other.but or self.kept(other):
-            found.append((Recorded(Automaton(other).start, after),) if unique else (other, after))
-        return found
+    def _count(self, node: Node, most: int) -> int:
+        """How many values that are told apart fit, up to `most`: those of one kind."""
+        if (node, most) not in self._counts:
+            self._counts[node, most] = 0  # as far as it holds itself
+            counts = [self._count_shape(shape, most) for shape in self.shapes.choice(node)]
+            self._counts[node, most] = min(max(counts, default=0), most)
+        return self._counts[node, most]
+
+    def _count_shape(self, shape: Shape, most: int) -> int:
+        if isinstance(shape, Listed):
+            return len(shape.values)
+        if isinstance(shape, Texts):
+            few = few_texts(shape, most)
+            return most if few is None else len(few)
+        if isinstance(shape, NumberShape):
+            return most if not (shape.low and shape.high) and not shape.multiples else self._count_numbers(shape, most)
+        if not self.is_possible(shape):
+            return 0
+        key = self.key(shape) if isinstance(shape, ObjectShape) else None
+        return most if self.is_endless(shape) else self._count(key.node, most) if key else 1
+
+    def _count_numbers(self, shape: NumberShape, most: int) -> int:
+        taken = set[Any]()
+        while len(taken) < most and (symbol := another_number(shape, taken)) is not None:
+            here, text = Automaton(symbol).start, b""
+            while not here.ends:
+                text += bytes([next(bytes_of(here.bits))])
+                here = here.step(text[-1]) or here
+            taken.add(json.loads(text))
+        return len(taken)
+
+    def is_endless(self, shape: Shape) -> bool:
+        """True for an array or object that may always go on."""
+        if isinstance(shape, ArrayShape):
+            can_go_on = shape.high is None and self.possible.issuperset((*shape.first, shape.rest))
+            return can_go_on and (not shape.unique or any(one in FREE[:2] for one in self.shapes.choice(shape.rest or ())))
+        return isinstance(shape, ObjectShape) and shape.high is None and any(
+            names.most == math.inf and few_texts(names, self.MANY) is None for names, node, _ in shape.unnamed
+            if node in self.possible)  # fmt: skip
+
+    def key(self, shape: ObjectShape) -> Property | None:
+        """The property in which objects differ: that with most values, if they are neither objects nor arrays."""
+        props = [prop for prop in shape.named if prop.node in self.possible and not any(
+            isinstance(one, (ObjectShape, ArrayShape)) for one in self.shapes.choice(prop.node))]  # fmt: skip
+        key = max(props, key=lambda prop: (self._count(prop.node, self.MANY), prop.required), default=None)
+        return key if key and self.is_possible(shape.needing(key.name)) else None
 
 
 @dataclass(frozen=True)
@@ -18357,6 +18256,9 @@ class Part(Symbol):
         raise NotImplementedError
 
 
+_JSON = json.JSONEncoder(ensure_ascii=False, allow_nan=False)
+
+
 @dataclass(frozen=True)
 class Value(Part):
     """A value that fits some schemas, and is none of `but`, to compare with."""
@@ -18368,175 +18270,145 @@ class Value(Part):
         constants: dict[bytes, Symbols] = {}
         found: list[Symbols] = []
         for shape in self.documents.shapes.choice(self.node):
-            if isinstance(shape, Constant):
-                if not self.but or comparable(json.loads(shape.text)) not in self.but:
-                    constants[shape.text.encode()] = ()
-            elif self.documents.is_possible(shape, self.documents.possible):
-                found += self._of_shape(shape)
+            if isinstance(shape, Listed):
+                constants |= {_JSON.encode(value).encode(): () for key, value in shape.values.items() if key not in self.but}
+            elif isinstance(shape, (Texts, NumberShape)):
+                leaf = self.documents.leaf(shape, self.but)
+                found += [(leaf,)] if leaf else []
+            elif self.documents.is_possible(shape):
+                found += self._array(shape) if isinstance(shape, ArrayShape) else self._object(shape)
         return [any_text(constants), *found] if constants else found
 
-    def _of_shape(self, shape: Texts | NumberShape | ObjectShape | ArrayShape) -> list[Symbols]:
-        if isinstance(shape, (Texts, NumberShape)):
-            leaf = self.documents.leaf(shape, self.but)
-            return [(leaf,)] if leaf else []
-        inside: Members | Elements
-        if isinstance(shape, ObjectShape):
-            begin, inside = b"{", Members(self.documents, shape, alike=frozenset(x for x in self.but if isinstance(x, Fields)))
-        else:
-            begin, inside = b"[", Elements(self.documents, shape, 0, (0,) * len(shape.contains),
-                                           alike=frozenset(x for x in self.but if isinstance(x, tuple) and x[:1] != (bool,)))
-        return [(Word(begin), inside)] if not inside.alike or self.documents.kept(inside) else []
+    def _array(self, shape: ArrayShape) -> list[Symbols]:
+        is_new = self.documents.is_endless(shape) or not any(isinstance(one, tuple) for one in self.but)
+        return [(Word(b"["), Elements(self.documents, shape, 0, shape.contains))] if is_new else []
+
+    def _object(self, shape: ObjectShape) -> list[Symbols]:
+        documents, room = self.documents, math.inf if shape.high is None else shape.high
+        others = [dict(one) for one in self.but if isinstance(one, frozenset)]
+        if not others or documents.is_endless(shape):
+            return [(Word(b"{"), Members(documents, shape, 0, shape.low, room))]
+        if (key := documents.key(shape)) is None:
+            return []
+        value = Value(documents, key.node, frozenset(one[key.name] for one in others if key.name in one))
+        members = Members(documents, shape.needing(key.name), 0, shape.low, room, True, (key.name, value))
+        return [(Word(b"{"), members)] if documents.kept(value) else []
 
 
 @dataclass(frozen=True)
 class Members(Part):
-    """The rest of an object: its named properties from `at` on. `count` properties stand there, as far as that matters.
+    """The rest of an object: its named properties from `at` on, of which `lacking` at least must still come and `room` may.
 
-    `taken` are the names of unnamed properties that may not come again; `alike` is the rest of each object that this one must
-    not be and begins as.
+    The `key` is a property whose value must differ from that of other objects, and its value.
     """
 
     shape: ObjectShape
-    at: int = 0
-    count: int = 0
+    at: int
+    lacking: int
+    room: float
     first: bool = True
-    taken: frozenset[str] = frozenset()
-    alike: frozenset[Fields] = frozenset()
+    key: tuple[str, Value] | None = None
 
     def made(self) -> list[Symbols]:
         """The alternatives: a named property, the end, an unnamed one; a block of named ones at a time."""
-        documents, shape, alike = self.documents, self.shape, self.alike
+        documents, shape, size = self.documents, self.shape, len(self.shape.named)
         texts: dict[bytes, Symbols] = {}
         found: list[Symbols] = []
-        next_block = (self.at // documents.BLOCK + 1) * documents.BLOCK
-        for index in range(self.at, min(next_block, len(shape.named))):
-            prop, after = shape.named[index], Members(documents, shape, index + 1, self._counted(), False, self.taken)
+        end = min((self.at // documents.BLOCK + 1) * documents.BLOCK, size)
+        for index in range(self.at, end):
+            prop, after = shape.named[index], self._after(index + 1)
             if prop.node in documents.possible and documents.can_end(after):
-                behind = self._behind(prop.name, prop.node, after, alike)
-                if behind:
-                    texts[self._key(prop.name)] = behind[0] if len(behind) == 1 else (AnyOf(tuple(map(InOrder, behind))),)
+                value = Value(documents, prop.node)
+                if self.key and self.key[0] == prop.name:
+                    value, after = self.key[1], replace(after, key=None)
+                text = f"{'' if self.first else ', '}{json.dumps(prop.name, ensure_ascii=False)}: "
+                texts[text.encode()] = (value, after)
             if prop.required:
                 break
-            alike = frozenset(one for one in alike if prop.name not in one) if alike else alike
         else:
-            if next_block < len(shape.named):
-                block = replace(self, at=next_block, alike=alike)
-                found += [(block,)] if not alike or documents.kept(block) else []
-            else:
-                found += replace(self, at=len(shape.named), alike=alike)._unnamed() if shape.unnamed else []
-                if self.count >= shape.low and Fields() not in alike:
-                    texts[b"}"] = ()
+            found += [(replace(self, at=end),)] if end < size else self._unnamed()
+            if end == size and not self.lacking:
+                texts[b"}"] = ()
         return [any_text(texts), *found] if texts else found
 
-    def _key(self, name: str) -> bytes:
-        return f"{'' if self.first else ', '}{json.dumps(name, ensure_ascii=False)}: ".encode()
-
-    def _counted(self) -> int:
-        """One more property, counted as far as it matters."""
-        return self.count + 1 if self.shape.high is not None or self.count < self.shape.low else self.count
-
-    def _behind(self, name: str, node: Node, after: Members, alike: Iterable[Fields]) -> list[Symbols]:
-        """The value of a property and the rest."""
-        taken = ((one[name], Fields(pair for pair in one.items() if pair[0] != name)) for one in alike if name in one)
-        return self.documents.unlike(node, taken, after)
+    def _after(self, at: int) -> Members:
+        """The rest behind one more property; of unnamed ones only the first counts."""
+        lacking = self.lacking - (self.lacking > 0 and self.at <= len(self.shape.named))
+        return Members(self.documents, self.shape, at, lacking, self.room - 1, False, self.key)
 
     def _unnamed(self) -> list[Symbols]:
-        """Unnamed properties; where properties are counted, their names are told apart."""
-        shape, documents, found = self.shape, self.documents, list[Symbols]()
-        if (shape.high is not None and self.count >= shape.high) or not documents.can_end(self):
-            return found  # those that are named and left out would be missing
-        after = Members(documents, shape, self.at, self._counted(), False, self.taken)
-        known = [name for name in dict.fromkeys(itertools.chain(*sorted(self.alike, key=list))) if name not in self.taken]
-        for names, node, _ in shape.unnamed:
-            if node not in documents.possible:
-                continue
-            for name in known[: documents.MAX_ALIKE]:
-                if has(names, name):
-                    again = replace(after, taken=self.taken | {name})
-                    found += [(Word(self._key(name)), *behind) for behind in self._behind(name, node, again, self.alike)]
-            key = documents.leaf(names, self.taken.union(known))
-            if key is not None:
-                begin = () if self.first else (word(", "),)
-                counted = shape.low > 0 or shape.high is not None
-                found.append((*begin, Recorded(Automaton(key).start, Named(after, node))) if counted
-                             else (*begin, key, Word(b": "), Value(documents, node), after))  # fmt: skip
-        return found
+        documents, after = self.documents, self._after(len(self.shape.named) + 1)
+        if after.room < 0 or not documents.can_end(after):
+            return []
+        keys = ((documents.leaf(names), node) for names, node, _ in self.shape.unnamed if node in documents.possible)
+        begin = () if self.first else (Word(b", "),)
+        return [(*begin, key, Word(b": "), Value(documents, node), after) for key, node in keys if key is not None]
 
 
 @dataclass(frozen=True)
 class Elements(Part):
-    """The rest of an array behind `index` elements, of which so many fit what it must contain.
+    """The rest of an array behind `index` elements.
 
-    `seen` are the elements so far, where no two may be the same; `alike` is the rest of each array that this one must not be
-    and begins as.
+    `lacking` are the schemas that an element each must still fit, in their order; `seen` the elements so far, where no two may
+    be the same.
     """
 
     shape: ArrayShape
     index: int
-    counts: tuple[int, ...]
+    lacking: tuple[int, ...]
     seen: frozenset[Any] = frozenset()
-    alike: frozenset[tuple[Any, ...]] = frozenset()
-    before: tuple[int, ...] = ()  # counts before the element that is being read: 1.0 may be the 1 that it must contain
 
     def made(self) -> list[Symbols]:
         """The alternatives: the end, or one more element."""
-        shape, documents, found = self.shape, self.documents, list[Symbols]()
-        if documents.is_whole(shape, self.index, self.counts) and () not in self.alike:
-            found.append((Word(b"]"),))
-        taken = [(one[0], one[1:]) for one in self.alike if one]
-        live = documents.alive(shape, documents.possible) if shape.contains else None
+        shape, documents, node = self.shape, self.documents, self.shape.at(self.index)
+        found: list[Symbols] = [(Word(b"]"),)] if self.index >= shape.low and not self.lacking else []
         comma = (Word(b", "),) if self.index else ()
-        for node, counts in documents.elements(shape, self.index, self.counts):
-            after = Elements(documents, shape, documents.next(shape, self.index), counts, self.seen,
-                             before=self.counts if shape.unique else ())
-            if node in documents.possible and (live is None or (after.index, counts) in live):
-                found += [(*comma, *behind) for behind in documents.unlike(node, taken, after)]
+        counts = shape.high is not None or self.index < max(len(shape.first), shape.low, 1)  # else no index matters any more
+        ways = [] if node is None else [(node, self.lacking)]
+        if node is not None and self.lacking:
+            ways.append((documents.shapes.node((*node, self.lacking[0])), self.lacking[1:]))
+        for node, lacking in ways:
+            value = Value(documents, node, self.seen)
+            after = replace(self, index=self.index + counts, lacking=lacking)
+            if node in documents.possible and documents.has_room(shape, after.index, lacking):
+                if not shape.unique:
+                    found.append((*comma, value, after))
+                elif documents.kept(value):
+                    found.append((*comma, Element(Automaton(value).start, after)))
         return found
 
-    def follow(self, text: bytes) -> Symbols:
-        value, counts = json.loads(text), list(self.counts)
-        for i, (number, least, most) in enumerate(self.shape.contains):
-            if most is None and counts[i] == self.before[i] < least and self.documents.shapes.fits(value, (number,)):
-                counts[i] += 1
-        return (replace(self, seen=self.seen | {comparable(value)}, counts=tuple(counts), before=()),)
-
 
 @dataclass(frozen=True)
-class Named:
-    """Behind the name of an unnamed property: its value, and an object where that name is taken."""
-
-    after: Members
-    node: Node
-
-    def follow(self, text: bytes) -> Symbols:
-        taken = self.after.taken | {json.loads(text)}
-        return (Word(b": "), Value(self.after.documents, self.node), replace(self.after, taken=taken))
-
-
-@dataclass(frozen=True)
-class Recorded(Symbol):
-    """A part whose text so far is kept, for what follows depends on it. It is never empty."""
+class Element(Symbol):
+    """An element that is none of those that the array has seen: its text so far is kept. It is never empty."""
 
     here: State
-    then: Named | Elements
+    array: Elements  # behind it
     text: bytes = b""
 
-    @property
+    @functools.cached_property
     def firsts(self) -> int:
-        return self.here.bits
+        """Without a bracket that would end an object or array that is there already."""
+        bits = self.here.bits
+        for byte in b"]}" if self.array.seen and self.text[:1] in b"[{" else b"":
+            behind = self.here.step(byte)
+            if behind and behind.ends and comparable(json.loads(self.text + bytes([byte]))) in self.array.seen:
+                bits &= ~(1 << byte)
+        return bits
 
     @property
     def ends(self) -> bool:  # type: ignore[override]
         return self.here.ends
 
     def step(self, byte: int) -> Symbols | None:
-        here, text = self.here.step(byte), self.text + bytes([byte])
-        if here is None:
+        here = self.here.step(byte)
+        if here is None or not self.firsts >> byte & 1:
             return None
-        return (Recorded(here, self.then, text),) if here.bits else self.then.follow(text)
+        behind = Element(here, self.array, self.text + bytes([byte]))
+        return (behind,) if here.bits else behind.left()
 
     def left(self) -> Symbols:
-        return self.then.follow(self.text)
+        return (replace(self.array, seen=self.array.seen | {comparable(json.loads(self.text))}),)
 
 
 @dataclass(frozen=True, eq=False)
@@ -18592,8 +18464,7 @@ def one_call(format: CallFormat, where: str, function: dict[str, Any]) -> Symbol
     schema = function.get("parameters") or {}
     schema = schema if "type" in schema or "properties" in schema else {"type": "object", **schema}
     name = function["name"] if format.keys is None else json.dumps(function["name"], ensure_ascii=False)[1:-1]
-    text = json.dumps(schema)
-    arguments = ArgumentList(text, where, format.params) if format.params else Json(text, where)
+    arguments = Json(json.dumps(schema), where, format.params)
     read_soon(arguments)
     return InOrder((word(name), format_text(format.named), arguments))
 
@@ -18606,7 +18477,7 @@ class SchemaStructure(SchemaReader):
             raise self.refuse(f"{key} must be a type or a list of types, not {described(value)}")
         return self.EVERY_TYPE
 
-    KEYWORDS: ClassVar = {key: read for key, read in SchemaReader.KEYWORDS.items() if key == "enum" or read in (
+    KEYWORDS: ClassVar = {key: read for key, read in SchemaReader.KEYWORDS.items() if key in ("enum", "dependencies") or read in (
         Keywords._schema, Keywords._schemas, Keywords._named)} | {"type": _type_names}
 
 
@@ -18635,27 +18506,6 @@ def object_shapes(shapes: SchemaShapes) -> list[ObjectShape]:
     return [shape for shape in shapes.choice(root) if isinstance(shape, ObjectShape)]
 
 
-def types_of(shapes: Shapes) -> int:
-    """The types of values of these shapes, as SchemaReader's bits."""
-    found = 0
-    for shape in shapes:
-        if isinstance(shape, Constant):
-            found |= type_bit(json.loads(shape.text))
-        else:
-            found |= 8 if isinstance(shape, NumberShape) and shape.whole else SHAPE_BITS[type(shape)]
-    return found
-
-
-@dataclass(frozen=True)
-class ArgumentList(Json):
-    """The objects of a JSON schema, their properties written one by one."""
-
-    params: Params
-
-    def opened(self) -> Iterable[Symbols]:
-        return read_arguments(self.text, self.param, self.params)
-
-
 @functools.lru_cache(maxsize=64)
 def read_arguments(text: str, param: str, params: Params) -> tuple[Symbols, ...]:
     """A schema's objects, property by property. Raises InvalidRequest naming the keyword at fault."""
@@ -18667,7 +18517,7 @@ def read_arguments(text: str, param: str, params: Params) -> tuple[Symbols, ...]
                 keyword = "minProperties" if shape.high is None else "maxProperties"
                 raise documents.shapes.refuse(f"keyword {keyword} is not supported where arguments are written one by one")
         documents.root()  # tells what is possible
-        for shape in (shape for shape in objects if documents.is_possible(shape, documents.possible)):
+        for shape in (shape for shape in objects if documents.is_possible(shape)):
             arguments = [(one_argument(documents, prop, params), prop.required) for prop in shape.named
                          if prop.node in documents.possible]  # fmt: skip
             found.append((in_turn(arguments, format_text(params.closes if params.quote else "")),))
@@ -18689,10 +18539,12 @@ def one_argument(documents: Documents, prop: Property, params: Params) -> Symbol
 
 def plain_texts(documents: Documents, shapes: Shapes, marker: str) -> Symbols:
     """Strings as they are: what stands behind them, `marker`, does not occur in them. Raises InvalidRequest if there are none."""
-    apart, found = texts_by("pattern", not_before(marker), False), list[Symbol]()
+    first, second = map(re.escape, (marker + "  ")[:2])  # left out: the marker's first two characters, and what may become them
+    begun = rf"{first}|\\|\n" if len(marker) == 1 else f"{first}(?:{first}|{second}|$)"
+    apart, found = texts_by("pattern", begun, False), list[Symbol]()
     for shape in shapes:
-        if isinstance(shape, Constant) and shape.text[0] == '"' and has(apart, json.loads(shape.text)):
-            found.append(word(json.loads(shape.text)))
+        if isinstance(shape, Listed):
+            found += (word(value) for value in shape.values.values() if isinstance(value, str) and has(apart, value))
         elif isinstance(shape, Texts):
             shape = intersection([shape, apart])
             if documents.leaf(shape) is not None:
@@ -18700,12 +18552,6 @@ def plain_texts(documents: Documents, shapes: Shapes, marker: str) -> Symbols:
     if not found:
         raise documents.shapes.refuse(f"no string can fit the schema and be written before {_said(marker)}")
     return tuple(found)
-
-
-def not_before(marker: str) -> str:
-    """A pattern that no text before a marker may match: its first two characters, or one that could become them."""
-    first, second = map(re.escape, (marker + "  ")[:2])
-    return rf"{first}|\\|\n" if len(marker) == 1 else f"{first}(?:{first}|{second}|$)"
 
 
 class PlainText(JsonText):

@@ -4775,8 +4775,15 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "a look behind": ({"pattern": "(?<!a)b"}, "pattern"),
     "$ref to another document": ({"$ref": "https://json-schema.org/draft/2020-12/schema"}, "$ref"),
     "unevaluatedItems beside contains": ({"type": "array", "contains": FLAG, "unevaluatedItems": False}, "unevaluatedItems"),
-    "unevaluatedProperties beside allOf": (
-        {"allOf": [{"properties": {"a": FLAG}}], "unevaluatedProperties": False}, "unevaluatedProperties"),
+    "unevaluatedProperties beside not of not": (
+        {"not": {"not": {"properties": {"a": FLAG}}}, "unevaluatedProperties": False}, "unevaluatedProperties"),
+    "unevaluatedProperties of constants": ({"enum": [{"a": 1}], "unevaluatedProperties": False}, "unevaluatedProperties"),
+    "maxContains": ({"type": "array", "contains": FLAG, "maxContains": 2}, "maxContains"),
+    "uniqueItems beside contains": ({"uniqueItems": True, "contains": {"const": 1}, "minContains": 2}, "uniqueItems"),
+    "names that must be told apart": ({"type": "object", "minProperties": 2}, "minProperties"),
+    "lists that must be told apart": (
+        {"type": "array", "uniqueItems": True, "minItems": 2, "items": {"type": "array", "maxItems": 1}}, "uniqueItems"),
+    "an allOf of 8,000 objects": (both(*({"properties": {f"p{n}": {}}} for n in range(8000))), "too large"),
     "$ref by an $anchor": ({"$defs": {"n": {"$anchor": "n", **FLAG}}, "$ref": "#n"}, "$anchor"),
     "$ref by an $id inside": ({"$defs": {"n": {"$id": "https://x.org/a", **FLAG}}, "$ref": "https://x.org/a"}, "$ref"),
     "$ref within a schema that has an $id": ({"$defs": {"n": {"$id": "b", "properties": {"a": {"$ref": "#/$defs/m"}}}, "m": FLAG},
@@ -5447,19 +5454,34 @@ KEYWORDS: dict[str, tuple[Any, list[Any], list[Any]]] = {
     "propertyNames as constants": ({**OBJECT, "propertyNames": {"enum": ["a", "b"]}}, [{"a": 1}, {"a": 1, "b": 2}], [{"c": 1}]),
     "minProperties": ({**NAMED_SCHEMAS, "minProperties": 2}, [{"a": 1, "c": 1}], [{}, {"b": 1}]),
     "maxProperties": ({**NAMED_SCHEMAS, "maxProperties": 1}, [{}, {"c": 1}], [{"a": 1, "b": 1}]),
-    "counts of unnamed properties": ({**OBJECT, "minProperties": 2, "maxProperties": 2}, [{"x": 1, "y": 2}], [{"x": 1}, {}]),
+    "counts of unnamed properties": ({**NAMED_SCHEMAS, "additionalProperties": {}, "minProperties": 2, "maxProperties": 2},
+                                     [{"a": 1, "x": 2}, {"a": 1, "b": 2}], [{"x": 1}, {}, {"a": 1, "x": 1, "y": 2}]),
     "unevaluatedProperties": ({"properties": {"b": {}}, "unevaluatedProperties": {"type": "null"}}, [{"b": 1, "x": None}],
                               [{"x": 1}]),
     "contains": ({**ANY_ARRAY, "contains": {"const": 1}}, [[1], [0, 1, 0]], [[], [0]]),
-    "minContains and maxContains": ({**ANY_ARRAY, "contains": {"const": 1}, "minContains": 2, "maxContains": 2},
-                                    [[1, 1], [1, 0, 1]],
-                                    [[1], [1, 1, 1]]),
+    "minContains": ({**ANY_ARRAY, "contains": {"const": 1}, "minContains": 2, "maxItems": 3},
+                    [[1, 1], [1, 0, 1], [0, 1, 1], [1, 1, 1]], [[1], [0, 1], [0, 1, 0], [1, 1, 0, 0]]),
+    "contains behind a tuple": ({**ANY_ARRAY, "prefixItems": [{"const": 0}], "items": {}, "contains": {"const": 1}},
+                                [[0, 1], [0, 2, 1]], [[0], [0, 2], [1, 1]]),
+    "not of contains": ({**ANY_ARRAY, "not": {"contains": {"const": 1}}}, [[], [0, "a"]], [[1], [0, 1]]),
     "uniqueItems": ({**ANY_ARRAY, "uniqueItems": True}, [[], [1, "1", 2], [{"a": 1}, {"a": 2}]], [[1, 1], [{"a": 1}, {"a": 1}]]),
     "uniqueItems of lists that must contain": ({**ANY_ARRAY, "uniqueItems": True, "items": {
         **ANY_ARRAY, "items": {"enum": [1, 2]}, "maxItems": 1, "contains": {"const": 1}}}, [[], [[1]]], [[[2]], [[]]]),
+    "uniqueItems of objects": ({**ANY_ARRAY, "uniqueItems": True, "items": {
+        "required": ["kind"], "properties": {"kind": {"enum": ["x", "y"]}, "name": {"type": "string"}, "tags": ANY_ARRAY}}},
+        [[{"kind": "x", "name": "a"}, {"kind": "x", "name": "b", "tags": []}]],
+        [[{"kind": "x", "name": "a"}, {"kind": "x", "name": "a"}]]),
     "uniqueItems of what is written in two ways": ({**ANY_ARRAY, "uniqueItems": True}, [[1, True]], [[1, 1.0]]),
     "draft 4's tuples": ({**ANY_ARRAY, "items": [{"const": 1}], "additionalItems": {"const": 2}}, [[1], [1, 2, 2]],
                          [[2], [1, 1]]),
+    "unevaluatedProperties beside others": (
+        {"$defs": {"b": {"properties": {"id": ONE}, "required": ["id"]}}, "$ref": "#/$defs/b",
+         "anyOf": [{"properties": {"x": {}}, "required": ["x"]}, {"patternProperties": {"^p": {}}}],
+         "unevaluatedProperties": False},
+        [{"id": 1, "x": 2}, {"id": 1, "p1": 2}, {"id": 1}], [{"id": 1, "y": 2}, {"id": 1, "x": 1, "y": 2}, {"id": 2}, {}]),
+    "unevaluatedProperties of what is required": (
+        {**both({"required": ["a"]}, {"properties": {"a": {}, "b": {}}}), "unevaluatedProperties": False},
+        [{"a": 1}, {"a": 1, "b": 2}], [{"b": 2}, {}]),
     "unevaluatedItems": ({**ANY_ARRAY, "prefixItems": [{}], "unevaluatedItems": False}, [[1]], [[1, 2]]),
     "nullable": ({"type": "integer", "nullable": True}, [1, None], ["a"]),
     "const of an object": ({"const": {"b": [1, None], "a": "é"}}, [{"b": [1, None], "a": "é"}], [{"b": [1]}]),
@@ -5509,7 +5531,7 @@ def told_apart(count: int) -> dict[str, Any]:
         {"type": "string", "format": "email", "not": {"pattern": "x"}, "minLength": 60, "maxLength": 64},
         "a" * 40 + "@" + "b" * 20, "x" * 40 + "@" + "b" * 20),
     "different elements that must contain what no string is": (
-        {**UNIQUE, "prefixItems": [{**UNIQUE, "contains": {"type": "boolean"}}, {**OBJECT, "required": ["a"]}]},
+        {**UNIQUE, "prefixItems": [{**ANY_ARRAY, "contains": {"type": "boolean"}}, {"properties": {"a": INTEGER}}]},
         [[True], {"a": 1}], [["x"], {"a": 1}]),
 })  # fmt: skip
 def test_schema_with_many_kinds_is_read_soon(schema: Any, fitting: Any, others: Any) -> None:
@@ -5550,23 +5572,21 @@ STRINGS = {**UNIQUE, "items": {"type": "string"}}
     "what must be contained, late": {**ANY_ARRAY, "items": {"enum": [1, 2]}, "contains": {"const": 1}, "maxItems": 2},
     "unique objects that run out": {**ANY_ARRAY, "uniqueItems": True, "minItems": 2,
                                     "items": {**OBJECT, "properties": {"a": {"type": "boolean"}}, "required": ["a"]}},
-    "as many as there are": {**ANY_ARRAY, "uniqueItems": True, "minItems": 3,
-                             "items": {**ANY_ARRAY, "maxItems": 1, "items": {"enum": [1, 2]}}},
     "unique numbers that run out": {**ANY_ARRAY, "uniqueItems": True, "items": {"type": "integer", "minimum": 9, "maximum": 11}},
     "any strings": STRINGS,
     "few characters": {**UNIQUE, "items": {"type": "string", "maxLength": 2, "pattern": "^[aé😀]*$"}, "minItems": 5},
     "all there are": {**UNIQUE, "items": {"type": "string", "pattern": "^(a|b.|cd?)$", "maxLength": 2}, "minItems": 9},
     "a text that ends or goes on": {**UNIQUE, "items": {"type": "string", "pattern": "^(ab?c?|d*)$"}, "minItems": 8},
     "escapes": {**UNIQUE, "items": {"type": "string", "pattern": r"^[\n\u0001/]$"}, "minItems": 3},
-    "constants and strings": {**UNIQUE, "minItems": 3,
-                              "items": {"anyOf": [{"enum": ["a", 1]}, {"type": "string", "pattern": "^[ab]$"}]}},
-    "names": {**NULLS, "minProperties": 3, "propertyNames": {"pattern": "^[abc]$"}},
+    "what must be contained, behind a tuple": {**ANY_ARRAY, "prefixItems": [{"const": 2}], "items": {"enum": [1, 2]},
+                                               "minItems": 1, "contains": {"const": 1}, "minContains": 2, "maxItems": 4},
+    "objects with few keys": {**UNIQUE, "items": {**OBJECT, "properties": {"a": {"enum": [1, 2]}, "b": {"type": "boolean"}}}},
+    "tuples, one of which must differ": {"type": ["array", "null"], "uniqueItems": True, "minItems": 2,
+                                         "prefixItems": [{"const": 1}, {"const": 1}]},
     "lists that can only be empty": {"anyOf": [{"const": 1}, {**UNIQUE, "minItems": 2, "items": {"type": "array", "items": {
         "type": "object", "required": ["a"], "maxProperties": 0}}}]},
     "lists that are too few, among others": {**UNIQUE, "minItems": 2, "items": {"anyOf": [
         {"enum": [1, 2]}, {**UNIQUE, "minItems": 3, "items": {"enum": [1, 2]}}]}},
-    "lists with one list at most": {**UNIQUE, "items": {**ANY_ARRAY, "items": {"enum": [1, [1]]}, "contains": {"const": [1]},
-                                                        "maxContains": 1, "maxItems": 2}},
 })  # fmt: skip
 def test_schema_leads_into_no_dead_end(schema: Any) -> None:
     texts = list(filter(None, (walk(begin(schema), random.Random(seed), 600) for seed in range(40))))
@@ -5581,10 +5601,6 @@ def test_schema_leads_into_no_dead_end(schema: Any) -> None:
     "120 integers, 200 times": {**UNIQUE, "minItems": 200, "items": {"type": "integer", "minimum": 1, "maximum": 120}},
     "more properties than there are": {**NAMED_SCHEMAS, "minProperties": 4},
     "what nothing is": {"type": "string", "allOf": [{"pattern": "^a"}, {"pattern": "^b"}]},
-    "contained twice, without repeats": {"uniqueItems": True, "contains": {"const": 1}, "minContains": 2},
-    "contained twice among few": {**ANY_ARRAY, "uniqueItems": True, "items": {"enum": [1, 2, 3]}, "contains": {"minimum": 3},
-                                  "minContains": 2},
-    "an empty object, twice": {"uniqueItems": True, "contains": {"const": {}}, "minContains": 2, "maxItems": 3},
     "contained where nothing is": {**ANY_ARRAY, "items": {"type": "string"}, "contains": {"type": "integer"}},
     "objects that must not be empty, without repeats": {**UNIQUE, "minItems": 3, "items": {
         **OBJECT, "properties": {"a": {"type": "boolean"}}, "minProperties": 1}},
@@ -5758,11 +5774,11 @@ HOLDS_ITSELF: dict[str, Any] = {**R, "$defs": {"R": {**ANY_ARRAY, "uniqueItems":
     "texts that begin alike": (STRINGS, '["ab", "abc", "a", "b"]', True),
     "half a pair twice": (STRINGS, r'["\ud83d\ude00", "\ud83d\ude01"]', True),
     "a backslash": (STRINGS, r'["a\\b", "ab"]', True),
-    "the empty list, and others": (HOLDS_ITSELF, "[[], [[]], [[], [[]]]]", True),
     "a list twice": (HOLDS_ITSELF, "[[], []", None),
     "a list twice, further in": (HOLDS_ITSELF, "[[[]], [[], []", None),
-    "three lists that hold each other": (HOLDS_ITSELF, "[[], [[]], [[[]]]]", True),
     "an object in another order": (UNIQUE, '[{"a": 1, "b": 2}, {"b": 2, "a": 1', False),
+    "a list that goes on": (UNIQUE, "[[1], [1, 2]]", True),
+    "a list that does not": (UNIQUE, "[[1], [1]", None),
     "an object that goes on": (UNIQUE, '[{"a": 1}, {"a": 1, "b": 2}]', True),
 })  # fmt: skip
 def test_array_without_repeats_takes_what_is_new(schema: Any, text: str, ends: bool | None) -> None:
@@ -5790,12 +5806,8 @@ def test_text_that_nests_too_deep_to_be_followed_is_refused() -> None:
 
 @cases("schema, said", {
     "a format that a constant must not have": ({"const": "a", "not": {"format": "email"}}, "format"),
-    "an array beside something else": ({"type": ["array", "null"], "uniqueItems": True, "minItems": 2,
-                                        "prefixItems": [{"const": 1}, {"const": 1}]}, "uniqueItems"),
     "objects that can only be empty, without repeats": ({**UNIQUE, "prefixItems": [
         {**OBJECT, "maxProperties": 0}, {**OBJECT, "additionalProperties": False}]}, "uniqueItems"),
-    "more of contains than can be told apart": (
-        {"allOf": [{**ANY_ARRAY, "contains": {"const": n}} for n in range(14)]}, "over 13 contains"),
     "multiples of too much": ({"allOf": [{"multipleOf": 10**299 + n} for n in range(9)]}, "multipleOf"),
     "objects that close each other out": (
         {"allOf": [{**OBJECT, "properties": {n: {}}, "required": [n], "additionalProperties": False} for n in "ab"]},
@@ -5810,13 +5822,6 @@ def test_schema_is_refused_before_a_text_begins_and_by_its_field(schema: Any, sa
     with pytest.raises(InvalidRequest, match=f"^json_schema: .*{said}") as refused:
         begin(schema)
     assert refused.value.param == "json_schema"
-
-
-def test_value_that_must_be_contained_counts_however_it_is_written() -> None:
-    few = {**UNIQUE, "items": {"type": "string", "pattern": "^[ab]?$"}, "minItems": 2, "maxItems": 2, "contains": {"enum": ["a"]}}
-    for schema, text in ((few, b'["\\u0061", ""]'), ({**UNIQUE, "contains": {"const": 1}, "maxItems": 3}, b"[1.0, 2, 3]")):
-        here = begin(schema).read(text)
-        assert here is not None and here.ends, text
 
 
 def test_thirteen_of_contains_are_read_in_turns() -> None:
@@ -5842,12 +5847,8 @@ def test_what_a_number_must_not_be_is_one_machine_however_it_is_written():
     "a pattern and lengths": (elements({"type": "string", "pattern": "^[ab]*$", "maxLength": 1}), 3),
     "one multiple": (elements({"type": "number", "exclusiveMinimum": 0.5, "maximum": 2, "multipleOf": 2}), 1),
     "halves": (elements({"type": "number", "minimum": 0, "maximum": 1, "multipleOf": 0.5}), 3),
-    "lists of one": (
-        elements({"type": "array", "items": {"type": "string", "pattern": "^[ab]$"}, "minItems": 1, "maxItems": 1}), 2),
-    "lists without repeats": (elements({"type": "array", "items": {"const": 1}, "uniqueItems": True}), 2),
     "objects": (
         elements({"type": "object", "properties": {"a": {"type": "string", "pattern": "^[ab]$"}}, "minProperties": 1}), 2),
-    "names of a pattern": ({"type": "object", "patternProperties": {"^[ab]$": {}}}, 2),
     "beside one that is named": ({"type": "object", "properties": {"a": {}, "c": {}}, "patternProperties": {"^[ab]$": {}}}, 3),
     "the empty name": ({"type": "object", "additionalProperties": {}, "propertyNames": {"maxLength": 0}}, 1),
 })  # fmt: skip
@@ -5861,7 +5862,7 @@ def test_different_elements_and_names_are_counted(schema, least):
 
 
 def test_objects_keep_room_for_what_they_need_and_differ_in_their_names():
-    here = begin({"type": "object", "properties": {"name": {}}, "patternProperties": {"^[ab]$": {}}, "minProperties": 3})
+    here = begin({"type": "object", "properties": {"name": {}}, "patternProperties": {"^[ab]$": {}}, "minProperties": 2})
     assert here.forced(100) == b'{"name": '
     letters = [chr(code) for code in range(ord("a"), ord("u"))]
     item = {"type": "object", "properties": {"a": {"enum": letters}}, "required": ["a"]}
