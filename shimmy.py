@@ -19586,7 +19586,8 @@ p { margin: 0; }
 .code pre { margin: 0; padding: .75rem .9rem; overflow-x: auto; overflow-wrap: normal; font-size: .9rem; }
 .wide { overflow-wrap: normal; overflow-x: auto; margin: .75em 0; }
 table { border-collapse: collapse; font-size: .95em; }
-th, td { border-bottom: 1px solid var(--line); padding: .35rem .8rem .35rem 0; text-align: left; white-space: pre-line; }
+tr { border-bottom: 1px solid var(--line); }
+th, td { padding: .35rem .8rem .35rem 0; text-align: left; white-space: pre-line; }
 .empty { text-align: center; padding-top: 12vh; color: var(--mute); text-wrap: balance; }
 #foot { padding: 0 1rem max(.75rem, env(safe-area-inset-bottom)); }
 #foot > * { max-width: 46rem; margin: 0 auto .5rem; }
@@ -19660,27 +19661,56 @@ small { display: block; color: var(--mute); line-height: 1.4; margin-bottom: .25
 <div id="status" class="unseen" role="status" aria-live="polite"></div>
 <script>
 "use strict";
-// ── Elements. Text becomes text nodes only: nothing that a model, a file or a server says is ever read as HTML.
+// ── Drawing. make() describes an element; draw() gives a node the children described, and leaves alone what is so already.
+// Text becomes text nodes only: nothing that a model, a file or a server says is ever read as HTML.
 const $ = id => document.getElementById(id);
 const log = $("log"), box = $("box");
 const sleep = ms => new Promise(done => setTimeout(done, ms));
 const parsed = text => { try { return JSON.parse(text); } catch { return null; } };
+const make = (tag, props, ...children) =>
+  ({tag, props: props || {}, kind: [tag, ...Object.keys(props || {})].join(" "), children: children.flat()});
 
-function make(tag, props, ...children) {
-  const node = document.createElement(tag);
-  for (const [name, value] of Object.entries(props || {})) {
-    if (typeof value === "function") node.addEventListener(name, value);
-    else if (value !== false && value != null) node.setAttribute(name, value === true ? "" : value);
+function draw(parent, views) {
+  let node = parent.firstChild;
+  for (const view of views) {
+    if (node?.view !== view) node = drawOne(parent, node, view);
+    node = node.nextSibling;
   }
-  children.flat().forEach(child => node.append(child));  // as arguments, tens of thousands would overflow the stack
+  for (let next; node; node = next) {
+    next = node.nextSibling;
+    node.remove();
+  }
+}
+
+function drawOne(parent, old, view) {
+  const {tag, props = {}, kind = "text", children} = view;
+  let node = old;
+  if (old?.kind !== kind) {
+    node = Object.assign(tag ? document.createElement(tag) : new Text(), {kind});
+    old ? old.replaceWith(node) : parent?.append(node);
+  }
+  for (const [name, value] of Object.entries(props)) {
+    if (value === node.view?.props[name]) continue;
+    if (name in node && value != null) node[name] = value;
+    else if (value == null || value === false) node.removeAttribute(name);
+    else node.setAttribute(name, value);
+  }
+  if (view.markdown != null) drawMarkdown(node, view.markdown);
+  else if (tag) draw(node, children);
+  else if (view.startsWith(node.data)) node.appendData(view.slice(node.length));  // what is selected stays so
+  else node.data = view;
+  node.view = view;
   return node;
 }
 
-const button = (text, click, props) => make("button", {type: "button", click, ...props}, text);
+const element = (...described) => drawOne(null, null, make(...described));
+const button = (text, onclick, props) => make("button", {type: "button", onclick, ...props}, text);
+const plain = (text, onclick, label) => button(text, onclick, {class: "plain", "aria-label": label});
+const say = words => $("status").textContent = words;  // to those who listen to the page
 
 function copyButton(text, label) {
-  const node = button("Copy", () => {
-    const area = make("textarea", {class: "unseen"}, text());
+  return plain("Copy", ({currentTarget: node}) => {
+    const area = Object.assign(document.createElement("textarea"), {className: "unseen", value: text()});
     document.body.append(area);
     area.select();
     document.execCommand("copy");  // navigator.clipboard is missing where the page came over plain HTTP
@@ -19689,15 +19719,11 @@ function copyButton(text, label) {
     node.textContent = "Copied";
     say("Copied");
     setTimeout(() => node.textContent = "Copy", 1200);
-  }, {class: "plain", "aria-label": label});
-  return node;
+  }, label);
 }
 
-const say = words => $("status").textContent = words;  // to those who listen to the page
-
-function notice(...children) {
-  const close = button("×", () => $("notice").hidden = true, {class: "plain", "aria-label": "Dismiss"});
-  $("notice").replaceChildren(make("div", {class: "row"}, ...children), close);
+function notice(...views) {
+  draw($("notice"), [make("div", {class: "row"}, ...views), plain("×", () => $("notice").hidden = true, "Dismiss")]);
   $("notice").hidden = false;
 }
 
@@ -19713,12 +19739,14 @@ const isBlank = line => !line.trim();
 const begins = line => [FENCE, HEADING, RULE, QUOTE, ITEM].some(start => start.test(line));
 const indent = line => line.length - line.trimStart().length;
 
-// Draws a growing text: only its last unit is read again.
+// Draws a text. Of one that has grown, only its last unit is read again.
 function drawMarkdown(parent, text) {
-  const {from, open, node} = parent.drawn || {from: 0};
+  if (text === parent.drawn?.text) return;
+  if (!text.startsWith(parent.drawn?.text)) parent.replaceChildren(parent.drawn = "");
+  const {from = 0, open, node} = parent.drawn;
   node?.remove();
   const lines = text.slice(from).split("\n"), last = drawUnits(parent, lines.map(line => line.replace(/\r$/, "")), 0, open);
-  parent.drawn = {...last, from: text.length - lines.slice(last.line).join("\n").length};
+  parent.drawn = {...last, text, from: text.length - lines.slice(last.line).join("\n").length};
 }
 
 // Returns the last unit: its line, its node, and which list, table or code was open before it.
@@ -19748,17 +19776,17 @@ function unitAt(lines, i, depth, open) {
   if (isBlank(line)) return {end: i + 1};
   if (open?.columns && line.includes("|")) return {end: i + 1, node: row("td", line, open.columns), into: open.into, open};
   if (fence) return codeBlock(fence, i);
-  if (heading) return {end: i + 1, node: make("h" + heading[1].length, null, inline(heading[2].replace(/ #+ *$/, "")))};
-  if (RULE.test(line)) return {end: i + 1, node: make("hr")};
+  if (heading) return {end: i + 1, node: element("h" + heading[1].length, null, inline(heading[2].replace(/ #+ *$/, "")))};
+  if (RULE.test(line)) return {end: i + 1, node: element("hr")};
   if (QUOTE.test(line) && depth < DEEPEST) {
     const end = past(i, l => QUOTE.test(l)), inner = lines.slice(i, end).map(l => l.replace(QUOTE, ""));
-    return {end, node: holding(make("blockquote"), inner, depth)};
+    return {end, node: holding(element("blockquote"), inner, depth)};
   }
   if (ITEM.test(line) && depth < DEEPEST) return itemAt(lines, i, depth, open);
   const columns = cells(line).length;
   if (isTableRule(lines[i + 1] || "", columns)) return table(line, columns, i);
   const end = past(i + 1, l => !isBlank(l) && !begins(l));
-  return {end, node: make("p", null, inline(lines.slice(i, end).map(l => l.trim()).join("\n")))};
+  return {end, node: element("p", null, inline(lines.slice(i, end).map(l => l.trim()).join("\n")))};
 }
 
 // An item of the list that is open, or the first of a new one.
@@ -19766,7 +19794,7 @@ function itemAt(lines, i, depth, open) {
   const [mark, {length: lead}, marker] = ITEM.exec(lines[i]), number = parseInt(marker), body = [lines[i].slice(mark.length)];
   const joins = open?.lead + 1 >= lead && isNaN(open.number) === isNaN(number);
   const start = isNaN(number) || number === 1 ? null : number;
-  const list = joins ? open : {lead, number, into: make(isNaN(number) ? "ul" : "ol", {start})};
+  const list = joins ? open : {lead, number, into: element(isNaN(number) ? "ul" : "ol", {start})};
   const starts = line => {
     const m = RULE.test(line) ? null : ITEM.exec(line);
     return m && m[1].length <= list.lead + 1 && isNaN(parseInt(m[2])) === isNaN(number);
@@ -19781,7 +19809,7 @@ function itemAt(lines, i, depth, open) {
   }
   const box = /^\[( |x|X)\] /.exec(body[0]);  // a task's, which is shown and cannot be ticked here
   if (box) body[0] = (box[1] === " " ? "☐ " : "☑ ") + body[0].slice(box[0].length);
-  const item = holding(make("li"), body, depth);
+  const item = holding(element("li"), body, depth);
   if (joins) return {end, node: item, into: list.into, open: list};
   list.into.append(item);
   return {end, node: list.into, open: list};
@@ -19793,19 +19821,21 @@ const isTableRule = (line, width) =>
 
 function row(tag, line, columns) {
   const texts = cells(line).slice(0, columns).map(text => text.replaceAll("\\|", "|"));
-  return make("tr", null, Array.from({length: columns}, (_, n) => make(tag, null, inline(texts[n] || ""))));
+  return element("tr", null, texts.map(text => make(tag, null, inline(text))));
 }
 
 function table(head, columns, i) {
-  const into = make("tbody"), whole = make("table", null, make("thead", null, row("th", head, columns)), into);
-  const node = make("div", {class: "wide", tabindex: 0, role: "region", "aria-label": "Table"}, whole);
-  return {end: i + 2, node, open: {columns, into}};
+  const node = element("div", {class: "wide", tabindex: 0, role: "region", "aria-label": "Table"},
+    make("table", null, make("thead"), make("tbody")));
+  node.querySelector("thead").append(row("th", head, columns));
+  return {end: i + 2, node, open: {columns, into: node.querySelector("tbody")}};
 }
 
 function codeBlock([line, fence, language], i) {
-  const into = make("code"), head = make("span", null, language.trim().split(" ")[0] || "text");
+  const head = make("span", null, language.trim().split(" ")[0] || "text");
   const bar = make("div", {class: "row"}, head, copyButton(() => into.textContent, "Copy the code"));
-  const node = make("div", {class: "code"}, bar, make("pre", {tabindex: 0, "aria-label": "Code"}, into));
+  const node = element("div", {class: "code"}, bar, make("pre", {tabindex: 0, "aria-label": "Code"}, make("code")));
+  const into = node.querySelector("code");
   return {end: i + 1, node, open: {fence, into, lead: indent(line)}};
 }
 
@@ -19886,16 +19916,12 @@ function shownTurns(chat) {
   return shown;
 }
 
-// The newest turn of those that followed a turn.
+// Returns the newest turn of those that followed a turn.
 function lastBelow(chat, id) {
   const below = [id];
   for (const turn of chat.turns) if (below.includes(turn.parent)) below.push(turn.id);
   return below.at(-1);
 }
-
-const runs = new Map();  // the answers being written, by their chat
-const stop = chat => runs.get(chat)?.abort.abort();
-let chats = [], current = newChat();
 
 // The key is kept as long as the tab, all else for good; nothing where the browser denies its storage.
 const area = name => { try { return name === "key" ? sessionStorage : localStorage; } catch { return null; } };
@@ -19911,37 +19937,53 @@ function store(name, value) {  // false: there is no room
 // Saves a chat that was not deleted meanwhile. Where the browser's storage is full, the oldest pictures go.
 function save(chat) {
   while (chats.includes(chat) && !store("chat." + chat.id, JSON.stringify(chat))) {
-    const other = dropPicture();
+    const other = chats.findLast(each => picturesOf(each).length);
     if (!other) return notice("The browser does not keep this: its storage is full. Export your chats, then delete old ones.");
+    Object.assign(picturesOf(other)[0], {picture: "", text: "The browser had no more room for this picture."});
     if (other !== chat) save(other);
     notice("The browser’s storage is full: the oldest pictures were removed from it.");
-    drawLog();
+    drawPage();
   }
 }
 
-function dropPicture() {
-  const pictures = chat => chat.turns.flatMap(turn => turn.files).filter(file => file.picture);
-  const chat = chats.findLast(each => pictures(each).length);
-  if (chat) Object.assign(pictures(chat)[0], {picture: "", text: "The browser had no more room for this picture."});
-  return chat;
-}
+const picturesOf = chat => chat.turns.flatMap(turn => turn.files).filter(file => file.picture);
 
 function readChats() {
   const names = Object.keys(area("") || {}).filter(name => name.startsWith("shimmy.chat."));
   chats = names.map(name => newChat(parsed(localStorage.getItem(name)), name.slice(12))).sort((a, b) => b.changed - a.changed);
-  current = chats.find(chat => chat.id === recall("last")) || current;
+  return chats.find(chat => chat.id === recall("last")) || newChat();
+}
+
+// Another tab has written or deleted a chat. Its word counts, but for the turn that is being answered here.
+function takeStored({key, newValue}) {
+  const id = key?.startsWith("shimmy.chat.") && key.slice(12), old = chats.find(chat => chat.id === id);
+  if (!id || !newValue && (runs.has(old) || !old)) return;
+  chats = chats.filter(chat => chat !== old);
+  if (newValue) chats = [merged(old, newChat(parsed(newValue), id)), ...chats].sort((a, b) => b.changed - a.changed);
+  else if (current === old) [current, edited] = [newChat(), null];
+  drawPage();
+}
+
+function merged(chat, fresh) {
+  if (!chat) return fresh;
+  const own = runs.get(chat)?.turn, at = own ? chat.at : fresh.at, turns = new Map(chat.turns.map(turn => [turn.id, turn]));
+  const theirs = fresh.turns.filter(turn => turn.id !== own?.id);
+  theirs.forEach(turn => turns.set(turn.id, Object.assign(turns.get(turn.id) || {}, turn)));
+  Object.assign(chat, fresh, {turns: [...turns.values()]});
+  chat.at = lastBelow(chat, at);
+  return chat;
 }
 
 function exportChats() {
   const file = new Blob([JSON.stringify({format: "shimmy-chats", version: 1, chats}, null, 1)], {type: "application/json"});
-  make("a", {href: URL.createObjectURL(file), download: "shimmy-chats.json"}).click();
+  Object.assign(document.createElement("a"), {href: URL.createObjectURL(file), download: "shimmy-chats.json"}).click();
 }
 
 async function importChats([file]) {
   const found = parsed(await file.text()), given = found?.format === "shimmy-chats" && found.chats;
   const read = fit(given, [CHAT]).filter(chat => chat.turns.length).map(chat => newChat(chat));
   chats = [...read, ...chats];
-  drawSide();
+  drawPage();
   notice(read.length ? `${read.length} ${read.length === 1 ? "chat was" : "chats were"} imported.`
     : `${file.name} was not imported: it is no file that Export has written here.`);
   read.forEach(save);
@@ -19961,6 +20003,8 @@ async function call(path, body, signal) {
   throw failure(parsed(await response.text())?.error, `The server answered ${response.status}`);
 }
 
+const get = async path => (await call(path)).json();
+
 async function* events(response) {
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   for (let rest = "", chunk; !(chunk = await reader.read()).done;) {
@@ -19976,12 +20020,6 @@ async function* events(response) {
   throw failure({code: "cut"});
 }
 
-let models = [], usual = "", tools = [], reached;  // usual: what the server calls its default
-const get = async path => (await call(path)).json();
-const modelOf = id => models.find(model => model.id === id);
-// The model that answers in a chat: its own, while the server has it.
-const chosen = chat => (modelOf(chat.model) || modelOf(usual) || models[0] || {id: "default"}).id;
-
 async function refresh() {
   try {
     const listed = (await get("/api/models")).models;
@@ -19994,8 +20032,7 @@ async function refresh() {
     reached = false;
     notice(...advice(error, refresh));
   }
-  drawModels();
-  if (!current.turns.length) drawLog();
+  drawPage();
 }
 
 const ADVICE = {
@@ -20013,17 +20050,17 @@ function advice({code = "gone", message}, again, edit) {
   const words = make("p", null, said, ADVICE[code] || "");
   if (code === "context_length_exceeded") return [words, button("Edit the question", edit), button("New chat", startChat)];
   if (code !== "unauthorized") return [words, button("Try again", again)];
-  const key = make("input", {type: "password", autocomplete: "off", "aria-label": "Key", placeholder: "Key"});
-  const submit = event => {
+  const onsubmit = event => {
     event.preventDefault();
-    store("key", key.value.trim());
+    store("key", event.target.elements[0].value.trim());
     again();
   };
-  return [words, make("form", {submit, class: "row"}, key, make("button", null, "Use this key"))];
+  const key = make("input", {type: "password", autocomplete: "off", "aria-label": "Key", placeholder: "Key"});
+  return [words, make("form", {onsubmit, class: "row"}, key, make("button", null, "Use this key"))];
 }
 
 // ── Asking and answering
-// What is sent of a chat: questions without an answer are not, but for the last.
+// Returns what is sent of a chat: questions without an answer are not, but for the last.
 function messagesOf(chat) {
   const sent = chat.system.trim() ? [{role: "system", content: chat.system}] : [];
   for (const turn of shownTurns(chat)) {
@@ -20060,9 +20097,9 @@ function requestOf(chat) {
 }
 
 // Asks behind what is shown, or in the stead of `old`: as another version of it, unless nothing has come of it.
-async function ask(chat, {question, files}, old) {
+async function ask({question, files}, old) {
+  const chat = current, reuses = old && !old.parts.length && lastBelow(chat, old.id) === old.id;
   if (runs.has(chat)) return;
-  const reuses = old && !old.parts.length && lastBelow(chat, old.id) === old.id;
   const turn = reuses ? old : {id: newId(), parent: old ? old.parent : chat.at};
   const run = {turn, abort: new AbortController(), began: performance.now(), first: 0, waits: "Asking", progress: null};
   if (!reuses) chat.turns.push(turn);
@@ -20086,8 +20123,7 @@ async function ask(chat, {question, files}, old) {
   }
   runs.delete(chat);
   save(chat);
-  drawSide();
-  drawNewest();  // at once: who stopped a long answer waits for no frame
+  drawPage();  // at once: who stopped a long answer waits for no frame
   say({error: turn.error.message, stopped: "Stopped"}[turn.end] ?? `The answer is complete: ${textOf(turn)}`);
 }
 
@@ -20110,8 +20146,10 @@ const textOf = turn => turn.parts.filter(part => part.kind === "text").map(part 
 
 function take(turn, run, event) {
   const [choice] = event.choices, delta = choice?.delta || {};
-  if (delta.reasoning_content) grow(turn, "thought", delta.reasoning_content);
-  if (delta.content) grow(turn, "text", delta.content);
+  for (const [kind, text] of [["thought", delta.reasoning_content], ["text", delta.content]]) {
+    if (text && turn.parts.at(-1)?.kind !== kind) turn.parts.push(fit({kind}, PART));
+    if (text) turn.parts.at(-1).text += text;
+  }
   for (const {error, result, ...called} of delta.tool_results || []) {
     const words = error == null ? JSON.stringify(result, null, 1) : error;
     turn.parts.push(fit({...called, kind: "tool", result: words, failed: error != null}, PART));
@@ -20129,38 +20167,50 @@ function take(turn, run, event) {
   drawSoon();
 }
 
-function grow(turn, kind, text) {
-  if (turn.parts.at(-1)?.kind !== kind) turn.parts.push(fit({kind}, PART));
-  turn.parts.at(-1).text += text;
-}
-
-// ── The conversation on the screen
-let newest = null;  // draws the answer that is being written
-let due = 0;  // the frame in which it will
-let stick = true;  // the end of the conversation stays in view
-const scroll = () => { if (stick) log.scrollTop = log.scrollHeight; };
+// ── The page on the screen: these views, drawn from this state
+const runs = new Map();  // the answers being written, by their chat
+let chats = [], current;  // all that are kept, and the one that is open
+let models = [], usual = "", tools = [], reached;  // of the server; usual: what it calls its default
 let edited = null;  // the turn whose question is in the box
 let added = [];  // the files of the question in the box
-let rest = 0;  // milliseconds until the next frame: drawing takes a third of the time at most, however long the answer is
+let due = 0, rest = 0;  // the next frame, and milliseconds until it: drawing takes a third of the time at most
+let stick = true;  // the end of the conversation stays in view
 
-function drawLog() {
-  newest = null;
-  const views = shownTurns(current).flatMap(turn => [questionView(turn), answerView(current, turn)]);
-  log.replaceChildren(...(views.length ? views : [emptyView()]));
-  document.title = current.title ? `${current.title} · shimmy` : "shimmy";
-  scroll();
-}
+const modelOf = id => models.find(model => model.id === id);
+// The model that answers in a chat: its own, while the server has it.
+const chosen = chat => (modelOf(chat.model) || modelOf(usual) || models[0] || {id: "default"}).id;
 
-function drawNewest() {
-  const began = performance.now();
+function drawPage() {
+  const began = performance.now(), turns = shownTurns(current).flatMap(turn => [questionView(turn), answerView(turn)]);
   due = 0;
-  newest?.();
-  scroll();
+  draw($("chats"), chats.map(chatView));
+  draw($("model"), models.map(modelView));
+  draw($("state"), [(modelOf(chosen(current))?.state || "").replace("unloaded", "not loaded")]);
+  draw($("files"), added.map(addedView));
+  draw($("send"), [runs.has(current) ? "■" : "↑"]);
+  draw(log, turns.length ? turns : [emptyView()]);
+  $("send").ariaLabel = runs.has(current) ? "Stop" : "Send";
+  document.title = current.title ? `${current.title} · shimmy` : "shimmy";
+  if (stick) log.scrollTop = log.scrollHeight;
   rest = 2 * (performance.now() - began);
 }
 
 function drawSoon() {
-  due ||= setTimeout(() => requestAnimationFrame(drawNewest), rest);
+  due ||= setTimeout(() => requestAnimationFrame(drawPage), rest);
+}
+
+function chatView(chat) {
+  const title = (runs.has(chat) ? "● " : "") + (chat.title || "Untitled"), now = chat === current;
+  return make("li", {class: now && "now"},
+    button(title, () => openChat(chat), {class: "plain open", "aria-current": now}),
+    plain("×", () => remove(chat), `Delete ${chat.title}`));
+}
+
+function modelView({id, parameter_count, quantization, size_bytes, vision, state}) {
+  const size = size_bytes >= 1e9 ? (size_bytes / 1e9).toFixed(1) + " GB" : Math.ceil(size_bytes / 1e6) + " MB";
+  const kind = [parameter_count, quantization].filter(Boolean).join(" ");
+  const words = [id, kind, size, vision && "sees", state === "loaded" && state].filter(Boolean).join(" · ");
+  return make("option", {value: id, selected: id === chosen(current)}, words);
 }
 
 function emptyView() {
@@ -20170,21 +20220,97 @@ function emptyView() {
     : !models.length ? ["No model was found on this machine. ", ...how]
     : models.every(model => model.size_bytes < 5e7) ? ["Only the tiny demonstration model is here. ", ...how]
     : ["Everything runs on your own machine."];
-  return make("section", {class: "empty"}, make("h2", null, "What is on your mind?"), make("p", null, ...lead),
+  return make("section", {class: "empty"}, make("h2", null, "What is on your mind?"), make("p", null, lead),
     make("p", null, "Enter sends · Shift+Enter new line · Esc stops · / to the box · ↑ edits · Alt+N new chat"));
 }
 
 const heading = words => make("h2", {class: "unseen"}, words);  // readers of screens go from one to the next
-
+const folded = (name, summary, ...children) => make("details", {class: name}, make("summary", null, summary), ...children);
+const brief = text => text.length > 60 ? text.slice(0, 60) + "…" : text;
 const isPicture = file => file.picture.startsWith("data:image/");  // an imported file may hold anything
 const fileView = file => isPicture(file) ? make("img", {src: file.picture, alt: file.name, title: file.name})
-  : folded("file", [file.name], make("pre", null, file.text));
+  : folded("file", file.name, make("pre", null, file.text));
+const addedView = file => make("div", {class: "row"}, fileView(file),
+  plain("×", () => fillBox(box.value, added.filter(each => each !== file)), `Remove ${file.name}`));
 
 function questionView(turn) {
-  const again = button("Edit", () => edit(turn), {class: "plain", "aria-label": "Edit and ask again"});
-  const foot = make("div", {class: "row foot"}, copyButton(() => turn.question, "Copy the question"), again);
   return make("article", {class: "user", "aria-label": "You"}, heading("You"), turn.files.map(fileView),
-    make("div", {class: "words"}, turn.question), foot);
+    make("div", {class: "words"}, turn.question), make("div", {class: "row foot"},
+      copyButton(() => turn.question, "Copy the question"), plain("Edit", () => edit(turn), "Edit and ask again")));
+}
+
+function answerView(turn) {
+  const run = runs.get(current), foot = run?.turn === turn ? [waitView(run)] : doneViews(turn);
+  return make("article", {class: "answer", "aria-label": `Answer of ${turn.model}`}, heading("Answer"),
+    make("div", null, turn.parts.map(partView)), foot);
+}
+
+const waitView = ({waits, progress}) =>
+  make("div", {class: "row wait"}, make("progress", {max: 1, value: progress, "aria-label": waits}), waits);
+
+function doneViews(turn) {
+  const again = () => ask(turn, turn), text = textOf(turn);
+  const [words, ...mends] = turn.end === "error" ? advice(turn.error, again, () => edit(turn)) : [];
+  return [words ? make("div", {class: "card bad", role: "alert"}, words, make("div", {class: "row"}, mends)) : "",
+    make("div", {class: "row foot"}, text ? copyButton(() => text, "Copy the answer") : "", plain("Again", again, "Answer again"),
+      versionViews(turn), make("span", {class: "figures"}, figureWords(turn)))];
+}
+
+function versionViews(turn) {
+  const all = current.turns.filter(each => each.parent === turn.parent), at = all.indexOf(turn);
+  const show = other => {
+    current.at = lastBelow(current, other.id);
+    save(current);
+    drawPage();
+  };
+  const to = (step, sign, label) => plain(sign, () => show(all.at((at + step) % all.length)), label);
+  return all.length < 2 ? [] : [to(-1, "‹", "Earlier version"), `${at + 1}/${all.length}`, to(1, "›", "Later version")];
+}
+
+function figureWords({model, end, figures: {completion_tokens, prompt_tokens, cached, rate, first}}) {
+  const ends = {length: "no more tokens allowed", stopped: "stopped", cut: "cut off by a reload"};
+  const measured = completion_tokens ? [`${completion_tokens} tokens`, `${rate.toFixed(rate < 100 ? 1 : 0)} tokens/s`,
+    `first token after ${first.toFixed(2)} s`, `prompt ${prompt_tokens}` + (cached ? ` (${cached} cached)` : "")] : [];
+  return [model, ...measured, ends[end]].filter(Boolean).join(" · ");
+}
+
+function partView(part) {
+  if (part.kind === "thought") return folded("thought", "Thoughts", make("div", null, part.text.trim()));
+  if (part.kind !== "tool") return {...make("div", {class: "md"}), kind: "markdown", markdown: part.text};
+  const given = parsed(part.arguments), name = make("b", null, part.name);
+  const titled = (title, text) => [make("small", null, title), make("pre", null, text)];
+  return folded("tool", [name, `${part.failed ? " failed" : ""} → ${brief(part.result)}`],
+    ...titled("Arguments", given ? JSON.stringify(given, null, 1) : part.arguments),
+    ...titled(part.failed ? "Error" : "Result", part.result));
+}
+
+// ── What people do
+const stop = chat => runs.get(chat)?.abort.abort();
+const startChat = () => openChat(newChat({model: current.model}));
+const hasKeyboard = matchMedia("(hover: hover)").matches;
+const OVERLAY = "dialog[open]" + (CSS.supports("selector(:popover-open)") ? ", :popover-open" : "");
+
+function openChat(chat) {
+  if (chat !== current) log.replaceChildren();  // or what is unfolded of one would be so of the other
+  current = chat;
+  edited = null;
+  stick = true;
+  store("last", chat.id);
+  if (reached) $("notice").hidden = true;
+  $("side").hidePopover?.();
+  drawPage();
+  if (hasKeyboard) box.focus();  // on a phone that would open the one on the screen
+}
+
+function remove(chat) {
+  if (!confirm(`Delete “${brief(chat.title)}”?`)) return;
+  const at = chats.indexOf(chat);
+  stop(chat);
+  chats = chats.filter(each => each !== chat);
+  area("")?.removeItem("shimmy.chat." + chat.id);
+  if (chat === current) return openChat(chats[0] || newChat());
+  drawPage();
+  ($("chats").children[Math.min(at, chats.length - 1)]?.firstChild || $("new")).focus();
 }
 
 function edit(turn) {  // its question, in the box; null: no longer
@@ -20198,148 +20324,14 @@ function edit(turn) {  // its question, in the box; null: no longer
 function fillBox(question, files) {
   box.value = question;
   added = files;
-  $("files").replaceChildren(...files.map(file => {
-    const drop = () => fillBox(box.value, files.filter(each => each !== file)), label = `Remove ${file.name}`;
-    return make("div", {class: "row"}, fileView(file), button("×", drop, {class: "plain", "aria-label": label}));
-  }));
-}
-
-function answerView(chat, turn) {
-  const parts = make("div"), foot = make("div");
-  let shown = "";
-  const draw = () => {
-    const run = runs.get(chat), grows = run?.turn === turn, words = grows ? run.waits : turn.end;
-    for (let k = Math.max(0, parts.children.length - 1); k < turn.parts.length; k++) {
-      const part = turn.parts[k], node = parts.children[k] || parts.appendChild(partView(part));
-      if (part.kind === "thought") node.lastChild.textContent = part.text.trim();
-      else if (part.kind !== "tool") drawMarkdown(node, part.text);
-    }
-    if (words !== shown) foot.replaceChildren(...(grows ? waitingFoot(run) : doneFoot(chat, turn)));
-    shown = words;
-  };
-  draw();
-  if (runs.get(chat)?.turn === turn) newest = draw;
-  return make("article", {class: "answer", "aria-label": `Answer of ${turn.model}`}, heading("Answer"), parts, foot);
-}
-
-const folded = (name, summary, ...children) => make("details", {class: name}, make("summary", null, ...summary), ...children);
-const titled = (title, text) => [make("small", null, title), make("pre", null, text)];
-const waitingFoot = ({waits, progress}) =>
-  [make("div", {class: "row wait"}, make("progress", {max: 1, value: progress, "aria-label": waits}), waits)];
-const brief = text => text.length > 60 ? text.slice(0, 60) + "…" : text;
-
-function partView(part) {
-  if (part.kind === "thought") return folded("thought", ["Thoughts"], make("div"));
-  if (part.kind !== "tool") return make("div", {class: "md"});
-  const given = parsed(part.arguments), name = make("b", null, part.name);
-  return folded("tool", [name, `${part.failed ? " failed" : ""} → ${brief(part.result)}`],
-    ...titled("Arguments", given ? JSON.stringify(given, null, 1) : part.arguments),
-    ...titled(part.failed ? "Error" : "Result", part.result));
-}
-
-function doneFoot(chat, turn) {
-  const again = () => ask(chat, turn, turn), text = textOf(turn);
-  const foot = make("div", {class: "row foot"}, text ? copyButton(() => text, "Copy the answer") : "",
-    button("Again", again, {class: "plain", "aria-label": "Answer again"}), versionButtons(chat, turn),
-    make("span", {class: "figures"}, figureWords(turn)));
-  if (turn.end !== "error") return [foot];
-  const [words, ...mends] = advice(turn.error, again, () => edit(turn));
-  return [make("div", {class: "card bad", role: "alert"}, words, make("div", {class: "row"}, ...mends)), foot];
-}
-
-function versionButtons(chat, turn) {
-  const all = chat.turns.filter(each => each.parent === turn.parent), at = all.indexOf(turn);
-  const to = (step, sign, words) =>
-    button(sign, () => showVersion(chat, all.at((at + step) % all.length), words), {class: "plain", "aria-label": words});
-  return all.length < 2 ? [] : [to(-1, "‹", "Earlier version"), `${at + 1}/${all.length}`, to(1, "›", "Later version")];
-}
-
-function showVersion(chat, turn, label) {
-  chat.at = lastBelow(chat, turn.id);
-  save(chat);
-  drawLog();
-  const answer = log.children[2 * shownTurns(chat).indexOf(turn) + 1];
-  answer.querySelector(`[aria-label="${label}"]`).focus();
-}
-
-function figureWords({model, end, figures: {completion_tokens, prompt_tokens, cached, rate, first}}) {
-  const ends = {length: "no more tokens allowed", stopped: "stopped", cut: "cut off by a reload"};
-  const measured = completion_tokens ? [`${completion_tokens} tokens`, `${rate.toFixed(rate < 100 ? 1 : 0)} tokens/s`,
-    `first token after ${first.toFixed(2)} s`, `prompt ${prompt_tokens}` + (cached ? ` (${cached} cached)` : "")] : [];
-  return [model, ...measured, ends[end]].filter(Boolean).join(" · ");
-}
-
-// ── Around the conversation
-function drawSide() {
-  Object.assign($("send"), runs.has(current) ? {textContent: "■", ariaLabel: "Stop"} : {textContent: "↑", ariaLabel: "Send"});
-  $("chats").replaceChildren(...chats.map(chat => {
-    const title = (runs.has(chat) ? "● " : "") + (chat.title || "Untitled");
-    return make("li", {class: chat === current && "now"},
-      button(title, () => openChat(chat), {class: "plain open", "aria-current": chat === current && "true"}),
-      button("×", () => remove(chat), {class: "plain", "aria-label": `Delete ${chat.title}`}));
-  }));
-}
-
-function remove(chat) {
-  if (!confirm(`Delete “${brief(chat.title)}”?`)) return;
-  const at = chats.indexOf(chat);
-  stop(chat);
-  chats = chats.filter(each => each !== chat);
-  area("")?.removeItem("shimmy.chat." + chat.id);
-  if (chat === current) return openChat(chats[0] || newChat());
-  drawSide();
-  ($("chats").children[Math.min(at, chats.length - 1)]?.firstChild || $("new")).focus();
-}
-
-// Another tab has written or deleted a chat. Its word counts, but for the turn that is being answered here.
-function takeStored({key, newValue}) {
-  const id = key?.startsWith("shimmy.chat.") && key.slice(12), old = chats.find(chat => chat.id === id);
-  if (!id || !newValue && (runs.has(old) || !old)) return;
-  const fresh = newValue && newChat(parsed(newValue), id);
-  chats = chats.filter(chat => chat !== old);
-  if (fresh) chats = [old ? merged(old, fresh) : fresh, ...chats].sort((a, b) => b.changed - a.changed);
-  if (current !== old || !old) return drawSide();
-  if (!fresh) { current = newChat(); edited = null; }
-  drawSide();
-  drawLog();
-}
-
-function merged(chat, fresh) {
-  const own = runs.get(chat)?.turn, at = own ? chat.at : fresh.at, turns = new Map(chat.turns.map(turn => [turn.id, turn]));
-  const theirs = fresh.turns.filter(turn => turn.id !== own?.id);
-  theirs.forEach(turn => turns.set(turn.id, Object.assign(turns.get(turn.id) || {}, turn)));
-  Object.assign(chat, fresh, {turns: [...turns.values()]});
-  chat.at = lastBelow(chat, at);
-  return chat;
-}
-
-function openChat(chat) {
-  current = chat;
-  edited = null;
-  stick = true;
-  store("last", chat.id);
-  if (reached) $("notice").hidden = true;
-  $("side").hidePopover?.();
-  drawSide();
-  drawModels();
-  drawLog();
-  if (hasKeyboard) box.focus();  // on a phone that would open the one on the screen
-}
-
-function drawModels() {
-  const size = bytes => bytes >= 1e9 ? (bytes / 1e9).toFixed(1) + " GB" : Math.ceil(bytes / 1e6) + " MB";
-  $("model").replaceChildren(...models.map(({id, parameter_count, quantization, size_bytes, vision, state}) => {
-    const kind = [parameter_count, quantization].filter(Boolean).join(" ");
-    const words = [id, kind, size(size_bytes), vision && "sees", state === "loaded" && state].filter(Boolean).join(" · ");
-    return make("option", {value: id, selected: id === chosen(current)}, words);
-  }));
-  $("state").textContent = (modelOf(chosen(current))?.state || "").replace("unloaded", "not loaded");
+  drawPage();
 }
 
 function showSettings() {
   $("system").value = current.system;
   FIELDS.forEach(field => field.value = current.settings[field.name]);
-  $("tools").replaceChildren(...tools.map(({name, description}) => make("label", {class: "check"},
+  $("tools").replaceChildren();  // what was ticked and is not of this chat
+  draw($("tools"), tools.map(({name, description}) => make("label", {class: "check"},
     make("input", {type: "checkbox", name, checked: current.tools.includes(name)}),
     make("span", null, name, make("small", null, description)))));
   $("settings").showModal();
@@ -20371,7 +20363,8 @@ async function pictureOf(file) {
   const bitmap = await createImageBitmap(file).catch(() => null);
   if (!bitmap) return "";
   const {width, height} = bitmap, scale = Math.min(1, 1280 / Math.max(width, height));
-  const canvas = make("canvas", {width: Math.ceil(width * scale), height: Math.ceil(height * scale)});
+  const size = {width: Math.ceil(width * scale), height: Math.ceil(height * scale)};
+  const canvas = Object.assign(document.createElement("canvas"), size);
   const context = Object.assign(canvas.getContext("2d", {alpha: false}), {imageSmoothingQuality: "high", fillStyle: "white"});
   context.fillRect(0, 0, canvas.width, canvas.height);
   context.drawImage(bitmap, 0, 0, canvas.width, canvas.height);
@@ -20393,11 +20386,8 @@ function submitBox(event) {
   if (!box.value.trim() && !added.length) return;
   const asked = {question: box.value, files: added}, old = edited;
   fillBox("", []);
-  ask(current, asked, old);
+  ask(asked, old);
 }
-
-const hasKeyboard = matchMedia("(hover: hover)").matches;
-const OVERLAY = "dialog[open]" + (CSS.supports("selector(:popover-open)") ? ", :popover-open" : "");
 
 function pressed(event) {
   const {key, target} = event, inBox = target === box;
@@ -20411,7 +20401,6 @@ function pressed(event) {
   act?.();
 }
 
-const startChat = () => openChat(newChat({model: current.model}));
 const on = (target, name, act) => target.addEventListener(name, act);
 on($("ask"), "submit", submitBox);
 on($("new"), "click", startChat);
@@ -20421,7 +20410,7 @@ for (const [opener, input, take] of [["import", "imported", importChats], ["add"
   on($(opener), "click", () => $(input).click());
   on($(input), "change", async () => { await take([...$(input).files]); $(input).value = ""; });
 }
-on($("model"), "change", () => { current.model = $("model").value; save(current); drawModels(); });
+on($("model"), "change", () => { current.model = $("model").value; save(current); drawPage(); });
 on($("tune"), "click", showSettings);
 on($("settings"), "input", takeSettings);
 on(log, "scroll", () => stick = log.scrollHeight - log.scrollTop - log.clientHeight < 48);
@@ -20433,8 +20422,7 @@ on(document, "visibilitychange", () => document.hidden ? [...runs.keys()].forEac
 on(window, "storage", takeStored);
 
 if (!hasKeyboard) box.enterKeyHint = "enter";  // there is no Shift+Enter: the button sends
-readChats();
-openChat(current);
+openChat(readChats());
 if (!area("")) notice("The browser keeps no chats: its storage is denied.");
 refresh();
 </script>

@@ -15764,7 +15764,7 @@ class Tab:
         self.page.select_option("#model", model)
 
     def markdown(self, text: str) -> str:
-        return self.page.evaluate("text => { const d = make('div'); drawMarkdown(d, text); return d.innerHTML; }", text)
+        return self.page.evaluate("text => { const d = element('div'); drawMarkdown(d, text); return d.innerHTML; }", text)
 
     def drop(self, name: str, data: bytes, event: str = "drop") -> None:
         """Drops a file on the box, or pastes it there."""
@@ -16271,6 +16271,7 @@ MARKDOWN_BOMBS = {
     "full stops": "https://a" + "." * 100_000 + "b", "rules": "- " * 3 + " " * 50_000 + "x", "addresses": "https://" * 20_000,
     "stairs": "\n".join(">" * n for n in range(1000)), "math": r"\(" * 50_000 + r"\[" * 50_000, "spans": "`a` " * 60_000,
     "blocks": "a\n\n" * 60_000, "items": "- a\n" * 60_000,
+    "wide table": "|a" * 10_000 + "|\n" + "|-" * 10_000 + "|\n" + "|\n" * 10_000,
 }  # fmt: skip
 
 
@@ -16278,7 +16279,7 @@ def test_page_markdown_bombs_are_shown_like_any_text(tab: Callable[..., Tab], se
     it = tab(server)
     for name, bomb in MARKDOWN_BOMBS.items():
         deepest, seconds = it.page.evaluate("""text => {
-          const drawn = make("div"), began = performance.now();
+          const drawn = element("div"), began = performance.now();
           drawMarkdown(drawn, text);
           const seconds = (performance.now() - began) / 1000;
           const depth = e => { let n = 0; for (; e !== drawn; e = e.parentElement) n++; return n; };
@@ -16290,9 +16291,9 @@ def test_page_markdown_bombs_are_shown_like_any_text(tab: Callable[..., Tab], se
 def test_page_draws_a_growing_answer_as_it_would_draw_it_whole(tab: Callable[..., Tab], server: Server) -> None:
     text = "\n\n".join(text for text, _ in MARKDOWN.values()) + "\n```js\ncode\n```\n\n|a|b|\n|-|-|\n|c|d|\n\nend"
     same = tab(server).page.evaluate("""text => {
-      const growing = make("div");
+      const growing = element("div");
       for (let n = 0; n <= text.length; n++) {
-        const whole = make("div");
+        const whole = element("div");
         drawMarkdown(growing, text.slice(0, n));
         drawMarkdown(whole, text.slice(0, n));
         if (growing.innerHTML !== whole.innerHTML) return text.slice(0, n);
@@ -16307,7 +16308,7 @@ def test_page_draws_only_the_end_of_a_long_answer_again(tab: Callable[..., Tab],
     shapes = {"paragraphs": (words + "\n") * 2000, "list": ("- " + words) * 2000, "code": "```\n" + words * 2000,
               "table": "|a|b|\n|-|-|\n" + "|some|words|\n" * 2000}  # fmt: skip
     milliseconds = tab(server).page.evaluate("""shapes => Object.fromEntries(Object.entries(shapes).map(([name, text]) => {
-      const drawn = make("div");
+      const drawn = element("div");
       drawMarkdown(drawn, text);
       const began = performance.now();
       for (let n = 0; n < 20; n++) drawMarkdown(drawn, text += "word ");
