@@ -205,7 +205,6 @@ import queue
 import re
 import selectors
 import socket
-import socketserver
 import stat
 import struct
 import threading
@@ -10634,48 +10633,6 @@ MAX_HEADERS = 100
 MAX_AHEAD = 1 << 16  # bytes that a client may send before its request is answered
 
 
-class Incoming(io.RawIOBase):
-    """A connection's bytes. A read raises RequestTimeout by `deadline` (monotonic seconds), ClientGone at the end of file.
-
-    What the client sends while its request runs is read ahead by the watcher, which so sees it leave.
-    """
-
-    def __init__(self, connection: socket.socket) -> None:
-        self.connection, self.deadline = connection, math.inf
-        self._ahead = b""
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        if self._ahead:
-            data, self._ahead = self._ahead[: len(buffer)], self._ahead[len(buffer) :]
-            buffer[: len(data)] = data
-            return len(data)
-        left = self.deadline - time.monotonic()
-        try:
-            if left <= 0:  # who sends without a pause would never meet the socket's own timeout
-                raise TimeoutError
-            self.connection.settimeout(left)
-            size = self.connection.recv_into(buffer)
-        except TimeoutError:
-            raise RequestTimeout(f"The request took over {REQUEST_SECONDS:g} seconds", status=408) from None
-        except OSError:
-            raise ClientGone from None
-        if not size:
-            raise ClientGone
-        return size
-
-    def read_ahead(self) -> tuple[bool, bool]:
-        """Reads what is there: (the client has left, no more is read ahead). An end of file is an end, as in Go's net/http."""
-        try:
-            data = self.connection.recv(MAX_AHEAD)
-        except OSError:
-            return True, True
-        self._ahead += data
-        return not data, not data or len(self._ahead) >= MAX_AHEAD
-
-
 class Headers:
     """A request's header fields, by name in any letter case."""
 
@@ -10714,24 +10671,65 @@ class BodyTurn:
 
 
 class RequestReader:
-    """Reads requests: every size is bounded. `turn` is a large body's; who parses the body releases it."""
+    """Reads a connection's requests: every size is bounded, and no read lasts beyond `deadline` (monotonic seconds).
+
+    A read raises RequestTimeout, or ClientGone at the end of file. `turn` is a large body's; who parses the body releases it.
+    """
 
     def __init__(self, connection: socket.socket) -> None:
-        self.incoming, self.turn, self.begun = Incoming(connection), BodyTurn(), bytearray()  # the head as far as it came
-        self._bytes = io.BufferedReader(self.incoming)
+        self.connection, self.deadline, self.turn = connection, math.inf, BodyTurn()
+        self.begun = bytearray()  # the head as far as it came
+        self._bytes = bytearray()  # received and not read yet
+
+    def _receive(self) -> None:
+        left = self.deadline - time.monotonic()
+        try:
+            if left <= 0:  # who sends without a pause would never meet the socket's own timeout
+                raise TimeoutError
+            self.connection.settimeout(left)
+            gone = self.read_ahead()[0]
+        except TimeoutError:
+            raise RequestTimeout(f"The request took over {REQUEST_SECONDS:g} seconds", status=408) from None
+        except OSError:
+            raise ClientGone from None
+        if gone:
+            raise ClientGone
+
+    def read_ahead(self) -> tuple[bool, bool]:
+        """Receives what is there: (the client has left, no more may come). An end of file is an end, as in Go's net/http.
+
+        The watcher calls this while a request runs, and so sees the client leave.
+        """
+        data = self.connection.recv(MAX_AHEAD)
+        self._bytes += data
+        return not data, not data or len(self._bytes) >= MAX_AHEAD
+
+    def take(self, most: int) -> bytes:
+        """Takes up to `most` bytes of those that were received."""
+        data = bytes(self._bytes[:most])
+        del self._bytes[:most]
+        return data
+
+    def _line(self, most: int) -> bytes:
+        """Takes the next line with its end; of a longer one `most` bytes."""
+        seen = 0
+        while not (end := self._bytes.find(b"\n", seen) + 1) and len(self._bytes) < most:
+            seen = len(self._bytes)
+            self._receive()
+        return self.take(min(end or most, most))
 
     def begin(self) -> None:
         """Waits for a request's first byte, then starts its clock. Empty lines before it are fine (RFC 9112, 2.2)."""
-        self.incoming.deadline = time.monotonic() + IDLE_SECONDS
-        while self._bytes.peek(1)[:1] in (b"\r", b"\n"):
-            self._bytes.read(1)
-        self.incoming.deadline = time.monotonic() + REQUEST_SECONDS
+        self.deadline = time.monotonic() + IDLE_SECONDS
+        while not (begun := self._bytes.lstrip(b"\r\n")):
+            self._receive()
+        self._bytes, self.deadline = begun, time.monotonic() + REQUEST_SECONDS
 
     def head(self) -> tuple[str, Headers]:
         """The request line and the headers. Raises InvalidRequest (400, 414, 431): too large, or malformed lines."""
         head = self.begun = bytearray()
         while not head.endswith((b"\n\r\n", b"\n\n")):
-            head += self._bytes.readline(MAX_HEAD + 1 - len(head))
+            head += self._line(MAX_HEAD + 1 - len(head))
             if len(head) > MAX_HEAD:
                 what, status = ("headers are", 431) if b"\n" in head else ("request line is", 414)
                 raise InvalidRequest(f"The {what} over {MAX_HEAD} bytes", status=status)
@@ -10761,7 +10759,9 @@ class RequestReader:
         while len(body) < end:
             if len(body) >= TURN_BYTES:
                 self.turn.take()
-            body += self._bytes.read(min(end - len(body), TURN_BYTES))
+            if not self._bytes:
+                self._receive()
+            body += self.take(end - len(body))
 
     def _read_chunks(self, body: bytearray, most: int) -> None:
         """RFC 9112, 7.1; trailers are read and dropped."""
@@ -10769,40 +10769,33 @@ class RequestReader:
             if len(body) + size > most:
                 raise PayloadTooLarge(f"Bodies may have up to {most} bytes")
             self._read_into(body, size)
-            if self._line():
+            if self._chunk_line():
                 raise InvalidRequest("A chunk is longer than its size")
         for _ in range(100):
-            if not self._line():
+            if not self._chunk_line():
                 return
         raise InvalidRequest("Too many trailers")
 
     def _chunk_size(self) -> int:
-        text = self._line().partition(b";")[0].rstrip(b" \t")
+        text = self._chunk_line().partition(b";")[0].rstrip(b" \t")
         if not re.fullmatch(rb"[0-9a-fA-F]{1,15}", text):
             raise InvalidRequest("A chunk's size is malformed")
         return int(text, 16)
 
-    def _line(self) -> bytes:
-        line = self._bytes.readline(1026)
+    def _chunk_line(self) -> bytes:
+        line = self._line(1026)
         if not line.endswith(b"\r\n"):
             raise InvalidRequest("A line between chunks is too long, or does not end with CR and LF")
         return line[:-2]
 
-    def unread(self) -> bytes:
-        """Takes the bytes that were read behind the request."""
-        data, self.incoming.deadline = b"", 0.0  # no more are waited for
-        with contextlib.suppress(ClientGone):
-            while True:
-                data += self._bytes.read1(MAX_AHEAD)
-        return data
-
     def drain(self) -> None:
         """Reads on for a moment before closing: to close over unread bytes would destroy the answer on its way (RST)."""
-        self.incoming.deadline = time.monotonic() + 2.0
+        self.deadline = time.monotonic() + 2.0
         with contextlib.suppress(OSError, ClientGone):
-            self.incoming.connection.shutdown(socket.SHUT_WR)
+            self.connection.shutdown(socket.SHUT_WR)
             for _ in range(2048):
-                self._bytes.read1(1 << 16)
+                self._bytes.clear()
+                self._receive()
 
 
 def uncompressed(data: bytes, encoding: str, most: int) -> bytes:
@@ -10835,19 +10828,19 @@ class Watcher:
         self._started = False
 
     @contextlib.contextmanager
-    def watching(self, incoming: Incoming, cancel: Cancellation) -> Iterator[None]:
+    def watching(self, reader: RequestReader, cancel: Cancellation) -> Iterator[None]:
         """Cancels when the client leaves. Nobody else may read the connection while the block runs."""
         with self._changed:
             if not self._started:
                 threading.Thread(target=self._run, name="watcher", daemon=True).start()
                 self._started = True
-            self._selector.register(incoming.connection, selectors.EVENT_READ, (incoming, cancel))
+            self._selector.register(reader.connection, selectors.EVENT_READ, (reader, cancel))
             self._changed.notify()
         try:
             yield
         finally:
             with self._changed, contextlib.suppress(KeyError, ValueError, OSError):
-                self._selector.unregister(incoming.connection)
+                self._selector.unregister(reader.connection)
 
     def _run(self) -> None:
         """Asks under the lock, where no socket comes or goes; to read from one of which another has the number would wait."""
@@ -10861,10 +10854,12 @@ class Watcher:
 
     def _left(self) -> Iterator[Cancellation]:
         for key, _ in self._selector.select(0):
-            incoming, cancel = key.data
-            gone, done = incoming.read_ahead()
+            reader, cancel = key.data
+            gone = done = True
+            with contextlib.suppress(OSError):
+                gone, done = reader.read_ahead()
             if done:
-                self._selector.unregister(incoming.connection)
+                self._selector.unregister(reader.connection)
             if gone:
                 yield cancel
 
@@ -11380,14 +11375,13 @@ class Responder(Wire):
         self.write("\r\n".join(lines).encode("latin-1", "replace") + b"\r\n\r\n" + body)
 
 
-class Handler(socketserver.BaseRequestHandler):
+class Handler:
     """One connection, in its own thread: requests one after another, each read, checked, and answered by its row of ROUTES."""
 
-    server: Server
-
-    def setup(self) -> None:
-        self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
-        self.service, self.reader, self.upgraded = self.server.service, RequestReader(self.request), False
+    def __init__(self, server: Server, connection: socket.socket) -> None:
+        self.server, self.service, self.connection = server, server.service, connection
+        self.reader, self.upgraded = RequestReader(connection), False
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
 
     def handle(self) -> None:
         closes = False
@@ -11397,11 +11391,11 @@ class Handler(socketserver.BaseRequestHandler):
                 closes = self._handle_request()
             if self.upgraded:
                 owner = self.server.access.owner(self.out.head.headers)
-                self.server.sockets.serve(self.request, self.reader.unread(), self.out.line.id, owner)
+                self.server.sockets.serve(self.connection, self.reader.take(MAX_AHEAD), self.out.line.id, owner)
 
     def _handle_request(self) -> bool:
         """Answers one request; true if the connection ends behind it."""
-        self.out = Responder(self.request, self.server.access)
+        self.out = Responder(self.connection, self.server.access)
         self.route: Route | None = None
         try:
             run_request(self._answer_request, self.out.line, self.fail, self.leave)
@@ -11458,7 +11452,7 @@ class Handler(socketserver.BaseRequestHandler):
         if self.route.needs_body and head.length is None:
             self.out.unread = True  # whatever follows is no request
             raise InvalidRequest("The request needs a Content-Length, or a chunked body", status=411)
-        answer, watching = self.route.answer, self.server.watcher.watching(self.reader.incoming, cancel)
+        answer, watching = self.route.answer, self.server.watcher.watching(self.reader, cancel)
         if isinstance(answer, type):
             dialect = self.out.line.dialect = self._dialect(self._body())
             self.reader.turn.release()
@@ -11567,51 +11561,62 @@ def raise_descriptor_limit() -> int:
     return limit
 
 
-class Server(socketserver.ThreadingTCPServer):
+class Server:
     """The listening socket and what its connections share. `stop` is the end: ordered and idempotent."""
 
-    daemon_threads = True
-    request_queue_size = 1024  # bursts wait in the kernel, not in retransmissions
-    allow_reuse_address = os.name == "posix"
-
     def __init__(self, address: tuple[str, int], service: Service, access: Access) -> None:
-        self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+        """Listens. Raises OSError where it cannot."""
         self.service, self.access = service, access
         descriptors = raise_descriptor_limit()
         self.max_connections = min(MAX_CONNECTIONS, max(descriptors // 10, descriptors - RESERVED_DESCRIPTORS))
         self.watcher, self.sockets = Watcher(), SocketListener(self)
-        self.stopping = False
+        self.stopping, self._closed = False, threading.Event()
         self._changed = threading.Condition()
         self._running: set[Cancellation] = set()
-        super().__init__(address, Handler)
+        self._listener = socket.socket(socket.AF_INET6 if ":" in address[0] else socket.AF_INET)
+        if os.name == "posix":  # elsewhere it would let two servers share a port
+            self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, True)
+        self._listener.bind(address)
+        self._listener.listen(1024)  # bursts wait in the kernel, not in retransmissions
+        self._listener.settimeout(0.1)
+        self.url = url_of(*self._listener.getsockname()[:2])
 
-    @property
-    def url(self) -> str:
-        return url_of(str(self.server_address[0]), self.server_address[1])
+    def accept_all(self) -> None:
+        """Gives each connection its thread, until `stop`."""
+        with self._listener:
+            while not self.stopping:
+                try:
+                    self._begin(self._listener.accept()[0])
+                except TimeoutError:
+                    continue
+                except OSError:  # no descriptor is left: at once it would be the same
+                    time.sleep(0.05)
+        self._closed.set()
 
-    def count_connection(self, change: int) -> None:
-        with self._changed:
-            self.service.metrics.connections += change
-
-    def get_request(self) -> tuple[Any, Any]:
-        """Accepts a connection. Where it cannot (no descriptor is left), it waits a moment: at once it would be asked again."""
-        try:
-            return super().get_request()
-        except OSError:
-            time.sleep(0.05)
-            raise
-
-    def process_request(self, request: Any, client_address: Any) -> None:
-        """Starts the connection's thread, or answers 503 where it would be one too many."""
+    def _begin(self, connection: socket.socket) -> None:
+        """Starts a connection's thread, or answers 503 where it would be one too many."""
         if self.service.metrics.connections >= self.max_connections:
-            return self._refuse(request, f"{self.max_connections} connections are open")
-        self.count_connection(1)
+            return self._refuse(connection, f"{self.max_connections} connections are open")
+        self._count(1)
         self.service.metrics.accepted += 1
         try:
-            super().process_request(request, client_address)
+            threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
         except (RuntimeError, MemoryError):  # can't start new thread
-            self.count_connection(-1)
-            self._refuse(request, "No thread can be started for another connection")
+            self._count(-1)
+            self._refuse(connection, "No thread can be started for another connection")
+
+    def _serve(self, connection: socket.socket) -> None:
+        try:
+            with connection:
+                Handler(self, connection).handle()
+        except Exception:  # a thread's border
+            log.debug("connection failed", exc_info=True)
+        finally:
+            self._count(-1)
+
+    def _count(self, change: int) -> None:
+        with self._changed:
+            self.service.metrics.connections += change
 
     def _refuse(self, connection: socket.socket, why: str) -> None:
         """503. To close over a request that is on its way would destroy the answer (RST): so it is awaited for a moment."""
@@ -11622,15 +11627,6 @@ class Server(socketserver.ThreadingTCPServer):
             connection.settimeout(0.1)
             connection.shutdown(socket.SHUT_WR)
             connection.recv(1 << 16)
-
-    def process_request_thread(self, request: Any, client_address: Any) -> None:
-        try:
-            super().process_request_thread(request, client_address)
-        finally:
-            self.count_connection(-1)
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        log.debug("connection failed", exc_info=True)
 
     @contextlib.contextmanager
     def running(self, cancel: Cancellation) -> Iterator[None]:
@@ -11656,8 +11652,7 @@ class Server(socketserver.ThreadingTCPServer):
         self.service.unready.add(SHUTTING_DOWN)
         time.sleep(min(LINGER_SECONDS, (grace or 0.0) / 2))
         self.stopping = True
-        self.shutdown()
-        self.server_close()
+        self._closed.wait()
         self.service.table.close(engines=False)
         self._await_quiet(until - time.monotonic())
         for worker in self.service.table.workers():
@@ -11712,59 +11707,34 @@ class SocketRequest:
 
 
 class SocketConnection(Wire):
-    """One WebSocket, around websockets' parser. The loop's thread reads and flushes, another one answers."""
+    """One WebSocket, around websockets' parser. The loop's thread reads and writes, another one answers."""
 
     PENDING, REFUSED = 32, 1000  # requests a connection holds, with the running one; more that may wait to be refused
-    reading: asyncio.Task[None]
+    _transport: asyncio.Transport
 
-    def __init__(self, server: Server, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, id: str, owner: str) -> None:
-        import asyncio
-
+    def __init__(self, server: Server, loop: asyncio.AbstractEventLoop, early: bytes, id: str, owner: str) -> None:
         from websockets.protocol import SERVER, Protocol
 
-        self._server, self._reader, self._writer, self._id, self._owner = server, reader, writer, id, owner
-        self._loop = asyncio.get_running_loop()
+        self._server, self._loop, self._early, self._id, self._owner = server, loop, early, id, owner
         self._protocol = Protocol(SERVER, max_size=NativeSocket.max_body, logger=logging.getLogger("websockets"))
         self._requests: deque[SocketRequest] = deque()  # the first one is running
         self._queue: queue.SimpleQueue[SocketRequest | None] = queue.SimpleQueue()  # the same; None: the connection has ended
         self._fragments, self._turn = bytearray(), BodyTurn()  # of the message that arrives
         self._since: float | None = None  # when its first byte came
-        self._used = time.monotonic()
+        self._used, self._pinged, self._ended = time.monotonic(), False, False
+        self._writable = threading.Event()  # unless the client is slow to read
 
-    async def read_all(self, data: bytes) -> None:
-        """Reads to the connection's end, beginning with what came already. The requests end with it."""
-        try:
-            self._take(data)
-            while data := await self._read():
-                self._take(data)
-        except OSError:  # the client broke off
-            pass
-        finally:
-            self._turn.release()
-            self._writer.close()
-            self._queue.put(None)
-            self._loop.call_later(SOCKET_CLOSE_SECONDS, self._writer.transport.abort)
-            for request in list(self._requests):
-                request.cancel.cancel()
+    # asyncio's protocol, in the loop's thread
 
-    async def _read(self) -> bytes:
-        """The next bytes; none when the client has left, or answers no ping."""
-        import asyncio
+    def connection_made(self, transport: asyncio.Transport) -> None:
+        self._transport = transport
+        self._writable.set()
+        self._loop.call_later(SOCKET_PING_SECONDS, self._look)
+        self.data_received(self._early)
 
-        for pinged in itertools.chain([False], itertools.repeat(True)):
-            if not self._requests and time.monotonic() - self._used > SOCKET_IDLE_SECONDS:
-                self.close(1000, f"no request for {SOCKET_IDLE_SECONDS:g} seconds")
-            with contextlib.suppress(asyncio.TimeoutError):
-                return await asyncio.wait_for(self._reader.read(1 << 16), SOCKET_PING_SECONDS)
-            if pinged and not self._writer.transport.get_write_buffer_size():
-                break
-            if self._protocol.state.name == "OPEN":
-                self._protocol.send_ping(b"")
-                self._flush()
-        return b""
-
-    def _take(self, data: bytes) -> None:
+    def data_received(self, data: bytes) -> None:
         """Feeds the parser, which itself answers pings, and ends the connection behind a frame that is malformed."""
+        self._pinged = False
         self._protocol.receive_data(data)
         frame: Any
         for frame in self._protocol.events_received():
@@ -11778,8 +11748,42 @@ class SocketConnection(Wire):
                 self._receive(request)
         self._bound(len(self._fragments) + len(self._protocol.reader.buffer))
         self._flush()
-        if self._writer.transport.get_write_buffer_size() > MAX_UNTAKEN:
-            self._writer.transport.abort()
+        if self._transport.get_write_buffer_size() > MAX_UNTAKEN:
+            self._transport.abort()
+
+    def eof_received(self) -> None:
+        """What is sent already may still be read; then the transport closes itself."""
+        self._loop.call_later(SOCKET_CLOSE_SECONDS, self._transport.abort)
+        self.connection_lost(None)
+
+    def connection_lost(self, error: Exception | None) -> None:
+        """The requests end with the connection."""
+        self._ended = True
+        self._turn.release()
+        self._writable.set()
+        self._queue.put(None)
+        for request in list(self._requests):
+            request.cancel.cancel()
+
+    def pause_writing(self) -> None:
+        self._writable.clear()
+
+    def resume_writing(self) -> None:
+        self._writable.set()
+
+    def _look(self) -> None:
+        """Ends a connection without requests for long, or whose client answers no ping; one that is slow to read may yet."""
+        if self._ended:
+            return
+        if not self._requests and time.monotonic() - self._used > SOCKET_IDLE_SECONDS:
+            self.close(1000, f"no request for {SOCKET_IDLE_SECONDS:g} seconds")
+        elif self._pinged and not self._transport.get_write_buffer_size():
+            self._transport.abort()
+        elif self._protocol.state.name == "OPEN":
+            self._pinged = True
+            self._protocol.send_ping(b"")
+            self._flush()
+        self._loop.call_later(SOCKET_PING_SECONDS, self._look)
 
     def _bound(self, size: int) -> None:
         """Bounds a message that is not whole: its time from its first byte on, and how many large ones there are."""
@@ -11812,11 +11816,11 @@ class SocketConnection(Wire):
         """Answers the requests one after another, until the connection ends."""
         while request := self._queue.get():
             try:
-                if not self._writer.is_closing():  # else the client has left
+                if not self._ended:  # else the client has left
                     self._answer(request)
             except Exception:  # a thread's border
                 log.exception("a WebSocket's request could not be answered")
-                self._loop.call_soon_threadsafe(self._writer.transport.abort)
+                self._loop.call_soon_threadsafe(self._transport.abort)
             self._requests.popleft()
             self._used = time.monotonic()
 
@@ -11845,44 +11849,35 @@ class SocketConnection(Wire):
             self.send(NativeSocket.done("cancelled", Usage(0, 0, 0, 0, 0)))
 
     def send(self, document: dict[str, Any]) -> None:
-        """Waits until the document is sent. Raises ClientGone when the client takes none for WRITE_SECONDS."""
-        import asyncio
-        from concurrent.futures import CancelledError
-        from concurrent.futures import TimeoutError as Late
-
-        sending = self._send(document)
-        try:
-            asyncio.run_coroutine_threadsafe(sending, self._loop).result(WRITE_SECONDS)
-        except (Late, CancelledError, OSError):
-            with contextlib.suppress(RuntimeError):
-                self._loop.call_soon_threadsafe(self._writer.transport.abort)  # which ends _send
-            raise ClientGone from None
-        except RuntimeError:  # the loop has ended
-            sending.close()
-            raise ClientGone from None
-
-    async def _send(self, document: dict[str, Any]) -> None:
-        if self._protocol.state.name != "OPEN" or self._writer.is_closing():
-            raise ClientGone
+        """Raises ClientGone when the client has left, or takes nothing for WRITE_SECONDS."""
         self._requests[0].answered = "done" in document or "error" in document
-        self._protocol.send_text(to_json(document))
-        self._flush()
-        await self._writer.drain()
+        taken = self._writable.wait(WRITE_SECONDS)
+        try:
+            self._loop.call_soon_threadsafe(*(self._write, to_json(document)) if taken else (self._transport.abort,))
+        except RuntimeError:  # the loop has ended
+            raise ClientGone from None
+        if not taken or self._ended or self._protocol.state.name != "OPEN":
+            raise ClientGone
+
+    def _write(self, text: bytes) -> None:
+        if self._protocol.state.name == "OPEN":
+            self._protocol.send_text(text)
+            self._flush()
 
     def _flush(self) -> None:
-        for data in self._protocol.data_to_send():
+        for data in () if self._transport.is_closing() else self._protocol.data_to_send():
             if data:
-                self._writer.write(data)
+                self._transport.write(data)
             else:  # what still comes is dropped: to close over it would destroy what was sent (RST)
-                self._writer.write_eof()
-                self._loop.call_later(SOCKET_CLOSE_SECONDS, self._writer.transport.abort)
+                self._transport.write_eof()
+                self._loop.call_later(SOCKET_CLOSE_SECONDS, self._transport.abort)
 
     def close(self, code: int, reason: str, seconds: float = SOCKET_CLOSE_SECONDS) -> None:
         """Ends the connection as RFC 6455, 7 has it, at the latest after so many seconds."""
         if self._protocol.state.name == "OPEN":
             self._protocol.send_close(code, reason)
             self._flush()
-            self._loop.call_later(seconds, self._writer.transport.abort)
+            self._loop.call_later(seconds, self._transport.abort)
 
 
 class SocketListener:
@@ -11907,17 +11902,12 @@ class SocketListener:
                 self._ready.wait()
         taken = socket.socket(fileno=connection.detach())
         taken.setblocking(False)
-        served = asyncio.run_coroutine_threadsafe(self._open(taken, early, id, owner), self._loop).result()
+        served = SocketConnection(self._server, self._loop, early, id, owner)
+        self._connections.add(served)
+        opening = self._loop.connect_accepted_socket(lambda: served, taken)  # type: ignore[arg-type,return-value]
+        asyncio.run_coroutine_threadsafe(opening, self._loop).result()
         served.answer_all()
         self._connections.discard(served)
-
-    async def _open(self, taken: socket.socket, early: bytes, id: str, owner: str) -> SocketConnection:
-        import asyncio
-
-        served = SocketConnection(self._server, *await asyncio.open_connection(sock=taken), id, owner)
-        self._connections.add(served)
-        served.reading = asyncio.create_task(served.read_all(early))
-        return served
 
     def _run(self) -> None:
         import asyncio
@@ -12491,7 +12481,7 @@ def command_serve(args: argparse.Namespace) -> int:
     except OSError as error:
         advice = "; --port N listens on another, 0 on any" if error.errno == errno.EADDRINUSE else ""
         raise OSError(f"cannot listen on {address[0]}:{address[1]}: {error.strerror or error}{advice}") from None
-    threading.Thread(target=server.serve_forever, args=(0.1,), name="accept", daemon=True).start()
+    threading.Thread(target=server.accept_all, name="accept", daemon=True).start()
     print(f"shimmy {__version__} is listening on {server.url}", flush=True)
     threading.Thread(target=service.faults.kernels, name="kernels", daemon=True).start()  # before the first load asks
     if args.open:

@@ -13745,14 +13745,14 @@ def test_client_that_ends_its_side_has_left(stream: bool, more: bytes, server: S
 @pytest.mark.parametrize("ahead", [b"", b"GET /health HT"], ids=["nothing", "half a request"])
 def test_watcher_keeps_what_a_client_sends_ahead(ahead: bytes) -> None:
     watcher, cancel, (ours, theirs) = Watcher(), Cancellation(), socket.socketpair()
-    incoming = module.Incoming(ours)
-    with contextlib.closing(ours), contextlib.closing(theirs), watcher.watching(incoming, cancel):
+    reader = module.RequestReader(ours)
+    with contextlib.closing(ours), contextlib.closing(theirs), watcher.watching(reader, cancel):
         theirs.sendall(ahead)
         time.sleep(0.1)
         assert not cancel.cancelled
         theirs.close()
         eventually(lambda: cancel.cancelled, "it has left")
-        assert not ahead or io.BufferedReader(incoming).read(len(ahead)) == ahead
+        assert reader.take(len(ahead)) == ahead
 
 
 # Trust
@@ -13849,7 +13849,7 @@ def processor_seconds(server: Server) -> float:
 
 
 def test_connection_without_a_thread_is_answered_503(serve: Serve, tmp_path: Path) -> None:
-    started = "super().process_request(request, client_address)"
+    started = "threading.Thread(target=self._serve, args=(connection,), daemon=True).start()"
     server = serve(script=altered(tmp_path, (started, "raise RuntimeError('no new thread')")))
     for _ in range(40):  # more than are kept waiting
         assert_error(server.get("/health"), 503, "overloaded", "thread")
