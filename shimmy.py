@@ -203,6 +203,7 @@ import pathlib
 import pickle  # nosec B403  # for what the server sends to its own children
 import queue
 import re
+import select
 import selectors
 import socket
 import stat
@@ -10704,8 +10705,8 @@ class RequestReader:
         self._bytes += data
         return not data, not data or len(self._bytes) >= MAX_AHEAD
 
-    def take(self, most: int) -> bytes:
-        """Takes up to `most` bytes of those that were received."""
+    def take(self, most: int | None = None) -> bytes:
+        """Takes what was received, or the first `most` bytes of it."""
         data = bytes(self._bytes[:most])
         del self._bytes[:most]
         return data
@@ -10722,6 +10723,7 @@ class RequestReader:
         """Waits for a request's first byte, then starts its clock. Empty lines before it are fine (RFC 9112, 2.2)."""
         self.deadline = time.monotonic() + IDLE_SECONDS
         while not (begun := self._bytes.lstrip(b"\r\n")):
+            self._bytes.clear()
             self._receive()
         self._bytes, self.deadline = begun, time.monotonic() + REQUEST_SECONDS
 
@@ -10745,13 +10747,24 @@ class RequestReader:
         return line.decode("latin-1"), Headers(named)
 
     def body(self, size: int, most: int) -> bytes:
-        """A body of `size` bytes; -1: in chunks. Raises Overloaded when too many large ones arrive at once."""
+        """A body of `size` bytes; -1: in chunks (RFC 9112, 7.1), whose trailers are dropped.
+
+        Raises PayloadTooLarge beyond `most`, Overloaded when too many large ones arrive at once.
+        """
         body = bytearray()
-        if size < 0:
-            self._read_chunks(body, most)
-        else:
+        if size >= 0:
             self._read_into(body, size)
-        return bytes(body)
+            return bytes(body)
+        while size := self._chunk_size():
+            if len(body) + size > most:
+                raise PayloadTooLarge(f"Bodies may have up to {most} bytes")
+            self._read_into(body, size)
+            if self._chunk_line():
+                raise InvalidRequest("A chunk is longer than its size")
+        for _ in range(100):
+            if not self._chunk_line():
+                return bytes(body)
+        raise InvalidRequest("Too many trailers")
 
     def _read_into(self, body: bytearray, size: int) -> None:
         """A place is taken when so much has come, so that a body that is announced and never sent keeps nobody waiting."""
@@ -10762,19 +10775,6 @@ class RequestReader:
             if not self._bytes:
                 self._receive()
             body += self.take(end - len(body))
-
-    def _read_chunks(self, body: bytearray, most: int) -> None:
-        """RFC 9112, 7.1; trailers are read and dropped."""
-        while size := self._chunk_size():
-            if len(body) + size > most:
-                raise PayloadTooLarge(f"Bodies may have up to {most} bytes")
-            self._read_into(body, size)
-            if self._chunk_line():
-                raise InvalidRequest("A chunk is longer than its size")
-        for _ in range(100):
-            if not self._chunk_line():
-                return
-        raise InvalidRequest("Too many trailers")
 
     def _chunk_size(self) -> int:
         text = self._chunk_line().partition(b";")[0].rstrip(b" \t")
@@ -10825,15 +10825,12 @@ class Watcher:
 
     def __init__(self) -> None:
         self._selector, self._changed = selectors.DefaultSelector(), threading.Condition()
-        self._started = False
+        threading.Thread(target=self._run, name="watcher", daemon=True).start()
 
     @contextlib.contextmanager
     def watching(self, reader: RequestReader, cancel: Cancellation) -> Iterator[None]:
         """Cancels when the client leaves. Nobody else may read the connection while the block runs."""
         with self._changed:
-            if not self._started:
-                threading.Thread(target=self._run, name="watcher", daemon=True).start()
-                self._started = True
             self._selector.register(reader.connection, selectors.EVENT_READ, (reader, cancel))
             self._changed.notify()
         try:
@@ -10845,23 +10842,20 @@ class Watcher:
     def _run(self) -> None:
         """Asks under the lock, where no socket comes or goes; to read from one of which another has the number would wait."""
         while True:
+            left: list[Cancellation] = []
             with self._changed:
                 self._changed.wait_for(self._selector.get_map)
-                left = list(self._left())
+                for key, _ in self._selector.select(0):
+                    (reader, cancel), gone, done = key.data, True, True
+                    with contextlib.suppress(OSError):
+                        gone, done = reader.read_ahead()
+                    if done:
+                        self._selector.unregister(reader.connection)
+                    if gone:
+                        left.append(cancel)
             for cancel in left:
                 cancel.cancel()
             time.sleep(WATCH_SECONDS)
-
-    def _left(self) -> Iterator[Cancellation]:
-        for key, _ in self._selector.select(0):
-            reader, cancel = key.data
-            gone = done = True
-            with contextlib.suppress(OSError):
-                gone, done = reader.read_ahead()
-            if done:
-                self._selector.unregister(reader.connection)
-            if gone:
-                yield cancel
 
 
 # ── 15.2. Wires ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -11391,16 +11385,13 @@ class Handler:
                 closes = self._handle_request()
             if self.upgraded:
                 owner = self.server.access.owner(self.out.head.headers)
-                self.server.sockets.serve(self.connection, self.reader.take(MAX_AHEAD), self.out.line.id, owner)
+                self.server.sockets.serve(self.connection, self.reader.take(), self.out.line.id, owner)
 
     def _handle_request(self) -> bool:
         """Answers one request; true if the connection ends behind it."""
         self.out = Responder(self.connection, self.server.access)
         self.route: Route | None = None
-        try:
-            run_request(self._answer_request, self.out.line, self.fail, self.leave)
-        finally:
-            self.reader.turn.release()
+        run_request(self._answer_request, self.out.line, self.fail, self.leave)
         known, route = ("GET", "HEAD", "POST", "OPTIONS"), self.route.label() if self.route else "other"
         method = self.out.head.method if self.out.head.method in known else "other"  # a client's words are without number
         self.service.metrics.answered(method, route, self._api(), self.out.line.status)
@@ -11432,13 +11423,16 @@ class Handler:
             raise PayloadTooLarge(f"The body has {size} bytes, up to {most} are read")
         if size and head.headers.get("Expect", "").lower() == "100-continue":
             self.out.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        data = self.reader.body(size, most)
-        self.out.unread = False
-        if data and encoding:
-            self.reader.turn.take()  # for whatever size it has unpacked
-            data = uncompressed(data, encoding, most)
-        is_read = isinstance(self.route.answer, type) or (head.method == "POST" and data.strip())
-        return parse_object(data) if is_read else {}  # nobody keeps the bytes while the request runs
+        try:
+            data = self.reader.body(size, most)
+            self.out.unread = False
+            if data and encoding:
+                self.reader.turn.take()  # for whatever size it has unpacked
+                data = uncompressed(data, encoding, most)
+            is_read = isinstance(self.route.answer, type) or (head.method == "POST" and data.strip())
+            return parse_object(data) if is_read else {}  # nobody keeps the bytes while the request runs
+        finally:
+            self.reader.turn.release()
 
     def _answer(self, head: Head, cancel: Cancellation) -> None:
         if SHUTTING_DOWN in self.service.unready:  # the client's next connection may lead elsewhere
@@ -11452,30 +11446,22 @@ class Handler:
         if self.route.needs_body and head.length is None:
             self.out.unread = True  # whatever follows is no request
             raise InvalidRequest("The request needs a Content-Length, or a chunked body", status=411)
+        if self.route.answer is answer_upgrade and head.is_handshake():
+            return self._upgrade(head)
+        body = self._body()
+        if self.route.ollamas and speaks_ollama(body, head.headers.get("User-Agent", "")):
+            self.route = self.route.ollamas  # from here on errors take its shape
         answer, watching = self.route.answer, self.server.watcher.watching(self.reader, cancel)
         if isinstance(answer, type):
-            dialect = self.out.line.dialect = self._dialect(self._body())
-            self.reader.turn.release()
+            dialect = self.out.line.dialect = answer(body)
             self.out.framing = self.route.framing if dialect.stream else None
             dialect.owner = self.server.access.owner(head.headers)
             with watching:
                 deliver(dialect, dialect.events(self.service, cancel), self.out)
-        elif answer is answer_upgrade and head.is_handshake():
-            self._upgrade(head)
         else:
-            call = Call(self.service, names, head.query, self._body(), cancel, head.headers.get("Accept", ""))
-            self.reader.turn.release()
             with watching:
-                told = answer(call)
-                self.out.respond(told if isinstance(told, Answer) else Answer(told))
-
-    def _dialect(self, body: Mapping[str, Any]) -> Dialect:
-        """The request, in the API that the body speaks: from here on errors take its shape."""
-        assert self.route
-        if self.route.ollamas and speaks_ollama(body, self.out.head.headers.get("User-Agent", "")):
-            self.route = self.route.ollamas
-        assert isinstance(self.route.answer, type)
-        return self.route.answer(body)
+                told = answer(Call(self.service, names, head.query, body, cancel, head.headers.get("Accept", "")))
+            self.out.respond(told if isinstance(told, Answer) else Answer(told))
 
     def _find_route(self, head: Head) -> tuple[Route, tuple[str, ...]]:
         """The row for this request, and the names in its path; the access checks come before any answer."""
@@ -11721,8 +11707,9 @@ class SocketConnection(Wire):
         self._queue: queue.SimpleQueue[SocketRequest | None] = queue.SimpleQueue()  # the same; None: the connection has ended
         self._fragments, self._turn = bytearray(), BodyTurn()  # of the message that arrives
         self._since: float | None = None  # when its first byte came
-        self._used, self._pinged, self._ended = time.monotonic(), False, False
-        self._writable = threading.Event()  # unless the client is slow to read
+        self._used = time.monotonic()
+        self._pinged = self._paused = self._ended = False
+        self._writable = threading.Event()  # the last document is written, and the client is not slow to read
 
     # asyncio's protocol, in the loop's thread
 
@@ -11766,9 +11753,10 @@ class SocketConnection(Wire):
             request.cancel.cancel()
 
     def pause_writing(self) -> None:
-        self._writable.clear()
+        self._paused = True
 
     def resume_writing(self) -> None:
+        self._paused = False
         self._writable.set()
 
     def _look(self) -> None:
@@ -11852,6 +11840,7 @@ class SocketConnection(Wire):
         """Raises ClientGone when the client has left, or takes nothing for WRITE_SECONDS."""
         self._requests[0].answered = "done" in document or "error" in document
         taken = self._writable.wait(WRITE_SECONDS)
+        self._writable.clear()
         try:
             self._loop.call_soon_threadsafe(*(self._write, to_json(document)) if taken else (self._transport.abort,))
         except RuntimeError:  # the loop has ended
@@ -11863,6 +11852,8 @@ class SocketConnection(Wire):
         if self._protocol.state.name == "OPEN":
             self._protocol.send_text(text)
             self._flush()
+        if not self._paused or self._ended:
+            self._writable.set()
 
     def _flush(self) -> None:
         for data in () if self._transport.is_closing() else self._protocol.data_to_send():
@@ -11883,12 +11874,9 @@ class SocketConnection(Wire):
 class SocketListener:
     """Serves `/ws/generate`: asyncio in one side thread."""
 
-    _loop: asyncio.AbstractEventLoop
-    _stopped: asyncio.Event
-
     def __init__(self, server: Server) -> None:
-        self._server = server
-        self._lock, self._ready = threading.Lock(), threading.Event()
+        self._server, self._lock = server, threading.Lock()
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=self._run, name="websocket", daemon=True)
         self._connections: set[SocketConnection] = set()
 
@@ -11897,40 +11885,33 @@ class SocketListener:
         import asyncio
 
         with self._lock:
-            if not self._ready.is_set():
+            if not self._loop:
+                logging.getLogger("websockets").setLevel(logging.CRITICAL)  # requests are logged here
+                self._loop = asyncio.new_event_loop()
                 self._thread.start()
-                self._ready.wait()
         taken = socket.socket(fileno=connection.detach())
         taken.setblocking(False)
         served = SocketConnection(self._server, self._loop, early, id, owner)
         self._connections.add(served)
-        opening = self._loop.connect_accepted_socket(lambda: served, taken)  # type: ignore[arg-type,return-value]
+        opening = self._loop.connect_accepted_socket(lambda: served, taken)  # type: ignore[type-var]
         asyncio.run_coroutine_threadsafe(opening, self._loop).result()
         served.answer_all()
         self._connections.discard(served)
 
     def _run(self) -> None:
-        import asyncio
-
-        logging.getLogger("websockets").setLevel(logging.CRITICAL)  # requests are logged here
-        asyncio.run(self._main())
-
-    async def _main(self) -> None:
-        import asyncio
-
-        self._loop, self._stopped = asyncio.get_running_loop(), asyncio.Event()
-        self._ready.set()
-        await self._stopped.wait()
-        for connection in list(self._connections):
-            connection.close(1001, "the server is shutting down", 0.3)  # its threads end with it
-        await asyncio.sleep(0.5)
+        assert self._loop
+        self._loop.run_forever()
+        self._loop.close()
 
     def stop(self) -> None:
         """Closes the connections and ends the loop."""
-        if self._ready.is_set():
-            with contextlib.suppress(RuntimeError):
-                self._loop.call_soon_threadsafe(self._stopped.set)
-            self._thread.join(1.0)
+        loop = self._loop
+        if not loop:
+            return
+        for connection in list(self._connections):
+            loop.call_soon_threadsafe(connection.close, 1001, "the server is shutting down", 0.3)  # its threads end with it
+        loop.call_soon_threadsafe(loop.call_later, 0.5, loop.stop)
+        self._thread.join(1.0)
 
 
 # ── 17.1. Command line ────────────────────────────────────────────────────────────────────────────────────────────────
@@ -13572,12 +13553,28 @@ def end_interrupted() -> int:
 
 
 class LossyStderr(io.FileIO):
-    """Standard error that drops what it cannot write: its reader left, the disk is full. A full pipe that is open blocks."""
+    """Standard error that drops what it cannot write: its reader or terminal has gone, the disk is full.
+
+    A server's also drops what would have to wait, in a full pipe or a stopped terminal, and later says how much.
+    """
+
+    never_waits, dropped = False, 0
+
+    def _takes(self) -> bool:
+        return not self.never_waits or bool(select.select([], [self], [], 0)[1])
 
     def write(self, data: Any) -> int:
+        size = len(data)
         with contextlib.suppress(OSError):
-            return super().write(data)
-        return len(data)
+            if self.dropped and self._takes():
+                data = b"(%d lines were dropped here: nobody read them)\n%b" % (self.dropped, data)
+                self.dropped = 0
+            for at in range(0, len(data), 512):  # so much fits where there is room (POSIX's PIPE_BUF)
+                if not self._takes():
+                    self.dropped += 1
+                    break
+                super().write(data[at : at + 512])
+        return size
 
 
 def main(argv: Seq[str] | None = None) -> int:
@@ -13586,13 +13583,14 @@ def main(argv: Seq[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a file's name or a × must not end a command where the locale is C
             stream.reconfigure(errors="backslashreplace")
-    if (own := sys.__stderr__) and sys.stderr is own and not own.isatty():
+    if (own := sys.__stderr__) and sys.stderr is own and (os.name == "posix" or not own.isatty()):
         raw: Any = LossyStderr(own.fileno(), "w", closefd=False)
         sys.stderr = io.TextIOWrapper(raw, own.encoding, "backslashreplace", line_buffering=True)
     try:
         if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # a shell's background jobs ignore it, and so do we
             signal.signal(signal.SIGINT, signal.default_int_handler)
         args = parse(argv)
+        LossyStderr.never_waits = args.command == "serve" and os.name == "posix"  # elsewhere select() knows sockets alone
         shown, lines = logging.StreamHandler(), HarmlessFormatter("%(asctime)s %(message)s", "%H:%M:%S")
         lines.clear = "\033[K" if sys.stderr.isatty() else ""  # over what WaitingLine says
         shown.setFormatter(lines)
@@ -20185,9 +20183,7 @@ function drawPage() {
   rest = 2 * (performance.now() - began);
 }
 
-function drawSoon() {
-  due ||= setTimeout(() => requestAnimationFrame(drawPage), rest);
-}
+const drawSoon = () => due ||= setTimeout(() => requestAnimationFrame(drawPage), rest);
 
 function chatView(chat) {
   const title = (runs.has(chat) ? "● " : "") + (chat.title || "Untitled"), now = chat === current;

@@ -17,6 +17,7 @@ import copy
 import ctypes
 import errno
 import faulthandler
+import fcntl
 import functools
 import glob
 import gzip
@@ -17257,6 +17258,37 @@ def test_stderr_that_takes_nothing_ends_no_command_otherwise(models: Path, tmp_p
         lines = start([*command_of(), "generate", "recital", "--lines"], stderr=unread)
     assert lines.communicate(b"\n", HANG) and lines.returncode == 1
     assert server.wait(HANG) == 2
+
+
+@linux
+def test_full_stderr_that_nobody_reads_holds_up_no_request(tmp_path: Path) -> None:
+    reading, writing = os.pipe()
+    with open(reading, "rb", 0) as unread, open(writing, "wb", 0) as full:
+        full.write(bytes(fcntl.fcntl(full, fcntl.F_GETPIPE_SZ)))
+        env = seeded(tmp_path, {"SHIMMY_PORT": "0"})
+        own = Child([*command_of(), "-v", "serve"], stdout=subprocess.PIPE, stderr=full, cwd=tmp_path, env=env)
+        place = urlsplit(own.stdout.readline().split()[-1].decode()).netloc
+        said = b""
+        for n in range(21):
+            while n == 20 and select.select([unread], [], [], 0.1)[0]:
+                said += unread.read(1 << 16)
+            with contextlib.closing(http.client.HTTPConnection(place, timeout=HANG)) as connection:
+                connection.request("GET", "/health")
+                assert connection.getresponse().status == 200
+        own.terminate()
+        assert own.wait(HANG) == 0
+        assert re.search(rb"\d\d lines were dropped here", said + unread.read(1 << 16))
+
+
+@linux
+def test_last_words_to_a_terminal_that_has_gone_change_no_exit_code(tmp_path: Path) -> None:
+    terminal, screen = os.openpty()
+    with open(screen, "wb", 0) as gone:
+        env = seeded(tmp_path, {"SHIMMY_PORT": "0"})
+        own = Child([*command_of(), "serve", "--model", "none"], stdout=subprocess.PIPE, stderr=gone, cwd=tmp_path, env=env)
+        assert own.stdout.readline()
+        os.close(terminal)
+        assert own.wait(HANG) == 2
 
 
 @cases("flags, env, words", {
