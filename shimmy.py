@@ -10630,6 +10630,7 @@ def is_loopback(host: str) -> bool:
 
 TOKEN = re.compile(rb"[!#$%&'*+.^_`|~\w-]+")  # a header's name (RFC 9110, 5.6.2)
 HEAD_FAULT = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|\r(?!\n)|\n[ \t]")  # the last one: a folded line (RFC 9112, 5.2)
+HEAD_END = re.compile(rb"\n\r?\n")
 MAX_HEADERS = 100
 MAX_AHEAD = 1 << 16  # bytes that a client may send before its request is answered
 
@@ -10679,8 +10680,8 @@ class RequestReader:
 
     def __init__(self, connection: socket.socket) -> None:
         self.connection, self.deadline, self.turn = connection, math.inf, BodyTurn()
-        self.begun = bytearray()  # the head as far as it came
         self._bytes = bytearray()  # received and not read yet
+        self.begun: bytes | bytearray = self._bytes  # the head as far as it came
 
     def _receive(self) -> None:
         left = self.deadline - time.monotonic()
@@ -10711,33 +10712,28 @@ class RequestReader:
         del self._bytes[:most]
         return data
 
-    def _line(self, most: int) -> bytes:
-        """Takes the next line with its end; of a longer one `most` bytes."""
-        seen = 0
-        while not (end := self._bytes.find(b"\n", seen) + 1) and len(self._bytes) < most:
-            seen = len(self._bytes)
-            self._receive()
-        return self.take(min(end or most, most))
-
     def begin(self) -> None:
         """Waits for a request's first byte, then starts its clock. Empty lines before it are fine (RFC 9112, 2.2)."""
         self.deadline = time.monotonic() + IDLE_SECONDS
         while not (begun := self._bytes.lstrip(b"\r\n")):
             self._bytes.clear()
             self._receive()
-        self._bytes, self.deadline = begun, time.monotonic() + REQUEST_SECONDS
+        self._bytes = self.begun = begun
+        self.deadline = time.monotonic() + REQUEST_SECONDS
 
     def head(self) -> tuple[str, Headers]:
         """The request line and the headers. Raises InvalidRequest (400, 414, 431): too large, or malformed lines."""
-        head = self.begun = bytearray()
-        while not head.endswith((b"\n\r\n", b"\n\n")):
-            head += self._line(MAX_HEAD + 1 - len(head))
-            if len(head) > MAX_HEAD:
-                what, status = ("headers are", 431) if b"\n" in head else ("request line is", 414)
-                raise InvalidRequest(f"The {what} over {MAX_HEAD} bytes", status=status)
+        seen = 0
+        while not (end := HEAD_END.search(self._bytes, max(0, seen - 2))) and len(self._bytes) <= MAX_HEAD:
+            seen = len(self._bytes)
+            self._receive()
+        head = self.begun = self.take(min(end.end(), MAX_HEAD + 1) if end else MAX_HEAD + 1)
+        if len(head) > MAX_HEAD:
+            what, status = ("headers are", 431) if b"\n" in head else ("request line is", 414)
+            raise InvalidRequest(f"The {what} over {MAX_HEAD} bytes", status=status)
         if HEAD_FAULT.search(head):
             raise InvalidRequest("The request's head holds a control character, a CR without LF or a folded line")
-        line, _, headers = bytes(head).partition(b"\n")
+        line, _, headers = head.partition(b"\n")
         fields = [field.partition(b":") for field in headers.rstrip(b"\r\n").split(b"\n")] if headers.strip() else []
         if not all(colon and TOKEN.fullmatch(name) for name, colon, _ in fields):
             raise InvalidRequest("A header line is malformed")
@@ -10783,7 +10779,9 @@ class RequestReader:
         return int(text, 16)
 
     def _chunk_line(self) -> bytes:
-        line = self._line(1026)
+        while not (end := self._bytes.find(b"\n", 0, 1026) + 1) and len(self._bytes) < 1026:
+            self._receive()
+        line = self.take(end)
         if not line.endswith(b"\r\n"):
             raise InvalidRequest("A line between chunks is too long, or does not end with CR and LF")
         return line[:-2]
@@ -11461,7 +11459,7 @@ class Handler:
         else:
             with watching:
                 told = answer(Call(self.service, names, head.query, body, cancel, head.headers.get("Accept", "")))
-            self.out.respond(told if isinstance(told, Answer) else Answer(told))
+                self.out.respond(told if isinstance(told, Answer) else Answer(told))
 
     def _find_route(self, head: Head) -> tuple[Route, tuple[str, ...]]:
         """The row for this request, and the names in its path; the access checks come before any answer."""

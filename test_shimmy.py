@@ -14543,7 +14543,7 @@ def test_a_large_body_gives_its_place_back_whatever_raises_and_before_it_waits(
             ws.send(f"{{{large}}}")
             ws.recv(HANG)
     eventually(lambda: server.post("/api/generate", f"{{{large}}}".encode()).status == 400, "the place is free")
-    with server.ws() as ws, ThreadPoolExecutor(1) as pool:
+    with server.ws(max_queue=None) as ws, ThreadPoolExecutor(1) as pool:
         ws.send(ENDLESS.decode())
         ws.recv(HANG)
         loading = pool.submit(server.post, "/api/models/recital/load", f'{{"ctx": 128{large}}}'.encode())
