@@ -203,9 +203,9 @@ import pathlib
 import pickle  # nosec B403  # for what the server sends to its own children
 import queue
 import re
+import select
 import selectors
 import socket
-import socketserver
 import stat
 import struct
 import threading
@@ -10613,50 +10613,9 @@ def is_loopback(host: str) -> bool:
 
 TOKEN = re.compile(rb"[!#$%&'*+.^_`|~\w-]+")  # a header's name (RFC 9110, 5.6.2)
 HEAD_FAULT = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|\r(?!\n)|\n[ \t]")  # the last one: a folded line (RFC 9112, 5.2)
+HEAD_END = re.compile(rb"\n\r?\n")
 MAX_HEADERS = 100
 MAX_AHEAD = 1 << 16  # bytes that a client may send before its request is answered
-
-
-class Incoming(io.RawIOBase):
-    """A connection's bytes. A read raises RequestTimeout by `deadline` (monotonic seconds), ClientGone at the end of file.
-
-    What the client sends while its request runs is read ahead by the watcher, which so sees it leave.
-    """
-
-    def __init__(self, connection: socket.socket) -> None:
-        self.connection, self.deadline = connection, math.inf
-        self._ahead = b""
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        if self._ahead:
-            data, self._ahead = self._ahead[: len(buffer)], self._ahead[len(buffer) :]
-            buffer[: len(data)] = data
-            return len(data)
-        left = self.deadline - time.monotonic()
-        try:
-            if left <= 0:  # who sends without a pause would never meet the socket's own timeout
-                raise TimeoutError
-            self.connection.settimeout(left)
-            size = self.connection.recv_into(buffer)
-        except TimeoutError:
-            raise RequestTimeout(f"The request took over {REQUEST_SECONDS:g} seconds", status=408) from None
-        except OSError:
-            raise ClientGone from None
-        if not size:
-            raise ClientGone
-        return size
-
-    def read_ahead(self) -> tuple[bool, bool]:
-        """Reads what is there: (the client has left, no more is read ahead). An end of file is an end, as in Go's net/http."""
-        try:
-            data = self.connection.recv(MAX_AHEAD)
-        except OSError:
-            return True, True
-        self._ahead += data
-        return not data, not data or len(self._ahead) >= MAX_AHEAD
 
 
 class Headers:
@@ -10697,30 +10656,67 @@ class BodyTurn:
 
 
 class RequestReader:
-    """Reads requests: every size is bounded. `turn` is a large body's; who parses the body releases it."""
+    """Reads a connection's requests: every size is bounded, and no read lasts beyond `deadline` (monotonic seconds).
+
+    A read raises RequestTimeout, or ClientGone at the end of file. `turn` is a large body's; who parses the body releases it.
+    """
 
     def __init__(self, connection: socket.socket) -> None:
-        self.incoming, self.turn, self.begun = Incoming(connection), BodyTurn(), bytearray()  # the head as far as it came
-        self._bytes = io.BufferedReader(self.incoming)
+        self.connection, self.deadline, self.turn = connection, math.inf, BodyTurn()
+        self._bytes = bytearray()  # received and not read yet
+        self.begun: bytes | bytearray = self._bytes  # the head as far as it came
+
+    def _receive(self) -> None:
+        left = self.deadline - time.monotonic()
+        try:
+            if left <= 0:  # who sends without a pause would never meet the socket's own timeout
+                raise TimeoutError
+            self.connection.settimeout(left)
+            gone = self.read_ahead()[0]
+        except TimeoutError:
+            raise RequestTimeout(f"The request took over {REQUEST_SECONDS:g} seconds", status=408) from None
+        except OSError:
+            raise ClientGone from None
+        if gone:
+            raise ClientGone
+
+    def read_ahead(self) -> tuple[bool, bool]:
+        """Receives what is there: (the client has left, no more may come). An end of file is an end, as in Go's net/http.
+
+        The watcher calls this while a request runs, and so sees the client leave.
+        """
+        data = self.connection.recv(MAX_AHEAD)
+        self._bytes += data
+        return not data, not data or len(self._bytes) >= MAX_AHEAD
+
+    def take(self, most: int | None = None) -> bytes:
+        """Takes what was received, or the first `most` bytes of it."""
+        data = bytes(self._bytes[:most])
+        del self._bytes[:most]
+        return data
 
     def begin(self) -> None:
         """Waits for a request's first byte, then starts its clock. Empty lines before it are fine (RFC 9112, 2.2)."""
-        self.incoming.deadline = time.monotonic() + IDLE_SECONDS
-        while self._bytes.peek(1)[:1] in (b"\r", b"\n"):
-            self._bytes.read(1)
-        self.incoming.deadline = time.monotonic() + REQUEST_SECONDS
+        self.deadline = time.monotonic() + IDLE_SECONDS
+        while not (begun := self._bytes.lstrip(b"\r\n")):
+            self._bytes.clear()
+            self._receive()
+        self._bytes = self.begun = begun
+        self.deadline = time.monotonic() + REQUEST_SECONDS
 
     def head(self) -> tuple[str, Headers]:
         """The request line and the headers. Raises InvalidRequest (400, 414, 431): too large, or malformed lines."""
-        head = self.begun = bytearray()
-        while not head.endswith((b"\n\r\n", b"\n\n")):
-            head += self._bytes.readline(MAX_HEAD + 1 - len(head))
-            if len(head) > MAX_HEAD:
-                what, status = ("headers are", 431) if b"\n" in head else ("request line is", 414)
-                raise InvalidRequest(f"The {what} over {MAX_HEAD} bytes", status=status)
+        seen = 0
+        while not (end := HEAD_END.search(self._bytes, max(0, seen - 2))) and len(self._bytes) <= MAX_HEAD:
+            seen = len(self._bytes)
+            self._receive()
+        head = self.begun = self.take(min(end.end(), MAX_HEAD + 1) if end else MAX_HEAD + 1)
+        if len(head) > MAX_HEAD:
+            what, status = ("headers are", 431) if b"\n" in head else ("request line is", 414)
+            raise InvalidRequest(f"The {what} over {MAX_HEAD} bytes", status=status)
         if HEAD_FAULT.search(head):
             raise InvalidRequest("The request's head holds a control character, a CR without LF or a folded line")
-        line, _, headers = bytes(head).partition(b"\n")
+        line, _, headers = head.partition(b"\n")
         fields = [field.partition(b":") for field in headers.rstrip(b"\r\n").split(b"\n")] if headers.strip() else []
         if not all(colon and TOKEN.fullmatch(name) for name, colon, _ in fields):
             raise InvalidRequest("A header line is malformed")
@@ -10730,13 +10726,24 @@ class RequestReader:
         return line.decode("latin-1"), Headers(named)
 
     def body(self, size: int, most: int) -> bytes:
-        """A body of `size` bytes; -1: in chunks. Raises Overloaded when too many large ones arrive at once."""
+        """A body of `size` bytes; -1: in chunks (RFC 9112, 7.1), whose trailers are dropped.
+
+        Raises PayloadTooLarge beyond `most`, Overloaded when too many large ones arrive at once.
+        """
         body = bytearray()
-        if size < 0:
-            self._read_chunks(body, most)
-        else:
+        if size >= 0:
             self._read_into(body, size)
-        return bytes(body)
+            return bytes(body)
+        while size := self._chunk_size():
+            if len(body) + size > most:
+                raise PayloadTooLarge(f"Bodies may have up to {most} bytes")
+            self._read_into(body, size)
+            if self._chunk_line():
+                raise InvalidRequest("A chunk is longer than its size")
+        for _ in range(100):
+            if not self._chunk_line():
+                return bytes(body)
+        raise InvalidRequest("Too many trailers")
 
     def _read_into(self, body: bytearray, size: int) -> None:
         """A place is taken when so much has come, so that a body that is announced and never sent keeps nobody waiting."""
@@ -10744,48 +10751,32 @@ class RequestReader:
         while len(body) < end:
             if len(body) >= TURN_BYTES:
                 self.turn.take()
-            body += self._bytes.read(min(end - len(body), TURN_BYTES))
-
-    def _read_chunks(self, body: bytearray, most: int) -> None:
-        """RFC 9112, 7.1; trailers are read and dropped."""
-        while size := self._chunk_size():
-            if len(body) + size > most:
-                raise PayloadTooLarge(f"Bodies may have up to {most} bytes")
-            self._read_into(body, size)
-            if self._line():
-                raise InvalidRequest("A chunk is longer than its size")
-        for _ in range(100):
-            if not self._line():
-                return
-        raise InvalidRequest("Too many trailers")
+            if not self._bytes:
+                self._receive()
+            body += self.take(end - len(body))
 
     def _chunk_size(self) -> int:
-        text = self._line().partition(b";")[0].rstrip(b" \t")
+        text = self._chunk_line().partition(b";")[0].rstrip(b" \t")
         if not re.fullmatch(rb"[0-9a-fA-F]{1,15}", text):
             raise InvalidRequest("A chunk's size is malformed")
         return int(text, 16)
 
-    def _line(self) -> bytes:
-        line = self._bytes.readline(1026)
+    def _chunk_line(self) -> bytes:
+        while not (end := self._bytes.find(b"\n", 0, 1026) + 1) and len(self._bytes) < 1026:
+            self._receive()
+        line = self.take(end)
         if not line.endswith(b"\r\n"):
             raise InvalidRequest("A line between chunks is too long, or does not end with CR and LF")
         return line[:-2]
 
-    def unread(self) -> bytes:
-        """Takes the bytes that were read behind the request."""
-        data, self.incoming.deadline = b"", 0.0  # no more are waited for
-        with contextlib.suppress(ClientGone):
-            while True:
-                data += self._bytes.read1(MAX_AHEAD)
-        return data
-
     def drain(self) -> None:
         """Reads on for a moment before closing: to close over unread bytes would destroy the answer on its way (RST)."""
-        self.incoming.deadline = time.monotonic() + 2.0
+        self.deadline = time.monotonic() + 2.0
         with contextlib.suppress(OSError, ClientGone):
-            self.incoming.connection.shutdown(socket.SHUT_WR)
+            self.connection.shutdown(socket.SHUT_WR)
             for _ in range(2048):
-                self._bytes.read1(1 << 16)
+                self._bytes.clear()
+                self._receive()
 
 
 def uncompressed(data: bytes, encoding: str, most: int) -> bytes:
@@ -10815,41 +10806,37 @@ class Watcher:
 
     def __init__(self) -> None:
         self._selector, self._changed = selectors.DefaultSelector(), threading.Condition()
-        self._started = False
+        threading.Thread(target=self._run, name="watcher", daemon=True).start()
 
     @contextlib.contextmanager
-    def watching(self, incoming: Incoming, cancel: Cancellation) -> Iterator[None]:
+    def watching(self, reader: RequestReader, cancel: Cancellation) -> Iterator[None]:
         """Cancels when the client leaves. Nobody else may read the connection while the block runs."""
         with self._changed:
-            if not self._started:
-                threading.Thread(target=self._run, name="watcher", daemon=True).start()
-                self._started = True
-            self._selector.register(incoming.connection, selectors.EVENT_READ, (incoming, cancel))
+            self._selector.register(reader.connection, selectors.EVENT_READ, (reader, cancel))
             self._changed.notify()
         try:
             yield
         finally:
             with self._changed, contextlib.suppress(KeyError, ValueError, OSError):
-                self._selector.unregister(incoming.connection)
+                self._selector.unregister(reader.connection)
 
     def _run(self) -> None:
         """Asks under the lock, where no socket comes or goes; to read from one of which another has the number would wait."""
         while True:
+            left: list[Cancellation] = []
             with self._changed:
                 self._changed.wait_for(self._selector.get_map)
-                left = list(self._left())
+                for key, _ in self._selector.select(0):
+                    (reader, cancel), gone, done = key.data, True, True
+                    with contextlib.suppress(OSError):
+                        gone, done = reader.read_ahead()
+                    if done:
+                        self._selector.unregister(reader.connection)
+                    if gone:
+                        left.append(cancel)
             for cancel in left:
                 cancel.cancel()
             time.sleep(WATCH_SECONDS)
-
-    def _left(self) -> Iterator[Cancellation]:
-        for key, _ in self._selector.select(0):
-            incoming, cancel = key.data
-            gone, done = incoming.read_ahead()
-            if done:
-                self._selector.unregister(incoming.connection)
-            if gone:
-                yield cancel
 
 
 # ── 15.2. Wires ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -11363,14 +11350,13 @@ class Responder(Wire):
         self.write("\r\n".join(lines).encode("latin-1", "replace") + b"\r\n\r\n" + body)
 
 
-class Handler(socketserver.BaseRequestHandler):
+class Handler:
     """One connection, in its own thread: requests one after another, each read, checked, and answered by its row of ROUTES."""
 
-    server: Server
-
-    def setup(self) -> None:
-        self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
-        self.service, self.reader, self.upgraded = self.server.service, RequestReader(self.request), False
+    def __init__(self, server: Server, connection: socket.socket) -> None:
+        self.server, self.service, self.connection = server, server.service, connection
+        self.reader, self.upgraded = RequestReader(connection), False
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
 
     def handle(self) -> None:
         closes = False
@@ -11380,16 +11366,13 @@ class Handler(socketserver.BaseRequestHandler):
                 closes = self._handle_request()
             if self.upgraded:
                 owner = self.server.access.owner(self.out.head.headers)
-                self.server.sockets.serve(self.request, self.reader.unread(), self.out.line.id, owner)
+                self.server.sockets.serve(self.connection, self.reader.take(), self.out.line.id, owner)
 
     def _handle_request(self) -> bool:
         """Answers one request; true if the connection ends behind it."""
-        self.out = Responder(self.request, self.server.access)
+        self.out = Responder(self.connection, self.server.access)
         self.route: Route | None = None
-        try:
-            run_request(self._answer_request, self.out.line, self.fail, self.leave)
-        finally:
-            self.reader.turn.release()
+        run_request(self._answer_request, self.out.line, self.fail, self.leave)
         known, route = ("GET", "HEAD", "POST", "OPTIONS"), self.route.label() if self.route else "other"
         method = self.out.head.method if self.out.head.method in known else "other"  # a client's words are without number
         self.service.metrics.answered(method, route, self._api(), self.out.line.status)
@@ -11421,13 +11404,16 @@ class Handler(socketserver.BaseRequestHandler):
             raise PayloadTooLarge(f"The body has {size} bytes, up to {most} are read")
         if size and head.headers.get("Expect", "").lower() == "100-continue":
             self.out.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        data = self.reader.body(size, most)
-        self.out.unread = False
-        if data and encoding:
-            self.reader.turn.take()  # for whatever size it has unpacked
-            data = uncompressed(data, encoding, most)
-        is_read = isinstance(self.route.answer, type) or (head.method == "POST" and data.strip())
-        return parse_object(data) if is_read else {}  # nobody keeps the bytes while the request runs
+        try:
+            data = self.reader.body(size, most)
+            self.out.unread = False
+            if data and encoding:
+                self.reader.turn.take()  # for whatever size it has unpacked
+                data = uncompressed(data, encoding, most)
+            is_read = isinstance(self.route.answer, type) or (head.method == "POST" and data.strip())
+            return parse_object(data) if is_read else {}  # nobody keeps the bytes while the request runs
+        finally:
+            self.reader.turn.release()
 
     def _answer(self, head: Head, cancel: Cancellation) -> None:
         if SHUTTING_DOWN in self.service.unready:  # the client's next connection may lead elsewhere
@@ -11441,30 +11427,22 @@ class Handler(socketserver.BaseRequestHandler):
         if self.route.needs_body and head.length is None:
             self.out.unread = True  # whatever follows is no request
             raise InvalidRequest("The request needs a Content-Length, or a chunked body", status=411)
-        answer, watching = self.route.answer, self.server.watcher.watching(self.reader.incoming, cancel)
+        if self.route.answer is answer_upgrade and head.is_handshake():
+            return self._upgrade(head)
+        body = self._body()
+        if self.route.ollamas and speaks_ollama(body, head.headers.get("User-Agent", "")):
+            self.route = self.route.ollamas  # from here on errors take its shape
+        answer, watching = self.route.answer, self.server.watcher.watching(self.reader, cancel)
         if isinstance(answer, type):
-            dialect = self.out.line.dialect = self._dialect(self._body())
-            self.reader.turn.release()
+            dialect = self.out.line.dialect = answer(body)
             self.out.framing = self.route.framing if dialect.stream else None
             dialect.owner = self.server.access.owner(head.headers)
             with watching:
                 deliver(dialect, dialect.events(self.service, cancel), self.out)
-        elif answer is answer_upgrade and head.is_handshake():
-            self._upgrade(head)
         else:
-            call = Call(self.service, names, head.query, self._body(), cancel, head.headers.get("Accept", ""))
-            self.reader.turn.release()
             with watching:
-                told = answer(call)
+                told = answer(Call(self.service, names, head.query, body, cancel, head.headers.get("Accept", "")))
                 self.out.respond(told if isinstance(told, Answer) else Answer(told))
-
-    def _dialect(self, body: Mapping[str, Any]) -> Dialect:
-        """The request, in the API that the body speaks: from here on errors take its shape."""
-        assert self.route
-        if self.route.ollamas and speaks_ollama(body, self.out.head.headers.get("User-Agent", "")):
-            self.route = self.route.ollamas
-        assert isinstance(self.route.answer, type)
-        return self.route.answer(body)
 
     def _find_route(self, head: Head) -> tuple[Route, tuple[str, ...]]:
         """The row for this request, and the names in its path; the access checks come before any answer."""
@@ -11550,51 +11528,62 @@ def raise_descriptor_limit() -> int:
     return limit
 
 
-class Server(socketserver.ThreadingTCPServer):
+class Server:
     """The listening socket and what its connections share. `stop` is the end: ordered and idempotent."""
 
-    daemon_threads = True
-    request_queue_size = 1024  # bursts wait in the kernel, not in retransmissions
-    allow_reuse_address = os.name == "posix"
-
     def __init__(self, address: tuple[str, int], service: Service, access: Access) -> None:
-        self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+        """Listens. Raises OSError where it cannot."""
         self.service, self.access = service, access
         descriptors = raise_descriptor_limit()
         self.max_connections = min(MAX_CONNECTIONS, max(descriptors // 10, descriptors - RESERVED_DESCRIPTORS))
         self.watcher, self.sockets = Watcher(), SocketListener(self)
-        self.stopping = False
+        self.stopping, self._closed = False, threading.Event()
         self._changed = threading.Condition()
         self._running: set[Cancellation] = set()
-        super().__init__(address, Handler)
+        self._listener = socket.socket(socket.AF_INET6 if ":" in address[0] else socket.AF_INET)
+        if os.name == "posix":  # elsewhere it would let two servers share a port
+            self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, True)
+        self._listener.bind(address)
+        self._listener.listen(1024)  # bursts wait in the kernel, not in retransmissions
+        self._listener.settimeout(0.1)
+        self.url = url_of(*self._listener.getsockname()[:2])
 
-    @property
-    def url(self) -> str:
-        return url_of(str(self.server_address[0]), self.server_address[1])
+    def accept_all(self) -> None:
+        """Gives each connection its thread, until `stop`."""
+        with self._listener:
+            while not self.stopping:
+                try:
+                    self._begin(self._listener.accept()[0])
+                except TimeoutError:
+                    continue
+                except OSError:  # no descriptor is left: at once it would be the same
+                    time.sleep(0.05)
+        self._closed.set()
 
-    def count_connection(self, change: int) -> None:
-        with self._changed:
-            self.service.metrics.connections += change
-
-    def get_request(self) -> tuple[Any, Any]:
-        """Accepts a connection. Where it cannot (no descriptor is left), it waits a moment: at once it would be asked again."""
-        try:
-            return super().get_request()
-        except OSError:
-            time.sleep(0.05)
-            raise
-
-    def process_request(self, request: Any, client_address: Any) -> None:
-        """Starts the connection's thread, or answers 503 where it would be one too many."""
+    def _begin(self, connection: socket.socket) -> None:
+        """Starts a connection's thread, or answers 503 where it would be one too many."""
         if self.service.metrics.connections >= self.max_connections:
-            return self._refuse(request, f"{self.max_connections} connections are open")
-        self.count_connection(1)
+            return self._refuse(connection, f"{self.max_connections} connections are open")
+        self._count(1)
         self.service.metrics.accepted += 1
         try:
-            super().process_request(request, client_address)
+            threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
         except (RuntimeError, MemoryError):  # can't start new thread
-            self.count_connection(-1)
-            self._refuse(request, "No thread can be started for another connection")
+            self._count(-1)
+            self._refuse(connection, "No thread can be started for another connection")
+
+    def _serve(self, connection: socket.socket) -> None:
+        try:
+            with connection:
+                Handler(self, connection).handle()
+        except Exception:  # a thread's border
+            log.debug("connection failed", exc_info=True)
+        finally:
+            self._count(-1)
+
+    def _count(self, change: int) -> None:
+        with self._changed:
+            self.service.metrics.connections += change
 
     def _refuse(self, connection: socket.socket, why: str) -> None:
         """503. To close over a request that is on its way would destroy the answer (RST): so it is awaited for a moment."""
@@ -11605,15 +11594,6 @@ class Server(socketserver.ThreadingTCPServer):
             connection.settimeout(0.1)
             connection.shutdown(socket.SHUT_WR)
             connection.recv(1 << 16)
-
-    def process_request_thread(self, request: Any, client_address: Any) -> None:
-        try:
-            super().process_request_thread(request, client_address)
-        finally:
-            self.count_connection(-1)
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        log.debug("connection failed", exc_info=True)
 
     @contextlib.contextmanager
     def running(self, cancel: Cancellation) -> Iterator[None]:
@@ -11639,8 +11619,7 @@ class Server(socketserver.ThreadingTCPServer):
         self.service.unready.add(SHUTTING_DOWN)
         time.sleep(min(LINGER_SECONDS, (grace or 0.0) / 2))
         self.stopping = True
-        self.shutdown()
-        self.server_close()
+        self._closed.wait()
         self.service.table.close(engines=False)
         self._await_quiet(until - time.monotonic())
         for worker in self.service.table.workers():
@@ -11695,59 +11674,35 @@ class SocketRequest:
 
 
 class SocketConnection(Wire):
-    """One WebSocket, around websockets' parser. The loop's thread reads and flushes, another one answers."""
+    """One WebSocket, around websockets' parser. The loop's thread reads and writes, another one answers."""
 
     PENDING, REFUSED = 32, 1000  # requests a connection holds, with the running one; more that may wait to be refused
-    reading: asyncio.Task[None]
+    _transport: asyncio.Transport
 
-    def __init__(self, server: Server, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, id: str, owner: str) -> None:
-        import asyncio
-
+    def __init__(self, server: Server, loop: asyncio.AbstractEventLoop, early: bytes, id: str, owner: str) -> None:
         from websockets.protocol import SERVER, Protocol
 
-        self._server, self._reader, self._writer, self._id, self._owner = server, reader, writer, id, owner
-        self._loop = asyncio.get_running_loop()
+        self._server, self._loop, self._early, self._id, self._owner = server, loop, early, id, owner
         self._protocol = Protocol(SERVER, max_size=NativeSocket.max_body, logger=logging.getLogger("websockets"))
         self._requests: deque[SocketRequest] = deque()  # the first one is running
         self._queue: queue.SimpleQueue[SocketRequest | None] = queue.SimpleQueue()  # the same; None: the connection has ended
         self._fragments, self._turn = bytearray(), BodyTurn()  # of the message that arrives
         self._since: float | None = None  # when its first byte came
         self._used = time.monotonic()
+        self._pinged = self._paused = self._ended = False
+        self._writable = threading.Event()  # the last document is written, and the client is not slow to read
 
-    async def read_all(self, data: bytes) -> None:
-        """Reads to the connection's end, beginning with what came already. The requests end with it."""
-        try:
-            self._take(data)
-            while data := await self._read():
-                self._take(data)
-        except OSError:  # the client broke off
-            pass
-        finally:
-            self._turn.release()
-            self._writer.close()
-            self._queue.put(None)
-            self._loop.call_later(SOCKET_CLOSE_SECONDS, self._writer.transport.abort)
-            for request in list(self._requests):
-                request.cancel.cancel()
+    # asyncio's protocol, in the loop's thread
 
-    async def _read(self) -> bytes:
-        """The next bytes; none when the client has left, or answers no ping."""
-        import asyncio
+    def connection_made(self, transport: asyncio.Transport) -> None:
+        self._transport = transport
+        self._writable.set()
+        self._loop.call_later(SOCKET_PING_SECONDS, self._look)
+        self.data_received(self._early)
 
-        for pinged in itertools.chain([False], itertools.repeat(True)):
-            if not self._requests and time.monotonic() - self._used > SOCKET_IDLE_SECONDS:
-                self.close(1000, f"no request for {SOCKET_IDLE_SECONDS:g} seconds")
-            with contextlib.suppress(asyncio.TimeoutError):
-                return await asyncio.wait_for(self._reader.read(1 << 16), SOCKET_PING_SECONDS)
-            if pinged and not self._writer.transport.get_write_buffer_size():
-                break
-            if self._protocol.state.name == "OPEN":
-                self._protocol.send_ping(b"")
-                self._flush()
-        return b""
-
-    def _take(self, data: bytes) -> None:
+    def data_received(self, data: bytes) -> None:
         """Feeds the parser, which itself answers pings, and ends the connection behind a frame that is malformed."""
+        self._pinged = False
         self._protocol.receive_data(data)
         frame: Any
         for frame in self._protocol.events_received():
@@ -11761,8 +11716,43 @@ class SocketConnection(Wire):
                 self._receive(request)
         self._bound(len(self._fragments) + len(self._protocol.reader.buffer))
         self._flush()
-        if self._writer.transport.get_write_buffer_size() > MAX_UNTAKEN:
-            self._writer.transport.abort()
+        if self._transport.get_write_buffer_size() > MAX_UNTAKEN:
+            self._transport.abort()
+
+    def eof_received(self) -> None:
+        """What is sent already may still be read; then the transport closes itself."""
+        self._loop.call_later(SOCKET_CLOSE_SECONDS, self._transport.abort)
+        self.connection_lost(None)
+
+    def connection_lost(self, error: Exception | None) -> None:
+        """The requests end with the connection."""
+        self._ended = True
+        self._turn.release()
+        self._writable.set()
+        self._queue.put(None)
+        for request in list(self._requests):
+            request.cancel.cancel()
+
+    def pause_writing(self) -> None:
+        self._paused = True
+
+    def resume_writing(self) -> None:
+        self._paused = False
+        self._writable.set()
+
+    def _look(self) -> None:
+        """Ends a connection without requests for long, or whose client answers no ping; one that is slow to read may yet."""
+        if self._ended:
+            return
+        if not self._requests and time.monotonic() - self._used > SOCKET_IDLE_SECONDS:
+            self.close(1000, f"no request for {SOCKET_IDLE_SECONDS:g} seconds")
+        elif self._pinged and not self._transport.get_write_buffer_size():
+            self._transport.abort()
+        elif self._protocol.state.name == "OPEN":
+            self._pinged = True
+            self._protocol.send_ping(b"")
+            self._flush()
+        self._loop.call_later(SOCKET_PING_SECONDS, self._look)
 
     def _bound(self, size: int) -> None:
         """Bounds a message that is not whole: its time from its first byte on, and how many large ones there are."""
@@ -11795,11 +11785,11 @@ class SocketConnection(Wire):
         """Answers the requests one after another, until the connection ends."""
         while request := self._queue.get():
             try:
-                if not self._writer.is_closing():  # else the client has left
+                if not self._ended:  # else the client has left
                     self._answer(request)
             except Exception:  # a thread's border
                 log.exception("a WebSocket's request could not be answered")
-                self._loop.call_soon_threadsafe(self._writer.transport.abort)
+                self._loop.call_soon_threadsafe(self._transport.abort)
             self._requests.popleft()
             self._used = time.monotonic()
 
@@ -11828,55 +11818,46 @@ class SocketConnection(Wire):
             self.send(NativeSocket.done("cancelled", Usage(0, 0, 0, 0, 0)))
 
     def send(self, document: dict[str, Any]) -> None:
-        """Waits until the document is sent. Raises ClientGone when the client takes none for WRITE_SECONDS."""
-        import asyncio
-        from concurrent.futures import CancelledError
-        from concurrent.futures import TimeoutError as Late
-
-        sending = self._send(document)
-        try:
-            asyncio.run_coroutine_threadsafe(sending, self._loop).result(WRITE_SECONDS)
-        except (Late, CancelledError, OSError):
-            with contextlib.suppress(RuntimeError):
-                self._loop.call_soon_threadsafe(self._writer.transport.abort)  # which ends _send
-            raise ClientGone from None
-        except RuntimeError:  # the loop has ended
-            sending.close()
-            raise ClientGone from None
-
-    async def _send(self, document: dict[str, Any]) -> None:
-        if self._protocol.state.name != "OPEN" or self._writer.is_closing():
-            raise ClientGone
+        """Raises ClientGone when the client has left, or takes nothing for WRITE_SECONDS."""
         self._requests[0].answered = "done" in document or "error" in document
-        self._protocol.send_text(to_json(document))
-        self._flush()
-        await self._writer.drain()
+        taken = self._writable.wait(WRITE_SECONDS)
+        self._writable.clear()
+        try:
+            self._loop.call_soon_threadsafe(*(self._write, to_json(document)) if taken else (self._transport.abort,))
+        except RuntimeError:  # the loop has ended
+            raise ClientGone from None
+        if not taken or self._ended or self._protocol.state.name != "OPEN":
+            raise ClientGone
+
+    def _write(self, text: bytes) -> None:
+        if self._protocol.state.name == "OPEN":
+            self._protocol.send_text(text)
+            self._flush()
+        if not self._paused or self._ended:
+            self._writable.set()
 
     def _flush(self) -> None:
-        for data in self._protocol.data_to_send():
+        for data in () if self._transport.is_closing() else self._protocol.data_to_send():
             if data:
-                self._writer.write(data)
+                self._transport.write(data)
             else:  # what still comes is dropped: to close over it would destroy what was sent (RST)
-                self._writer.write_eof()
-                self._loop.call_later(SOCKET_CLOSE_SECONDS, self._writer.transport.abort)
+                self._transport.write_eof()
+                self._loop.call_later(SOCKET_CLOSE_SECONDS, self._transport.abort)
 
     def close(self, code: int, reason: str, seconds: float = SOCKET_CLOSE_SECONDS) -> None:
         """Ends the connection as RFC 6455, 7 has it, at the latest after so many seconds."""
         if self._protocol.state.name == "OPEN":
             self._protocol.send_close(code, reason)
             self._flush()
-            self._loop.call_later(seconds, self._writer.transport.abort)
+            self._loop.call_later(seconds, self._transport.abort)
 
 
 class SocketListener:
     """Serves `/ws/generate`: asyncio in one side thread."""
 
-    _loop: asyncio.AbstractEventLoop
-    _stopped: asyncio.Event
-
     def __init__(self, server: Server) -> None:
-        self._server = server
-        self._lock, self._ready = threading.Lock(), threading.Event()
+        self._server, self._lock = server, threading.Lock()
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=self._run, name="websocket", daemon=True)
         self._connections: set[SocketConnection] = set()
 
@@ -11885,45 +11866,33 @@ class SocketListener:
         import asyncio
 
         with self._lock:
-            if not self._ready.is_set():
+            if not self._loop:
+                logging.getLogger("websockets").setLevel(logging.CRITICAL)  # requests are logged here
+                self._loop = asyncio.new_event_loop()
                 self._thread.start()
-                self._ready.wait()
         taken = socket.socket(fileno=connection.detach())
         taken.setblocking(False)
-        served = asyncio.run_coroutine_threadsafe(self._open(taken, early, id, owner), self._loop).result()
+        served = SocketConnection(self._server, self._loop, early, id, owner)
+        self._connections.add(served)
+        opening = self._loop.connect_accepted_socket(lambda: served, taken)  # type: ignore[type-var]
+        asyncio.run_coroutine_threadsafe(opening, self._loop).result()
         served.answer_all()
         self._connections.discard(served)
 
-    async def _open(self, taken: socket.socket, early: bytes, id: str, owner: str) -> SocketConnection:
-        import asyncio
-
-        served = SocketConnection(self._server, *await asyncio.open_connection(sock=taken), id, owner)
-        self._connections.add(served)
-        served.reading = asyncio.create_task(served.read_all(early))
-        return served
-
     def _run(self) -> None:
-        import asyncio
-
-        logging.getLogger("websockets").setLevel(logging.CRITICAL)  # requests are logged here
-        asyncio.run(self._main())
-
-    async def _main(self) -> None:
-        import asyncio
-
-        self._loop, self._stopped = asyncio.get_running_loop(), asyncio.Event()
-        self._ready.set()
-        await self._stopped.wait()
-        for connection in list(self._connections):
-            connection.close(1001, "the server is shutting down", 0.3)  # its threads end with it
-        await asyncio.sleep(0.5)
+        assert self._loop
+        self._loop.run_forever()
+        self._loop.close()
 
     def stop(self) -> None:
         """Closes the connections and ends the loop."""
-        if self._ready.is_set():
-            with contextlib.suppress(RuntimeError):
-                self._loop.call_soon_threadsafe(self._stopped.set)
-            self._thread.join(1.0)
+        loop = self._loop
+        if not loop:
+            return
+        for connection in list(self._connections):
+            loop.call_soon_threadsafe(connection.close, 1001, "the server is shutting down", 0.3)  # its threads end with it
+        loop.call_soon_threadsafe(loop.call_later, 0.5, loop.stop)
+        self._thread.join(1.0)
 
 
 # ── 17.1. Command line ────────────────────────────────────────────────────────────────────────────────────────────────
@@ -12475,7 +12444,7 @@ def command_serve(args: argparse.Namespace) -> int:
     except OSError as error:
         advice = "; --port N listens on another, 0 on any" if error.errno == errno.EADDRINUSE else ""
         raise OSError(f"cannot listen on {address[0]}:{address[1]}: {error.strerror or error}{advice}") from None
-    threading.Thread(target=server.serve_forever, args=(0.1,), name="accept", daemon=True).start()
+    threading.Thread(target=server.accept_all, name="accept", daemon=True).start()
     print(f"shimmy {__version__} is listening on {server.url}", flush=True)
     threading.Thread(target=service.faults.kernels, name="kernels", daemon=True).start()  # before the first load asks
     if args.open:
@@ -13509,12 +13478,28 @@ def open_closed_streams() -> bool:
 
 
 class LossyStderr(io.FileIO):
-    """Standard error that drops what it cannot write: its reader left, the disk is full. A full pipe that is open blocks."""
+    """Standard error that drops what it cannot write: its reader or terminal has gone, the disk is full.
+
+    A server's also drops what would have to wait, in a full pipe or a stopped terminal, and later says how much.
+    """
+
+    never_waits, dropped = False, 0
+
+    def _takes(self) -> bool:
+        return not self.never_waits or bool(select.select([], [self], [], 0)[1])
 
     def write(self, data: Any) -> int:
+        size = len(data)
         with contextlib.suppress(OSError):
-            return super().write(data)
-        return len(data)
+            if self.dropped and self._takes():
+                data = b"(%d lines were dropped here: nobody read them)\n%b" % (self.dropped, data)
+                self.dropped = 0
+            for at in range(0, len(data), 512):  # so much fits where there is room (POSIX's PIPE_BUF)
+                if not self._takes():
+                    self.dropped += 1
+                    break
+                super().write(data[at : at + 512])
+        return size
 
 
 def main(argv: Seq[str] | None = None) -> int:
@@ -13523,13 +13508,14 @@ def main(argv: Seq[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a file's name or a × must not end a command where the locale is C
             stream.reconfigure(errors="backslashreplace")
-    if (own := sys.__stderr__) and sys.stderr is own and not own.isatty():
+    if (own := sys.__stderr__) and sys.stderr is own and (os.name == "posix" or not own.isatty()):
         raw: Any = LossyStderr(own.fileno(), "w", closefd=False)
         sys.stderr = io.TextIOWrapper(raw, own.encoding, "backslashreplace", line_buffering=True)
     try:
         if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # a shell's background jobs ignore it, and so do we
             signal.signal(signal.SIGINT, signal.default_int_handler)
         args = parse(argv)
+        LossyStderr.never_waits = args.command == "serve" and os.name == "posix"  # elsewhere select() knows sockets alone
         shown, lines = logging.StreamHandler(), HarmlessFormatter("%(asctime)s %(message)s", "%H:%M:%S")
         lines.clear = "\033[K" if sys.stderr.isatty() else ""  # over what WaitingLine says
         shown.setFormatter(lines)
@@ -19372,7 +19358,8 @@ p { margin: 0; }
 .code pre { margin: 0; padding: .75rem .9rem; overflow-x: auto; overflow-wrap: normal; font-size: .9rem; }
 .wide { overflow-wrap: normal; overflow-x: auto; margin: .75em 0; }
 table { border-collapse: collapse; font-size: .95em; }
-th, td { border-bottom: 1px solid var(--line); padding: .35rem .8rem .35rem 0; text-align: left; white-space: pre-line; }
+tr { border-bottom: 1px solid var(--line); }
+th, td { padding: .35rem .8rem .35rem 0; text-align: left; white-space: pre-line; }
 .empty { text-align: center; padding-top: 12vh; color: var(--mute); text-wrap: balance; }
 #foot { padding: 0 1rem max(.75rem, env(safe-area-inset-bottom)); }
 #foot > * { max-width: 46rem; margin: 0 auto .5rem; }
@@ -19446,27 +19433,56 @@ small { display: block; color: var(--mute); line-height: 1.4; margin-bottom: .25
 <div id="status" class="unseen" role="status" aria-live="polite"></div>
 <script>
 "use strict";
-// ── Elements. Text becomes text nodes only: nothing that a model, a file or a server says is ever read as HTML.
+// ── Drawing. make() describes an element; draw() gives a node the children described, and leaves alone what is so already.
+// Text becomes text nodes only: nothing that a model, a file or a server says is ever read as HTML.
 const $ = id => document.getElementById(id);
 const log = $("log"), box = $("box");
 const sleep = ms => new Promise(done => setTimeout(done, ms));
 const parsed = text => { try { return JSON.parse(text); } catch { return null; } };
+const make = (tag, props, ...children) =>
+  ({tag, props: props || {}, kind: [tag, ...Object.keys(props || {})].join(" "), children: children.flat()});
 
-function make(tag, props, ...children) {
-  const node = document.createElement(tag);
-  for (const [name, value] of Object.entries(props || {})) {
-    if (typeof value === "function") node.addEventListener(name, value);
-    else if (value !== false && value != null) node.setAttribute(name, value === true ? "" : value);
+function draw(parent, views) {
+  let node = parent.firstChild;
+  for (const view of views) {
+    if (node?.view !== view) node = drawOne(parent, node, view);
+    node = node.nextSibling;
   }
-  children.flat().forEach(child => node.append(child));  // as arguments, tens of thousands would overflow the stack
+  for (let next; node; node = next) {
+    next = node.nextSibling;
+    node.remove();
+  }
+}
+
+function drawOne(parent, old, view) {
+  const {tag, props = {}, kind = "text", children} = view;
+  let node = old;
+  if (old?.kind !== kind) {
+    node = Object.assign(tag ? document.createElement(tag) : new Text(), {kind});
+    old ? old.replaceWith(node) : parent?.append(node);
+  }
+  for (const [name, value] of Object.entries(props)) {
+    if (value === node.view?.props[name]) continue;
+    if (name in node && value != null) node[name] = value;
+    else if (value == null || value === false) node.removeAttribute(name);
+    else node.setAttribute(name, value);
+  }
+  if (view.markdown != null) drawMarkdown(node, view.markdown);
+  else if (tag) draw(node, children);
+  else if (view.startsWith(node.data)) node.appendData(view.slice(node.length));  // what is selected stays so
+  else node.data = view;
+  node.view = view;
   return node;
 }
 
-const button = (text, click, props) => make("button", {type: "button", click, ...props}, text);
+const element = (...described) => drawOne(null, null, make(...described));
+const button = (text, onclick, props) => make("button", {type: "button", onclick, ...props}, text);
+const plain = (text, onclick, label) => button(text, onclick, {class: "plain", "aria-label": label});
+const say = words => $("status").textContent = words;  // to those who listen to the page
 
 function copyButton(text, label) {
-  const node = button("Copy", () => {
-    const area = make("textarea", {class: "unseen"}, text());
+  return plain("Copy", ({currentTarget: node}) => {
+    const area = Object.assign(document.createElement("textarea"), {className: "unseen", value: text()});
     document.body.append(area);
     area.select();
     document.execCommand("copy");  // navigator.clipboard is missing where the page came over plain HTTP
@@ -19475,15 +19491,11 @@ function copyButton(text, label) {
     node.textContent = "Copied";
     say("Copied");
     setTimeout(() => node.textContent = "Copy", 1200);
-  }, {class: "plain", "aria-label": label});
-  return node;
+  }, label);
 }
 
-const say = words => $("status").textContent = words;  // to those who listen to the page
-
-function notice(...children) {
-  const close = button("×", () => $("notice").hidden = true, {class: "plain", "aria-label": "Dismiss"});
-  $("notice").replaceChildren(make("div", {class: "row"}, ...children), close);
+function notice(...views) {
+  draw($("notice"), [make("div", {class: "row"}, ...views), plain("×", () => $("notice").hidden = true, "Dismiss")]);
   $("notice").hidden = false;
 }
 
@@ -19499,12 +19511,14 @@ const isBlank = line => !line.trim();
 const begins = line => [FENCE, HEADING, RULE, QUOTE, ITEM].some(start => start.test(line));
 const indent = line => line.length - line.trimStart().length;
 
-// Draws a growing text: only its last unit is read again.
+// Draws a text. Of one that has grown, only its last unit is read again.
 function drawMarkdown(parent, text) {
-  const {from, open, node} = parent.drawn || {from: 0};
+  if (text === parent.drawn?.text) return;
+  if (!text.startsWith(parent.drawn?.text)) parent.replaceChildren(parent.drawn = "");
+  const {from = 0, open, node} = parent.drawn;
   node?.remove();
   const lines = text.slice(from).split("\n"), last = drawUnits(parent, lines.map(line => line.replace(/\r$/, "")), 0, open);
-  parent.drawn = {...last, from: text.length - lines.slice(last.line).join("\n").length};
+  parent.drawn = {...last, text, from: text.length - lines.slice(last.line).join("\n").length};
 }
 
 // Returns the last unit: its line, its node, and which list, table or code was open before it.
@@ -19534,17 +19548,17 @@ function unitAt(lines, i, depth, open) {
   if (isBlank(line)) return {end: i + 1};
   if (open?.columns && line.includes("|")) return {end: i + 1, node: row("td", line, open.columns), into: open.into, open};
   if (fence) return codeBlock(fence, i);
-  if (heading) return {end: i + 1, node: make("h" + heading[1].length, null, inline(heading[2].replace(/ #+ *$/, "")))};
-  if (RULE.test(line)) return {end: i + 1, node: make("hr")};
+  if (heading) return {end: i + 1, node: element("h" + heading[1].length, null, inline(heading[2].replace(/ #+ *$/, "")))};
+  if (RULE.test(line)) return {end: i + 1, node: element("hr")};
   if (QUOTE.test(line) && depth < DEEPEST) {
     const end = past(i, l => QUOTE.test(l)), inner = lines.slice(i, end).map(l => l.replace(QUOTE, ""));
-    return {end, node: holding(make("blockquote"), inner, depth)};
+    return {end, node: holding(element("blockquote"), inner, depth)};
   }
   if (ITEM.test(line) && depth < DEEPEST) return itemAt(lines, i, depth, open);
   const columns = cells(line).length;
   if (isTableRule(lines[i + 1] || "", columns)) return table(line, columns, i);
   const end = past(i + 1, l => !isBlank(l) && !begins(l));
-  return {end, node: make("p", null, inline(lines.slice(i, end).map(l => l.trim()).join("\n")))};
+  return {end, node: element("p", null, inline(lines.slice(i, end).map(l => l.trim()).join("\n")))};
 }
 
 // An item of the list that is open, or the first of a new one.
@@ -19552,7 +19566,7 @@ function itemAt(lines, i, depth, open) {
   const [mark, {length: lead}, marker] = ITEM.exec(lines[i]), number = parseInt(marker), body = [lines[i].slice(mark.length)];
   const joins = open?.lead + 1 >= lead && isNaN(open.number) === isNaN(number);
   const start = isNaN(number) || number === 1 ? null : number;
-  const list = joins ? open : {lead, number, into: make(isNaN(number) ? "ul" : "ol", {start})};
+  const list = joins ? open : {lead, number, into: element(isNaN(number) ? "ul" : "ol", {start})};
   const starts = line => {
     const m = RULE.test(line) ? null : ITEM.exec(line);
     return m && m[1].length <= list.lead + 1 && isNaN(parseInt(m[2])) === isNaN(number);
@@ -19567,7 +19581,7 @@ function itemAt(lines, i, depth, open) {
   }
   const box = /^\[( |x|X)\] /.exec(body[0]);  // a task's, which is shown and cannot be ticked here
   if (box) body[0] = (box[1] === " " ? "☐ " : "☑ ") + body[0].slice(box[0].length);
-  const item = holding(make("li"), body, depth);
+  const item = holding(element("li"), body, depth);
   if (joins) return {end, node: item, into: list.into, open: list};
   list.into.append(item);
   return {end, node: list.into, open: list};
@@ -19579,19 +19593,21 @@ const isTableRule = (line, width) =>
 
 function row(tag, line, columns) {
   const texts = cells(line).slice(0, columns).map(text => text.replaceAll("\\|", "|"));
-  return make("tr", null, Array.from({length: columns}, (_, n) => make(tag, null, inline(texts[n] || ""))));
+  return element("tr", null, texts.map(text => make(tag, null, inline(text))));
 }
 
 function table(head, columns, i) {
-  const into = make("tbody"), whole = make("table", null, make("thead", null, row("th", head, columns)), into);
-  const node = make("div", {class: "wide", tabindex: 0, role: "region", "aria-label": "Table"}, whole);
-  return {end: i + 2, node, open: {columns, into}};
+  const node = element("div", {class: "wide", tabindex: 0, role: "region", "aria-label": "Table"},
+    make("table", null, make("thead"), make("tbody")));
+  node.querySelector("thead").append(row("th", head, columns));
+  return {end: i + 2, node, open: {columns, into: node.querySelector("tbody")}};
 }
 
 function codeBlock([line, fence, language], i) {
-  const into = make("code"), head = make("span", null, language.trim().split(" ")[0] || "text");
+  const head = make("span", null, language.trim().split(" ")[0] || "text");
   const bar = make("div", {class: "row"}, head, copyButton(() => into.textContent, "Copy the code"));
-  const node = make("div", {class: "code"}, bar, make("pre", {tabindex: 0, "aria-label": "Code"}, into));
+  const node = element("div", {class: "code"}, bar, make("pre", {tabindex: 0, "aria-label": "Code"}, make("code")));
+  const into = node.querySelector("code");
   return {end: i + 1, node, open: {fence, into, lead: indent(line)}};
 }
 
@@ -19672,16 +19688,12 @@ function shownTurns(chat) {
   return shown;
 }
 
-// The newest turn of those that followed a turn.
+// Returns the newest turn of those that followed a turn.
 function lastBelow(chat, id) {
   const below = [id];
   for (const turn of chat.turns) if (below.includes(turn.parent)) below.push(turn.id);
   return below.at(-1);
 }
-
-const runs = new Map();  // the answers being written, by their chat
-const stop = chat => runs.get(chat)?.abort.abort();
-let chats = [], current = newChat();
 
 // The key is kept as long as the tab, all else for good; nothing where the browser denies its storage.
 const area = name => { try { return name === "key" ? sessionStorage : localStorage; } catch { return null; } };
@@ -19697,37 +19709,53 @@ function store(name, value) {  // false: there is no room
 // Saves a chat that was not deleted meanwhile. Where the browser's storage is full, the oldest pictures go.
 function save(chat) {
   while (chats.includes(chat) && !store("chat." + chat.id, JSON.stringify(chat))) {
-    const other = dropPicture();
+    const other = chats.findLast(each => picturesOf(each).length);
     if (!other) return notice("The browser does not keep this: its storage is full. Export your chats, then delete old ones.");
+    Object.assign(picturesOf(other)[0], {picture: "", text: "The browser had no more room for this picture."});
     if (other !== chat) save(other);
     notice("The browser’s storage is full: the oldest pictures were removed from it.");
-    drawLog();
+    drawPage();
   }
 }
 
-function dropPicture() {
-  const pictures = chat => chat.turns.flatMap(turn => turn.files).filter(file => file.picture);
-  const chat = chats.findLast(each => pictures(each).length);
-  if (chat) Object.assign(pictures(chat)[0], {picture: "", text: "The browser had no more room for this picture."});
-  return chat;
-}
+const picturesOf = chat => chat.turns.flatMap(turn => turn.files).filter(file => file.picture);
 
 function readChats() {
   const names = Object.keys(area("") || {}).filter(name => name.startsWith("shimmy.chat."));
   chats = names.map(name => newChat(parsed(localStorage.getItem(name)), name.slice(12))).sort((a, b) => b.changed - a.changed);
-  current = chats.find(chat => chat.id === recall("last")) || current;
+  return chats.find(chat => chat.id === recall("last")) || newChat();
+}
+
+// Another tab has written or deleted a chat. Its word counts, but for the turn that is being answered here.
+function takeStored({key, newValue}) {
+  const id = key?.startsWith("shimmy.chat.") && key.slice(12), old = chats.find(chat => chat.id === id);
+  if (!id || !newValue && (runs.has(old) || !old)) return;
+  chats = chats.filter(chat => chat !== old);
+  if (newValue) chats = [merged(old, newChat(parsed(newValue), id)), ...chats].sort((a, b) => b.changed - a.changed);
+  else if (current === old) [current, edited] = [newChat(), null];
+  drawPage();
+}
+
+function merged(chat, fresh) {
+  if (!chat) return fresh;
+  const own = runs.get(chat)?.turn, at = own ? chat.at : fresh.at, turns = new Map(chat.turns.map(turn => [turn.id, turn]));
+  const theirs = fresh.turns.filter(turn => turn.id !== own?.id);
+  theirs.forEach(turn => turns.set(turn.id, Object.assign(turns.get(turn.id) || {}, turn)));
+  Object.assign(chat, fresh, {turns: [...turns.values()]});
+  chat.at = lastBelow(chat, at);
+  return chat;
 }
 
 function exportChats() {
   const file = new Blob([JSON.stringify({format: "shimmy-chats", version: 1, chats}, null, 1)], {type: "application/json"});
-  make("a", {href: URL.createObjectURL(file), download: "shimmy-chats.json"}).click();
+  Object.assign(document.createElement("a"), {href: URL.createObjectURL(file), download: "shimmy-chats.json"}).click();
 }
 
 async function importChats([file]) {
   const found = parsed(await file.text()), given = found?.format === "shimmy-chats" && found.chats;
   const read = fit(given, [CHAT]).filter(chat => chat.turns.length).map(chat => newChat(chat));
   chats = [...read, ...chats];
-  drawSide();
+  drawPage();
   notice(read.length ? `${read.length} ${read.length === 1 ? "chat was" : "chats were"} imported.`
     : `${file.name} was not imported: it is no file that Export has written here.`);
   read.forEach(save);
@@ -19747,6 +19775,8 @@ async function call(path, body, signal) {
   throw failure(parsed(await response.text())?.error, `The server answered ${response.status}`);
 }
 
+const get = async path => (await call(path)).json();
+
 async function* events(response) {
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   for (let rest = "", chunk; !(chunk = await reader.read()).done;) {
@@ -19762,12 +19792,6 @@ async function* events(response) {
   throw failure({code: "cut"});
 }
 
-let models = [], usual = "", tools = [], reached;  // usual: what the server calls its default
-const get = async path => (await call(path)).json();
-const modelOf = id => models.find(model => model.id === id);
-// The model that answers in a chat: its own, while the server has it.
-const chosen = chat => (modelOf(chat.model) || modelOf(usual) || models[0] || {id: "default"}).id;
-
 async function refresh() {
   try {
     const listed = (await get("/api/models")).models;
@@ -19780,8 +19804,7 @@ async function refresh() {
     reached = false;
     notice(...advice(error, refresh));
   }
-  drawModels();
-  if (!current.turns.length) drawLog();
+  drawPage();
 }
 
 const ADVICE = {
@@ -19799,17 +19822,17 @@ function advice({code = "gone", message}, again, edit) {
   const words = make("p", null, said, ADVICE[code] || "");
   if (code === "context_length_exceeded") return [words, button("Edit the question", edit), button("New chat", startChat)];
   if (code !== "unauthorized") return [words, button("Try again", again)];
-  const key = make("input", {type: "password", autocomplete: "off", "aria-label": "Key", placeholder: "Key"});
-  const submit = event => {
+  const onsubmit = event => {
     event.preventDefault();
-    store("key", key.value.trim());
+    store("key", event.target.elements[0].value.trim());
     again();
   };
-  return [words, make("form", {submit, class: "row"}, key, make("button", null, "Use this key"))];
+  const key = make("input", {type: "password", autocomplete: "off", "aria-label": "Key", placeholder: "Key"});
+  return [words, make("form", {onsubmit, class: "row"}, key, make("button", null, "Use this key"))];
 }
 
 // ── Asking and answering
-// What is sent of a chat: questions without an answer are not, but for the last.
+// Returns what is sent of a chat: questions without an answer are not, but for the last.
 function messagesOf(chat) {
   const sent = chat.system.trim() ? [{role: "system", content: chat.system}] : [];
   for (const turn of shownTurns(chat)) {
@@ -19846,9 +19869,9 @@ function requestOf(chat) {
 }
 
 // Asks behind what is shown, or in the stead of `old`: as another version of it, unless nothing has come of it.
-async function ask(chat, {question, files}, old) {
+async function ask({question, files}, old) {
+  const chat = current, reuses = old && !old.parts.length && lastBelow(chat, old.id) === old.id;
   if (runs.has(chat)) return;
-  const reuses = old && !old.parts.length && lastBelow(chat, old.id) === old.id;
   const turn = reuses ? old : {id: newId(), parent: old ? old.parent : chat.at};
   const run = {turn, abort: new AbortController(), began: performance.now(), first: 0, waits: "Asking", progress: null};
   if (!reuses) chat.turns.push(turn);
@@ -19872,8 +19895,7 @@ async function ask(chat, {question, files}, old) {
   }
   runs.delete(chat);
   save(chat);
-  drawSide();
-  drawNewest();  // at once: who stopped a long answer waits for no frame
+  drawPage();  // at once: who stopped a long answer waits for no frame
   say({error: turn.error.message, stopped: "Stopped"}[turn.end] ?? `The answer is complete: ${textOf(turn)}`);
 }
 
@@ -19896,8 +19918,10 @@ const textOf = turn => turn.parts.filter(part => part.kind === "text").map(part 
 
 function take(turn, run, event) {
   const [choice] = event.choices, delta = choice?.delta || {};
-  if (delta.reasoning_content) grow(turn, "thought", delta.reasoning_content);
-  if (delta.content) grow(turn, "text", delta.content);
+  for (const [kind, text] of [["thought", delta.reasoning_content], ["text", delta.content]]) {
+    if (text && turn.parts.at(-1)?.kind !== kind) turn.parts.push(fit({kind}, PART));
+    if (text) turn.parts.at(-1).text += text;
+  }
   for (const {error, result, ...called} of delta.tool_results || []) {
     const words = error == null ? JSON.stringify(result, null, 1) : error;
     turn.parts.push(fit({...called, kind: "tool", result: words, failed: error != null}, PART));
@@ -19915,38 +19939,48 @@ function take(turn, run, event) {
   drawSoon();
 }
 
-function grow(turn, kind, text) {
-  if (turn.parts.at(-1)?.kind !== kind) turn.parts.push(fit({kind}, PART));
-  turn.parts.at(-1).text += text;
-}
-
-// ── The conversation on the screen
-let newest = null;  // draws the answer that is being written
-let due = 0;  // the frame in which it will
-let stick = true;  // the end of the conversation stays in view
-const scroll = () => { if (stick) log.scrollTop = log.scrollHeight; };
+// ── The page on the screen: these views, drawn from this state
+const runs = new Map();  // the answers being written, by their chat
+let chats = [], current;  // all that are kept, and the one that is open
+let models = [], usual = "", tools = [], reached;  // of the server; usual: what it calls its default
 let edited = null;  // the turn whose question is in the box
 let added = [];  // the files of the question in the box
-let rest = 0;  // milliseconds until the next frame: drawing takes a third of the time at most, however long the answer is
+let due = 0, rest = 0;  // the next frame, and milliseconds until it: drawing takes a third of the time at most
+let stick = true;  // the end of the conversation stays in view
 
-function drawLog() {
-  newest = null;
-  const views = shownTurns(current).flatMap(turn => [questionView(turn), answerView(current, turn)]);
-  log.replaceChildren(...(views.length ? views : [emptyView()]));
-  document.title = current.title ? `${current.title} · shimmy` : "shimmy";
-  scroll();
-}
+const modelOf = id => models.find(model => model.id === id);
+// The model that answers in a chat: its own, while the server has it.
+const chosen = chat => (modelOf(chat.model) || modelOf(usual) || models[0] || {id: "default"}).id;
 
-function drawNewest() {
-  const began = performance.now();
+function drawPage() {
+  const began = performance.now(), turns = shownTurns(current).flatMap(turn => [questionView(turn), answerView(turn)]);
   due = 0;
-  newest?.();
-  scroll();
+  draw($("chats"), chats.map(chatView));
+  draw($("model"), models.map(modelView));
+  draw($("state"), [(modelOf(chosen(current))?.state || "").replace("unloaded", "not loaded")]);
+  draw($("files"), added.map(addedView));
+  draw($("send"), [runs.has(current) ? "■" : "↑"]);
+  draw(log, turns.length ? turns : [emptyView()]);
+  $("send").ariaLabel = runs.has(current) ? "Stop" : "Send";
+  document.title = current.title ? `${current.title} · shimmy` : "shimmy";
+  if (stick) log.scrollTop = log.scrollHeight;
   rest = 2 * (performance.now() - began);
 }
 
-function drawSoon() {
-  due ||= setTimeout(() => requestAnimationFrame(drawNewest), rest);
+const drawSoon = () => due ||= setTimeout(() => requestAnimationFrame(drawPage), rest);
+
+function chatView(chat) {
+  const title = (runs.has(chat) ? "● " : "") + (chat.title || "Untitled"), now = chat === current;
+  return make("li", {class: now && "now"},
+    button(title, () => openChat(chat), {class: "plain open", "aria-current": now}),
+    plain("×", () => remove(chat), `Delete ${chat.title}`));
+}
+
+function modelView({id, parameter_count, quantization, size_bytes, vision, state}) {
+  const size = size_bytes >= 1e9 ? (size_bytes / 1e9).toFixed(1) + " GB" : Math.ceil(size_bytes / 1e6) + " MB";
+  const kind = [parameter_count, quantization].filter(Boolean).join(" ");
+  const words = [id, kind, size, vision && "sees", state === "loaded" && state].filter(Boolean).join(" · ");
+  return make("option", {value: id, selected: id === chosen(current)}, words);
 }
 
 function emptyView() {
@@ -19956,21 +19990,97 @@ function emptyView() {
     : !models.length ? ["No model was found on this machine. ", ...how]
     : models.every(model => model.size_bytes < 5e7) ? ["Only the tiny demonstration model is here. ", ...how]
     : ["Everything runs on your own machine."];
-  return make("section", {class: "empty"}, make("h2", null, "What is on your mind?"), make("p", null, ...lead),
+  return make("section", {class: "empty"}, make("h2", null, "What is on your mind?"), make("p", null, lead),
     make("p", null, "Enter sends · Shift+Enter new line · Esc stops · / to the box · ↑ edits · Alt+N new chat"));
 }
 
 const heading = words => make("h2", {class: "unseen"}, words);  // readers of screens go from one to the next
-
+const folded = (name, summary, ...children) => make("details", {class: name}, make("summary", null, summary), ...children);
+const brief = text => text.length > 60 ? text.slice(0, 60) + "…" : text;
 const isPicture = file => file.picture.startsWith("data:image/");  // an imported file may hold anything
 const fileView = file => isPicture(file) ? make("img", {src: file.picture, alt: file.name, title: file.name})
-  : folded("file", [file.name], make("pre", null, file.text));
+  : folded("file", file.name, make("pre", null, file.text));
+const addedView = file => make("div", {class: "row"}, fileView(file),
+  plain("×", () => fillBox(box.value, added.filter(each => each !== file)), `Remove ${file.name}`));
 
 function questionView(turn) {
-  const again = button("Edit", () => edit(turn), {class: "plain", "aria-label": "Edit and ask again"});
-  const foot = make("div", {class: "row foot"}, copyButton(() => turn.question, "Copy the question"), again);
   return make("article", {class: "user", "aria-label": "You"}, heading("You"), turn.files.map(fileView),
-    make("div", {class: "words"}, turn.question), foot);
+    make("div", {class: "words"}, turn.question), make("div", {class: "row foot"},
+      copyButton(() => turn.question, "Copy the question"), plain("Edit", () => edit(turn), "Edit and ask again")));
+}
+
+function answerView(turn) {
+  const run = runs.get(current), foot = run?.turn === turn ? [waitView(run)] : doneViews(turn);
+  return make("article", {class: "answer", "aria-label": `Answer of ${turn.model}`}, heading("Answer"),
+    make("div", null, turn.parts.map(partView)), foot);
+}
+
+const waitView = ({waits, progress}) =>
+  make("div", {class: "row wait"}, make("progress", {max: 1, value: progress, "aria-label": waits}), waits);
+
+function doneViews(turn) {
+  const again = () => ask(turn, turn), text = textOf(turn);
+  const [words, ...mends] = turn.end === "error" ? advice(turn.error, again, () => edit(turn)) : [];
+  return [words ? make("div", {class: "card bad", role: "alert"}, words, make("div", {class: "row"}, mends)) : "",
+    make("div", {class: "row foot"}, text ? copyButton(() => text, "Copy the answer") : "", plain("Again", again, "Answer again"),
+      versionViews(turn), make("span", {class: "figures"}, figureWords(turn)))];
+}
+
+function versionViews(turn) {
+  const all = current.turns.filter(each => each.parent === turn.parent), at = all.indexOf(turn);
+  const show = other => {
+    current.at = lastBelow(current, other.id);
+    save(current);
+    drawPage();
+  };
+  const to = (step, sign, label) => plain(sign, () => show(all.at((at + step) % all.length)), label);
+  return all.length < 2 ? [] : [to(-1, "‹", "Earlier version"), `${at + 1}/${all.length}`, to(1, "›", "Later version")];
+}
+
+function figureWords({model, end, figures: {completion_tokens, prompt_tokens, cached, rate, first}}) {
+  const ends = {length: "no more tokens allowed", stopped: "stopped", cut: "cut off by a reload"};
+  const measured = completion_tokens ? [`${completion_tokens} tokens`, `${rate.toFixed(rate < 100 ? 1 : 0)} tokens/s`,
+    `first token after ${first.toFixed(2)} s`, `prompt ${prompt_tokens}` + (cached ? ` (${cached} cached)` : "")] : [];
+  return [model, ...measured, ends[end]].filter(Boolean).join(" · ");
+}
+
+function partView(part) {
+  if (part.kind === "thought") return folded("thought", "Thoughts", make("div", null, part.text.trim()));
+  if (part.kind !== "tool") return {...make("div", {class: "md"}), kind: "markdown", markdown: part.text};
+  const given = parsed(part.arguments), name = make("b", null, part.name);
+  const titled = (title, text) => [make("small", null, title), make("pre", null, text)];
+  return folded("tool", [name, `${part.failed ? " failed" : ""} → ${brief(part.result)}`],
+    ...titled("Arguments", given ? JSON.stringify(given, null, 1) : part.arguments),
+    ...titled(part.failed ? "Error" : "Result", part.result));
+}
+
+// ── What people do
+const stop = chat => runs.get(chat)?.abort.abort();
+const startChat = () => openChat(newChat({model: current.model}));
+const hasKeyboard = matchMedia("(hover: hover)").matches;
+const OVERLAY = "dialog[open]" + (CSS.supports("selector(:popover-open)") ? ", :popover-open" : "");
+
+function openChat(chat) {
+  if (chat !== current) log.replaceChildren();  // or what is unfolded of one would be so of the other
+  current = chat;
+  edited = null;
+  stick = true;
+  store("last", chat.id);
+  if (reached) $("notice").hidden = true;
+  $("side").hidePopover?.();
+  drawPage();
+  if (hasKeyboard) box.focus();  // on a phone that would open the one on the screen
+}
+
+function remove(chat) {
+  if (!confirm(`Delete “${brief(chat.title)}”?`)) return;
+  const at = chats.indexOf(chat);
+  stop(chat);
+  chats = chats.filter(each => each !== chat);
+  area("")?.removeItem("shimmy.chat." + chat.id);
+  if (chat === current) return openChat(chats[0] || newChat());
+  drawPage();
+  ($("chats").children[Math.min(at, chats.length - 1)]?.firstChild || $("new")).focus();
 }
 
 function edit(turn) {  // its question, in the box; null: no longer
@@ -19984,148 +20094,14 @@ function edit(turn) {  // its question, in the box; null: no longer
 function fillBox(question, files) {
   box.value = question;
   added = files;
-  $("files").replaceChildren(...files.map(file => {
-    const drop = () => fillBox(box.value, files.filter(each => each !== file)), label = `Remove ${file.name}`;
-    return make("div", {class: "row"}, fileView(file), button("×", drop, {class: "plain", "aria-label": label}));
-  }));
-}
-
-function answerView(chat, turn) {
-  const parts = make("div"), foot = make("div");
-  let shown = "";
-  const draw = () => {
-    const run = runs.get(chat), grows = run?.turn === turn, words = grows ? run.waits : turn.end;
-    for (let k = Math.max(0, parts.children.length - 1); k < turn.parts.length; k++) {
-      const part = turn.parts[k], node = parts.children[k] || parts.appendChild(partView(part));
-      if (part.kind === "thought") node.lastChild.textContent = part.text.trim();
-      else if (part.kind !== "tool") drawMarkdown(node, part.text);
-    }
-    if (words !== shown) foot.replaceChildren(...(grows ? waitingFoot(run) : doneFoot(chat, turn)));
-    shown = words;
-  };
-  draw();
-  if (runs.get(chat)?.turn === turn) newest = draw;
-  return make("article", {class: "answer", "aria-label": `Answer of ${turn.model}`}, heading("Answer"), parts, foot);
-}
-
-const folded = (name, summary, ...children) => make("details", {class: name}, make("summary", null, ...summary), ...children);
-const titled = (title, text) => [make("small", null, title), make("pre", null, text)];
-const waitingFoot = ({waits, progress}) =>
-  [make("div", {class: "row wait"}, make("progress", {max: 1, value: progress, "aria-label": waits}), waits)];
-const brief = text => text.length > 60 ? text.slice(0, 60) + "…" : text;
-
-function partView(part) {
-  if (part.kind === "thought") return folded("thought", ["Thoughts"], make("div"));
-  if (part.kind !== "tool") return make("div", {class: "md"});
-  const given = parsed(part.arguments), name = make("b", null, part.name);
-  return folded("tool", [name, `${part.failed ? " failed" : ""} → ${brief(part.result)}`],
-    ...titled("Arguments", given ? JSON.stringify(given, null, 1) : part.arguments),
-    ...titled(part.failed ? "Error" : "Result", part.result));
-}
-
-function doneFoot(chat, turn) {
-  const again = () => ask(chat, turn, turn), text = textOf(turn);
-  const foot = make("div", {class: "row foot"}, text ? copyButton(() => text, "Copy the answer") : "",
-    button("Again", again, {class: "plain", "aria-label": "Answer again"}), versionButtons(chat, turn),
-    make("span", {class: "figures"}, figureWords(turn)));
-  if (turn.end !== "error") return [foot];
-  const [words, ...mends] = advice(turn.error, again, () => edit(turn));
-  return [make("div", {class: "card bad", role: "alert"}, words, make("div", {class: "row"}, ...mends)), foot];
-}
-
-function versionButtons(chat, turn) {
-  const all = chat.turns.filter(each => each.parent === turn.parent), at = all.indexOf(turn);
-  const to = (step, sign, words) =>
-    button(sign, () => showVersion(chat, all.at((at + step) % all.length), words), {class: "plain", "aria-label": words});
-  return all.length < 2 ? [] : [to(-1, "‹", "Earlier version"), `${at + 1}/${all.length}`, to(1, "›", "Later version")];
-}
-
-function showVersion(chat, turn, label) {
-  chat.at = lastBelow(chat, turn.id);
-  save(chat);
-  drawLog();
-  const answer = log.children[2 * shownTurns(chat).indexOf(turn) + 1];
-  answer.querySelector(`[aria-label="${label}"]`).focus();
-}
-
-function figureWords({model, end, figures: {completion_tokens, prompt_tokens, cached, rate, first}}) {
-  const ends = {length: "no more tokens allowed", stopped: "stopped", cut: "cut off by a reload"};
-  const measured = completion_tokens ? [`${completion_tokens} tokens`, `${rate.toFixed(rate < 100 ? 1 : 0)} tokens/s`,
-    `first token after ${first.toFixed(2)} s`, `prompt ${prompt_tokens}` + (cached ? ` (${cached} cached)` : "")] : [];
-  return [model, ...measured, ends[end]].filter(Boolean).join(" · ");
-}
-
-// ── Around the conversation
-function drawSide() {
-  Object.assign($("send"), runs.has(current) ? {textContent: "■", ariaLabel: "Stop"} : {textContent: "↑", ariaLabel: "Send"});
-  $("chats").replaceChildren(...chats.map(chat => {
-    const title = (runs.has(chat) ? "● " : "") + (chat.title || "Untitled");
-    return make("li", {class: chat === current && "now"},
-      button(title, () => openChat(chat), {class: "plain open", "aria-current": chat === current && "true"}),
-      button("×", () => remove(chat), {class: "plain", "aria-label": `Delete ${chat.title}`}));
-  }));
-}
-
-function remove(chat) {
-  if (!confirm(`Delete “${brief(chat.title)}”?`)) return;
-  const at = chats.indexOf(chat);
-  stop(chat);
-  chats = chats.filter(each => each !== chat);
-  area("")?.removeItem("shimmy.chat." + chat.id);
-  if (chat === current) return openChat(chats[0] || newChat());
-  drawSide();
-  ($("chats").children[Math.min(at, chats.length - 1)]?.firstChild || $("new")).focus();
-}
-
-// Another tab has written or deleted a chat. Its word counts, but for the turn that is being answered here.
-function takeStored({key, newValue}) {
-  const id = key?.startsWith("shimmy.chat.") && key.slice(12), old = chats.find(chat => chat.id === id);
-  if (!id || !newValue && (runs.has(old) || !old)) return;
-  const fresh = newValue && newChat(parsed(newValue), id);
-  chats = chats.filter(chat => chat !== old);
-  if (fresh) chats = [old ? merged(old, fresh) : fresh, ...chats].sort((a, b) => b.changed - a.changed);
-  if (current !== old || !old) return drawSide();
-  if (!fresh) { current = newChat(); edited = null; }
-  drawSide();
-  drawLog();
-}
-
-function merged(chat, fresh) {
-  const own = runs.get(chat)?.turn, at = own ? chat.at : fresh.at, turns = new Map(chat.turns.map(turn => [turn.id, turn]));
-  const theirs = fresh.turns.filter(turn => turn.id !== own?.id);
-  theirs.forEach(turn => turns.set(turn.id, Object.assign(turns.get(turn.id) || {}, turn)));
-  Object.assign(chat, fresh, {turns: [...turns.values()]});
-  chat.at = lastBelow(chat, at);
-  return chat;
-}
-
-function openChat(chat) {
-  current = chat;
-  edited = null;
-  stick = true;
-  store("last", chat.id);
-  if (reached) $("notice").hidden = true;
-  $("side").hidePopover?.();
-  drawSide();
-  drawModels();
-  drawLog();
-  if (hasKeyboard) box.focus();  // on a phone that would open the one on the screen
-}
-
-function drawModels() {
-  const size = bytes => bytes >= 1e9 ? (bytes / 1e9).toFixed(1) + " GB" : Math.ceil(bytes / 1e6) + " MB";
-  $("model").replaceChildren(...models.map(({id, parameter_count, quantization, size_bytes, vision, state}) => {
-    const kind = [parameter_count, quantization].filter(Boolean).join(" ");
-    const words = [id, kind, size(size_bytes), vision && "sees", state === "loaded" && state].filter(Boolean).join(" · ");
-    return make("option", {value: id, selected: id === chosen(current)}, words);
-  }));
-  $("state").textContent = (modelOf(chosen(current))?.state || "").replace("unloaded", "not loaded");
+  drawPage();
 }
 
 function showSettings() {
   $("system").value = current.system;
   FIELDS.forEach(field => field.value = current.settings[field.name]);
-  $("tools").replaceChildren(...tools.map(({name, description}) => make("label", {class: "check"},
+  $("tools").replaceChildren();  // what was ticked and is not of this chat
+  draw($("tools"), tools.map(({name, description}) => make("label", {class: "check"},
     make("input", {type: "checkbox", name, checked: current.tools.includes(name)}),
     make("span", null, name, make("small", null, description)))));
   $("settings").showModal();
@@ -20157,7 +20133,8 @@ async function pictureOf(file) {
   const bitmap = await createImageBitmap(file).catch(() => null);
   if (!bitmap) return "";
   const {width, height} = bitmap, scale = Math.min(1, 1280 / Math.max(width, height));
-  const canvas = make("canvas", {width: Math.ceil(width * scale), height: Math.ceil(height * scale)});
+  const size = {width: Math.ceil(width * scale), height: Math.ceil(height * scale)};
+  const canvas = Object.assign(document.createElement("canvas"), size);
   const context = Object.assign(canvas.getContext("2d", {alpha: false}), {imageSmoothingQuality: "high", fillStyle: "white"});
   context.fillRect(0, 0, canvas.width, canvas.height);
   context.drawImage(bitmap, 0, 0, canvas.width, canvas.height);
@@ -20179,11 +20156,8 @@ function submitBox(event) {
   if (!box.value.trim() && !added.length) return;
   const asked = {question: box.value, files: added}, old = edited;
   fillBox("", []);
-  ask(current, asked, old);
+  ask(asked, old);
 }
-
-const hasKeyboard = matchMedia("(hover: hover)").matches;
-const OVERLAY = "dialog[open]" + (CSS.supports("selector(:popover-open)") ? ", :popover-open" : "");
 
 function pressed(event) {
   const {key, target} = event, inBox = target === box;
@@ -20197,7 +20171,6 @@ function pressed(event) {
   act?.();
 }
 
-const startChat = () => openChat(newChat({model: current.model}));
 const on = (target, name, act) => target.addEventListener(name, act);
 on($("ask"), "submit", submitBox);
 on($("new"), "click", startChat);
@@ -20207,7 +20180,7 @@ for (const [opener, input, take] of [["import", "imported", importChats], ["add"
   on($(opener), "click", () => $(input).click());
   on($(input), "change", async () => { await take([...$(input).files]); $(input).value = ""; });
 }
-on($("model"), "change", () => { current.model = $("model").value; save(current); drawModels(); });
+on($("model"), "change", () => { current.model = $("model").value; save(current); drawPage(); });
 on($("tune"), "click", showSettings);
 on($("settings"), "input", takeSettings);
 on(log, "scroll", () => stick = log.scrollHeight - log.scrollTop - log.clientHeight < 48);
@@ -20219,8 +20192,7 @@ on(document, "visibilitychange", () => document.hidden ? [...runs.keys()].forEac
 on(window, "storage", takeStored);
 
 if (!hasKeyboard) box.enterKeyHint = "enter";  // there is no Shift+Enter: the button sends
-readChats();
-openChat(current);
+openChat(readChats());
 if (!area("")) notice("The browser keeps no chats: its storage is denied.");
 refresh();
 </script>

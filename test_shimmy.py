@@ -17,6 +17,7 @@ import copy
 import ctypes
 import errno
 import faulthandler
+import fcntl
 import functools
 import glob
 import gzip
@@ -13865,14 +13866,14 @@ def test_client_that_ends_its_side_has_left(stream: bool, more: bytes, server: S
 @pytest.mark.parametrize("ahead", [b"", b"GET /health HT"], ids=["nothing", "half a request"])
 def test_watcher_keeps_what_a_client_sends_ahead(ahead: bytes) -> None:
     watcher, cancel, (ours, theirs) = Watcher(), Cancellation(), socket.socketpair()
-    incoming = module.Incoming(ours)
-    with contextlib.closing(ours), contextlib.closing(theirs), watcher.watching(incoming, cancel):
+    reader = module.RequestReader(ours)
+    with contextlib.closing(ours), contextlib.closing(theirs), watcher.watching(reader, cancel):
         theirs.sendall(ahead)
         time.sleep(0.1)
         assert not cancel.cancelled
         theirs.close()
         eventually(lambda: cancel.cancelled, "it has left")
-        assert not ahead or io.BufferedReader(incoming).read(len(ahead)) == ahead
+        assert reader.take(len(ahead)) == ahead
 
 
 # Trust
@@ -13969,7 +13970,7 @@ def processor_seconds(server: Server) -> float:
 
 
 def test_connection_without_a_thread_is_answered_503(serve: Serve, tmp_path: Path) -> None:
-    started = "super().process_request(request, client_address)"
+    started = "threading.Thread(target=self._serve, args=(connection,), daemon=True).start()"
     server = serve(script=altered(tmp_path, (started, "raise RuntimeError('no new thread')")))
     for _ in range(40):  # more than are kept waiting
         assert_error(server.get("/health"), 503, "overloaded", "thread")
@@ -14662,7 +14663,7 @@ def test_a_large_body_gives_its_place_back_whatever_raises_and_before_it_waits(
             ws.send(f"{{{large}}}")
             ws.recv(HANG)
     eventually(lambda: server.post("/api/generate", f"{{{large}}}".encode()).status == 400, "the place is free")
-    with server.ws() as ws, ThreadPoolExecutor(1) as pool:
+    with server.ws(max_queue=None) as ws, ThreadPoolExecutor(1) as pool:
         ws.send(ENDLESS.decode())
         ws.recv(HANG)
         loading = pool.submit(server.post, "/api/models/recital/load", f'{{"ctx": 128{large}}}'.encode())
@@ -15884,7 +15885,7 @@ class Tab:
         self.page.select_option("#model", model)
 
     def markdown(self, text: str) -> str:
-        return self.page.evaluate("text => { const d = make('div'); drawMarkdown(d, text); return d.innerHTML; }", text)
+        return self.page.evaluate("text => { const d = element('div'); drawMarkdown(d, text); return d.innerHTML; }", text)
 
     def drop(self, name: str, data: bytes, event: str = "drop") -> None:
         """Drops a file on the box, or pastes it there."""
@@ -16391,6 +16392,7 @@ MARKDOWN_BOMBS = {
     "full stops": "https://a" + "." * 100_000 + "b", "rules": "- " * 3 + " " * 50_000 + "x", "addresses": "https://" * 20_000,
     "stairs": "\n".join(">" * n for n in range(1000)), "math": r"\(" * 50_000 + r"\[" * 50_000, "spans": "`a` " * 60_000,
     "blocks": "a\n\n" * 60_000, "items": "- a\n" * 60_000,
+    "wide table": "|a" * 10_000 + "|\n" + "|-" * 10_000 + "|\n" + "|\n" * 10_000,
 }  # fmt: skip
 
 
@@ -16398,7 +16400,7 @@ def test_page_markdown_bombs_are_shown_like_any_text(tab: Callable[..., Tab], se
     it = tab(server)
     for name, bomb in MARKDOWN_BOMBS.items():
         deepest, seconds = it.page.evaluate("""text => {
-          const drawn = make("div"), began = performance.now();
+          const drawn = element("div"), began = performance.now();
           drawMarkdown(drawn, text);
           const seconds = (performance.now() - began) / 1000;
           const depth = e => { let n = 0; for (; e !== drawn; e = e.parentElement) n++; return n; };
@@ -16410,9 +16412,9 @@ def test_page_markdown_bombs_are_shown_like_any_text(tab: Callable[..., Tab], se
 def test_page_draws_a_growing_answer_as_it_would_draw_it_whole(tab: Callable[..., Tab], server: Server) -> None:
     text = "\n\n".join(text for text, _ in MARKDOWN.values()) + "\n```js\ncode\n```\n\n|a|b|\n|-|-|\n|c|d|\n\nend"
     same = tab(server).page.evaluate("""text => {
-      const growing = make("div");
+      const growing = element("div");
       for (let n = 0; n <= text.length; n++) {
-        const whole = make("div");
+        const whole = element("div");
         drawMarkdown(growing, text.slice(0, n));
         drawMarkdown(whole, text.slice(0, n));
         if (growing.innerHTML !== whole.innerHTML) return text.slice(0, n);
@@ -16427,7 +16429,7 @@ def test_page_draws_only_the_end_of_a_long_answer_again(tab: Callable[..., Tab],
     shapes = {"paragraphs": (words + "\n") * 2000, "list": ("- " + words) * 2000, "code": "```\n" + words * 2000,
               "table": "|a|b|\n|-|-|\n" + "|some|words|\n" * 2000}  # fmt: skip
     milliseconds = tab(server).page.evaluate("""shapes => Object.fromEntries(Object.entries(shapes).map(([name, text]) => {
-      const drawn = make("div");
+      const drawn = element("div");
       drawMarkdown(drawn, text);
       const began = performance.now();
       for (let n = 0; n < 20; n++) drawMarkdown(drawn, text += "word ");
@@ -17379,6 +17381,37 @@ def test_stderr_that_takes_nothing_ends_no_command_otherwise(models: Path, tmp_p
         lines = start([*command_of(), "generate", "recital", "--lines"], stderr=unread)
     assert lines.communicate(b"\n", HANG) and lines.returncode == 1
     assert server.wait(HANG) == 2
+
+
+@linux
+def test_full_stderr_that_nobody_reads_holds_up_no_request(tmp_path: Path) -> None:
+    reading, writing = os.pipe()
+    with open(reading, "rb", 0) as unread, open(writing, "wb", 0) as full:
+        full.write(bytes(fcntl.fcntl(full, fcntl.F_GETPIPE_SZ)))
+        env = seeded(tmp_path, {"SHIMMY_PORT": "0"})
+        own = Child([*command_of(), "-v", "serve"], stdout=subprocess.PIPE, stderr=full, cwd=tmp_path, env=env)
+        place = urlsplit(own.stdout.readline().split()[-1].decode()).netloc
+        said = b""
+        for n in range(21):
+            while n == 20 and select.select([unread], [], [], 0.1)[0]:
+                said += unread.read(1 << 16)
+            with contextlib.closing(http.client.HTTPConnection(place, timeout=HANG)) as connection:
+                connection.request("GET", "/health")
+                assert connection.getresponse().status == 200
+        own.terminate()
+        assert own.wait(HANG) == 0
+        assert re.search(rb"\d\d lines were dropped here", said + unread.read(1 << 16))
+
+
+@linux
+def test_last_words_to_a_terminal_that_has_gone_change_no_exit_code(tmp_path: Path) -> None:
+    terminal, screen = os.openpty()
+    with open(screen, "wb", 0) as gone:
+        env = seeded(tmp_path, {"SHIMMY_PORT": "0"})
+        own = Child([*command_of(), "serve", "--model", "none"], stdout=subprocess.PIPE, stderr=gone, cwd=tmp_path, env=env)
+        assert own.stdout.readline()
+        os.close(terminal)
+        assert own.wait(HANG) == 2
 
 
 @cases("flags, env, words", {
