@@ -18,6 +18,7 @@ import ctypes
 import errno
 import faulthandler
 import functools
+import gc
 import glob
 import gzip
 import hashlib
@@ -1148,14 +1149,25 @@ SETTLED = 1_000_000_000  # when an altered file was last changed: long enough ag
 
 @functools.cache
 def compiled(changes: tuple[tuple[str, str], ...]) -> tuple[bytes, bytes]:
-    """Returns shimmy.py with its changes, and the bytecode file of that."""
-    text = SHIMMY.read_text()
+    """Returns shimmy.py with its changes, and the bytecode file of that: code that runs its sections one after another."""
+    whole = text = SHIMMY.read_text()
     for old, new in changes:
         assert text.count(old) == 1, old
         text = text.replace(old, new)
+    codes, line = list[types.CodeType](), 0
+    for section, changed in zip(*(re.split(r"(?m)^(?=# ── )", each) for each in (whole, text)), strict=True):
+        codes.append(compiled_section(changed, line))
+        line += section.count("\n")
+    runs = compile("for _section in 'sections': exec(_section)", "shimmy.py", "exec")
+    code = runs.replace(co_consts=tuple(tuple(codes) if const == "sections" else const for const in runs.co_consts))
     source = text.encode()
-    code = compile(source, "shimmy.py", "exec", dont_inherit=True)
     return source, importlib.util.MAGIC_NUMBER + struct.pack("<III", 0, SETTLED, len(source)) + marshal.dumps(code)
+
+
+@functools.cache
+def compiled_section(text: str, line: int) -> types.CodeType:
+    """Compiles a section of shimmy.py that begins below this line: most changes leave the others as they are."""
+    return compile("\n" * line + text, "shimmy.py", "exec", annotations.compiler_flag, dont_inherit=True)
 
 
 def give_up(server: Server, body: dict[str, Any], seconds: float) -> None:
@@ -1247,6 +1259,13 @@ def only_under_soak(test: Any) -> Any:
 
 # ── Fixtures ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 # Shared by several sections; a fixture that only one section uses is defined there.
+
+
+@pytest.fixture(scope="session", autouse=True)
+def garbage_is_looked_for_only_in_what_the_tests_make() -> None:
+    """A full collection among all that was imported and collected takes a quarter of a second."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
