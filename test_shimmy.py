@@ -13515,7 +13515,7 @@ def test_compressed_body_is_read(encoding: str, body: bytes, server: Server) -> 
     "no gzip": ("gzip", SENT, 400, "invalid_request", "not gzip"),
     "half a stream": ("gzip", gzip.compress(SENT)[:-9], 400, "invalid_request", "one whole gzip stream"),
     "two streams": ("gzip", gzip.compress(SENT) * 2, 400, "invalid_request", "one whole gzip stream"),
-    "a bomb": ("gzip", gzip.compress(bytes(64 << 20)), 413, "payload_too_large", "unpacked"),
+    "a bomb": ("gzip", gzip.compress(bytes(33 << 20), 1), 413, "payload_too_large", "unpacked"),
 })  # fmt: skip
 def test_compressed_body_that_cannot_be_read_is_refused(
     encoding: str, body: bytes, status: int, code: str, word: str, server: Server
@@ -19196,9 +19196,8 @@ def soaked(traffic: Soak, seconds: float) -> int:
 # with the bare loop, a process that reads the same prompts and decodes the same number of tokens and does nothing else.
 
 
-@pytest.fixture
-def benching(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lets `bench` run in this process, write little, and run the bare loop once."""
+def test_bench_measures_every_row(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """In this process; it writes little, and the bare loop runs once."""
     real, found = bare_seconds, list[float]()
 
     def bare_once(*asked: Any) -> float:
@@ -19208,9 +19207,6 @@ def benching(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     for name, value in {"BENCH_MOST": 8, "bare_seconds": bare_once}.items():
         monkeypatch.setattr(sys.modules[__name__], name, value)
-
-
-def test_bench_measures_every_row(benching: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = write_bench_model(tmp_path / "made.gguf", layers=1, vocabulary=1000)
     for _ in range(3):  # on a machine that others keep busy two streams may not run at once, and the bench says so
         bench(shlex.split(f"--model {model} --tokens 8 --words 4 --long 200 --seconds 0 --threads 1 --json"))
@@ -19223,9 +19219,12 @@ def test_bench_measures_every_row(benching: None, tmp_path: Path, capsys: pytest
     assert all(row["value"] > 0 for row in rows.values())
 
 
-def test_bench_without_a_server_fails_with_a_message(benching: None) -> None:
-    with pytest.raises(SystemExit, match=r"^bench: .*refused"):
-        bench(["--url", "http://127.0.0.1:9", "--model", "x"])
+def test_bench_without_a_server_fails_with_a_message() -> None:
+    """As a script, from bytecode."""
+    runs = f"import runpy; runpy.run_module({Path(__file__).stem!r}, run_name='__main__')"
+    command = [sys.executable, "-c", runs, "bench", "--url", "http://127.0.0.1:9", "--model", "x"]
+    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True)
+    assert done.returncode == 1 and re.match("bench: .*refused", done.stderr), done
 
 
 BENCH_WORDS = ["time", "year", "people", "way", "day", "man", "thing", "woman", "life", "child", "world", "school", "state"]
