@@ -1035,6 +1035,10 @@ class Vectors:
     id: int  # the job's
     rows: tuple[bytes, ...]
 
+    def __post_init__(self) -> None:
+        if any(len(row) % 4 for row in self.rows):
+            raise ValueError("a part of a number")
+
 
 @dataclass(frozen=True)
 class Fetching:
@@ -3224,6 +3228,7 @@ class Loaded:
     sees: bool = False  # prompts may have pictures
     gpu_bytes: int = 0  # memory that the model took on its GPUs, its whole KV cache too
     servers: tuple[str, ...] = ()  # RPC servers that it uses
+    drafts: bool = False  # it may guess tokens
 
 
 @dataclass(frozen=True)
@@ -3298,6 +3303,10 @@ class Failed:
     param: str | None = None
     sizes: tuple[int, ...] = ()  # ApiError's
 
+    def __post_init__(self) -> None:
+        if self.code not in ERRORS:
+            raise ValueError(f"no error has the code {self.code!r}")
+
 
 @dataclass(frozen=True)
 class Stepped:
@@ -3334,10 +3343,17 @@ def sendable() -> dict[type, int]:
 
 
 @functools.cache
-def wanted_kinds(kind: type) -> list[tuple[type, ...]]:
-    """For each field of a dataclass the types of its values."""
-    plain = (re.sub(r"\[.*\]", "", str(f.type)).split(" | ") for f in fields(kind))
-    return [tuple(itertools.chain(*(KINDS.get(name, (object,)) for name in names))) for names in plain]
+def wanted_kinds(kind: type) -> list[list[set[type]]]:
+    """For each field of a dataclass the types of its values, and of what these hold."""
+    known = KINDS | {each.__name__: (each,) for each in sendable()}
+    parts = [(re.sub(r"\[.*\]", "", str(f.type)), "".join(re.findall(r"\[.*\]", str(f.type)))) for f in fields(kind)]
+    return [[set(itertools.chain(*(known[name] for name in re.findall(r"\w+", part)))) for part in pair] for pair in parts]
+
+
+def fits(value: Any, own: set[type], held: set[type]) -> bool:
+    """Whether a value is of one of its own types, and what it holds of one of the others."""
+    inside = value.values() if isinstance(value, dict) else value if isinstance(value, tuple) else ()
+    return type(value) in own and held.issuperset(map(type, inside))
 
 
 def json_form(value: Any) -> dict[str, Any]:
@@ -3355,7 +3371,7 @@ def from_json_form(found: dict[str, Any]) -> Any:
         return found
     kind = list(sendable())[found["type"]]
     values = tupled(found["fields"])
-    if not all(map(isinstance, values, wanted_kinds(kind))):
+    if not all(fits(value, *wanted) for value, wanted in zip(values, wanted_kinds(kind), strict=False)):
         raise TypeError(f"a {kind.__name__} holds what it cannot")
     return kind(*values)
 
@@ -3870,6 +3886,7 @@ class Llama:
         self.vocab = Vocabulary(self.c, self.model, numpy)
         self.machines = Machines(self.vocab)
         self.cuttable = not (self.c.llama_model_is_recurrent(self.model) or self.c.llama_model_is_hybrid(self.model))
+        self.drafts = self.options.spec == "lookup" and self.cuttable and not self.embedding  # else none can be taken back
         self.n_swa = int(self.c.llama_model_n_swa(self.model))
         self.adapters = [self._adapter(file) for file in self.options.lora]
         self.counting = numpy.arange(self.ctx + 1, dtype=numpy.int32)  # the positions of a text
@@ -4048,7 +4065,7 @@ class Llama:
         chat = ChatFacts(templates, bos, bool(c.llama_vocab_get_add_bos(vocab)), eos, self.vocab.specials, ends,
                          self.vocab.gap_names())  # fmt: skip
         return Loaded(self.ctx, self.pool, chat, tuple(self.notes), int(self.pool * self.kv_bytes), self.plan.memory_need,
-                      devices, not self.on_cpu, self.eyes is not None, taken, servers)  # fmt: skip
+                      devices, not self.on_cpu, self.eyes is not None, taken, servers, self.drafts)  # fmt: skip
 
     def _adapter(self, file: str) -> Any:
         adapter = self.c.llama_adapter_lora_init(self.model, os.fsencode(file))
@@ -4508,33 +4525,19 @@ class Eyes:
 
     def encode(self, picture: Picture) -> Generator[Any, None, None]:
         """The embeddings of a picture's parts, one after another. Raises PictureError."""
-        with contextlib.ExitStack() as opened:
-            for chunk in self._prepared(picture, opened):
+        from concurrent.futures import ThreadPoolExecutor, wait
+
+        with contextlib.ExitStack() as opened, ThreadPoolExecutor(1) as thread:  # streams step meanwhile: it may take seconds
+            chunks = thread.submit(lambda: opened.enter_context(self._opened(self._decoded(picture.data))))
+            while wait([chunks], 0.002).not_done:
+                self.pause()
+            for chunk in chunks.result():
                 count = self.c.mtmd_input_chunk_get_n_tokens(chunk)
                 if self._is_text(chunk):
                     continue
                 if status := self.c.mtmd_encode_chunk(self.handle, chunk):
                     raise PictureError(f"cannot be encoded: mtmd_encode_chunk returned {status}")
                 yield self.np.ctypeslib.as_array(self.c.mtmd_get_output_embd(self.handle), (count, self.width)).copy()
-
-    def _prepared(self, picture: Picture, opened: contextlib.ExitStack) -> list[Any]:
-        """A picture's chunks, made in another thread: streams step meanwhile, for a large one takes seconds."""
-        found = list[Any]()
-
-        def prepare() -> None:
-            try:
-                found.append(opened.enter_context(self._opened(self._decoded(picture.data))))
-            except Exception as error:  # a thread's border
-                found.append(error)
-
-        thread = threading.Thread(target=prepare, name="prepare", daemon=True)
-        thread.start()
-        while thread.is_alive():
-            thread.join(0.002)
-            self.pause()
-        if isinstance(found[0], Exception):
-            raise found[0]
-        return list(found[0])
 
     def _decoded(self, data: bytes) -> Any:
         """libmtmd's bitmap of a file, null if there is none in it.
@@ -5144,22 +5147,6 @@ class Prompt:
     pictures: Mapping[str, Picture] = field(default_factory=dict)  # by key
 
 
-class Echo:
-    """A prompt that is given out with its tokens' log probabilities."""
-
-    def __init__(self, job: Generate, vocab: Vocabulary) -> None:
-        text = str(job.prompt[0]) if job.prompt and isinstance(job.prompt[0], str) else None
-        self.n_echoed = 0 if text is None else len(vocab.ends[0])  # tokens, also those that the model wants before a text
-        self._blank = b"" if text is None or text.startswith(" ") else b" "  # which SentencePiece puts before a text
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-
-    def tell(self, token: TokenLogprob) -> tuple[TokenLogprob, str]:
-        """The prompt's next token, and the text that it ends."""
-        token, self._blank = replace(token, token=token.token.removeprefix(self._blank)), b""
-        self.n_echoed += 1
-        return token, self._decoder.decode(token.token)
-
-
 class Sequence(Rows):
     """One text in the making. Owned by the step loop."""
 
@@ -5196,10 +5183,12 @@ class Sequence(Rows):
         self.started = self.first_token = 0.0
         self.unsent = ""  # text since the last message
         self.n_told = self.n_prompt  # tokens of which the messages have told
-        self.echo = Echo(job, llama.vocab) if job.echo else None
+        self.echo = codecs.getincrementaldecoder("utf-8")("replace") if job.echo else None  # of a prompt that is given out
+        text = job.prompt[0] if job.prompt else 0
+        self.n_echoed = len(llama.vocab.ends[0]) if isinstance(text, str) else 0  # of its tokens; the model's own are not
+        self.blank_at = self.n_echoed if isinstance(text, str) and text[:1] != " " else -1  # SentencePiece may put a space there
         self.logprobs: list[TokenLogprob] = []  # of its tokens
-        self.unshown: deque[TokenLogprob] = deque()  # of later tokens
-        self._ends: deque[int] = deque()  # the characters behind these tokens, as far as they were read
+        self.unshown: deque[tuple[TokenLogprob, int]] = deque()  # of later ones, and the characters up to the end of each
         self._waiting = ""  # text that may be shown, but is a part of a token
         self.watch_thought(b"")
 
@@ -5296,21 +5285,14 @@ class Sequence(Rows):
         if self.thought and self.thought.is_spent(self.text.is_whole):
             self.forced.extend(self._ending)
 
-    def show(self, piece: bytes) -> str:
-        """Takes the bytes of the next token that is shown; the text that may be sent now."""
-        text = self.text.push(piece)
-        if self.sampling.logprobs is not None:
-            self._ends.append(self.text.position)
-        return self.ready(text)
-
     def ready(self, text: str) -> str:
         """What may be sent now that `text` may be shown: all, or whole tokens if their log probabilities go with them."""
         if self.sampling.logprobs is None:
             return text
         self._waiting += text
         stopped, shown, sent = self.text.stopped, self.text.shown, self.text.shown - len(self._waiting)
-        while self._ends and (self._ends[0] <= shown or stopped):
-            logprob, end = self.unshown.popleft(), self._ends.popleft()
+        while self.unshown and (self.unshown[0][1] <= shown or stopped):
+            logprob, end = self.unshown.popleft()
             if not stopped:
                 self.logprobs.append(logprob)
             elif sent < shown:  # else it is the stop string's
@@ -5336,7 +5318,9 @@ def held_cells(sequences: Iterable[Sequence]) -> int:
 
 
 class Prefix(Rows):
-    """The beginning of a text that ended, for prompts that begin alike: its cells are in a row, or saved as bytes."""
+    """The beginning of a text that ended, for prompts that begin alike: its cells are in a row, saved as bytes, or in a file."""
+
+    path, size, token_seconds = "", 0, 0.0  # of the file; bytes of its cells; how long a token took to compute
 
     def __init__(self, tokens: Any, owner: str, oldest: int, positions: Any) -> None:
         super().__init__(tokens, len(tokens), positions)
@@ -5347,9 +5331,10 @@ class Prefix(Rows):
         self.is_on_disk = False  # or need not be
 
     @classmethod
-    def of(cls, sequence: Sequence, oldest: int) -> Prefix:
-        """What a sequence has in the cache."""
-        prefix = cls(sequence.tokens[: sequence.n_computed].copy(), sequence.owner, oldest, sequence.positions)
+    def of(cls, sequence: Sequence, context: Context) -> Prefix:
+        """What a sequence has in a context."""
+        tokens, oldest = sequence.tokens[: sequence.n_computed].copy(), context.oldest(sequence.row)
+        prefix = cls(tokens, sequence.owner, oldest, sequence.positions)
         prefix.row, prefix.stretches = sequence.row, sequence.stretches
         return prefix
 
@@ -5507,14 +5492,15 @@ class Cache:
 
     def best_prefix(self, sequence: Sequence) -> tuple[Sequence | Prefix | None, int]:
         """Whose cells begin as this prompt does, and for how many tokens; at least one token stays to be evaluated."""
-        best: Sequence | Prefix | None = None
-        longest = 0
-        others: list[Sequence | Prefix] = [*(s for s in self.rows if isinstance(s, Sequence)), *self.prefixes]
-        for other in others:
-            length = sequence.common(other, other.n_computed) if other.owner == sequence.owner else 0
-            if length > longest and self._can_lend(other, length):
-                best, longest = other, length
-        return best, longest
+        lent: dict[Sequence | Prefix, int] = {s: self._lent(s, sequence) for s in self.rows if isinstance(s, Sequence)}
+        lent |= {prefix: self._lent(prefix, sequence) for prefix in self.prefixes}
+        best = max(lent, key=lent.__getitem__, default=None)
+        return best, lent[best] if best else 0
+
+    def _lent(self, other: Sequence | Prefix, text: Sequence | Prefix) -> int:
+        """How many cells of the other's a text of the same client may begin with."""
+        length = text.common(other, other.n_computed) if other.owner == text.owner else 0
+        return length if self._can_lend(other, length) else 0
 
     def _can_lend(self, other: Sequence | Prefix, length: int) -> bool:
         """Whether all of its first cells are there, and can be had without the others."""
@@ -5527,21 +5513,17 @@ class Cache:
 
         Beside streams only one that holds them up no longer than a step.
         """
-        best, longest = None, shared
-        for kept in self.files.listed(sequence.owner):
-            length = sequence.common(kept, kept.n_tokens)
-            if (self.llama.cuttable and kept.n_tokens > self.llama.pool) or (beside and kept.size > self.files.BESIDE):
-                continue
-            if length > longest and self._can_lend(kept, length) and self.files.is_quicker(kept, length - shared):
-                best, longest = kept, length
-        began = time.perf_counter()
-        if best is None or (prefix := self.files.read(best)) is None:
+        files, began = self.files, time.perf_counter()
+        fitting = [p for p in files.listed(sequence.owner) if not (beside and p.size > files.BESIDE)
+                   and not (self.llama.cuttable and p.n_tokens > self.llama.pool)]  # fmt: skip
+        lent = {p: length for p in fitting if files.is_quicker(p, (length := self._lent(p, sequence)) - shared)}
+        best = max(lent, key=lent.__getitem__, default=None)
+        if best is None or (prefix := files.read(best)) is None:
             return None
         sequence.disk_bytes += best.size
-        sequence.disk_seconds += max(0.0, (longest - shared) * best.token_seconds - (time.perf_counter() - began))
+        sequence.disk_seconds += max(0.0, (lent[best] - shared) * best.token_seconds - (time.perf_counter() - began))
         self.add(prefix)
-        self._trim()
-        return prefix, longest
+        return prefix, lent[best]
 
     def write(self, token_seconds: float, hurry: bool = False) -> bool:
         """Writes a block of a prefix that is not on the disk; False when there is none whose time has come.
@@ -5550,7 +5532,7 @@ class Cache:
         """
         if self._writing is None:
             newest = reversed(self.prefixes)  # in a hurry there may not be time for all
-            prefix = next((p for p in newest if self.files.wants(p) and (hurry or self._quiet_in(p) <= 0)), None)
+            prefix = next((p for p in newest if self.files.wants(p) and (hurry or self.files.quiet_in(p) <= 0)), None)
             if prefix is None:
                 return False
             prefix.is_on_disk = True  # or need not be
@@ -5562,8 +5544,7 @@ class Cache:
     def _written(self, prefix: Prefix, token_seconds: float) -> Iterator[None]:
         """Writes a prefix in place of shorter ones, unless another lends nearly all of it, as when a prompt is asked again."""
         kept = self.files.listed(prefix.owner)
-        known = max((n for k in kept if self._can_lend(k, n := prefix.common(k, k.n_tokens))), default=0)
-        if prefix.n_tokens - known < self.files.LEAST:
+        if prefix.n_tokens - max((self._lent(k, prefix) for k in kept), default=0) < self.files.LEAST:
             return
         shorter = [k for k in kept if k.begins(prefix) and self._can_lend(prefix, k.n_tokens)]
         if prefix.saved is None:  # it stays in its row
@@ -5574,10 +5555,7 @@ class Cache:
 
     def write_in(self) -> float | None:
         """Seconds until a prefix is to be written; None if all are."""
-        return min((max(0.0, self._quiet_in(p)) for p in self.prefixes if self.files.wants(p)), default=None)
-
-    def _quiet_in(self, prefix: Prefix) -> float:
-        return prefix.used + self.files.QUIET - time.monotonic()
+        return min((max(0.0, self.files.quiet_in(p)) for p in self.prefixes if self.files.wants(p)), default=None)
 
     def settle(self, sequence: Sequence, donor: Sequence | Prefix | None, shared: int) -> None:
         """Gives the sequence a row that begins with so many of the donor's cells, or none if there is no room for saved ones."""
@@ -5588,38 +5566,25 @@ class Cache:
             self.prefixes.remove(donor)
             self.prefixes.append(donor)
             donor.used, donor.uses = time.monotonic(), donor.uses + 1
-        if isinstance(donor, Prefix) and donor.saved is not None:
-            shared = shared if self._restore(row, donor.saved) else 0
+        if not donor or not donor.n_computed:
+            shared = 0
+        elif isinstance(donor, Prefix) and donor.saved is not None:
+            while shared and not self.main.restore(row, donor.saved):
+                self.main.drop(row)
+                shared = shared if self.save_oldest() else 0
             if shared < donor.n_computed:
                 self.main.drop(row, sequence.positions[shared])
-        elif donor and donor.n_computed:
+        elif shared:
             self.main.share(donor.row, row, sequence.positions[shared])
             starts = [0.0, *(end for _, end in donor.stretches)]
             lent += [(o, min(end, shared)) for start, (o, end) in zip(starts, donor.stretches, strict=False) if start < shared]
-        else:
-            shared = 0
         self.rows[row], sequence.row, sequence.n_computed = sequence, row, shared
         sequence.stretches = [*lent, (object(), math.inf)]
-
-    def _restore(self, row: int, data: Any) -> bool:
-        """Puts saved cells into an empty row; prefixes make room."""
-        while not self.main.restore(row, data):
-            self.main.drop(row)
-            if not self.save_oldest():
-                return False
-        return True
 
     def empty(self, row: int) -> None:
         """Frees a row and its cells."""
         self.main.drop(row)
         self.rows[row] = None
-
-    def undo(self, in_step: Seq[Sequence]) -> None:
-        """After an aborted decode: drops what it was to add, and every recurrent state, for it has moved them."""
-        for sequence in in_step if self.llama.cuttable else ():
-            self.cut(sequence)
-        if not self.llama.cuttable:
-            self.clear(False)
 
     def cut(self, sequence: Sequence) -> None:
         """Frees what lies behind a sequence's computed cells, and these as far as they end within a part of a picture."""
@@ -5642,7 +5607,7 @@ class Cache:
         if self.llama.cuttable:
             self.cut(sequence)
         if sequence.n_computed and (whole or self.llama.cuttable):
-            prefix = self.rows[sequence.row] = Prefix.of(sequence, self.main.oldest(sequence.row))
+            prefix = self.rows[sequence.row] = Prefix.of(sequence, self.main)
             self.add(prefix)
         else:
             self.empty(sequence.row)
@@ -5660,26 +5625,23 @@ class Cache:
         return prefix is not None
 
     def save(self, prefix: Prefix, context: Context) -> None:
-        """Saves the cells of its row as bytes; the saved prefixes used least recently make room."""
+        """Saves the cells of its row as bytes, if they can be had."""
         prefix.save(context)
         if prefix.saved is None:
             prefix.n_computed = 0  # nothing to lend
         else:
             self.add(prefix)
-        self._trim()
-
-    def _trim(self) -> None:
-        while (saved := [p for p in self.prefixes if p.saved is not None]) and self._are_too_many(saved):
-            self.prefixes.remove(saved[0])
 
     def add(self, prefix: Prefix) -> None:
-        """Takes a prefix in; those go for which it can lend all that they have."""
+        """Takes a prefix in. Those go for which it can lend all that they have, and too many saved ones, the oldest first."""
         for other in list(self.prefixes):
             if other.begins(prefix) and self._can_lend(prefix, other.n_computed):
                 self.prefixes.remove(other)
                 if other.saved is None:
                     self.empty(other.row)
         self.prefixes.append(prefix)
+        while (saved := [p for p in self.prefixes if p.saved is not None]) and self._are_too_many(saved):
+            self.prefixes.remove(saved[0])
 
     def _are_too_many(self, saved: Seq[Prefix]) -> bool:
         """Counts tokens where memory can be cut, else bytes: a state is large for the shortest text, and kept several times."""
@@ -5689,14 +5651,6 @@ class Cache:
         tokens, size = sum(p.n_computed for p in saved), sum(len(p.saved) for p in saved)
         most = max(self.llama.pool * self.llama.kv_bytes, self.SAVED_BYTES)
         return size > most or len(saved) > self.SAVED or (self.llama.cuttable and tokens > self.llama.pool)
-
-
-class KeptPrefix(Prefix):
-    """A prefix on the disk: its tokens, without its cells."""
-
-    def __init__(self, path: str, size: int, token_seconds: float, *told: Any) -> None:
-        super().__init__(*told)
-        self.path, self.size, self.token_seconds = path, size, token_seconds
 
 
 class PrefixFiles:
@@ -5719,8 +5673,8 @@ class PrefixFiles:
     def __init__(self, llama: Llama) -> None:
         self.llama, self.most = llama, llama.options.cache_disk
         self.folder = os.path.abspath(llama.options.cache_dir or prefix_folder())
-        self._listing: tuple[Any, list[tuple[str, str]]] = (None, [])  # the folder's stamp, and its files then
-        self._known: dict[str, KeptPrefix] = {}  # by path
+        self._stamp: Any = None  # the folder's when its files were listed; None: list them again
+        self._kept: dict[str, Prefix | None] = {}  # all files by path; None: not read, or not this model's
         self._read_speed = 0.0  # bytes a second, once measured
         self._complained = False
         self._model = self._identity() if self.most else ()
@@ -5729,20 +5683,14 @@ class PrefixFiles:
         """Everything that must be equal for cells to be of use."""
         import importlib.metadata
 
-        llama, options = self.llama, self.llama.options
-        files = [self._file_identity(path) for path in (*shard_paths(llama.info.path), *options.lora)]
+        llama, options, files = self.llama, self.llama.options, list[tuple[Any, ...]]()
+        for path in (*shard_paths(llama.info.path), *options.lora):
+            with open(path, "rb") as file:
+                status = os.fstat(file.fileno())
+                file.seek(status.st_size // 2)  # a part of the middle: files of one archive may be alike in size and time
+                files.append((status.st_size, status.st_mtime_ns, self._digest(file.read(MIB))))
         return (files, options.kv_type, options.flash_attn, llama.on_cpu, llama.n_swa,
                 importlib.metadata.version("llama-cpp-python"))  # fmt: skip
-
-    def _file_identity(self, path: str) -> tuple[Any, ...]:
-        """Size and time of a file, and a part of its middle: those of one archive may be alike in the others."""
-        with open(path, "rb") as file:
-            status = os.fstat(file.fileno())
-            file.seek(status.st_size // 2)
-            return status.st_size, status.st_mtime_ns, self._digest(file.read(MIB))
-
-    def _kind(self, owner: str) -> str:
-        return self._digest(repr((self._model, owner)).encode())
 
     @staticmethod
     def _digest(data: Any) -> str:
@@ -5750,65 +5698,72 @@ class PrefixFiles:
 
         return hashlib.sha256(data).hexdigest()[:16]
 
+    def _start(self, owner: str) -> str:
+        """The start of the paths of this model's files for a client."""
+        return os.path.join(self.folder, self._digest(repr((self._model, owner)).encode()))
+
     def wants(self, prefix: Prefix) -> bool:
         """Whether the prefix is to be written; not where pictures stand, whose numbers are this engine's."""
         wanted = bool(self.most) and not prefix.is_on_disk and prefix.n_tokens >= self.LEAST
         return wanted and bool(prefix.tokens.min() >= 0)
 
-    def listed(self, owner: str) -> list[KeptPrefix]:
+    def quiet_in(self, prefix: Prefix) -> float:
+        """Seconds until a prefix has been without use for long enough."""
+        return prefix.used + self.QUIET - time.monotonic()
+
+    def listed(self, owner: str) -> list[Prefix]:
         """The prefixes on the disk that this engine may use for a client."""
         if not self.most:
             return []
-        kind, known = self._kind(owner), dict[str, KeptPrefix]()
-        for name, path in self._names():
-            kept = self._known.get(path) or (self._read_head(path, owner) if name.startswith(kind) else None)
-            if kept:
-                known[path] = kept
-        self._known = known
-        return [kept for path, kept in known.items() if os.path.basename(path).startswith(kind)]
+        self._list()
+        start = self._start(owner)
+        mine = [path for path in self._kept if path.startswith(start)]
+        self._kept |= {path: self._kept[path] or self._read_head(path, owner) for path in mine}
+        return [prefix for path in mine if (prefix := self._kept[path])]
 
-    def _names(self) -> list[tuple[str, str]]:
-        """The names of all files and where they are; those that somebody died over are removed."""
+    def _list(self) -> None:
+        """Looks through the folder, if it has changed; files that somebody died over are removed."""
         stamp = _stamp(self.folder)
-        if stamp is None or stamp != self._listing[0]:
-            found = []
+        if stamp is None or stamp != self._stamp:
+            found = dict[str, Prefix | None]()
             with contextlib.suppress(OSError), os.scandir(self.folder) as entries:
                 for entry in entries:
                     if self.NAME.fullmatch(entry.name):
-                        found.append((entry.name, entry.path))
+                        found[entry.path] = self._kept.get(entry.path)
                     elif entry.name.endswith(".part"):
                         self._remove_stale(entry)
-            self._listing = stamp, found
-        return self._listing[1]
+            self._stamp, self._kept = stamp, found
 
     def _remove_stale(self, entry: os.DirEntry[str]) -> None:
         """Removes a file that another engine has not written to its end, unless it may still be at it."""
         with contextlib.suppress(OSError):
             if not entry.name.endswith(f".{os.getpid()}.part") and time.time() - entry.stat().st_mtime > self.STALE:
-                self._remove(entry.path)
+                os.remove(entry.path)
 
-    def _read_head(self, path: str, owner: str) -> KeptPrefix | None:
+    def _read_head(self, path: str, owner: str) -> Prefix | None:
         try:
             with open(path, "rb") as file:
                 magic, count, oldest, seconds, size = self.HEAD.unpack(file.read(self.HEAD.size))
                 whole = self.HEAD.size + 4 * count + size + 4
                 if magic != self.MAGIC or os.fstat(file.fileno()).st_size != whole:
                     raise ValueError("not a whole prefix")
-                tokens = self.llama.np.frombuffer(file.read(4 * count), self.llama.np.int32)
+                prefix = Prefix(self.llama.np.frombuffer(file.read(4 * count), self.llama.np.int32), owner, oldest,
+                                self.llama.counting)  # fmt: skip
         except FileNotFoundError:  # another server removed it
             return None
         except (OSError, ValueError, struct.error):
             self._remove(path)
             return None
-        return KeptPrefix(path, size, seconds, tokens, owner, oldest, self.llama.counting)
+        prefix.path, prefix.size, prefix.token_seconds = path, size, seconds
+        return prefix
 
-    def is_quicker(self, kept: KeptPrefix, tokens: int) -> bool:
+    def is_quicker(self, kept: Prefix, tokens: int) -> bool:
         """Whether to read it takes less time than to compute so many tokens, as far as that was measured."""
         if tokens < self.LEAST // 2:
             return False
         return not (self._read_speed and kept.token_seconds) or kept.size / self._read_speed < tokens * kept.token_seconds
 
-    def read(self, kept: KeptPrefix) -> Prefix | None:
+    def read(self, kept: Prefix) -> Prefix | None:
         """The prefix with its cells; None where the file is gone or damaged."""
         began = time.perf_counter()
         try:
@@ -5823,23 +5778,19 @@ class PrefixFiles:
         self._read_speed = (self._read_speed + speed) / 2 if self._read_speed else speed
         prefix = Prefix(kept.tokens, kept.owner, kept.oldest, kept.positions)
         prefix.saved, prefix.is_on_disk = cells, True
-        self._was_used(kept)
-        return prefix
-
-    def _was_used(self, kept: KeptPrefix) -> None:
         start, _, uses = kept.path.removesuffix(".prefix").rpartition("-")
         with contextlib.suppress(OSError):
             os.utime(kept.path)
             os.replace(kept.path, f"{start}-{int(uses) + 1}.prefix")
-            self._listing = None, []
+            self._stamp = None
+        return prefix
 
-    def write(self, prefix: Prefix, token_seconds: float, shorter: Seq[KeptPrefix]) -> Iterator[None]:
+    def write(self, prefix: Prefix, token_seconds: float, shorter: Seq[Prefix]) -> Iterator[None]:
         """Writes a prefix in place of shorter ones, and of those worth least; yields between blocks."""
-        tokens, cells = prefix.tokens.astype("<i4").tobytes(), prefix.saved
+        tokens, cells, sum = prefix.tokens.astype("<i4").tobytes(), prefix.saved, 0
         head = self.HEAD.pack(self.MAGIC, prefix.n_tokens, prefix.oldest, token_seconds, len(cells))
-        name = f"{self._kind(prefix.owner)}-{self._digest(tokens)}-{prefix.n_tokens}-{prefix.uses}"
-        path = os.path.join(self.folder, name)
-        part, sum = f"{path}.{os.getpid()}.part", 0
+        path = f"{self._start(prefix.owner)}-{self._digest(tokens)}-{prefix.n_tokens}-{prefix.uses}"
+        part = f"{path}.{os.getpid()}.part"
         try:
             os.makedirs(self.folder, mode=0o700, exist_ok=True)
             if not self._make_room(len(head) + len(tokens) + len(cells) + 4):
@@ -5851,7 +5802,7 @@ class PrefixFiles:
                     yield
                 file.write(sum.to_bytes(4, "little"))
             os.replace(part, f"{path}.prefix")
-            self._listing = None, []
+            self._stamp = None
             for kept in shorter:
                 if kept.path != f"{path}.prefix":
                     self._remove(kept.path)
@@ -5865,11 +5816,12 @@ class PrefixFiles:
         """Removes the files worth least until `size` more bytes fit: by tokens, how often and how lately asked for, and size."""
         import shutil
 
+        self._list()
         now, files = time.time(), list[tuple[float, int, str]]()
-        for name, path in self._names():
+        for path in self._kept:
             with contextlib.suppress(OSError):
                 status = os.stat(path)
-                tokens, uses = map(int, name.removesuffix(".prefix").split("-")[2:])
+                tokens, uses = map(int, path.removesuffix(".prefix").rsplit("-", 2)[1:])
                 worth = tokens * uses / (status.st_size * max(1.0, now - status.st_mtime))
                 files.append((worth, status.st_size, path))
         held = sum(size for _, size, _ in files)
@@ -5882,7 +5834,7 @@ class PrefixFiles:
         return held + size <= most
 
     def _remove(self, path: str) -> None:
-        self._listing = None, []
+        self._stamp = None
         with contextlib.suppress(OSError):
             os.remove(path)
 
@@ -5952,7 +5904,8 @@ class PromptReader(Aside):
     def reading(self) -> list[Sequence]:
         return [s for s in self.rows if s and not s.done]
 
-    def _leave(self, row: int) -> None:
+    def leave(self, row: int) -> None:
+        """Frees a row and its cells."""
         self.context.drop(row)
         self.rows[row] = None
 
@@ -5960,7 +5913,7 @@ class PromptReader(Aside):
         """Takes a sequence over from the main context, with its cells; False while there is no room."""
         for row, other in enumerate(self.rows):
             if other and other.done:  # cancelled, or failed
-                self._leave(row)
+                self.leave(row)
         if None not in self.rows or sum(s.n_tokens for s in (*self.reading, sequence)) > self.context.cells:
             return False
         row = self.rows.index(None)
@@ -5985,14 +5938,6 @@ class PromptReader(Aside):
                 self.context.drop(sequence.row)
                 sequence.n_computed = 0
         return status
-
-    def give_back(self) -> Iterator[tuple[Sequence, Prefix]]:
-        """Lets go of the sequences that are read but for their last token, and returns each with its saved prefix."""
-        for sequence in [s for s in self.reading if s.pending == 1]:
-            prefix = Prefix.of(sequence, 0)
-            prefix.save(self.context)
-            self._leave(sequence.row)
-            yield sequence, prefix
 
 
 class Encoder(Aside):
@@ -6020,33 +5965,28 @@ class Encoder(Aside):
         """Encodes the next part of the picture that comes next in a sequence. Raises PictureError, and what the streams' step
         raised."""
         assert sequence.next_medium
-        key = sequence.next_medium.key
+        key, kept = sequence.next_medium.key, self.eyes.embeddings
         if self._work is None or key != self._key:
             self.leave()
             self._key, self._work = key, self.eyes.encode(sequence.pictures[key])
         work = self._work
         part = self._run(lambda: next(work, None))
-        if self._aborted:  # what came is none
-            self.leave()
-        elif part is None:
-            self._keep(key, self._parts)
-            self.leave()
-        else:
+        if part is not None and not self._aborted:
             self._parts.append(part)
+            return
+        if not self._aborted:  # else what came is none
+            kept[key] = self._parts
+        self.leave()
+        needed = {s.next_medium.key for s in self.scheduler.active if s.next_medium}
+        for other in [k for k in kept if k not in needed]:
+            if sum(part.nbytes for parts in kept.values() for part in parts) > self.KEPT_BYTES:
+                del kept[other]
 
     def leave(self) -> None:
         """Gives the picture at work up."""
         if self._work:
             self._work.close()
         self._work, self._parts = None, []
-
-    def _keep(self, key: str, parts: list[Any]) -> None:
-        kept = self.eyes.embeddings
-        kept[key] = parts
-        needed = {s.next_medium.key for s in self.scheduler.active if s.next_medium}
-        for other in [k for k in kept if k not in needed]:
-            if sum(part.nbytes for parts in kept.values() for part in parts) > self.KEPT_BYTES:
-                del kept[other]
 
 
 class Embedder(Aside):
@@ -6075,10 +6015,6 @@ class Embedder(Aside):
             raise Overloaded(f"The context for embeddings needs {human_bytes(need)}, {human_bytes(free)} are available")
         return EmbeddingContext(self.llama, self._pause if self.llama.on_cpu else None)
 
-    @functools.cached_property
-    def _free(self) -> list[int]:
-        return list(range(self.context.n_seq))
-
     def add(self, job: Embedding) -> None:
         self.jobs.append(job)
         for input in job.inputs:
@@ -6099,22 +6035,19 @@ class Embedder(Aside):
 
     def plan(self) -> list[tuple[Input, int]]:
         """The next batch: what is being read, then other inputs in turn, as far as there is room."""
-        context, plan = self.context, list[tuple[Input, int]]()
-        room = context.batch_tokens
-        for input in self.reading:
+        context, plan, room = self.context, list[tuple[Input, int]](), self.context.batch_tokens
+        free, held = set(range(context.n_seq)) - {i.row for i in self.reading}, sum(i.n_tokens for i in self.reading)
+        for input in (*self.reading, *self.unread):
+            if input.row < 0:
+                held += input.n_tokens
+                fits = not plan or input.n_tokens <= room if context.whole else held <= context.cells
+                if not (fits and free and room > 0):
+                    break
+                self.reading.append(self.unread.popleft())
+                self._turn, input.row, input.job.started = input.turn, free.pop(), input.job.started or time.perf_counter()
             if count := input.pending if context.whole else min(input.pending, room):
                 plan.append((input, count))
                 room -= count
-        while self.unread and room > 0 and self._free:
-            input = self.unread[0]
-            held = sum(i.n_tokens for i in self.reading) + input.n_tokens
-            if not (not plan or input.n_tokens <= room if context.whole else held <= context.cells):
-                break
-            self.reading.append(self.unread.popleft())
-            self._turn, input.row, input.job.started = input.turn, self._free.pop(), input.job.started or time.perf_counter()
-            count = input.n_tokens if context.whole else min(input.n_tokens, room)
-            plan.append((input, count))
-            room -= count
         return plan
 
     def step(self, plan: Seq[tuple[Input, int]]) -> None:
@@ -6142,7 +6075,6 @@ class Embedder(Aside):
 
     def _leave(self, input: Input) -> None:
         self.reading.remove(input)
-        self._free.append(input.row)
         self.context.drop(input.row)
 
     def drop(self, job: Embedding) -> None:
@@ -6175,7 +6107,6 @@ class Scheduler:
         self.running: list[Sequence] = []  # in order of admission
         self.cache, self.pace = Cache(llama), Pace(llama.main.n_batch)
         self.reader: PromptReader | None = None
-        self.drafts = llama.options.spec == "lookup" and llama.cuttable  # else tokens cannot be taken back
         self._looked = False  # whether the last step was of pictures
         self.stepped_at = 0.0  # when the main context's last step ended (perf_counter)
 
@@ -6246,7 +6177,7 @@ class Scheduler:
     def _with_drafts(self, streams: list[Sequence]) -> list[tuple[Sequence, int]]:
         """One row per stream, plus as many guessed tokens as should give the most tokens per second, in whole blocks."""
         usual, count = self.pace.usual(len(streams)), len(streams)
-        guessing = streams if self.drafts and usual > self.QUICK and self.pace.knows(count) else ()
+        guessing = streams if self.llama.drafts and usual > self.QUICK and self.pace.knows(count) else ()
         for sequence in guessing:
             sequence.look_up()
         chances = {s: s.trust for s in guessing if s.guess >= 0 and s.first_token}
@@ -6292,9 +6223,10 @@ class Scheduler:
 
     def bring_back(self) -> None:
         """Lets sequences that the reader has read go on, as soon as there is room."""
-        for sequence, prefix in self.reader.give_back() if self.reader else ():
-            if prefix.saved is not None:
-                self.cache.add(prefix)
+        for sequence in [s for s in self.aside if s.pending == 1]:
+            assert self.reader
+            self.cache.save(Prefix.of(sequence, self.reader.context), self.reader.context)
+            self.reader.leave(sequence.row)
             self._wait(sequence)
 
     def make_room(self) -> Sequence | None:
@@ -6675,7 +6607,7 @@ class Picker:
                 ready.append((sequence, row, slice(start, end)))
             sequence.n_computed = min(sequence.n_computed + count, sequence.n_tokens)
             if sequence.n_computed in sequence.borders:
-                self.scheduler.cache.save(Prefix.of(sequence, self.llama.main.oldest(sequence.row)), self.llama.main)
+                self.scheduler.cache.save(Prefix.of(sequence, self.llama.main), self.llama.main)
         if not ready:
             return False
         logits = self.llama.main.logits(end)
@@ -6721,15 +6653,18 @@ class Picker:
 
     def _score(self, sequence: Sequence, logits: Any) -> None:
         """Gives out the prompt's tokens that its rows computed last were to predict; the first of all has no row before it."""
-        vocab, echo, alternatives = self.llama.vocab, sequence.echo, sequence.sampling.logprobs or 0
+        vocab, alternatives = self.llama.vocab, sequence.sampling.logprobs or 0
         start, end = sequence.n_computed - len(logits) + 1, min(sequence.n_computed + 1, sequence.n_prompt)
-        assert echo
-        for at in range(echo.n_echoed, end):
+        assert sequence.echo
+        for at in range(sequence.n_echoed, end):
             token = int(sequence.tokens[at])
-            known = LogProbs(vocab, logits[at - start]).of(token, alternatives) if at else None
-            told, text = echo.tell(known or TokenLogprob(vocab.name(token), math.nan, id=token))
+            told = LogProbs(vocab, logits[at - start]).of(token, alternatives) if at else TokenLogprob(
+                vocab.name(token), math.nan, id=token)  # fmt: skip
+            if at == sequence.blank_at:
+                told = replace(told, token=told.token.removeprefix(b" "))
             sequence.logprobs.append(told)
-            self.outbox.text(sequence, text)
+            self.outbox.text(sequence, sequence.echo.decode(told.token))
+            sequence.n_echoed += 1
 
     def ask_again(self) -> None:
         """Resumes unfinished grammars, least served first."""
@@ -6782,9 +6717,6 @@ class Picker:
             self.finish(sequence, "stop")
             return
         sequence.append(token)
-        if sequence.known:
-            sequence.unshown.append(sequence.known.of(token, sampling.logprobs or 0))
-            sequence.known = None
         self.jump(sequence)
 
     def jump(self, sequence: Sequence) -> None:
@@ -6805,8 +6737,12 @@ class Picker:
             token = int(sequence.tokens[sequence.n_shown])
             sequence.n_shown += 1
             marker = vocab.marker_pieces.get(token) if sequence.markers else None
-            piece = marker.encode() if marker in sequence.markers else vocab.piece(token)
-            self.outbox.text(sequence, sequence.show(piece))
+            text = sequence.text.push(marker.encode() if marker in sequence.markers else vocab.piece(token))
+            if sequence.known:  # then no token is shown but the one that was picked
+                logprob = sequence.known.of(token, sequence.sampling.logprobs or 0)
+                sequence.unshown.append((logprob, sequence.text.position))
+                sequence.known = None
+            self.outbox.text(sequence, sequence.ready(text))
             if sequence.thought:
                 sequence.watch_thought(vocab.shown(token))
 
@@ -6845,28 +6781,25 @@ class Engine:
 
     def run(self) -> None:
         """Main loop: takes messages, steps while work remains, sleeps otherwise."""
+        scheduler, cache = self.scheduler, self.scheduler.cache
         while not self.intake.closing:
-            if self.scheduler.active or self.scheduler.waiting or self.embedder.jobs:
+            if scheduler.active or scheduler.waiting or self.embedder.jobs:
                 self._take_all()
                 self.step()
             else:
                 self._rest()
                 self.pulse.begin("rest")
                 with contextlib.suppress(queue.Empty):
-                    self._take(self.inbox.get(timeout=self.scheduler.cache.write_in()))
-
+                    self._take(self.inbox.get(timeout=cache.write_in()))
         self._take_all()
-        while self._write_prefix(hurry=True):
+        while cache.write(scheduler.pace.row, hurry=True):
             pass
         os._exit(0)
-
-    def _write_prefix(self, hurry: bool = False) -> bool:
-        return self.scheduler.cache.write(self.scheduler.pace.row, hurry)
 
     def _rest(self) -> None:
         """Idle work: saves prefixes, makes the prompt reader where several sequences ran at once, runs the cycle collector."""
         self.pulse.begin("move")
-        while self.inbox.empty() and (self._tidy() or self._write_prefix()):
+        while self.inbox.empty() and (self._tidy() or self.scheduler.cache.write(self.scheduler.pace.row)):
             self.pulse.begin("move")
         if self._wants_reader and self._may_read_aside and not self.scheduler.reader and self.inbox.empty():
             self._make_reader()
@@ -6968,7 +6901,7 @@ class Engine:
                 self.picker.fail(sequence, f"llama_decode returned {status}")
             self._flush()
         for sequence in [s for s, _ in plan if s.pending > 1 and s.n_computed in s.borders and not s.done]:
-            self.scheduler.cache.save(Prefix.of(sequence, 0), reader.context)
+            self.scheduler.cache.save(Prefix.of(sequence, reader.context), reader.context)
 
     def _step_streams(self) -> None:
         """Between operations of what is computed aside (prompts, pictures, vectors): lets newcomers in and streams step."""
@@ -7029,7 +6962,10 @@ class Engine:
             if back and not self.scheduler.running:  # it was alone, and the pool holds a whole context
                 self.picker.fail(back, "the KV cache is full")
         elif status == 2:
-            self.scheduler.cache.undo([s for s, _ in plan])
+            for sequence, _ in plan if self.llama.cuttable else ():
+                self.scheduler.cache.cut(sequence)
+            if not self.llama.cuttable:  # it has moved every state
+                self.scheduler.cache.clear(False)
         else:
             for sequence in list(self.scheduler.running):
                 self.picker.fail(sequence, f"llama_decode returned {status}")
@@ -11093,7 +11029,7 @@ def answer_slots(call: Call) -> list[dict[str, Any]]:
     id = None if not wanted else call.service.table.info(wanted).id
     places = [(r, i) for r in call.service.table.workers() if id in (None, r.info.id) for i in range(r.parallel)]
     slots = [
-        {"id": n, "id_task": -1, "n_ctx": r.loaded.ctx, "speculative": False, "model": r.info.id,
+        {"id": n, "id_task": -1, "n_ctx": r.loaded.ctx, "speculative": r.loaded.drafts, "model": r.info.id,
          "is_processing": i < r.counts()[0]}
         for n, (r, i) in enumerate(places)
     ]

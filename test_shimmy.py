@@ -4076,7 +4076,7 @@ CHILDS_MESSAGES = [
     module.Progress(0.5), module.LoadFailed("no \ud800 luck", "room"), module.Alive("decode"),
     module.Accepted(1, 9), module.Loaded(256, 512, module.ChatFacts({"": "t"}, "<s>", True, "</s>", ("a",)), ("n",)),
     module.Stepped((module.Piece(3, "é\n", (module.TokenLogprob(b"\xc3", -math.inf, (b"a", b"\xff"), (-0.5, -1.0)),), 1),
-                    module.Vectors(4, (b"\0" * 9, b"")), module.Tokens(5, (1, 2), ()),
+                    module.Vectors(4, (b"\0" * 8, b"")), module.Tokens(5, (1, 2), ()),
                     module.Finished(3, "stop", 1, 2, 0, 0.1, 0.2), module.Failed(6, "server_error", "d", None, (1, 2))), 2, 7),
     module.ChatFormat(),
 ]  # fmt: skip
@@ -4094,6 +4094,9 @@ def test_message_of_a_child_arrives_as_it_was(message: Any) -> None:
     "a negative type": b'{"type": -99, "fields": []}', "too few fields": b'{"type": 0, "fields": []}',
     "too many": b'{"type": 0, "fields": [1, 2, 3]}', "a field of another kind": b'{"type": 4, "fields": ["1", 2]}',
     "no fields": b'{"type": 0}', "no bytes": b'{"bytes": 5}', "deep": b"[" * 100_000, "no JSON": b"\xff\xfe", "nothing": b"",
+    "an error that is none": b'{"type": 11, "fields": [1, "odd", ""]}', "tokens of text": b'{"type": 9, "fields": [1, ["a"], []]}',
+    "a part of a number": b'{"type": 8, "fields": [1, [{"bytes": "AAAA"}]]}',
+    "an event that is none": b'{"type": 5, "fields": [[5], 1]}', "a template of a number": b'{"type": 12, "fields": [{"": 1}, "", true, "", [], [], {}]}',
 })  # fmt: skip
 def test_what_is_no_message_is_an_error_and_changes_nothing(data: bytes) -> None:
     before = dict(vars(module.Access))
@@ -7907,9 +7910,9 @@ def test_guesses_are_computed_as_far_as_they_pay(
     streams, pace = list(map(endless, trusts)), module.Pace(512)
     pace.record(len(streams), len(streams), 0.04)
     pace.record(len(streams), len(streams) + 2, 0.056)
-    llama = types.SimpleNamespace(pool=1000, main=types.SimpleNamespace(n_seq=24, n_batch=512))
+    llama = types.SimpleNamespace(pool=1000, drafts=True, main=types.SimpleNamespace(n_seq=24, n_batch=512))
     limits = {name: getattr(module.Scheduler, name) for name in ("DRAFTED", "WORTH", "LATER", "QUICK")}
-    scheduler: Any = types.SimpleNamespace(pace=pace, llama=llama, running=streams, active=range(running), drafts=True, **limits)
+    scheduler: Any = types.SimpleNamespace(pace=pace, llama=llama, running=streams, active=range(running), **limits)
     assert [count for _, count in module.Scheduler._with_drafts(scheduler, streams)] == expected
 
 
@@ -8966,7 +8969,7 @@ def test_input_that_must_be_whole_is_so_after_an_abort_too() -> None:
     nobody: Any = types.SimpleNamespace(due=None)
     embedder = module.Embedder(nobody, nobody, lambda: None)
     vars(embedder)["context"] = types.SimpleNamespace(whole=True, batch_tokens=512, n_seq=4)
-    long, short = list[Any](types.SimpleNamespace(pending=size, n_tokens=size) for size in (900, 100))
+    long, short = list[Any](types.SimpleNamespace(pending=size, n_tokens=size, row=row) for size, row in ((900, 0), (100, -1)))
     embedder.reading.append(long)
     embedder.unread.append(short)
     assert embedder.plan() == [(long, 900)]
@@ -12812,7 +12815,7 @@ def test_props_load_nothing_and_slots_show_what_runs_and_no_text(serve: Serve, m
         next(stream)
         slots = eventually(lambda: [s for s in own.get("/slots?model=recital").json() if s["is_processing"]], "one runs")
     (slot,) = slots
-    assert slot == {"id": 0, "id_task": -1, "n_ctx": LONG_CTX, "speculative": False, "is_processing": True, "model": "recital"}
+    assert slot == {"id": 0, "id_task": -1, "n_ctx": LONG_CTX, "speculative": True, "is_processing": True, "model": "recital"}
     assert len(own.get("/slots").json()) == 2
 
 
