@@ -4094,9 +4094,10 @@ def test_message_of_a_child_arrives_as_it_was(message: Any) -> None:
     "a negative type": b'{"type": -99, "fields": []}', "too few fields": b'{"type": 0, "fields": []}',
     "too many": b'{"type": 0, "fields": [1, 2, 3]}', "a field of another kind": b'{"type": 4, "fields": ["1", 2]}',
     "no fields": b'{"type": 0}', "no bytes": b'{"bytes": 5}', "deep": b"[" * 100_000, "no JSON": b"\xff\xfe", "nothing": b"",
-    "an error that is none": b'{"type": 11, "fields": [1, "odd", ""]}', "tokens of text": b'{"type": 9, "fields": [1, ["a"], []]}',
+    "an error that is none": b'{"type": 11, "fields": [1, "odd", ""]}', "no event": b'{"type": 5, "fields": [[5], 1]}',
+    "a text for a token": b'{"type": 9, "fields": [1, ["a"], []]}',
     "a part of a number": b'{"type": 8, "fields": [1, [{"bytes": "AAAA"}]]}',
-    "an event that is none": b'{"type": 5, "fields": [[5], 1]}', "a template of a number": b'{"type": 12, "fields": [{"": 1}, "", true, "", [], [], {}]}',
+    "a number for a template": b'{"type": 12, "fields": [{"": 1}, "", true, "", [], [], {}]}',
 })  # fmt: skip
 def test_what_is_no_message_is_an_error_and_changes_nothing(data: bytes) -> None:
     before = dict(vars(module.Access))
