@@ -3811,7 +3811,7 @@ class Vocabulary:
         """The bytes a token stands for in text; control tokens give none."""
         found = self._pieces.get(token)
         if found is None:
-            found = self._pieces[token] = self._render(token, False)
+            found = self._pieces[token] = self.name(token, False)
         return found
 
     def shown(self, token: int) -> bytes:
@@ -3838,14 +3838,12 @@ class Vocabulary:
         """All pieces in order. Made in 0.5 s for a large vocabulary."""
         return Spelling(self)
 
-    def name(self, token: int) -> bytes:
-        """The bytes a token is called by, control tokens too; none for a token that is not there."""
-        return self._render(token, True) if token >= 0 else b""
-
-    def _render(self, token: int, special: bool) -> bytes:
-        buffer = self.ctypes.create_string_buffer(256)
-        size = self.c.llama_token_to_piece(self.handle, token, buffer, 256, 0, special)
-        if size < 0:
+    def name(self, token: int, special: bool = True) -> bytes:
+        """The bytes a token is called by, with `special` control tokens too; none for a token that is not there."""
+        if token < 0:
+            return b""
+        size = -256
+        while size < 0:
             buffer = self.ctypes.create_string_buffer(-size)
             size = self.c.llama_token_to_piece(self.handle, token, buffer, -size, 0, special)
         return bytes(buffer.raw[:size])
@@ -3943,12 +3941,8 @@ class Llama:
             raise LoadError("; ".join([str(error), *self.absent]), error.cause) from None
 
     def _load_model(self, progress: Callable[[float], None]) -> None:
-        said = [0.0]
-
         def on_progress(fraction: float, _: Any) -> bool:
-            if fraction - said[0] >= 0.01 or fraction >= 1:
-                said[0] = fraction
-                progress(fraction)
+            progress(fraction)
             return True
 
         params = self._model_params()
@@ -4183,6 +4177,7 @@ class Context:
             adapters = (self.c.llama_adapter_lora_p_ctypes * count)(*llama.adapters)
             self.c.llama_set_adapters_lora(self.handle, adapters, count, (self.ctypes.c_float * count)(*[1.0] * count))
         self.memory = self.c.llama_get_memory(self.handle)
+        self.rows: list[Any] = [None] * n_seq  # whose cells each row has
         self._make_batch()
 
     def _params(self) -> Any:
@@ -4277,6 +4272,11 @@ class Context:
         """Frees a row's cells from position `start` on; all of them by default."""
         for owner in (row, row + self.twins) if self.memory else ():  # a model that looks both ways has none
             self.c.llama_memory_seq_rm(self.memory, owner, start, -1)
+
+    def empty(self, row: int) -> None:
+        """Frees a row and its cells."""
+        self.drop(row)
+        self.rows[row] = None
 
     def share(self, source: int, target: int, end: int) -> None:
         """Lets row `target` begin with the cells of `source` before position `end`: metadata only, nothing is copied."""
@@ -4400,7 +4400,7 @@ class PictureError(Exception):
 
 @dataclass(frozen=True)
 class Medium:
-    """A part of a picture that is encoded at once, where it stands in a prompt; in a Layout the picture stands alone."""
+    """A part of a picture that is encoded at once, and where it stands in a prompt."""
 
     key: str  # the picture's
     index: int  # among the picture's parts
@@ -4421,15 +4421,17 @@ class Medium:
 
 
 @dataclass(frozen=True)
-class Layout:
-    """What a picture takes in a prompt."""
+class Prompt:
+    """A prompt's cells, or one picture's with the tokens that go around its parts."""
 
-    cells: Any  # int32: tokens that go around its parts, and in these the picture's number, which is below -1
-    media: tuple[Medium, ...]
+    tokens: Any  # int32, or token ids of a client's; in a part of a picture the picture's number, which is below -1
+    media: tuple[Medium, ...] = ()
+    pictures: Mapping[str, Picture] = field(default_factory=dict)  # by key
 
     @property
     def n_pos(self) -> int:
-        return len(self.cells) - sum(m.end - m.start - m.n_pos for m in self.media)
+        """Positions that the cells take."""
+        return len(self.tokens) - sum(m.end - m.start - m.n_pos for m in self.media)
 
 
 class Eyes:
@@ -4455,14 +4457,20 @@ class Eyes:
             raise LoadError(f"the library for it is not usable: {error}") from None
         mtmd.mtmd_helper_log_set(llama.log_callback, self.ctypes.c_void_p())
         self.pause: Callable[[], bool] = lambda: True  # called every few operations of an encode on the CPU; False ends it
-        self._layouts: dict[str, Layout] = {}
+        self._layouts: dict[str, Prompt] = {}
         self._numbers = itertools.count(-2, -1)
         self.embeddings: dict[str, list[Any]] = {}  # of pictures by their keys: float32, shape (cells, width) a part
         self.mrope = llama.c.llama_model_rope_type(llama.model) in (8, 40)  # LLAMA_ROPE_TYPE_MROPE, IMROPE
         self.width = int(llama.c.llama_model_n_embd_inp(llama.model))
         self.whole = 0  # cells of the largest part, where attention goes both ways within one: it is decoded in one batch
         self.handle = self._open(path)
-        self._limit_size(path)
+        both_ways = self.c.mtmd_decode_use_non_causal(self.handle, None)
+        options, ctx = llama.options, llama.ctx
+        most = max(options.batch, self.LEAST) if both_ways else min(self.MOST, max(self.LEAST, ctx // 4))
+        if self._largest() > most:  # a large picture would take more tokens than it may
+            self.c.mtmd_free(self.handle)
+            self.handle = self._open(path, most)
+        self.whole = self._largest() if both_ways else 0
 
     @staticmethod
     def memory_need(model: ModelInfo) -> int:
@@ -4493,15 +4501,6 @@ class Eyes:
             raise LoadError("the projector has no part for pictures")
         return handle
 
-    def _limit_size(self, path: str) -> None:
-        """Opens the projector again where a large picture would take more tokens than it may."""
-        both_ways = self.c.mtmd_decode_use_non_causal(self.handle, None)
-        options, ctx = self.llama.options, self.llama.ctx
-        most = max(options.batch, self.LEAST) if both_ways else min(self.MOST, max(self.LEAST, ctx // 4))
-        if self._largest() > most:
-            self.c.mtmd_free(self.handle)
-            self.handle = self._open(path, most)
-        self.whole = self._largest() if both_ways else 0
 
     def _largest(self) -> int:
         """Cells of the largest part of a large picture."""
@@ -4511,7 +4510,7 @@ class Eyes:
         except PictureError as error:
             raise LoadError(f"a picture {error}") from None
 
-    def layout(self, picture: Picture) -> Layout:
+    def layout(self, picture: Picture) -> Prompt:
         """Decodes a picture, unless it is known, to see what it takes. Raises PictureError: the message says what it does."""
         key = picture.key
         layout = self._layouts.pop(key, None)
@@ -4569,7 +4568,7 @@ class Eyes:
     def _is_text(self, chunk: Any) -> bool:
         return bool(self.c.mtmd_input_chunk_get_type(chunk) == self.c.MTMD_INPUT_CHUNK_TYPE_TEXT)
 
-    def _laid_out(self, key: str, chunks: Seq[Any]) -> Layout:
+    def _laid_out(self, key: str, chunks: Seq[Any]) -> Prompt:
         number, cells, media, position = next(self._numbers), list[int](), list[Medium](), 0
         for chunk in chunks:
             count, n_pos = self.c.mtmd_input_chunk_get_n_tokens(chunk), self.c.mtmd_input_chunk_get_n_pos(chunk)
@@ -4584,7 +4583,7 @@ class Eyes:
             raise PictureError("needs tokens around it that the model does not have")
         if self.whole and any(m.end - m.start > self.whole for m in media):
             raise PictureError("has more tokens than the model can read at once")
-        return Layout(self.np.array(cells, self.np.int32), tuple(media))
+        return Prompt(self.np.array(cells, self.np.int32), tuple(media))
 
     def _grid(self, chunk: Any, count: int) -> Any:
         """Medium.grid."""
@@ -5109,17 +5108,18 @@ class ThoughtMeter:
 
     PATIENCE = 3  # tokens beyond the budget, until a character is whole
 
-    def __init__(self, budget: ThoughtBudget) -> None:
-        self._budget, self._opens, self._closes = budget, budget.opens.strip().encode(), budget.closes.strip().encode()
-        self._inside, self._over = budget.begun, False
+    def __init__(self, budget: ThoughtBudget, ending: Seq[int]) -> None:
+        self._most, self._opens, self._closes = budget.tokens, budget.opens.strip().encode(), budget.closes.strip().encode()
+        self._ending, self._inside, self._over = ending, budget.begun, False
         self._text = b""
-        self.tokens = 0
+        self._tokens = 0
 
-    def add(self, piece: bytes) -> None:
-        """Takes the bytes of one token."""
+    def add(self, piece: bytes, whole: bool) -> Seq[int]:
+        """Takes the bytes of a token, or none at first; the tokens that end a thought whose budget is used up, told once: if
+        possible when the text ends with a `whole` character."""
         if self._over:
-            return
-        self.tokens += self._inside
+            return ()
+        self._tokens += self._inside and bool(piece)
         self._text += piece
         if not self._inside:
             text = self._text = self._text.lstrip()
@@ -5129,22 +5129,9 @@ class ThoughtMeter:
         if self._inside:
             self._over = self._closes in self._text
             self._text = self._text[-len(self._closes) :]
-
-    def is_spent(self, whole: bool) -> bool:
-        """True once: when the budget is used up, if possible not within a character."""
-        least = self._budget.tokens + (0 if whole else self.PATIENCE)
-        spent = self._inside and not self._over and self.tokens >= least
+        spent = self._inside and not self._over and self._tokens >= self._most + (0 if whole else self.PATIENCE)
         self._over = self._over or spent
-        return spent
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """A prompt's cells."""
-
-    tokens: Any  # int32, or token ids of a client's; numbers below -1 where pictures stand
-    media: tuple[Medium, ...] = ()
-    pictures: Mapping[str, Picture] = field(default_factory=dict)  # by key
+        return self._ending if spent else ()
 
 
 class Sequence(Rows):
@@ -5163,8 +5150,7 @@ class Sequence(Rows):
         self.borders = () if llama.cuttable else turn_borders(prompt.tokens, llama.vocab)  # where its state is saved
         self.id, self.sampling, self.markers, self.owner = submission.id, job.sampling, job.markers, job.owner
         self.text = TextStream(job.sampling.stop)
-        self.thought = ThoughtMeter(job.thought) if job.thought else None
-        self._ending = llama.vocab.tokens(job.thought.ending).tolist() if job.thought else ()
+        self.thought = ThoughtMeter(job.thought, llama.vocab.tokens(job.thought.ending).tolist()) if job.thought else None
         self.n_shown = self.n_prompt  # tokens whose text was given out
         self.guess = -1  # the index of an earlier token that is thought to come again next
         self.trust, self.n_guessed = self.TRUST, 0  # the share of such guesses that were right lately; how many there were
@@ -5174,7 +5160,7 @@ class Sequence(Rows):
         self.known: LogProbs | None = None  # of its next token, before the grammar bans any
         self.jumps = False  # True while the forced continuation is being found
         self.sought = 0.0  # CPU seconds its grammar used beyond its allowance
-        self.forced: deque[int] = deque()  # tokens that come next, whatever the model says
+        self.forced = deque(self.thought.add(b"", True) if self.thought else ())  # tokens that come next, whatever the model says
         self.sampler = Sampler(llama, job.sampling, prompt.tokens)  # kept through steps back
         self.stretches: Stretches = []
         self.n_cached = 0  # prompt tokens that were not evaluated
@@ -5190,7 +5176,6 @@ class Sequence(Rows):
         self.logprobs: list[TokenLogprob] = []  # of its tokens
         self.unshown: deque[tuple[TokenLogprob, int]] = deque()  # of later ones, and the characters up to the end of each
         self._waiting = ""  # text that may be shown, but is a part of a token
-        self.watch_thought(b"")
 
     def _positions(self, llama: Llama) -> Any:
         """Rows.positions: each token's index, but for what stands behind parts of pictures that take fewer positions."""
@@ -5278,12 +5263,6 @@ class Sequence(Rows):
         self.sampler.force(self.forced[0])
         return self.forced.popleft()
 
-    def watch_thought(self, piece: bytes) -> None:
-        """Takes a token's bytes, or none yet; a thought over its budget is closed by the tokens that come next."""
-        if self.thought and piece:
-            self.thought.add(piece)
-        if self.thought and self.thought.is_spent(self.text.is_whole):
-            self.forced.extend(self._ending)
 
     def ready(self, text: str) -> str:
         """What may be sent now that `text` may be shown: all, or whole tokens if their log probabilities go with them."""
@@ -5352,28 +5331,27 @@ class Prefix(Rows):
 class Input(Rows):
     """One text of an Embed job on its way through an embedding context."""
 
-    def __init__(self, job: Embedding, index: int, tokens: Any, positions: Any) -> None:
+    def __init__(self, job: Embedding, tokens: Any, positions: Any) -> None:
         super().__init__(tokens, len(tokens), positions)
-        self.job, self.index, self.turn = job, index, 0
+        self.job, self.turn = job, 0
         self.pooled: Any = None  # what its vector is so far
+        self.vector = b""  # in the end
 
 
 class Embedding:
-    """An Embed job in the making: its inputs, and the vectors that are done. Owned by the step loop."""
+    """An Embed job in the making. Owned by the step loop."""
 
     def __init__(self, submission: Submission, texts: Seq[Any], llama: Llama) -> None:
         assert isinstance(submission.job, Embed)
         self.submission, self.id, self.dimensions = submission, submission.id, submission.job.dimensions
-        self.n_prompt = sum(len(tokens) for tokens in texts)
-        self.inputs = [Input(self, i, tokens, llama.counting) for i, tokens in enumerate(texts)]
-        self.vectors: list[bytes] = [b""] * len(texts)
-        self.missing = len(texts)
+        self.inputs = [Input(self, tokens, llama.counting) for tokens in texts]
+        self.n_prompt = sum(input.n_tokens for input in self.inputs)
         self.error: ApiError | None = None
         self.started = 0.0
 
     @property
-    def is_over(self) -> bool:
-        return self.submission.cancelled or not self.missing or self.error is not None
+    def is_complete(self) -> bool:
+        return all(input.vector for input in self.inputs)
 
 
 def fair_slices(prompts: list[Sequence], rows: int, outputs: int = 0) -> list[tuple[Sequence, int]]:
@@ -5485,7 +5463,7 @@ class Cache:
 
     def __init__(self, llama: Llama) -> None:
         self.llama, self.main = llama, llama.main
-        self.rows: list[Sequence | Prefix | None] = [None] * llama.main.n_seq
+        self.rows: list[Sequence | Prefix | None] = llama.main.rows
         self.prefixes: list[Prefix] = []  # the one used least recently first
         self.files = PrefixFiles(llama)
         self._writing: Iterator[None] | None = None  # a prefix on its way to the disk
@@ -5495,7 +5473,7 @@ class Cache:
         lent: dict[Sequence | Prefix, int] = {s: self._lent(s, sequence) for s in self.rows if isinstance(s, Sequence)}
         lent |= {prefix: self._lent(prefix, sequence) for prefix in self.prefixes}
         best = max(lent, key=lent.__getitem__, default=None)
-        return best, lent[best] if best else 0
+        return (best, lent[best]) if best and lent[best] else (None, 0)
 
     def _lent(self, other: Sequence | Prefix, text: Sequence | Prefix) -> int:
         """How many cells of the other's a text of the same client may begin with."""
@@ -5566,7 +5544,7 @@ class Cache:
             self.prefixes.remove(donor)
             self.prefixes.append(donor)
             donor.used, donor.uses = time.monotonic(), donor.uses + 1
-        if not donor or not donor.n_computed:
+        if not donor or not donor.n_computed:  # it may be a prefix that could not be saved
             shared = 0
         elif isinstance(donor, Prefix) and donor.saved is not None:
             while shared and not self.main.restore(row, donor.saved):
@@ -5574,17 +5552,12 @@ class Cache:
                 shared = shared if self.save_oldest() else 0
             if shared < donor.n_computed:
                 self.main.drop(row, sequence.positions[shared])
-        elif shared:
+        else:
             self.main.share(donor.row, row, sequence.positions[shared])
             starts = [0.0, *(end for _, end in donor.stretches)]
             lent += [(o, min(end, shared)) for start, (o, end) in zip(starts, donor.stretches, strict=False) if start < shared]
         self.rows[row], sequence.row, sequence.n_computed = sequence, row, shared
         sequence.stretches = [*lent, (object(), math.inf)]
-
-    def empty(self, row: int) -> None:
-        """Frees a row and its cells."""
-        self.main.drop(row)
-        self.rows[row] = None
 
     def cut(self, sequence: Sequence) -> None:
         """Frees what lies behind a sequence's computed cells, and these as far as they end within a part of a picture."""
@@ -5610,7 +5583,7 @@ class Cache:
             prefix = self.rows[sequence.row] = Prefix.of(sequence, self.main)
             self.add(prefix)
         else:
-            self.empty(sequence.row)
+            self.main.empty(sequence.row)
 
     def save_oldest(self, whole: bool = False) -> bool:
         """Moves the prefix used least recently out of the cache, `whole`: that loses nothing by it; False when none is in it."""
@@ -5619,7 +5592,7 @@ class Cache:
         if prefix:
             self.prefixes.remove(prefix)
             self.save(prefix, self.main)
-            self.empty(prefix.row)
+            self.main.empty(prefix.row)
             if self.llama.cuttable and not any(self.rows):
                 self.main.clear(False)  # to begin at the first cell again: the order of cells shows in the last bits of sums
         return prefix is not None
@@ -5638,7 +5611,7 @@ class Cache:
             if other.begins(prefix) and self._can_lend(prefix, other.n_computed):
                 self.prefixes.remove(other)
                 if other.saved is None:
-                    self.empty(other.row)
+                    self.main.empty(other.row)
         self.prefixes.append(prefix)
         while (saved := [p for p in self.prefixes if p.saved is not None]) and self._are_too_many(saved):
             self.prefixes.remove(saved[0])
@@ -5842,7 +5815,7 @@ class PrefixFiles:
 class Aside:
     """Computes beside the main context, in batches that stop for the streams' steps.
 
-    Every few operations of a batch llama.cpp calls `_pause`, which lets the streams step when that is due.
+    Every few operations of a batch llama.cpp calls `pause`, which lets the streams step when that is due.
     """
 
     def __init__(self, due: Callable[[], float], step: Callable[[], None]) -> None:
@@ -5850,10 +5823,11 @@ class Aside:
         self._due, self._step = due, step
         self._resumed_at = 0.0  # when the batch last began or went on
         self._longest = 0.0  # seconds between two pauses; slowly forgotten
+        self._wanted: Callable[[], bool] = lambda: True
         self._aborted = False
         self._error: Exception | None = None
 
-    def _pause(self) -> bool:
+    def pause(self) -> bool:
         """Between operations of a batch; whether to go on. An exception cannot pass through llama.cpp: it ends the batch."""
         try:
             now = time.perf_counter()
@@ -5861,25 +5835,21 @@ class Aside:
             if now + self._longest >= self._due():
                 self._step()
             self._resumed_at = time.perf_counter()
-            self._aborted = self._aborted or self.unwanted()
+            self._aborted = self._aborted or not self._wanted()
         except Exception as error:
             self._aborted, self._error = True, error
         return not self._aborted
 
-    def unwanted(self) -> bool:
-        """Whether nobody waits any more for what is being decoded."""
-        raise NotImplementedError
-
-    def _run(self, work: Callable[[], Result]) -> Result:
-        """Does a batch of work in which pauses come. Raises what `step` raised."""
-        self._aborted, self._error, self._resumed_at = False, None, time.perf_counter()
+    def run(self, work: Callable[[], Result], wanted: Callable[[], bool]) -> Result | None:
+        """Does a batch of work in which pauses come; None when it was no longer wanted. Raises what `step` raised."""
+        self._wanted, self._aborted, self._error, self._resumed_at = wanted, False, None, time.perf_counter()
         done = work()
         if self._error:
             raise self._error
-        return done
+        return None if self._aborted else done
 
 
-class PromptReader(Aside):
+class PromptReader:
     """Reads long prompts while streams run: in a context of its own, whose batches stop for the streams' steps.
 
     In slices behind the streams' rows a prompt is read at half speed, for the kernels are made for whole batches, and
@@ -5890,38 +5860,30 @@ class PromptReader(Aside):
     BATCH = 256  # tokens: nearly full speed, and the next prompt need not wait long for its turn
     TOGETHER = 4  # prompts read at once
 
-    def __init__(self, llama: Llama, due: Callable[[], float], step: Callable[[], None]) -> None:
+    def __init__(self, llama: Llama, aside: Aside) -> None:
         """Raises LoadError."""
-        super().__init__(due, step)
-        self.batch = max(self.BATCH, llama.eyes.whole if llama.eyes else 0)
-        self.context = Context(llama, llama.ctx, self.batch, self.TOGETHER, self._pause)
-        self.rows: list[Sequence | None] = [None] * self.TOGETHER
-
-    def unwanted(self) -> bool:
-        return all(s.submission.cancelled for s in self.reading)
+        self.aside, self.batch = aside, max(self.BATCH, llama.eyes.whole if llama.eyes else 0)
+        self.context = Context(llama, llama.ctx, self.batch, self.TOGETHER, aside.pause)
 
     @property
     def reading(self) -> list[Sequence]:
-        return [s for s in self.rows if s and not s.done]
-
-    def leave(self, row: int) -> None:
-        """Frees a row and its cells."""
-        self.context.drop(row)
-        self.rows[row] = None
+        return [s for s in self.context.rows if s and not s.done]
 
     def take(self, sequence: Sequence) -> bool:
         """Takes a sequence over from the main context, with its cells; False while there is no room."""
-        for row, other in enumerate(self.rows):
+        context, rows, main = self.context, self.context.rows, self.context.llama.main
+        for row, other in enumerate(rows):
             if other and other.done:  # cancelled, or failed
-                self.leave(row)
-        if None not in self.rows or sum(s.n_tokens for s in (*self.reading, sequence)) > self.context.cells:
+                context.empty(row)
+        if None not in rows or sum(s.n_tokens for s in (*self.reading, sequence)) > context.cells:
             return False
-        row = self.rows.index(None)
-        data = self.context.llama.main.save(sequence.row) if sequence.n_computed else None
-        if data is None or not self.context.restore(row, data):
-            self.context.drop(row)
+        row, old = rows.index(None), sequence.row
+        data = main.save(old) if sequence.n_computed else None
+        if data is None or not context.restore(row, data):
+            context.drop(row)
             sequence.n_computed = 0
-        self.rows[row], sequence.row = sequence, row
+        rows[row], sequence.row = sequence, row
+        main.empty(old)
         return True
 
     def plan(self) -> list[tuple[Sequence, int]]:
@@ -5931,23 +5893,24 @@ class PromptReader(Aside):
 
     def read(self, plan: Seq[tuple[Sequence, int]]) -> int:
         """Reads one batch; llama_decode's status. Raises what `step` raised."""
-        status = self._run(lambda: self.context.decode(plan))
+        status = self.aside.run(lambda: self.context.decode(plan),
+                                lambda: not all(s.submission.cancelled for s in self.reading))  # fmt: skip
         for sequence, count in plan if not status else ():
             sequence.n_computed += count
-            if self._aborted:  # llama_decode reports success, but what it left cannot be used
+            if status is None:  # llama_decode reports success, but what it left cannot be used
                 self.context.drop(sequence.row)
                 sequence.n_computed = 0
-        return status
+        return status or 0
 
 
-class Encoder(Aside):
+
+class Encoder:
     """Makes the embeddings of pictures that prompts wait for, a part at a time. Used by the step loop alone."""
 
     KEPT_BYTES = 256 * MIB  # of embeddings: those of the pictures encoded last, and all that a running sequence needs next
 
-    def __init__(self, eyes: Eyes, scheduler: Scheduler, step: Callable[[], None]) -> None:
-        super().__init__(scheduler.due, step)
-        self.eyes, self.scheduler, eyes.pause = eyes, scheduler, self._pause
+    def __init__(self, eyes: Eyes, scheduler: Scheduler, aside: Aside) -> None:
+        self.eyes, self.scheduler, self.aside, eyes.pause = eyes, scheduler, aside, aside.pause
         self._key, self._parts = "", list[Any]()  # of the picture at work
         self._work: Generator[Any, None, None] | None = None
 
@@ -5958,9 +5921,6 @@ class Encoder(Aside):
         keys = [(s, s.next_medium.key) for s in sequences if s.next_medium]
         return [s for s, k in keys if (k == key if key else k not in self.eyes.embeddings)]
 
-    def unwanted(self) -> bool:
-        return not self.waiting(self._key)
-
     def encode(self, sequence: Sequence) -> None:
         """Encodes the next part of the picture that comes next in a sequence. Raises PictureError, and what the streams' step
         raised."""
@@ -5969,12 +5929,12 @@ class Encoder(Aside):
         if self._work is None or key != self._key:
             self.leave()
             self._key, self._work = key, self.eyes.encode(sequence.pictures[key])
-        work = self._work
-        part = self._run(lambda: next(work, None))
-        if part is not None and not self._aborted:
+        work, ended = self._work, object()
+        part = self.aside.run(lambda: next(work, ended), lambda: bool(self.waiting(key)))
+        if part is not None and part is not ended:
             self._parts.append(part)
             return
-        if not self._aborted:  # else what came is none
+        if part is ended:
             kept[key] = self._parts
         self.leave()
         needed = {s.next_medium.key for s in self.scheduler.active if s.next_medium}
@@ -5989,7 +5949,7 @@ class Encoder(Aside):
         self._work, self._parts = None, []
 
 
-class Embedder(Aside):
+class Embedder:
     """Makes vectors of inputs, those of several jobs in one batch. Used by the step loop alone.
 
     An embedding model's main context does it; a model that generates gets a second one with its first Embed job.
@@ -5997,9 +5957,8 @@ class Embedder(Aside):
 
     ALONE = 16  # operations between two pauses while no stream runs: with two busy cores, 2 cost a third of the speed
 
-    def __init__(self, llama: Llama, scheduler: Scheduler, step: Callable[[], None]) -> None:
-        super().__init__(scheduler.due, step)
-        self.llama, self.scheduler = llama, scheduler
+    def __init__(self, llama: Llama, scheduler: Scheduler, aside: Aside) -> None:
+        self.llama, self.scheduler, self.aside = llama, scheduler, aside
         self.jobs: list[Embedding] = []
         self.unread: deque[Input] = deque()  # in the order of their turns: an input of each job, then the next of each
         self.reading: list[Input] = []  # those in the context
@@ -6017,15 +5976,12 @@ class Embedder(Aside):
 
     def add(self, job: Embedding) -> None:
         self.jobs.append(job)
-        for input in job.inputs:
-            input.turn = self._turn + 1 + input.index
+        for turn, input in enumerate(job.inputs, self._turn + 1):
+            input.turn = turn
         self.unread = deque(sorted([*self.unread, *job.inputs], key=lambda input: input.turn))
 
-    def unwanted(self) -> bool:
-        return all(i.job.submission.cancelled for i in self.reading)
-
     def _pause(self) -> bool:
-        going = super()._pause()
+        going = self.aside.pause()
         self._pace()
         return going
 
@@ -6054,8 +6010,9 @@ class Embedder(Aside):
         """Decodes a batch. Raises GenerationFailed, and what the streams' step raised."""
         context = self.context
         self._pace()
-        status = self._run(lambda: context.decode(plan))
-        if status == 2 or self._aborted:  # nobody waits for it
+        status = self.aside.run(lambda: context.decode(plan),
+                                lambda: not all(i.job.submission.cancelled for i in self.reading))  # fmt: skip
+        if status in (None, 2):  # nobody waits for it
             return
         if status:
             context.clear(True)
@@ -6070,8 +6027,7 @@ class Embedder(Aside):
             if (vector := context.finished(input.pooled, input.job.dimensions)) is None:
                 input.job.error = GenerationFailed(NO_NUMBER)
             else:
-                input.job.vectors[input.index] = vector
-                input.job.missing -= 1
+                input.vector = vector
 
     def _leave(self, input: Input) -> None:
         self.reading.remove(input)
@@ -6177,28 +6133,22 @@ class Scheduler:
     def _with_drafts(self, streams: list[Sequence]) -> list[tuple[Sequence, int]]:
         """One row per stream, plus as many guessed tokens as should give the most tokens per second, in whole blocks."""
         usual, count = self.pace.usual(len(streams)), len(streams)
-        guessing = streams if self.llama.drafts and usual > self.QUICK and self.pace.knows(count) else ()
-        for sequence in guessing:
+        if not self.llama.drafts or usual <= self.QUICK or not self.pace.knows(count):
+            return [(s, 1) for s in streams]
+        for sequence in streams:
             sequence.look_up()
-        chances = {s: s.trust for s in guessing if s.guess >= 0 and s.first_token}
-        room = min(self.llama.pool - held_cells(self.running), self.llama.main.n_seq, self.llama.main.n_batch) if chances else 0
+        guessing, least = [s for s in streams if s.guess >= 0 and s.first_token], self.pace.guessed_row * count / usual
+        room = min(self.llama.pool - held_cells(self.running), self.llama.main.n_seq, self.llama.main.n_batch) if guessing else 0
         most = self.LATER * max(usual, FLUSH_SECONDS) if len(self.active) > 1 else math.inf
-        chosen, drafted = Counter[Sequence](streams), Counter[Sequence](streams)
-        best, tokens = self.WORTH * count, float(count)  # the most tokens so far, in the time of a usual step
-        while drafted.total() < min(count + self.DRAFTED, room):
-            likely = max(chances, key=chances.__getitem__)
-            if chances[likely] * usual <= self.pace.guessed_row * count:
-                break
-            if not likely.draft(drafted[likely] - 1):
-                chances[likely] = 0.0
-                continue
-            drafted[likely] += 1
-            tokens += chances[likely]
-            chances[likely] *= likely.trust
-            seconds = usual + self.pace.guessed(drafted.total() - count)
-            if drafted.total() % Pace.STEP == 0 and seconds <= most and tokens * usual > best * seconds:
-                best, chosen = tokens * usual / seconds, drafted.copy()
-        return list(chosen.items())
+        guesses = [(s.trust ** (n + 1), s) for s in guessing for n in itertools.takewhile(s.draft, range(self.DRAFTED))]
+        guesses = sorted((g for g in guesses if g[0] > least), key=lambda g: -g[0])[: max(0, min(self.DRAFTED, room - count))]
+        best, chosen, tokens = self.WORTH * count, 0, float(count)  # the most tokens so far, in the time of a usual step
+        for number, (chance, _) in enumerate(guesses, 1):
+            tokens += chance
+            seconds = usual + self.pace.guessed(number)
+            if (count + number) % Pace.STEP == 0 and seconds <= most and tokens * usual > best * seconds:
+                best, chosen = tokens * usual / seconds, number
+        return list(Counter([*streams, *(s for _, s in guesses[:chosen])]).items())
 
     def _long_prompts(self) -> list[Sequence]:
         """Prompts for the reader: in the main context they would take many slices beside the streams there."""
@@ -6214,19 +6164,15 @@ class Scheduler:
 
     def move_aside(self) -> None:
         """Hands long prompts to the reader, with their cells, in order: else shorter ones might keep the first out for ever."""
-        while long := self._long_prompts():
-            row = long[0].row
-            if not (self.reader and self.reader.take(long[0])):
-                return
+        while (long := self._long_prompts()) and self.reader and self.reader.take(long[0]):
             self.running.remove(long[0])
-            self.cache.empty(row)
 
     def bring_back(self) -> None:
         """Lets sequences that the reader has read go on, as soon as there is room."""
         for sequence in [s for s in self.aside if s.pending == 1]:
             assert self.reader
             self.cache.save(Prefix.of(sequence, self.reader.context), self.reader.context)
-            self.reader.leave(sequence.row)
+            self.reader.context.empty(sequence.row)
             self._wait(sequence)
 
     def make_room(self) -> Sequence | None:
@@ -6261,7 +6207,7 @@ class Pulse:
     """What one of the child's threads is doing. That thread alone begins tasks; the heartbeat thread counts beats."""
 
     LIMITS: ClassVar[dict[str, float]] = {  # seconds for one task; those not named may take for ever
-        "load": 600,  # a hundredth of the file, or what comes after: a GPU's kernels are compiled for minutes
+        "load": 600,  # a tensor of the file, or what comes after: a GPU's kernels are compiled for minutes
         "decode": 900,  # the longest step known: 512 tokens of 70B on two cores
         "sample": 120,  # all sequences of a step; a grammar of ten equal alternatives never comes back
         "move": 600,  # cells between a device, maybe a distant one, and the disk
@@ -6292,8 +6238,9 @@ def failure(id: int, error: ApiError) -> Failed:
 class Outbox:
     """What the step loop has to say, gathered until a message is due. Any thread may call what sends at once."""
 
-    def __init__(self, pipe: Pipe) -> None:
-        self._pipe = pipe
+    def __init__(self, pipe: Pipe, counts: Callable[[], tuple[int, int]]) -> None:
+        """`counts` tells how much runs, and the cells that it holds."""
+        self._pipe, self._counts = pipe, counts
         self._events: list[Vectors | Finished | Failed] = []
         self._unsent: list[Sequence] = []  # those with text or log probabilities to send
         self._sent_at = 0.0
@@ -6324,10 +6271,10 @@ class Outbox:
         if job.error:
             self.failed(job.id, job.error)
             return
-        if not job.missing:
-            self._events.append(Vectors(job.id, tuple(job.vectors)))
-        spent = time.perf_counter() - job.started if job.started else 0.0
-        self._events.append(Finished(job.id, "cancelled" if job.missing else "stop", job.n_prompt, 0, prompt_seconds=spent))
+        if job.is_complete:
+            self._events.append(Vectors(job.id, tuple(input.vector for input in job.inputs)))
+        spent, reason = time.perf_counter() - job.started if job.started else 0.0, "stop" if job.is_complete else "cancelled"
+        self._events.append(Finished(job.id, reason, job.n_prompt, 0, prompt_seconds=spent))
 
     def failed(self, id: int, error: ApiError) -> None:
         self._events.append(failure(id, error))
@@ -6337,20 +6284,18 @@ class Outbox:
         for event in events:
             self._send(event if isinstance(event, Accepted) else Stepped((event,), self.running))
 
-    def due(self) -> bool:
-        """Whether a message should go out now: something ended, or the last one was FLUSH_SECONDS ago."""
-        return bool(self._events) or time.perf_counter() - self._sent_at >= FLUSH_SECONDS
-
-    def flush(self, running: int, cells: int) -> None:
-        """Sends one message for all that the last steps made."""
-        pieces = []
+    def flush(self, now: bool = True) -> None:
+        """Sends one message for all that the last steps made: now, or if something ended or the last was FLUSH_SECONDS ago."""
+        if not (now or self._events or time.perf_counter() - self._sent_at >= FLUSH_SECONDS):
+            return
+        pieces, (self.running, cells) = [], self._counts()
         for sequence in self._unsent:
             pieces.append(Piece(sequence.id, sequence.unsent, tuple(sequence.logprobs), sequence.n_tokens - sequence.n_told))
             sequence.unsent, sequence.n_told = "", sequence.n_tokens
             sequence.logprobs.clear()
-        events, self._events, self._unsent, self.running = (*pieces, *self._events), [], [], running
+        events, self._events, self._unsent = (*pieces, *self._events), [], []
         self._sent_at = time.perf_counter()
-        self._send(Stepped(events, running, cells))
+        self._send(Stepped(events, self.running, cells))
 
     def _send(self, message: Any) -> None:
         """With the parent gone the process ends."""
@@ -6537,21 +6482,14 @@ class Intake:
 
     def _tokenized_segments(self, prompt: Seq[str | Picture]) -> Prompt:
         """The cells of texts and pictures, one behind another."""
-        parts, media, pictures = [self.llama.vocab.tokens(first=True)], list[Medium](), dict[str, Picture]()
-        at = position = len(parts[0])
-        for segment in prompt:
-            if isinstance(segment, str):
-                parts.append(self.llama.vocab.tokens(segment))
-                position += len(parts[-1])
-            else:
-                assert self.llama.eyes
-                layout = self.llama.eyes.layout(segment)
-                parts.append(layout.cells)
-                media += [medium.moved(at, position) for medium in layout.media]
-                pictures |= {medium.key: segment for medium in layout.media}
-                position += layout.n_pos
-            at += len(parts[-1])
-        return Prompt(self.llama.np.concatenate(parts), tuple(media), pictures)
+        vocab, eyes, media, at, position = self.llama.vocab, self.llama.eyes, list[Medium](), 0, 0
+        parts = [Prompt(vocab.tokens(first=True))]
+        parts += [eyes.layout(s) if eyes and isinstance(s, Picture) else Prompt(vocab.tokens(str(s))) for s in prompt]
+        for part in parts:
+            media += [medium.moved(at, position) for medium in part.media]
+            at, position = at + len(part.tokens), position + part.n_pos
+        pictures = {segment.key: segment for segment in prompt if isinstance(segment, Picture)}
+        return Prompt(self.llama.np.concatenate([part.tokens for part in parts]), tuple(media), pictures)
 
     def _inputs(self, job: Embed, submission: Submission) -> Generator[None, None, list[Any]]:
         """The token ids of each input, all int32 arrays; yields between them. Raises ContextLengthExceeded, or InvalidRequest."""
@@ -6593,8 +6531,8 @@ class Picker:
     PATIENCE = 0.01  # seconds of each step in which grammars are asked what comes next
     SEEKING, SEEKING_EACH = 5.0, 0.1  # seconds in which one may be asked for a text, and more for each token
 
-    def __init__(self, llama: Llama, scheduler: Scheduler, outbox: Outbox, intake: Intake, flush: Callable[[], None]) -> None:
-        self.llama, self.scheduler, self.outbox, self.intake, self.flush = llama, scheduler, outbox, intake, flush
+    def __init__(self, llama: Llama, scheduler: Scheduler, outbox: Outbox, intake: Intake) -> None:
+        self.llama, self.scheduler, self.outbox, self.intake = llama, scheduler, outbox, intake
         self.sought = 0.0  # CPU seconds this step has spent picking for sequences with a grammar
 
     def sample(self, plan: Seq[tuple[Sequence, int]]) -> bool:
@@ -6674,8 +6612,7 @@ class Picker:
                 self.jump(sequence)
             elif sequence.logits is not None and not sequence.pending:
                 self._pick(sequence, sequence.logits, -1)
-            if self.outbox.due():
-                self.flush()
+            self.outbox.flush(now=False)
 
     def _ask(self, sequence: Sequence, question: Callable[[], Result]) -> Result | None:
         """What a sequence's grammar answers; None if it needs more time, or cannot be followed, which ends the sequence."""
@@ -6744,7 +6681,7 @@ class Picker:
                 sequence.known = None
             self.outbox.text(sequence, sequence.ready(text))
             if sequence.thought:
-                sequence.watch_thought(vocab.shown(token))
+                sequence.forced.extend(sequence.thought.add(vocab.shown(token), sequence.text.is_whole))
 
     def finish(self, sequence: Sequence, reason: str) -> None:
         self.outbox.finished(sequence, reason)
@@ -6768,13 +6705,14 @@ class Engine:
 
     def __init__(self, llama: Llama, pipe: Pipe, pulse: Pulse) -> None:
         self.llama, self.main, self.pulse = llama, llama.main, pulse
-        self.outbox = Outbox(pipe)
+        self.outbox = Outbox(pipe, self._counts)
         self.intake = Intake(llama, self.outbox)
         self.inbox = self.intake.inbox
         self.scheduler = Scheduler(llama, llama.options.parallel)
-        self.picker = Picker(llama, self.scheduler, self.outbox, self.intake, self._flush)
-        self.embedder = Embedder(llama, self.scheduler, self._step_streams)
-        self.encoder = Encoder(llama.eyes, self.scheduler, self._step_streams) if llama.eyes else None
+        self.picker = Picker(llama, self.scheduler, self.outbox, self.intake)
+        self.aside = Aside(self.scheduler.due, self._step_streams)
+        self.embedder = Embedder(llama, self.scheduler, self.aside)
+        self.encoder = Encoder(llama.eyes, self.scheduler, self.aside) if llama.eyes else None
         self._may_read_aside = llama.on_cpu  # whether to make a prompt reader: a GPU is quick with slices
         # whether to make it soon: several sequences have run at once, or the first picture must not hold up a stream
         self._wants_reader = llama.eyes is not None
@@ -6821,11 +6759,11 @@ class Engine:
             self.scheduler.waiting.append(work)
             self.picker.jump(work)
             if work.n_jumped or work.done:
-                self._flush()
+                self.outbox.flush()
         if work is None or work.submission.cancelled:
             for gone in [s for s in (*self.scheduler.active, *self.scheduler.waiting) if s.submission.cancelled]:
                 self.picker.finish(gone, "cancelled")
-            self._flush()
+            self.outbox.flush()
 
     def step(self) -> None:
         """A step of the main context, or a batch of the prompt reader with the main context's steps in between."""
@@ -6852,8 +6790,7 @@ class Engine:
         except PictureError as error:
             encoder.leave()
             self.picker.fail(sequence, f"a picture {error}")
-        if self.outbox.due():
-            self._flush()
+        self.outbox.flush(now=False)
 
     def _embed(self) -> None:
         """One batch of inputs that become vectors; running streams step in the middle of it."""
@@ -6872,12 +6809,11 @@ class Engine:
                 job.error = error if isinstance(error, ApiError) else GenerationFailed(str(error))
         self.intake.in_step = ()
         self._end_embeddings()
-        if self.outbox.due():
-            self._flush()
+        self.outbox.flush(now=False)
 
     def _end_embeddings(self) -> None:
         """Lets go of jobs that are over; not in the middle of a batch, whose cells cannot be dropped."""
-        for job in [j for j in self.embedder.jobs if j.is_over]:
+        for job in [j for j in self.embedder.jobs if j.submission.cancelled or j.error or j.is_complete]:
             self.outbox.embedded(job)
             self.embedder.drop(job)
             self.intake.ended(job.id)
@@ -6888,7 +6824,7 @@ class Engine:
         free, need = available_memory(), self.llama.kv_bytes * self.llama.ctx + 64 * MIB
         try:
             if free is None or free > 2 * need:
-                self.scheduler.reader = PromptReader(self.llama, self.scheduler.due, self._step_streams)
+                self.scheduler.reader = PromptReader(self.llama, self.aside)
         except LoadError as error:
             self._may_read_aside = False
             log.warning("long prompts are read in slices: %s", error)
@@ -6899,7 +6835,7 @@ class Engine:
         if status := reader.read(plan):
             for sequence in reader.reading:
                 self.picker.fail(sequence, f"llama_decode returned {status}")
-            self._flush()
+            self.outbox.flush()
         for sequence in [s for s, _ in plan if s.pending > 1 and s.n_computed in s.borders and not s.done]:
             self.scheduler.cache.save(Prefix.of(sequence, reader.context), reader.context)
 
@@ -6913,8 +6849,7 @@ class Engine:
     def _decode(self) -> None:
         """One decode in the main context for everybody: prompts advance, decoding sequences gain a token."""
         scheduler = self.scheduler
-        if self._running() != self.outbox.running:
-            self._flush()
+        self.outbox.flush(now=self._counts()[0] != self.outbox.running)
         self.picker.ask_again()
         plan = scheduler.schedule()
         if not plan:
@@ -6936,9 +6871,7 @@ class Engine:
             return
         scheduler.pace.record(decoding, tokens, scheduler.stepped_at - started, drafted)
         self.pulse.begin("sample")
-        urgent = self.picker.sample(plan)
-        if urgent or self.outbox.due():
-            self._flush()
+        self.outbox.flush(now=self.picker.sample(plan))
 
     def _begin_decode(self, tokens: int) -> None:
         """Sets the heartbeat's limit: 30 s and, as RPC servers hang silently, 4 times the load-time measure for each token."""
@@ -6970,13 +6903,12 @@ class Engine:
             for sequence in list(self.scheduler.running):
                 self.picker.fail(sequence, f"llama_decode returned {status}")
             self.scheduler.cache.clear(True)
-        self._flush()
+        self.outbox.flush()
 
-    def _running(self) -> int:
-        return len(self.scheduler.active) + len(self.embedder.jobs)
-
-    def _flush(self) -> None:
-        self.outbox.flush(self._running(), min(self.llama.pool, held_cells(self.scheduler.running)))
+    def _counts(self) -> tuple[int, int]:
+        """How many sequences and jobs run, and the cells that they hold."""
+        running = len(self.scheduler.active) + len(self.embedder.jobs)
+        return running, min(self.llama.pool, held_cells(self.scheduler.running))
 
 
 BEAT_SECONDS = 1.0  # between two heartbeats of a child

@@ -7286,7 +7286,7 @@ def test_memory_of_processes_on_windows() -> None:
 ALL_ASIDE = (("    SLICES = 2 ", "    SLICES = 0 "), ("if self._wants_reader and self._may", "if self._may"))
 ALL_DRAFTED = (("    WORTH = 1.1 ", "    WORTH = 0.0 "), ("    LATER = 1.3 ", "    LATER = 1e9 "),
                ("    QUICK = 0.002 ", "    QUICK = 0.0 "), (" or self.sampling.seed is not None:", ":"),
-               ("if chances[likely] * usual <= self.pace.guessed_row * count:", "if not chances[likely]:"),
+               (", self.pace.guessed_row * count / usual\n", ", 0.0\n"),
                ("        self.tokens[at] = token\n", "        self.tokens[at] = max(0, token - (at % 7 == 0))\n"))  # fmt: skip
 
 
@@ -8967,8 +8967,8 @@ def test_kernel_that_crashes_is_found_before_any_model_loads_and_left_out(serve:
 
 
 def test_input_that_must_be_whole_is_so_after_an_abort_too() -> None:
-    nobody: Any = types.SimpleNamespace(due=None)
-    embedder = module.Embedder(nobody, nobody, lambda: None)
+    nobody: Any = None
+    embedder = module.Embedder(nobody, nobody, nobody)
     vars(embedder)["context"] = types.SimpleNamespace(whole=True, batch_tokens=512, n_seq=4)
     long, short = list[Any](types.SimpleNamespace(pending=size, n_tokens=size, row=row) for size, row in ((900, 0), (100, -1)))
     embedder.reading.append(long)
@@ -12191,7 +12191,7 @@ def test_output_that_is_not_a_number_is_an_error_and_no_end(embedding: Server) -
 
 def test_broken_decode_fails_its_requests_alone(serve: Serve, tmp_path: Path) -> None:
     BERT.write(tmp_path / "models" / "bert.gguf")
-    decode = "status = self._run(lambda: context.decode(plan))"
+    decode = "status = self.aside.run(lambda: context.decode(plan),"
     script = altered(tmp_path, (decode, decode.replace("self", "-3 if len(plan) == 7 else self")))
     server = serve("--models-dir", tmp_path / "models", script=script)
     assert_error(embed(server, ["w011"] * 7), 500, "generation_failed", "-3")
