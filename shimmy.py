@@ -4079,18 +4079,15 @@ def zero_pages_returned() -> Iterator[None]:
     SmolLM2 seven times the weights. An anonymous page without content reads as zeros: nothing changes but the memory
     (madvise(2), Linux). Another thread must not write to memory that is new meanwhile; the two that run allocate no blocks.
     """
+    import ctypes
+
+    import numpy
+
     before = _anonymous_blocks(outward=True)
     yield
-    new = _anonymous_blocks(outward=False) - before
-    if new:
-        import ctypes
-
-        import numpy
-
-        madvise, words = ctypes.CDLL(None).madvise, ctypes.POINTER(ctypes.c_uint64)
-        for at in new:
-            if not numpy.ctypeslib.as_array(ctypes.cast(at, words), (ZERO_BLOCK // 8,)).any():
-                madvise(ctypes.c_void_p(at), ctypes.c_size_t(ZERO_BLOCK), 4)  # MADV_DONTNEED
+    for at in _anonymous_blocks(outward=False) - before:
+        if not numpy.ctypeslib.as_array(ctypes.cast(at, ctypes.POINTER(ctypes.c_uint64)), (ZERO_BLOCK // 8,)).any():
+            ctypes.CDLL(None).madvise(ctypes.c_void_p(at), ctypes.c_size_t(ZERO_BLOCK), 4)  # MADV_DONTNEED
 
 
 def _anonymous_blocks(outward: bool) -> set[int]:
@@ -4501,7 +4498,6 @@ class Eyes:
             raise LoadError("the projector has no part for pictures")
         return handle
 
-
     def _largest(self) -> int:
         """Cells of the largest part of a large picture."""
         try:
@@ -4624,6 +4620,8 @@ class Sampler:
         self.chain: Any = None
         seed = 0xFFFFFFFF if sampling.seed is None else sampling.seed & 0xFFFFFFFF  # LLAMA_DEFAULT_SEED: a random one
         v: Any = replace(sampling, **dict(self._values()), seed=seed)
+        if v.repeat_penalty == 1.0 and not v.frequency_penalty and not v.presence_penalty:
+            v = replace(v, repeat_last_n=0)
         self._greedy = v.temperature < self.COLDEST
         self._aims = bool(v.mirostat) and not self._greedy  # Mirostat picks: it replaces all but the bias and the temperature
         links, c = list(self._links(v)), llama.c
@@ -4634,7 +4632,7 @@ class Sampler:
         self.chain = c.llama_sampler_chain_init(c.llama_sampler_chain_default_params())
         for link in links:
             c.llama_sampler_chain_add(self.chain, link)
-        windows = (v.repeat_last_n if self._penalizes(v) else 0, v.dry_penalty_last_n if v.dry_multiplier else 0)
+        windows = (v.repeat_last_n, v.dry_penalty_last_n if v.dry_multiplier else 0)
         for token in prompt[max(0, len(prompt) - max(map(self._window, windows))) :]:
             if token >= 0:  # else a picture's
                 c.llama_sampler_accept(self.chain, int(token))
@@ -4672,7 +4670,7 @@ class Sampler:
             else:
                 yield c.llama_sampler_init_mirostat_v2(v.seed, v.mirostat_tau, v.mirostat_eta)
             return
-        if self._penalizes(v):
+        if v.repeat_last_n:
             last_n = self._window(v.repeat_last_n)
             yield c.llama_sampler_init_penalties(vocab.size, last_n, v.repeat_penalty, v.frequency_penalty, v.presence_penalty)
         if v.dry_multiplier:
@@ -4693,10 +4691,6 @@ class Sampler:
             coldest, hottest = max(self.COLDEST, v.temperature - v.dynatemp_range), v.temperature + v.dynatemp_range
             yield c.llama_sampler_init_temp_ext((coldest + hottest) / 2, (hottest - coldest) / 2, v.dynatemp_exponent)
             yield c.llama_sampler_init_dist(v.seed)
-
-    @staticmethod
-    def _penalizes(v: Any) -> bool:
-        return bool(v.repeat_last_n and (v.repeat_penalty != 1.0 or v.frequency_penalty or v.presence_penalty))
 
     def _window(self, tokens: int) -> int:
         """A number of tokens, at most the context: llama.cpp sets memory aside for all of them."""
@@ -4927,8 +4921,7 @@ class Machine:
 
     def __init__(self, root: Symbol, vocab: Vocabulary) -> None:
         self.automaton, self.vocab = Automaton(read_ahead(root)), vocab
-        self._allowed: dict[State, Any] = {}
-        self._found: dict[State, list[list[int]]] = {}  # a part of that
+        self._allowed: dict[State, Any] = {}  # an array; a list of tokens for each first byte as far as there was time
         self._jumps: dict[State, Seq[int]] = {}
         self._kept = 0
 
@@ -4938,17 +4931,16 @@ class Machine:
 
     def allowed(self, state: State) -> Any:
         """The tokens with text that may come next, an int32 array in their order."""
-        if state not in self._allowed:
-            found = self._found.setdefault(state, [])  # by first byte, as far as there was time
+        found = self._allowed.setdefault(state, [])
+        if isinstance(found, list):
             for byte in range(len(found), 256):
                 found.append(self.vocab.spelling.allowed(state, byte) if state.bits >> byte & 1 else [])
                 if len(found) < 256 and TURN.is_over:
                     raise NotYet
-            tokens = self.vocab.np.array(sorted(itertools.chain(*found)), self.vocab.np.int32)
-            del self._found[state]
-            self._make_room(len(tokens))
-            self._allowed[state] = tokens
-        return self._allowed[state]
+            found = self.vocab.np.array(sorted(itertools.chain(*found)), self.vocab.np.int32)
+            self._make_room(len(found))
+            self._allowed[state] = found
+        return found
 
     def jump(self, state: State) -> Seq[int]:
         """The tokens of the text that must come next: all if it ends the document, else all but the last."""
@@ -4971,8 +4963,8 @@ class Machine:
     def _make_room(self, tokens: int) -> None:
         self._kept += 16 + tokens
         if self._kept > self.MAX_KEPT:
-            for kept in (self._allowed, self._found, self._jumps):
-                kept.clear()
+            self._allowed.clear()
+            self._jumps.clear()
             self._kept = 16 + tokens
 
 
@@ -5000,12 +4992,10 @@ class Machines:
         with self._lock:
             self._kept.pop(key, None)
             self._kept[key] = machine
-            while len(self._kept) > 1 and (len(self._kept) > self.MAX_KEPT or self._states() > self.MAX_STATES):
+            while len(self._kept) > 1 and (len(self._kept) > self.MAX_KEPT
+                                           or sum(len(m.automaton) for m in self._kept.values()) > self.MAX_STATES):  # fmt: skip
                 del self._kept[next(iter(self._kept))]
         return machine
-
-    def _states(self) -> int:
-        return sum(len(machine.automaton) for machine in self._kept.values())
 
 
 class LogProbs:
@@ -5263,7 +5253,6 @@ class Sequence(Rows):
         self.sampler.force(self.forced[0])
         return self.forced.popleft()
 
-
     def ready(self, text: str) -> str:
         """What may be sent now that `text` may be shown: all, or whole tokens if their log probabilities go with them."""
         if self.sampling.logprobs is None:
@@ -5390,7 +5379,7 @@ class Pace:
     """Learns how long steps take, and says how much of a prompt fits one without freezing the streams."""
 
     TARGET = 4.4  # a running stream's gap while a prompt is read, as a multiple of its usual gap
-    ASIDE = 3.5  # the same for prompts read aside, where nothing is guessed
+    ASIDE = 4.0  # the same for prompts read aside, where less is guessed
     FORCED = 2.0  # the same while a text is read that a grammar forces: anybody may ask for long ones, again and again
     STEP = 4  # kernels work in blocks: 17 rows take longer than 20
     SLICE = 1.3  # what a row costs in a small slice against one in a whole batch, until measured
@@ -5818,11 +5807,12 @@ class Aside:
     Every few operations of a batch llama.cpp calls `pause`, which lets the streams step when that is due.
     """
 
-    def __init__(self, due: Callable[[], float], step: Callable[[], None]) -> None:
-        """`due` says when the streams' next step should begin (perf_counter), `step` takes it."""
+    def __init__(self, due: Callable[[float], float], step: Callable[[], None]) -> None:
+        """`due` says when the streams' next step should begin (perf_counter), by its seconds; `step` takes it."""
         self._due, self._step = due, step
         self._resumed_at = 0.0  # when the batch last began or went on
-        self._longest = 0.0  # seconds between two pauses; slowly forgotten
+        self._longest, self._last_longest = 0.1, 0.0  # most seconds between two pauses, of this batch and the one before
+        self._stepping = 0.0  # seconds of a step with all that belongs to it; slow ones are slowly forgotten
         self._wanted: Callable[[], bool] = lambda: True
         self._aborted = False
         self._error: Exception | None = None
@@ -5831,9 +5821,10 @@ class Aside:
         """Between operations of a batch; whether to go on. An exception cannot pass through llama.cpp: it ends the batch."""
         try:
             now = time.perf_counter()
-            self._longest = max(now - self._resumed_at, 0.97 * self._longest)
-            if now + self._longest >= self._due():
+            self._longest = max(self._longest, now - self._resumed_at)
+            if now + max(self._longest, self._last_longest) >= self._due(self._stepping):
                 self._step()
+                self._stepping = max(time.perf_counter() - now, 0.9 * self._stepping)
             self._resumed_at = time.perf_counter()
             self._aborted = self._aborted or not self._wanted()
         except Exception as error:
@@ -5842,6 +5833,7 @@ class Aside:
 
     def run(self, work: Callable[[], Result], wanted: Callable[[], bool]) -> Result | None:
         """Does a batch of work in which pauses come; None when it was no longer wanted. Raises what `step` raised."""
+        self._last_longest, self._longest = self._longest, 0.0
         self._wanted, self._aborted, self._error, self._resumed_at = wanted, False, None, time.perf_counter()
         done = work()
         if self._error:
@@ -5901,7 +5893,6 @@ class PromptReader:
                 self.context.drop(sequence.row)
                 sequence.n_computed = 0
         return status or 0
-
 
 
 class Encoder:
@@ -6157,10 +6148,10 @@ class Scheduler:
         most = self.SLICES * self.pace.prompt_rows(decoding) if decoding else math.inf
         return [s for s in prompts if s.unread > most and s.border(s.n_tokens - 1) == s.n_tokens - 1]  # the last token stays here
 
-    def due(self) -> float:
-        """When the streams' next step should begin while a prompt is read aside (perf_counter)."""
+    def due(self, seconds: float) -> float:
+        """When the streams' next step should begin while something is computed aside, if it takes so long (perf_counter)."""
         usual = self.pace.usual(sum(1 for s in self.running if s.is_stream))
-        return self.stepped_at + Pace.ASIDE * max(usual, FLUSH_SECONDS) - usual
+        return self.stepped_at + Pace.ASIDE * max(usual, FLUSH_SECONDS) - max(usual, seconds)
 
     def move_aside(self) -> None:
         """Hands long prompts to the reader, with their cells, in order: else shorter ones might keep the first out for ever."""
@@ -6774,6 +6765,8 @@ class Engine:
         reader = self.scheduler.reader
         if reader and (plan := reader.plan()):
             self._read_aside(reader, plan)
+            if any(s.pending == 1 for s in reader.reading):
+                self._step_streams()  # to bring one back takes as long as a step
         else:
             self._decode()
         self.scheduler.bring_back()
