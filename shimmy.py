@@ -1035,7 +1035,7 @@ class Vectors:
     """The result of an Embed job: a vector or a score for each input, as float32 in little-endian bytes."""
 
     id: int  # the job's
-    rows: tuple[bytes, ...]
+    rows: tuple[Annotated[bytes, lambda row: len(row) % 4 == 0], ...]
 
 
 @dataclass(frozen=True)
@@ -3175,6 +3175,7 @@ class Loaded:
     sees: bool = False  # prompts may have pictures
     gpu_bytes: Count = 0  # memory that the model took on its GPUs, its whole KV cache too
     servers: tuple[str, ...] = ()  # RPC servers that it uses
+    drafts: bool = False  # it may guess tokens
 
 
 @dataclass(frozen=True)
@@ -3769,7 +3770,7 @@ class Vocabulary:
         """The bytes a token stands for in text; control tokens give none."""
         found = self._pieces.get(token)
         if found is None:
-            found = self._pieces[token] = self._render(token, False)
+            found = self._pieces[token] = self.name(token, False)
         return found
 
     def shown(self, token: int) -> bytes:
@@ -3796,14 +3797,12 @@ class Vocabulary:
         """All pieces in order. Made in 0.5 s for a large vocabulary."""
         return Spelling(self)
 
-    def name(self, token: int) -> bytes:
-        """The bytes a token is called by, control tokens too; none for a token that is not there."""
-        return self._render(token, True) if token >= 0 else b""
-
-    def _render(self, token: int, special: bool) -> bytes:
-        buffer = self.ctypes.create_string_buffer(256)
-        size = self.c.llama_token_to_piece(self.handle, token, buffer, 256, 0, special)
-        if size < 0:
+    def name(self, token: int, special: bool = True) -> bytes:
+        """The bytes a token is called by, with `special` control tokens too; none for a token that is not there."""
+        if token < 0:
+            return b""
+        size = -256
+        while size < 0:
             buffer = self.ctypes.create_string_buffer(-size)
             size = self.c.llama_token_to_piece(self.handle, token, buffer, -size, 0, special)
         return bytes(buffer.raw[:size])
@@ -3845,6 +3844,7 @@ class Llama:
         self.vocab = Vocabulary(self.c, self.model, numpy)
         self.machines = Machines(self.vocab)
         self.cuttable = not (self.c.llama_model_is_recurrent(self.model) or self.c.llama_model_is_hybrid(self.model))
+        self.drafts = self.options.spec == "lookup" and self.cuttable and not self.embedding  # else none can be taken back
         self.n_swa = int(self.c.llama_model_n_swa(self.model))
         self.adapters = [self._adapter(file) for file in self.options.lora]
         self.counting = numpy.arange(self.ctx + 1, dtype=numpy.int32)  # the positions of a text
@@ -3908,12 +3908,8 @@ class Llama:
             raise LoadError("; ".join([str(error), *self.absent]), error.cause) from None
 
     def _load_model(self, progress: Callable[[float], None]) -> None:
-        said = [0.0]
-
         def on_progress(fraction: float, _: Any) -> bool:
-            if fraction - said[0] >= 0.01 or fraction >= 1:
-                said[0] = fraction
-                progress(fraction)
+            progress(fraction)
             return True
 
         params = self._model_params()
@@ -4030,7 +4026,7 @@ class Llama:
         chat = ChatFacts(templates, bos, bool(c.llama_vocab_get_add_bos(vocab)), eos, self.vocab.specials, ends,
                          self.vocab.gap_names())  # fmt: skip
         return Loaded(self.ctx, self.pool, chat, tuple(self.notes), int(self.pool * self.kv_bytes), self.plan.memory_need,
-                      devices, not self.on_cpu, self.eyes is not None, taken, servers)  # fmt: skip
+                      devices, not self.on_cpu, self.eyes is not None, taken, servers, self.drafts)  # fmt: skip
 
     def _adapter(self, file: str) -> Any:
         adapter = self.c.llama_adapter_lora_init(self.model, os.fsencode(file))
@@ -4050,18 +4046,15 @@ def zero_pages_returned() -> Iterator[None]:
     SmolLM2 seven times the weights. An anonymous page without content reads as zeros: nothing changes but the memory
     (madvise(2), Linux). Another thread must not write to memory that is new meanwhile; the two that run allocate no blocks.
     """
+    import ctypes
+
+    import numpy
+
     before = _anonymous_blocks(outward=True)
     yield
-    new = _anonymous_blocks(outward=False) - before
-    if new:
-        import ctypes
-
-        import numpy
-
-        madvise, words = ctypes.CDLL(None).madvise, ctypes.POINTER(ctypes.c_uint64)
-        for at in new:
-            if not numpy.ctypeslib.as_array(ctypes.cast(at, words), (ZERO_BLOCK // 8,)).any():
-                madvise(ctypes.c_void_p(at), ctypes.c_size_t(ZERO_BLOCK), 4)  # MADV_DONTNEED
+    for at in _anonymous_blocks(outward=False) - before:
+        if not numpy.ctypeslib.as_array(ctypes.cast(at, ctypes.POINTER(ctypes.c_uint64)), (ZERO_BLOCK // 8,)).any():
+            ctypes.CDLL(None).madvise(ctypes.c_void_p(at), ctypes.c_size_t(ZERO_BLOCK), 4)  # MADV_DONTNEED
 
 
 def _anonymous_blocks(outward: bool) -> set[int]:
@@ -4148,6 +4141,7 @@ class Context:
             adapters = (self.c.llama_adapter_lora_p_ctypes * count)(*llama.adapters)
             self.c.llama_set_adapters_lora(self.handle, adapters, count, (self.ctypes.c_float * count)(*[1.0] * count))
         self.memory = self.c.llama_get_memory(self.handle)
+        self.rows: list[Any] = [None] * n_seq  # whose cells each row has
         self._make_batch()
 
     def _params(self) -> Any:
@@ -4242,6 +4236,11 @@ class Context:
         """Frees a row's cells from position `start` on; all of them by default."""
         for owner in (row, row + self.twins) if self.memory else ():  # a model that looks both ways has none
             self.c.llama_memory_seq_rm(self.memory, owner, start, -1)
+
+    def empty(self, row: int) -> None:
+        """Frees a row and its cells."""
+        self.drop(row)
+        self.rows[row] = None
 
     def share(self, source: int, target: int, end: int) -> None:
         """Lets row `target` begin with the cells of `source` before position `end`: metadata only, nothing is copied."""
@@ -4365,7 +4364,7 @@ class PictureError(Exception):
 
 @dataclass(frozen=True)
 class Medium:
-    """A part of a picture that is encoded at once, where it stands in a prompt; in a Layout the picture stands alone."""
+    """A part of a picture that is encoded at once, and where it stands in a prompt."""
 
     key: str  # the picture's
     index: int  # among the picture's parts
@@ -4386,15 +4385,17 @@ class Medium:
 
 
 @dataclass(frozen=True)
-class Layout:
-    """What a picture takes in a prompt."""
+class Prompt:
+    """A prompt's cells, or one picture's with the tokens that go around its parts."""
 
-    cells: Any  # int32: tokens that go around its parts, and in these the picture's number, which is below -1
-    media: tuple[Medium, ...]
+    tokens: Any  # int32, or token ids of a client's; in a part of a picture the picture's number, which is below -1
+    media: tuple[Medium, ...] = ()
+    pictures: Mapping[str, Picture] = field(default_factory=dict)  # by key
 
     @property
     def n_pos(self) -> int:
-        return len(self.cells) - sum(m.end - m.start - m.n_pos for m in self.media)
+        """Positions that the cells take."""
+        return len(self.tokens) - sum(m.end - m.start - m.n_pos for m in self.media)
 
 
 class Eyes:
@@ -4420,14 +4421,20 @@ class Eyes:
             raise LoadError(f"the library for it is not usable: {error}") from None
         mtmd.mtmd_helper_log_set(llama.log_callback, self.ctypes.c_void_p())
         self.pause: Callable[[], bool] = lambda: True  # called every few operations of an encode on the CPU; False ends it
-        self._layouts: dict[str, Layout] = {}
+        self._layouts: dict[str, Prompt] = {}
         self._numbers = itertools.count(-2, -1)
         self.embeddings: dict[str, list[Any]] = {}  # of pictures by their keys: float32, shape (cells, width) a part
         self.mrope = llama.c.llama_model_rope_type(llama.model) in (8, 40)  # LLAMA_ROPE_TYPE_MROPE, IMROPE
         self.width = int(llama.c.llama_model_n_embd_inp(llama.model))
         self.whole = 0  # cells of the largest part, where attention goes both ways within one: it is decoded in one batch
         self.handle = self._open(path)
-        self._limit_size(path)
+        both_ways = self.c.mtmd_decode_use_non_causal(self.handle, None)
+        options, ctx = llama.options, llama.ctx
+        most = max(options.batch, self.LEAST) if both_ways else min(self.MOST, max(self.LEAST, ctx // 4))
+        if self._largest() > most:  # a large picture would take more tokens than it may
+            self.c.mtmd_free(self.handle)
+            self.handle = self._open(path, most)
+        self.whole = self._largest() if both_ways else 0
 
     @staticmethod
     def memory_need(model: ModelInfo) -> int:
@@ -4458,16 +4465,6 @@ class Eyes:
             raise LoadError("the projector has no part for pictures")
         return handle
 
-    def _limit_size(self, path: str) -> None:
-        """Opens the projector again where a large picture would take more tokens than it may."""
-        both_ways = self.c.mtmd_decode_use_non_causal(self.handle, None)
-        options, ctx = self.llama.options, self.llama.ctx
-        most = max(options.batch, self.LEAST) if both_ways else min(self.MOST, max(self.LEAST, ctx // 4))
-        if self._largest() > most:
-            self.c.mtmd_free(self.handle)
-            self.handle = self._open(path, most)
-        self.whole = self._largest() if both_ways else 0
-
     def _largest(self) -> int:
         """Cells of the largest part of a large picture."""
         try:
@@ -4476,7 +4473,7 @@ class Eyes:
         except PictureError as error:
             raise LoadError(f"a picture {error}") from None
 
-    def layout(self, picture: Picture) -> Layout:
+    def layout(self, picture: Picture) -> Prompt:
         """Decodes a picture, unless it is known, to see what it takes. Raises PictureError: the message says what it does."""
         key = picture.key
         layout = self._layouts.pop(key, None)
@@ -4490,33 +4487,19 @@ class Eyes:
 
     def encode(self, picture: Picture) -> Generator[Any, None, None]:
         """The embeddings of a picture's parts, one after another. Raises PictureError."""
-        with contextlib.ExitStack() as opened:
-            for chunk in self._prepared(picture, opened):
+        from concurrent.futures import ThreadPoolExecutor, wait
+
+        with contextlib.ExitStack() as opened, ThreadPoolExecutor(1) as thread:  # streams step meanwhile: it may take seconds
+            chunks = thread.submit(lambda: opened.enter_context(self._opened(self._decoded(picture.data))))
+            while wait([chunks], 0.002).not_done:
+                self.pause()
+            for chunk in chunks.result():
                 count = self.c.mtmd_input_chunk_get_n_tokens(chunk)
                 if self._is_text(chunk):
                     continue
                 if status := self.c.mtmd_encode_chunk(self.handle, chunk):
                     raise PictureError(f"cannot be encoded: mtmd_encode_chunk returned {status}")
                 yield self.np.ctypeslib.as_array(self.c.mtmd_get_output_embd(self.handle), (count, self.width)).copy()
-
-    def _prepared(self, picture: Picture, opened: contextlib.ExitStack) -> list[Any]:
-        """A picture's chunks, made in another thread: streams step meanwhile, for a large one takes seconds."""
-        found = list[Any]()
-
-        def prepare() -> None:
-            try:
-                found.append(opened.enter_context(self._opened(self._decoded(picture.data))))
-            except Exception as error:  # a thread's border
-                found.append(error)
-
-        thread = threading.Thread(target=prepare, name="prepare", daemon=True)
-        thread.start()
-        while thread.is_alive():
-            thread.join(0.002)
-            self.pause()
-        if isinstance(found[0], Exception):
-            raise found[0]
-        return list(found[0])
 
     def _decoded(self, data: bytes) -> Any:
         """libmtmd's bitmap of a file, null if there is none in it.
@@ -4548,7 +4531,7 @@ class Eyes:
     def _is_text(self, chunk: Any) -> bool:
         return bool(self.c.mtmd_input_chunk_get_type(chunk) == self.c.MTMD_INPUT_CHUNK_TYPE_TEXT)
 
-    def _laid_out(self, key: str, chunks: Seq[Any]) -> Layout:
+    def _laid_out(self, key: str, chunks: Seq[Any]) -> Prompt:
         number, cells, media, position = next(self._numbers), list[int](), list[Medium](), 0
         for chunk in chunks:
             count, n_pos = self.c.mtmd_input_chunk_get_n_tokens(chunk), self.c.mtmd_input_chunk_get_n_pos(chunk)
@@ -4563,7 +4546,7 @@ class Eyes:
             raise PictureError("needs tokens around it that the model does not have")
         if self.whole and any(m.end - m.start > self.whole for m in media):
             raise PictureError("has more tokens than the model can read at once")
-        return Layout(self.np.array(cells, self.np.int32), tuple(media))
+        return Prompt(self.np.array(cells, self.np.int32), tuple(media))
 
     def _grid(self, chunk: Any, count: int) -> Any:
         """Medium.grid."""
@@ -4604,6 +4587,8 @@ class Sampler:
         self.chain: Any = None
         seed = 0xFFFFFFFF if sampling.seed is None else sampling.seed & 0xFFFFFFFF  # LLAMA_DEFAULT_SEED: a random one
         v: Any = replace(sampling, **dict(self._values()), seed=seed)
+        if v.repeat_penalty == 1.0 and not v.frequency_penalty and not v.presence_penalty:
+            v = replace(v, repeat_last_n=0)
         self._greedy = v.temperature < self.COLDEST
         self._aims = bool(v.mirostat) and not self._greedy  # Mirostat picks: it replaces all but the bias and the temperature
         links, c = list(self._links(v)), llama.c
@@ -4614,7 +4599,7 @@ class Sampler:
         self.chain = c.llama_sampler_chain_init(c.llama_sampler_chain_default_params())
         for link in links:
             c.llama_sampler_chain_add(self.chain, link)
-        windows = (v.repeat_last_n if self._penalizes(v) else 0, v.dry_penalty_last_n if v.dry_multiplier else 0)
+        windows = (v.repeat_last_n, v.dry_penalty_last_n if v.dry_multiplier else 0)
         for token in prompt[max(0, len(prompt) - max(map(self._window, windows))) :]:
             if token >= 0:  # else a picture's
                 c.llama_sampler_accept(self.chain, int(token))
@@ -4652,7 +4637,7 @@ class Sampler:
             else:
                 yield c.llama_sampler_init_mirostat_v2(v.seed, v.mirostat_tau, v.mirostat_eta)
             return
-        if self._penalizes(v):
+        if v.repeat_last_n:
             last_n = self._window(v.repeat_last_n)
             yield c.llama_sampler_init_penalties(vocab.size, last_n, v.repeat_penalty, v.frequency_penalty, v.presence_penalty)
         if v.dry_multiplier:
@@ -4673,10 +4658,6 @@ class Sampler:
             coldest, hottest = max(self.COLDEST, v.temperature - v.dynatemp_range), v.temperature + v.dynatemp_range
             yield c.llama_sampler_init_temp_ext((coldest + hottest) / 2, (hottest - coldest) / 2, v.dynatemp_exponent)
             yield c.llama_sampler_init_dist(v.seed)
-
-    @staticmethod
-    def _penalizes(v: Any) -> bool:
-        return bool(v.repeat_last_n and (v.repeat_penalty != 1.0 or v.frequency_penalty or v.presence_penalty))
 
     def _window(self, tokens: int) -> int:
         """A number of tokens, at most the context: llama.cpp sets memory aside for all of them."""
@@ -4907,8 +4888,7 @@ class Machine:
 
     def __init__(self, root: Symbol, vocab: Vocabulary) -> None:
         self.automaton, self.vocab = Automaton(read_ahead(root)), vocab
-        self._allowed: dict[State, Any] = {}
-        self._found: dict[State, list[list[int]]] = {}  # a part of that
+        self._allowed: dict[State, Any] = {}  # an array; a list of tokens for each first byte as far as there was time
         self._jumps: dict[State, Seq[int]] = {}
         self._kept = 0
 
@@ -4918,17 +4898,16 @@ class Machine:
 
     def allowed(self, state: State) -> Any:
         """The tokens with text that may come next, an int32 array in their order."""
-        if state not in self._allowed:
-            found = self._found.setdefault(state, [])  # by first byte, as far as there was time
+        found = self._allowed.setdefault(state, [])
+        if isinstance(found, list):
             for byte in range(len(found), 256):
                 found.append(self.vocab.spelling.allowed(state, byte) if state.bits >> byte & 1 else [])
                 if len(found) < 256 and TURN.is_over:
                     raise NotYet
-            tokens = self.vocab.np.array(sorted(itertools.chain(*found)), self.vocab.np.int32)
-            del self._found[state]
-            self._make_room(len(tokens))
-            self._allowed[state] = tokens
-        return self._allowed[state]
+            found = self.vocab.np.array(sorted(itertools.chain(*found)), self.vocab.np.int32)
+            self._make_room(len(found))
+            self._allowed[state] = found
+        return found
 
     def jump(self, state: State) -> Seq[int]:
         """The tokens of the text that must come next: all if it ends the document, else all but the last."""
@@ -4951,8 +4930,8 @@ class Machine:
     def _make_room(self, tokens: int) -> None:
         self._kept += 16 + tokens
         if self._kept > self.MAX_KEPT:
-            for kept in (self._allowed, self._found, self._jumps):
-                kept.clear()
+            self._allowed.clear()
+            self._jumps.clear()
             self._kept = 16 + tokens
 
 
@@ -4980,12 +4959,10 @@ class Machines:
         with self._lock:
             self._kept.pop(key, None)
             self._kept[key] = machine
-            while len(self._kept) > 1 and (len(self._kept) > self.MAX_KEPT or self._states() > self.MAX_STATES):
+            while len(self._kept) > 1 and (len(self._kept) > self.MAX_KEPT
+                                           or sum(len(m.automaton) for m in self._kept.values()) > self.MAX_STATES):  # fmt: skip
                 del self._kept[next(iter(self._kept))]
         return machine
-
-    def _states(self) -> int:
-        return sum(len(machine.automaton) for machine in self._kept.values())
 
 
 class LogProbs:
@@ -5088,17 +5065,18 @@ class ThoughtMeter:
 
     PATIENCE = 3  # tokens beyond the budget, until a character is whole
 
-    def __init__(self, budget: ThoughtBudget) -> None:
-        self._budget, self._opens, self._closes = budget, budget.opens.strip().encode(), budget.closes.strip().encode()
-        self._inside, self._over = budget.begun, False
+    def __init__(self, budget: ThoughtBudget, ending: Seq[int]) -> None:
+        self._most, self._opens, self._closes = budget.tokens, budget.opens.strip().encode(), budget.closes.strip().encode()
+        self._ending, self._inside, self._over = ending, budget.begun, False
         self._text = b""
-        self.tokens = 0
+        self._tokens = 0
 
-    def add(self, piece: bytes) -> None:
-        """Takes the bytes of one token."""
+    def add(self, piece: bytes, whole: bool) -> Seq[int]:
+        """Takes the bytes of a token, or none at first; the tokens that end a thought whose budget is used up, told once: if
+        possible when the text ends with a `whole` character."""
         if self._over:
-            return
-        self.tokens += self._inside
+            return ()
+        self._tokens += self._inside and bool(piece)
         self._text += piece
         if not self._inside:
             text = self._text = self._text.lstrip()
@@ -5108,38 +5086,9 @@ class ThoughtMeter:
         if self._inside:
             self._over = self._closes in self._text
             self._text = self._text[-len(self._closes) :]
-
-    def is_spent(self, whole: bool) -> bool:
-        """True once: when the budget is used up, if possible not within a character."""
-        least = self._budget.tokens + (0 if whole else self.PATIENCE)
-        spent = self._inside and not self._over and self.tokens >= least
+        spent = self._inside and not self._over and self._tokens >= self._most + (0 if whole else self.PATIENCE)
         self._over = self._over or spent
-        return spent
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """A prompt's cells."""
-
-    tokens: Any  # int32, or token ids of a client's; numbers below -1 where pictures stand
-    media: tuple[Medium, ...] = ()
-    pictures: Mapping[str, Picture] = field(default_factory=dict)  # by key
-
-
-class Echo:
-    """A prompt that is given out with its tokens' log probabilities."""
-
-    def __init__(self, job: Generate, vocab: Vocabulary) -> None:
-        text = str(job.prompt[0]) if job.prompt and isinstance(job.prompt[0], str) else None
-        self.n_echoed = 0 if text is None else len(vocab.ends[0])  # tokens, also those that the model wants before a text
-        self._blank = b"" if text is None or text.startswith(" ") else b" "  # which SentencePiece puts before a text
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-
-    def tell(self, token: TokenLogprob) -> tuple[TokenLogprob, str]:
-        """The prompt's next token, and the text that it ends."""
-        token, self._blank = replace(token, token=token.token.removeprefix(self._blank)), b""
-        self.n_echoed += 1
-        return token, self._decoder.decode(token.token)
+        return self._ending if spent else ()
 
 
 class Sequence(Rows):
@@ -5158,8 +5107,7 @@ class Sequence(Rows):
         self.borders = () if llama.cuttable else turn_borders(prompt.tokens, llama.vocab)  # where its state is saved
         self.id, self.sampling, self.markers, self.owner = submission.id, job.sampling, job.markers, job.owner
         self.text = TextStream(job.sampling.stop)
-        self.thought = ThoughtMeter(job.thought) if job.thought else None
-        self._ending = llama.vocab.tokens(job.thought.ending).tolist() if job.thought else ()
+        self.thought = ThoughtMeter(job.thought, llama.vocab.tokens(job.thought.ending).tolist()) if job.thought else None
         self.n_shown = self.n_prompt  # tokens whose text was given out
         self.guess = -1  # the index of an earlier token that is thought to come again next
         self.trust, self.n_guessed = self.TRUST, 0  # the share of such guesses that were right lately; how many there were
@@ -5169,7 +5117,7 @@ class Sequence(Rows):
         self.known: LogProbs | None = None  # of its next token, before the grammar bans any
         self.jumps = False  # True while the forced continuation is being found
         self.sought = 0.0  # CPU seconds its grammar used beyond its allowance
-        self.forced: deque[int] = deque()  # tokens that come next, whatever the model says
+        self.forced = deque(self.thought.add(b"", True) if self.thought else ())  # tokens that come next, whatever the model says
         self.sampler = Sampler(llama, job.sampling, prompt.tokens)  # kept through steps back
         self.stretches: Stretches = []
         self.n_cached = 0  # prompt tokens that were not evaluated
@@ -5178,12 +5126,13 @@ class Sequence(Rows):
         self.started = self.first_token = 0.0
         self.unsent = ""  # text since the last message
         self.n_told = self.n_prompt  # tokens of which the messages have told
-        self.echo = Echo(job, llama.vocab) if job.echo else None
+        self.echo = codecs.getincrementaldecoder("utf-8")("replace") if job.echo else None  # of a prompt that is given out
+        text = job.prompt[0] if job.prompt else 0
+        self.n_echoed = len(llama.vocab.ends[0]) if isinstance(text, str) else 0  # of its tokens; the model's own are not
+        self.blank_at = self.n_echoed if isinstance(text, str) and text[:1] != " " else -1  # SentencePiece may put a space there
         self.logprobs: list[TokenLogprob] = []  # of its tokens
-        self.unshown: deque[TokenLogprob] = deque()  # of later tokens
-        self._ends: deque[int] = deque()  # the characters behind these tokens, as far as they were read
+        self.unshown: deque[tuple[TokenLogprob, int]] = deque()  # of later ones, and the characters up to the end of each
         self._waiting = ""  # text that may be shown, but is a part of a token
-        self.watch_thought(b"")
 
     def _positions(self, llama: Llama) -> Any:
         """Rows.positions: each token's index, but for what stands behind parts of pictures that take fewer positions."""
@@ -5271,28 +5220,14 @@ class Sequence(Rows):
         self.sampler.force(self.forced[0])
         return self.forced.popleft()
 
-    def watch_thought(self, piece: bytes) -> None:
-        """Takes a token's bytes, or none yet; a thought over its budget is closed by the tokens that come next."""
-        if self.thought and piece:
-            self.thought.add(piece)
-        if self.thought and self.thought.is_spent(self.text.is_whole):
-            self.forced.extend(self._ending)
-
-    def show(self, piece: bytes) -> str:
-        """Takes the bytes of the next token that is shown; the text that may be sent now."""
-        text = self.text.push(piece)
-        if self.sampling.logprobs is not None:
-            self._ends.append(self.text.position)
-        return self.ready(text)
-
     def ready(self, text: str) -> str:
         """What may be sent now that `text` may be shown: all, or whole tokens if their log probabilities go with them."""
         if self.sampling.logprobs is None:
             return text
         self._waiting += text
         stopped, shown, sent = self.text.stopped, self.text.shown, self.text.shown - len(self._waiting)
-        while self._ends and (self._ends[0] <= shown or stopped):
-            logprob, end = self.unshown.popleft(), self._ends.popleft()
+        while self.unshown and (self.unshown[0][1] <= shown or stopped):
+            logprob, end = self.unshown.popleft()
             if not stopped:
                 self.logprobs.append(logprob)
             elif sent < shown:  # else it is the stop string's
@@ -5318,7 +5253,9 @@ def held_cells(sequences: Iterable[Sequence]) -> int:
 
 
 class Prefix(Rows):
-    """The beginning of a text that ended, for prompts that begin alike: its cells are in a row, or saved as bytes."""
+    """The beginning of a text that ended, for prompts that begin alike: its cells are in a row, saved as bytes, or in a file."""
+
+    path, size, token_seconds = "", 0, 0.0  # of the file; bytes of its cells; how long a token took to compute
 
     def __init__(self, tokens: Any, owner: str, oldest: int, positions: Any) -> None:
         super().__init__(tokens, len(tokens), positions)
@@ -5329,9 +5266,10 @@ class Prefix(Rows):
         self.is_on_disk = False  # or need not be
 
     @classmethod
-    def of(cls, sequence: Sequence, oldest: int) -> Prefix:
-        """What a sequence has in the cache."""
-        prefix = cls(sequence.tokens[: sequence.n_computed].copy(), sequence.owner, oldest, sequence.positions)
+    def of(cls, sequence: Sequence, context: Context) -> Prefix:
+        """What a sequence has in a context."""
+        tokens, oldest = sequence.tokens[: sequence.n_computed].copy(), context.oldest(sequence.row)
+        prefix = cls(tokens, sequence.owner, oldest, sequence.positions)
         prefix.row, prefix.stretches = sequence.row, sequence.stretches
         return prefix
 
@@ -5349,28 +5287,27 @@ class Prefix(Rows):
 class Input(Rows):
     """One text of an Embed job on its way through an embedding context."""
 
-    def __init__(self, job: Embedding, index: int, tokens: Any, positions: Any) -> None:
+    def __init__(self, job: Embedding, tokens: Any, positions: Any) -> None:
         super().__init__(tokens, len(tokens), positions)
-        self.job, self.index, self.turn = job, index, 0
+        self.job, self.turn = job, 0
         self.pooled: Any = None  # what its vector is so far
+        self.vector = b""  # in the end
 
 
 class Embedding:
-    """An Embed job in the making: its inputs, and the vectors that are done. Owned by the step loop."""
+    """An Embed job in the making. Owned by the step loop."""
 
     def __init__(self, submission: Submission, texts: Seq[Any], llama: Llama) -> None:
         assert isinstance(submission.job, Embed)
         self.submission, self.id, self.dimensions = submission, submission.id, submission.job.dimensions
-        self.n_prompt = sum(len(tokens) for tokens in texts)
-        self.inputs = [Input(self, i, tokens, llama.counting) for i, tokens in enumerate(texts)]
-        self.vectors: list[bytes] = [b""] * len(texts)
-        self.missing = len(texts)
+        self.inputs = [Input(self, tokens, llama.counting) for tokens in texts]
+        self.n_prompt = sum(input.n_tokens for input in self.inputs)
         self.error: ApiError | None = None
         self.started = 0.0
 
     @property
-    def is_over(self) -> bool:
-        return self.submission.cancelled or not self.missing or self.error is not None
+    def is_complete(self) -> bool:
+        return all(input.vector for input in self.inputs)
 
 
 def fair_slices(prompts: list[Sequence], rows: int, outputs: int = 0) -> list[tuple[Sequence, int]]:
@@ -5409,7 +5346,7 @@ class Pace:
     """Learns how long steps take, and says how much of a prompt fits one without freezing the streams."""
 
     TARGET = 4.4  # a running stream's gap while a prompt is read, as a multiple of its usual gap
-    ASIDE = 3.5  # the same for prompts read aside, where nothing is guessed
+    ASIDE = 4.0  # the same for prompts read aside, where less is guessed
     FORCED = 2.0  # the same while a text is read that a grammar forces: anybody may ask for long ones, again and again
     STEP = 4  # kernels work in blocks: 17 rows take longer than 20
     SLICE = 1.3  # what a row costs in a small slice against one in a whole batch, until measured
@@ -5482,21 +5419,22 @@ class Cache:
 
     def __init__(self, llama: Llama) -> None:
         self.llama, self.main = llama, llama.main
-        self.rows: list[Sequence | Prefix | None] = [None] * llama.main.n_seq
+        self.rows: list[Sequence | Prefix | None] = llama.main.rows
         self.prefixes: list[Prefix] = []  # the one used least recently first
         self.files = PrefixFiles(llama)
         self._writing: Iterator[None] | None = None  # a prefix on its way to the disk
 
     def best_prefix(self, sequence: Sequence) -> tuple[Sequence | Prefix | None, int]:
         """Whose cells begin as this prompt does, and for how many tokens; at least one token stays to be evaluated."""
-        best: Sequence | Prefix | None = None
-        longest = 0
-        others: list[Sequence | Prefix] = [*(s for s in self.rows if isinstance(s, Sequence)), *self.prefixes]
-        for other in others:
-            length = sequence.common(other, other.n_computed) if other.owner == sequence.owner else 0
-            if length > longest and self._can_lend(other, length):
-                best, longest = other, length
-        return best, longest
+        lent: dict[Sequence | Prefix, int] = {s: self._lent(s, sequence) for s in self.rows if isinstance(s, Sequence)}
+        lent |= {prefix: self._lent(prefix, sequence) for prefix in self.prefixes}
+        best = max(lent, key=lent.__getitem__, default=None)
+        return (best, lent[best]) if best and lent[best] else (None, 0)
+
+    def _lent(self, other: Sequence | Prefix, text: Sequence | Prefix) -> int:
+        """How many cells of the other's a text of the same client may begin with."""
+        length = text.common(other, other.n_computed) if other.owner == text.owner else 0
+        return length if self._can_lend(other, length) else 0
 
     def _can_lend(self, other: Sequence | Prefix, length: int) -> bool:
         """Whether all of its first cells are there, and can be had without the others."""
@@ -5509,21 +5447,17 @@ class Cache:
 
         Beside streams only one that holds them up no longer than a step.
         """
-        best, longest = None, shared
-        for kept in self.files.listed(sequence.owner):
-            length = sequence.common(kept, kept.n_tokens)
-            if (self.llama.cuttable and kept.n_tokens > self.llama.pool) or (beside and kept.size > self.files.BESIDE):
-                continue
-            if length > longest and self._can_lend(kept, length) and self.files.is_quicker(kept, length - shared):
-                best, longest = kept, length
-        began = time.perf_counter()
-        if best is None or (prefix := self.files.read(best)) is None:
+        files, began = self.files, time.perf_counter()
+        fitting = [p for p in files.listed(sequence.owner) if not (beside and p.size > files.BESIDE)
+                   and not (self.llama.cuttable and p.n_tokens > self.llama.pool)]  # fmt: skip
+        lent = {p: length for p in fitting if files.is_quicker(p, (length := self._lent(p, sequence)) - shared)}
+        best = max(lent, key=lent.__getitem__, default=None)
+        if best is None or (prefix := files.read(best)) is None:
             return None
         sequence.disk_bytes += best.size
-        sequence.disk_seconds += max(0.0, (longest - shared) * best.token_seconds - (time.perf_counter() - began))
+        sequence.disk_seconds += max(0.0, (lent[best] - shared) * best.token_seconds - (time.perf_counter() - began))
         self.add(prefix)
-        self._trim()
-        return prefix, longest
+        return prefix, lent[best]
 
     def write(self, token_seconds: float, hurry: bool = False) -> bool:
         """Writes a block of a prefix that is not on the disk; False when there is none whose time has come.
@@ -5532,7 +5466,7 @@ class Cache:
         """
         if self._writing is None:
             newest = reversed(self.prefixes)  # in a hurry there may not be time for all
-            prefix = next((p for p in newest if self.files.wants(p) and (hurry or self._quiet_in(p) <= 0)), None)
+            prefix = next((p for p in newest if self.files.wants(p) and (hurry or self.files.quiet_in(p) <= 0)), None)
             if prefix is None:
                 return False
             prefix.is_on_disk = True  # or need not be
@@ -5544,8 +5478,7 @@ class Cache:
     def _written(self, prefix: Prefix, token_seconds: float) -> Iterator[None]:
         """Writes a prefix in place of shorter ones, unless another lends nearly all of it, as when a prompt is asked again."""
         kept = self.files.listed(prefix.owner)
-        known = max((n for k in kept if self._can_lend(k, n := prefix.common(k, k.n_tokens))), default=0)
-        if prefix.n_tokens - known < self.files.LEAST:
+        if prefix.n_tokens - max((self._lent(k, prefix) for k in kept), default=0) < self.files.LEAST:
             return
         shorter = [k for k in kept if k.begins(prefix) and self._can_lend(prefix, k.n_tokens)]
         if prefix.saved is None:  # it stays in its row
@@ -5556,10 +5489,7 @@ class Cache:
 
     def write_in(self) -> float | None:
         """Seconds until a prefix is to be written; None if all are."""
-        return min((max(0.0, self._quiet_in(p)) for p in self.prefixes if self.files.wants(p)), default=None)
-
-    def _quiet_in(self, prefix: Prefix) -> float:
-        return prefix.used + self.files.QUIET - time.monotonic()
+        return min((max(0.0, self.files.quiet_in(p)) for p in self.prefixes if self.files.wants(p)), default=None)
 
     def settle(self, sequence: Sequence, donor: Sequence | Prefix | None, shared: int) -> None:
         """Gives the sequence a row that begins with so many of the donor's cells, or none if there is no room for saved ones."""
@@ -5570,38 +5500,20 @@ class Cache:
             self.prefixes.remove(donor)
             self.prefixes.append(donor)
             donor.used, donor.uses = time.monotonic(), donor.uses + 1
-        if isinstance(donor, Prefix) and donor.saved is not None:
-            shared = shared if self._restore(row, donor.saved) else 0
+        if not donor or not donor.n_computed:  # it may be a prefix that could not be saved
+            shared = 0
+        elif isinstance(donor, Prefix) and donor.saved is not None:
+            while shared and not self.main.restore(row, donor.saved):
+                self.main.drop(row)
+                shared = shared if self.save_oldest() else 0
             if shared < donor.n_computed:
                 self.main.drop(row, sequence.positions[shared])
-        elif donor and donor.n_computed:
+        else:
             self.main.share(donor.row, row, sequence.positions[shared])
             starts = [0.0, *(end for _, end in donor.stretches)]
             lent += [(o, min(end, shared)) for start, (o, end) in zip(starts, donor.stretches, strict=False) if start < shared]
-        else:
-            shared = 0
         self.rows[row], sequence.row, sequence.n_computed = sequence, row, shared
         sequence.stretches = [*lent, (object(), math.inf)]
-
-    def _restore(self, row: int, data: Any) -> bool:
-        """Puts saved cells into an empty row; prefixes make room."""
-        while not self.main.restore(row, data):
-            self.main.drop(row)
-            if not self.save_oldest():
-                return False
-        return True
-
-    def empty(self, row: int) -> None:
-        """Frees a row and its cells."""
-        self.main.drop(row)
-        self.rows[row] = None
-
-    def undo(self, in_step: Seq[Sequence]) -> None:
-        """After an aborted decode: drops what it was to add, and every recurrent state, for it has moved them."""
-        for sequence in in_step if self.llama.cuttable else ():
-            self.cut(sequence)
-        if not self.llama.cuttable:
-            self.clear(False)
 
     def cut(self, sequence: Sequence) -> None:
         """Frees what lies behind a sequence's computed cells, and these as far as they end within a part of a picture."""
@@ -5624,10 +5536,10 @@ class Cache:
         if self.llama.cuttable:
             self.cut(sequence)
         if sequence.n_computed and (whole or self.llama.cuttable):
-            prefix = self.rows[sequence.row] = Prefix.of(sequence, self.main.oldest(sequence.row))
+            prefix = self.rows[sequence.row] = Prefix.of(sequence, self.main)
             self.add(prefix)
         else:
-            self.empty(sequence.row)
+            self.main.empty(sequence.row)
 
     def save_oldest(self, whole: bool = False) -> bool:
         """Moves the prefix used least recently out of the cache, `whole`: that loses nothing by it; False when none is in it."""
@@ -5636,32 +5548,29 @@ class Cache:
         if prefix:
             self.prefixes.remove(prefix)
             self.save(prefix, self.main)
-            self.empty(prefix.row)
+            self.main.empty(prefix.row)
             if self.llama.cuttable and not any(self.rows):
                 self.main.clear(False)  # to begin at the first cell again: the order of cells shows in the last bits of sums
         return prefix is not None
 
     def save(self, prefix: Prefix, context: Context) -> None:
-        """Saves the cells of its row as bytes; the saved prefixes used least recently make room."""
+        """Saves the cells of its row as bytes, if they can be had."""
         prefix.save(context)
         if prefix.saved is None:
             prefix.n_computed = 0  # nothing to lend
         else:
             self.add(prefix)
-        self._trim()
-
-    def _trim(self) -> None:
-        while (saved := [p for p in self.prefixes if p.saved is not None]) and self._are_too_many(saved):
-            self.prefixes.remove(saved[0])
 
     def add(self, prefix: Prefix) -> None:
-        """Takes a prefix in; those go for which it can lend all that they have."""
+        """Takes a prefix in. Those go for which it can lend all that they have, and too many saved ones, the oldest first."""
         for other in list(self.prefixes):
             if other.begins(prefix) and self._can_lend(prefix, other.n_computed):
                 self.prefixes.remove(other)
                 if other.saved is None:
-                    self.empty(other.row)
+                    self.main.empty(other.row)
         self.prefixes.append(prefix)
+        while (saved := [p for p in self.prefixes if p.saved is not None]) and self._are_too_many(saved):
+            self.prefixes.remove(saved[0])
 
     def _are_too_many(self, saved: Seq[Prefix]) -> bool:
         """Counts tokens where memory can be cut, else bytes: a state is large for the shortest text, and kept several times."""
@@ -5671,14 +5580,6 @@ class Cache:
         tokens, size = sum(p.n_computed for p in saved), sum(len(p.saved) for p in saved)
         most = max(self.llama.pool * self.llama.kv_bytes, self.SAVED_BYTES)
         return size > most or len(saved) > self.SAVED or (self.llama.cuttable and tokens > self.llama.pool)
-
-
-class KeptPrefix(Prefix):
-    """A prefix on the disk: its tokens, without its cells."""
-
-    def __init__(self, path: str, size: int, token_seconds: float, *told: Any) -> None:
-        super().__init__(*told)
-        self.path, self.size, self.token_seconds = path, size, token_seconds
 
 
 class PrefixFiles:
@@ -5701,8 +5602,8 @@ class PrefixFiles:
     def __init__(self, llama: Llama) -> None:
         self.llama, self.most = llama, llama.options.cache_disk
         self.folder = os.path.abspath(llama.options.cache_dir or prefix_folder())
-        self._listing: tuple[Any, list[tuple[str, str]]] = (None, [])  # the folder's stamp, and its files then
-        self._known: dict[str, KeptPrefix] = {}  # by path
+        self._stamp: Any = None  # the folder's when its files were listed; None: list them again
+        self._kept: dict[str, Prefix | None] = {}  # all files by path; None: not read, or not this model's
         self._read_speed = 0.0  # bytes a second, once measured
         self._complained = False
         self._model = self._identity() if self.most else ()
@@ -5711,20 +5612,14 @@ class PrefixFiles:
         """Everything that must be equal for cells to be of use."""
         import importlib.metadata
 
-        llama, options = self.llama, self.llama.options
-        files = [self._file_identity(path) for path in (*shard_paths(llama.info.path), *options.lora)]
+        llama, options, files = self.llama, self.llama.options, list[tuple[Any, ...]]()
+        for path in (*shard_paths(llama.info.path), *options.lora):
+            with open(path, "rb") as file:
+                status = os.fstat(file.fileno())
+                file.seek(status.st_size // 2)  # a part of the middle: files of one archive may be alike in size and time
+                files.append((status.st_size, status.st_mtime_ns, self._digest(file.read(MIB))))
         return (files, options.kv_type, options.flash_attn, llama.on_cpu, llama.n_swa,
                 importlib.metadata.version("llama-cpp-python"))  # fmt: skip
-
-    def _file_identity(self, path: str) -> tuple[Any, ...]:
-        """Size and time of a file, and a part of its middle: those of one archive may be alike in the others."""
-        with open(path, "rb") as file:
-            status = os.fstat(file.fileno())
-            file.seek(status.st_size // 2)
-            return status.st_size, status.st_mtime_ns, self._digest(file.read(MIB))
-
-    def _kind(self, owner: str) -> str:
-        return self._digest(repr((self._model, owner)).encode())
 
     @staticmethod
     def _digest(data: Any) -> str:
@@ -5732,65 +5627,72 @@ class PrefixFiles:
 
         return hashlib.sha256(data).hexdigest()[:16]
 
+    def _start(self, owner: str) -> str:
+        """The start of the paths of this model's files for a client."""
+        return os.path.join(self.folder, self._digest(repr((self._model, owner)).encode()))
+
     def wants(self, prefix: Prefix) -> bool:
         """Whether the prefix is to be written; not where pictures stand, whose numbers are this engine's."""
         wanted = bool(self.most) and not prefix.is_on_disk and prefix.n_tokens >= self.LEAST
         return wanted and bool(prefix.tokens.min() >= 0)
 
-    def listed(self, owner: str) -> list[KeptPrefix]:
+    def quiet_in(self, prefix: Prefix) -> float:
+        """Seconds until a prefix has been without use for long enough."""
+        return prefix.used + self.QUIET - time.monotonic()
+
+    def listed(self, owner: str) -> list[Prefix]:
         """The prefixes on the disk that this engine may use for a client."""
         if not self.most:
             return []
-        kind, known = self._kind(owner), dict[str, KeptPrefix]()
-        for name, path in self._names():
-            kept = self._known.get(path) or (self._read_head(path, owner) if name.startswith(kind) else None)
-            if kept:
-                known[path] = kept
-        self._known = known
-        return [kept for path, kept in known.items() if os.path.basename(path).startswith(kind)]
+        self._list()
+        start = self._start(owner)
+        mine = [path for path in self._kept if path.startswith(start)]
+        self._kept |= {path: self._kept[path] or self._read_head(path, owner) for path in mine}
+        return [prefix for path in mine if (prefix := self._kept[path])]
 
-    def _names(self) -> list[tuple[str, str]]:
-        """The names of all files and where they are; those that somebody died over are removed."""
+    def _list(self) -> None:
+        """Looks through the folder, if it has changed; files that somebody died over are removed."""
         stamp = _stamp(self.folder)
-        if stamp is None or stamp != self._listing[0]:
-            found = []
+        if stamp is None or stamp != self._stamp:
+            found = dict[str, Prefix | None]()
             with contextlib.suppress(OSError), os.scandir(self.folder) as entries:
                 for entry in entries:
                     if self.NAME.fullmatch(entry.name):
-                        found.append((entry.name, entry.path))
+                        found[entry.path] = self._kept.get(entry.path)
                     elif entry.name.endswith(".part"):
                         self._remove_stale(entry)
-            self._listing = stamp, found
-        return self._listing[1]
+            self._stamp, self._kept = stamp, found
 
     def _remove_stale(self, entry: os.DirEntry[str]) -> None:
         """Removes a file that another engine has not written to its end, unless it may still be at it."""
         with contextlib.suppress(OSError):
             if not entry.name.endswith(f".{os.getpid()}.part") and time.time() - entry.stat().st_mtime > self.STALE:
-                self._remove(entry.path)
+                os.remove(entry.path)
 
-    def _read_head(self, path: str, owner: str) -> KeptPrefix | None:
+    def _read_head(self, path: str, owner: str) -> Prefix | None:
         try:
             with open(path, "rb") as file:
                 magic, count, oldest, seconds, size = self.HEAD.unpack(file.read(self.HEAD.size))
                 whole = self.HEAD.size + 4 * count + size + 4
                 if magic != self.MAGIC or os.fstat(file.fileno()).st_size != whole:
                     raise ValueError("not a whole prefix")
-                tokens = self.llama.np.frombuffer(file.read(4 * count), self.llama.np.int32)
+                prefix = Prefix(self.llama.np.frombuffer(file.read(4 * count), self.llama.np.int32), owner, oldest,
+                                self.llama.counting)  # fmt: skip
         except FileNotFoundError:  # another server removed it
             return None
         except (OSError, ValueError, struct.error):
             self._remove(path)
             return None
-        return KeptPrefix(path, size, seconds, tokens, owner, oldest, self.llama.counting)
+        prefix.path, prefix.size, prefix.token_seconds = path, size, seconds
+        return prefix
 
-    def is_quicker(self, kept: KeptPrefix, tokens: int) -> bool:
+    def is_quicker(self, kept: Prefix, tokens: int) -> bool:
         """Whether to read it takes less time than to compute so many tokens, as far as that was measured."""
         if tokens < self.LEAST // 2:
             return False
         return not (self._read_speed and kept.token_seconds) or kept.size / self._read_speed < tokens * kept.token_seconds
 
-    def read(self, kept: KeptPrefix) -> Prefix | None:
+    def read(self, kept: Prefix) -> Prefix | None:
         """The prefix with its cells; None where the file is gone or damaged."""
         began = time.perf_counter()
         try:
@@ -5805,23 +5707,19 @@ class PrefixFiles:
         self._read_speed = (self._read_speed + speed) / 2 if self._read_speed else speed
         prefix = Prefix(kept.tokens, kept.owner, kept.oldest, kept.positions)
         prefix.saved, prefix.is_on_disk = cells, True
-        self._was_used(kept)
-        return prefix
-
-    def _was_used(self, kept: KeptPrefix) -> None:
         start, _, uses = kept.path.removesuffix(".prefix").rpartition("-")
         with contextlib.suppress(OSError):
             os.utime(kept.path)
             os.replace(kept.path, f"{start}-{int(uses) + 1}.prefix")
-            self._listing = None, []
+            self._stamp = None
+        return prefix
 
-    def write(self, prefix: Prefix, token_seconds: float, shorter: Seq[KeptPrefix]) -> Iterator[None]:
+    def write(self, prefix: Prefix, token_seconds: float, shorter: Seq[Prefix]) -> Iterator[None]:
         """Writes a prefix in place of shorter ones, and of those worth least; yields between blocks."""
-        tokens, cells = prefix.tokens.astype("<i4").tobytes(), prefix.saved
+        tokens, cells, sum = prefix.tokens.astype("<i4").tobytes(), prefix.saved, 0
         head = self.HEAD.pack(self.MAGIC, prefix.n_tokens, prefix.oldest, token_seconds, len(cells))
-        name = f"{self._kind(prefix.owner)}-{self._digest(tokens)}-{prefix.n_tokens}-{prefix.uses}"
-        path = os.path.join(self.folder, name)
-        part, sum = f"{path}.{os.getpid()}.part", 0
+        path = f"{self._start(prefix.owner)}-{self._digest(tokens)}-{prefix.n_tokens}-{prefix.uses}"
+        part = f"{path}.{os.getpid()}.part"
         try:
             os.makedirs(self.folder, mode=0o700, exist_ok=True)
             if not self._make_room(len(head) + len(tokens) + len(cells) + 4):
@@ -5833,7 +5731,7 @@ class PrefixFiles:
                     yield
                 file.write(sum.to_bytes(4, "little"))
             os.replace(part, f"{path}.prefix")
-            self._listing = None, []
+            self._stamp = None
             for kept in shorter:
                 if kept.path != f"{path}.prefix":
                     self._remove(kept.path)
@@ -5847,11 +5745,12 @@ class PrefixFiles:
         """Removes the files worth least until `size` more bytes fit: by tokens, how often and how lately asked for, and size."""
         import shutil
 
+        self._list()
         now, files = time.time(), list[tuple[float, int, str]]()
-        for name, path in self._names():
+        for path in self._kept:
             with contextlib.suppress(OSError):
                 status = os.stat(path)
-                tokens, uses = map(int, name.removesuffix(".prefix").split("-")[2:])
+                tokens, uses = map(int, path.removesuffix(".prefix").rsplit("-", 2)[1:])
                 worth = tokens * uses / (status.st_size * max(1.0, now - status.st_mtime))
                 files.append((worth, status.st_size, path))
         held = sum(size for _, size, _ in files)
@@ -5864,7 +5763,7 @@ class PrefixFiles:
         return held + size <= most
 
     def _remove(self, path: str) -> None:
-        self._listing = None, []
+        self._stamp = None
         with contextlib.suppress(OSError):
             os.remove(path)
 
@@ -5872,44 +5771,44 @@ class PrefixFiles:
 class Aside:
     """Computes beside the main context, in batches that stop for the streams' steps.
 
-    Every few operations of a batch llama.cpp calls `_pause`, which lets the streams step when that is due.
+    Every few operations of a batch llama.cpp calls `pause`, which lets the streams step when that is due.
     """
 
-    def __init__(self, due: Callable[[], float], step: Callable[[], None]) -> None:
-        """`due` says when the streams' next step should begin (perf_counter), `step` takes it."""
+    def __init__(self, due: Callable[[float], float], step: Callable[[], None]) -> None:
+        """`due` says when the streams' next step should begin (perf_counter), by its seconds; `step` takes it."""
         self._due, self._step = due, step
         self._resumed_at = 0.0  # when the batch last began or went on
-        self._longest = 0.0  # seconds between two pauses; slowly forgotten
+        self._longest, self._last_longest = 0.1, 0.0  # most seconds between two pauses, of this batch and the one before
+        self._stepping = 0.0  # seconds of a step with all that belongs to it; slow ones are slowly forgotten
+        self._wanted: Callable[[], bool] = lambda: True
         self._aborted = False
         self._error: Exception | None = None
 
-    def _pause(self) -> bool:
+    def pause(self) -> bool:
         """Between operations of a batch; whether to go on. An exception cannot pass through llama.cpp: it ends the batch."""
         try:
             now = time.perf_counter()
-            self._longest = max(now - self._resumed_at, 0.97 * self._longest)
-            if now + self._longest >= self._due():
+            self._longest = max(self._longest, now - self._resumed_at)
+            if now + max(self._longest, self._last_longest) >= self._due(self._stepping):
                 self._step()
+                self._stepping = max(time.perf_counter() - now, 0.9 * self._stepping)
             self._resumed_at = time.perf_counter()
-            self._aborted = self._aborted or self.unwanted()
+            self._aborted = self._aborted or not self._wanted()
         except Exception as error:
             self._aborted, self._error = True, error
         return not self._aborted
 
-    def unwanted(self) -> bool:
-        """Whether nobody waits any more for what is being decoded."""
-        raise NotImplementedError
-
-    def _run(self, work: Callable[[], Result]) -> Result:
-        """Does a batch of work in which pauses come. Raises what `step` raised."""
-        self._aborted, self._error, self._resumed_at = False, None, time.perf_counter()
+    def run(self, work: Callable[[], Result], wanted: Callable[[], bool]) -> Result | None:
+        """Does a batch of work in which pauses come; None when it was no longer wanted. Raises what `step` raised."""
+        self._last_longest, self._longest = self._longest, 0.0
+        self._wanted, self._aborted, self._error, self._resumed_at = wanted, False, None, time.perf_counter()
         done = work()
         if self._error:
             raise self._error
-        return done
+        return None if self._aborted else done
 
 
-class PromptReader(Aside):
+class PromptReader:
     """Reads long prompts while streams run: in a context of its own, whose batches stop for the streams' steps.
 
     In slices behind the streams' rows a prompt is read at half speed, for the kernels are made for whole batches, and
@@ -5920,37 +5819,30 @@ class PromptReader(Aside):
     BATCH = 256  # tokens: nearly full speed, and the next prompt need not wait long for its turn
     TOGETHER = 4  # prompts read at once
 
-    def __init__(self, llama: Llama, due: Callable[[], float], step: Callable[[], None]) -> None:
+    def __init__(self, llama: Llama, aside: Aside) -> None:
         """Raises LoadError."""
-        super().__init__(due, step)
-        self.batch = max(self.BATCH, llama.eyes.whole if llama.eyes else 0)
-        self.context = Context(llama, llama.ctx, self.batch, self.TOGETHER, self._pause)
-        self.rows: list[Sequence | None] = [None] * self.TOGETHER
-
-    def unwanted(self) -> bool:
-        return all(s.submission.cancelled for s in self.reading)
+        self.aside, self.batch = aside, max(self.BATCH, llama.eyes.whole if llama.eyes else 0)
+        self.context = Context(llama, llama.ctx, self.batch, self.TOGETHER, aside.pause)
 
     @property
     def reading(self) -> list[Sequence]:
-        return [s for s in self.rows if s and not s.done]
-
-    def _leave(self, row: int) -> None:
-        self.context.drop(row)
-        self.rows[row] = None
+        return [s for s in self.context.rows if s and not s.done]
 
     def take(self, sequence: Sequence) -> bool:
         """Takes a sequence over from the main context, with its cells; False while there is no room."""
-        for row, other in enumerate(self.rows):
+        context, rows, main = self.context, self.context.rows, self.context.llama.main
+        for row, other in enumerate(rows):
             if other and other.done:  # cancelled, or failed
-                self._leave(row)
-        if None not in self.rows or sum(s.n_tokens for s in (*self.reading, sequence)) > self.context.cells:
+                context.empty(row)
+        if None not in rows or sum(s.n_tokens for s in (*self.reading, sequence)) > context.cells:
             return False
-        row = self.rows.index(None)
-        data = self.context.llama.main.save(sequence.row) if sequence.n_computed else None
-        if data is None or not self.context.restore(row, data):
-            self.context.drop(row)
+        row, old = rows.index(None), sequence.row
+        data = main.save(old) if sequence.n_computed else None
+        if data is None or not context.restore(row, data):
+            context.drop(row)
             sequence.n_computed = 0
-        self.rows[row], sequence.row = sequence, row
+        rows[row], sequence.row = sequence, row
+        main.empty(old)
         return True
 
     def plan(self) -> list[tuple[Sequence, int]]:
@@ -5960,31 +5852,23 @@ class PromptReader(Aside):
 
     def read(self, plan: Seq[tuple[Sequence, int]]) -> int:
         """Reads one batch; llama_decode's status. Raises what `step` raised."""
-        status = self._run(lambda: self.context.decode(plan))
+        status = self.aside.run(lambda: self.context.decode(plan),
+                                lambda: not all(s.submission.cancelled for s in self.reading))  # fmt: skip
         for sequence, count in plan if not status else ():
             sequence.n_computed += count
-            if self._aborted:  # llama_decode reports success, but what it left cannot be used
+            if status is None:  # llama_decode reports success, but what it left cannot be used
                 self.context.drop(sequence.row)
                 sequence.n_computed = 0
-        return status
-
-    def give_back(self) -> Iterator[tuple[Sequence, Prefix]]:
-        """Lets go of the sequences that are read but for their last token, and returns each with its saved prefix."""
-        for sequence in [s for s in self.reading if s.pending == 1]:
-            prefix = Prefix.of(sequence, 0)
-            prefix.save(self.context)
-            self._leave(sequence.row)
-            yield sequence, prefix
+        return status or 0
 
 
-class Encoder(Aside):
+class Encoder:
     """Makes the embeddings of pictures that prompts wait for, a part at a time. Used by the step loop alone."""
 
     KEPT_BYTES = 256 * MIB  # of embeddings: those of the pictures encoded last, and all that a running sequence needs next
 
-    def __init__(self, eyes: Eyes, scheduler: Scheduler, step: Callable[[], None]) -> None:
-        super().__init__(scheduler.due, step)
-        self.eyes, self.scheduler, eyes.pause = eyes, scheduler, self._pause
+    def __init__(self, eyes: Eyes, scheduler: Scheduler, aside: Aside) -> None:
+        self.eyes, self.scheduler, self.aside, eyes.pause = eyes, scheduler, aside, aside.pause
         self._key, self._parts = "", list[Any]()  # of the picture at work
         self._work: Generator[Any, None, None] | None = None
 
@@ -5995,26 +5879,26 @@ class Encoder(Aside):
         keys = [(s, s.next_medium.key) for s in sequences if s.next_medium]
         return [s for s, k in keys if (k == key if key else k not in self.eyes.embeddings)]
 
-    def unwanted(self) -> bool:
-        return not self.waiting(self._key)
-
     def encode(self, sequence: Sequence) -> None:
         """Encodes the next part of the picture that comes next in a sequence. Raises PictureError, and what the streams' step
         raised."""
         assert sequence.next_medium
-        key = sequence.next_medium.key
+        key, kept = sequence.next_medium.key, self.eyes.embeddings
         if self._work is None or key != self._key:
             self.leave()
             self._key, self._work = key, self.eyes.encode(sequence.pictures[key])
-        work = self._work
-        part = self._run(lambda: next(work, None))
-        if self._aborted:  # what came is none
-            self.leave()
-        elif part is None:
-            self._keep(key, self._parts)
-            self.leave()
-        else:
+        work, ended = self._work, object()
+        part = self.aside.run(lambda: next(work, ended), lambda: bool(self.waiting(key)))
+        if part is not None and part is not ended:
             self._parts.append(part)
+            return
+        if part is ended:
+            kept[key] = self._parts
+        self.leave()
+        needed = {s.next_medium.key for s in self.scheduler.active if s.next_medium}
+        for other in [k for k in kept if k not in needed]:
+            if sum(part.nbytes for parts in kept.values() for part in parts) > self.KEPT_BYTES:
+                del kept[other]
 
     def leave(self) -> None:
         """Gives the picture at work up."""
@@ -6022,16 +5906,8 @@ class Encoder(Aside):
             self._work.close()
         self._work, self._parts = None, []
 
-    def _keep(self, key: str, parts: list[Any]) -> None:
-        kept = self.eyes.embeddings
-        kept[key] = parts
-        needed = {s.next_medium.key for s in self.scheduler.active if s.next_medium}
-        for other in [k for k in kept if k not in needed]:
-            if sum(part.nbytes for parts in kept.values() for part in parts) > self.KEPT_BYTES:
-                del kept[other]
 
-
-class Embedder(Aside):
+class Embedder:
     """Makes vectors of inputs, those of several jobs in one batch. Used by the step loop alone.
 
     An embedding model's main context does it; a model that generates gets a second one with its first Embed job.
@@ -6039,9 +5915,8 @@ class Embedder(Aside):
 
     ALONE = 16  # operations between two pauses while no stream runs: with two busy cores, 2 cost a third of the speed
 
-    def __init__(self, llama: Llama, scheduler: Scheduler, step: Callable[[], None]) -> None:
-        super().__init__(scheduler.due, step)
-        self.llama, self.scheduler = llama, scheduler
+    def __init__(self, llama: Llama, scheduler: Scheduler, aside: Aside) -> None:
+        self.llama, self.scheduler, self.aside = llama, scheduler, aside
         self.jobs: list[Embedding] = []
         self.unread: deque[Input] = deque()  # in the order of their turns: an input of each job, then the next of each
         self.reading: list[Input] = []  # those in the context
@@ -6057,21 +5932,14 @@ class Embedder(Aside):
             raise Overloaded(f"The context for embeddings needs {human_bytes(need)}, {human_bytes(free)} are available")
         return EmbeddingContext(self.llama, self._pause if self.llama.on_cpu else None)
 
-    @functools.cached_property
-    def _free(self) -> list[int]:
-        return list(range(self.context.n_seq))
-
     def add(self, job: Embedding) -> None:
         self.jobs.append(job)
-        for input in job.inputs:
-            input.turn = self._turn + 1 + input.index
+        for turn, input in enumerate(job.inputs, self._turn + 1):
+            input.turn = turn
         self.unread = deque(sorted([*self.unread, *job.inputs], key=lambda input: input.turn))
 
-    def unwanted(self) -> bool:
-        return all(i.job.submission.cancelled for i in self.reading)
-
     def _pause(self) -> bool:
-        going = super()._pause()
+        going = self.aside.pause()
         self._pace()
         return going
 
@@ -6081,30 +5949,28 @@ class Embedder(Aside):
 
     def plan(self) -> list[tuple[Input, int]]:
         """The next batch: what is being read, then other inputs in turn, as far as there is room."""
-        context, plan = self.context, list[tuple[Input, int]]()
-        room = context.batch_tokens
-        for input in self.reading:
+        context, plan, room = self.context, list[tuple[Input, int]](), self.context.batch_tokens
+        free, held = set(range(context.n_seq)) - {i.row for i in self.reading}, sum(i.n_tokens for i in self.reading)
+        for input in (*self.reading, *self.unread):
+            if input.row < 0:
+                held += input.n_tokens
+                fits = not plan or input.n_tokens <= room if context.whole else held <= context.cells
+                if not (fits and free and room > 0):
+                    break
+                self.reading.append(self.unread.popleft())
+                self._turn, input.row, input.job.started = input.turn, free.pop(), input.job.started or time.perf_counter()
             if count := input.pending if context.whole else min(input.pending, room):
                 plan.append((input, count))
                 room -= count
-        while self.unread and room > 0 and self._free:
-            input = self.unread[0]
-            held = sum(i.n_tokens for i in self.reading) + input.n_tokens
-            if not (not plan or input.n_tokens <= room if context.whole else held <= context.cells):
-                break
-            self.reading.append(self.unread.popleft())
-            self._turn, input.row, input.job.started = input.turn, self._free.pop(), input.job.started or time.perf_counter()
-            count = input.n_tokens if context.whole else min(input.n_tokens, room)
-            plan.append((input, count))
-            room -= count
         return plan
 
     def step(self, plan: Seq[tuple[Input, int]]) -> None:
         """Decodes a batch. Raises GenerationFailed, and what the streams' step raised."""
         context = self.context
         self._pace()
-        status = self._run(lambda: context.decode(plan))
-        if status == 2 or self._aborted:  # nobody waits for it
+        status = self.aside.run(lambda: context.decode(plan),
+                                lambda: not all(i.job.submission.cancelled for i in self.reading))  # fmt: skip
+        if status in (None, 2):  # nobody waits for it
             return
         if status:
             context.clear(True)
@@ -6119,12 +5985,10 @@ class Embedder(Aside):
             if (vector := context.finished(input.pooled, input.job.dimensions)) is None:
                 input.job.error = GenerationFailed(NO_NUMBER)
             else:
-                input.job.vectors[input.index] = vector
-                input.job.missing -= 1
+                input.vector = vector
 
     def _leave(self, input: Input) -> None:
         self.reading.remove(input)
-        self._free.append(input.row)
         self.context.drop(input.row)
 
     def drop(self, job: Embedding) -> None:
@@ -6157,7 +6021,6 @@ class Scheduler:
         self.running: list[Sequence] = []  # in order of admission
         self.cache, self.pace = Cache(llama), Pace(llama.main.n_batch)
         self.reader: PromptReader | None = None
-        self.drafts = llama.options.spec == "lookup" and llama.cuttable  # else tokens cannot be taken back
         self._looked = False  # whether the last step was of pictures
         self.stepped_at = 0.0  # when the main context's last step ended (perf_counter)
 
@@ -6228,28 +6091,22 @@ class Scheduler:
     def _with_drafts(self, streams: list[Sequence]) -> list[tuple[Sequence, int]]:
         """One row per stream, plus as many guessed tokens as should give the most tokens per second, in whole blocks."""
         usual, count = self.pace.usual(len(streams)), len(streams)
-        guessing = streams if self.drafts and usual > self.QUICK and self.pace.knows(count) else ()
-        for sequence in guessing:
+        if not self.llama.drafts or usual <= self.QUICK or not self.pace.knows(count):
+            return [(s, 1) for s in streams]
+        for sequence in streams:
             sequence.look_up()
-        chances = {s: s.trust for s in guessing if s.guess >= 0 and s.first_token}
-        room = min(self.llama.pool - held_cells(self.running), self.llama.main.n_seq, self.llama.main.n_batch) if chances else 0
+        guessing, least = [s for s in streams if s.guess >= 0 and s.first_token], self.pace.guessed_row * count / usual
+        room = min(self.llama.pool - held_cells(self.running), self.llama.main.n_seq, self.llama.main.n_batch) if guessing else 0
         most = self.LATER * max(usual, FLUSH_SECONDS) if len(self.active) > 1 else math.inf
-        chosen, drafted = Counter[Sequence](streams), Counter[Sequence](streams)
-        best, tokens = self.WORTH * count, float(count)  # the most tokens so far, in the time of a usual step
-        while drafted.total() < min(count + self.DRAFTED, room):
-            likely = max(chances, key=chances.__getitem__)
-            if chances[likely] * usual <= self.pace.guessed_row * count:
-                break
-            if not likely.draft(drafted[likely] - 1):
-                chances[likely] = 0.0
-                continue
-            drafted[likely] += 1
-            tokens += chances[likely]
-            chances[likely] *= likely.trust
-            seconds = usual + self.pace.guessed(drafted.total() - count)
-            if drafted.total() % Pace.STEP == 0 and seconds <= most and tokens * usual > best * seconds:
-                best, chosen = tokens * usual / seconds, drafted.copy()
-        return list(chosen.items())
+        guesses = [(s.trust ** (n + 1), s) for s in guessing for n in itertools.takewhile(s.draft, range(self.DRAFTED))]
+        guesses = sorted((g for g in guesses if g[0] > least), key=lambda g: -g[0])[: max(0, min(self.DRAFTED, room - count))]
+        best, chosen, tokens = self.WORTH * count, 0, float(count)  # the most tokens so far, in the time of a usual step
+        for number, (chance, _) in enumerate(guesses, 1):
+            tokens += chance
+            seconds = usual + self.pace.guessed(number)
+            if (count + number) % Pace.STEP == 0 and seconds <= most and tokens * usual > best * seconds:
+                best, chosen = tokens * usual / seconds, number
+        return list(Counter([*streams, *(s for _, s in guesses[:chosen])]).items())
 
     def _long_prompts(self) -> list[Sequence]:
         """Prompts for the reader: in the main context they would take many slices beside the streams there."""
@@ -6258,25 +6115,22 @@ class Scheduler:
         most = self.SLICES * self.pace.prompt_rows(decoding) if decoding else math.inf
         return [s for s in prompts if s.unread > most and s.border(s.n_tokens - 1) == s.n_tokens - 1]  # the last token stays here
 
-    def due(self) -> float:
-        """When the streams' next step should begin while a prompt is read aside (perf_counter)."""
+    def due(self, seconds: float) -> float:
+        """When the streams' next step should begin while something is computed aside, if it takes so long (perf_counter)."""
         usual = self.pace.usual(sum(1 for s in self.running if s.is_stream))
-        return self.stepped_at + Pace.ASIDE * max(usual, FLUSH_SECONDS) - usual
+        return self.stepped_at + Pace.ASIDE * max(usual, FLUSH_SECONDS) - max(usual, seconds)
 
     def move_aside(self) -> None:
         """Hands long prompts to the reader, with their cells, in order: else shorter ones might keep the first out for ever."""
-        while long := self._long_prompts():
-            row = long[0].row
-            if not (self.reader and self.reader.take(long[0])):
-                return
+        while (long := self._long_prompts()) and self.reader and self.reader.take(long[0]):
             self.running.remove(long[0])
-            self.cache.empty(row)
 
     def bring_back(self) -> None:
         """Lets sequences that the reader has read go on, as soon as there is room."""
-        for sequence, prefix in self.reader.give_back() if self.reader else ():
-            if prefix.saved is not None:
-                self.cache.add(prefix)
+        for sequence in [s for s in self.aside if s.pending == 1]:
+            assert self.reader
+            self.cache.save(Prefix.of(sequence, self.reader.context), self.reader.context)
+            self.reader.context.empty(sequence.row)
             self._wait(sequence)
 
     def make_room(self) -> Sequence | None:
@@ -6311,7 +6165,7 @@ class Pulse:
     """What one of the child's threads is doing. That thread alone begins tasks; the heartbeat thread counts beats."""
 
     LIMITS: ClassVar[dict[str, float]] = {  # seconds for one task; those not named may take for ever
-        "load": 600,  # a hundredth of the file, or what comes after: a GPU's kernels are compiled for minutes
+        "load": 600,  # a tensor of the file, or what comes after: a GPU's kernels are compiled for minutes
         "decode": 900,  # the longest step known: 512 tokens of 70B on two cores
         "sample": 120,  # all sequences of a step; a grammar of ten equal alternatives never comes back
         "move": 600,  # cells between a device, maybe a distant one, and the disk
@@ -6342,8 +6196,9 @@ def failure(id: int, error: ApiError) -> Failed:
 class Outbox:
     """What the step loop has to say, gathered until a message is due. Any thread may call what sends at once."""
 
-    def __init__(self, pipe: Pipe) -> None:
-        self._pipe = pipe
+    def __init__(self, pipe: Pipe, counts: Callable[[], tuple[int, int]]) -> None:
+        """`counts` tells how much runs, and the cells that it holds."""
+        self._pipe, self._counts = pipe, counts
         self._events: list[Vectors | Finished | Failed] = []
         self._unsent: list[Sequence] = []  # those with text or log probabilities to send
         self._sent_at = 0.0
@@ -6374,10 +6229,10 @@ class Outbox:
         if job.error:
             self.failed(job.id, job.error)
             return
-        if not job.missing:
-            self._events.append(Vectors(job.id, tuple(job.vectors)))
-        spent = time.perf_counter() - job.started if job.started else 0.0
-        self._events.append(Finished(job.id, "cancelled" if job.missing else "stop", job.n_prompt, 0, prompt_seconds=spent))
+        if job.is_complete:
+            self._events.append(Vectors(job.id, tuple(input.vector for input in job.inputs)))
+        spent, reason = time.perf_counter() - job.started if job.started else 0.0, "stop" if job.is_complete else "cancelled"
+        self._events.append(Finished(job.id, reason, job.n_prompt, 0, prompt_seconds=spent))
 
     def failed(self, id: int, error: ApiError) -> None:
         self._events.append(failure(id, error))
@@ -6387,20 +6242,18 @@ class Outbox:
         for event in events:
             self._send(event if isinstance(event, Accepted) else Stepped((event,), self.running))
 
-    def due(self) -> bool:
-        """Whether a message should go out now: something ended, or the last one was FLUSH_SECONDS ago."""
-        return bool(self._events) or time.perf_counter() - self._sent_at >= FLUSH_SECONDS
-
-    def flush(self, running: int, cells: int) -> None:
-        """Sends one message for all that the last steps made."""
-        pieces = []
+    def flush(self, now: bool = True) -> None:
+        """Sends one message for all that the last steps made: now, or if something ended or the last was FLUSH_SECONDS ago."""
+        if not (now or self._events or time.perf_counter() - self._sent_at >= FLUSH_SECONDS):
+            return
+        pieces, (self.running, cells) = [], self._counts()
         for sequence in self._unsent:
             pieces.append(Piece(sequence.id, sequence.unsent, tuple(sequence.logprobs), sequence.n_tokens - sequence.n_told))
             sequence.unsent, sequence.n_told = "", sequence.n_tokens
             sequence.logprobs.clear()
-        events, self._events, self._unsent, self.running = (*pieces, *self._events), [], [], running
+        events, self._events, self._unsent = (*pieces, *self._events), [], []
         self._sent_at = time.perf_counter()
-        self._send(Stepped(events, running, cells))
+        self._send(Stepped(events, self.running, cells))
 
     def _send(self, message: Any) -> None:
         """With the parent gone the process ends."""
@@ -6587,21 +6440,14 @@ class Intake:
 
     def _tokenized_segments(self, prompt: Seq[str | Picture]) -> Prompt:
         """The cells of texts and pictures, one behind another."""
-        parts, media, pictures = [self.llama.vocab.tokens(first=True)], list[Medium](), dict[str, Picture]()
-        at = position = len(parts[0])
-        for segment in prompt:
-            if isinstance(segment, str):
-                parts.append(self.llama.vocab.tokens(segment))
-                position += len(parts[-1])
-            else:
-                assert self.llama.eyes
-                layout = self.llama.eyes.layout(segment)
-                parts.append(layout.cells)
-                media += [medium.moved(at, position) for medium in layout.media]
-                pictures |= {medium.key: segment for medium in layout.media}
-                position += layout.n_pos
-            at += len(parts[-1])
-        return Prompt(self.llama.np.concatenate(parts), tuple(media), pictures)
+        vocab, eyes, media, at, position = self.llama.vocab, self.llama.eyes, list[Medium](), 0, 0
+        parts = [Prompt(vocab.tokens(first=True))]
+        parts += [eyes.layout(s) if eyes and isinstance(s, Picture) else Prompt(vocab.tokens(str(s))) for s in prompt]
+        for part in parts:
+            media += [medium.moved(at, position) for medium in part.media]
+            at, position = at + len(part.tokens), position + part.n_pos
+        pictures = {segment.key: segment for segment in prompt if isinstance(segment, Picture)}
+        return Prompt(self.llama.np.concatenate([part.tokens for part in parts]), tuple(media), pictures)
 
     def _inputs(self, job: Embed, submission: Submission) -> Generator[None, None, list[Any]]:
         """The token ids of each input, all int32 arrays; yields between them. Raises ContextLengthExceeded, or InvalidRequest."""
@@ -6643,8 +6489,8 @@ class Picker:
     PATIENCE = 0.01  # seconds of each step in which grammars are asked what comes next
     SEEKING, SEEKING_EACH = 5.0, 0.1  # seconds in which one may be asked for a text, and more for each token
 
-    def __init__(self, llama: Llama, scheduler: Scheduler, outbox: Outbox, intake: Intake, flush: Callable[[], None]) -> None:
-        self.llama, self.scheduler, self.outbox, self.intake, self.flush = llama, scheduler, outbox, intake, flush
+    def __init__(self, llama: Llama, scheduler: Scheduler, outbox: Outbox, intake: Intake) -> None:
+        self.llama, self.scheduler, self.outbox, self.intake = llama, scheduler, outbox, intake
         self.sought = 0.0  # CPU seconds this step has spent picking for sequences with a grammar
 
     def sample(self, plan: Seq[tuple[Sequence, int]]) -> bool:
@@ -6657,7 +6503,7 @@ class Picker:
                 ready.append((sequence, row, slice(start, end)))
             sequence.n_computed = min(sequence.n_computed + count, sequence.n_tokens)
             if sequence.n_computed in sequence.borders:
-                self.scheduler.cache.save(Prefix.of(sequence, self.llama.main.oldest(sequence.row)), self.llama.main)
+                self.scheduler.cache.save(Prefix.of(sequence, self.llama.main), self.llama.main)
         if not ready:
             return False
         logits = self.llama.main.logits(end)
@@ -6703,15 +6549,18 @@ class Picker:
 
     def _score(self, sequence: Sequence, logits: Any) -> None:
         """Gives out the prompt's tokens that its rows computed last were to predict; the first of all has no row before it."""
-        vocab, echo, alternatives = self.llama.vocab, sequence.echo, sequence.sampling.logprobs or 0
+        vocab, alternatives = self.llama.vocab, sequence.sampling.logprobs or 0
         start, end = sequence.n_computed - len(logits) + 1, min(sequence.n_computed + 1, sequence.n_prompt)
-        assert echo
-        for at in range(echo.n_echoed, end):
+        assert sequence.echo
+        for at in range(sequence.n_echoed, end):
             token = int(sequence.tokens[at])
-            known = LogProbs(vocab, logits[at - start]).of(token, alternatives) if at else None
-            told, text = echo.tell(known or TokenLogprob(vocab.name(token), math.nan, id=token))
+            told = LogProbs(vocab, logits[at - start]).of(token, alternatives) if at else TokenLogprob(
+                vocab.name(token), math.nan, id=token)  # fmt: skip
+            if at == sequence.blank_at:
+                told = replace(told, token=told.token.removeprefix(b" "))
             sequence.logprobs.append(told)
-            self.outbox.text(sequence, text)
+            self.outbox.text(sequence, sequence.echo.decode(told.token))
+            sequence.n_echoed += 1
 
     def ask_again(self) -> None:
         """Resumes unfinished grammars, least served first."""
@@ -6721,8 +6570,7 @@ class Picker:
                 self.jump(sequence)
             elif sequence.logits is not None and not sequence.pending:
                 self._pick(sequence, sequence.logits, -1)
-            if self.outbox.due():
-                self.flush()
+            self.outbox.flush(now=False)
 
     def _ask(self, sequence: Sequence, question: Callable[[], Result]) -> Result | None:
         """What a sequence's grammar answers; None if it needs more time, or cannot be followed, which ends the sequence."""
@@ -6764,9 +6612,6 @@ class Picker:
             self.finish(sequence, "stop")
             return
         sequence.append(token)
-        if sequence.known:
-            sequence.unshown.append(sequence.known.of(token, sampling.logprobs or 0))
-            sequence.known = None
         self.jump(sequence)
 
     def jump(self, sequence: Sequence) -> None:
@@ -6787,10 +6632,14 @@ class Picker:
             token = int(sequence.tokens[sequence.n_shown])
             sequence.n_shown += 1
             marker = vocab.marker_pieces.get(token) if sequence.markers else None
-            piece = marker.encode() if marker in sequence.markers else vocab.piece(token)
-            self.outbox.text(sequence, sequence.show(piece))
+            text = sequence.text.push(marker.encode() if marker in sequence.markers else vocab.piece(token))
+            if sequence.known:  # then no token is shown but the one that was picked
+                logprob = sequence.known.of(token, sequence.sampling.logprobs or 0)
+                sequence.unshown.append((logprob, sequence.text.position))
+                sequence.known = None
+            self.outbox.text(sequence, sequence.ready(text))
             if sequence.thought:
-                sequence.watch_thought(vocab.shown(token))
+                sequence.forced.extend(sequence.thought.add(vocab.shown(token), sequence.text.is_whole))
 
     def finish(self, sequence: Sequence, reason: str) -> None:
         self.outbox.finished(sequence, reason)
@@ -6814,41 +6663,39 @@ class Engine:
 
     def __init__(self, llama: Llama, pipe: Pipe, pulse: Pulse) -> None:
         self.llama, self.main, self.pulse = llama, llama.main, pulse
-        self.outbox = Outbox(pipe)
+        self.outbox = Outbox(pipe, self._counts)
         self.intake = Intake(llama, self.outbox)
         self.inbox = self.intake.inbox
         self.scheduler = Scheduler(llama, llama.options.parallel)
-        self.picker = Picker(llama, self.scheduler, self.outbox, self.intake, self._flush)
-        self.embedder = Embedder(llama, self.scheduler, self._step_streams)
-        self.encoder = Encoder(llama.eyes, self.scheduler, self._step_streams) if llama.eyes else None
+        self.picker = Picker(llama, self.scheduler, self.outbox, self.intake)
+        self.aside = Aside(self.scheduler.due, self._step_streams)
+        self.embedder = Embedder(llama, self.scheduler, self.aside)
+        self.encoder = Encoder(llama.eyes, self.scheduler, self.aside) if llama.eyes else None
         self._may_read_aside = llama.on_cpu  # whether to make a prompt reader: a GPU is quick with slices
         # whether to make it soon: several sequences have run at once, or the first picture must not hold up a stream
         self._wants_reader = llama.eyes is not None
 
     def run(self) -> None:
         """Main loop: takes messages, steps while work remains, sleeps otherwise."""
+        scheduler, cache = self.scheduler, self.scheduler.cache
         while not self.intake.closing:
-            if self.scheduler.active or self.scheduler.waiting or self.embedder.jobs:
+            if scheduler.active or scheduler.waiting or self.embedder.jobs:
                 self._take_all()
                 self.step()
             else:
                 self._rest()
                 self.pulse.begin("rest")
                 with contextlib.suppress(queue.Empty):
-                    self._take(self.inbox.get(timeout=self.scheduler.cache.write_in()))
-
+                    self._take(self.inbox.get(timeout=cache.write_in()))
         self._take_all()
-        while self._write_prefix(hurry=True):
+        while cache.write(scheduler.pace.row, hurry=True):
             pass
         os._exit(0)
-
-    def _write_prefix(self, hurry: bool = False) -> bool:
-        return self.scheduler.cache.write(self.scheduler.pace.row, hurry)
 
     def _rest(self) -> None:
         """Idle work: saves prefixes, makes the prompt reader where several sequences ran at once, runs the cycle collector."""
         self.pulse.begin("move")
-        while self.inbox.empty() and (self._tidy() or self._write_prefix()):
+        while self.inbox.empty() and (self._tidy() or self.scheduler.cache.write(self.scheduler.pace.row)):
             self.pulse.begin("move")
         if self._wants_reader and self._may_read_aside and not self.scheduler.reader and self.inbox.empty():
             self._make_reader()
@@ -6870,11 +6717,11 @@ class Engine:
             self.scheduler.waiting.append(work)
             self.picker.jump(work)
             if work.n_jumped or work.done:
-                self._flush()
+                self.outbox.flush()
         if work is None or work.submission.cancelled:
             for gone in [s for s in (*self.scheduler.active, *self.scheduler.waiting) if s.submission.cancelled]:
                 self.picker.finish(gone, "cancelled")
-            self._flush()
+            self.outbox.flush()
 
     def step(self) -> None:
         """A step of the main context, or a batch of the prompt reader with the main context's steps in between."""
@@ -6885,6 +6732,8 @@ class Engine:
         reader = self.scheduler.reader
         if reader and (plan := reader.plan()):
             self._read_aside(reader, plan)
+            if any(s.pending == 1 for s in reader.reading):
+                self._step_streams()  # to bring one back takes as long as a step
         else:
             self._decode()
         self.scheduler.bring_back()
@@ -6901,8 +6750,7 @@ class Engine:
         except PictureError as error:
             encoder.leave()
             self.picker.fail(sequence, f"a picture {error}")
-        if self.outbox.due():
-            self._flush()
+        self.outbox.flush(now=False)
 
     def _embed(self) -> None:
         """One batch of inputs that become vectors; running streams step in the middle of it."""
@@ -6921,12 +6769,11 @@ class Engine:
                 job.error = error if isinstance(error, ApiError) else GenerationFailed(str(error))
         self.intake.in_step = ()
         self._end_embeddings()
-        if self.outbox.due():
-            self._flush()
+        self.outbox.flush(now=False)
 
     def _end_embeddings(self) -> None:
         """Lets go of jobs that are over; not in the middle of a batch, whose cells cannot be dropped."""
-        for job in [j for j in self.embedder.jobs if j.is_over]:
+        for job in [j for j in self.embedder.jobs if j.submission.cancelled or j.error or j.is_complete]:
             self.outbox.embedded(job)
             self.embedder.drop(job)
             self.intake.ended(job.id)
@@ -6937,7 +6784,7 @@ class Engine:
         free, need = available_memory(), self.llama.kv_bytes * self.llama.ctx + 64 * MIB
         try:
             if free is None or free > 2 * need:
-                self.scheduler.reader = PromptReader(self.llama, self.scheduler.due, self._step_streams)
+                self.scheduler.reader = PromptReader(self.llama, self.aside)
         except LoadError as error:
             self._may_read_aside = False
             log.warning("long prompts are read in slices: %s", error)
@@ -6948,9 +6795,9 @@ class Engine:
         if status := reader.read(plan):
             for sequence in reader.reading:
                 self.picker.fail(sequence, f"llama_decode returned {status}")
-            self._flush()
+            self.outbox.flush()
         for sequence in [s for s, _ in plan if s.pending > 1 and s.n_computed in s.borders and not s.done]:
-            self.scheduler.cache.save(Prefix.of(sequence, 0), reader.context)
+            self.scheduler.cache.save(Prefix.of(sequence, reader.context), reader.context)
 
     def _step_streams(self) -> None:
         """Between operations of what is computed aside (prompts, pictures, vectors): lets newcomers in and streams step."""
@@ -6962,8 +6809,7 @@ class Engine:
     def _decode(self) -> None:
         """One decode in the main context for everybody: prompts advance, decoding sequences gain a token."""
         scheduler = self.scheduler
-        if self._running() != self.outbox.running:
-            self._flush()
+        self.outbox.flush(now=self._counts()[0] != self.outbox.running)
         self.picker.ask_again()
         plan = scheduler.schedule()
         if not plan:
@@ -6985,9 +6831,7 @@ class Engine:
             return
         scheduler.pace.record(decoding, tokens, scheduler.stepped_at - started, drafted)
         self.pulse.begin("sample")
-        urgent = self.picker.sample(plan)
-        if urgent or self.outbox.due():
-            self._flush()
+        self.outbox.flush(now=self.picker.sample(plan))
 
     def _begin_decode(self, tokens: int) -> None:
         """Sets the heartbeat's limit: 30 s and, as RPC servers hang silently, 4 times the load-time measure for each token."""
@@ -7011,18 +6855,20 @@ class Engine:
             if back and not self.scheduler.running:  # it was alone, and the pool holds a whole context
                 self.picker.fail(back, "the KV cache is full")
         elif status == 2:
-            self.scheduler.cache.undo([s for s, _ in plan])
+            for sequence, _ in plan if self.llama.cuttable else ():
+                self.scheduler.cache.cut(sequence)
+            if not self.llama.cuttable:  # it has moved every state
+                self.scheduler.cache.clear(False)
         else:
             for sequence in list(self.scheduler.running):
                 self.picker.fail(sequence, f"llama_decode returned {status}")
             self.scheduler.cache.clear(True)
-        self._flush()
+        self.outbox.flush()
 
-    def _running(self) -> int:
-        return len(self.scheduler.active) + len(self.embedder.jobs)
-
-    def _flush(self) -> None:
-        self.outbox.flush(self._running(), min(self.llama.pool, held_cells(self.scheduler.running)))
+    def _counts(self) -> tuple[int, int]:
+        """How many sequences and jobs run, and the cells that they hold."""
+        running = len(self.scheduler.active) + len(self.embedder.jobs)
+        return running, min(self.llama.pool, held_cells(self.scheduler.running))
 
 
 BEAT_SECONDS = 1.0  # between two heartbeats of a child
@@ -11063,7 +10909,7 @@ def answer_slots(call: Call) -> list[dict[str, Any]]:
     id = None if not wanted else call.service.table.info(wanted).id
     places = [(r, i) for r in call.service.table.workers() if id in (None, r.info.id) for i in range(r.parallel)]
     slots = [
-        {"id": n, "id_task": -1, "n_ctx": r.loaded.ctx, "speculative": False, "model": r.info.id,
+        {"id": n, "id_task": -1, "n_ctx": r.loaded.ctx, "speculative": r.loaded.drafts, "model": r.info.id,
          "is_processing": i < r.counts()[0]}
         for n, (r, i) in enumerate(places)
     ]
