@@ -6519,7 +6519,7 @@ class Intake:
 
     def _begin(self, submission: Submission, prompt: Prompt) -> None:
         """Hands a text to the step loop; its grammar is read first."""
-        with TURN.behind(self.llama.gate, submission):
+        with TURN.reading(self.llama.gate, submission):
             sequence = Sequence(submission, prompt, self.llama)
         self._hand_on(sequence)
 
@@ -15440,14 +15440,9 @@ class Word(Symbol):
     data: bytes
     at: int = 0
 
-    @property
-    def firsts(self) -> int:  # type: ignore[override]
-        return 1 << self.data[self.at]
-
-    def step(self, byte: int) -> Symbols | None:
-        if byte != self.data[self.at]:
-            return None
-        return (Word(self.data, self.at + 1),) if self.at + 1 < len(self.data) else ()
+    @functools.cached_property
+    def after(self) -> Mapping[int, Symbols]:
+        return {self.data[self.at]: (Word(self.data, self.at + 1),) if self.at + 1 < len(self.data) else ()}
 
 
 def word(text: str) -> Symbol:
@@ -15616,11 +15611,12 @@ class State:
 
     def read(self, data: bytes) -> State | None:
         """The state behind some bytes; None if they may not come."""
-        here: State | None = self
+        here = self
         for byte in data:
-            if here is None:
+            behind = here._next[byte] if byte in here._next else here.step(byte)
+            if behind is None:
                 return None
-            here = here._next[byte] if byte in here._next else here.step(byte)
+            here = behind
         return here
 
     def forced(self, most: int) -> bytes:
@@ -15646,8 +15642,7 @@ class Turn(threading.local):
 
     READING = 20.0  # seconds in which a grammar must be read; the slowest of MaskBench's 11,305 schemas take 1
 
-    _ends = math.inf
-    _is_limited = False
+    _ends, _is_reading = math.inf, False
     _gate: Gate | None = None
     _client: Any = None  # nobody waits for the work any more where it is `cancelled`
 
@@ -15665,34 +15660,22 @@ class Turn(threading.local):
             raise NotYet
 
     def tick(self) -> None:
-        """Call every few µs within a step. Raises NotYet when limited work takes too long, Cancelled when nobody waits for it."""
-        if self._is_limited or self._gate or self._client:
+        """Call every few µs within a step. Raises NotYet when reading takes too long, Cancelled when nobody waits for it."""
+        if self._is_reading:
             self.kept()
 
     @contextlib.contextmanager
-    def limited(self, seconds: float) -> Iterator[None]:
-        """Ends work after `seconds`: it must then be done elsewhere, from its start."""
+    def reading(self, gate: Gate | None = None, client: Any = None, seconds: float = READING) -> Iterator[None]:
+        """Lets grammars be read while a gate is open, their client waits and time is left: else reading must begin anew."""
+        self._is_reading, self._gate, self._client = True, gate, client
         self.begin(seconds)
-        self._is_limited = True
-        try:
-            with contextlib.suppress(NotYet):
-                yield
-        finally:
-            self.begin(math.inf)
-            self._is_limited = False
-
-    @contextlib.contextmanager
-    def behind(self, gate: Gate | None, client: Any) -> Iterator[None]:
-        """Lets work go on only while a gate is open and its client waits for it, and so long that other clients' can wait."""
-        self._gate, self._client = gate, client
-        self.begin(self.READING)
         if gate:
             gate.count(1)
         try:
             yield
         finally:
             self.begin(math.inf)
-            self._gate = self._client = None
+            self._is_reading, self._gate, self._client = False, None, None
             if gate:
                 gate.count(-1)
 
@@ -15809,7 +15792,7 @@ class Automaton:
 
 # ── D.2. Patterns ─────────────────────────────────────────────────────────────────────────────────────────────────────
 # Regular expressions and GBNF grammars, read into symbols.
-# Offers: read_pattern, read_gbnf, Gbnf, token_names; ranges of characters (merged, others, touching). Uses: D.1's symbols.
+# Offers: PatternReader, read_gbnf, Gbnf, token_names; ranges of characters (merged, others, touching). Uses: D.1's symbols.
 
 Ranges = tuple[tuple[int, int], ...]  # code points, first and last, ascending and apart
 EVERY_CHAR: Ranges = ((0, 0xD7FF), (0xE000, 0x10FFFF))
@@ -15832,6 +15815,7 @@ def touching(spans: Iterable[tuple[int, Any]]) -> list[tuple[int, Any]]:
     return found
 
 
+@functools.lru_cache(maxsize=100)
 def others(ranges: Ranges) -> Ranges:
     """The characters outside of ranges."""
     edges = [(-1, -1), *ranges, (0x110000, 0x110000)]
@@ -15861,14 +15845,14 @@ class Reader:
     A subclass has the TOKENs of its language, and reads one part and one character.
     """
 
-    MAX_TEXT, MAX_DEPTH, MAX_REPEATS = 500_000, 100, 10**9
+    MAX_TEXT, MAX_DEPTH, MAX_REPEATS, MAX_RANGES = 500_000, 100, 10**9, 100_000
     TOKEN: ClassVar[re.Pattern[str]]
     SIGNS: ClassVar[dict[str | None, tuple[int, int | None]]] = {"*": (0, None), "+": (1, None), "?": (0, 1)}
     REPEATS_REPEATS = True  # a** is (a*)*
     DOT = EVERY_CHAR
 
     def __init__(self, text: str) -> None:
-        self.text, self.at = text, 0
+        self.text, self.at, self.ranges = text, 0, 0
         self.token: re.Match[str] | None = None
         self.kind: str | None = None  # of the token; None: the end
         if len(text) > self.MAX_TEXT:
@@ -15963,11 +15947,16 @@ class Reader:
                     low = (*low, (45, 45), *high)
             found |= set(low)
         self.at += 1
-        return others(merged(found)) if negated else merged(found)
+        ranges = others(merged(found)) if negated else merged(found)
+        self.ranges += len(ranges)
+        if self.ranges > self.MAX_RANGES:
+            raise self.refuse(f"its classes hold over {self.MAX_RANGES} ranges of characters")
+        return ranges
 
 
 class PatternReader(Reader):
-    """Reads one regular expression in the syntax of ECMA 262, as JSON Schema wants it.
+    """Reads one regular expression in the syntax of ECMA 262, as JSON Schema wants it, into AnyOf, InOrder, Repeated, OneChar,
+    Edge and Ahead. Raises InvalidRequest saying why it cannot be honoured.
 
     Beyond it, where ECMA 262 says nothing useful, Python's: `{,n}`, `(?P<name>…)`, `(?#…)`, `\\A` and `\\Z`.
     """
@@ -16089,13 +16078,6 @@ def general_categories() -> dict[str, list[tuple[int, int]]]:
 def category_ranges(name: str) -> Ranges:
     """The characters of the categories that begin so."""
     return merged(itertools.chain(*(ranges for category, ranges in general_categories().items() if category.startswith(name))))
-
-
-@functools.lru_cache(maxsize=1000)
-def read_pattern(text: str) -> Symbol:
-    """Reads a regular expression into AnyOf, InOrder, Repeated, OneChar, Edge and Ahead. Raises InvalidRequest saying why it
-    cannot be honoured."""
-    return PatternReader(text).read()
 
 
 @dataclass(frozen=True)
@@ -16282,7 +16264,7 @@ class Texts:
 
 
 Moves = tuple[tuple[Ranges, Texts], ...]  # characters that may come first, and the texts that follow one of them
-MAX_OPTIONS = 1000
+MAX_OPTIONS, MAX_RULES = 1000, 100
 
 
 def _make(kind: str, data: Any = None, parts: tuple[Texts, ...] = ()) -> Texts:
@@ -16385,6 +16367,8 @@ def intersection(parts: Iterable[Texts]) -> Texts:
     flat.pop(ALL, None)
     if NONE in flat or any(part.kind == "not" and part.parts[0] in flat for part in flat):
         return NONE
+    if len(flat) > MAX_RULES:
+        raise InvalidRequest(f"pattern: over {MAX_RULES} rules for one text (lookaheads, allOf) cannot be honoured")
     return sized(_of_some("both", flat, ALL), low, high)
 
 
@@ -16404,11 +16388,14 @@ def complement(texts: Texts) -> Texts:
     return texts.parts[0] if texts.kind == "not" else _make("not", parts=(texts,))
 
 
+@dataclass(frozen=True, eq=False)
 class WordList:
     """Some of the texts of a sorted list, which begin alike: from `low` to `high`, from their character `at` on."""
 
-    def __init__(self, texts: list[str], low: int, high: int, at: int) -> None:
-        self.texts, self.low, self.high, self.at = texts, low, high, at
+    texts: list[str]
+    low: int
+    high: int
+    at: int
 
     def rest(self) -> Iterator[str]:
         """The texts, without what was read."""
@@ -16535,15 +16522,18 @@ def before(pattern: Symbol, rest: tuple[Texts, Texts]) -> tuple[Texts, Texts]:
 def texts_by(keyword: str, value: str, wanted: bool = True) -> Texts:
     """The strings that a schema's `pattern` or `format` admits; without `wanted` all others. Raises InvalidRequest saying why
     it cannot be honoured."""
+    longest = math.inf
     if keyword == "pattern":
-        pattern = InOrder((Repeated(OneChar(EVERY_CHAR)), read_pattern(value)))
+        pattern = PatternReader(value).read()
     elif value in UNKNOWN_FORMATS or (value in PARTIAL_FORMATS and not wanted):
         raise InvalidRequest(f"{'' if wanted else 'not '}format {_said(value)} cannot be honoured")
+    elif value in FORMATS:
+        pattern = InOrder((Edge(False), PatternReader(FORMATS[value]).read(), Edge(True)))
+        longest = MAX_HOSTNAME if value == "hostname" else longest
     else:  # what is no standard's is a remark
-        pattern = InOrder((Edge(False), read_pattern(FORMATS[value]), Edge(True))) if value in FORMATS else InOrder(())
-    longest = MAX_HOSTNAME if (keyword, value) == ("format", "hostname") else math.inf
-    found = sized(before(pattern, (ALL, ALL))[0], 0, longest)
-    return found if wanted else complement(found)
+        return ALL if wanted else NONE
+    found = before(InOrder((Repeated(OneChar(EVERY_CHAR)), pattern)), (ALL, ALL))[0]
+    return sized(found, 0, longest) if wanted else complement(found)
 
 
 # What can still be reached
@@ -16819,13 +16809,11 @@ class NumberMachine:
     """
 
     DIGITS, MAX_DIGITS, PLACES, MORE_PLACES, MAX_PLACES, DOUBLE = 20, 40, 18, 3, 60, 15
-    MAX_UNLIKE, MAX_TRIES = 10, 64  # of 58 multiples in a row, one at least is a multiple of none of 10 others (Jacobsthal)
+    MAX_TRIES = 64  # of 58 multiples in a row, one at least is a multiple of none of 10 others (Jacobsthal)
 
     def __init__(self, shape: NumberShape) -> None:
         multiples = [exact(value) for value in (*shape.multiples, *((1,) if shape.whole else ()))]
         unlike = [exact(value) for value in shape.not_multiples]
-        if len(unlike) > self.MAX_UNLIKE:
-            raise InvalidRequest(f"over {self.MAX_UNLIKE} multipleOf that must not hold cannot be honoured")
         units = [functools.reduce(self._common, multiples)] if multiples else []
         bounds = [exact(bound[0]) for bound in (shape.low, shape.high) if bound and abs(bound[0]) < 10**self.MAX_DIGITS]
         self.has_bounds, has_factors = bool(shape.low or shape.high), bool(multiples or unlike)
@@ -16933,9 +16921,9 @@ class JsonNumber(Symbol):
 
     def _longer(self, digit: int) -> JsonNumber | None:
         part = {"": "whole" if digit else "zero", "point": "fraction"}.get(self.part, self.part)
-        is_short = not self.machine.has_bounds or part == "fraction" or (part == "whole" and not self.part)
+        keeps_exponent = not self.machine.has_bounds or part == "fraction" or (part == "whole" and not self.part)
         return replace(self, part=part, value=self.value * 10 + digit, count=self.count + 1,
-                       exponent=self.exponent if is_short else None)._if_possible()  # fmt: skip
+                       exponent=self.exponent if keeps_exponent else None)._if_possible()  # fmt: skip
 
     def _range(self, more: int) -> tuple[int, int]:
         """The magnitudes that so many further digits before the point can make, or all behind it."""
@@ -18742,7 +18730,7 @@ READING_SECONDS = 0.005  # of a grammar: 95 of 100 schemas take less
 
 def read_soon(root: Symbol) -> bool:
     """Reads a grammar for up to 5 ms; False for a slower one, which is read where no text waits. Raises InvalidRequest."""
-    with TURN.limited(READING_SECONDS):
+    with contextlib.suppress(NotYet), TURN.reading(seconds=READING_SECONDS):
         read_ahead(root)
         return True
     return False

@@ -4268,7 +4268,8 @@ def test_pattern_takes_what_it_matches(text, yes, no):
 
 @each(text=[
     "(a)\\1", "\\bfoo", "(?<=a)b", "(?<!a)b", "(?i)a", "\\k<a>", "\\q", "\\p{Greek}", "\\uD8ZZ\\uDCZZ", "(", "a)", "[a", "*a",
-    "a**", "a{2,1}", "[z-a]", "(?:(?!b)a){2}", "^((?!foo).)*$", "((^|, )(foo|bar))+$", "\\", "a{9999999999}"
+    "a**", "a{2,1}", "[z-a]", "(?:(?!b)a){2}", "^((?!foo).)*$", "((^|, )(foo|bar))+$", "\\", "a{9999999999}",
+    "[\\P{L}a]" * 200
 ])  # fmt: skip
 def test_pattern_that_cannot_be_honoured_is_refused_by_name(text):
     with pytest.raises(InvalidRequest, match="pattern"):
@@ -4408,6 +4409,8 @@ HOSTILE_PATTERNS = [
     "(?!" * 30 + "a" + ")" * 30,
     "^(" + "|".join(f"[{chr(0x4E00 + n)}-{chr(0x7E00 + n)}]" for n in range(2000)) + ")*$",
     r"\p{L}" * 4000,
+    r"[\P{L}a]" * 2400,
+    "^" + "".join(f"(?=.*{chr(0x4E00 + n)})" for n in range(2000)),
 ]
 
 
@@ -4437,6 +4440,10 @@ READ: list[tuple[Strings | NumberShape, list[str], Seq[str | bytes]]] = [
     (NumberShape(True, (0, False)), ["100"], ["1e2"]),
     (NumberShape(), ["1e100", "12.5e-120", "0e1"], ["1e400", "1e0001"]),
     (NumberShape(high=(1, True)), ["0.999999"], ["0.99999999999999999", "1"]),  # as near to it as doubles are
+    (NumberShape(low=(2**53 + 1, False)), ["9007199254740994", "9007199254740994.5"], ["9007199254740993.0"]),
+    (NumberShape(True, (2**53 + 1, False)), ["9007199254740993"], ["9007199254740992"]),
+    (NumberShape(True, None, (2.0**63, False)), ["9223372036854775808"], ["9223372036854775809"]),
+    (NumberShape(excluded=frozenset([0.1, 2])), ["0.11", "2.1"], ["0.1", "0.100000000000000001", "2.0"]),
 ]  # fmt: skip
 
 
@@ -5751,6 +5758,7 @@ def test_text_that_nests_too_deep_to_be_followed_is_refused() -> None:
         {**OBJECT, "maxProperties": 0}, {**OBJECT, "additionalProperties": False}]}, "uniqueItems"),
     "more of contains than can be told apart": (
         {"allOf": [{**ANY_ARRAY, "contains": {"const": n}} for n in range(14)]}, "over 13 contains"),
+    "multiples of nothing": ({"multipleOf": 0}, "multipleOf"),
     "multiples of too much": ({"allOf": [{"multipleOf": 10**299 + n} for n in range(9)]}, "multipleOf"),
     "objects that close each other out": (
         {"allOf": [{**OBJECT, "properties": {n: {}}, "required": [n], "additionalProperties": False} for n in "ab"]},
@@ -5776,7 +5784,7 @@ def test_value_that_must_be_contained_counts_however_it_is_written() -> None:
 
 def test_thirteen_of_contains_are_read_in_turns() -> None:
     schema, begun = {"allOf": [{**ANY_ARRAY, "contains": {"const": n}} for n in range(13)]}, time.thread_time()
-    with TURN.limited(0.005):
+    with contextlib.suppress(NotYet), TURN.reading(seconds=0.005):
         begin(schema)
     assert time.thread_time() - begun < 0.5
 
@@ -5858,10 +5866,10 @@ def test_gate_is_idle_when_the_last_of_its_threads_has_ended():
     gate = module.Gate()
 
     def work() -> None:
-        with TURN.behind(gate, Cancellation()):
+        with TURN.reading(gate, Cancellation()):
             TURN.tick()
 
-    with TURN.behind(gate, Cancellation()):
+    with TURN.reading(gate, Cancellation()):
         other = threading.Thread(target=work)
         other.start()
         other.join()
@@ -5879,7 +5887,7 @@ def test_work_behind_a_gate_waits_while_it_is_shut():
     gate, ticks = module.Gate(), itertools.count()
 
     def work() -> None:
-        with TURN.behind(gate, Cancellation()):
+        with TURN.reading(gate, Cancellation()):
             while next(ticks) < 20_000_000 and not done.is_set():
                 TURN.tick()
 
@@ -10237,7 +10245,7 @@ def test_grammar_that_llama_cpp_would_not_read_or_we_cannot_is_refused(grammar: 
 def test_grammar_of_a_long_chain_of_rules_is_read_soon_and_tokens_are_named() -> None:
     rules = "\n".join(f'a{n} ::= a{n + 1} | "y" a{n + 1} a{n}' for n in range(8000))
     begun = time.thread_time()
-    with TURN.limited(0.02):
+    with contextlib.suppress(NotYet), TURN.reading(seconds=0.02):
         module.read_gbnf(f'root ::= a0\n{rules}\na8000 ::= "z"')
     assert time.thread_time() - begun < 0.5, "it counts its time all along"
     module.read_gbnf(f'root ::= a0\n{rules}\na8000 ::= "z"')
