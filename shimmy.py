@@ -15842,13 +15842,15 @@ class Ahead(Symbol):
 class Reader:
     """Reads what regular expressions and GBNF share: choices of sequences of repeated parts, brackets, character classes.
 
-    A subclass has the TOKENs of its language, and reads one part and one character.
+    A subclass has the patterns of its language, TOKEN and CHAR, and reads one part and its own escapes.
     """
 
     MAX_TEXT, MAX_DEPTH, MAX_REPEATS, MAX_RANGES = 500_000, 100, 10**9, 100_000
     TOKEN: ClassVar[re.Pattern[str]]
+    CHAR: ClassVar[re.Pattern[str]]  # groups: codes in hexadecimal, what is escaped, what is not
+    ESCAPES: ClassVar[dict[str, str]]
     SIGNS: ClassVar[dict[str | None, tuple[int, int | None]]] = {"*": (0, None), "+": (1, None), "?": (0, 1)}
-    REPEATS_REPEATS = True  # a** is (a*)*
+    REPEATS_REPEATS = WHOLE_CHARS = True  # a** is (a*)*; halves of surrogate pairs are none
     DOT = EVERY_CHAR
 
     def __init__(self, text: str) -> None:
@@ -15870,7 +15872,22 @@ class Reader:
 
     def member(self) -> Ranges:
         """Reads a character of a class, or a named class, at `at`."""
-        raise NotImplementedError
+        match = self.CHAR.match(self.text, self.at)
+        if match is None:
+            raise self.refuse("it ends with a backslash")
+        self.at = match.end()
+        *codes, escaped, plain = match.groups()
+        digits = next(filter(None, codes), None)
+        if escaped and escaped not in self.ESCAPES:
+            return self.escaped(escaped)
+        code = int(digits, 16) if digits else ord(plain or self.ESCAPES[escaped])
+        if code > 0x10FFFF or (self.WHOLE_CHARS and 0xD800 <= code <= 0xDFFF):
+            raise self.refuse(f"{match[0]} is not a character")
+        return ((code, code),)
+
+    def escaped(self, text: str) -> Ranges:
+        """The characters that a backslash and a text mean, beyond ESCAPES. Raises InvalidRequest where they mean none."""
+        raise self.refuse("the escape " + _said("\\" + text) + " is unknown")
 
     def word(self) -> str:
         """The token's text."""
@@ -15926,16 +15943,22 @@ class Reader:
             raise self.refuse("a bracket is not closed")
         return inside
 
+    def members(self, closes: str, what: str) -> Iterator[Ranges]:
+        """Reads characters up to the closing sign, from `at` on."""
+        while not self.text.startswith(closes, self.at):
+            TURN.tick()
+            if self.at >= len(self.text):
+                raise self.refuse(f"{what} is not closed")
+            yield self.member()
+        self.at += 1
+
     def characters(self) -> Ranges:
         """Reads a class in square brackets, from behind the opening one."""
         negated = self.text.startswith("^", self.at)
         self.at += negated
         found = set[tuple[int, int]]()
-        while not self.text.startswith("]", self.at):
-            TURN.tick()
-            if self.at >= len(self.text):
-                raise self.refuse("a square bracket is not closed")
-            low, begun = self.member(), self.at
+        for low in self.members("]", "a square bracket"):
+            begun = self.at
             if self.text.startswith("-", self.at) and self.text[self.at + 1 : self.at + 2] not in ("]", ""):
                 self.at += 1
                 high = self.member()
@@ -15946,7 +15969,6 @@ class Reader:
                 else:  # [\w-.]: the hyphen is one
                     low = (*low, (45, 45), *high)
             found |= set(low)
-        self.at += 1
         ranges = others(merged(found)) if negated else merged(found)
         self.ranges += len(ranges)
         if self.ranges > self.MAX_RANGES:
@@ -15961,20 +15983,19 @@ class PatternReader(Reader):
     Beyond it, where ECMA 262 says nothing useful, Python's: `{,n}`, `(?P<name>…)`, `(?#…)`, `\\A` and `\\Z`.
     """
 
-    MAX_TEXT, MAX_DEPTH, REPEATS_REPEATS = 20_000, 40, False
+    MAX_TEXT, MAX_DEPTH, REPEATS_REPEATS, WHOLE_CHARS = 20_000, 40, False, False
     SPACES = merged([(9, 13), (32, 32), (0xA0, 0xA0), (0x1680, 0x1680), (0x2000, 0x200A), (0x2028, 0x2029), (0x202F, 0x202F),
                      (0x205F, 0x205F), (0x3000, 0x3000), (0xFEFF, 0xFEFF)])  # fmt: skip
     CLASSES: ClassVar = {"d": ((48, 57),), "w": ((48, 57), (65, 90), (95, 95), (97, 122)), "s": SPACES}
-    NAMED: ClassVar = {"t": 9, "n": 10, "v": 11, "f": 12, "r": 13, "0": 0, "b": 8}
+    ESCAPES: ClassVar = {"t": "\t", "n": "\n", "v": "\v", "f": "\f", "r": "\r", "0": "\0", "b": "\b"}
     DOT = others(((10, 10), (13, 13), (0x2028, 0x2029)))
     TOKEN = re.compile(
         r"(?P<blank>\(\?\#[^)]*\))|(?P<open>\((?:\?(?::|(?P<ahead>[=!])|P?<[^\W\d][\w$]*>|(?P<other>)))?)|(?P<close>\))"
         r"|(?P<or>\|)|(?P<repeat>(?:(?P<sign>[*+?])|\{(?:(?P<low>[0-9]{1,4000})(?P<comma>,)?|,(?=[0-9]))(?P<high>(?<=,)[0-9]{1,4000})?\})\??)"
         r"|(?P<edge>[\^$]|\\[AZz])|(?P<class>\[)|(?P<dot>\.)|(?P<char>.)", re.DOTALL)  # fmt: skip
     CHAR = re.compile(
-        r"\\(?:u([dD][89abAB][0-9A-Fa-f]{2})\\u([dD][c-fC-F][0-9A-Fa-f]{2})"
-        r"|(?:x([0-9A-Fa-f]{2})|u([0-9A-Fa-f]{4})|u\{([0-9A-Fa-f]{1,6})\})"
-        r"|c([A-Za-z])|([pP])\{([^}]*)\}|(.))|([^\\])", re.DOTALL)  # fmt: skip
+        r"\\(?:x([0-9A-Fa-f]{2})|u([0-9A-Fa-f]{4})(?!(?<=[dD][89abAB]..)\\u[dD][c-fC-F][0-9A-Fa-f]{2})|u\{([0-9A-Fa-f]{1,6})\}"
+        r"|(u[0-9A-Fa-f]{4}\\u[0-9A-Fa-f]{4}|c[A-Za-z]|[pP]\{[^}]*\}|.))|([^\\])", re.DOTALL)  # fmt: skip
 
     def refuse(self, what: str) -> InvalidRequest:
         return InvalidRequest(f"pattern {_said(self.text)}: {what}")
@@ -16003,41 +16024,24 @@ class PatternReader(Reader):
         found = self.member()
         return OneChar(found if len(found) > 1 else merged(found))  # thousands of \\p{L} share one tuple
 
-    def member(self) -> Ranges:
-        match = self.CHAR.match(self.text, self.at)
-        if match is None:
-            raise self.refuse("it ends with a backslash")
-        self.at = match.end()
-        first, second, *codes, control, kind, name, char, plain = match.groups()
-        if first:
-            code = 0x10000 + ((int(first, 16) & 0x3FF) << 10) + (int(second, 16) & 0x3FF)
-        elif any(codes):
-            code = int(next(filter(None, codes)), 16)
-        elif control:
-            code = ord(control) % 32
-        elif kind:
-            return self._property(name, kind == "p")
-        elif plain or char in self.NAMED:
-            code = ord(plain) if plain else self.NAMED[char]
-        elif char.lower() in self.CLASSES:
-            return self.CLASSES[char] if char in self.CLASSES else others(self.CLASSES[char.lower()])
-        elif char in "123456789":
-            raise self.refuse(f"\\{char} (a back-reference) cannot be honoured")
-        elif char.isascii() and char.isalnum():
-            raise self.refuse(f"the escape \\{char} cannot be honoured")
-        else:
-            code = ord(char)
-        if code > 0x10FFFF:
-            raise self.refuse(f"{match[0]} is not a character")
+    def escaped(self, text: str) -> Ranges:
+        kind, more = text[0], text[1:]
+        if kind in "pP" and more:
+            name = re.sub(r"^(gc|General_Category)=", "", more[1:-1])
+            found = PROPERTIES.get(name) or (category_ranges(name) if name else ())
+            if not found:
+                raise self.refuse(f"the property {_said(name)} is not one of the general categories (L, Lu, Nd …)")
+            return found if kind == "p" else others(found)
+        if kind.lower() in self.CLASSES:
+            return self.CLASSES[kind] if kind in self.CLASSES else others(self.CLASSES[kind.lower()])
+        if kind in "123456789":
+            raise self.refuse(f"\\{kind} (a back-reference) cannot be honoured")
+        if not more and kind.isascii() and kind.isalnum():
+            raise self.refuse(f"the escape \\{kind} cannot be honoured")
+        code = ord(more or kind) % 32 if kind == "c" else ord(kind)
+        if kind == "u":  # two halves of a surrogate pair
+            code = 0x10000 + ((int(more[:4], 16) & 0x3FF) << 10) + (int(more[6:], 16) & 0x3FF)
         return ((code, code),)
-
-    def _property(self, name: str, wanted: bool) -> Ranges:
-        """The characters of a general category by its short name, or of a property of emoji; without `wanted` all others."""
-        name = re.sub(r"^(gc|General_Category)=", "", name)
-        found = PROPERTIES.get(name) or (category_ranges(name) if name else ())
-        if not found:
-            raise self.refuse(f"the property {_said(name)} is not one of the general categories (L, Lu, Nd …)")
-        return found if wanted else others(found)
 
 
 def _ranges_of(text: str) -> Ranges:
@@ -16155,7 +16159,7 @@ class GbnfReader(Reader):
             self.used.setdefault(self.word(), self.token.start())
             return RuleName(self.word(), self.rules)
         if self.kind == "literal":
-            return word(self._literal())
+            return word("".join(chr(one[0][0]) for one in self.members('"', "a text")))
         if self.kind == "token":
             return word(self.word())
         if self.kind == "no_text":
@@ -16164,30 +16168,6 @@ class GbnfReader(Reader):
         if found == OneChar(()):
             raise self.refuse("a class without characters matches nothing")
         return found
-
-    def _literal(self) -> str:
-        codes = []
-        while not self.text.startswith('"', self.at):
-            TURN.tick()
-            if self.at >= len(self.text):
-                raise self.refuse("a text is not closed")
-            codes.append(self.member()[0][0])
-        self.at += 1
-        return "".join(map(chr, codes))
-
-    def member(self) -> Ranges:
-        match = self.CHAR.match(self.text, self.at)
-        if match is None:
-            raise self.refuse("the grammar ends with a backslash")
-        self.at = match.end()
-        *codes, escaped, plain = match.groups()
-        code = next((int(digits, 16) for digits in codes if digits), None)
-        if code is None and plain is None and escaped not in self.ESCAPES:
-            raise self.refuse(f"the escape {_said(match[0])} is unknown")
-        code = ord(plain or self.ESCAPES[escaped]) if code is None else code
-        if code > 0x10FFFF or 0xD800 <= code <= 0xDFFF:
-            raise self.refuse(f"{match[0]} is not a character")
-        return ((code, code),)
 
     def _check_left_recursion(self) -> None:
         """Refuses a rule that leads back to itself before anything is read: it would open for ever."""
@@ -16794,7 +16774,7 @@ Spans = tuple[tuple[int, float], ...]
 ANYWHERE: Spans = ((0, math.inf),)
 
 
-def meeting(spans: Spans, low: float, high: float) -> Spans:
+def overlapping(spans: Spans, low: float, high: float) -> Spans:
     """Those of ascending spans that have something from `low` to `high`."""
     first = bisect.bisect_left(spans, low, key=lambda span: span[1])
     return spans[first : bisect.bisect_right(spans, high, first, key=lambda span: span[0])]
@@ -16833,7 +16813,7 @@ class NumberMachine:
         is_divided = has_factors and self.places > 0  # a double must hold it
         most = self.DOUBLE - self.places if is_divided else self.MAX_DIGITS
         if needed > most:
-            raise InvalidRequest(f"a number's bounds and multipleOf want over {max(most, 0)} digits before the point")
+            raise InvalidRequest(f"numbers of over {max(most, 0)} digits, as bounds and multipleOf want them, cannot be honoured")
         self.digits = most if is_divided else max(self.DIGITS, needed + 1)
         self.most = 10 ** (self.digits + self.places) - 1
 
@@ -16883,7 +16863,7 @@ class NumberMachine:
     def holds(self, low: int, high: int, spans: Spans) -> bool:
         """True if one of the magnitudes `low` to `high`, and within the spans, is a multiple of what it must be, and of nothing
         that it must not be."""
-        for least, most in meeting(spans, low, high):
+        for least, most in overlapping(spans, low, high):
             first = -(-max(least, low) // self.unit) * self.unit
             tries = range(first, int(min(most, high)) + 1, self.unit)[: self.MAX_TRIES]
             if any(all(value % one for one in self.unlike) for value in tries):
@@ -16935,7 +16915,7 @@ class JsonNumber(Symbol):
         """Itself, without what does not matter any more; None if it is no number's beginning."""
         machine, most = self.machine, self.machine.digits - self.count if self.part == "whole" else 0
         first, last = self._range(0)[0], self._range(most)[1]
-        spans = meeting(self.spans, first, last)
+        spans = overlapping(self.spans, first, last)
         if not any(machine.holds(*self._range(more), spans) for more in range(most + 1)):
             return None
         if spans[0][0] <= first and last <= spans[0][1]:
