@@ -16841,7 +16841,7 @@ class NumberMachine:
         double = float(bound)
         if double < bound or (left_out and double == bound):
             double = math.nextafter(double, math.inf)
-        return math.ceil(exact(double) * self.scale)
+        return math.ceil(max(exact(double), math.floor(double)) * self.scale)  # those over 2^53 are not what repr says
 
     def symbol(self, excluded: Iterable[int | float]) -> Symbol | None:
         """A JSON number that is none of those excluded; None if there is none."""
