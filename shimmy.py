@@ -6354,7 +6354,7 @@ class Intake:
 
     def _begin(self, submission: Submission, prompt: Prompt) -> None:
         """Hands a text to the step loop; its grammar is read first."""
-        with TURN.behind(self.llama.gate, submission):
+        with TURN.reading(self.llama.gate, submission):
             sequence = Sequence(submission, prompt, self.llama)
         self._hand_on(sequence)
 
@@ -15241,14 +15241,9 @@ class Word(Symbol):
     data: bytes
     at: int = 0
 
-    @property
-    def firsts(self) -> int:  # type: ignore[override]
-        return 1 << self.data[self.at]
-
-    def step(self, byte: int) -> Symbols | None:
-        if byte != self.data[self.at]:
-            return None
-        return (Word(self.data, self.at + 1),) if self.at + 1 < len(self.data) else ()
+    @functools.cached_property
+    def after(self) -> Mapping[int, Symbols]:
+        return {self.data[self.at]: (Word(self.data, self.at + 1),) if self.at + 1 < len(self.data) else ()}
 
 
 def word(text: str) -> Symbol:
@@ -15417,11 +15412,12 @@ class State:
 
     def read(self, data: bytes) -> State | None:
         """The state behind some bytes; None if they may not come."""
-        here: State | None = self
+        here = self
         for byte in data:
-            if here is None:
+            behind = here._next[byte] if byte in here._next else here.step(byte)
+            if behind is None:
                 return None
-            here = here._next[byte] if byte in here._next else here.step(byte)
+            here = behind
         return here
 
     def forced(self, most: int) -> bytes:
@@ -15447,8 +15443,7 @@ class Turn(threading.local):
 
     READING = 20.0  # seconds in which a grammar must be read; the slowest of MaskBench's 11,305 schemas take 1
 
-    _ends = math.inf
-    _is_limited = False
+    _ends, _is_reading = math.inf, False
     _gate: Gate | None = None
     _client: Any = None  # nobody waits for the work any more where it is `cancelled`
 
@@ -15466,34 +15461,22 @@ class Turn(threading.local):
             raise NotYet
 
     def tick(self) -> None:
-        """Call every few µs within a step. Raises NotYet when limited work takes too long, Cancelled when nobody waits for it."""
-        if self._is_limited or self._gate or self._client:
+        """Call every few µs within a step. Raises NotYet when reading takes too long, Cancelled when nobody waits for it."""
+        if self._is_reading:
             self.kept()
 
     @contextlib.contextmanager
-    def limited(self, seconds: float) -> Iterator[None]:
-        """Ends work after `seconds`: it must then be done elsewhere, from its start."""
+    def reading(self, gate: Gate | None = None, client: Any = None, seconds: float = READING) -> Iterator[None]:
+        """Lets grammars be read while a gate is open, their client waits and time is left: else reading must begin anew."""
+        self._is_reading, self._gate, self._client = True, gate, client
         self.begin(seconds)
-        self._is_limited = True
-        try:
-            with contextlib.suppress(NotYet):
-                yield
-        finally:
-            self.begin(math.inf)
-            self._is_limited = False
-
-    @contextlib.contextmanager
-    def behind(self, gate: Gate | None, client: Any) -> Iterator[None]:
-        """Lets work go on only while a gate is open and its client waits for it, and so long that other clients' can wait."""
-        self._gate, self._client = gate, client
-        self.begin(self.READING)
         if gate:
             gate.count(1)
         try:
             yield
         finally:
             self.begin(math.inf)
-            self._gate = self._client = None
+            self._is_reading, self._gate, self._client = False, None, None
             if gate:
                 gate.count(-1)
 
@@ -15610,7 +15593,7 @@ class Automaton:
 
 # ── D.2. Patterns ─────────────────────────────────────────────────────────────────────────────────────────────────────
 # Regular expressions and GBNF grammars, read into symbols.
-# Offers: read_pattern, read_gbnf, Gbnf, token_names; ranges of characters (merged, others, touching). Uses: D.1's symbols.
+# Offers: PatternReader, read_gbnf, Gbnf, token_names; ranges of characters (merged, others, touching). Uses: D.1's symbols.
 
 Ranges = tuple[tuple[int, int], ...]  # code points, first and last, ascending and apart
 EVERY_CHAR: Ranges = ((0, 0xD7FF), (0xE000, 0x10FFFF))
@@ -15633,6 +15616,7 @@ def touching(spans: Iterable[tuple[int, Any]]) -> list[tuple[int, Any]]:
     return found
 
 
+@functools.lru_cache(maxsize=100)
 def others(ranges: Ranges) -> Ranges:
     """The characters outside of ranges."""
     edges = [(-1, -1), *ranges, (0x110000, 0x110000)]
@@ -15659,17 +15643,19 @@ class Ahead(Symbol):
 class Reader:
     """Reads what regular expressions and GBNF share: choices of sequences of repeated parts, brackets, character classes.
 
-    A subclass has the TOKENs of its language, and reads one part and one character.
+    A subclass has the patterns of its language, TOKEN and CHAR, and reads one part and its own escapes.
     """
 
-    MAX_TEXT, MAX_DEPTH, MAX_REPEATS = 500_000, 100, 10**9
+    MAX_TEXT, MAX_DEPTH, MAX_REPEATS, MAX_RANGES = 500_000, 100, 10**9, 10_000
     TOKEN: ClassVar[re.Pattern[str]]
+    CHAR: ClassVar[re.Pattern[str]]  # groups: codes in hexadecimal, what is escaped, what is not
+    ESCAPES: ClassVar[dict[str, str]]
     SIGNS: ClassVar[dict[str | None, tuple[int, int | None]]] = {"*": (0, None), "+": (1, None), "?": (0, 1)}
-    REPEATS_REPEATS = True  # a** is (a*)*
+    REPEATS_REPEATS = WHOLE_CHARS = True  # a** is (a*)*; halves of surrogate pairs are none
     DOT = EVERY_CHAR
 
     def __init__(self, text: str) -> None:
-        self.text, self.at = text, 0
+        self.text, self.at, self.ranges = text, 0, 0
         self.token: re.Match[str] | None = None
         self.kind: str | None = None  # of the token; None: the end
         if len(text) > self.MAX_TEXT:
@@ -15687,7 +15673,22 @@ class Reader:
 
     def member(self) -> Ranges:
         """Reads a character of a class, or a named class, at `at`."""
-        raise NotImplementedError
+        match = self.CHAR.match(self.text, self.at)
+        if match is None:
+            raise self.refuse("it ends with a backslash")
+        self.at = match.end()
+        *codes, escaped, plain = match.groups()
+        digits = next(filter(None, codes), None)
+        if escaped and escaped not in self.ESCAPES:
+            return self.escaped(escaped)
+        code = int(digits, 16) if digits else ord(plain or self.ESCAPES[escaped])
+        if code > 0x10FFFF or (self.WHOLE_CHARS and 0xD800 <= code <= 0xDFFF):
+            raise self.refuse(f"{match[0]} is not a character")
+        return ((code, code),)
+
+    def escaped(self, text: str) -> Ranges:
+        """The characters that a backslash and a text mean, beyond ESCAPES. Raises InvalidRequest where they mean none."""
+        raise self.refuse("the escape " + _said("\\" + text) + " is unknown")
 
     def word(self) -> str:
         """The token's text."""
@@ -15743,16 +15744,22 @@ class Reader:
             raise self.refuse("a bracket is not closed")
         return inside
 
+    def members(self, closes: str, what: str) -> Iterator[Ranges]:
+        """Reads characters up to the closing sign, from `at` on."""
+        while not self.text.startswith(closes, self.at):
+            TURN.tick()
+            if self.at >= len(self.text):
+                raise self.refuse(f"{what} is not closed")
+            yield self.member()
+        self.at += 1
+
     def characters(self) -> Ranges:
         """Reads a class in square brackets, from behind the opening one."""
         negated = self.text.startswith("^", self.at)
         self.at += negated
         found = set[tuple[int, int]]()
-        while not self.text.startswith("]", self.at):
-            TURN.tick()
-            if self.at >= len(self.text):
-                raise self.refuse("a square bracket is not closed")
-            low, begun = self.member(), self.at
+        for low in self.members("]", "a square bracket"):
+            begun = self.at
             if self.text.startswith("-", self.at) and self.text[self.at + 1 : self.at + 2] not in ("]", ""):
                 self.at += 1
                 high = self.member()
@@ -15763,30 +15770,33 @@ class Reader:
                 else:  # [\w-.]: the hyphen is one
                     low = (*low, (45, 45), *high)
             found |= set(low)
-        self.at += 1
-        return others(merged(found)) if negated else merged(found)
+        ranges = others(merged(found)) if negated else merged(found)
+        self.ranges += len(ranges)
+        if self.ranges > self.MAX_RANGES:
+            raise self.refuse(f"its classes hold over {self.MAX_RANGES} ranges of characters")
+        return ranges
 
 
 class PatternReader(Reader):
-    """Reads one regular expression in the syntax of ECMA 262, as JSON Schema wants it.
+    """Reads one regular expression in the syntax of ECMA 262, as JSON Schema wants it, into AnyOf, InOrder, Repeated, OneChar,
+    Edge and Ahead. Raises InvalidRequest saying why it cannot be honoured.
 
     Beyond it, where ECMA 262 says nothing useful, Python's: `{,n}`, `(?P<name>…)`, `(?#…)`, `\\A` and `\\Z`.
     """
 
-    MAX_TEXT, MAX_DEPTH, REPEATS_REPEATS = 20_000, 40, False
+    MAX_TEXT, MAX_DEPTH, REPEATS_REPEATS, WHOLE_CHARS = 20_000, 40, False, False
     SPACES = merged([(9, 13), (32, 32), (0xA0, 0xA0), (0x1680, 0x1680), (0x2000, 0x200A), (0x2028, 0x2029), (0x202F, 0x202F),
                      (0x205F, 0x205F), (0x3000, 0x3000), (0xFEFF, 0xFEFF)])  # fmt: skip
     CLASSES: ClassVar = {"d": ((48, 57),), "w": ((48, 57), (65, 90), (95, 95), (97, 122)), "s": SPACES}
-    NAMED: ClassVar = {"t": 9, "n": 10, "v": 11, "f": 12, "r": 13, "0": 0, "b": 8}
+    ESCAPES: ClassVar = {"t": "\t", "n": "\n", "v": "\v", "f": "\f", "r": "\r", "0": "\0", "b": "\b"}
     DOT = others(((10, 10), (13, 13), (0x2028, 0x2029)))
     TOKEN = re.compile(
         r"(?P<blank>\(\?\#[^)]*\))|(?P<open>\((?:\?(?::|(?P<ahead>[=!])|P?<[^\W\d][\w$]*>|(?P<other>)))?)|(?P<close>\))"
         r"|(?P<or>\|)|(?P<repeat>(?:(?P<sign>[*+?])|\{(?:(?P<low>[0-9]{1,4000})(?P<comma>,)?|,(?=[0-9]))(?P<high>(?<=,)[0-9]{1,4000})?\})\??)"
         r"|(?P<edge>[\^$]|\\[AZz])|(?P<class>\[)|(?P<dot>\.)|(?P<char>.)", re.DOTALL)  # fmt: skip
     CHAR = re.compile(
-        r"\\(?:u([dD][89abAB][0-9A-Fa-f]{2})\\u([dD][c-fC-F][0-9A-Fa-f]{2})"
-        r"|(?:x([0-9A-Fa-f]{2})|u([0-9A-Fa-f]{4})|u\{([0-9A-Fa-f]{1,6})\})"
-        r"|c([A-Za-z])|([pP])\{([^}]*)\}|(.))|([^\\])", re.DOTALL)  # fmt: skip
+        r"\\(?:x([0-9A-Fa-f]{2})|u([0-9A-Fa-f]{4})(?!(?<=[dD][89abAB]..)\\u[dD][c-fC-F][0-9A-Fa-f]{2})|u\{([0-9A-Fa-f]{1,6})\}"
+        r"|(u[0-9A-Fa-f]{4}\\u[0-9A-Fa-f]{4}|c[A-Za-z]|[pP]\{[^}]*\}|.))|([^\\])", re.DOTALL)  # fmt: skip
 
     def refuse(self, what: str) -> InvalidRequest:
         return InvalidRequest(f"pattern {_said(self.text)}: {what}")
@@ -15815,41 +15825,24 @@ class PatternReader(Reader):
         found = self.member()
         return OneChar(found if len(found) > 1 else merged(found))  # thousands of \\p{L} share one tuple
 
-    def member(self) -> Ranges:
-        match = self.CHAR.match(self.text, self.at)
-        if match is None:
-            raise self.refuse("it ends with a backslash")
-        self.at = match.end()
-        first, second, *codes, control, kind, name, char, plain = match.groups()
-        if first:
-            code = 0x10000 + ((int(first, 16) & 0x3FF) << 10) + (int(second, 16) & 0x3FF)
-        elif any(codes):
-            code = int(next(filter(None, codes)), 16)
-        elif control:
-            code = ord(control) % 32
-        elif kind:
-            return self._property(name, kind == "p")
-        elif plain or char in self.NAMED:
-            code = ord(plain) if plain else self.NAMED[char]
-        elif char.lower() in self.CLASSES:
-            return self.CLASSES[char] if char in self.CLASSES else others(self.CLASSES[char.lower()])
-        elif char in "123456789":
-            raise self.refuse(f"\\{char} (a back-reference) cannot be honoured")
-        elif char.isascii() and char.isalnum():
-            raise self.refuse(f"the escape \\{char} cannot be honoured")
-        else:
-            code = ord(char)
-        if code > 0x10FFFF:
-            raise self.refuse(f"{match[0]} is not a character")
+    def escaped(self, text: str) -> Ranges:
+        kind, more = text[0], text[1:]
+        if kind in "pP" and more:
+            name = re.sub(r"^(gc|General_Category)=", "", more[1:-1])
+            found = PROPERTIES.get(name) or (category_ranges(name) if name else ())
+            if not found:
+                raise self.refuse(f"the property {_said(name)} is not one of the general categories (L, Lu, Nd …)")
+            return found if kind == "p" else others(found)
+        if kind.lower() in self.CLASSES:
+            return self.CLASSES[kind] if kind in self.CLASSES else others(self.CLASSES[kind.lower()])
+        if kind in "123456789":
+            raise self.refuse(f"\\{kind} (a back-reference) cannot be honoured")
+        if not more and kind.isascii() and kind.isalnum():
+            raise self.refuse(f"the escape \\{kind} cannot be honoured")
+        code = ord(more or kind) % 32 if kind == "c" else ord(kind)
+        if kind == "u":  # two halves of a surrogate pair
+            code = 0x10000 + ((int(more[:4], 16) & 0x3FF) << 10) + (int(more[6:], 16) & 0x3FF)
         return ((code, code),)
-
-    def _property(self, name: str, wanted: bool) -> Ranges:
-        """The characters of a general category by its short name, or of a property of emoji; without `wanted` all others."""
-        name = re.sub(r"^(gc|General_Category)=", "", name)
-        found = PROPERTIES.get(name) or (category_ranges(name) if name else ())
-        if not found:
-            raise self.refuse(f"the property {_said(name)} is not one of the general categories (L, Lu, Nd …)")
-        return found if wanted else others(found)
 
 
 def _ranges_of(text: str) -> Ranges:
@@ -15890,13 +15883,6 @@ def general_categories() -> dict[str, list[tuple[int, int]]]:
 def category_ranges(name: str) -> Ranges:
     """The characters of the categories that begin so."""
     return merged(itertools.chain(*(ranges for category, ranges in general_categories().items() if category.startswith(name))))
-
-
-@functools.lru_cache(maxsize=1000)
-def read_pattern(text: str) -> Symbol:
-    """Reads a regular expression into AnyOf, InOrder, Repeated, OneChar, Edge and Ahead. Raises InvalidRequest saying why it
-    cannot be honoured."""
-    return PatternReader(text).read()
 
 
 @dataclass(frozen=True)
@@ -15974,7 +15960,7 @@ class GbnfReader(Reader):
             self.used.setdefault(self.word(), self.token.start())
             return RuleName(self.word(), self.rules)
         if self.kind == "literal":
-            return word(self._literal())
+            return word("".join(chr(one[0][0]) for one in self.members('"', "a text")))
         if self.kind == "token":
             return word(self.word())
         if self.kind == "no_text":
@@ -15983,30 +15969,6 @@ class GbnfReader(Reader):
         if found == OneChar(()):
             raise self.refuse("a class without characters matches nothing")
         return found
-
-    def _literal(self) -> str:
-        codes = []
-        while not self.text.startswith('"', self.at):
-            TURN.tick()
-            if self.at >= len(self.text):
-                raise self.refuse("a text is not closed")
-            codes.append(self.member()[0][0])
-        self.at += 1
-        return "".join(map(chr, codes))
-
-    def member(self) -> Ranges:
-        match = self.CHAR.match(self.text, self.at)
-        if match is None:
-            raise self.refuse("the grammar ends with a backslash")
-        self.at = match.end()
-        *codes, escaped, plain = match.groups()
-        code = next((int(digits, 16) for digits in codes if digits), None)
-        if code is None and plain is None and escaped not in self.ESCAPES:
-            raise self.refuse(f"the escape {_said(match[0])} is unknown")
-        code = ord(plain or self.ESCAPES[escaped]) if code is None else code
-        if code > 0x10FFFF or 0xD800 <= code <= 0xDFFF:
-            raise self.refuse(f"{match[0]} is not a character")
-        return ((code, code),)
 
     def _check_left_recursion(self) -> None:
         """Refuses a rule that leads back to itself before anything is read: it would open for ever."""
@@ -16046,11 +16008,11 @@ class GbnfReader(Reader):
 class Texts:
     """A set of texts, as an expression over ranges of characters: a regular language. The functions below make equal ones once.
 
-    No text is shorter than `least` or longer than `most`. In one that is `plain`, as those are that are made without complements
-    and intersections, there is a text as short as `least`.
+    No text is shorter than `least` or longer than `most`. One has `sought` characters; inf: there is none, None: a search must
+    tell. Without complements and intersections there is one as short as `least`.
     """
 
-    __slots__ = ("data", "kind", "least", "most", "moves", "nullable", "parts", "plain", "search", "sought")
+    __slots__ = ("data", "kind", "least", "most", "moves", "nullable", "parts", "search", "sought")
     MAX_KEPT = 50_000
     made: ClassVar[dict[tuple[Any, ...], Texts]] = {}
 
@@ -16058,35 +16020,32 @@ class Texts:
         self.kind, self.data, self.parts = kind, data, parts
         self.moves: Moves | None = None
         self.search: Any = None  # for a text, as far as one thread came: it goes on from there when asked again
-        self.sought: float | None = None  # the length of a text, once one has been sought; inf: there is none
-        self.plain: bool = kind not in ("none", "not", "both") and all(part.plain for part in parts)
-        self.nullable, self.least, self.most = False, 1, 1.0
-        leasts, mosts = [part.least for part in parts], [part.most for part in parts]
-        if kind == "empty":
-            self.nullable, self.least, self.most = True, 0, 0
-        elif kind == "words":
-            lengths = {len(text) for text in data.rest()}
-            self.nullable, self.least, self.most = 0 in lengths, min(lengths), max(lengths)
-        elif kind == "then":
-            self.nullable, self.least, self.most = all(part.nullable for part in parts), sum(leasts), sum(mosts)
-        elif kind == "repeat":
-            low, high = data
-            self.nullable = low == 0 or parts[0].nullable
-            self.least, self.most = leasts[0] * low, mosts[0] * high if mosts[0] else 0
-        elif kind == "sized":
-            low, high = data
-            self.plain = self.plain and (low <= leasts[0] <= high or parts[0] is ALL)
-            self.nullable, self.least, self.most = parts[0].nullable and low == 0, max(low, *leasts), min(high, *mosts)
-        elif kind == "not":
-            self.nullable, self.least, self.most = not parts[0].nullable, int(parts[0].nullable), math.inf
-        elif kind == "both":
-            self.nullable, self.least, self.most = all(part.nullable for part in parts), max(leasts), min(mosts)
-        elif kind == "either":
-            self.nullable, self.least, self.most = any(part.nullable for part in parts), min(leasts), max(mosts)
+        self.least, self.most = self._lengths()
+        self.nullable = self.least == 0
+        is_plain = kind not in ("not", "both") and all(part.sought == part.least for part in parts)
+        if kind == "sized" and parts[0] is not ALL:
+            is_plain = is_plain and self.least == parts[0].least
+        self.sought: float | None = self.least if is_plain or self.nullable else None
+
+    def _lengths(self) -> tuple[float, float]:
+        leasts, mosts = [part.least for part in self.parts], [part.most for part in self.parts]
+        low, high = self.data if self.kind in ("repeat", "sized") else (0, math.inf)
+        if self.kind == "words":
+            lengths = {len(text) for text in self.data.rest()}
+            return min(lengths), max(lengths)
+        if self.kind == "then":
+            return sum(leasts), sum(mosts)
+        if self.kind == "repeat":
+            return leasts[0] * low, mosts[0] * high if mosts[0] else 0
+        if self.kind in ("sized", "both"):
+            return max(low, *leasts), min(high, *mosts)
+        if self.kind == "either":
+            return min(leasts), max(mosts)
+        return {"none": (math.inf, 0), "empty": (0, 0), "char": (1, 1), "not": (int(leasts == [0]), math.inf)}[self.kind]
 
 
 Moves = tuple[tuple[Ranges, Texts], ...]  # characters that may come first, and the texts that follow one of them
-MAX_OPTIONS, MAX_UNROLLED = 1000, 50
+MAX_OPTIONS, MAX_RULES = 1000, 100
 
 
 def _make(kind: str, data: Any = None, parts: tuple[Texts, ...] = ()) -> Texts:
@@ -16189,6 +16148,8 @@ def intersection(parts: Iterable[Texts]) -> Texts:
     flat.pop(ALL, None)
     if NONE in flat or any(part.kind == "not" and part.parts[0] in flat for part in flat):
         return NONE
+    if len(flat) > MAX_RULES:
+        raise InvalidRequest(f"pattern: over {MAX_RULES} rules for one text (lookaheads, allOf) cannot be honoured")
     return sized(_of_some("both", flat, ALL), low, high)
 
 
@@ -16208,11 +16169,14 @@ def complement(texts: Texts) -> Texts:
     return texts.parts[0] if texts.kind == "not" else _make("not", parts=(texts,))
 
 
+@dataclass(frozen=True, eq=False)
 class WordList:
     """Some of the texts of a sorted list, which begin alike: from `low` to `high`, from their character `at` on."""
 
-    def __init__(self, texts: list[str], low: int, high: int, at: int) -> None:
-        self.texts, self.low, self.high, self.at = texts, low, high, at
+    texts: list[str]
+    low: int
+    high: int
+    at: int
 
     def rest(self) -> Iterator[str]:
         """The texts, without what was read."""
@@ -16303,107 +16267,54 @@ def _combined(options: Iterable[Iterable[tuple[Ranges, Texts]]], join: Callable[
 # Patterns
 
 
-class Matching:
-    """Makes the set of texts in which a pattern is found."""
+def before(pattern: Symbol, rest: tuple[Texts, Texts]) -> tuple[Texts, Texts]:
+    """Joins a pattern and the rest up to the text's end: as read from the text's beginning, and as read from later on.
 
-    MAX_WORK = 20_000
-
-    def __init__(self) -> None:
-        self.work = 0
-
-    def before(self, pattern: Symbol, rest: tuple[Texts, Texts]) -> tuple[Texts, Texts]:
-        """Joins a pattern and the rest up to the text's end: as read from the text's beginning, and as read from later on.
-
-        That a pattern is read with all that follows makes anchors and lookaheads plain intersections with the rest.
-        """
-        self.work += 1
-        if self.work > self.MAX_WORK:
-            raise InvalidRequest("pattern: its anchors and repeats multiply too far")
-        first, later = rest
-        if not pattern.looks:
-            return self._plainly(self.alone(pattern), rest)
-        if isinstance(pattern, Edge):
-            ends = tuple(EMPTY if texts.nullable else NONE for texts in rest)
-            return (ends[0], ends[1]) if pattern.at_end else (first, NONE)
-        if isinstance(pattern, InOrder):
-            for part in reversed(pattern.parts):
-                rest = self.before(part, rest)
-            return rest
-        if isinstance(pattern, AnyOf):
-            options = [self.before(part, rest) for part in pattern.parts]
-            return union(option[0] for option in options), union(option[1] for option in options)
-        if isinstance(pattern, Ahead):
-            one, two = self.before(pattern.inside, (ALL, ALL))
-            one, two = (one, two) if pattern.wanted else (complement(one), complement(two))
-            return intersection([one, first]), intersection([two, later])
+    That a pattern is read with all that follows makes anchors and lookaheads plain intersections with the rest.
+    """
+    first, later = rest
+    if isinstance(pattern, InOrder):
+        return functools.reduce(lambda behind, part: before(part, behind), reversed(pattern.parts), rest)
+    if isinstance(pattern, AnyOf):
+        options = [before(part, rest) for part in pattern.parts]
+        return union(option[0] for option in options), union(option[1] for option in options)
+    if isinstance(pattern, Edge):
+        ends = [EMPTY if texts.nullable else NONE for texts in rest]
+        return (ends[0], ends[1]) if pattern.at_end else (first, NONE)
+    if isinstance(pattern, Ahead):
+        one, two = before(pattern.inside, (ALL, ALL))
+        one, two = (one, two) if pattern.wanted else (complement(one), complement(two))
+        return intersection([one, first]), intersection([two, later])
+    if isinstance(pattern, OneChar):
+        texts = char_texts(pattern.ranges)
+    else:
         assert isinstance(pattern, Repeated)
-        return self._loop(pattern, rest)
-
-    def alone(self, pattern: Symbol) -> Texts:
-        """The texts that a pattern matches as a whole, away from the text's beginning and end."""
-        if isinstance(pattern, OneChar):
-            return char_texts(pattern.ranges)
-        if isinstance(pattern, AnyOf):
-            return union([self.alone(part) for part in pattern.parts])
-        if isinstance(pattern, Repeated):
-            return repeat(self.alone(pattern.symbol), pattern.low, math.inf if pattern.high is None else pattern.high)
-        if isinstance(pattern, InOrder):
-            return functools.reduce(lambda later, one: then(self.alone(one), later), reversed(pattern.parts), EMPTY)
-        return NONE  # an Edge
-
-    @staticmethod
-    def _plainly(texts: Texts, rest: tuple[Texts, Texts]) -> tuple[Texts, Texts]:
-        """Joins texts that look at nothing around them, and the rest."""
-        first, later = rest
-        found = then(texts, later)
-        if first is later or not texts.nullable:
-            return found, found
-        return union([first, then(sized(texts, 1, math.inf), later)]), found
-
-    def _loop(self, loop: Repeated, rest: tuple[Texts, Texts]) -> tuple[Texts, Texts]:
-        """Joins a repeat of something that looks around it: what reads between its first round and its last meets no edge."""
-        part, low, more = loop.symbol, loop.low, math.inf if loop.high is None else loop.high - loop.low
-        if _looks_ahead(part) and loop.high not in (0, 1):
-            return self._tempered(loop, rest)
-        if low > MAX_UNROLLED:
-            raise InvalidRequest(f"pattern: an anchor within over {MAX_UNROLLED} repeats cannot be honoured")
-        for optional in range(int(min(more, 2))):
-            rest = self._plainly(repeat(self.alone(part), 0, more - 2), rest) if optional else rest
-            once = self.before(part, rest)
-            rest = union([rest[0], once[0]]), union([rest[1], once[1]])
-        return self.before(InOrder((part,) * low), rest) if low else rest
-
-    def _tempered(self, loop: Repeated, rest: tuple[Texts, Texts]) -> tuple[Texts, Texts]:
-        """((?!foo).)* up to the end: what it says of each character is that foo is nowhere."""
-        parts = loop.symbol.parts
-        if isinstance(loop.symbol, InOrder) and len(parts) > 1 and rest == (EMPTY, EMPTY) and loop.high is None:
-            *looks, char = parts
-            unwanted = [look.inside for look in looks if isinstance(look, Ahead) and not look.wanted]
-            seen = [self.before(inside, (ALL, ALL)) for inside in unwanted]
-            if isinstance(char, OneChar) and len(seen) == len(looks) and all(a is b and not a.nullable for a, b in seen):
-                nowhere = (complement(then(ALL, one)) for one, _ in seen)
-                found = intersection([repeat(self.alone(char), loop.low, math.inf), *nowhere])
-                return found, found
-        raise InvalidRequest("pattern: a look ahead within a repeat cannot be honoured")
+        if pattern.looks and (pattern.low, pattern.high) == (0, 1):
+            return before(AnyOf((pattern.symbol, InOrder(()))), rest)
+        if pattern.looks:
+            raise InvalidRequest("pattern: an anchor or a look ahead within a repeat cannot be honoured")
+        inside = before(pattern.symbol, (EMPTY, EMPTY))[1]
+        texts = repeat(inside, pattern.low, math.inf if pattern.high is None else pattern.high)
+    found = then(texts, later)
+    return found if first is later or not texts.nullable else union([first, then(sized(texts, 1, math.inf), later)]), found
 
 
-def _looks_ahead(pattern: Symbol) -> bool:
-    return isinstance(pattern, Ahead) or any(map(_looks_ahead, pattern.parts))
-
-
-@functools.lru_cache(maxsize=1000)
+@functools.lru_cache(maxsize=300)  # of up to 1.2 MB
 def texts_by(keyword: str, value: str, wanted: bool = True) -> Texts:
     """The strings that a schema's `pattern` or `format` admits; without `wanted` all others. Raises InvalidRequest saying why
     it cannot be honoured."""
+    longest = math.inf
     if keyword == "pattern":
-        pattern = InOrder((Repeated(OneChar(EVERY_CHAR)), read_pattern(value)))
+        pattern = PatternReader(value).read()
     elif value in UNKNOWN_FORMATS or (value in PARTIAL_FORMATS and not wanted):
         raise InvalidRequest(f"{'' if wanted else 'not '}format {_said(value)} cannot be honoured")
+    elif value in FORMATS:
+        pattern = InOrder((Edge(False), PatternReader(FORMATS[value]).read(), Edge(True)))
+        longest = MAX_HOSTNAME if value == "hostname" else longest
     else:  # what is no standard's is a remark
-        pattern = InOrder((Edge(False), read_pattern(FORMATS[value]), Edge(True))) if value in FORMATS else InOrder(())
-    longest = MAX_HOSTNAME if (keyword, value) == ("format", "hostname") else math.inf
-    found = sized(Matching().before(pattern, (ALL, ALL))[0], 0, longest)
-    return found if wanted else complement(found)
+        return ALL if wanted else NONE
+    found = before(InOrder((Repeated(OneChar(EVERY_CHAR)), pattern)), (ALL, ALL))[0]
+    return sized(found, 0, longest) if wanted else complement(found)
 
 
 # What can still be reached
@@ -16418,7 +16329,7 @@ def alive(at: Texts) -> bool:
     it cannot end.
     """
     try:
-        return at.plain or at.nullable or has_text(at)
+        return has_text(at)
     except InvalidRequest:
         at.sought = math.inf
         return False
@@ -16426,15 +16337,13 @@ def alive(at: Texts) -> bool:
 
 def _known_length(at: Texts) -> float | None:
     """The length of a text where that needs no search; inf if there is none."""
-    if at.plain or at.nullable:
-        return at.least
     if at.sought is None and at.kind == "sized":
         (low, high), (inner,) = at.data, at.parts
         found = _known_length(inner)
         if found is not None and found < low and any(behind is inner for _, behind in moves(inner)):
             found = low  # a character that leads back here makes a text as long as it must be
         if found is not None and (low <= found <= high or found == math.inf):
-            return found
+            at.sought = found
     return at.sought
 
 
@@ -16443,22 +16352,26 @@ def has_text(at: Texts, spend: Callable[[int], None] = lambda steps: None) -> bo
 
     Raises NotYet: the next search goes on where this one has been. `spend` counts the steps.
     """
-    is_sized = at.kind == "sized"  # such a text is found soonest by going on where one is, others by looking nearby
-    if is_sized and _known_length(at) is None:
+    if at.kind == "sized" and at.sought is None:
         has_text(at.parts[0], spend)
-    thread, search = threading.get_ident(), at.search
-    if not search or search[0] != thread:  # another thread's goes on by itself
-        search = at.search = thread, {at: None}, deque([at])
-    _, before, todo = search
-    last, rest = None, math.inf
+    found = _known_length(at)
+    return (_search(at, spend) if found is None else found) < math.inf
+
+
+def _search(at: Texts, spend: Callable[[int], None]) -> float:
+    """Searches for a text, and returns its length; inf if there is none."""
+    next_one = -1 if at.kind == "sized" else 0  # such a text is found soonest by going on where one is, others by looking nearby
+    thread = threading.get_ident()
+    if not at.search or at.search[0] != thread:  # another thread's goes on by itself
+        at.search = thread, {at: None}, deque([at])
+    _, before, todo = at.search
     while todo:
-        one = todo[-1 if is_sized else 0]
-        known = _known_length(one)
-        if known is not None and known < math.inf:
-            last, rest = one, known
+        one = todo[next_one]
+        length = _known_length(one)
+        if length is not None and length < math.inf:
             break
-        fresh = {behind: one for _, behind in (moves(one) if known is None else ()) if behind not in before}
-        (todo.pop if is_sized else todo.popleft)()
+        fresh = {behind: one for _, behind in (moves(one) if length is None else ()) if behind not in before}
+        del todo[next_one]
         before |= fresh
         todo += fresh
         spend(2)
@@ -16466,14 +16379,16 @@ def has_text(at: Texts, spend: Callable[[int], None] = lambda steps: None) -> bo
             at.search = None
             raise InvalidRequest("the string's patterns and formats together are too complex to tell what fits them")
         TURN.kept()
-    at.search, found = None, last is not None
-    if not found:
+    else:
         for one in before:
             one.sought = math.inf
-    while last is not None:
-        last.sought, rest = rest, rest + 1
-        last = before[last]
-    return found
+        at.search = None
+        return math.inf
+    at.search = None
+    while one is not at:
+        one, length = before[one], length + 1
+        one.sought = length
+    return length
 
 
 @functools.lru_cache(maxsize=50_000)
@@ -16656,7 +16571,14 @@ def exact(value: int | float) -> Fraction:
 
 
 Bound = tuple[int | float, bool]
-Spans = tuple[tuple[int, int], ...]
+Spans = tuple[tuple[int, float], ...]
+ANYWHERE: Spans = ((0, math.inf),)
+
+
+def overlapping(spans: Spans, low: float, high: float) -> Spans:
+    """Those of ascending spans that have something from `low` to `high`."""
+    first = bisect.bisect_left(spans, low, key=lambda span: span[1])
+    return spans[first : bisect.bisect_right(spans, high, first, key=lambda span: span[0])]
 
 
 class NumberMachine:
@@ -16667,97 +16589,98 @@ class NumberMachine:
     most would be led to 7e-05). One with multiples has none, nor one with excluded values.
     """
 
-    DIGITS, PLACES, MORE_PLACES, DOUBLE = 20, 18, 3, 15
-    MAX_PLACES, MAX_NUMBER, MAX_UNLIKE, MAX_TRIES = 60, 10**400, 4, 64
+    DIGITS, MAX_DIGITS, PLACES, MORE_PLACES, MAX_PLACES, DOUBLE = 20, 40, 18, 3, 60, 15
+    MAX_TRIES = 64  # of 58 multiples in a row, one at least is a multiple of none of 10 others (Jacobsthal)
 
-    def __init__(self, shape: NumberShape, exponents: bool) -> None:
-        multiples, unlike = (*shape.multiples, *((1,) if shape.whole else ())), shape.not_multiples
-        bounds = [bound[0] for bound in (shape.low, shape.high) if bound]
-        if any(value <= 0 for value in (*multiples, *unlike)):
-            raise InvalidRequest("multipleOf must be over 0")
-        if len(unlike) > self.MAX_UNLIKE:
-            raise InvalidRequest(f"over {self.MAX_UNLIKE} multipleOf that must not hold cannot be honoured")
-        self.has_bounds, has_factors = bool(bounds), bool(multiples or unlike)
+    def __init__(self, shape: NumberShape) -> None:
+        multiples = [exact(value) for value in (*shape.multiples, *((1,) if shape.whole else ()))]
+        unlike = [exact(value) for value in shape.not_multiples]
+        units = [functools.reduce(self._common, multiples)] if multiples else []
+        bounds = [exact(bound[0]) for bound in (shape.low, shape.high) if bound and abs(bound[0]) < 10**self.MAX_DIGITS]
+        self.has_bounds, has_factors = bool(shape.low or shape.high), bool(multiples or unlike)
         self.places = max([self.PLACES, *(self._places(bound) + 1 for bound in bounds)])
         if has_factors:
-            self.places = max(map(self._places, (*multiples, *unlike))) + (0 if multiples else self.MORE_PLACES)
-        scale = 10**self.places
-        units, others = ([int(exact(value) * scale) for value in values] for values in (multiples, unlike))
-        unit = 1
-        for one in units:
-            unit = math.lcm(unit, one)
-            if unit > self.MAX_NUMBER * scale:
-                raise InvalidRequest("what is a multiple of every multipleOf has too many digits")
-        if not any(number % scale for number in (unit, *others)):
-            self.places = 0  # a point would add nothing
+            self.places = max(map(self._places, units + unlike)) + (0 if multiples else self.MORE_PLACES)
         self.scale = 10**self.places
-        self.unit, *self.unlike = (number * self.scale // scale for number in (unit, *others))
+        self.unit = int(units[0] * self.scale) if units else 1
+        self.unlike = [int(one * self.scale) for one in unlike]
         self.cycle = math.lcm(self.unit, *self.unlike)
-        self.low = self._edge(*shape.low) if shape.low else -math.inf
-        self.high = -self._edge(-shape.high[0], shape.high[1]) if shape.high else math.inf
-        low, high = ((bound and (-bound[0], bound[1])) for bound in (shape.high, shape.low))
-        ends = ((shape.low, shape.high), (low, high)) if exponents and not has_factors else ()
+        self.low = self._least(*shape.low) if shape.low else -math.inf
+        self.high = -self._least(-shape.high[0], shape.high[1]) if shape.high else math.inf
+        mirrored = [bound and (-bound[0], bound[1]) for bound in (shape.high, shape.low)]
+        ends = () if has_factors else ((shape.low, shape.high), mirrored)
         self.exponents = [exponent_within(*span) for span in ends] or [None, None]  # of a positive number, and of a negative one
-        nearest = int(max(self.low, -self.high, 0))  # the smallest magnitude
-        most = self.DOUBLE - self.places if self.places and has_factors else self.DIGITS  # a double holds what is to be divided
-        self.digits = max(most, len(str((nearest + self.unit) // self.scale)) + 1)
+        needed = len(str((int(max(self.low, -self.high, 0)) + self.unit) // self.scale))
+        is_divided = has_factors and self.places > 0  # a double must hold it
+        most = self.DOUBLE - self.places if is_divided else self.MAX_DIGITS
+        if needed > most:
+            raise InvalidRequest(f"numbers of over {max(most, 0)} digits, as bounds and multipleOf want them, cannot be honoured")
+        self.digits = most if is_divided else max(self.DIGITS, needed + 1)
         self.most = 10 ** (self.digits + self.places) - 1
 
-    def _places(self, value: int | float) -> int:
-        """The decimal places of a number. Raises InvalidRequest where it is out of all proportion."""
-        if not abs(value) < self.MAX_NUMBER:
-            raise InvalidRequest("a bound of numbers has too many digits")
-        parts = exact(value).denominator
-        places = next((count for count in range(self.MAX_PLACES + 1) if 10**count % parts == 0), None)
+    def _common(self, one: Fraction, two: Fraction) -> Fraction:
+        """The least common multiple."""
+        first, second = one.numerator * two.denominator, two.numerator * one.denominator
+        found = one * (math.lcm(first, second) // first)
+        if found > 10**self.MAX_DIGITS:
+            raise InvalidRequest("what is a multiple of every multipleOf has too many digits")
+        return found
+
+    def _places(self, value: Fraction) -> int:
+        """The decimal places of a number. Raises InvalidRequest where they are out of all proportion."""
+        places = next((count for count in range(self.MAX_PLACES + 1) if 10**count % value.denominator == 0), None)
         if places is None:
-            raise InvalidRequest(f"the number {_said(value)} has over {self.MAX_PLACES} decimal places")
+            raise InvalidRequest(f"the number {float(value)} has over {self.MAX_PLACES} decimal places")
         return places
 
-    def _edge(self, bound: int | float, left_out: bool) -> int:
-        """The least number of units that a lower bound allows."""
-        edge = math.floor(exact(bound) * self.scale) + 1 if left_out else math.ceil(exact(bound) * self.scale)
-        if left_out and self.places and abs(bound) < sys.float_info.max:
-            # a text nearer to the bound than doubles are to each other would be read as the bound
-            edge = max(edge, math.ceil(exact(math.nextafter(bound, math.inf)) * self.scale))
-        return edge
-
-    def _is_right(self, value: int) -> bool:
-        """True for a number of units that is a multiple of what it must be, and of nothing that it must not be."""
-        return value % self.unit == 0 and all(value % one for one in self.unlike)
+    def _least(self, bound: int | float, left_out: bool) -> int:
+        """The least number of units that a lower bound allows. A number with a point is read as a double, and counts as that."""
+        if abs(bound) >= 10**self.MAX_DIGITS:
+            return (1 if bound > 0 else -1) * 10**self.MAX_DIGITS * self.scale
+        if not self.places:
+            return math.floor(bound) + 1 if left_out else math.ceil(bound)
+        double = float(bound)
+        if double < bound or (left_out and double == bound):
+            double = math.nextafter(double, math.inf)
+        return math.ceil(max(exact(double), math.floor(double)) * self.scale)  # those over 2^53 are not what repr says
 
     def symbol(self, excluded: Iterable[int | float]) -> Symbol | None:
         """A JSON number that is none of those excluded; None if there is none."""
-        units = (exact(value) * self.scale for value in excluded)
-        taken = sorted(int(value) for value in units if value.denominator == 1)
-        plus = JsonNumber(self, self._spans(self.low, self.high, taken), self.exponents[0])
-        minus = JsonNumber(self, self._spans(-self.high, -self.low, [-value for value in reversed(taken)]), self.exponents[1])
+        taken = sorted(excluded)
+        lows = [self.low, *(max(self.low, self._least(value, True)) for value in taken)]
+        highs = [*(min(self.high, -self._least(-value, True)) for value in taken), self.high]
+        spans = [(low, high) for low, high in zip(lows, highs, strict=True) if low <= high]
+        plus, minus = (JsonNumber(self, self._within(part), None if taken else exponent) for part, exponent in zip(
+            (spans, [(-high, -low) for low, high in reversed(spans)]), self.exponents, strict=True))  # fmt: skip
         options: list[Symbol] = [plus] if plus.firsts else []
         if self.holds(1, self.most, minus.spans):
             options.append(InOrder((Word(b"-"), minus)))
         return AnyOf(tuple(options)) if options else None
 
-    def _spans(self, low: float, high: float, taken: list[int]) -> Spans:
-        """The magnitudes from `low` to `high`, in units, that are not taken."""
-        least, most = int(max(low, 0)), int(min(high, self.most))
-        edges = [least - 1, *(value for value in taken if least <= value <= most), most + 1]
-        return tuple((one + 1, two - 1) for one, two in itertools.pairwise(edges) if two - one > 1)
+    def _within(self, spans: Iterable[tuple[float, float]]) -> Spans:
+        """The magnitudes of some spans that can be written."""
+        return tuple((int(max(low, 0)), int(min(high, self.most))) for low, high in spans if high >= 0 and low <= self.most)
 
-    def holds(self, low: int, high: int, spans: Spans | None) -> bool:
-        """True if one of the magnitudes `low` to `high`, and within the spans, is right."""
-        parts = [(low, high)] if spans is None else [(max(low, least), min(high, most)) for least, most in spans]
-        return any(self._is_right(value) for least, most in parts for value in itertools.islice(
-            range(-(-least // self.unit) * self.unit, most + 1, self.unit), self.MAX_TRIES))  # fmt: skip
+    def holds(self, low: int, high: int, spans: Spans) -> bool:
+        """True if one of the magnitudes `low` to `high`, and within the spans, is a multiple of what it must be, and of nothing
+        that it must not be."""
+        for least, most in overlapping(spans, low, high):
+            first = -(-max(least, low) // self.unit) * self.unit
+            tries = range(first, int(min(most, high)) + 1, self.unit)[: self.MAX_TRIES]
+            if any(all(value % one for one in self.unlike) for value in tries):
+                return True
+        return False
 
 
 @dataclass(frozen=True)
 class JsonNumber(Symbol):
     """The rest of a JSON number behind its sign: the digits so far as a number, how many there are, and of which part of it.
 
-    `spans` are the magnitudes that it may have; None if no further digit can miss them: then only the remainder is kept.
+    `spans` are the magnitudes that it may have; ANYWHERE if no further digit can miss them: then only the remainder is kept.
     """
 
     machine: NumberMachine
-    spans: Spans | None
+    spans: Spans
     exponent: Symbol | None  # what may stand behind an e, where one may be
     part: str = ""  # zero, whole, point, fraction
     value: int = 0
@@ -16765,49 +16688,39 @@ class JsonNumber(Symbol):
 
     @functools.cached_property
     def after(self) -> Mapping[int, Symbols]:
-        found = ((byte, self._next(chr(byte))) for byte in b"0123456789.eE")
-        return {byte: (following,) for byte, following in found if following is not None}
+        found = {b"eE": self.exponent if self.part in ("zero", "whole", "fraction") else None}
+        if self.part in ("zero", "whole") and self.machine.places:
+            found[b"."] = replace(self, part="point", count=0)._if_possible()
+        if self.count < {"": 1, "zero": 0, "whole": self.machine.digits}.get(self.part, self.machine.places):
+            found |= {b"%d" % digit: self._longer(digit) for digit in range(10)}
+        return {byte: (following,) for spelled, following in found.items() if following is not None for byte in spelled}
 
     @property
     def ends(self) -> bool:  # type: ignore[override]
         low = self._range(0)[0]
         return self.part in ("zero", "whole", "fraction") and self.machine.holds(low, low, self.spans)
 
-    def _next(self, char: str) -> Symbol | None:
-        """The symbol behind a character; None if no number goes on so."""
-        if char.isdigit():
-            return self._digit(int(char))
-        if self.part not in ("zero", "whole", "fraction"):
-            return None
-        if char in "eE":
-            return self.exponent
-        return replace(self, part="point", count=0)._if_possible() if self.part != "fraction" and self.machine.places else None
-
-    def _digit(self, digit: int) -> JsonNumber | None:
-        part, exponent = self.part, self.exponent
-        if self.count >= {"": 1, "zero": 0, "whole": self.machine.digits}.get(part, self.machine.places):
-            return None
-        if self.machine.has_bounds and (part == "whole" or (part == "" and digit == 0)):
-            exponent = None
-        part = {"": "whole" if digit else "zero", "point": "fraction"}.get(part, part)
-        return replace(self, part=part, value=self.value * 10 + digit, count=self.count + 1, exponent=exponent)._if_possible()
+    def _longer(self, digit: int) -> JsonNumber | None:
+        part = {"": "whole" if digit else "zero", "point": "fraction"}.get(self.part, self.part)
+        keeps_exponent = not self.machine.has_bounds or part == "fraction" or (part == "whole" and not self.part)
+        return replace(self, part=part, value=self.value * 10 + digit, count=self.count + 1,
+                       exponent=self.exponent if keeps_exponent else None)._if_possible()  # fmt: skip
 
     def _range(self, more: int) -> tuple[int, int]:
         """The magnitudes that so many further digits before the point can make, or all behind it."""
         machine = self.machine
-        unit = 10 ** (machine.places - self.count) if self.part in ("point", "fraction") else machine.scale
-        return self.value * 10**more * unit, (self.value + 1) * 10**more * unit - 1
+        unit = 10 ** (more + machine.places - (self.count if self.part in ("point", "fraction") else 0))
+        return self.value * unit, (self.value + 1) * unit - 1
 
     def _if_possible(self) -> JsonNumber | None:
         """Itself, without what does not matter any more; None if it is no number's beginning."""
         machine, most = self.machine, self.machine.digits - self.count if self.part == "whole" else 0
-        ranges = [self._range(more) for more in range(most + 1)]
-        first, last = ranges[0][0], ranges[-1][1]
-        spans = None if self.spans is None else tuple(span for span in self.spans if span[0] <= last and span[1] >= first)
-        if not any(machine.holds(low, high, spans) for low, high in ranges):
+        first, last = self._range(0)[0], self._range(most)[1]
+        spans = overlapping(self.spans, first, last)
+        if not any(machine.holds(*self._range(more), spans) for more in range(most + 1)):
             return None
-        if spans is None or (spans[0][0] <= first and last <= spans[0][1]):
-            return replace(self, spans=None, value=self.value % machine.cycle)
+        if spans[0][0] <= first and last <= spans[0][1]:
+            return replace(self, spans=ANYWHERE, value=self.value % machine.cycle)
         return replace(self, spans=spans)
 
 
@@ -16842,8 +16755,7 @@ def number_symbol(shape: NumberShape) -> Symbol | None:
 
 def another_number(shape: NumberShape, taken: Iterable[int | float]) -> Symbol | None:
     """A JSON number of a shape that is none of those taken; None if there is none."""
-    values = shape.excluded.union(taken)
-    return number_machine(replace(shape, excluded=frozenset()) if shape.excluded else shape, not values).symbol(values)
+    return number_machine(replace(shape, excluded=frozenset())).symbol(shape.excluded.union(taken))
 
 
 def number_fits(shape: NumberShape, value: int | float) -> bool:
@@ -18445,7 +18357,7 @@ READING_SECONDS = 0.005  # of a grammar: 95 of 100 schemas take less
 
 def read_soon(root: Symbol) -> bool:
     """Reads a grammar for up to 5 ms; False for a slower one, which is read where no text waits. Raises InvalidRequest."""
-    with TURN.limited(READING_SECONDS):
+    with contextlib.suppress(NotYet), TURN.reading(seconds=READING_SECONDS):
         read_ahead(root)
         return True
     return False
