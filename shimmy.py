@@ -17134,6 +17134,10 @@ class ArrayShape:
             return None
         return self.first[index] if index < len(self.first) else self.rest
 
+    def needing(self, index: str | int) -> ArrayShape:
+        """Requires the element at an index."""
+        return replace(self, low=max(self.low, int(index) + 1))
+
 
 @dataclass(frozen=True)
 class Property:
@@ -17182,7 +17186,7 @@ class ObjectShape:
     def places(self) -> dict[str, Property]:
         return {prop.name: prop for prop in self.named}
 
-    def needing(self, name: str) -> ObjectShape:
+    def needing(self, name: str | int) -> ObjectShape:
         """Requires one of the named properties."""
         return replace(self, named=tuple(replace(prop, required=prop.required or prop.name == name) for prop in self.named))
 
@@ -17925,7 +17929,7 @@ class Documents:
         return room >= len(lacking)
 
     # uniqueItems: constants, strings and numbers are told apart as they are. An object or array that may always go on cannot end
-    # while it is like another. Other objects differ in one property, their key; of other arrays there may be one.
+    # while it is like another. Others have one part, their key, that differs from that of those alike before it.
 
     def _has_different(self, shape: ArrayShape) -> bool:
         """True if an array whose elements all differ can be as long as it must be, whatever stands before each."""
@@ -17957,8 +17961,8 @@ class Documents:
             return most if not (shape.low and shape.high) and not shape.multiples else self._count_numbers(shape, most)
         if not self.is_possible(shape):
             return 0
-        key = self.key(shape) if isinstance(shape, ObjectShape) else None
-        return most if self.is_endless(shape) else self._count(key.node, most) if key else 1
+        key = None if self.is_endless(shape) else self.key(shape)
+        return most if self.is_endless(shape) else 1 if key is None else self._count(key[1], most)
 
     def _count_numbers(self, shape: NumberShape, most: int) -> int:
         taken = set[Any]()
@@ -17979,12 +17983,19 @@ class Documents:
             names.most == math.inf and few_texts(names, self.MANY) is None for names, node, _ in shape.unnamed
             if node in self.possible)  # fmt: skip
 
-    def key(self, shape: ObjectShape) -> Property | None:
-        """The property in which objects differ: that with most values, if they are neither objects nor arrays."""
-        props = [prop for prop in shape.named if prop.node in self.possible and not any(
-            isinstance(one, (ObjectShape, ArrayShape)) for one in self.shapes.choice(prop.node))]  # fmt: skip
-        key = max(props, key=lambda prop: (self._count(prop.node, self.MANY), prop.required), default=None)
-        return key if key and self.is_possible(shape.needing(key.name)) else None
+    def key(self, shape: ObjectShape | ArrayShape) -> tuple[str | int, Node] | None:
+        """The part in which values differ at the latest: of those with most values the last that need not be absent. None is an
+        object or array."""
+        if isinstance(shape, ArrayShape):
+            low = 0 if shape.unique or shape.contains else max(shape.low, 1)  # else a part's value depends on the others
+            at = [*range(min(low, len(shape.first))), *([low - 1] if low else [])]
+            parts: list[tuple[str | int, Node | None, bool]] = [(index, shape.at(index), True) for index in at]
+        else:
+            parts = [(prop.name, prop.node, prop.required) for prop in shape.named]
+        plain = [(name, node, needed) for name, node, needed in reversed(parts) if node in self.possible and not any(
+            isinstance(one, (ObjectShape, ArrayShape)) for one in self.shapes.choice(node))]  # fmt: skip
+        name, node, _ = max(plain, key=lambda part: (self._count(part[1], self.MANY), part[2]), default=("", None, False))
+        return (name, node) if node is not None and self.is_possible(shape.needing(name)) else None
 
 
 @dataclass(frozen=True)
@@ -18001,6 +18012,7 @@ class Part(Symbol):
 
 
 _JSON = json.JSONEncoder(ensure_ascii=False, allow_nan=False)
+Container = TypeVar("Container", ArrayShape, ObjectShape)
 
 
 @dataclass(frozen=True)
@@ -18024,38 +18036,63 @@ class Value(Part):
         return [any_text(constants), *found] if constants else found
 
     def _array(self, shape: ArrayShape) -> list[Symbols]:
-        is_new = self.documents.is_endless(shape) or not any(isinstance(one, tuple) for one in self.but)
-        return [(Word(b"["), Elements(self.documents, shape, 0, shape.contains))] if is_new else []
+        found = self._unlike(shape, (frozenset(enumerate(one)) for one in self.but if isinstance(one, tuple)))
+        return [(Word(b"["), Elements(self.documents, array, 0, array.contains, earlier)) for array, earlier in found]
 
     def _object(self, shape: ObjectShape) -> list[Symbols]:
-        documents, room = self.documents, math.inf if shape.high is None else shape.high
-        others = [dict(one) for one in self.but if isinstance(one, frozenset)]
-        if not others or documents.is_endless(shape):
-            return [(Word(b"{"), Members(documents, shape, 0, shape.low, room))]
-        if (key := documents.key(shape)) is None:
+        found = self._unlike(shape, (one for one in self.but if isinstance(one, frozenset)))
+        room = math.inf if shape.high is None else shape.high
+        return [(Word(b"{"), Members(self.documents, one, 0, one.low, room, True, earlier)) for one, earlier in found]
+
+    def _unlike(self, shape: Container, others: Iterable[frozenset[Any]]) -> list[tuple[Container, Earlier | None]]:
+        """The shape that an object or array takes beside others that it must not equal, if it can."""
+        alike = frozenset(others)
+        if not alike or self.documents.is_endless(shape):
+            return [(shape, None)]
+        if (key := self.documents.key(shape)) is None:
             return []
-        value = Value(documents, key.node, frozenset(one[key.name] for one in others if key.name in one))
-        members = Members(documents, shape.needing(key.name), 0, shape.low, room, True, (key.name, value))
-        return [(Word(b"{"), members)] if documents.kept(value) else []
+        found = Earlier(key[0], alike)
+        return [(shape.needing(key[0]), found)] if self.documents.kept(Value(self.documents, key[1], found.taken())) else []
+
+
+@dataclass(frozen=True)
+class Earlier:
+    """Objects or arrays that are `alike` so far, by name or index, to one that must not equal them: its `key` will differ."""
+
+    key: str | int
+    alike: frozenset[frozenset[tuple[str | int, Any]]]
+
+    def taken(self) -> frozenset[Any]:
+        """The values of their keys."""
+        return frozenset(value for one in self.alike for name, value in one if name == self.key)
+
+    def with_part(self, name: str | int, value: Any) -> Earlier:
+        return Earlier(self.key, frozenset(one for one in self.alike if (name, value) in one))
+
+    def without(self, name: str) -> Earlier:
+        return Earlier(self.key, frozenset(one for one in self.alike if name not in dict(one)))
+
+    def part(self, value: Value, name: str | int, after: Members | Elements) -> Symbols:
+        """A part with that name, and what follows it."""
+        if name == self.key:
+            return replace(value, but=self.taken()), after
+        return (Element(Automaton(value).start, replace(after, earlier=self), name),) if self.alike else (value, after)
 
 
 @dataclass(frozen=True)
 class Members(Part):
-    """The rest of an object: its named properties from `at` on, of which `lacking` at least must still come and `room` may.
-
-    The `key` is a property whose value must differ from that of other objects, and its value.
-    """
+    """The rest of an object: its named properties from `at` on, of which `lacking` at least must still come and `room` may."""
 
     shape: ObjectShape
     at: int
     lacking: int
     room: float
     first: bool = True
-    key: tuple[str, Value] | None = None
+    earlier: Earlier | None = None
 
     def made(self) -> list[Symbols]:
         """The alternatives: a named property, the end, an unnamed one; a block of named ones at a time."""
-        documents, shape, size = self.documents, self.shape, len(self.shape.named)
+        documents, shape, size, earlier = self.documents, self.shape, len(self.shape.named), self.earlier
         texts: dict[bytes, Symbols] = {}
         found: list[Symbols] = []
         end = min((self.at // documents.BLOCK + 1) * documents.BLOCK, size)
@@ -18063,14 +18100,13 @@ class Members(Part):
             prop, after = shape.named[index], self._after(index + 1)
             if prop.node in documents.possible and documents.can_end(after):
                 value = Value(documents, prop.node)
-                if self.key and self.key[0] == prop.name:
-                    value, after = self.key[1], replace(after, key=None)
                 text = f"{'' if self.first else ', '}{json.dumps(prop.name, ensure_ascii=False)}: "
-                texts[text.encode()] = (value, after)
+                texts[text.encode()] = earlier.part(value, prop.name, after) if earlier else (value, after)
             if prop.required:
                 break
+            earlier = earlier and earlier.without(prop.name)
         else:
-            found += [(replace(self, at=end),)] if end < size else self._unnamed()
+            found += [(replace(self, at=end, earlier=earlier),)] if end < size else self._unnamed()
             if end == size and not self.lacking:
                 texts[b"}"] = ()
         return [any_text(texts), *found] if texts else found
@@ -18078,7 +18114,11 @@ class Members(Part):
     def _after(self, at: int) -> Members:
         """The rest behind one more property; of unnamed ones only the first counts."""
         lacking = self.lacking - (self.lacking > 0 and self.at <= len(self.shape.named))
-        return Members(self.documents, self.shape, at, lacking, self.room - 1, False, self.key)
+        return Members(self.documents, self.shape, at, lacking, self.room - 1, False)
+
+    def behind(self, name: str | int | None, value: Any) -> Members:
+        assert self.earlier and name is not None
+        return replace(self, earlier=self.earlier.with_part(name, value))
 
     def _unnamed(self) -> list[Symbols]:
         documents, after = self.documents, self._after(len(self.shape.named) + 1)
@@ -18100,6 +18140,7 @@ class Elements(Part):
     shape: ArrayShape
     index: int
     lacking: tuple[int, ...]
+    earlier: Earlier | None = None
     seen: frozenset[Any] = frozenset()
 
     def made(self) -> list[Symbols]:
@@ -18113,30 +18154,41 @@ class Elements(Part):
             ways.append((documents.shapes.node((*node, self.lacking[0])), self.lacking[1:]))
         for node, lacking in ways:
             value = Value(documents, node, self.seen)
-            after = replace(self, index=self.index + counts, lacking=lacking)
+            after = replace(self, index=self.index + counts, lacking=lacking, earlier=None)
             if node in documents.possible and documents.has_room(shape, after.index, lacking):
                 if not shape.unique:
-                    found.append((*comma, value, after))
+                    found.append((*comma, *(self.earlier.part(value, self.index, after) if self.earlier else (value, after))))
                 elif documents.kept(value):
-                    found.append((*comma, Element(Automaton(value).start, after)))
+                    found.append((*comma, Element(Automaton(value).start, after, None, self.seen)))
         return found
+
+    def behind(self, name: str | int | None, value: Any) -> Elements:
+        if name is None:
+            return replace(self, seen=self.seen | {value})
+        assert self.earlier
+        return replace(self, earlier=self.earlier.with_part(name, value))
 
 
 @dataclass(frozen=True)
 class Element(Symbol):
-    """An element that is none of those that the array has seen: its text so far is kept. It is never empty."""
+    """A value that is none of `but`, whose text is kept for what follows to compare. It is never empty.
+
+    It is an element of an array without repeats; or, by its name or index, a part of what must differ from others.
+    """
 
     here: State
-    array: Elements  # behind it
+    rest: Members | Elements
+    name: str | int | None
+    but: frozenset[Any] = frozenset()
     text: bytes = b""
 
     @functools.cached_property
     def firsts(self) -> int:
         """Without a bracket that would end an object or array that is there already."""
         bits = self.here.bits
-        for byte in b"]}" if self.array.seen and self.text[:1] in b"[{" else b"":
+        for byte in b"]}" if self.but and self.text[:1] in b"[{" else b"":
             behind = self.here.step(byte)
-            if behind and behind.ends and comparable(json.loads(self.text + bytes([byte]))) in self.array.seen:
+            if behind and behind.ends and comparable(json.loads(self.text + bytes([byte]))) in self.but:
                 bits &= ~(1 << byte)
         return bits
 
@@ -18148,11 +18200,11 @@ class Element(Symbol):
         here = self.here.step(byte)
         if here is None or not self.firsts >> byte & 1:
             return None
-        behind = Element(here, self.array, self.text + bytes([byte]))
+        behind = replace(self, here=here, text=self.text + bytes([byte]))
         return (behind,) if here.bits else behind.left()
 
     def left(self) -> Symbols:
-        return (replace(self.array, seen=self.array.seen | {comparable(json.loads(self.text))}),)
+        return (self.rest.behind(self.name, comparable(json.loads(self.text))),)
 
 
 @dataclass(frozen=True, eq=False)

@@ -5790,6 +5790,9 @@ def test_schema_of_many_unlike_texts_keeps_one_machine() -> None:
 
 
 R = {"$ref": "#/$defs/R"}
+EDGES = {**UNIQUE, "items": {**OBJECT, "properties": {"a": {"type": "string"}, "b": {"type": "string"}}, "required": ["b"],
+                             "additionalProperties": False}}  # fmt: skip
+POINTS = {**UNIQUE, "minItems": 3, "items": {"type": "array", "items": {"type": "number"}, "minItems": 2, "maxItems": 2}}
 HOLDS_ITSELF: dict[str, Any] = {**R, "$defs": {"R": {**ANY_ARRAY, "uniqueItems": True, "items": R}}}
 
 
@@ -5808,6 +5811,10 @@ HOLDS_ITSELF: dict[str, Any] = {**R, "$defs": {"R": {**ANY_ARRAY, "uniqueItems":
     "a list that goes on": (UNIQUE, "[[1], [1, 2]]", True),
     "a list that does not": (UNIQUE, "[[1], [1]", None),
     "an object that goes on": (UNIQUE, '[{"a": 1}, {"a": 1, "b": 2}]', True),
+    "edges of one node": (EDGES, '[{"a": "1", "b": "2"}, {"a": "1", "b": "3"}, {"b": "2"}]', True),
+    "an edge twice": (EDGES, '[{"a": "1", "b": "2"}, {"a": "1", "b": "2"', None),
+    "points on one line": (POINTS, "[[1, 2], [1, 3], [2, 2]]", True),
+    "a point twice": (POINTS, "[[1, 2], [1.0, 2]", None),
 })  # fmt: skip
 def test_array_without_repeats_takes_what_is_new(schema: Any, text: str, ends: bool | None) -> None:
     here = begin(schema).read(text.encode())
