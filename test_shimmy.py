@@ -10256,7 +10256,7 @@ def test_grammar_of_a_long_chain_of_rules_is_read_soon_and_tokens_are_named() ->
 
 def test_schema_in_vllms_words_is_alone_and_a_grammar_holds(server: Server) -> None:
     assert server.chat("hi", "dice", grammar='root ::= "yes" | "no"', temperature=1).message["content"] in ("yes", "no")
-    assert_error(server.chat("hi", guided_json={}, guided_choice=["a"]), 400, "invalid_request", "json and choice")
+    assert_error(server.chat("hi", guided_json={}, guided_choice=["a"]), 400, "invalid_request", "guided_json and guided_choice")
 
 
 @cases("format, word", {
@@ -13180,7 +13180,7 @@ def test_notes_stand_for_the_oldest_of_many_images() -> None:
 
 def test_many_texts_beside_an_image_are_joined_in_linear_time() -> None:
     parts = [{"type": "text", "text": "x" * 160}] * 20_000
-    content: Any = module.flat_content("content", [{"type": "image", "source": RED_SOURCE["source"]}, *parts])
+    content: Any = module.read_content("content", [{"type": "image", "source": RED_SOURCE["source"]}, *parts])
     began = time.process_time()
     shown: Any = content.shown("seer", lambda _: module.Picture(RED, 1, 1))
     assert len(shown) == 2 and len(shown[1]) == 161 * 20_000 - 1 and time.process_time() - began < 1
