@@ -319,12 +319,13 @@ class ApiError(Exception):
         return ERROR_TYPES.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
 
     def document(self, openai: bool = False) -> dict[str, Any]:
-        """The error object of every route. OpenAI's routes add `type` and `param`; its packages show only `message`, so
-        there it says everything."""
-        if openai:
-            return {"error": {"code": self.code, "message": str(self), "details": self.details, "type": self.kind,
-                              "param": self.param}}  # fmt: skip
-        return {"error": {"code": self.code, "message": self.message, "details": self.details}}
+        """The error object of every route; OpenAI's add `type` and `param`.
+
+        Many clients show only `message`, so it says everything; but the one of an unknown model is documented on our own.
+        """
+        message = self.message if self.code == "model_not_found" and not openai else str(self)
+        more = {"type": self.kind, "param": self.param} if openai else {}
+        return {"error": {"code": self.code, "message": message, "details": self.details, **more}}
 
 
 class InvalidRequest(ApiError, code="invalid_request", message="The request is invalid"):
@@ -464,17 +465,18 @@ def whole(low: float = -math.inf, high: float = math.inf) -> Check:
 NO_LIMIT = 1 << 30  # tokens; more than any context has
 
 
-def token_limit(name: str, value: Any) -> int:
-    """A number of tokens; -1 means no limit but the context's end, as llama-server and Ollama have it."""
-    return NO_LIMIT if value == -1 and not isinstance(value, bool) else int(whole(1)(name, value))
-
-
 def token_count(name: str, value: Any) -> int:
     """How many tokens to keep; 0 means all, and so does -1, which vLLM's clients send."""
     return max(0, whole(-1)(name, value))
 
 
-def one_of(known: Iterable[str]) -> Check:
+def token_limit(name: str, value: Any) -> int:
+    """A number of tokens; -1 means no limit but the context's end, as llama-server and Ollama have it."""
+    return NO_LIMIT if value == -1 and not isinstance(value, bool) else int(whole(1)(name, value))
+
+
+@functools.lru_cache(maxsize=32)
+def one_of(*known: str) -> Check:
     """Accepts one of several strings."""
     return fitting(f"one of {', '.join(known)}", lambda value: isinstance(value, str) and value in known)
 
@@ -617,7 +619,7 @@ def a_format(name: str, value: Any) -> Constraint | None:
     OpenAI's chat holds a json_schema's in an object of that name; its Responses, Anthropic and llama-server beside the type.
     """
     format = Item(name, value)
-    kind = needed(format, "type", one_of(FORMAT_TYPES))
+    kind = needed(format, "type", one_of(*FORMAT_TYPES))
     holder = optional(format, "json_schema", Item, format)
     schema = (needed if kind == "json_schema" else optional)(holder, "schema", an_object)
     return None if kind == "text" else a_schema(name, {"type": "object"} if schema is None else schema)
@@ -633,16 +635,17 @@ def ollama_format(name: str, value: Any) -> Constraint | None:
 
 def a_grammar(name: str, value: Any) -> Constraint | None:
     """Accepts a grammar in GBNF; an empty one is none."""
-    text = a_string(name, value)
-    constraint = Constraint(Gbnf(text), "grammar", markers=token_names(text))
-    return constraint if text and (read_soon(constraint.grammar) or True) else None
+    if not a_string(name, value):
+        return None
+    constraint = Constraint(Gbnf(value), "grammar", markers=token_names(value))
+    read_soon(constraint.grammar)
+    return constraint
 
 
 def a_choice(name: str, value: Any) -> Constraint | None:
     """Accepts a list of texts, at least one."""
     texts = [a_string(name, text) for text in a_list(name, value)]
-    if not texts:
-        raise InvalidRequest(f"{name} must hold at least one text", name)
+    ensure(texts, name, f"{name} must hold at least one text")
     return a_grammar(name, "root ::= " + " | ".join(json.dumps(text, ensure_ascii=False) for text in texts))
 
 
@@ -665,12 +668,12 @@ def read_constraint(body: Mapping[str, Any]) -> Constraint | None:
         fields[f"{holder}.format"] = body[holder].get("format") if isinstance(body.get(holder), dict) else None
     for name, value in optional(body, "structured_outputs", an_object, {}).items():
         if value is not None and value is not False and name != "disable_any_whitespace":  # a document has one form here
-            fields[f"structured_outputs.{one_of(VLLM_FORMS)('structured_outputs', name)}"] = value
+            fields[f"structured_outputs.{one_of(*VLLM_FORMS)('structured_outputs', name)}"] = value
     read = ((name, check(name, fields[name])) for name, check in CONSTRAINTS.items() if fields.get(name) is not None)
     asked = {name: constraint for name, constraint in read if constraint}
-    if len(asked) > 1:
-        raise InvalidRequest(f"{' and '.join(asked)} exclude each other: send one of them", next(iter(asked)))
-    return next(iter(asked.values()), None)
+    name, constraint = next(iter(asked.items()), ("", None))
+    ensure(len(asked) < 2, name, f"{' and '.join(asked)} exclude each other: send one of them")
+    return constraint
 
 
 @dataclass(frozen=True)
@@ -812,8 +815,7 @@ def read_messages(body: Mapping[str, Any]) -> tuple[dict[str, Any], ...] | None:
 def some_messages(body: Mapping[str, Any]) -> list[Item]:
     """The messages, at least one."""
     messages = objects("messages", body.get("messages"), MAX_MESSAGES)
-    if not messages:
-        raise InvalidRequest("messages must be a list of at least one message", "messages")
+    ensure(messages, "messages", "messages must be a list of at least one message")
     return messages
 
 
@@ -824,12 +826,11 @@ def newest_turn(messages: Seq[Any]) -> Any:
 
 def read_message(message: Item, newest: bool) -> dict[str, Any]:
     """One message of a chat as templates want it: content is a string unless there are media, tool arguments are objects."""
-    role = needed(message, "role", one_of(ROLES))
-    if message.get("content") is None and role != "assistant":
-        raise InvalidRequest(f"{message.where}.content is required", f"{message.where}.content")
-    where, content = path_to(message, "content"), given(message, "content", "")
-    images = read_images(message, "images", newest)  # Ollama's, which others take over
-    content = read_content(where, content, newest=newest, before=images)
+    role = needed(message, "role", one_of(*ROLES))
+    where = path_to(message, "content")
+    ensure(message.get("content") is not None or role == "assistant", where, f"{where} is required")
+    images = read_images(message, "images", newest) if "images" in message else []  # Ollama's, which others take over
+    content = read_content(where, given(message, "content", ""), newest=newest, before=images)
     read = {"role": "system" if role == "developer" else role, "content": content}
     for name in ("name", "tool_call_id", *reversed(THOUGHT_FIELDS)):
         if message.get(name) is not None:
@@ -842,10 +843,9 @@ def read_message(message: Item, newest: bool) -> dict[str, Any]:
 def read_call(call: Item) -> dict[str, Any]:
     """A tool call in an assistant's message; arguments, a JSON text over the wire, become the object templates want."""
     function = needed(call, "function", Item)
-    arguments = function.get("arguments")
-    if isinstance(arguments, str):
-        arguments = parsed(arguments)
-    return a_call(str(call.get("id") or ""), needed(function, "name", a_string), {} if arguments is None else arguments)
+    arguments = given(function, "arguments", {})
+    said = parsed(arguments) if isinstance(arguments, str) else arguments
+    return a_call(str(call.get("id") or ""), needed(function, "name", a_string), said if said is not None else {})
 
 
 def a_call(id: str, name: str, arguments: Any) -> dict[str, Any]:
@@ -927,6 +927,8 @@ class Content:
 def read_content(where: str, content: Any, texts: Seq[str] = ("text", "refusal"), between: str = "", newest: bool = False,
                  before: Seq[Attachment] = ()) -> str | Content:  # fmt: skip
     """A message's content: a string, or a list of parts, of which those of text have these types; behind what goes before."""
+    if isinstance(content, str) and not before:
+        return content
     found: list[str | Attachment] = [*before]
     for part in text_parts(where, content):
         kind = part.get("type")
@@ -938,7 +940,7 @@ def read_content(where: str, content: Any, texts: Seq[str] = ("text", "refusal")
                 attachment.refuse("no model here reads anything but text and images")
             found += [attachment, optional(part, "title", a_string, "")]
         else:
-            name = "refusal" if needed(part, "type", one_of(texts)) == "refusal" else "text"  # one comes back in the history
+            name = "refusal" if needed(part, "type", one_of(*texts)) == "refusal" else "text"  # one comes back in the history
             found.append(needed(part, name, a_string))
     return as_content(found, between)
 
@@ -973,7 +975,7 @@ def read_tools(body: Mapping[str, Any]) -> tuple[tuple[dict[str, Any], ...], tup
     """Checks a chat's tools: its functions, and the names of built-in ones; none when tool_choice is "none"."""
     functions, builtins = list[dict[str, Any]](), list[str]()
     for tool in objects("tools", body.get("tools") or [], MAX_TOOLS):
-        if needed(tool, "type", one_of(("function", "builtin"))) == "builtin":
+        if needed(tool, "type", one_of("function", "builtin")) == "builtin":
             builtins.append(needed(tool, "name", a_string))
         else:
             function = needed(tool, "function", Item)
@@ -8336,7 +8338,11 @@ class ModelTable:
         self._refresh(age)
         with self._changed:
             entries = self._residents.entries.values()
-            return [self._fitted(e).document() | {"state": e.state, "loaded": e.state == "loaded"} for e in entries]
+            return [
+                self._fitted(e).document() | {"state": e.state, "loaded": e.state == "loaded"}
+                | ({"loaded_context_length": e.worker.loaded.ctx} if e.worker else {})  # by LM Studio's name
+                for e in entries
+            ]
 
     def infos(self) -> list[ModelInfo]:
         """The same models, as their headers describe them."""
@@ -9185,10 +9191,10 @@ def read_tool_choice(choice: Any, functions: Seq[dict[str, Any]], builtins: Seq[
     names = [*(f["function"]["name"] for f in functions), *builtins]
     if isinstance(choice, dict):
         choice = Item("tool_choice", choice)
-        kind = needed(choice, "type", one_of(("function", "custom", "tool", "allowed_tools")))
+        kind = needed(choice, "type", one_of("function", "custom", "tool", "allowed_tools"))
         if kind == "allowed_tools":
             holder = optional(choice, "allowed_tools", Item, choice)
-            choice = needed(holder, "mode", one_of(("auto", "required")))
+            choice = needed(holder, "mode", one_of("auto", "required"))
             names = [named_tool(tool, names) for tool in needed(holder, "tools", objects)]
         else:
             choice = f"function:{named_tool(choice, names)}"
@@ -9205,7 +9211,7 @@ def named_tool(tool: Item, names: Iterable[str]) -> str:
     """The name of a tool that is offered: beside the type, or in the `function` of OpenAI's chat."""
     named = optional(tool, "function", Item, tool)
     name = joined_name(optional(named, "namespace", a_string, ""), needed(named, "name", a_string))
-    return str(one_of(names)(path_to(tool, "name"), name))
+    return str(one_of(*names)(path_to(tool, "name"), name))
 
 
 def joined_name(space: str, name: str) -> str:
@@ -9220,7 +9226,7 @@ def read_template_args(body: Mapping[str, Any], where: str, effort: Any, **own: 
     """The template's arguments: an effort, of which templates know low, medium and high; chat_template_kwargs win."""
     args: dict[str, Any] = {}
     if effort is not None:
-        value = EFFORTS[one_of(EFFORTS)(where, effort)]
+        value = EFFORTS[one_of(*EFFORTS)(where, effort)]
         args = {"enable_thinking": False} if value is None else {"reasoning_effort": value}
     return args | own | optional(body, "chat_template_kwargs", an_object, {})
 
@@ -9277,9 +9283,9 @@ class OpenAI(Dialect):
         return {"usage": usage.document() | details | {"timings": timings}, "timings": timings}
 
 
-def shown_token(token: bytes, logprob: float) -> dict[str, Any]:
-    """A token and its log probability, as OpenAI's chat, Ollama and llama-server show them."""
-    return {"token": token.decode("utf-8", "replace"), "logprob": logprob, "bytes": list(token)}
+def shown_token(token: bytes, logprob: float, **id: int) -> dict[str, Any]:
+    """A token and its log probability, as OpenAI's chat, Ollama and, with its id, llama-server show them."""
+    return {**id, "token": token.decode("utf-8", "replace"), "logprob": logprob, "bytes": list(token)}
 
 
 def shown_logprobs(tokens: Seq[TokenLogprob]) -> list[dict[str, Any]]:
@@ -9361,14 +9367,15 @@ class Completion(OpenAI):
         request = self.common({**body, "max_tokens": 1} if nothing else body, optional(body, "logprobs", whole(0, 20)))
         sampling = replace(request.sampling, max_tokens=0) if nothing else request.sampling
         request = replace(request, prompts=prompts, sampling=sampling, echo=echo and sampling.logprobs is not None)
-        texts, size, most = len(prompts) * request.n, sum(map(len, prompts)), MAX_ECHOED // (1 + (sampling.logprobs or 0))
+        texts, size = len(prompts) * request.n, sum(map(len, prompts)) * request.n
+        most = MAX_ECHOED // (1 + (sampling.logprobs or 0))
         ensure(texts <= MAX_TEXTS, "prompt", f"prompt: prompts times n may be up to {MAX_TEXTS}, not {texts}")
         ensure(optional(body, "best_of", whole(1, MAX_CHOICES), request.n) == request.n, "best_of",
                f"best_of must equal n ({request.n}): texts are not ranked here")  # fmt: skip
         ensure(not echo or request.echo or all(isinstance(p, str) for p in prompts), "echo",
                "echo of token ids needs logprobs: without them only prompts of text are echoed")  # fmt: skip
-        ensure(not request.echo or request.n * size <= most, "echo",
-               f"echo: with so many logprobs prompts of up to {most} characters are echoed, not {request.n * size}")  # fmt: skip
+        ensure(not request.echo or size <= most, "echo",
+               f"echo: with so many logprobs prompts of up to {most} characters are echoed, not {size}")  # fmt: skip
         written = [p if isinstance(p, str) else "" for p in prompts for _ in range(request.n)]  # by choice
         self._echo = written if echo and not request.echo else []
         # characters so far: OpenAI counts from the prompt's start
@@ -9405,7 +9412,7 @@ class Embeddings(Dialect):
     streams = None
 
     def read(self, body: Mapping[str, Any]) -> EmbedRequest:
-        self._base64 = optional(body, "encoding_format", one_of(("float", "base64"))) == "base64"
+        self._base64 = optional(body, "encoding_format", one_of("float", "base64")) == "base64"
         texts = required(body, "input", "a string, or a list of strings or token ids")
         return EmbedRequest(
             model=optional(body, "model", a_string, "default"),
@@ -9448,11 +9455,9 @@ class Rerank(Embeddings):
 
     def answer(self) -> dict[str, Any]:
         scores = [numbers(row)[0] for row in self.rows]
-        results: list[dict[str, Any]] = []
-        for i in sorted(range(len(scores)), key=lambda i: -scores[i])[: self._top]:
-            document = {"document": {"text": self.request.inputs[i]}} if self._shown else {}
-            results.append({"index": i, "relevance_score": scores[i], **document})
-        return {"results": results}
+        best = sorted(range(len(scores)), key=lambda i: -scores[i])[: self._top]
+        shown = [{"document": {"text": text}} if self._shown else {} for text in self.request.inputs]
+        return {"results": [{"index": i, "relevance_score": scores[i], **shown[i]} for i in best]}
 
 
 # ── 14.2. Dialects of blocks ──────────────────────────────────────────────────────────────────────────────────────────
@@ -9521,13 +9526,13 @@ def claude_messages(body: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
 
 def claude_turns(message: Item, names: dict[str, str], newest: bool) -> list[dict[str, Any]]:
     """One of Anthropic's messages: results become turns of their own. `names` of calls by id, gathered over the chat."""
-    role = needed(message, "role", one_of(CLAUDE_BLOCKS))
+    role = needed(message, "role", one_of(*CLAUDE_BLOCKS))
     texts, thoughts, calls, results = list[Item](), list[str](), list[Any](), list[Any]()
     for block in text_parts(path_to(message, "content"), message.get("content")):
         kind = needed(block, "type", a_string)
         if CLAUDE_UNREAD.fullmatch(kind):
             continue
-        needed(block, "type", one_of(CLAUDE_BLOCKS[role]))
+        needed(block, "type", one_of(*CLAUDE_BLOCKS[role]))
         if kind == "thinking":
             thoughts.append(needed(block, "thinking", a_string))
         elif kind == "tool_use":
@@ -9580,8 +9585,13 @@ class Messages(BlockDialect):
         config = optional(body, "output_config", an_object, {})
         ends = stops("stop_sequences", optional(body, "stop_sequences", a_list, []))
         thinking = optional(body, "thinking", Item, {"type": "disabled"})
-        kind = needed(thinking, "type", one_of(("enabled", "adaptive", "disabled")))
+        kind = needed(thinking, "type", one_of("enabled", "adaptive", "disabled"))
         effort = read_template_args(body, "output_config.effort", config.get("effort"), enable_thinking=kind != "disabled")
+        # tools that Anthropic runs itself, or its models know by heart, are left out
+        own = [tool for tool in optional(body, "tools", objects, []) if optional(tool, "type", a_string, "custom") == "custom"]
+        choice = optional(body, "tool_choice", Item, {"type": "auto"})
+        call = needed(choice, "type", one_of("auto", "any", "tool", "none"))
+        functions = [a_function(tool, needed(tool, "input_schema", an_object)) for tool in own]
         return GenerateRequest(
             model=optional(body, "model", a_string, "default"),
             messages=claude_messages(body),
@@ -9589,21 +9599,9 @@ class Messages(BlockDialect):
             split_markers=True,
             thinking_budget=optional(thinking, "budget_tokens", whole(1)) if kind == "enabled" else None,
             template_args=effort,
-            **self._tools(body),
+            parallel_tool_calls=not flag(choice, "disable_parallel_tool_use"),
+            **read_tool_choice(choice if call == "tool" else {"any": "required"}.get(call, call), functions),
         )
-
-    @staticmethod
-    def _tools(body: Mapping[str, Any]) -> dict[str, Any]:
-        """The tools and the choice among them; those that Anthropic's server runs, or its models know by heart, are left out."""
-        functions = [
-            a_function(tool, needed(tool, "input_schema", an_object))
-            for tool in optional(body, "tools", objects, [])
-            if optional(tool, "type", a_string, "custom") == "custom"
-        ]
-        choice = optional(body, "tool_choice", Item, {"type": "auto"})
-        kind = needed(choice, "type", one_of(("auto", "any", "tool", "none")))
-        read = read_tool_choice(choice if kind == "tool" else {"any": "required"}.get(kind, kind), functions)
-        return read | {"parallel_tool_calls": not flag(choice, "disable_parallel_tool_use")}
 
     def idle(self) -> dict[str, Any]:
         return {"type": "ping"}
@@ -9692,7 +9690,7 @@ class ResponseInput:
         for item in items:
             kind = optional(item, "type", a_string, "message")
             if kind in RESPONSE_ITEMS or not HOSTED_ITEM.fullmatch(kind):
-                self._add(one_of(RESPONSE_ITEMS)(path_to(item, "type"), kind), item, item is newest)
+                self._add(one_of(*RESPONSE_ITEMS)(path_to(item, "type"), kind), item, item is newest)
         ensure(items and self.turns, "input", "input holds nothing that a model here could read")
 
     def _add_tools(self, tools: list[Item], space: str = "") -> None:
@@ -9706,16 +9704,15 @@ class ResponseInput:
                 full = joined_name(space, name)
                 self.known[full] = {"name": name} | ({"namespace": space} if space else {})
                 self.freeform |= {full} if kind == "custom" else set()
-                own = self._freeform(tool) if kind == "custom" else {}
-                shown = Item(tool.where, {**tool, **own, "name": full})
+                shown = Item(tool.where, {**tool, **(self._freeform(tool) if kind == "custom" else {}), "name": full})
                 self.functions.append(a_function(shown, optional(shown, "parameters", an_object, {})))
 
     @staticmethod
     def _freeform(tool: Item) -> dict[str, Any]:
         """A freeform tool as a function of one string; its grammar (Lark's or a regular expression) is described only."""
         form, said = optional(tool, "format", Item, {"type": "text"}), optional(tool, "description", a_string, "")
-        if needed(form, "type", one_of(("text", "grammar"))) == "grammar":
-            syntax, definition = needed(form, "syntax", one_of(("lark", "regex"))), needed(form, "definition", a_string)
+        if needed(form, "type", one_of("text", "grammar")) == "grammar":
+            syntax, definition = needed(form, "syntax", one_of("lark", "regex")), needed(form, "definition", a_string)
             said = f"{said}\n\nThe input must match this grammar ({syntax}):\n{definition}".strip()
         schema = {"type": "object", "properties": {"input": {"type": "string"}}, "required": ["input"]}
         return {"description": said, "parameters": schema | {"additionalProperties": False}}
@@ -9723,14 +9720,19 @@ class ResponseInput:
     def _add(self, kind: str, item: Item, newest: bool) -> None:
         """Reads one item."""
         if kind == "message":
-            role = needed(item, "role", one_of(("user", "assistant", "system", "developer")))
+            role = needed(item, "role", one_of("user", "assistant", "system", "developer"))
             content = read_content(path_to(item, "content"), item.get("content"), RESPONSE_TEXTS, newest=newest)
             if role == "assistant":
                 self._assistant("content", "tool_calls")["content"] = content
             else:
                 self.turns.append({"role": "system" if role == "developer" else role, "content": content})
         elif kind == "reasoning":
-            if text := self._thought(item):
+            sealed, text = optional(item, "encrypted_content", a_string, ""), ""
+            with contextlib.suppress(ValueError):  # here it is base64 of plain text; OpenAI's own cannot be read
+                text = base64.b64decode(sealed, validate=True).decode()
+            for name in ("content", "summary"):
+                text = text or read_text(path_to(item, name), given(item, name, ""), RESPONSE_TEXTS)
+            if text:
                 turn = self._assistant("content", "tool_calls")
                 turn["reasoning_content"] = turn.get("reasoning_content", "") + text
         elif kind == "additional_tools":
@@ -9751,16 +9753,6 @@ class ResponseInput:
         if last["role"] != "assistant" or any(last.get(name) for name in but):
             self.turns.append(last := {"role": "assistant", "content": ""})
         return last
-
-    @staticmethod
-    def _thought(item: Item) -> str:
-        """A thought is in encrypted_content, which here is base64 of plain text; OpenAI's own cannot be read."""
-        sealed, text = optional(item, "encrypted_content", a_string, ""), ""
-        with contextlib.suppress(ValueError):  # no base64, or no text inside
-            text = base64.b64decode(sealed, validate=True).decode()
-        for name in ("content", "summary"):
-            text = text or read_text(path_to(item, name), given(item, name, ""), RESPONSE_TEXTS)
-        return text
 
 
 def without_oldest(messages: tuple[dict[str, Any], ...], sizes: tuple[int, ...]) -> tuple[dict[str, Any], ...] | None:
@@ -9799,15 +9791,16 @@ class Responses(BlockDialect):
         for name in ("previous_response_id", "conversation", "prompt", "background", "top_logprobs"):
             why = ": no state is kept here, send the whole conversation as input" if name != "top_logprobs" else " here"
             ensure(not body.get(name), name, f"{name} is not served{why}")
-        self._truncates = optional(body, "truncation", one_of(("auto", "disabled"))) == "auto"
+        self._truncates = optional(body, "truncation", one_of("auto", "disabled")) == "auto"
         self._input = ResponseInput(body)
         optional(body, "text", an_object)
+        reasoning = optional(body, "reasoning", an_object, {})
         return GenerateRequest(
             model=optional(body, "model", a_string, "default"),
             messages=tuple(self._input.turns),
             parallel_tool_calls=flag(body, "parallel_tool_calls", True),
             continue_final_message=False,
-            template_args=read_template_args(body, "reasoning.effort", optional(body, "reasoning", an_object, {}).get("effort")),
+            template_args=read_template_args(body, "reasoning.effort", reasoning.get("effort")),
             sampling=Sampling.from_json({**body, "max_tokens": None}, max_tokens=optional(body, "max_output_tokens", whole(1))),
             split_markers=True,
             **read_tool_choice(given(body, "tool_choice", "auto"), self._input.functions),
@@ -9863,7 +9856,7 @@ class Responses(BlockDialect):
             yield self._event(f"{self.KINDS[kind][1]}.delta", **self._at(block), delta=text, **logprobs)
 
     def closed(self, block: Block) -> Chunks:
-        item, at, (_, name, fields) = self._item(block, self._status(block)), self._at(block), self.KINDS[self._kind(block)]
+        item, at, (_, name, fields) = self._item(block), self._at(block), self.KINDS[self._kind(block)]
         told = item.get("content", ())
         if "input" in item:
             yield self._event(f"{name}.delta", **at, delta=item["input"])
@@ -9884,11 +9877,10 @@ class Responses(BlockDialect):
     def _id(self, block: Block) -> str:
         return f"{self.KINDS[self._kind(block)][0]}_{self.id}{block.index:02x}"
 
-    def _status(self, block: Block) -> str:
+    def _item(self, block: Block, status: str = "") -> dict[str, Any]:
+        """A block as far as it came; as one that has ended, unless a status is given."""
         cut = self.choices[0].finish_reason == "length" and block is self.choices[0].blocks[-1]
-        return "incomplete" if cut else "completed"
-
-    def _item(self, block: Block, status: str) -> dict[str, Any]:
+        status = status or ("incomplete" if cut else "completed")
         if block.kind == "text":
             part = {"type": "output_text", "text": block.text, "annotations": [], "logprobs": []}
             return {"id": self._id(block), "type": "message", "role": "assistant", "status": status, "content": [part]}
@@ -9906,8 +9898,7 @@ class Responses(BlockDialect):
     def document(self) -> dict[str, Any]:
         """The response at its end."""
         cut = self.choices[0].finish_reason == "length"
-        output = [self._item(block, self._status(block)) for block in self.choices[0].blocks]
-        why = {"reason": "max_output_tokens"} if cut else None
+        output, why = list(map(self._item, self.choices[0].blocks)), {"reason": "max_output_tokens"} if cut else None
         return self._response("incomplete" if cut else "completed", output=output, incomplete_details=why)
 
     def _response(self, status: str, **more: Any) -> dict[str, Any]:
@@ -10199,20 +10190,17 @@ class OllamaPull(Dialect):
 
 @functools.lru_cache(maxsize=64)
 def header_metadata(path: str, size: int, mtime_ns: int) -> Mapping[str, Any]:
-    """A file's whole metadata, read once while it is unchanged; none if it cannot be read."""
-    try:
-        return read_gguf_header(path).metadata
-    except (GgufError, OSError, struct.error, ValueError, TypeError, ArithmeticError, MemoryError):  # damage of any kind
-        return {}
+    """A file's whole metadata, read once while it is unchanged."""
+    return read_gguf_header(path).metadata
 
 
 def model_metadata(info: ModelInfo) -> Mapping[str, Any]:
-    """The metadata of the model's header: untrusted, but read within bounds."""
+    """The metadata of the model's header: untrusted, but read within bounds; none if it cannot be read."""
     try:
         found = os.stat(info.path)
-    except OSError:
+        return header_metadata(info.path, found.st_size, found.st_mtime_ns)
+    except (GgufError, OSError, struct.error, ValueError, TypeError, ArithmeticError, MemoryError):  # damage of any kind
         return {}
-    return header_metadata(info.path, found.st_size, found.st_mtime_ns)
 
 
 def parameter_number(words: str | None) -> int | None:
@@ -10335,18 +10323,6 @@ def read_marked(prompt: Item) -> Content:
     return Content((texts[0], *itertools.chain(*zip(media, texts[1:], strict=True))))
 
 
-def picked(document: dict[str, Any], names: Seq[str]) -> dict[str, Any]:
-    """Only these fields of a document, a/b for one inside another; what is not there is left out."""
-    found = {}
-    for name in names:
-        value: Any = document
-        for part in name.split("/"):
-            value = value.get(part) if isinstance(value, dict) else None
-        if value is not None:
-            found[name] = value
-    return found
-
-
 ERROR_SHAPES: dict[str, Callable[[ApiError], dict[str, Any]]] = {  # by API
     "shimmy": lambda error: error.document(), "openai": lambda error: error.document(openai=True), "anthropic": claude_error,
     "ollama": lambda error: {"error": str(error)}, "llama-server": llama_error,
@@ -10417,15 +10393,15 @@ class LlamaCompletion(Dialect):
         return ends if len(self.request.prompts) > 1 else ends[0]
 
     def _document(self, index: int, choice: Choice) -> dict[str, Any]:
-        shown = [self._probability(t) for t in choice.logprobs] if self._count else []
         tokens = [t.id for t in choice.logprobs] if self._with_tokens else []
-        probabilities = {"completion_probabilities": shown} if shown else {}
-        return {"index": index, "content": choice.said(), "tokens": tokens, "id_slot": -1, **probabilities}
-
-    @staticmethod
-    def _probability(token: TokenLogprob) -> dict[str, Any]:
-        top = [{"id": id, **shown} for id, shown in zip(token.ids, map(shown_token, token.names, token.logprobs), strict=True)]
-        return {"id": token.id, **shown_token(token.token, token.logprob), "top_logprobs": top}
+        document: dict[str, Any] = {"index": index, "content": choice.said(), "tokens": tokens, "id_slot": -1}
+        if self._count and choice.logprobs:
+            document["completion_probabilities"] = [
+                shown_token(t.token, t.logprob, id=t.id)
+                | {"top_logprobs": [shown_token(*top, id=id) for id, top in zip(t.ids, t.top, strict=True)]}
+                for t in choice.logprobs
+            ]
+        return document
 
     def _end(self, end: ChoiceEnd, choice: Choice) -> dict[str, Any]:
         assert end.usage
@@ -10436,7 +10412,8 @@ class LlamaCompletion(Dialect):
             "stop_type": "word" if word else "eos" if end.finish_reason == "stop" else "limit", "stopping_word": word,
             "timings": usage.timings(),
         }  # fmt: skip
-        return document if self._fields is None else picked(document, self._fields)
+        known = document | {f"timings/{name}": value for name, value in document["timings"].items()}
+        return document if self._fields is None else {name: known[name] for name in self._fields if name in known}
 
 
 class LlamaInfill(LlamaCompletion):
@@ -13099,7 +13076,8 @@ class RunningServer(Neighbour):
         said = document["error"]
         if said["code"] == "unauthorized":
             return ApiError(message=f"the server at {self.url} {self.refusal}")
-        error = ApiError(str(said["details"]), str(said["message"]))
+        message, details = str(said["message"]), str(said["details"])
+        error = ApiError("" if message.endswith(details) else details, message)
         error.code = said["code"]
         return error
 

@@ -10286,6 +10286,52 @@ def test_schema_is_kept_in_each_servers_words(fields: dict[str, Any], contents: 
     assert server.chat("hi", **fields).message["content"] in contents
 
 
+SAYS_HI = [{"role": "user", "content": "hi"}]
+SCHEMA_ROUTES: dict[str, tuple[dict[str, Any], Callable[[Any], str]]] = {  # a body, and the text of its answer
+    "/api/generate": ({"prompt": ":"}, lambda d: d["choices"][0]["text"]),
+    "/api/chat": ({"messages": SAYS_HI, "stream": False}, lambda d: d["message"]["content"]),
+    "/v1/completions": ({"prompt": ":"}, lambda d: d["choices"][0]["text"]),
+    "/v1/messages": ({"messages": SAYS_HI, "max_tokens": 9}, lambda d: d["content"][0]["text"]),
+    "/v1/responses": ({"input": "hi"}, lambda d: d["output"][0]["content"][0]["text"]),
+    "/completion": ({"prompt": ":"}, lambda d: d["content"]),
+}
+
+
+@cases("path, fields", {
+    f"{path} {word}": (path, {word: value})
+    for path in SCHEMA_ROUTES
+    for word, value in {"response_format": {"type": "json_schema", "json_schema": {"schema": FIVE}}, "schema": FIVE,
+                        "guided_json": json.dumps(FIVE), "grammar": 'root ::= "5"',
+                        "format": {"type": "json_object", "schema": FIVE}}.items()
+    if (path, word) != ("/api/generate", "format")  # which is Ollama's there
+})  # fmt: skip
+def test_schema_is_kept_on_every_route_whatever_it_is_called(path: str, fields: dict[str, Any], server: Server) -> None:
+    body, text = SCHEMA_ROUTES[path]
+    assert text(server.post(path, {"model": "recital"} | body | fields).json()) == "5"
+
+
+@pytest.mark.parametrize("path", SCHEMA_ROUTES)
+def test_schema_that_cannot_be_kept_is_named_on_every_route(path: str, server: Server) -> None:
+    for fields, words in ({"response_format": {"type": "xml"}}, "response_format.type"), (
+            {"schema": {"type": "x"}}, "schema: type"), ({"guided_regex": "a"}, "guided_regex"), (
+            {"schema": FIVE, "grammar": 'root ::= "a"'}, "schema and grammar exclude each other"):  # fmt: skip
+        reply = server.post(path, {"model": "recital"} | SCHEMA_ROUTES[path][0] | fields)
+        assert reply.status == 400 and words in reply.body.decode(), reply.body
+
+
+def test_native_errors_say_in_their_message_what_to_do(server: Server) -> None:
+    """But for an unknown model's, which is documented."""
+    for reply in (server.generate("a" * 300, "dice"), server.post("/api/tools/nope/execute", {}), server.get("/api/nope")):
+        error = reply.json()["error"]
+        assert error["message"].endswith(error["details"]) and len(error["message"]) > len(error["details"]) > 0
+
+
+def test_model_list_tells_the_context_that_a_model_runs_with(server: Server) -> None:
+    server.generate(":", "dice", max_tokens=1)
+    dice = next(model for model in server.get("/api/models").json()["models"] if model["id"] == "dice")
+    assert dice["loaded_context_length"] == 256 == server.get("/api/models/dice/status").json()["context_length"]
+
+
 def test_timings_stand_where_llama_server_has_them(server: Server) -> None:
     document = server.chat("hi").json()
     names = {"cache_n", "prompt_n", "prompt_ms", "prompt_per_second", "predicted_n", "predicted_per_second"}
