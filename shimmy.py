@@ -9305,10 +9305,11 @@ class ChatCompletion(OpenAI):
         top, wanted = optional(body, "top_logprobs", whole(0, 20)), flag(body, "logprobs")
         ensure(top is None or wanted, "top_logprobs", "top_logprobs needs logprobs to be true")
         choice = read_tool_choice(given(body, "tool_choice", "auto"), *read_tools(body))
-        request = self.common(body, (top or 0) if wanted else None)
+        forced = choice["tool_choice"] not in ("auto", "none")  # a call has a form of its own
+        request = self.common({**body, "response_format": None} if forced else body, (top or 0) if wanted else None)
         form = request.sampling.constraint
-        if choice["tool_choice"] not in ("auto", "none") and form and form.param in ("json_schema", "grammar"):
-            raise InvalidRequest("tool_choice: a forced call excludes json_schema and grammar", "tool_choice")
+        ensure(not forced or not form or form.param not in ("json_schema", "grammar"), "tool_choice",
+               "tool_choice: a forced call excludes json_schema and grammar")  # fmt: skip
         budget = first_given(body, whole(-1), "thinking_budget_tokens", "reasoning_budget_tokens")  # llama-server's names
         return replace(
             request,
