@@ -14,44 +14,44 @@
 Part I, the server, reads downward as a request flows. Its sections with their lines, 7 to 10 in the child:
 
     1    Limits and errors            180  every bound with its reason; ApiError and its kinds
-    2    Requests and events          750  a body becomes a checked request; the events of its answer
+    2    Requests and events          840  a body becomes a checked request; the events of its answer
     3    Models on disk               500  the catalog of model files; presets
-    4    Chat                         850  messages to a prompt by the model's template (Helpers), its text back to events
-    5    Tools                        450  a Python function is a tool; what built-in ones may reach
-    6    Messages                     440  jobs, what comes back of them, and the Pipe they cross
+    4    Chat                         810  messages to a prompt by the model's template (Helpers), its text back to events
+    5    Tools                        440  a Python function is a tool; what built-in ones may reach
+    6    Messages                     450  jobs, what comes back of them, and the Pipe they cross
     7    llama.cpp                   1190  the library: model, contexts, vocabulary, kernels, Eyes
     8    Sampling                     480  how the next token is picked, and the text that tokens become
-    9    Scheduling                  1240  who runs and who waits, whose cells are where; Prefix, PrefixFiles
+    9    Scheduling                  1120  who runs and who waits, whose cells are where; Prefix, PrefixFiles
     10   Engine                       820  the step loop, and the threads that feed it
-    11   Worker                       530  the parent's side of a child; the Ladder of its loads; Metrics
+    11   Worker                       560  the parent's side of a child; the Ladder of its loads; Metrics
     12   Models in memory             710  loads, evictions; ModelTable finds by name
-    13   Service                      530  the only way in for every door; ToolLoop runs what tools the server may
-    14.1 Dialects                     530  what OpenAI's clients speak, and our own
-    14.2 Dialects of blocks           520  Messages and Responses
-    14.3 Ollama and llama-server      550  their shapes, and what clients are told of models
-    15.1 Connections                  350  who may call, what comes in, who has left
+    13   Service                      490  the only way in for every door; ToolLoop runs what tools the server may
+    14.1 Dialects                     460  what OpenAI's clients speak, and our own
+    14.2 Dialects of blocks           450  Messages and Responses
+    14.3 Ollama and llama-server      520  their shapes, and what clients are told of models
+    15.1 Connections                  340  who may call, what comes in, who has left
     15.2 Wires                        110  documents to bytes; `deliver` is the one loop between
     15.3 Routes                       250  one row a route
-    15.4 HTTP                         440  a connection's thread from its first byte to its last; how a server stops
-    16   WebSocket, lifecycle         270  asyncio on its side thread
-    17.1 Command line                 490  flags and their meaning
-    17.2 Commands                     620  serve, list, probe, diag, pull
-    17.3 generate                     580  by a running server or an engine of its own; main
+    15.4 HTTP                         430  a connection's thread from its first byte to its last; how a server stops
+    16   WebSocket, lifecycle         260  asyncio on its side thread
+    17.1 Command line                 500  flags and their meaning
+    17.2 Commands                     600  serve, list, probe, diag, pull
+    17.3 generate                     560  by a running server or an engine of its own; main
 
 Part II is a library that knows no request, route or model in memory. Each head says what it offers and uses.
 
-    A    The machine                  420  memory, cores, versions, known faults, child processes
+    A    The machine                  450  memory, cores, versions, known faults, child processes
     B    GGUF headers                 380  a bounded reader, and the memory a model asks for
     C    Formats                      950  how models write thoughts and calls, and the parser of it
-    D.1  Automata                     420  symbols, and the states of all readings of a text
-    D.2  Patterns                     430  regular expressions and GBNF
-    D.3  Strings                      590  sets of texts, with and, or and not
-    D.4  Numbers                      230  numbers by bounds and multiples
-    E.1  JSON schemas                 350  a client's schema, read and checked
-    E.2  Shapes                       670  its normal form: meet, union, not
-    E.3  Grammars                     740  its documents, and calls, as symbols
-    F    Pull                         690  from a hub or any address into the cache
-    G    Page                         960  the chat page at /
+    D.1  Automata                     400  symbols, and the states of all readings of a text
+    D.2  Patterns                     410  regular expressions and GBNF
+    D.3  Strings                      550  sets of texts, with and, or and not
+    D.4  Numbers                      220  numbers by bounds and multiples
+    E.1  JSON schemas                 330  a client's schema, read and checked
+    E.2  Shapes                       660  its normal form: meet, union, not
+    E.3  Grammars                     660  its documents, and calls, as symbols
+    F    Pull                         660  from a hub or any address into the cache
+    G    Page                         950  the chat page at /
 
 Three seams. What the client speaks: a Dialect reads bodies and makes documents, a Wire sends them. What the model writes:
 Chat makes its prompts, reads its text and constrains it, by a ChatFormat derived from its template. What the engine
@@ -321,12 +321,13 @@ class ApiError(Exception):
         return ERROR_TYPES.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
 
     def document(self, openai: bool = False) -> dict[str, Any]:
-        """The error object of every route. OpenAI's routes add `type` and `param`; its packages show only `message`, so
-        there it says everything."""
-        if openai:
-            return {"error": {"code": self.code, "message": str(self), "details": self.details, "type": self.kind,
-                              "param": self.param}}  # fmt: skip
-        return {"error": {"code": self.code, "message": self.message, "details": self.details}}
+        """The error object of every route; OpenAI's add `type` and `param`.
+
+        Many clients show only `message`, so it says everything; but the one of an unknown model is documented on our own.
+        """
+        message = self.message if self.code == "model_not_found" and not openai else str(self)
+        more = {"type": self.kind, "param": self.param} if openai else {}
+        return {"error": {"code": self.code, "message": message, "details": self.details, **more}}
 
 
 class InvalidRequest(ApiError, code="invalid_request", message="The request is invalid"):
@@ -425,7 +426,7 @@ class Cancellation:
 # ── 2. Requests and events ────────────────────────────────────────────────────────────────────────────────────────────
 # Bodies become frozen dataclasses; each parameter is named once, with its default, bounds and help. Raw dicts end here.
 
-Check = Callable[[str, Any], Any]
+Check = Callable[[str, Any], Any]  # takes a field's place, for errors, and its value
 
 
 def _said(value: Any) -> str:
@@ -436,37 +437,34 @@ def _said(value: Any) -> str:
     return shown if len(shown) <= 40 else shown[:37] + "..."
 
 
-def number(low: float, high: float) -> Check:
-    """Accepts a number from `low` to `high`."""
+def fitting(words: str, fits: Callable[[Any], bool], made: Callable[[Any], Any] = lambda value: value) -> Check:
+    """Accepts a value that `fits`, which the words say for errors, and makes the result of it."""
 
-    def check(name: str, value: Any) -> float:
-        if type(value) not in (int, float) or not low <= value <= high:
-            raise InvalidRequest(f"{name} must be a number from {low:g} to {high:g}, not {_said(value)}", name)
-        return float(value)
+    def check(name: str, value: Any) -> Any:
+        if not fits(value):
+            raise InvalidRequest(f"{name} must be {words}, not {_said(value)}", name)
+        return made(value)
 
     return check
+
+
+def number(low: float, high: float) -> Check:
+    """Accepts a number from `low` to `high`."""
+    words = f"a number from {low:g} to {high:g}"
+    return fitting(words, lambda value: type(value) in (int, float) and low <= value <= high, float)
 
 
 def whole(low: float = -math.inf, high: float = math.inf) -> Check:
     """Accepts a whole number within the bounds given; 100.0 counts as whole, as JavaScript clients may write it."""
     bounds = f" from {low} to {high}" if high < math.inf else f" ≥ {low}" if low > -math.inf else ""
 
-    def check(name: str, value: Any) -> int:
-        if isinstance(value, float) and value.is_integer():
-            value = int(value)
-        if type(value) is not int or not low <= value <= high:
-            raise InvalidRequest(f"{name} must be a whole number{bounds}, not {_said(value)}", name)
-        return value
+    def fits(value: Any) -> bool:
+        return type(value) in (int, float) and value % 1 == 0 and low <= value <= high
 
-    return check
+    return fitting(f"a whole number{bounds}", fits, int)
 
 
 NO_LIMIT = 1 << 30  # tokens; more than any context has
-
-
-def token_limit(name: str, value: Any) -> int:
-    """A number of tokens; -1 means no limit but the context's end, as llama-server and Ollama have it."""
-    return NO_LIMIT if value == -1 and not isinstance(value, bool) else int(whole(1)(name, value))
 
 
 def token_count(name: str, value: Any) -> int:
@@ -474,20 +472,87 @@ def token_count(name: str, value: Any) -> int:
     return max(0, whole(-1)(name, value))
 
 
-def one_type(kind: type, words: str) -> Check:
-    """Accepts a value of one JSON type."""
-
-    def check(name: str, value: Any) -> Any:
-        if not isinstance(value, kind):
-            raise InvalidRequest(f"{name} must be {words}, not {_said(value)}", name)
-        return value
-
-    return check
+def token_limit(name: str, value: Any) -> int:
+    """A number of tokens; -1 means no limit but the context's end, as llama-server and Ollama have it."""
+    return NO_LIMIT if value == -1 and not isinstance(value, bool) else int(whole(1)(name, value))
 
 
-boolean = one_type(bool, "true or false")
-a_string = one_type(str, "a string")
-an_object = one_type(dict, "an object")
+@functools.lru_cache(maxsize=32)
+def one_of(*known: str) -> Check:
+    """Accepts one of several strings."""
+    return fitting(f"one of {', '.join(known)}", lambda value: isinstance(value, str) and value in known)
+
+
+boolean = fitting("true or false", lambda value: isinstance(value, bool))
+a_string = fitting("a string", lambda value: isinstance(value, str))
+an_object = fitting("an object", lambda value: isinstance(value, dict))
+a_list = fitting("a list", lambda value: isinstance(value, list))
+
+
+class Item(dict[str, Any]):
+    """An object inside a body: its fields, and its place for errors. As a Check it accepts objects alone."""
+
+    __slots__ = ("where",)
+
+    def __init__(self, where: str, value: Any) -> None:
+        super().__init__(an_object(where, value))
+        self.where = where
+
+
+def objects(where: str, value: Any, most: float = math.inf) -> list[Item]:
+    """Accepts a list of objects, at most so many."""
+    check_length(where, a_list(where, value), most)
+    return [part if isinstance(part, Item) else Item(f"{where}[{i}]", part) for i, part in enumerate(value)]
+
+
+def path_to(body: Mapping[str, Any], name: str) -> str:
+    """A field's name for errors, behind the place of its object."""
+    return f"{body.where}.{name}" if isinstance(body, Item) else name
+
+
+def needed(body: Mapping[str, Any], name: str, check: Check) -> Any:
+    """A field's value, checked."""
+    return check(path_to(body, name), body.get(name))
+
+
+def optional(body: Mapping[str, Any], name: str, check: Check, default: Any = None) -> Any:
+    """A field's value, checked; the default where it is absent or null."""
+    value = body.get(name)
+    return default if value is None else check(path_to(body, name), value)
+
+
+def required(body: Mapping[str, Any], name: str, what: str, check: Check = lambda _, value: value) -> Any:
+    """The same of one without which nothing can be done; the error says what it is."""
+    if body.get(name) is None:
+        raise InvalidRequest(f"{name} is required: {what}", name)
+    return needed(body, name, check)
+
+
+def given(body: Mapping[str, Any], name: str, default: Any) -> Any:
+    """A field as it is; the default where it is absent or null."""
+    return default if body.get(name) is None else body[name]
+
+
+def first_given(body: Mapping[str, Any], check: Check, *names: str) -> Any:
+    """The first of several fields that the body holds, checked; None without any."""
+    return next((check(name, body[name]) for name in names if body.get(name) is not None), None)
+
+
+def flag(body: Mapping[str, Any], name: str, default: bool = False) -> bool:
+    """A field that is true or false."""
+    return bool(optional(body, name, boolean, default))
+
+
+def ensure(holds: Any, param: str, message: str) -> None:
+    """Raises InvalidRequest, which names the field, unless something holds."""
+    if not holds:
+        raise InvalidRequest(message, param)
+
+
+def check_length(name: str, value: Seq[Any], most: float) -> None:
+    """Raises InvalidRequest for a list that is too long."""
+    if len(value) > most:
+        raise InvalidRequest(f"{name} may hold up to {most}, not {len(value)}", name)
 
 
 def strings(most: int, size: int, unit: str) -> Check:
@@ -535,19 +600,6 @@ NATIVE_DEFAULTS: dict[str, Any] = {"max_tokens": 100, "temperature": 0.7}  # of 
 
 
 @dataclass(frozen=True)
-class Schema:
-    """A JSON schema that a field of the request (`param`) asks the text to fit."""
-
-    param: str
-    schema: Mapping[str, Any]
-
-
-def a_schema(name: str, value: Any) -> Schema:
-    """A JSON schema; whether it can be honoured shows when it becomes a grammar."""
-    return Schema(name, an_object(name, value))
-
-
-@dataclass(frozen=True)
 class Constraint:
     """Limits a text to a grammar; `param`, the request's field that asked for it, is named in errors."""
 
@@ -555,6 +607,75 @@ class Constraint:
     param: str
     after: str | None = None  # the text behind which it begins; None: at once
     markers: frozenset[str] = frozenset()  # control tokens that may write what it wants; others stand for no text
+
+
+def a_schema(name: str, value: Any) -> Constraint:
+    """Accepts a JSON schema that can be honoured, also as text."""
+    schema = an_object(name, parse_json(value.encode(), name) if isinstance(value, str) else value)
+    return Constraint(json_symbol(name, schema), name)
+
+
+def a_format(name: str, value: Any) -> Constraint | None:
+    """Accepts an object with a type: none for text, any object for a json_object without a schema.
+
+    OpenAI's chat holds a json_schema's in an object of that name; its Responses, Anthropic and llama-server beside the type.
+    """
+    format = Item(name, value)
+    kind = needed(format, "type", one_of(*FORMAT_TYPES))
+    holder = optional(format, "json_schema", Item, format)
+    schema = (needed if kind == "json_schema" else optional)(holder, "schema", an_object)
+    return None if kind == "text" else a_schema(name, {"type": "object"} if schema is None else schema)
+
+
+def ollama_format(name: str, value: Any) -> Constraint | None:
+    """Accepts "json", a JSON schema, or a format as the others have it; an empty text is none."""
+    if value in ("", "json"):
+        return a_schema(name, {"type": "object"}) if value else None
+    schema = fitting('"json" or a JSON schema', lambda value: isinstance(value, dict))(name, value)
+    return (a_format if schema.get("type") in FORMAT_TYPES else a_schema)(name, schema)
+
+
+def a_grammar(name: str, value: Any) -> Constraint | None:
+    """Accepts a grammar in GBNF; an empty one is none."""
+    if not a_string(name, value):
+        return None
+    constraint = Constraint(Gbnf(value), "grammar", markers=token_names(value))
+    read_soon(constraint.grammar)
+    return constraint
+
+
+def a_choice(name: str, value: Any) -> Constraint | None:
+    """Accepts a list of texts, at least one."""
+    texts = [a_string(name, text) for text in a_list(name, value)]
+    ensure(texts, name, f"{name} must hold at least one text")
+    return a_grammar(name, "root ::= " + " | ".join(json.dumps(text, ensure_ascii=False) for text in texts))
+
+
+VLLM_FORMS = ("json", "json_object", "choice", "grammar")  # of structured_outputs
+FORMAT_TYPES = ("text", "json_object", "json_schema")
+CONSTRAINTS: dict[str, Check] = {  # the fields that ask for a form of the text, in every API's words; every route knows them
+    "json_schema": a_schema, "schema": a_schema, "guided_json": a_schema, "structured_outputs.json": a_schema,
+    "structured_outputs.json_object": lambda name, _: a_schema(name, {"type": "object"}),
+    "guided_choice": a_choice, "structured_outputs.choice": a_choice,
+    "grammar": a_grammar, "guided_grammar": a_grammar, "structured_outputs.grammar": a_grammar,
+    "response_format": a_format, "output_format": a_format, "output_config.format": a_format, "text.format": a_format,
+    "format": ollama_format, "guided_regex": fitting("absent: a JSON schema may hold a pattern", lambda _: False),
+}  # fmt: skip
+
+
+def read_constraint(body: Mapping[str, Any]) -> Constraint | None:
+    """The form that a body asks of the text. Raises InvalidRequest for two of them, and naming what cannot be honoured."""
+    fields = dict(body)
+    for holder in ("output_config", "text"):
+        fields[f"{holder}.format"] = body[holder].get("format") if isinstance(body.get(holder), dict) else None
+    for name, value in optional(body, "structured_outputs", an_object, {}).items():
+        if value is not None and value is not False and name != "disable_any_whitespace":  # a document has one form here
+            fields[f"structured_outputs.{one_of(*VLLM_FORMS)('structured_outputs', name)}"] = value
+    read = ((name, check(name, fields[name])) for name, check in CONSTRAINTS.items() if fields.get(name) is not None)
+    asked = {name: constraint for name, constraint in read if constraint}
+    name, constraint = next(iter(asked.items()), ("", None))
+    ensure(len(asked) < 2, name, f"{' and '.join(asked)} exclude each other: send one of them")
+    return constraint
 
 
 @dataclass(frozen=True)
@@ -595,9 +716,7 @@ class Sampling:
     stop: tuple[str, ...] = param(stops, "end before this text (repeatable)", ())
     ignore_eos: bool = param(boolean, "go on past the model's end of text", False)
     logit_bias: tuple[tuple[int, float], ...] = param(biases, "", ())
-    json_schema: Schema | None = param(a_schema, "")  # noqa: RUF009  param gives a field
-    grammar: str | None = param(a_string, "")  # GBNF
-    constraint: Constraint | None = None  # made from json_schema or grammar by the service
+    constraint: Constraint | None = None
     logprobs: int | None = None  # how many alternatives to report; 0: only the picked token's own
 
     @classmethod
@@ -608,7 +727,7 @@ class Sampling:
             for f in fields(cls)
             if f.metadata and body.get(f.name) is not None
         }
-        return cls(**defaults | given)
+        return cls(**{"constraint": read_constraint(body)} | defaults | given)
 
     def filled(self, *defaults: Mapping[str, Any]) -> Sampling:
         """With the values of these, the first ones first, where the request says nothing."""
@@ -677,33 +796,6 @@ def read_texts(name: str, value: Any, most: int, may_be_empty: bool = True) -> t
     return tuple(text if isinstance(text, str) else tuple(text) for text in texts)
 
 
-def read_documents(value: Any) -> tuple[str, ...]:
-    """The documents to rank: strings, or objects with a text."""
-    parts = value if isinstance(value, list) else []
-    texts: list[Any] = [part.get("text") if isinstance(part, dict) else part for part in parts]
-    if not texts or not all(isinstance(text, str) for text in texts):
-        raise InvalidRequest('documents must be a list of strings, or of objects {"text": ...}', "documents")
-    check_length("documents", texts, MAX_INPUTS)
-    return tuple(texts)
-
-
-def check_length(name: str, value: Seq[Any], most: int) -> None:
-    """Raises InvalidRequest for a list that is too long."""
-    if len(value) > most:
-        raise InvalidRequest(f"{name} may hold up to {most}, not {len(value)}", name)
-
-
-def optional(body: Mapping[str, Any], name: str, check: Check, default: Any = None) -> Any:
-    """A field's value, checked; the default where it is absent or null."""
-    value = body.get(name)
-    return default if value is None else check(name, value)
-
-
-def flag(body: Mapping[str, Any], name: str, default: bool = False) -> bool:
-    """A field that is true or false."""
-    return bool(optional(body, name, boolean, default))
-
-
 def is_ids(value: Any) -> bool:
     """True for a list of whole numbers that is not empty."""
     return isinstance(value, list) and bool(value) and all(type(v) is int for v in value)
@@ -715,39 +807,59 @@ ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 
 def read_messages(body: Mapping[str, Any]) -> tuple[dict[str, Any], ...] | None:
     """The checked `messages` of a chat; None when absent."""
-    messages = body.get("messages")
-    if messages is None:
+    if body.get("messages") is None:
         return None
-    if not isinstance(messages, list) or not messages:
-        raise InvalidRequest("messages must be a list of at least one message", "messages")
-    check_length("messages", messages, MAX_MESSAGES)
+    messages = some_messages(body)
     newest = newest_turn(messages)
-    return tuple(read_message(f"messages[{i}]", message, message is newest) for i, message in enumerate(messages))
+    return tuple(read_message(message, message is newest) for message in messages)
+
+
+def some_messages(body: Mapping[str, Any]) -> list[Item]:
+    """The messages, at least one."""
+    messages = objects("messages", body.get("messages"), MAX_MESSAGES)
+    ensure(messages, "messages", "messages must be a list of at least one message")
+    return messages
 
 
 def newest_turn(messages: Seq[Any]) -> Any:
     """The user's newest message; None without one."""
-    return next((m for m in reversed(messages) if isinstance(m, dict) and m.get("role") == "user"), None)
+    return next((message for message in reversed(messages) if message.get("role") == "user"), None)
 
 
-def read_message(where: str, message: Any, newest: bool) -> dict[str, Any]:
+def read_message(message: Item, newest: bool) -> dict[str, Any]:
     """One message of a chat as templates want it: content is a string unless there are media, tool arguments are objects."""
-    message = an_object(where, message)
-    role = one_of(f"{where}.role", message.get("role"), ROLES)
-    content = message.get("content")
-    if content is None and role != "assistant":
-        raise InvalidRequest(f"{where}.content is required", f"{where}.content")
-    content = flat_content(f"{where}.content", "" if content is None else content, newest=newest)
-    if images := read_images(f"{where}.images", message.get("images"), newest):  # Ollama's, which others take over
-        content = Content((*images, *(content.parts if isinstance(content, Content) else (content,))))
-    read: dict[str, Any] = {"role": "system" if role == "developer" else role, "content": content}
+    role = needed(message, "role", one_of(*ROLES))
+    where = path_to(message, "content")
+    ensure(message.get("content") is not None or role == "assistant", where, f"{where} is required")
+    images = read_images(message, "images", newest) if "images" in message else []  # Ollama's, which others take over
+    content = read_content(where, given(message, "content", ""), newest=newest, before=images)
+    read = {"role": "system" if role == "developer" else role, "content": content}
     for name in ("name", "tool_call_id", *reversed(THOUGHT_FIELDS)):
         if message.get(name) is not None:
-            kept = THOUGHT_FIELDS[0] if name in THOUGHT_FIELDS else name
-            read[kept] = a_string(f"{where}.{name}", message[name])
-    if calls := message.get("tool_calls"):
-        read["tool_calls"] = read_tool_calls(f"{where}.tool_calls", calls)
+            read[THOUGHT_FIELDS[0] if name in THOUGHT_FIELDS else name] = needed(message, name, a_string)
+    if message.get("tool_calls"):
+        read["tool_calls"] = [read_call(call) for call in needed(message, "tool_calls", objects)]
     return read
+
+
+def read_call(call: Item) -> dict[str, Any]:
+    """A tool call in an assistant's message; arguments, a JSON text over the wire, become the object templates want."""
+    function = needed(call, "function", Item)
+    arguments = given(function, "arguments", {})
+    said = parsed(arguments) if isinstance(arguments, str) else arguments
+    return a_call(str(call.get("id") or ""), needed(function, "name", a_string), said if said is not None else {})
+
+
+def a_call(id: str, name: str, arguments: Any) -> dict[str, Any]:
+    """A tool call in an assistant's turn, as templates want it."""
+    return {"id": id, "type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+def parsed(arguments: str) -> Any:
+    """A call's arguments as what their JSON says; what is no JSON stays the text it is."""
+    with contextlib.suppress(InvalidRequest):
+        return parse_json(arguments.encode("utf-8", "replace"))
+    return arguments
 
 
 MEDIA = {  # parts of messages that are no text, in every API's words
@@ -814,65 +926,48 @@ class Content:
         return tuple(seen)
 
 
-def flat_content(
-    where: str, content: Any, kinds: Seq[str] = ("text", "refusal"), between: str = "", newest: bool = False
-) -> str | Content:
-    """A message's content: a string as it is, or a list of parts, of which those of text have these types."""
-    return content if isinstance(content, (str, Content)) else flat_parts(listed(where, content), kinds, between, newest)
-
-
-def flat_text(where: str, content: Any, kinds: Seq[str] = ("text",), between: str = "") -> str:
-    """The same where media are no more than mentioned."""
-    content = flat_content(where, content, kinds, between)
-    return content if isinstance(content, str) else content.text()
-
-
-def flat_parts(parts: Iterable[tuple[str, dict[str, Any]]], kinds: Seq[str], between: str, newest: bool) -> str | Content:
-    """The content in a list of parts, each with its place for error messages: one text, unless there are media."""
-    found: list[str | Attachment] = []
-    for place, part in parts:
+def read_content(where: str, content: Any, texts: Seq[str] = ("text", "refusal"), between: str = "", newest: bool = False,
+                 before: Seq[Attachment] = ()) -> str | Content:  # fmt: skip
+    """A message's content: a string, or a list of parts, of which those of text have these types; behind what goes before."""
+    if isinstance(content, str) and not before:
+        return content
+    found: list[str | Attachment] = [*before]
+    for part in text_parts(where, content):
         kind = part.get("type")
         if isinstance(kind, str) and kind in MEDIA:
-            attachment = Attachment(f"{place}.type", kind, newest, picture_source(part))
+            holder = given(part, "image_url", part.get("source"))  # OpenAI's, a string or an object, or Anthropic's
+            source = given(holder, "url", holder.get("data")) if isinstance(holder, dict) else holder
+            attachment = Attachment(path_to(part, "type"), kind, newest, source)
             if newest and MEDIA[kind] != "image":
                 attachment.refuse("no model here reads anything but text and images")
-            found += [attachment, a_string(f"{place}.title", given(part, "title", ""))]
+            found += [attachment, optional(part, "title", a_string, "")]
         else:
-            name = "refusal" if one_of(f"{place}.type", kind, kinds) == "refusal" else "text"  # one comes back in the history
-            found.append(a_string(f"{place}.{name}", part.get(name)))
-    content = Content(tuple(filter(None, found)), between)
+            name = "refusal" if needed(part, "type", one_of(*texts)) == "refusal" else "text"  # one comes back in the history
+            found.append(needed(part, name, a_string))
+    return as_content(found, between)
+
+
+def text_parts(where: str, content: Any) -> list[Item]:
+    """The parts of a content; a string is one of text."""
+    return objects(where, [{"type": "text", "text": content}] if isinstance(content, str) else content)
+
+
+def as_content(pieces: Iterable[str | Attachment], between: str = "") -> str | Content:
+    """Texts and media as a content: one text, unless there are media."""
+    content = Content(tuple(filter(None, pieces)), between)
     return content if content.media() else content.text()
 
 
-def picture_source(part: Mapping[str, Any]) -> Any:
-    """An image part's base64 or address: OpenAI's image_url, a string or an object, or Anthropic's source."""
-    holder = given(part, "image_url", part.get("source"))
-    return given(holder, "url", holder.get("data")) if isinstance(holder, dict) else holder
+def read_text(where: str, content: Any, texts: Seq[str] = ("text",), between: str = "") -> str:
+    """A content of which media are no more than mentioned."""
+    content = read_content(where, content, texts, between)
+    return content if isinstance(content, str) else content.text()
 
 
-def read_images(where: str, images: Any, newest: bool = True) -> tuple[Attachment, ...]:
+def read_images(body: Mapping[str, Any], name: str = "images", newest: bool = True) -> list[Attachment]:
     """A list of images in base64, as Ollama has it."""
-    listed = one_type(list, "a list")(where, [] if images is None else images)
-    return tuple(Attachment(f"{where}[{i}]", "image", newest, image) for i, image in enumerate(listed))
-
-
-def with_images(images: tuple[Attachment, ...], text: str) -> str | Content:
-    """A text behind its images."""
-    return Content((*images, text) if text else images) if images else text
-
-
-def read_tool_calls(where: str, calls: Any) -> list[dict[str, Any]]:
-    """An assistant message's tool calls; arguments, a JSON text over the wire, become the object templates want."""
-    read = []
-    for place, call in listed(where, calls):
-        function = an_object(f"{place}.function", call.get("function"))
-        name, arguments = a_string(f"{place}.function.name", function.get("name")), function.get("arguments")
-        if isinstance(arguments, str):
-            with contextlib.suppress(InvalidRequest, UnicodeEncodeError):  # what is no JSON stays the text it is
-                arguments = parse_json(arguments.encode())
-        read.append({"id": str(call.get("id") or ""), "type": "function",
-                     "function": {"name": name, "arguments": {} if arguments is None else arguments}})  # fmt: skip
-    return read
+    where = path_to(body, name)
+    return [Attachment(f"{where}[{i}]", "image", newest, image) for i, image in enumerate(optional(body, name, a_list, []))]
 
 
 NO_PARAMETERS = {"type": "object", "properties": {}}  # of a function without; templates look for both
@@ -880,17 +975,15 @@ NO_PARAMETERS = {"type": "object", "properties": {}}  # of a function without; t
 
 def read_tools(body: Mapping[str, Any]) -> tuple[tuple[dict[str, Any], ...], tuple[str, ...]]:
     """Checks a chat's tools: its functions, and the names of built-in ones; none when tool_choice is "none"."""
-    tools = body.get("tools") or []
-    check_length("tools", one_type(list, "a list")("tools", tools), MAX_TOOLS)
-    functions, builtins = [], []
-    for where, tool in listed("tools", tools):
-        if one_of(f"{where}.type", tool.get("type"), ("function", "builtin")) == "builtin":
-            builtins.append(a_string(f"{where}.name", tool.get("name")))
+    functions, builtins = list[dict[str, Any]](), list[str]()
+    for tool in objects("tools", body.get("tools") or [], MAX_TOOLS):
+        if needed(tool, "type", one_of("function", "builtin")) == "builtin":
+            builtins.append(needed(tool, "name", a_string))
         else:
-            function = an_object(f"{where}.function", tool.get("function"))
-            a_string(f"{where}.function.name", function.get("name"))
-            parameters = an_object(f"{where}.function.parameters", function.get("parameters") or NO_PARAMETERS)
-            check_structure(json.dumps(parameters), f"{where}.function.parameters")
+            function = needed(tool, "function", Item)
+            needed(function, "name", a_string)
+            where, parameters = path_to(function, "parameters"), function.get("parameters") or NO_PARAMETERS
+            check_structure(json.dumps(an_object(where, parameters)), where)
             functions.append({**tool, "function": {**function, "parameters": parameters}})
     return ((), ()) if body.get("tool_choice") == "none" else (tuple(functions), tuple(builtins))
 
@@ -1490,7 +1583,7 @@ def read_manifest(manifest: pathlib.Path, blobs: pathlib.Path) -> tuple[str | No
     for files and parameters that make no sense.
     """
     paths: dict[str, list[str]] = {}  # by the last word of a layer's type: model, params, system, adapter …
-    for _, layer in listed("layers", parse_object(read_blob(str(manifest)), "the manifest").get("layers") or []):
+    for layer in objects("layers", parse_object(read_blob(str(manifest)), "the manifest").get("layers") or []):
         kind, digest = str(layer.get("mediaType")), re.fullmatch(r"sha256:([0-9a-f]{64})", str(layer.get("digest")))
         if kind.startswith("application/vnd.ollama.image."):
             if not digest:
@@ -8098,7 +8191,11 @@ class ModelTable:
         self._refresh(age)
         with self._changed:
             entries = self._residents.entries.values()
-            return [self._fitted(e).document() | {"state": e.state, "loaded": e.state == "loaded"} for e in entries]
+            return [
+                self._fitted(e).document() | {"state": e.state, "loaded": e.state == "loaded"}
+                | ({"loaded_context_length": e.worker.loaded.ctx} if e.worker else {})  # by LM Studio's name
+                for e in entries
+            ]
 
     def infos(self) -> list[ModelInfo]:
         """The same models, as their headers describe them."""
@@ -8339,7 +8436,7 @@ class Service:
         Raises ApiError (before Queued: the request never began; after: it broke off) or Cancelled. Closing the
         iterator, like `cancel`, stops the engine's work on it.
         """
-        request = self._shown(constrained(request), cancel)  # what is wrong is told before a model is loaded for it
+        request = self._shown(request, cancel)  # what is wrong is told before a model is loaded for it
         if request.messages is not None:
             self.helpers.warm()
         loop = ToolLoop(self.tools, request, cancel) if request.builtins else None
@@ -8732,22 +8829,6 @@ class ToolLoop:
         return arguments, replace(call, result=answer["result"], error=answer["error"])
 
 
-def constrained(request: GenerateRequest) -> GenerateRequest:
-    """The request with its JSON schema or GBNF made into a grammar. Raises InvalidRequest naming what is at fault."""
-    sampling = request.sampling
-    schema, grammar = sampling.json_schema, sampling.grammar
-    if schema and grammar:
-        raise InvalidRequest("grammar and json_schema exclude each other: send one of them", "grammar")
-    if schema:
-        constraint = Constraint(json_symbol(schema.param, schema.schema), schema.param)
-    elif grammar:
-        constraint = Constraint(Gbnf(grammar), "grammar", markers=token_names(grammar))
-        read_soon(constraint.grammar)
-    else:
-        return request
-    return replace(request, sampling=replace(sampling, constraint=constraint, json_schema=None, grammar=None))
-
-
 # ── 14.1. Dialects ────────────────────────────────────────────────────────────────────────────────────────────────────
 # What the client speaks, one class an API: it reads a body into a request and turns events into its own documents.
 
@@ -8769,10 +8850,8 @@ class Block:
 
     def arguments(self) -> dict[str, Any]:
         """A call's arguments as an object; one that was cut has none."""
-        given: Any = {}
-        with contextlib.suppress(InvalidRequest):
-            given = parse_json(self.text.encode("utf-8", "replace"))
-        return given if isinstance(given, dict) else {}
+        found = parsed(self.text)
+        return found if isinstance(found, dict) else {}
 
 
 class Choice:
@@ -8815,6 +8894,9 @@ class Choice:
         return [block for block in self.blocks if block.kind == "call"]
 
 
+Chunks = Iterator[dict[str, Any]]
+
+
 class Dialect:
     """One request in one API's shapes. A dialect knows nothing of connections: it makes documents, a Wire sends them."""
 
@@ -8824,6 +8906,10 @@ class Dialect:
     streams: ClassVar[bool | None] = False  # unless told otherwise; None: never
     recalls: ClassVar[bool] = False  # whether a stream's last document tells all of it again
 
+    read: Callable[[Mapping[str, Any]], Any]  # the request a body asks for: what `events` gives to the service
+    chunks: Callable[[Event], Chunks]  # a stream's documents for one event
+    document: Callable[[], dict[str, Any]]  # the whole answer
+
     def __init__(self, body: Mapping[str, Any]) -> None:
         """Reads the body. Raises InvalidRequest naming the field at fault."""
         self.id, self.created = os.urandom(12).hex(), int(time.time())
@@ -8832,14 +8918,10 @@ class Dialect:
         self.model = self.request.model  # as the request has it, until Queued tells the real id
         self.prompt_tokens = 0  # as Queued tells them
         self.owner = ""  # cache owner; set by the transport
-        self.usage: Usage | None = None
+        self.usage: Any = None  # Usage, once it came
         self.first: float | None = None  # when its first words came (monotonic seconds)
         self.choices: dict[int, Choice] = defaultdict(Choice)
         self.rows: tuple[bytes, ...] = ()  # of an Embed job
-
-    def read(self, body: Mapping[str, Any]) -> Any:
-        """The request a body asks for: what `events` gives to the service."""
-        raise NotImplementedError
 
     def events(self, service: Service, cancel: Cancellation) -> Iterator[Event]:
         """Asks the service; for the errors this raises see there."""
@@ -8858,7 +8940,7 @@ class Dialect:
         if self.first is None and isinstance(event, (Text, Thought, CallBegan)):
             self.first = time.monotonic()
 
-    def documents(self, event: Event) -> Iterator[dict[str, Any]]:
+    def documents(self, event: Event) -> Chunks:
         """Turns an event into documents: a stream's chunks, or one document at the end."""
         self.note(event)
         if isinstance(event, (Text, Thought)) and not event.text and not event.logprobs:
@@ -8868,19 +8950,11 @@ class Dialect:
         elif isinstance(event, Usage):
             yield self.document()
 
-    def chunks(self, event: Event) -> Iterator[dict[str, Any]]:
-        """A stream's documents for one event."""
-        raise NotImplementedError
-
-    def document(self) -> dict[str, Any]:
-        """The whole answer."""
-        raise NotImplementedError
-
     def idle(self) -> dict[str, Any] | None:
         """Keep-alive for clients that ignore SSE comments."""
         return None
 
-    def failure(self, error: ApiError) -> Iterator[dict[str, Any]]:
+    def failure(self, error: ApiError) -> Chunks:
         """Ends a stream that breaks off."""
         yield ERROR_SHAPES[self.api](error)
 
@@ -8892,25 +8966,20 @@ class Native(Dialect):
 
     def read(self, body: Mapping[str, Any]) -> GenerateRequest:
         """Model and prompt (or messages, or a system text) are required."""
-        if body.get("model") is None:
-            raise InvalidRequest("model is required: the id of a model, or default", "model")
-        prompt, messages = optional(body, "prompt", a_string), read_messages(body)
-        system, images = optional(body, "system", a_string), read_images("images", body.get("images"))
-        if prompt is None and messages is None:
-            raise InvalidRequest("prompt is required (or messages)", "prompt")
-        if prompt is not None and messages is not None:
-            raise InvalidRequest("prompt and messages exclude each other: send one of them", "prompt")
-        if images and messages:
-            raise InvalidRequest("images go with a prompt; in messages they are parts of the content", "images")
-        content = None if prompt is None else with_images(images, prompt)
+        model = required(body, "model", "the id of a model, or default", a_string)
+        messages, system, images = read_messages(body), optional(body, "system", a_string), read_images(body)
+        prompt = optional(body, "prompt", a_string)
+        ensure(prompt is not None or messages, "prompt", "prompt is required (or messages)")
+        ensure(prompt is None or not messages, "prompt", "prompt and messages exclude each other: send one of them")
+        ensure(not (images and messages), "images", "images go with a prompt; in messages they are parts of the content")
+        content = None if messages else as_content([*images, prompt])
         if system is not None:
             turns = messages or ({"role": "user", "content": content},)
             messages, content = ({"role": "system", "content": system}, *turns), None
         functions, builtins = read_tools(body)
-        if functions:
-            raise InvalidRequest("tools may hold built-in tools here; /v1/chat/completions takes functions", "tools")
+        ensure(not functions, "tools", "tools may hold built-in tools here; /v1/chat/completions takes functions")
         return GenerateRequest(
-            model=a_string("model", body["model"]),
+            model=model,
             prompts=() if content is None else (content,),
             messages=messages,
             builtins=builtins,
@@ -8918,7 +8987,7 @@ class Native(Dialect):
             defaults=NATIVE_DEFAULTS,
         )
 
-    def chunks(self, event: Event) -> Iterator[dict[str, Any]]:
+    def chunks(self, event: Event) -> Chunks:
         if isinstance(event, Text):
             yield {"choices": [{"text": event.text, "index": 0}]}
         elif isinstance(event, Usage):
@@ -8926,7 +8995,6 @@ class Native(Dialect):
             yield {"choices": [end], "usage": event.document()}
 
     def document(self) -> dict[str, Any]:
-        assert self.usage
         choices = [{"text": c.said(), "index": i, "finish_reason": c.finish_reason} for i, c in sorted(self.choices.items())]
         return {"choices": choices, "usage": self.usage.document()}
 
@@ -8934,7 +9002,7 @@ class Native(Dialect):
 class NativeSocket(Native):
     """`/ws/generate`, the documented API: tokens, then done."""
 
-    def chunks(self, event: Event) -> Iterator[dict[str, Any]]:
+    def chunks(self, event: Event) -> Chunks:
         if isinstance(event, Text):
             yield {"token": event.text}
         elif isinstance(event, Usage):
@@ -8946,76 +9014,33 @@ class NativeSocket(Native):
         return {"done": True, "finish_reason": reason, "usage": usage.document()}
 
 
-UNBUILT: dict[str, tuple[Any, ...]] = {  # fields of OpenAI's and vLLM's that are known here but not served, but for these values
-    "guided_regex": (), "functions": ([],), "function_call": ("none", "auto"), "modalities": (["text"],), "audio": (),
-    "prediction": (), "web_search_options": (), "images": ([],), "multimodal_data": ([],),  # these go into messages
-}  # fmt: skip
-
-
-def read_format(where: str, format: Any) -> Schema | None:
-    """The schema a format asks for: any object for a json_object without one, none for text.
-
-    OpenAI's chat holds a json_schema's in an object of that name; its Responses, Anthropic and llama-server beside the type.
-    """
-    if format is None:
-        return None
-    kind = one_of(f"{where}.type", an_object(where, format).get("type"), ("text", "json_object", "json_schema"))
-    if kind == "text":
-        return None
-    holder = an_object(f"{where}.json_schema", given(format, "json_schema", format))
-    schema = given(holder, "schema", {"type": "object"} if kind == "json_object" else None)
-    return Schema(where, an_object(f"{where}.schema" if holder is format else f"{where}.json_schema.schema", schema))
-
-
-def guided(body: Mapping[str, Any]) -> dict[str, Any]:
-    """json_schema or grammar, as vLLM's fields ask for them: structured_outputs, and guided_… before it."""
-    older = {name: body.get(f"guided_{name}") for name in ("json", "choice", "grammar")}
-    newer = optional(body, "structured_outputs", an_object, {})
-    newer = {k: v for k, v in newer.items() if k != "disable_any_whitespace"}  # a document has one form here
-    told = [(k, v) for k, v in (*newer.items(), *older.items()) if v is not None and v is not False]
-    if len(told) > 1:
-        raise InvalidRequest(f"structured_outputs: {' and '.join(dict(told))} exclude each other", "structured_outputs")
-    for name, value in told:
-        one_of("structured_outputs", name, ("json", "json_object", "choice", "grammar"))
-        if name == "choice":
-            texts = [a_string("structured_outputs.choice", text) for text in one_type(list, "a list")(name, value)]
-            if not texts:
-                raise InvalidRequest("structured_outputs.choice must hold at least one text", "structured_outputs")
-            return {"grammar": "root ::= " + " | ".join(json.dumps(text, ensure_ascii=False) for text in texts)}
-        if name == "grammar":
-            return {"grammar": value}
-        schema = {"type": "object"} if name == "json_object" else value
-        return {"json_schema": parse_json(schema.encode(), "The schema") if isinstance(schema, str) else schema}
-    return {}
-
-
 def read_tool_choice(choice: Any, functions: Seq[dict[str, Any]], builtins: Seq[str] = ()) -> dict[str, Any]:
     """The request's tool_choice and the tools that may be called, in any API's words. One that is forced must be offered."""
     check_length("tools", functions, MAX_TOOLS)
     names = [*(f["function"]["name"] for f in functions), *builtins]
-    if isinstance(choice, dict) and choice.get("type") == "allowed_tools":
-        where = "tool_choice.allowed_tools" if "allowed_tools" in choice else "tool_choice"
-        holder = an_object(where, choice.get("allowed_tools", choice))
-        choice = one_of(f"{where}.mode", holder.get("mode"), ("auto", "required"))
-        names = [named_tool(place, tool, names) for place, tool in listed(f"{where}.tools", holder.get("tools"))]
     if isinstance(choice, dict):
-        one_of("tool_choice.type", choice.get("type"), ("function", "custom", "tool", "allowed_tools"))
-        choice = f"function:{named_tool('tool_choice', choice, names)}"
+        choice = Item("tool_choice", choice)
+        kind = needed(choice, "type", one_of("function", "custom", "tool", "allowed_tools"))
+        if kind == "allowed_tools":
+            holder = optional(choice, "allowed_tools", Item, choice)
+            choice = needed(holder, "mode", one_of("auto", "required"))
+            names = [named_tool(tool, names) for tool in needed(holder, "tools", objects)]
+        else:
+            choice = f"function:{named_tool(choice, names)}"
     elif choice not in ("none", "auto", "required"):
         forms = 'none, auto, required or {"type": "function", "name": …}'
         raise InvalidRequest(f"tool_choice must be {forms}, not {_said(choice)}", "tool_choice")
-    if choice == "required" and not names:
-        raise InvalidRequest("tool_choice: a call is required, but tools offers none", "tool_choice")
+    ensure(choice != "required" or names, "tool_choice", "tool_choice: a call is required, but tools offers none")
     names = [] if choice == "none" else names
     return {"tool_choice": choice, "tools": tuple(f for f in functions if f["function"]["name"] in names),
             "builtins": tuple(name for name in builtins if name in names)}  # fmt: skip
 
 
-def named_tool(where: str, tool: Mapping[str, Any], names: Iterable[str]) -> str:
+def named_tool(tool: Item, names: Iterable[str]) -> str:
     """The name of a tool that is offered: beside the type, or in the `function` of OpenAI's chat."""
-    named = an_object(f"{where}.function", given(tool, "function", tool))
-    space = a_string(f"{where}.namespace", given(named, "namespace", ""))
-    return one_of(f"{where}.name", joined_name(space, a_string(f"{where}.name", named.get("name"))), names)
+    named = optional(tool, "function", Item, tool)
+    name = joined_name(optional(named, "namespace", a_string, ""), needed(named, "name", a_string))
+    return str(one_of(*names)(path_to(tool, "name"), name))
 
 
 def joined_name(space: str, name: str) -> str:
@@ -9023,26 +9048,22 @@ def joined_name(space: str, name: str) -> str:
     return f"{space}{'' if space.endswith('__') or not space else '__'}{name}"
 
 
-def one_of(where: str, value: Any, known: Iterable[str]) -> str:
-    """A string out of several."""
-    if not isinstance(value, str) or value not in known:
-        raise InvalidRequest(f"{where} must be one of {', '.join(known)}, not {_said(value)}", where)
-    return value
+EFFORTS = {"none": None, "minimal": "low", "low": "low", "medium": "medium", "high": "high", "xhigh": "high", "max": "high"}
 
 
 def read_template_args(body: Mapping[str, Any], where: str, effort: Any, **own: Any) -> dict[str, Any]:
     """The template's arguments: an effort, of which templates know low, medium and high; chat_template_kwargs win."""
-    known = {"none": None, "minimal": "low", "low": "low", "medium": "medium", "high": "high", "xhigh": "high", "max": "high"}
     args: dict[str, Any] = {}
     if effort is not None:
-        value = known[one_of(where, effort, known)]
+        value = EFFORTS[one_of(*EFFORTS)(where, effort)]
         args = {"enable_thinking": False} if value is None else {"reasoning_effort": value}
     return args | own | optional(body, "chat_template_kwargs", an_object, {})
 
 
-def first_given(body: Mapping[str, Any], check: Check, *names: str) -> Any:
-    """The first of several fields that the body holds, checked; None without any."""
-    return next((check(name, body[name]) for name in names if body.get(name) is not None), None)
+UNBUILT: dict[str, tuple[Any, ...]] = {  # fields of OpenAI's and vLLM's that are known here but not served, but for these values
+    "functions": ([],), "function_call": ("none", "auto"), "modalities": (["text"],), "audio": (),
+    "prediction": (), "web_search_options": (), "images": ([],), "multimodal_data": ([],),  # these go into messages
+}  # fmt: skip
 
 
 class OpenAI(Dialect):
@@ -9050,48 +9071,39 @@ class OpenAI(Dialect):
 
     api = "openai"
     prefix = object_name = chunk_name = ""
+    shown: Callable[[int, Choice, bool], dict[str, Any]]  # a choice: whole, or what is new of it
 
     def common(self, body: Mapping[str, Any], logprobs: int | None) -> GenerateRequest:
         """The fields both routes read alike. A known one that is not served is refused, not ignored."""
-        self._include_usage = flag(optional(body, "stream_options", an_object, {}), "include_usage")
+        self._include_usage = flag(optional(body, "stream_options", Item, {}), "include_usage")
         for name, fine in UNBUILT.items():
             if body.get(name) is not None and body[name] not in fine:
                 raise InvalidRequest(f"{name}: {_said(body[name])} is not supported here", name)
         limit = first_given(body, token_limit, "max_completion_tokens", "max_tokens", "n_predict")  # the last is llama-server's
-        body = {**body, "max_tokens": limit, **guided(body)}
-        schema = read_format("response_format", body.get("response_format"))
-        if schema and (body.get("json_schema") or body.get("grammar")):
-            raise InvalidRequest("response_format excludes json_schema and grammar: send one of them", "response_format")
         return GenerateRequest(
             model=optional(body, "model", a_string, "default"),
-            sampling=Sampling.from_json(body, logprobs=logprobs, json_schema=schema),
+            sampling=Sampling.from_json({**body, "max_tokens": limit}, logprobs=logprobs),
             n=optional(body, "n", whole(1, MAX_CHOICES), 1),
         )
 
-    def chunks(self, event: Event) -> Iterator[dict[str, Any]]:
+    def chunks(self, event: Event) -> Chunks:
         """Only the last chunk has a usage; the others not even null: there are clients that take the first for the last."""
         if isinstance(event, (Text, Thought, ToolResult, ChoiceEnd)):
-            yield self._envelope(self.chunk_name, [self.shown(event.index, Choice(event), whole=False)])
+            yield self._envelope(self.chunk_name, self.shown(event.index, Choice(event), False))
         elif isinstance(event, Usage) and self._include_usage:
-            yield self._envelope(self.chunk_name, []) | self._usage(event)
+            yield self._envelope(self.chunk_name) | self._usage()
 
     def document(self) -> dict[str, Any]:
-        assert self.usage
-        choices = [self.shown(index, choice, whole=True) for index, choice in sorted(self.choices.items())]
-        return self._envelope(self.object_name, choices) | self._usage(self.usage)
+        choices = [self.shown(index, choice, True) for index, choice in sorted(self.choices.items())]
+        return self._envelope(self.object_name, *choices) | self._usage()
 
-    def shown(self, index: int, choice: Choice, whole: bool) -> dict[str, Any]:
-        """A choice as it is, or what is new of it."""
-        raise NotImplementedError
-
-    def _envelope(self, name: str, choices: list[Any]) -> dict[str, Any]:
+    def _envelope(self, name: str, *choices: dict[str, Any]) -> dict[str, Any]:
         id = f"{self.prefix}-{self.id}"
-        return {"id": id, "object": name, "created": self.created, "model": self.model, "choices": choices}
+        return {"id": id, "object": name, "created": self.created, "model": self.model, "choices": list(choices)}
 
-    @staticmethod
-    def _usage(usage: Usage) -> dict[str, Any]:
+    def _usage(self) -> dict[str, Any]:
         """`usage` as OpenAI has it; `timings` beside it, as llama-server has them, and in it, as we first did."""
-        timings = usage.timings()
+        usage, timings = self.usage, self.usage.timings()
         images = {"image_tokens": usage.picture_tokens} if usage.picture_tokens else {}
         drafts = {"accepted_prediction_tokens": usage.accepted_tokens,
                   "rejected_prediction_tokens": usage.drafted_tokens - usage.accepted_tokens} if usage.drafted_tokens else {}
@@ -9100,9 +9112,9 @@ class OpenAI(Dialect):
         return {"usage": usage.document() | details | {"timings": timings}, "timings": timings}
 
 
-def shown_token(token: bytes, logprob: float) -> dict[str, Any]:
-    """A token and its log probability, as OpenAI's chat, Ollama and llama-server show them."""
-    return {"token": token.decode("utf-8", "replace"), "logprob": logprob, "bytes": list(token)}
+def shown_token(token: bytes, logprob: float, **id: int) -> dict[str, Any]:
+    """A token and its log probability, as OpenAI's chat, Ollama and, with its id, llama-server show them."""
+    return {**id, "token": token.decode("utf-8", "replace"), "logprob": logprob, "bytes": list(token)}
 
 
 def shown_logprobs(tokens: Seq[TokenLogprob]) -> list[dict[str, Any]]:
@@ -9118,19 +9130,18 @@ class ChatCompletion(OpenAI):
 
     def read(self, body: Mapping[str, Any]) -> GenerateRequest:
         messages = read_messages(body)
-        if messages is None:
-            raise InvalidRequest("messages is required: a list of messages", "messages")
+        ensure(messages, "messages", "messages is required: a list of messages")
         top, wanted = optional(body, "top_logprobs", whole(0, 20)), flag(body, "logprobs")
-        if top is not None and not wanted:
-            raise InvalidRequest("top_logprobs needs logprobs to be true", "top_logprobs")
+        ensure(top is None or wanted, "top_logprobs", "top_logprobs needs logprobs to be true")
         choice = read_tool_choice(given(body, "tool_choice", "auto"), *read_tools(body))
-        if choice["tool_choice"] not in ("auto", "none"):  # a call has a form of its own
-            if body.get("json_schema") or body.get("grammar"):
-                raise InvalidRequest("tool_choice: a forced call excludes json_schema and grammar", "tool_choice")
-            body = {**body, "response_format": None}
+        forced = choice["tool_choice"] not in ("auto", "none")  # a call has a form of its own
+        request = self.common({**body, "response_format": None} if forced else body, (top or 0) if wanted else None)
+        form = request.sampling.constraint
+        ensure(not forced or not form or form.param not in ("json_schema", "grammar"), "tool_choice",
+               "tool_choice: a forced call excludes json_schema and grammar")  # fmt: skip
         budget = first_given(body, whole(-1), "thinking_budget_tokens", "reasoning_budget_tokens")  # llama-server's names
         return replace(
-            self.common(body, (top or 0) if wanted else None),
+            request,
             messages=messages,
             parallel_tool_calls=flag(body, "parallel_tool_calls", True),
             continue_final_message=optional(body, "continue_final_message", boolean),
@@ -9140,19 +9151,18 @@ class ChatCompletion(OpenAI):
             **choice,
         )
 
-    def chunks(self, event: Event) -> Iterator[dict[str, Any]]:
-        deltas: list[tuple[int, dict[str, Any]]] = []
+    def chunks(self, event: Event) -> Chunks:
         if isinstance(event, Queued):
-            deltas = [(index, {"role": "assistant", "content": "", "refusal": None}) for index in range(self.request.n)]
+            for index in range(self.request.n):
+                yield self._delta(index, {"role": "assistant", "content": "", "refusal": None})
         elif isinstance(event, CallBegan):
-            call = {"index": event.number, "id": event.id, "type": "function", "function": {"name": event.name, "arguments": ""}}
-            deltas = [(event.index, {"tool_calls": [call]})]
+            yield self._delta(event.index, {"tool_calls": [{"index": event.number} | a_call(event.id, event.name, "")]})
         elif isinstance(event, CallArguments):
-            deltas = [(event.index, {"tool_calls": [{"index": event.number, "function": {"arguments": event.text}}]})]
-        for index, delta in deltas:
-            choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
-            yield self._envelope(self.chunk_name, [choice])
+            yield self._delta(event.index, {"tool_calls": [{"index": event.number, "function": {"arguments": event.text}}]})
         yield from super().chunks(event)
+
+    def _delta(self, index: int, delta: dict[str, Any]) -> dict[str, Any]:
+        return self._envelope(self.chunk_name, {"index": index, "delta": delta, "logprobs": None, "finish_reason": None})
 
     def shown(self, index: int, choice: Choice, whole: bool) -> dict[str, Any]:
         """Results of built-in tools are an extension: `tool_calls` would ask the client to run those."""
@@ -9165,13 +9175,13 @@ class ChatCompletion(OpenAI):
                 said[name] = said.get(name, "") + block.text
         if choice.results:
             said["tool_results"] = [{name: value for name, value in asdict(r).items() if name != "index"} for r in choice.results]
-        logprobs, shown = choice.logprobs, None
-        if logprobs or (whole and self.request.sampling.logprobs is not None):
-            shown = {"content": shown_logprobs(logprobs), "refusal": None}
+        logprobs = None
+        if choice.logprobs or (whole and self.request.sampling.logprobs is not None):
+            logprobs = {"content": shown_logprobs(choice.logprobs), "refusal": None}
         if not whole:
-            return {"index": index, "delta": said, "logprobs": shown, "finish_reason": choice.finish_reason}
+            return {"index": index, "delta": said, "logprobs": logprobs, "finish_reason": choice.finish_reason}
         message = {"role": "assistant", "content": None if choice.calls else "", "refusal": None} | said
-        return {"index": index, "message": message, "finish_reason": choice.finish_reason, "logprobs": shown}
+        return {"index": index, "message": message, "finish_reason": choice.finish_reason, "logprobs": logprobs}
 
 
 class Completion(OpenAI):
@@ -9181,33 +9191,31 @@ class Completion(OpenAI):
 
     def read(self, body: Mapping[str, Any]) -> GenerateRequest:
         """A prompt is a string, a list of strings, token ids, or a list of those."""
-        if body.get("prompt") is None:
-            raise InvalidRequest("prompt is required: a string, or a list of strings or token ids", "prompt")
-        prompts = read_texts("prompt", body["prompt"], MAX_TEXTS)
+        prompts = read_texts("prompt", required(body, "prompt", "a string, or a list of strings or token ids"), MAX_TEXTS)
         echo, limit = flag(body, "echo"), body.get("max_tokens")
         nothing = echo and limit == 0 and limit is not False  # but the prompt is wanted
         request = self.common({**body, "max_tokens": 1} if nothing else body, optional(body, "logprobs", whole(0, 20)))
         sampling = replace(request.sampling, max_tokens=0) if nothing else request.sampling
         request = replace(request, prompts=prompts, sampling=sampling, echo=echo and sampling.logprobs is not None)
-        if (texts := len(prompts) * request.n) > MAX_TEXTS:
-            raise InvalidRequest(f"prompt: prompts times n may be up to {MAX_TEXTS}, not {texts}", "prompt")
-        if optional(body, "best_of", whole(1, MAX_CHOICES), request.n) != request.n:
-            raise InvalidRequest(f"best_of must equal n ({request.n}): texts are not ranked here", "best_of")
-        written = [p if isinstance(p, str) else "" for p in prompts for _ in range(request.n)]  # by choice
-        if echo and not request.echo and not all(isinstance(p, str) for p in prompts):
-            raise InvalidRequest("echo of token ids needs logprobs: without them only prompts of text are echoed", "echo")
+        texts, size = len(prompts) * request.n, sum(map(len, prompts)) * request.n
         most = MAX_ECHOED // (1 + (sampling.logprobs or 0))
-        if request.echo and (size := request.n * sum(map(len, prompts))) > most:
-            raise InvalidRequest(f"echo: with so many logprobs prompts of up to {most} characters are echoed, not {size}", "echo")
+        ensure(texts <= MAX_TEXTS, "prompt", f"prompt: prompts times n may be up to {MAX_TEXTS}, not {texts}")
+        ensure(optional(body, "best_of", whole(1, MAX_CHOICES), request.n) == request.n, "best_of",
+               f"best_of must equal n ({request.n}): texts are not ranked here")  # fmt: skip
+        ensure(not echo or request.echo or all(isinstance(p, str) for p in prompts), "echo",
+               "echo of token ids needs logprobs: without them only prompts of text are echoed")  # fmt: skip
+        ensure(not request.echo or size <= most, "echo",
+               f"echo: with so many logprobs prompts of up to {most} characters are echoed, not {size}")  # fmt: skip
+        written = [p if isinstance(p, str) else "" for p in prompts for _ in range(request.n)]  # by choice
         self._echo = written if echo and not request.echo else []
         # characters so far: OpenAI counts from the prompt's start
         self._offsets = [0 if request.echo else len(text) for text in written]
         suffix = optional(body, "suffix", a_string, "")
-        if suffix and (len(prompts) > 1 or not isinstance(prompts[0], str) or request.echo):
-            raise InvalidRequest("suffix is served for one prompt of text, whose log probabilities are not told", "suffix")
+        ensure(not suffix or (len(prompts) == 1 and isinstance(prompts[0], str) and not request.echo), "suffix",
+               "suffix is served for one prompt of text, whose log probabilities are not told")  # fmt: skip
         return replace(request, prompts=(), infill=Infill(written[0], suffix)) if suffix else request
 
-    def documents(self, event: Event) -> Iterator[dict[str, Any]]:
+    def documents(self, event: Event) -> Chunks:
         yield from super().documents(event)
         if isinstance(event, Queued):
             for index, prompt in enumerate(self._echo):
@@ -9234,12 +9242,11 @@ class Embeddings(Dialect):
     streams = None
 
     def read(self, body: Mapping[str, Any]) -> EmbedRequest:
-        self._base64 = one_of("encoding_format", given(body, "encoding_format", "float"), ("float", "base64")) == "base64"
-        if body.get("input") is None:
-            raise InvalidRequest("input is required: a string, or a list of strings or token ids", "input")
+        self._base64 = optional(body, "encoding_format", one_of("float", "base64")) == "base64"
+        texts = required(body, "input", "a string, or a list of strings or token ids")
         return EmbedRequest(
             model=optional(body, "model", a_string, "default"),
-            inputs=read_texts("input", body["input"], MAX_INPUTS, may_be_empty=False),
+            inputs=read_texts("input", texts, MAX_INPUTS, may_be_empty=False),
             dimensions=optional(body, "dimensions", whole(1)),
         )
 
@@ -9247,7 +9254,6 @@ class Embeddings(Dialect):
         return service.embed(self.request, cancel)
 
     def document(self) -> dict[str, Any]:
-        assert self.usage
         usage = {"prompt_tokens": self.usage.prompt_tokens, "total_tokens": self.usage.prompt_tokens}
         return {"model": self.model, "usage": usage, "object": "list", **self.answer()}
 
@@ -9266,39 +9272,26 @@ class Rerank(Embeddings):
     """`/v1/rerank`, Jina's: the documents that answer the query best come first."""
 
     def read(self, body: Mapping[str, Any]) -> EmbedRequest:
-        if not optional(body, "query", a_string):
-            raise InvalidRequest("query is required: what the documents are ranked for", "query")
-        documents = read_documents(body.get("documents"))
-        self._top = optional(body, "top_n", whole(1), len(documents))
-        self._shown = flag(body, "return_documents", True)
-        return EmbedRequest(optional(body, "model", a_string, "default"), documents, query=body["query"])
+        """The documents are strings, or objects with a text."""
+        query = optional(body, "query", a_string)
+        ensure(query, "query", "query is required: what the documents are ranked for")
+        listed = body.get("documents")
+        texts: list[Any] = [d.get("text") if isinstance(d, dict) else d for d in listed] if isinstance(listed, list) else []
+        ensure(texts and all(isinstance(text, str) for text in texts), "documents",
+               'documents must be a list of strings, or of objects {"text": ...}')  # fmt: skip
+        check_length("documents", texts, MAX_INPUTS)
+        self._top, self._shown = optional(body, "top_n", whole(1), len(texts)), flag(body, "return_documents", True)
+        return EmbedRequest(optional(body, "model", a_string, "default"), tuple(texts), query=query)
 
     def answer(self) -> dict[str, Any]:
         scores = [numbers(row)[0] for row in self.rows]
-        results: list[dict[str, Any]] = []
-        for i in sorted(range(len(scores)), key=lambda i: -scores[i])[: self._top]:
-            document = {"document": {"text": self.request.inputs[i]}} if self._shown else {}
-            results.append({"index": i, "relevance_score": scores[i], **document})
-        return {"results": results}
+        best = sorted(range(len(scores)), key=lambda i: -scores[i])[: self._top]
+        shown = [{"document": {"text": text}} if self._shown else {} for text in self.request.inputs]
+        return {"results": [{"index": i, "relevance_score": scores[i], **shown[i]} for i in best]}
 
 
 # ── 14.2. Dialects of blocks ──────────────────────────────────────────────────────────────────────────────────────────
 # Answers as lists of blocks: Anthropic's Messages, OpenAI's Responses.
-
-
-def listed(where: str, value: Any) -> list[tuple[str, dict[str, Any]]]:
-    """The objects of a list, each with its place for error messages."""
-    return [(f"{where}[{i}]", an_object(f"{where}[{i}]", v)) for i, v in enumerate(one_type(list, "a list")(where, value))]
-
-
-def given(body: Mapping[str, Any], name: str, default: Any) -> Any:
-    """A field, or the default when it is absent."""
-    return default if body.get(name) is None else body[name]
-
-
-def a_call(id: str, name: str, arguments: Any) -> dict[str, Any]:
-    """A tool call in an assistant's turn, as templates want it."""
-    return {"id": id, "type": "function", "function": {"name": name, "arguments": arguments}}
 
 
 def a_result(id: str, names: Mapping[str, str], content: str | Content) -> dict[str, Any]:
@@ -9306,25 +9299,27 @@ def a_result(id: str, names: Mapping[str, str], content: str | Content) -> dict[
     return {"role": "tool", "tool_call_id": id, "content": content} | ({"name": names[id]} if id in names else {})
 
 
-def a_function(where: str, tool: Mapping[str, Any], parameters: Mapping[str, Any]) -> dict[str, Any]:
+def a_function(tool: Item, parameters: Mapping[str, Any]) -> dict[str, Any]:
     """A function that the client runs, as templates want it."""
-    function: dict[str, Any] = {"name": a_string(f"{where}.name", tool.get("name"))}
-    if tool.get("description") is not None:
-        function["description"] = a_string(f"{where}.description", tool["description"])
-    return {"type": "function", "function": function | {"parameters": parameters}}
+    function = {"name": needed(tool, "name", a_string), "description": optional(tool, "description", a_string)}
+    said = {name: value for name, value in function.items() if value is not None}
+    return {"type": "function", "function": said | {"parameters": parameters}}
 
 
 class BlockDialect(Dialect):
     """An API whose answers are lists of blocks."""
 
     _opened = 0  # blocks whose beginning was sent
+    opened: Callable[[Block], Chunks]  # announces a block
+    more: Callable[[Block, str], Chunks]  # some more of a block
+    closed: Callable[[Block], Chunks]  # ends a block
 
     def note(self, event: Event) -> None:
         super().note(event)
         if isinstance(event, ChoiceEnd) and not self.choices[0].blocks:
             self.choices[0].blocks.append(Block("text"))  # clients look at the first block without asking whether there is one
 
-    def chunks(self, event: Event) -> Iterator[dict[str, Any]]:
+    def chunks(self, event: Event) -> Chunks:
         blocks = self.choices[0].blocks
         if len(blocks) > self._opened:
             if self._opened:
@@ -9335,18 +9330,6 @@ class BlockDialect(Dialect):
             yield from self.more(blocks[-1], event.text)
         elif isinstance(event, ChoiceEnd):
             yield from self.closed(blocks[-1])
-
-    def opened(self, block: Block) -> Iterator[dict[str, Any]]:
-        """Announces a block."""
-        raise NotImplementedError
-
-    def more(self, block: Block, text: str) -> Iterator[dict[str, Any]]:
-        """Some more of a block."""
-        raise NotImplementedError
-
-    def closed(self, block: Block) -> Iterator[dict[str, Any]]:
-        """Ends a block."""
-        raise NotImplementedError
 
 
 CLAUDE_BLOCKS = {  # what messages may hold, by role
@@ -9360,79 +9343,62 @@ CLAUDE_UNREAD = re.compile(  # of tools that Anthropic runs itself, and thoughts
 
 def claude_messages(body: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
     """Anthropic's system text and messages, as templates want them."""
-    messages, names = listed("messages", body.get("messages")), dict[str, str]()
-    check_length("messages", messages, MAX_MESSAGES)
-    if not messages:
-        raise InvalidRequest("messages must be a list of at least one message", "messages")
-    system = flat_content("system", given(body, "system", ""), ("text",), "\n\n", newest=True)
+    messages, names = some_messages(body), dict[str, str]()
+    system = read_content("system", given(body, "system", ""), ("text",), "\n\n", newest=True)
     turns = [{"role": "system", "content": system}] if system else []
-    newest = newest_turn([message for _, message in messages if not is_results(message.get("content"))])
-    return (*turns, *(turn for where, message in messages for turn in claude_turns(where, message, names, message is newest)))
+
+    def is_results(content: Any) -> bool:  # alone, which are no turn of the user's own
+        return isinstance(content, list) and all(isinstance(b, dict) and b.get("type") == "tool_result" for b in content)
+
+    newest = newest_turn([message for message in messages if not is_results(message.get("content"))])
+    return (*turns, *(turn for message in messages for turn in claude_turns(message, names, message is newest)))
 
 
-def is_results(content: Any) -> bool:
-    """True for a message of tool results alone, which is no turn of the user's own."""
-    return isinstance(content, list) and all(isinstance(b, dict) and b.get("type") == "tool_result" for b in content)
-
-
-def claude_turns(where: str, message: Mapping[str, Any], names: dict[str, str], newest: bool) -> list[dict[str, Any]]:
+def claude_turns(message: Item, names: dict[str, str], newest: bool) -> list[dict[str, Any]]:
     """One of Anthropic's messages: results become turns of their own. `names` of calls by id, gathered over the chat."""
-    role, content = one_of(f"{where}.role", message.get("role"), CLAUDE_BLOCKS), message.get("content")
-    texts, thoughts, calls, results = list[Any](), list[str](), list[Any](), list[Any]()
-    for place, block in listed(f"{where}.content", [{"type": "text", "text": content}] if isinstance(content, str) else content):
-        kind = a_string(f"{place}.type", block.get("type"))
+    role = needed(message, "role", one_of(*CLAUDE_BLOCKS))
+    texts, thoughts, calls, results = list[Item](), list[str](), list[Any](), list[Any]()
+    for block in text_parts(path_to(message, "content"), message.get("content")):
+        kind = needed(block, "type", a_string)
         if CLAUDE_UNREAD.fullmatch(kind):
             continue
-        one_of(f"{place}.type", kind, CLAUDE_BLOCKS[role])
+        needed(block, "type", one_of(*CLAUDE_BLOCKS[role]))
         if kind == "thinking":
-            thoughts.append(a_string(f"{place}.thinking", block.get("thinking")))
+            thoughts.append(needed(block, "thinking", a_string))
         elif kind == "tool_use":
-            id, name = a_string(f"{place}.id", block.get("id")), a_string(f"{place}.name", block.get("name"))
+            id, name = needed(block, "id", a_string), needed(block, "name", a_string)
             names[id] = name
-            calls.append(a_call(id, name, an_object(f"{place}.input", block.get("input"))))
+            calls.append(a_call(id, name, needed(block, "input", an_object)))
         elif kind == "tool_result":
-            id, content = a_string(f"{place}.tool_use_id", block.get("tool_use_id")), given(block, "content", "")
-            parts = [("", {"type": "text", "text": content})] if isinstance(content, str) else listed(f"{place}.content", content)
-            said = flat_parts(itertools.starmap(claude_part, parts), ("text",), "\n\n", False)
+            where, id = path_to(block, "content"), needed(block, "tool_use_id", a_string)
+            told = list(map(claude_part, text_parts(where, given(block, "content", ""))))
+            said = read_content(where, told, ("text",), "\n\n")
             if flag(block, "is_error"):
                 said = f"Error: {said}" if isinstance(said, str) else replace(said, parts=("Error:", *said.parts))
             results.append(a_result(id, names, said))
         else:
-            texts.append(claude_part(place, block))
+            texts.append(claude_part(block))
     between = "" if role == "assistant" else "\n\n"  # what the model wrote in one go stays in one piece
-    turn: dict[str, Any] = {"role": role, "content": flat_parts(texts, ("text",), between, newest)}
+    turn: dict[str, Any] = {"role": role, "content": read_content("", texts, ("text",), between, newest)}
     turn |= {"reasoning_content": "".join(thoughts)} if thoughts else {}
     turn |= {"tool_calls": calls} if calls else {}
     return results if results and not turn["content"] else [*results, turn]
 
 
-def claude_part(place: str, block: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+def claude_part(block: Item) -> Item:
     """A block as a part of a chat's content: what search results and documents of text say is text."""
-    kind, source = block.get("type"), block.get("source")
-    texts = [a_string(f"{place}.title", given(block, "title", ""))]
+    kind, texts = block.get("type"), [optional(block, "title", a_string, "")]
     if kind == "tool_reference":  # what a search for tools found
-        texts = [a_string(f"{place}.tool_name", block.get("tool_name"))]
+        texts = [needed(block, "tool_name", a_string)]
     elif kind == "search_result":
-        texts += [a_string(f"{place}.source", source), flat_text(f"{place}.content", block.get("content"), between="\n\n")]
-    elif kind == "document" and (form := an_object(f"{place}.source", source).get("type")) in ("text", "content"):
-        name = "data" if form == "text" else "content"
-        texts.append(flat_text(f"{place}.source.{name}", block["source"].get(name), between="\n\n"))
+        texts += [needed(block, "source", a_string),
+                  read_text(path_to(block, "content"), block.get("content"), between="\n\n")]  # fmt: skip
+    elif kind == "document" and (source := needed(block, "source", Item)).get("type") in ("text", "content"):
+        name = "data" if source["type"] == "text" else "content"
+        texts.append(read_text(path_to(source, name), source.get(name), between="\n\n"))
     else:
-        return place, block
-    return place, {"type": "text", "text": "\n".join(filter(None, texts))}
-
-
-def claude_tools(body: Mapping[str, Any]) -> dict[str, Any]:
-    """The tools and the choice among them; those that Anthropic's server runs, or its models know by heart, are left out."""
-    functions = [
-        a_function(where, tool, an_object(f"{where}.input_schema", tool.get("input_schema")))
-        for where, tool in listed("tools", given(body, "tools", []))
-        if a_string(f"{where}.type", given(tool, "type", "custom")) == "custom"
-    ]
-    choice = optional(body, "tool_choice", an_object, {"type": "auto"})
-    kind = one_of("tool_choice.type", choice.get("type"), ("auto", "any", "tool", "none"))
-    read = read_tool_choice(choice if kind == "tool" else {"any": "required"}.get(kind, kind), functions)
-    return read | {"parallel_tool_calls": not flag(choice, "disable_parallel_tool_use")}
+        return block
+    return Item(block.where, {"type": "text", "text": "\n".join(filter(None, texts))})
 
 
 class Messages(BlockDialect):
@@ -9447,27 +9413,30 @@ class Messages(BlockDialect):
     def read(self, body: Mapping[str, Any]) -> GenerateRequest:
         """The model thinks only if the request says so, as this API has it."""
         config = optional(body, "output_config", an_object, {})
-        schema = read_format("output_config.format", given(config, "format", body.get("output_format")))
-        ends = stops("stop_sequences", optional(body, "stop_sequences", one_type(list, "a list"), []))
-        thinking = optional(body, "thinking", an_object, {"type": "disabled"})
-        kind = one_of("thinking.type", thinking.get("type"), ("enabled", "adaptive", "disabled"))
-        budget = thinking.get("budget_tokens") if kind == "enabled" else None
+        ends = stops("stop_sequences", optional(body, "stop_sequences", a_list, []))
+        thinking = optional(body, "thinking", Item, {"type": "disabled"})
+        kind = needed(thinking, "type", one_of("enabled", "adaptive", "disabled"))
+        effort = read_template_args(body, "output_config.effort", config.get("effort"), enable_thinking=kind != "disabled")
+        # tools that Anthropic runs itself, or its models know by heart, are left out
+        own = [tool for tool in optional(body, "tools", objects, []) if optional(tool, "type", a_string, "custom") == "custom"]
+        choice = optional(body, "tool_choice", Item, {"type": "auto"})
+        call = needed(choice, "type", one_of("auto", "any", "tool", "none"))
+        functions = [a_function(tool, needed(tool, "input_schema", an_object)) for tool in own]
         return GenerateRequest(
             model=optional(body, "model", a_string, "default"),
             messages=claude_messages(body),
-            sampling=Sampling.from_json({**body, "stop": None}, stop=ends, json_schema=schema),
+            sampling=Sampling.from_json({**body, "stop": None}, stop=ends),
             split_markers=True,
-            thinking_budget=None if budget is None else whole(1)("thinking.budget_tokens", budget),
-            template_args=read_template_args(
-                body, "output_config.effort", config.get("effort"), enable_thinking=kind != "disabled"
-            ),
-            **claude_tools(body),
+            thinking_budget=optional(thinking, "budget_tokens", whole(1)) if kind == "enabled" else None,
+            template_args=effort,
+            parallel_tool_calls=not flag(choice, "disable_parallel_tool_use"),
+            **read_tool_choice(choice if call == "tool" else {"any": "required"}.get(call, call), functions),
         )
 
     def idle(self) -> dict[str, Any]:
         return {"type": "ping"}
 
-    def chunks(self, event: Event) -> Iterator[dict[str, Any]]:
+    def chunks(self, event: Event) -> Chunks:
         if isinstance(event, Queued):
             yield {"type": "message_start", "message": self.document()}
         yield from super().chunks(event)
@@ -9475,15 +9444,15 @@ class Messages(BlockDialect):
             yield {"type": "message_delta", "delta": self._end(), "usage": self._usage()}
             yield {"type": "message_stop"}
 
-    def opened(self, block: Block) -> Iterator[dict[str, Any]]:
+    def opened(self, block: Block) -> Chunks:
         empty = self._content(replace(block, parts=[]))
         yield {"type": "content_block_start", "index": block.index, "content_block": empty}
 
-    def more(self, block: Block, text: str) -> Iterator[dict[str, Any]]:
+    def more(self, block: Block, text: str) -> Chunks:
         kind, name = self.DELTAS[block.kind]
         yield {"type": "content_block_delta", "index": block.index, "delta": {"type": kind, name: text}}
 
-    def closed(self, block: Block) -> Iterator[dict[str, Any]]:
+    def closed(self, block: Block) -> Chunks:
         if block.kind == "thought":  # clients that keep thoughts wait for it
             delta = {"type": "signature_delta", "signature": ""}
             yield {"type": "content_block_delta", "index": block.index, "delta": delta}
@@ -9526,6 +9495,8 @@ def claude_error(error: ApiError) -> dict[str, Any]:
                                        "details": error.details}}  # fmt: skip
 
 
+RESPONSE_ITEMS = ("message", "reasoning", "function_call", "custom_tool_call", "function_call_output",
+                  "custom_tool_call_output", "additional_tools")  # fmt: skip
 HOSTED_ITEM = re.compile(  # what tools of OpenAI's own did: those tools are left out here, and their traces too
     r"\w+_call(_output)?|mcp_\w+|tool_search_\w+|program(_output)?|compaction(_trigger)?|context_compaction")  # fmt: skip
 RESPONSE_TEXTS = ("input_text", "output_text", "text", "refusal", "summary_text", "reasoning_text")
@@ -9537,59 +9508,74 @@ class ResponseInput:
     def __init__(self, body: Mapping[str, Any]) -> None:
         self.functions: list[dict[str, Any]] = []
         self.freeform: set[str] = set()  # names of the functions that stand for tools whose input is any text
-        self.turns: list[dict[str, Any]] = []
         self.known: dict[str, dict[str, str]] = {}  # tools by their names in the prompt: the client's name and namespace
         self._called: dict[str, str] = {}  # names of calls, by id
-        self._add_tools("tools", given(body, "tools", []))
-        if instructions := optional(body, "instructions", a_string):
-            self.turns.append({"role": "system", "content": instructions})
-        said = body.get("input")
+        self._add_tools(optional(body, "tools", objects, []))
+        instructions, said = optional(body, "instructions", a_string), body.get("input")
+        self.turns: list[dict[str, Any]] = [{"role": "system", "content": instructions}] if instructions else []
         if not isinstance(said, (str, list)):
             raise InvalidRequest(f"input must be a string or a list of items, not {_said(said)}", "input")
-        items = listed("input", [{"role": "user", "content": said}] if isinstance(said, str) else said)
-        check_length("input", items, MAX_MESSAGES)
-        self._newest = newest_turn([item for _, item in items])
-        for where, item in items:
-            self._add(where, item)
-        if not items or not self.turns:
-            raise InvalidRequest("input holds nothing that a model here could read", "input")
+        items = objects("input", [{"role": "user", "content": said}] if isinstance(said, str) else said, MAX_MESSAGES)
+        newest = newest_turn(items)
+        for item in items:
+            kind = optional(item, "type", a_string, "message")
+            if kind in RESPONSE_ITEMS or not HOSTED_ITEM.fullmatch(kind):
+                self._add(one_of(*RESPONSE_ITEMS)(path_to(item, "type"), kind), item, item is newest)
+        ensure(items and self.turns, "input", "input holds nothing that a model here could read")
 
-    def _add_tools(self, where: str, tools: Any, space: str = "") -> None:
+    def _add_tools(self, tools: list[Item], space: str = "") -> None:
         """Reads a list of tools; those that OpenAI's own server runs are left out."""
-        for place, tool in listed(where, tools):
-            kind = a_string(f"{place}.type", tool.get("type"))
+        for tool in tools:
+            kind = needed(tool, "type", a_string)
             if kind == "namespace":
-                self._add_tools(f"{place}.tools", tool.get("tools"), a_string(f"{place}.name", tool.get("name")))
+                self._add_tools(needed(tool, "tools", objects), needed(tool, "name", a_string))
             elif kind in ("function", "custom"):
-                name = a_string(f"{place}.name", tool.get("name"))
+                name = needed(tool, "name", a_string)
                 full = joined_name(space, name)
                 self.known[full] = {"name": name} | ({"namespace": space} if space else {})
                 self.freeform |= {full} if kind == "custom" else set()
-                shown = self._freeform(place, tool) if kind == "custom" else tool
-                schema = an_object(f"{place}.parameters", given(shown, "parameters", {}))
-                self.functions.append(a_function(place, {**shown, "name": full}, schema))
+                shown = Item(tool.where, {**tool, **(self._freeform(tool) if kind == "custom" else {}), "name": full})
+                self.functions.append(a_function(shown, optional(shown, "parameters", an_object, {})))
 
     @staticmethod
-    def _freeform(place: str, tool: Mapping[str, Any]) -> dict[str, Any]:
+    def _freeform(tool: Item) -> dict[str, Any]:
         """A freeform tool as a function of one string; its grammar (Lark's or a regular expression) is described only."""
-        form = an_object(f"{place}.format", given(tool, "format", {"type": "text"}))
-        said = a_string(f"{place}.description", given(tool, "description", ""))
-        if one_of(f"{place}.format.type", form.get("type"), ("text", "grammar")) == "grammar":
-            syntax = one_of(f"{place}.format.syntax", form.get("syntax"), ("lark", "regex"))
-            definition = a_string(f"{place}.format.definition", form.get("definition"))
+        form, said = optional(tool, "format", Item, {"type": "text"}), optional(tool, "description", a_string, "")
+        if needed(form, "type", one_of("text", "grammar")) == "grammar":
+            syntax, definition = needed(form, "syntax", one_of("lark", "regex")), needed(form, "definition", a_string)
             said = f"{said}\n\nThe input must match this grammar ({syntax}):\n{definition}".strip()
         schema = {"type": "object", "properties": {"input": {"type": "string"}}, "required": ["input"]}
         return {"description": said, "parameters": schema | {"additionalProperties": False}}
 
-    def _add(self, where: str, item: Mapping[str, Any]) -> None:
+    def _add(self, kind: str, item: Item, newest: bool) -> None:
         """Reads one item."""
-        kind, read = a_string(f"{where}.type", given(item, "type", "message")), {
-            "message": self._message, "reasoning": self._reasoning, "function_call": self._call,
-            "custom_tool_call": self._call, "function_call_output": self._output, "custom_tool_call_output": self._output,
-            "additional_tools": lambda where, item: self._add_tools(f"{where}.tools", item.get("tools")),
-        }  # fmt: skip
-        if kind in read or not HOSTED_ITEM.fullmatch(kind):
-            read[one_of(f"{where}.type", kind, read)](where, item)
+        if kind == "message":
+            role = needed(item, "role", one_of("user", "assistant", "system", "developer"))
+            content = read_content(path_to(item, "content"), item.get("content"), RESPONSE_TEXTS, newest=newest)
+            if role == "assistant":
+                self._assistant("content", "tool_calls")["content"] = content
+            else:
+                self.turns.append({"role": "system" if role == "developer" else role, "content": content})
+        elif kind == "reasoning":
+            sealed, text = optional(item, "encrypted_content", a_string, ""), ""
+            with contextlib.suppress(ValueError):  # here it is base64 of plain text; OpenAI's own cannot be read
+                text = base64.b64decode(sealed, validate=True).decode()
+            for name in ("content", "summary"):
+                text = text or read_text(path_to(item, name), given(item, name, ""), RESPONSE_TEXTS)
+            if text:
+                turn = self._assistant("content", "tool_calls")
+                turn["reasoning_content"] = turn.get("reasoning_content", "") + text
+        elif kind == "additional_tools":
+            self._add_tools(needed(item, "tools", objects))
+        elif kind.endswith("_output"):
+            content = read_content(path_to(item, "output"), item.get("output"), RESPONSE_TEXTS, "\n")
+            self.turns.append(a_result(needed(item, "call_id", a_string), self._called, content))
+        else:
+            id, name = needed(item, "call_id", a_string), needed(item, "name", a_string)
+            self._called[id] = name = joined_name(optional(item, "namespace", a_string, ""), name)
+            arguments = (parsed(needed(item, "arguments", a_string) or "{}") if kind == "function_call"
+                         else {"input": needed(item, "input", a_string)})  # fmt: skip
+            self._assistant().setdefault("tool_calls", []).append(a_call(id, name, arguments))
 
     def _assistant(self, *but: str) -> dict[str, Any]:
         """The assistant's turn that goes on, unless it has one of these fields already; else a new one."""
@@ -9597,40 +9583,6 @@ class ResponseInput:
         if last["role"] != "assistant" or any(last.get(name) for name in but):
             self.turns.append(last := {"role": "assistant", "content": ""})
         return last
-
-    def _message(self, where: str, item: Mapping[str, Any]) -> None:
-        role = one_of(f"{where}.role", item.get("role"), ("user", "assistant", "system", "developer"))
-        content = flat_content(f"{where}.content", item.get("content"), RESPONSE_TEXTS, newest=item is self._newest)
-        if role == "assistant":
-            self._assistant("content", "tool_calls")["content"] = content
-        else:
-            self.turns.append({"role": "system" if role == "developer" else role, "content": content})
-
-    def _reasoning(self, where: str, item: Mapping[str, Any]) -> None:
-        """A thought is in encrypted_content, which here is base64 of plain text; OpenAI's own cannot be read."""
-        sealed, text = a_string(f"{where}.encrypted_content", given(item, "encrypted_content", "")), ""
-        with contextlib.suppress(ValueError):  # no base64, or no text inside
-            text = base64.b64decode(sealed, validate=True).decode()
-        for name in ("content", "summary"):
-            text = text or flat_text(f"{where}.{name}", given(item, name, ""), RESPONSE_TEXTS)
-        if text:
-            turn = self._assistant("content", "tool_calls")
-            turn["reasoning_content"] = turn.get("reasoning_content", "") + text
-
-    def _call(self, where: str, item: Mapping[str, Any]) -> None:
-        id, name = a_string(f"{where}.call_id", item.get("call_id")), a_string(f"{where}.name", item.get("name"))
-        self._called[id] = name = joined_name(a_string(f"{where}.namespace", given(item, "namespace", "")), name)
-        if item["type"] == "custom_tool_call":
-            arguments: Any = {"input": a_string(f"{where}.input", item.get("input"))}
-        else:
-            arguments = a_string(f"{where}.arguments", item.get("arguments")) or "{}"
-            with contextlib.suppress(InvalidRequest):  # what is no JSON stays the text it is
-                arguments = parse_json(arguments.encode())
-        self._assistant().setdefault("tool_calls", []).append(a_call(id, name, arguments))
-
-    def _output(self, where: str, item: Mapping[str, Any]) -> None:
-        content = flat_content(f"{where}.output", item.get("output"), RESPONSE_TEXTS, "\n")
-        self.turns.append(a_result(a_string(f"{where}.call_id", item.get("call_id")), self._called, content))
 
 
 def without_oldest(messages: tuple[dict[str, Any], ...], sizes: tuple[int, ...]) -> tuple[dict[str, Any], ...] | None:
@@ -9655,9 +9607,11 @@ class Responses(BlockDialect):
         "text": {"format": {"type": "text"}}, "tool_choice": "auto", "tools": [], "top_p": None, "truncation": "disabled",
         "user": None,
     }  # fmt: skip
-    KINDS: ClassVar = {  # of blocks: how their ids begin, and their events' names
-        "text": ("msg", "output_text"), "thought": ("rs", "reasoning_text"), "call": ("fc", "function_call_arguments"),
-        "freeform": ("ctc", "custom_tool_call_input"),
+    KINDS: ClassVar[dict[str, tuple[str, str, tuple[str, ...]]]] = {
+        # of blocks: how their ids begin, their events' names, and what of the part or item tells its end
+        "text": ("msg", "output_text", ("text", "logprobs")), "thought": ("rs", "reasoning_text", ("text",)),
+        "call": ("fc", "function_call_arguments", ("name", "arguments")),
+        "freeform": ("ctc", "custom_tool_call_input", ("input",)),
     }  # fmt: skip
 
     def read(self, body: Mapping[str, Any]) -> GenerateRequest:
@@ -9665,20 +9619,19 @@ class Responses(BlockDialect):
         self._fixed |= {name: given(body, name, default) for name, default in self.ECHOED.items()}
         self._sent = 0  # events
         for name in ("previous_response_id", "conversation", "prompt", "background", "top_logprobs"):
-            if body.get(name):
-                why = ": no state is kept here, send the whole conversation as input" if name != "top_logprobs" else " here"
-                raise InvalidRequest(f"{name} is not served{why}", name)
-        self._truncates = one_of("truncation", given(body, "truncation", "disabled"), ("auto", "disabled")) == "auto"
+            why = ": no state is kept here, send the whole conversation as input" if name != "top_logprobs" else " here"
+            ensure(not body.get(name), name, f"{name} is not served{why}")
+        self._truncates = optional(body, "truncation", one_of("auto", "disabled")) == "auto"
         self._input = ResponseInput(body)
-        reasoning, text = (optional(body, name, an_object, {}) for name in ("reasoning", "text"))
-        schema, limit = read_format("text.format", text.get("format")), optional(body, "max_output_tokens", whole(1))
+        optional(body, "text", an_object)
+        reasoning = optional(body, "reasoning", an_object, {})
         return GenerateRequest(
             model=optional(body, "model", a_string, "default"),
             messages=tuple(self._input.turns),
             parallel_tool_calls=flag(body, "parallel_tool_calls", True),
             continue_final_message=False,
             template_args=read_template_args(body, "reasoning.effort", reasoning.get("effort")),
-            sampling=Sampling.from_json({**body, "max_tokens": None}, max_tokens=limit, json_schema=schema),
+            sampling=Sampling.from_json({**body, "max_tokens": None}, max_tokens=optional(body, "max_output_tokens", whole(1))),
             split_markers=True,
             **read_tool_choice(given(body, "tool_choice", "auto"), self._input.functions),
         )
@@ -9705,12 +9658,12 @@ class Responses(BlockDialect):
         """The first event must be `created`, also while the model loads."""
         return self._event("in_progress" if self._sent else "created", response=self._response("in_progress"))
 
-    def failure(self, error: ApiError) -> Iterator[dict[str, Any]]:
+    def failure(self, error: ApiError) -> Chunks:
         if not self._sent:
             yield self.idle()
         yield self._event("failed", response=self._response("failed", error={"code": error.code, "message": str(error)}))
 
-    def chunks(self, event: Event) -> Iterator[dict[str, Any]]:
+    def chunks(self, event: Event) -> Chunks:
         if isinstance(event, Queued):
             if not self._sent:
                 yield self.idle()
@@ -9720,36 +9673,31 @@ class Responses(BlockDialect):
             response = self.document()
             yield self._event(response["status"], response=response)
 
-    def opened(self, block: Block) -> Iterator[dict[str, Any]]:
-        item = self._item(replace(block, parts=[]), "in_progress")
-        parts = item.get("content", ())
-        yield self._event("output_item.added", output_index=block.index, item=item | ({"content": []} if parts else {}))
-        for part in parts:
-            yield self._event("content_part.added", **self._at(block), part=part)
+    def opened(self, block: Block) -> Chunks:
+        item, at = self._item(replace(block, parts=[]), "in_progress"), self._at(block)
+        told = item.get("content", ())
+        yield self._event("output_item.added", output_index=block.index, item=item | ({"content": []} if told else {}))
+        for part in told:
+            yield self._event("content_part.added", **at, part=part)
 
-    def more(self, block: Block, text: str) -> Iterator[dict[str, Any]]:
-        kind = self._kind(block)
-        if kind != "freeform":  # its input is told when it is whole
-            more = {"delta": text, "logprobs": list[Any]()} if kind == "text" else {"delta": text}
-            yield self._event(f"{self.KINDS[kind][1]}.delta", **self._at(block), **more)
+    def more(self, block: Block, text: str) -> Chunks:
+        if (kind := self._kind(block)) != "freeform":  # its input is told when it is whole
+            logprobs: dict[str, Any] = {"logprobs": []} if kind == "text" else {}
+            yield self._event(f"{self.KINDS[kind][1]}.delta", **self._at(block), delta=text, **logprobs)
 
-    def closed(self, block: Block) -> Iterator[dict[str, Any]]:
-        kind, item = self._kind(block), self._item(block, self._status(block))
-        name = self.KINDS[kind][1]
-        done: dict[str, Any] = {"text": block.text, "logprobs": []} if kind == "text" else {"text": block.text}
-        if kind == "call":
-            done = {"name": item["name"], "arguments": block.text}
-        elif kind == "freeform":
-            done = {"input": item["input"]}
-            yield self._event(f"{name}.delta", **self._at(block), delta=item["input"])
-        yield self._event(f"{name}.done", **self._at(block), **done)
-        for part in item.get("content", ()):
-            yield self._event("content_part.done", **self._at(block), part=part)
+    def closed(self, block: Block) -> Chunks:
+        item, at, (_, name, fields) = self._item(block), self._at(block), self.KINDS[self._kind(block)]
+        told = item.get("content", ())
+        if "input" in item:
+            yield self._event(f"{name}.delta", **at, delta=item["input"])
+        yield self._event(f"{name}.done", **at, **{field: (*told, item)[0][field] for field in fields})
+        for part in told:
+            yield self._event("content_part.done", **at, part=part)
         yield self._event("output_item.done", output_index=block.index, item=item)
 
     def _at(self, block: Block) -> dict[str, Any]:
-        place = {"item_id": self._id(block), "output_index": block.index}
-        return place if block.kind == "call" else place | {"content_index": 0}
+        at = {"item_id": self._id(block), "output_index": block.index}
+        return at if block.kind == "call" else at | {"content_index": 0}
 
     # Items
 
@@ -9759,11 +9707,10 @@ class Responses(BlockDialect):
     def _id(self, block: Block) -> str:
         return f"{self.KINDS[self._kind(block)][0]}_{self.id}{block.index:02x}"
 
-    def _status(self, block: Block) -> str:
+    def _item(self, block: Block, status: str = "") -> dict[str, Any]:
+        """A block as far as it came; as one that has ended, unless a status is given."""
         cut = self.choices[0].finish_reason == "length" and block is self.choices[0].blocks[-1]
-        return "incomplete" if cut else "completed"
-
-    def _item(self, block: Block, status: str) -> dict[str, Any]:
+        status = status or ("incomplete" if cut else "completed")
         if block.kind == "text":
             part = {"type": "output_text", "text": block.text, "annotations": [], "logprobs": []}
             return {"id": self._id(block), "type": "message", "role": "assistant", "status": status, "content": [part]}
@@ -9781,24 +9728,19 @@ class Responses(BlockDialect):
     def document(self) -> dict[str, Any]:
         """The response at its end."""
         cut = self.choices[0].finish_reason == "length"
-        output = [self._item(block, self._status(block)) for block in self.choices[0].blocks]
-        why = {"reason": "max_output_tokens"} if cut else None
+        output, why = list(map(self._item, self.choices[0].blocks)), {"reason": "max_output_tokens"} if cut else None
         return self._response("incomplete" if cut else "completed", output=output, incomplete_details=why)
 
     def _response(self, status: str, **more: Any) -> dict[str, Any]:
-        state = {"status": status, "error": None, "incomplete_details": None, "model": self.model, "output": list[Any](),
-                 "usage": self._usage(), "store": False, "background": False, "previous_response_id": None}  # fmt: skip
-        return self._fixed | state | more
-
-    def _usage(self) -> dict[str, Any] | None:
-        if self.usage is None:
-            return None
-        return {
+        usage = self.usage and {
             "input_tokens": self.usage.prompt_tokens, "input_tokens_details": {"cached_tokens": self.usage.cached_tokens},
             "output_tokens": self.usage.completion_tokens,
             "output_tokens_details": {"reasoning_tokens": self.usage.reasoning_tokens},
             "total_tokens": self.usage.prompt_tokens + self.usage.completion_tokens,
         }  # fmt: skip
+        state = {"status": status, "error": None, "incomplete_details": None, "model": self.model, "output": list[Any](),
+                 "usage": usage, "store": False, "background": False, "previous_response_id": None}  # fmt: skip
+        return self._fixed | state | more
 
 
 # ── 14.3. Ollama and llama-server ─────────────────────────────────────────────────────────────────────────────────────
@@ -9837,35 +9779,35 @@ def rfc3339(seconds: float) -> str:
 
 
 def ollama_sampling(body: Mapping[str, Any]) -> Sampling:
-    """Ollama's options and format. A limit of 0 or less, like a seed below zero, is none."""
-    options = optional(body, "options", an_object, {})
+    """Ollama's options and format. A limit of 0 or less is none."""
+    options, top = optional(body, "options", an_object, {}), optional(body, "top_logprobs", whole(0, 20), 0)
     optional(options, "num_keep", whole(-1))
-    limit, seed = optional(options, "num_predict", whole(-2), -1), optional(options, "seed", whole(), -1)
-    own = {"max_tokens": limit if limit > 0 else None, "seed": seed if seed >= 0 else None, "json_schema": None, "grammar": None}
-    top = optional(body, "top_logprobs", whole(0, 20), 0)
-    format = {"type": "object"} if body.get("format") == "json" else given(body, "format", "")
-    schema = None if format == "" else Schema("format", one_type(dict, '"json" or a JSON schema')("format", format))
-    return Sampling.from_json({**neutral(options), **own}, logprobs=top if flag(body, "logprobs") else None, json_schema=schema)
+    limit = optional(options, "num_predict", whole(-2), -1)
+    options = {**neutral(options), "max_tokens": limit if limit > 0 else None}
+    logprobs = top if flag(body, "logprobs") else None
+    return Sampling.from_json(options, logprobs=logprobs, constraint=read_constraint({**options, **body}))
 
 
 def ollama_engine(body: Mapping[str, Any]) -> dict[str, Any]:
     """The options that Ollama decides at a model's load, as fields of EngineOptions."""
-    options = optional(body, "options", an_object, {})
-    least = {"num_ctx": 1, "num_batch": 1, "num_thread": 0, "num_gpu": -1}  # 0 threads are as many as usual
-    read = {name: optional(options, name, whole(least[name])) for name in OLLAMA_ENGINE}
-    most = {"num_ctx": 1 << 24, "num_batch": 4096, "num_thread": len(processors()), "num_gpu": 1 << 16}
-    return {OLLAMA_ENGINE[name]: min(value, most[name]) for name, value in read.items()
-            if value or (value is not None and name == "num_gpu")}  # fmt: skip
+    options, found = optional(body, "options", an_object, {}), dict[str, int]()
+    bounds = {"num_ctx": (1, 1 << 24), "num_gpu": (-1, 1 << 16), "num_thread": (0, len(processors())), "num_batch": (1, 4096)}
+    for name, (least, most) in bounds.items():
+        value = optional(options, name, whole(least))
+        if value or (name == "num_gpu" and value is not None):  # 0 threads are as many as usual
+            found[OLLAMA_ENGINE[name]] = min(value, most)
+    return found
 
 
 def neutral(body: Mapping[str, Any]) -> dict[str, Any]:
-    """The body with llama.cpp's other ways to say that a sampler is off: top_k below zero, a repeat_penalty of 0."""
-    top, penalty, own = body.get("top_k"), body.get("repeat_penalty"), dict(body)
+    """The body with llama.cpp's other ways to say that something is off: a top_k or seed below zero, a repeat_penalty of 0."""
+    top, penalty, seed = body.get("top_k"), body.get("repeat_penalty"), optional(body, "seed", whole(), -1)
+    own: dict[str, Any] = {"seed": seed if seed >= 0 else None}
     if type(top) is int and top < 0:
         own["top_k"] = 0
     if type(penalty) in (int, float) and penalty == 0:
         own["repeat_penalty"] = 1
-    return own
+    return {**body, **own}
 
 
 class OllamaRoute(Dialect):
@@ -9877,9 +9819,7 @@ class OllamaRoute(Dialect):
         """The fields that all its requests have."""
         self._began = self._ready = time.monotonic()
         self._keep = optional(body, "keep_alive", keep_seconds)
-        if body.get("model") is None:
-            raise InvalidRequest("model is required: the name of a model, or default", "model")
-        return {"model": a_string("model", body["model"]), "engine": ollama_engine(body)}
+        return {"model": required(body, "model", "the name of a model, or default", a_string), "engine": ollama_engine(body)}
 
     def events(self, service: Service, cancel: Cancellation) -> Iterator[Event]:
         """Without a question the model is only loaded, or let go. Behind the answer it stays as long as keep_alive says."""
@@ -9925,39 +9865,36 @@ class Ollama(OllamaRoute):
         return GenerateRequest(**self.common(body), sampling=ollama_sampling(body), template_args=args)
 
     def said(self, text: str, more: dict[str, Any]) -> dict[str, Any]:
-        """Puts the model's words into this route's fields."""
-        raise NotImplementedError
+        """The model's words in this route's fields."""
+        return {"response": text, **more}
 
-    def chunks(self, event: Event) -> Iterator[dict[str, Any]]:
+    def chunks(self, event: Event) -> Chunks:
         if isinstance(event, (Text, Thought)):
-            yield self._document(Choice(event), [])
+            yield self._document(Choice(event), slice(0))
         elif isinstance(event, (CallBegan, ChoiceEnd)):  # a call goes out whole: when the next one begins, or at the end
             whole = len(self.choices[0].calls) - isinstance(event, CallBegan)
             if whole:
-                yield self._document(Choice(), self._calls()[whole - 1 : whole])
+                yield self._document(Choice(), slice(whole - 1, whole))
         elif isinstance(event, Usage):
-            yield self._document(Choice(), [], **self._end(event))
+            yield self._document(Choice(), slice(0), **self._end())
 
     def document(self) -> dict[str, Any]:
-        assert self.usage
-        return self._document(self.choices[0], self._calls(), **self._end(self.usage))
+        return self._document(self.choices[0], slice(None), **self._end())
 
-    def _document(self, choice: Choice, calls: list[dict[str, Any]], **end: Any) -> dict[str, Any]:
+    def _document(self, choice: Choice, which: slice, **end: Any) -> dict[str, Any]:
+        """A document of a choice, or of what is new of it, with `which` of the calls, their arguments as objects."""
+        calls = [
+            {"id": call.call_id, "function": {"index": i, "name": call.name, "arguments": call.arguments()}}
+            for i, call in list(enumerate(self.choices[0].calls))[which]
+        ]
         logprobs = {"logprobs": shown_logprobs(choice.logprobs)} if choice.logprobs else {}
         more: dict[str, Any] = {"thinking": choice.said("thought"), "tool_calls": calls}
         said = self.said(choice.said(), {name: value for name, value in more.items() if value})
         return {"model": self.request.model, "created_at": rfc3339(time.time()), **said, "done": bool(end), **logprobs, **end}
 
-    def _calls(self) -> list[dict[str, Any]]:
-        """The calls with their arguments as objects."""
-        return [
-            {"id": call.call_id, "function": {"index": i, "name": call.name, "arguments": call.arguments()}}
-            for i, call in enumerate(self.choices[0].calls)
-        ]
-
-    def _end(self, usage: Usage) -> dict[str, Any]:
+    def _end(self) -> dict[str, Any]:
         """The last document's reason, counts and durations."""
-        reason = self.choices[0].finish_reason
+        reason, usage = self.choices[0].finish_reason, self.usage
         return {
             "done_reason": reason if reason in ("length", "load", "unload") else "stop", **self.times(),
             "prompt_eval_count": usage.prompt_tokens, "prompt_eval_cached_count": usage.cached_tokens,
@@ -9970,24 +9907,20 @@ class OllamaChat(Ollama):
     """`/api/chat`."""
 
     def read(self, body: Mapping[str, Any]) -> GenerateRequest:
-        tools = [{"type": "function", **tool} for _, tool in listed("tools", given(body, "tools", []))]
+        """Calls have no ids in this API: results follow in the order of the calls."""
+        tools = [{"type": "function", **tool} for tool in optional(body, "tools", objects, [])]
         functions, builtins = read_tools({"tools": tools})
-        return replace(super().read(body), messages=self._messages(body), tools=functions, builtins=builtins, split_markers=True)
-
-    @staticmethod
-    def _messages(body: Mapping[str, Any]) -> tuple[dict[str, Any], ...] | None:
-        """The messages as templates want them. Calls have no ids in this API: results follow in the order of the calls."""
-        read, count, called = [], itertools.count(), deque[str]()
-        for where, message in listed("messages", given(body, "messages", [])):
-            calls = listed(f"{where}.tool_calls", given(message, "tool_calls", []))
-            named = [{"id": f"call{next(count):05d}", **call} for _, call in calls]
-            content = flat_text(f"{where}.content", given(message, "content", ""), ("text", "refusal"))
-            turn = {**message, "tool_calls": named, "content": content, "name": given(message, "tool_name", message.get("name"))}
+        turns, count, called = list[Any](), itertools.count(), deque[str]()
+        for message in optional(body, "messages", objects, []):
+            calls = [{"id": f"call{next(count):05d}", **call} for call in optional(message, "tool_calls", objects, [])]
+            name = given(message, "tool_name", message.get("name"))
+            turn = {**message, "tool_calls": calls, "content": given(message, "content", ""), "name": name}
             if message.get("role") == "tool" and message.get("tool_call_id") is None and called:
                 turn["tool_call_id"] = called.popleft()
-            read.append(turn)
-            called.extend(str(call["id"]) for call in named)
-        return read_messages({"messages": read or None})
+            turns.append(turn)
+            called.extend(str(call["id"]) for call in calls)
+        messages = read_messages({"messages": turns or None})
+        return replace(super().read(body), messages=messages, tools=functions, builtins=builtins, split_markers=True)
 
     def said(self, text: str, more: dict[str, Any]) -> dict[str, Any]:
         return {"message": {"role": "assistant", "content": text, **more}}
@@ -9999,43 +9932,36 @@ class OllamaGenerate(Ollama):
     def read(self, body: Mapping[str, Any]) -> GenerateRequest:
         request, prompt = super().read(body), optional(body, "prompt", a_string, "")
         system, suffix, raw = optional(body, "system", a_string), optional(body, "suffix", a_string), flag(body, "raw")
-        images = read_images("images", body.get("images"))
-        if optional(body, "template", a_string):
-            raise InvalidRequest("template is not served: the model's own is used, or none with raw", "template")
-        if optional(body, "context", one_type(list, "a list")):
-            raise InvalidRequest("context is not served: send the conversation as messages to /api/chat", "context")
-        if raw and system:
-            raise InvalidRequest("system needs the model's template, which raw leaves out", "system")
-        if suffix and images:
-            raise InvalidRequest("images: a gap is filled by text alone; leave out suffix or images", "images")
+        images, asked = read_images(body), optional(body, "template", a_string)
+        ensure(not asked, "template", "template is not served: the model's own is used, or none with raw")
+        asked = optional(body, "context", a_list)
+        ensure(not asked, "context", "context is not served: send the conversation as messages to /api/chat")
+        ensure(not (raw and system), "system", "system needs the model's template, which raw leaves out")
+        ensure(not (suffix and images), "images", "images: a gap is filled by text alone; leave out suffix or images")
         if suffix:
             return replace(request, infill=Infill(prompt, suffix))
-        content = with_images(images, prompt)
+        content = as_content([*images, prompt])
         if raw or not content:
             return replace(request, prompts=(content,) if content else ())
         turns = ({"role": "system", "content": system},) if system else ()
         return replace(request, messages=(*turns, {"role": "user", "content": content}), split_markers=True)
-
-    def said(self, text: str, more: dict[str, Any]) -> dict[str, Any]:
-        return {"response": text, **more}
 
 
 class OllamaEmbed(OllamaRoute, Embeddings):
     """`/api/embed`. What is too long is cut unless `truncate` is false; without an input the model is only loaded."""
 
     def read(self, body: Mapping[str, Any]) -> EmbedRequest:
-        given = body.get("input")
+        texts = body.get("input")
         return EmbedRequest(
             **self.common(body),
-            inputs=() if given in (None, "", []) else read_texts("input", given, MAX_INPUTS),
+            inputs=() if texts in (None, "", []) else read_texts("input", texts, MAX_INPUTS),
             dimensions=optional(body, "dimensions", whole(1)),
             truncate=flag(body, "truncate", True),
         )
 
     def document(self) -> dict[str, Any]:
-        assert self.usage
-        vectors = [numbers(row) for row in self.rows]
-        return {"model": self.request.model, "embeddings": vectors, **self.times(), "prompt_eval_count": self.usage.prompt_tokens}
+        vectors, count = [numbers(row) for row in self.rows], self.usage.prompt_tokens
+        return {"model": self.request.model, "embeddings": vectors, **self.times(), "prompt_eval_count": count}
 
 
 class OllamaEmbedding(OllamaEmbed):
@@ -10079,7 +10005,7 @@ class OllamaPull(Dialect):
         service.table.models(0.0)
         yield Fetching("success")
 
-    def documents(self, event: Event) -> Iterator[dict[str, Any]]:
+    def documents(self, event: Event) -> Chunks:
         if not isinstance(event, Fetching) or not (self.stream or event.status == "success"):
             return
         now, whole = time.monotonic(), event.completed == event.total
@@ -10094,20 +10020,17 @@ class OllamaPull(Dialect):
 
 @functools.lru_cache(maxsize=64)
 def header_metadata(path: str, size: int, mtime_ns: int) -> Mapping[str, Any]:
-    """A file's whole metadata, read once while it is unchanged; none if it cannot be read."""
-    try:
-        return read_gguf_header(path).metadata
-    except (GgufError, OSError, struct.error, ValueError, TypeError, ArithmeticError, MemoryError):  # damage of any kind
-        return {}
+    """A file's whole metadata, read once while it is unchanged."""
+    return read_gguf_header(path).metadata
 
 
 def model_metadata(info: ModelInfo) -> Mapping[str, Any]:
-    """The metadata of the model's header: untrusted, but read within bounds."""
+    """The metadata of the model's header: untrusted, but read within bounds; none if it cannot be read."""
     try:
         found = os.stat(info.path)
-    except OSError:
+        return header_metadata(info.path, found.st_size, found.st_mtime_ns)
+    except (GgufError, OSError, struct.error, ValueError, TypeError, ArithmeticError, MemoryError):  # damage of any kind
         return {}
-    return header_metadata(info.path, found.st_size, found.st_mtime_ns)
 
 
 def parameter_number(words: str | None) -> int | None:
@@ -10221,26 +10144,13 @@ def media_marker() -> str:
     return f"<__media_{os.urandom(16).hex()}__>"
 
 
-def read_marked(where: str, prompt: Mapping[str, Any]) -> Content:
+def read_marked(prompt: Item) -> Content:
     """A prompt with markers for its pictures: {"prompt_string": …, "multimodal_data": [base64]}."""
-    texts = a_string(f"{where}.prompt_string", prompt.get("prompt_string")).split(media_marker())
-    media = read_images(f"{where}.multimodal_data", prompt.get("multimodal_data"))
-    if len(media) != len(texts) - 1:
-        raise InvalidRequest(f"{where}: {len(media)} images are given, and the media_marker of /props stands "
-                             f"{len(texts) - 1} times in the text", where)  # fmt: skip
+    texts, media = needed(prompt, "prompt_string", a_string).split(media_marker()), read_images(prompt, "multimodal_data")
+    count = len(texts) - 1
+    ensure(len(media) == count, prompt.where, f"{prompt.where}: {len(media)} images are given, and the media_marker of /props "
+           f"stands {count} times in the text")  # fmt: skip
     return Content((texts[0], *itertools.chain(*zip(media, texts[1:], strict=True))))
-
-
-def picked(document: dict[str, Any], names: Seq[str]) -> dict[str, Any]:
-    """Only these fields of a document, a/b for one inside another; what is not there is left out."""
-    found = {}
-    for name in names:
-        value: Any = document
-        for part in name.split("/"):
-            value = value.get(part) if isinstance(value, dict) else None
-        if value is not None:
-            found[name] = value
-    return found
 
 
 ERROR_SHAPES: dict[str, Callable[[ApiError], dict[str, Any]]] = {  # by API
@@ -10263,36 +10173,33 @@ class LlamaCompletion(Dialect):
     def read(self, body: Mapping[str, Any]) -> GenerateRequest:
         self._broke = False
         self._seconds = optional(body, "t_max_predict_ms", number(-1, 1e9), 0.0) / 1000  # of writing, from a line's end on
-        fields = optional(body, "response_fields", one_type(list, "a list"))
+        fields = optional(body, "response_fields", a_list)
         self._fields = None if fields is None else [a_string("response_fields", f) for f in fields]
         self._limit, self._with_tokens = optional(body, "n_predict", whole(-2)), flag(body, "return_tokens")
-        self._count, seed = optional(body, "n_probs", whole(0, 20), 0), optional(body, "seed", whole(), -1)
+        self._count = optional(body, "n_probs", whole(0, 20), 0)
         optional(body, "n_cmpl", whole(1, 1))
-        if flag(body, "post_sampling_probs"):
-            raise InvalidRequest("post_sampling_probs: probabilities here are those before sampling", "post_sampling_probs")
-        own: dict[str, Any] = {"seed": seed if seed >= 0 else None}
+        ensure(not flag(body, "post_sampling_probs"), "post_sampling_probs",
+               "post_sampling_probs: probabilities here are those before sampling")  # fmt: skip
+        own: dict[str, Any] = {}
         if self._limit is not None:  # 0: the prompt is read into the cache; what comes of it is not shown
             own["max_tokens"] = -1 if self._limit < 0 else self._limit or 1
-        if samplers := optional(body, "samplers", one_type(list, "a list")):
+        if samplers := optional(body, "samplers", a_list):
             own |= {field: value for name, off in self.OFF.items() if name not in samplers for field, value in off.items()}
-        request = GenerateRequest(
-            model=optional(body, "model", a_string, "default").strip(),
-            sampling=Sampling.from_json({**neutral(body), **own}, logprobs=self._count or (0 if self._with_tokens else None)),
-        )
-        return self.asked(body, request)
+        sampling = Sampling.from_json({**neutral(body), **own}, logprobs=self._count or (0 if self._with_tokens else None))
+        request = GenerateRequest(optional(body, "model", a_string, "default").strip(), sampling=sampling)
+        return replace(request, **self.asked(body))
 
-    def asked(self, body: Mapping[str, Any], request: GenerateRequest) -> GenerateRequest:
-        """The request with its prompts."""
-        if body.get("prompt") is None:
-            raise InvalidRequest("prompt is required: a string, token ids, or a list of these", "prompt")
-        if body.get("multimodal_data"):
-            raise InvalidRequest("multimodal_data is a field of prompt, beside its prompt_string", "multimodal_data")
-        given = body["prompt"] if isinstance(body["prompt"], list) else [body["prompt"]]
-        if not any(isinstance(prompt, dict) for prompt in given):
-            return replace(request, prompts=read_texts("prompt", body["prompt"], MAX_TEXTS))
-        check_length("prompt", given, MAX_TEXTS)
-        prompts = (read_marked("prompt", p) if isinstance(p, dict) else read_texts("prompt", p, 1)[0] for p in given)
-        return replace(request, prompts=tuple(prompts))
+    def asked(self, body: Mapping[str, Any]) -> dict[str, Any]:
+        """The request's prompts, or its gap."""
+        prompt = required(body, "prompt", "a string, token ids, or a list of these")
+        ensure(not body.get("multimodal_data"), "multimodal_data",
+               "multimodal_data is a field of prompt, beside its prompt_string")  # fmt: skip
+        each = prompt if isinstance(prompt, list) else [prompt]
+        if not any(isinstance(one, dict) for one in each):
+            return {"prompts": read_texts("prompt", prompt, MAX_TEXTS)}
+        check_length("prompt", each, MAX_TEXTS)
+        read = (read_marked(Item("prompt", p)) if isinstance(p, dict) else read_texts("prompt", p, 1)[0] for p in each)
+        return {"prompts": tuple(read)}
 
     def events(self, service: Service, cancel: Cancellation) -> Iterator[Event]:
         """The answer ends early when the client's time is over; an answer of no tokens has no text."""
@@ -10304,7 +10211,7 @@ class LlamaCompletion(Dialect):
             if self._limit != 0 or not isinstance(event, Text):
                 yield event
 
-    def chunks(self, event: Event) -> Iterator[dict[str, Any]]:
+    def chunks(self, event: Event) -> Chunks:
         if isinstance(event, Text):
             yield self._document(event.index, Choice(event)) | {"stop": False, "tokens_evaluated": self.prompt_tokens}
         elif isinstance(event, ChoiceEnd):
@@ -10316,15 +10223,15 @@ class LlamaCompletion(Dialect):
         return ends if len(self.request.prompts) > 1 else ends[0]
 
     def _document(self, index: int, choice: Choice) -> dict[str, Any]:
-        shown = [self._probability(t) for t in choice.logprobs] if self._count else []
         tokens = [t.id for t in choice.logprobs] if self._with_tokens else []
-        probabilities = {"completion_probabilities": shown} if shown else {}
-        return {"index": index, "content": choice.said(), "tokens": tokens, "id_slot": -1, **probabilities}
-
-    @staticmethod
-    def _probability(token: TokenLogprob) -> dict[str, Any]:
-        top = [{"id": id, **shown} for id, shown in zip(token.ids, map(shown_token, token.names, token.logprobs), strict=True)]
-        return {"id": token.id, **shown_token(token.token, token.logprob), "top_logprobs": top}
+        document: dict[str, Any] = {"index": index, "content": choice.said(), "tokens": tokens, "id_slot": -1}
+        if self._count and choice.logprobs:
+            document["completion_probabilities"] = [
+                shown_token(t.token, t.logprob, id=t.id)
+                | {"top_logprobs": [shown_token(*top, id=id) for id, top in zip(t.ids, t.top, strict=True)]}
+                for t in choice.logprobs
+            ]
+        return document
 
     def _end(self, end: ChoiceEnd, choice: Choice) -> dict[str, Any]:
         assert end.usage
@@ -10335,19 +10242,20 @@ class LlamaCompletion(Dialect):
             "stop_type": "word" if word else "eos" if end.finish_reason == "stop" else "limit", "stopping_word": word,
             "timings": usage.timings(),
         }  # fmt: skip
-        return document if self._fields is None else picked(document, self._fields)
+        known = document | {f"timings/{name}": value for name, value in document["timings"].items()}
+        return document if self._fields is None else {name: known[name] for name in self._fields if name in known}
 
 
 class LlamaInfill(LlamaCompletion):
     """`/infill`: what belongs between a prefix and a suffix; `prompt` goes on where the prefix stops."""
 
-    def asked(self, body: Mapping[str, Any], request: GenerateRequest) -> GenerateRequest:
-        prefix, suffix = (a_string(name, body.get(name)) for name in ("input_prefix", "input_suffix"))
+    def asked(self, body: Mapping[str, Any]) -> dict[str, Any]:
+        prefix, suffix = (needed(body, name, a_string) for name in ("input_prefix", "input_suffix"))
         extra = [
-            (a_string(f"{where}.filename", given(piece, "filename", "tmp")), a_string(f"{where}.text", piece.get("text")))
-            for where, piece in listed("input_extra", given(body, "input_extra", []))
+            (optional(piece, "filename", a_string, "tmp"), needed(piece, "text", a_string))
+            for piece in optional(body, "input_extra", objects, [])
         ]
-        return replace(request, infill=Infill(prefix + optional(body, "prompt", a_string, ""), suffix, tuple(extra)))
+        return {"infill": Infill(prefix + optional(body, "prompt", a_string, ""), suffix, tuple(extra))}
 
 
 # ── 15.1. Connections ─────────────────────────────────────────────────────────────────────────────────────────────────
@@ -12934,7 +12842,7 @@ class RunningServer(Neighbour):
             return ApiError(message=f"the server at {self.url} {self.refusal}")
         if code == InvalidRequest.code:
             return InvalidRequest(str(message))
-        error = ApiError(str(details), str(message))
+        error = ApiError("" if str(message).endswith(str(details)) else str(details), str(message))
         error.code = code
         return error
 

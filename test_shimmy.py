@@ -10442,7 +10442,7 @@ def test_grammar_of_a_long_chain_of_rules_is_read_soon_and_tokens_are_named() ->
 
 def test_schema_in_vllms_words_is_alone_and_a_grammar_holds(server: Server) -> None:
     assert server.chat("hi", "dice", grammar='root ::= "yes" | "no"', temperature=1).message["content"] in ("yes", "no")
-    assert_error(server.chat("hi", guided_json={}, guided_choice=["a"]), 400, "invalid_request", "json and choice")
+    assert_error(server.chat("hi", guided_json={}, guided_choice=["a"]), 400, "invalid_request", "guided_json and guided_choice")
 
 
 @cases("format, word", {
@@ -10470,6 +10470,52 @@ FIVE = {"const": 5}
 })  # fmt: skip
 def test_schema_is_kept_in_each_servers_words(fields: dict[str, Any], contents: set[str], server: Server) -> None:
     assert server.chat("hi", **fields).message["content"] in contents
+
+
+SAYS_HI = [{"role": "user", "content": "hi"}]
+SCHEMA_ROUTES: dict[str, tuple[dict[str, Any], Callable[[Any], str]]] = {  # a body, and the text of its answer
+    "/api/generate": ({"prompt": ":"}, lambda d: d["choices"][0]["text"]),
+    "/api/chat": ({"messages": SAYS_HI, "stream": False}, lambda d: d["message"]["content"]),
+    "/v1/completions": ({"prompt": ":"}, lambda d: d["choices"][0]["text"]),
+    "/v1/messages": ({"messages": SAYS_HI, "max_tokens": 9}, lambda d: d["content"][0]["text"]),
+    "/v1/responses": ({"input": "hi"}, lambda d: d["output"][0]["content"][0]["text"]),
+    "/completion": ({"prompt": ":"}, lambda d: d["content"]),
+}
+
+
+@cases("path, fields", {
+    f"{path} {word}": (path, {word: value})
+    for path in SCHEMA_ROUTES
+    for word, value in {"response_format": {"type": "json_schema", "json_schema": {"schema": FIVE}}, "schema": FIVE,
+                        "guided_json": json.dumps(FIVE), "grammar": 'root ::= "5"',
+                        "format": {"type": "json_object", "schema": FIVE}}.items()
+    if (path, word) != ("/api/generate", "format")  # which is Ollama's there
+})  # fmt: skip
+def test_schema_is_kept_on_every_route_whatever_it_is_called(path: str, fields: dict[str, Any], server: Server) -> None:
+    body, text = SCHEMA_ROUTES[path]
+    assert text(server.post(path, {"model": "recital"} | body | fields).json()) == "5"
+
+
+@pytest.mark.parametrize("path", SCHEMA_ROUTES)
+def test_schema_that_cannot_be_kept_is_named_on_every_route(path: str, server: Server) -> None:
+    for fields, words in ({"response_format": {"type": "xml"}}, "response_format.type"), (
+            {"schema": {"type": "x"}}, "schema: type"), ({"guided_regex": "a"}, "guided_regex"), (
+            {"schema": FIVE, "grammar": 'root ::= "a"'}, "schema and grammar exclude each other"):  # fmt: skip
+        reply = server.post(path, {"model": "recital"} | SCHEMA_ROUTES[path][0] | fields)
+        assert reply.status == 400 and words in reply.body.decode(), reply.body
+
+
+def test_native_errors_say_in_their_message_what_to_do(server: Server) -> None:
+    """But for an unknown model's, which is documented."""
+    for reply in (server.generate("a" * 300, "dice"), server.post("/api/tools/nope/execute", {}), server.get("/api/nope")):
+        error = reply.json()["error"]
+        assert error["message"].endswith(error["details"]) and len(error["message"]) > len(error["details"]) > 0
+
+
+def test_model_list_tells_the_context_that_a_model_runs_with(server: Server) -> None:
+    server.generate(":", "dice", max_tokens=1)
+    dice = next(model for model in server.get("/api/models").json()["models"] if model["id"] == "dice")
+    assert dice["loaded_context_length"] == 256 == server.get("/api/models/dice/status").json()["context_length"]
 
 
 def test_timings_stand_where_llama_server_has_them(server: Server) -> None:
@@ -13368,7 +13414,7 @@ def test_notes_stand_for_the_oldest_of_many_images() -> None:
 
 def test_many_texts_beside_an_image_are_joined_in_linear_time() -> None:
     parts = [{"type": "text", "text": "x" * 160}] * 20_000
-    content: Any = module.flat_content("content", [{"type": "image", "source": RED_SOURCE["source"]}, *parts])
+    content: Any = module.read_content("content", [{"type": "image", "source": RED_SOURCE["source"]}, *parts])
     began = time.process_time()
     shown: Any = content.shown("seer", lambda _: module.Picture(RED, 1, 1))
     assert len(shown) == 2 and len(shown[1]) == 161 * 20_000 - 1 and time.process_time() - began < 1
