@@ -206,6 +206,7 @@ import re
 import select
 import selectors
 import socket
+import socketserver
 import stat
 import struct
 import threading
@@ -11104,13 +11105,14 @@ class Responder(Wire):
         self.write("\r\n".join(lines).encode("latin-1", "replace") + b"\r\n\r\n" + body)
 
 
-class Handler:
+class Handler(socketserver.BaseRequestHandler):
     """One connection, in its own thread: requests one after another, each read, checked, and answered by its row of ROUTES."""
 
-    def __init__(self, server: Server, connection: socket.socket) -> None:
-        self.server, self.service, self.connection = server, server.service, connection
-        self.reader, self.upgraded = RequestReader(connection), False
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
+    server: Server
+
+    def setup(self) -> None:
+        self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
+        self.service, self.reader, self.upgraded = self.server.service, RequestReader(self.request), False
 
     def handle(self) -> None:
         closes = False
@@ -11120,11 +11122,11 @@ class Handler:
                 closes = self._handle_request()
             if self.upgraded:
                 owner = self.server.access.owner(self.out.head.headers)
-                self.server.sockets.serve(self.connection, self.reader.take(), self.out.line.id, owner)
+                self.server.sockets.serve(self.request, self.reader.take(), self.out.line.id, owner)
 
     def _handle_request(self) -> bool:
         """Answers one request; true if the connection ends behind it."""
-        self.out = Responder(self.connection, self.server.access)
+        self.out = Responder(self.request, self.server.access)
         self.route: Route | None = None
         run_request(self._answer_request, self.out.line, self.fail, self.leave)
         known, route = ("GET", "HEAD", "POST", "OPTIONS"), self.route.label() if self.route else "other"
@@ -11282,62 +11284,51 @@ def raise_descriptor_limit() -> int:
     return limit
 
 
-class Server:
+class Server(socketserver.ThreadingTCPServer):
     """The listening socket and what its connections share. `stop` is the end: ordered and idempotent."""
 
+    daemon_threads = True
+    request_queue_size = 1024  # bursts wait in the kernel, not in retransmissions
+    allow_reuse_address = os.name == "posix"
+
     def __init__(self, address: tuple[str, int], service: Service, access: Access) -> None:
-        """Listens. Raises OSError where it cannot."""
+        self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
         self.service, self.access = service, access
         descriptors = raise_descriptor_limit()
         self.max_connections = min(MAX_CONNECTIONS, max(descriptors // 10, descriptors - RESERVED_DESCRIPTORS))
         self.watcher, self.sockets = Watcher(), SocketListener(self)
-        self.stopping, self._closed = False, threading.Event()
+        self.stopping = False
         self._changed = threading.Condition()
         self._running: set[Cancellation] = set()
-        self._listener = socket.socket(socket.AF_INET6 if ":" in address[0] else socket.AF_INET)
-        if os.name == "posix":  # elsewhere it would let two servers share a port
-            self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, True)
-        self._listener.bind(address)
-        self._listener.listen(1024)  # bursts wait in the kernel, not in retransmissions
-        self._listener.settimeout(0.1)
-        self.url = url_of(*self._listener.getsockname()[:2])
+        super().__init__(address, Handler)
 
-    def accept_all(self) -> None:
-        """Gives each connection its thread, until `stop`."""
-        with self._listener:
-            while not self.stopping:
-                try:
-                    self._begin(self._listener.accept()[0])
-                except TimeoutError:
-                    continue
-                except OSError:  # no descriptor is left: at once it would be the same
-                    time.sleep(0.05)
-        self._closed.set()
+    @property
+    def url(self) -> str:
+        return url_of(str(self.server_address[0]), self.server_address[1])
 
-    def _begin(self, connection: socket.socket) -> None:
-        """Starts a connection's thread, or answers 503 where it would be one too many."""
-        if self.service.metrics.connections >= self.max_connections:
-            return self._refuse(connection, f"{self.max_connections} connections are open")
-        self._count(1)
-        self.service.metrics.accepted += 1
-        try:
-            threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
-        except (RuntimeError, MemoryError):  # can't start new thread
-            self._count(-1)
-            self._refuse(connection, "No thread can be started for another connection")
-
-    def _serve(self, connection: socket.socket) -> None:
-        try:
-            with connection:
-                Handler(self, connection).handle()
-        except Exception:  # a thread's border
-            log.debug("connection failed", exc_info=True)
-        finally:
-            self._count(-1)
-
-    def _count(self, change: int) -> None:
+    def count_connection(self, change: int) -> None:
         with self._changed:
             self.service.metrics.connections += change
+
+    def get_request(self) -> tuple[Any, Any]:
+        """Accepts a connection. Where it cannot (no descriptor is left), it waits a moment: at once it would be asked again."""
+        try:
+            return super().get_request()
+        except OSError:
+            time.sleep(0.05)
+            raise
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Starts the connection's thread, or answers 503 where it would be one too many."""
+        if self.service.metrics.connections >= self.max_connections:
+            return self._refuse(request, f"{self.max_connections} connections are open")
+        self.count_connection(1)
+        self.service.metrics.accepted += 1
+        try:
+            super().process_request(request, client_address)
+        except (RuntimeError, MemoryError):  # can't start new thread
+            self.count_connection(-1)
+            self._refuse(request, "No thread can be started for another connection")
 
     def _refuse(self, connection: socket.socket, why: str) -> None:
         """503. To close over a request that is on its way would destroy the answer (RST): so it is awaited for a moment."""
@@ -11348,6 +11339,15 @@ class Server:
             connection.settimeout(0.1)
             connection.shutdown(socket.SHUT_WR)
             connection.recv(1 << 16)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self.count_connection(-1)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        log.debug("connection failed", exc_info=True)
 
     @contextlib.contextmanager
     def running(self, cancel: Cancellation) -> Iterator[None]:
@@ -11373,7 +11373,8 @@ class Server:
         self.service.unready.add(SHUTTING_DOWN)
         time.sleep(min(LINGER_SECONDS, (grace or 0.0) / 2))
         self.stopping = True
-        self._closed.wait()
+        self.shutdown()
+        self.server_close()
         self.service.table.close(engines=False)
         self._await_quiet(until - time.monotonic())
         for worker in self.service.table.workers():
@@ -12198,7 +12199,7 @@ def command_serve(args: argparse.Namespace) -> int:
     except OSError as error:
         advice = "; --port N listens on another, 0 on any" if error.errno == errno.EADDRINUSE else ""
         raise OSError(f"cannot listen on {address[0]}:{address[1]}: {error.strerror or error}{advice}") from None
-    threading.Thread(target=server.accept_all, name="accept", daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.1,), name="accept", daemon=True).start()
     print(f"shimmy {__version__} is listening on {server.url}", flush=True)
     threading.Thread(target=service.faults.kernels, name="kernels", daemon=True).start()  # before the first load asks
     if args.open:
