@@ -35,7 +35,7 @@ Part I, the server, reads downward as a request flows. Its sections with their l
     15.4 HTTP                         430  a connection's thread from its first byte to its last; how a server stops
     16   WebSocket, lifecycle         260  asyncio on its side thread
     17.1 Command line                 500  flags and their meaning
-    17.2 Commands                     600  serve, list, probe, diag, pull
+    17.2 Commands                     610  serve, list, probe, diag, pull
     17.3 generate                     560  by a running server or an engine of its own; main
 
 Part II is a library that knows no request, route or model in memory. Each head says what it offers and uses.
@@ -8172,7 +8172,7 @@ class ModelTable:
         with self._changed:
             if report.began <= self._taken:  # threads may come out of the catalog in another order
                 return
-            self._taken, entries = report.began, self._residents.entries
+            entries = self._residents.entries
             found = {m.id: entries.get(m.id) or Entry(m) for m in report.models}
             for model in report.models:
                 found[model.id].info = model
@@ -8180,6 +8180,7 @@ class ModelTable:
             self._residents.entries = found | {id: e for id, e in used.items() if id not in found}
             models = {id: e.info for id, e in self._residents.entries.items()}
             self._names = Names(self.options, models, self._names.default)
+            self._taken = report.began  # the last: `names` looks at it first, without the condition
             self._changed.notify_all()
 
     # Names
@@ -12245,7 +12246,11 @@ def checked_key(setting: str, words: str) -> str:
 
 def _after_scan(args: argparse.Namespace, service: Service, signals: StopSignals, url: str) -> None:
     """When the first scan is over: stops the server if a named model is not there, else tells what is there, preloads."""
-    lost = list(service.table.names().unresolved(service.table.catalog))
+    names = None
+    while not names:
+        with contextlib.suppress(Overloaded):  # a slow disk's first scan, which another thread makes
+            names = service.table.names()
+    lost = list(names.unresolved(service.table.catalog))
     if signals.asked:
         return
     for setting, value, why in lost:

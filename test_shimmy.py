@@ -2495,6 +2495,25 @@ def test_each_shard_must_be_whole(tmp_path: Path) -> None:
     assert any("truncated" in skipped["reason"] for skipped in catalog.report.skipped)
 
 
+def test_names_asked_for_beside_the_first_scan_are_those_that_it_finds(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = ModelTable(Catalog([SearchRoot(str(models), "")]), lambda *_: None, TableOptions())  # type: ignore[arg-type]
+    names, begun, go_on = module.Names, threading.Event(), threading.Event()
+
+    def slow_names(*given: Any) -> Any:
+        begun.set()
+        assert go_on.wait(HANG)
+        return names(*given)
+
+    monkeypatch.setattr(module, "Names", slow_names)
+    with ThreadPoolExecutor(2) as pool:
+        asked = [pool.submit(table.names)]
+        assert begun.wait(HANG)
+        asked.append(pool.submit(table.names))
+        time.sleep(0.1)  # long enough for an answer that waits for nothing
+        go_on.set()
+        assert [one.result(HANG).resolve("dice") for one in asked] == [["dice"]] * 2
+
+
 def test_scan_that_hangs_holds_up_nobody_else(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "SCAN_PATIENCE", 0.1)
     catalog = Catalog([SearchRoot(str(models), "")])
@@ -7387,7 +7406,7 @@ asides = serving("--max-loaded", "4", "--cache-disk", "100M", "--kv-pool", "1024
                  changes=(*ALL_ASIDE, *ALL_DRAFTED))  # fmt: skip
 # where no prompt lends its cells to another
 forgetful = serving("--max-loaded", "4", "--spec", "none", write=write_kinds,
-                    changes=[("if other.owner == sequence.owner else 0", "if other.owner != sequence.owner else 0")])  # fmt: skip
+                    changes=[("if other.owner == text.owner else 0", "if other.owner != text.owner else 0")])  # fmt: skip
 # for two sequences in a pool that holds one, with one place in the queue
 tight = serving("--ctx", "8192", "--kv-pool", "8192", "--parallel", "2", "--max-queue", "1", "--batch", "64", load=("recital",))
 
