@@ -14102,7 +14102,7 @@ def processor_seconds(server: Server) -> float:
 
 
 def test_connection_without_a_thread_is_answered_503(serve: Serve, tmp_path: Path) -> None:
-    started = "threading.Thread(target=self._serve, args=(connection,), daemon=True).start()"
+    started = "super().process_request(request, client_address)"
     server = serve(script=altered(tmp_path, (started, "raise RuntimeError('no new thread')")))
     for _ in range(40):  # more than are kept waiting
         assert_error(server.get("/health"), 503, "overloaded", "thread")
