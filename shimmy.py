@@ -36,7 +36,7 @@ Part I, the server, reads downward as a request flows. Its sections with their l
     16   WebSocket, lifecycle         260  asyncio on its side thread
     17.1 Command line                 500  flags and their meaning
     17.2 Commands                     610  serve, list, probe, diag, pull
-    17.3 generate                     560  by a running server or an engine of its own; main
+    17.3 generate                     580  by a running server or an engine of its own; main
 
 Part II is a library that knows no request, route or model in memory. Each head says what it offers and uses.
 
@@ -11597,7 +11597,8 @@ class SocketConnection(Wire):
             if data:
                 self._transport.write(data)
             else:  # what still comes is dropped: to close over it would destroy what was sent (RST)
-                self._transport.write_eof()
+                with contextlib.suppress(OSError):  # the client has broken off
+                    self._transport.write_eof()
                 self._loop.call_later(SOCKET_CLOSE_SECONDS, self._transport.abort)
 
     def close(self, code: int, reason: str, seconds: float = SOCKET_CLOSE_SECONDS) -> None:
@@ -13240,10 +13241,11 @@ def open_closed_streams() -> bool:
 class LossyStderr(io.FileIO):
     """Standard error that drops what it cannot write: its reader or terminal has gone, the disk is full.
 
-    A server's also drops what would have to wait, in a full pipe or a stopped terminal, and later says how much.
+    A server's on POSIX also drops what would have to wait, in a full pipe or a stopped terminal, and later says how much.
     """
 
-    never_waits, dropped = False, 0
+    PIECE = getattr(select, "PIPE_BUF", 512)  # so much fits where there is room
+    never_waits, dropped, cut = False, 0, False  # cut: a line was, in the middle
 
     def _takes(self) -> bool:
         return not self.never_waits or bool(select.select([], [self], [], 0)[1])
@@ -13252,14 +13254,28 @@ class LossyStderr(io.FileIO):
         size = len(data)
         with contextlib.suppress(OSError):
             if self.dropped and self._takes():
-                data = b"(%d lines were dropped here: nobody read them)\n%b" % (self.dropped, data)
-                self.dropped = 0
-            for at in range(0, len(data), 512):  # so much fits where there is room (POSIX's PIPE_BUF)
-                if not self._takes():
-                    self.dropped += 1
+                note = b"(%d lines were dropped here: nobody read them)\n" % self.dropped
+                data, self.dropped = b"\n" * self.cut + note + data, 0
+            for at in range(0, len(data), self.PIECE):
+                piece = data[at : at + self.PIECE]
+                taken = (super().write(piece) or 0) if self._takes() else 0
+                if taken < len(piece):
+                    self.dropped, self.cut = self.dropped + 1, at + taken > 0
                     break
-                super().write(data[at : at + 512])
         return size
+
+
+def never_wait_for_stderr() -> None:
+    """Lets standard error drop what would have to wait.
+
+    select() finds a terminal writable that has no room for a line: it is opened again, for the description that does not
+    wait must not be its shell's.
+    """
+    LossyStderr.never_waits, raw = True, getattr(sys.stderr, "buffer", None)
+    if isinstance(raw, LossyStderr) and raw.isatty():
+        with contextlib.suppress(OSError):
+            tty = LossyStderr(os.open(os.ttyname(raw.fileno()), os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY), "w")
+            sys.stderr = io.TextIOWrapper(tty, sys.stderr.encoding, "backslashreplace", line_buffering=True)  # type: ignore[type-var]
 
 
 def main(argv: Seq[str] | None = None) -> int:
@@ -13275,7 +13291,8 @@ def main(argv: Seq[str] | None = None) -> int:
         if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # a shell's background jobs ignore it, and so do we
             signal.signal(signal.SIGINT, signal.default_int_handler)
         args = parse(argv)
-        LossyStderr.never_waits = args.command == "serve" and os.name == "posix"  # elsewhere select() knows sockets alone
+        if args.command == "serve" and os.name == "posix":  # elsewhere select() knows sockets alone
+            never_wait_for_stderr()
         shown, lines = logging.StreamHandler(), HarmlessFormatter("%(asctime)s %(message)s", "%H:%M:%S")
         lines.clear = "\033[K" if sys.stderr.isatty() else ""  # over what WaitingLine says
         shown.setFormatter(lines)

@@ -17536,6 +17536,22 @@ def test_full_stderr_that_nobody_reads_holds_up_no_request(tmp_path: Path) -> No
 
 
 @linux
+def test_terminal_that_nobody_reads_holds_up_no_request(tmp_path: Path) -> None:
+    terminal, screen = os.openpty()
+    with open(terminal, "rb", 0), open(screen, "wb", 0) as full:
+        env = seeded(tmp_path, {"SHIMMY_PORT": "0"})
+        own = Child([*command_of(), "-v", "serve"], stdout=subprocess.PIPE, stderr=full, cwd=tmp_path, env=env)
+        place = urlsplit(own.stdout.readline().split()[-1].decode()).netloc
+        with contextlib.closing(http.client.HTTPConnection(place, timeout=HANG)) as connection:
+            for _ in range(600):  # lines of 36 KB, where 19 fit
+                connection.request("GET", "/health")
+                reply = connection.getresponse()
+                assert reply.status == 200 and reply.read()
+        own.terminate()
+        assert own.wait(HANG) == 0
+
+
+@linux
 def test_last_words_to_a_terminal_that_has_gone_change_no_exit_code(tmp_path: Path) -> None:
     terminal, screen = os.openpty()
     with open(screen, "wb", 0) as gone:
