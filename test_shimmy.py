@@ -9515,7 +9515,7 @@ def test_engine_that_crashes_twice_though_its_rpc_servers_are_there_goes_on_with
         assert own.load("default").status == 200
         assert own.status("default")["fallback"] == fallback
         os.kill(engine := engine_of(own), signal.SIGSEGV)
-        eventually(lambda: not alive(engine), "it is gone")
+        eventually(lambda: not alive(engine) and own.status("default")["error"], "the server knows that it is gone")
     assert own.get("/diag").json()["known_faults"]["rungs"] == {}
 
 
