@@ -1332,7 +1332,7 @@ class ModelInfo:
         if free is None or not self.kv or not self.kv.token_bytes(kv_type):
             return None
         left = free - self.weights_bytes - GRAPH_BYTES
-        most = max(0, int(left / self.kv.token_bytes(kv_type)) // 256 * 256)
+        most = tokens_within(left, self.kv.token_bytes(kv_type))
         return min(most, self.context_length or most)
 
     def refusal(self, use: str) -> str | None:
@@ -2224,8 +2224,7 @@ class Helper:
     """One helper process. Owned by whoever took it from Helpers."""
 
     def __init__(self) -> None:
-        self.process, reader, writer = start_child("helper_main")
-        self._pipe = Pipe(reader, writer)
+        self.process, self._pipe = start_child("helper_main")
 
     def run(self, task: Any) -> tuple[Any, str | None]:
         """The task's value, or why it has none. Raises HelperFailed when it ended or outlived the process, Overloaded when it
@@ -2256,9 +2255,7 @@ class Helper:
             timer.join()
 
     def end(self) -> None:
-        self.process.kill()
-        with contextlib.suppress(Exception):
-            self.process.wait(2.0)  # in an uninterruptible wait for a disk it stays
+        kill(self.process)
         self._pipe.end()
 
 
@@ -2325,8 +2322,7 @@ def helper_main() -> None:
 
         resource.setrlimit(resource.RLIMIT_AS, (HELPER_BYTES, HELPER_BYTES))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    pipe = Pipe(os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb"), in_child=True)
-    os.dup2(2, 1)
+    pipe = Pipe.of_child()
     with contextlib.suppress(EOFError, OSError):
         while True:
             task = pipe.receive()
@@ -3279,13 +3275,21 @@ class Alive:
     stuck: str = ""
 
 
-@dataclass(frozen=True)
-class LoadFailed:
-    """Why the model cannot be served; the child ends.
+class LoadError(GenerationFailed, message="The model could not be loaded"):
+    """An engine cannot load its model.
 
     A cause tells what may help: "room" (others hold the memory), "memory" (the library got none), else "crash" or "hang",
     which the parent sees. Nothing helps against other reasons.
     """
+
+    def __init__(self, details: str = "", cause: str = "") -> None:
+        super().__init__(details)
+        self.cause = cause
+
+
+@dataclass(frozen=True)
+class LoadFailed:
+    """Why the model cannot be served (LoadError); the child ends."""
 
     reason: str
     cause: str = ""
@@ -3431,6 +3435,13 @@ class Pipe:
     def __init__(self, reader: IO[bytes], writer: IO[bytes], in_child: bool = False) -> None:
         self._reader, self._writer, self._in_child, self._lock = reader, writer, in_child, threading.Lock()
 
+    @classmethod
+    def of_child(cls) -> Pipe:
+        """A child's own, on stdin and stdout; what native code prints goes to stderr then."""
+        pipe = cls(os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb"), in_child=True)
+        os.dup2(2, 1)
+        return pipe
+
     def send(self, message: Any) -> None:
         """Raises OSError when the other side is gone."""
         if self._in_child:
@@ -3471,14 +3482,6 @@ class Pipe:
 
 # ── 7. llama.cpp (child) ──────────────────────────────────────────────────────────────────────────────────────────────
 # A narrow binding: vocabulary, model, context, sampler, text. Only this section imports llama_cpp.
-
-
-class LoadError(Exception):
-    """The model cannot be loaded; the message tells the user why, `cause` what may help (LoadFailed)."""
-
-    def __init__(self, reason: str, cause: str = "") -> None:
-        super().__init__(reason)
-        self.cause = cause
 
 
 def import_llama() -> Any:
@@ -3651,7 +3654,7 @@ def build_main() -> None:
                           "gpu_offload": bool(llama.llama_supports_gpu_offload()), "rpc": bool(llama.llama_supports_rpc()),
                           "devices": shown}))  # fmt: skip
     except (ImportError, OSError, RuntimeError, StopIteration) as error:
-        print(json.dumps({"engine": f"not usable: {error}", "gpu_offload": False, "rpc": False, "devices": []}))
+        print(json.dumps({"engine": f"not usable: {error}"}))
 
 
 def kernels_main() -> None:
@@ -3691,56 +3694,42 @@ def plan_load(model: ModelInfo, setup: Setup, free: int | None, gpus: Seq[int] =
     LoadError, with numbers, if it cannot fit.
     """
     options, rung, own = setup.options, setup.rung, model.context_length or 8192
-    eyes = Eyes.memory_need(model)
     kv, ctx = model.kv or KvShape(), min(options.ctx or min(own, 8192), own)
     spare = 2 if any(kv.states) else options.parallel + 8  # rows for prefixes; a state takes megabytes
     sequences = min(options.parallel + spare, MAX_ROWS)
     pool = 0 if kv == KvShape() and model.kv else ctx if rung.small_pool or model.embedding else options.kv_pool or 4 * ctx
-    placed = Placement(0, 0, pool)
+    needs = Needs(weights or Weights((), model.size_bytes), kv, options.kv_type, sequences)
+    on_gpu, moe, layers, eyes = 0, 0, len(needs.weights.layers), Eyes.memory_need(model)
     if gpus and not rung.cpu:
-        placed = place(weights or Weights((), model.size_bytes), kv, gpus, ctx, max(pool, ctx), options.kv_type, sequences,
-                       4 * GRAPH_BYTES + (0 if remote else eyes), options.gpu_layers, options.n_cpu_moe,
-                       rung.gpu_share)  # fmt: skip
+        on_gpu, moe, fits = place(needs, gpus, ctx, max(pool, ctx), 4 * GRAPH_BYTES + (0 if remote else eyes),
+                                  options.gpu_layers, options.n_cpu_moe, rung.gpu_share)  # fmt: skip
         as_fits = options.gpu_layers is None and rung.gpu_share == 1
-        if setup.others_idle and as_fits and weights and placed.gpu_layers <= len(weights.layers):
-            raise LoadError(f"only {placed.gpu_layers} of {len(weights.layers)} layers fit the GPU beside other models", "room")
-        pool = placed.pool if pool else 0
-    need, on_cpu = _ram_need(model, weights, placed)
-    each = kv.token_bytes(options.kv_type) * on_cpu
-    in_ram = eyes if remote or not placed.gpu_layers else 0
-    need += int(kv.state_bytes(sequences) * on_cpu) + in_ram
-    if free is not None and in_ram > free and not on_cpu:
-        have = human_bytes(max(0, free))
-        raise LoadError(f"the projector needs {human_bytes(in_ram)}, {have} of memory are available", "room")
-    if free is not None and on_cpu:
-        pool = _fit_pool(model, options, ctx, pool, each, free - need)
+        if setup.others_idle and as_fits and weights and on_gpu <= layers:
+            raise LoadError(f"only {on_gpu} of {layers} layers fit the GPU beside other models", "room")
+        pool = fits if pool else 0
+    gone, each_gone = needs.on_gpus(on_gpu, moe)
+    eyes = eyes if remote or not on_gpu else 0
+    fixed = max(0, model.size_bytes + kv.state_bytes(sequences) - gone) + eyes
+    each = kv.token_bytes(options.kv_type) - each_gone
+    if free is not None:
+        on_cpu = not on_gpu or on_gpu < layers  # else what is mapped of the weights may go again
+        what, need = ("weights need", fixed) if on_cpu else ("projector needs", eyes)
+        if need > free:
+            raise LoadError(f"the {what} {human_bytes(need)}, {human_bytes(max(0, free))} of memory are available", "room")
+        if on_cpu:
+            pool = _fit_pool(ctx, pool, each, free - fixed - GRAPH_BYTES, bool(options.kv_pool or model.embedding))
     cells = -(-max(pool, ctx) // 256) * 256 if pool else 0
-    return LoadPlan(ctx, cells, sequences, placed.gpu_layers, placed.cpu_moe, int(need + each * cells) + GRAPH_BYTES)
+    return LoadPlan(ctx, cells, sequences, on_gpu, moe, int(fixed + each * cells) + GRAPH_BYTES)
 
 
-def _ram_need(model: ModelInfo, weights: Weights | None, placed: Placement) -> tuple[int, float]:
-    """Bytes of the weights that stay in RAM, and the share of the layers that does."""
-    if weights is None or not weights.layers or not placed.gpu_layers:
-        return (0, 0.0) if placed.gpu_layers else (model.size_bytes, 1.0)
-    first = max(0, len(weights.layers) - placed.gpu_layers)
-    gone = sum(total for total, _ in weights.layers[first:]) - sum(e for _, e in weights.layers[first : placed.cpu_moe])
-    gone += weights.output if placed.gpu_layers > len(weights.layers) else 0
-    return max(0, model.size_bytes - gone), first / len(weights.layers)
-
-
-def _fit_pool(model: ModelInfo, options: EngineOptions, ctx: int, pool: int, each: float, free: int) -> int:
-    """The pool's tokens with so many free bytes beside the weights: a quarter of them at most, but one context at least."""
-    left = free - GRAPH_BYTES
-    if free < 0:
-        have = human_bytes(max(0, free + model.size_bytes))
-        raise LoadError(f"the weights need {human_bytes(model.size_bytes)}, {have} of memory are available", "room")
+def _fit_pool(ctx: int, pool: int, each: float, left: int, is_fixed: bool) -> int:
+    """The pool's tokens, of `each` bytes in RAM, where so many are left: a quarter of them at most, but one context at least."""
     if pool and each * ctx > left:
-        fits = max(0, int(left // each)) // 256 * 256
-        advice = f"--ctx {fits} would fit" if fits >= 256 else "no context would fit"
+        fits = tokens_within(left, each)
+        advice = f"--ctx {fits} would fit" if fits else "no context would fit"
         raise LoadError(f"a context of {ctx} tokens needs {human_bytes(each * ctx)} of KV cache, "
                         f"{human_bytes(max(left, 0))} are available; {advice}", "room")  # fmt: skip
-    fixed = options.kv_pool or model.embedding or not each
-    return pool if fixed else max(min(pool, int(left / 4 // each)), min(pool, ctx))
+    return pool if is_fixed or not each else max(min(pool, int(left / 4 // each)), min(pool, ctx))
 
 
 class Vocabulary:
@@ -3999,7 +3988,7 @@ class Llama:
             remote = all(device.remote for device in self.devices)
             return plan_load(self.info, self.setup, free, [d.free for d in self.devices], weights, remote)
         except LoadError as error:
-            raise LoadError("; ".join([str(error), *self.absent]), error.cause) from None
+            raise LoadError("; ".join([error.details, *self.absent]), error.cause) from None
 
     def _load_model(self, progress: Callable[[float], None]) -> None:
         def on_progress(fraction: float, _: Any) -> bool:
@@ -4052,7 +4041,7 @@ class Llama:
         try:
             return Eyes(self, self.info.projector) if self.info.projector and not self.embedding else None
         except LoadError as error:
-            self.notes.append(f"no pictures are read: {error}")
+            self.notes.append(f"no pictures are read: {error.details}")
             return None
 
     def refusal(self, what: str) -> LoadError:
@@ -6858,9 +6847,9 @@ class Engine:
                 if embedder.context is self.main:
                     self.intake.in_step = [i.job for i, _ in plan]
                 embedder.step(plan)
-        except (ApiError, LoadError) as error:
+        except ApiError as error:
             for job in embedder.jobs:
-                job.error = error if isinstance(error, ApiError) else GenerationFailed(str(error))
+                job.error = error
         self.intake.in_step = ()
         self._end_embeddings()
         self.outbox.flush(now=False)
@@ -6881,7 +6870,7 @@ class Engine:
                 self.scheduler.reader = PromptReader(self.llama, self.aside)
         except LoadError as error:
             self._may_read_aside = False
-            log.warning("long prompts are read in slices: %s", error)
+            log.warning("long prompts are read in slices: %s", error.details)
 
     def _read_aside(self, reader: PromptReader, plan: Seq[tuple[Sequence, int]]) -> None:
         """Reads one batch of the prompts aside."""
@@ -6981,9 +6970,8 @@ def engine_main() -> None:
     # took up to twenty times as long; some 30 µs at most cost nothing where there is none
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-    reader, writer = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what native code prints must not run into the messages
-    pipe, ready = Pipe(reader, writer, in_child=True), queue.SimpleQueue[Intake]()
+    drop_what_stderr_has_no_room_for()
+    pipe, ready = Pipe.of_child(), queue.SimpleQueue[Intake]()
     # to look through a grammar's states for garbage takes as long as several steps; idle engines do it
     gc.set_threshold(*gc.get_threshold()[:2], Engine.MOST_GARBAGE)
     sys.setswitchinterval(0.0005)  # a thread that reads a grammar must not hold up the step loop: usual are 5 ms, at each call
@@ -7010,10 +6998,20 @@ def engine_main() -> None:
         pipe.send(llama.loaded())
     except Exception as error:  # the process's border: whatever it is, the parent is told
         cause = "memory" if isinstance(error, MemoryError) else getattr(error, "cause", "")
-        pipe.send(LoadFailed(str(error) or type(error).__name__, cause))
+        pipe.send(LoadFailed(getattr(error, "details", "") or str(error) or type(error).__name__, cause))
         os._exit(1)
     ready.put(engine.intake)
     engine.run()
+
+
+def drop_what_stderr_has_no_room_for() -> None:
+    """Keeps native code too from waiting for a reader: of a full pipe or a stopped terminal, which the server shares.
+
+    On Linux it is opened again, so that the server's stays as it is; a file has always room, and one place for the next word.
+    """
+    with contextlib.suppress(OSError):
+        if sys.platform == "linux" and not stat.S_ISREG(os.fstat(2).st_mode):
+            os.dup2(os.open("/proc/self/fd/2", os.O_WRONLY | os.O_NOCTTY | os.O_NONBLOCK), 2)
 
 
 def _receive(pipe: Pipe, ready: queue.SimpleQueue[Intake]) -> None:
@@ -7282,14 +7280,6 @@ class Generation:
         return message
 
 
-class LoadFailure(GenerationFailed, message="The model could not be loaded"):
-    """An engine could not load its model; `cause` as LoadFailed has it."""
-
-    def __init__(self, details: str = "", cause: str = "") -> None:
-        super().__init__(details)
-        self.cause = cause
-
-
 class Worker:
     """One model's child process, and three threads: one reads its messages, one writes to it, one watches over it.
 
@@ -7324,14 +7314,13 @@ class Worker:
         return not (self._stopping or self._ended.is_set())
 
     def start(self) -> Worker:
-        """Starts the child and waits until the model is loaded. Raises LoadFailure if it is not, also after `stop`."""
+        """Starts the child and waits until the model is loaded. Raises LoadError if it is not, also after `stop`."""
         began, id = time.perf_counter(), printable(self.info.id)
         self._report(f"loading {id} ({human_bytes(self.info.size_bytes)})")
         with self._lock:
             if self._stopping:
-                raise LoadFailure(f"Model '{self.info.id}': unloaded before it was loaded")
-            self.process, reader, writer = start_child("engine_main")
-            self._pipe = Pipe(reader, writer)
+                raise LoadError(f"Model '{self.info.id}': unloaded before it was loaded")
+            self.process, self._pipe = start_child("engine_main")
         self._outbox.put(Load(replace(self.info, path=os.path.abspath(self.info.path)), self.setup))
         try:
             for work in (self._read, self._write, self._watch):
@@ -7342,7 +7331,7 @@ class Worker:
         message = self._outcome.get()
         if isinstance(message, LoadFailed):
             self.stop()
-            raise LoadFailure(f"Model '{self.info.id}': {message.reason}", cause=message.cause)
+            raise LoadError(f"Model '{self.info.id}': {message.reason}", cause=message.cause)
         self.loaded = replace(message, devices=printable(message.devices, 2000))
         self.loaded_at = time.monotonic()
         self.load_seconds = time.perf_counter() - began
@@ -7456,9 +7445,7 @@ class Worker:
     def _give_up(self, why: str) -> None:
         """Kills the child, and tells everybody it carried why."""
         self._why = self._why or f"the engine process was ended: {why}"
-        self.process.kill()
-        with contextlib.suppress(Exception):
-            self.process.wait(5.0)  # in an uninterruptible wait for a disk it stays
+        kill(self.process)
         self._end()
 
     def _end(self) -> None:
@@ -7539,7 +7526,7 @@ class Ladder:
         self._lowered: dict[str, Rung] = {}  # where to begin, by model
 
     def load(self, model: ModelInfo, setup: Setup, start: Callable[[Setup], Worker], asked: bool = False) -> Worker:
-        """Loads by the highest rung that holds. `start` tries one, and raises LoadFailure.
+        """Loads by the highest rung that holds. `start` tries one, and raises LoadError.
 
         Raises the first rung's failure when none holds, and at once one that no other rung would mend. What a client
         `asked` for may itself be what crashes: that is remembered of no machine.
@@ -7547,13 +7534,13 @@ class Ladder:
         if crashed := self._crashed.pop(model.id, None):
             self._judge(crashed)
         rung = kept = self._top(model)
-        first: LoadFailure | None = None
+        first: LoadError | None = None
         crash = ""  # what the first engine that crashed or hung said
         while True:
             try:
                 worker = start(replace(setup, rung=rung))
                 break
-            except LoadFailure as failure:
+            except LoadError as failure:
                 first = first or failure
                 mendable = failure.cause not in ("", "room")
                 gpu = mendable and self._uses_gpu(setup.options)
@@ -7901,7 +7888,7 @@ class Residents:
             error = failure
         except Exception as failure:
             log.exception("loading %s failed", entry.info.id)
-            error = LoadFailure(f"{type(failure).__name__}: {failure}", "crash")  # it may pass, as want of processes does
+            error = LoadError(f"{type(failure).__name__}: {failure}", "crash")  # it may pass, as want of processes does
         cause = getattr(error, "cause", "")
         with self.changed:
             if worker:
@@ -7920,7 +7907,7 @@ class Residents:
                 if cause and asked == entry.asked:  # what one client wished for keeps no other from it
                     pause = self.FIRST_PAUSE * 2 ** min(entry.failures, 10)
                     entry.retry_at, entry.failures = time.monotonic() + min(self.LONGEST_PAUSE, pause), entry.failures + 1
-                elif isinstance(error, LoadFailure) and asked == entry.asked:
+                elif isinstance(error, LoadError) and asked == entry.asked:
                     entry.broken = error.details
                 self._end_load(entry, error)
 
@@ -12343,9 +12330,9 @@ MAX_SHOWN_PATH = 4096  # characters of a path in tables: Linux has none that are
 
 
 def fits_memory(size_bytes: int) -> bool | None:
-    """True if weights of this size fit the memory that is free now, with 64 MiB for the least context; None: unknown."""
+    """True if weights of this size and a graph fit the memory that is free now; None: unknown."""
     free = available_memory()
-    return None if free is None else size_bytes + 64 * MIB <= free
+    return None if free is None else size_bytes + GRAPH_BYTES <= free
 
 
 def memory_words(size: int, most: int | None = None) -> str:
@@ -13449,15 +13436,12 @@ def _windows_resident(tasklist: str, pids: Seq[int]) -> int:
     return sum(int("0" + re.sub(r"\D", "", size)) * 1024 for pid, size in rows if int(pid) in pids)
 
 
-def output_of(command: Seq[str], seconds: float | None = None) -> str:
-    """What a command writes to stdout. Its program is named by its whole path: the working directory may hold another.
-
-    Raises OSError when it cannot be started, subprocess.TimeoutExpired when it takes longer than `seconds`.
-    """
+def output_of(command: Seq[str]) -> str:
+    """What a command writes to stdout. Its program is named by its whole path: the working directory may hold another."""
     import subprocess
 
     # no shell, and nothing from a client is on the command line
-    return subprocess.run(command, capture_output=True, text=True, timeout=seconds).stdout  # noqa: S603  # nosec B603
+    return subprocess.run(command, capture_output=True, text=True).stdout  # noqa: S603  # nosec B603
 
 
 def resolved(host: str, port: int, seconds: float, family: int = 0) -> list[tuple[str, int]]:
@@ -13526,8 +13510,8 @@ def _parent_thread() -> Executor:
     return ThreadPoolExecutor(1, "children")
 
 
-def start_child(entry: str) -> tuple[subprocess.Popen[bytes], IO[bytes], IO[bytes]]:
-    """Starts a process of ours that runs `entry`: the process, its stdout and its stdin.
+def start_child(entry: str) -> tuple[subprocess.Popen[bytes], Pipe]:
+    """Starts a process of ours that runs `entry`, with a pipe to it.
 
     One thread starts them all and lives as long as this process: its end is theirs (die_with_parent). Raises OSError;
     RuntimeError when there is no thread to be had, or the interpreter ends.
@@ -13541,7 +13525,30 @@ def start_child(entry: str) -> tuple[subprocess.Popen[bytes], IO[bytes], IO[byte
         subprocess.Popen, child_command(entry), stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=own_session
     ).result()
     assert child.stdin and child.stdout
-    return child, child.stdout, child.stdin
+    return child, Pipe(child.stdout, child.stdin)
+
+
+def kill(process: subprocess.Popen[bytes]) -> None:
+    """Ends a child at once; one in an uninterruptible wait for a disk stays."""
+    process.kill()
+    with contextlib.suppress(Exception):
+        process.wait(5.0)
+
+
+def run_child(entry: str, *arguments: str) -> tuple[int | None, str]:
+    """Runs `entry` in a process of ours, as what it tries may crash or hang: its exit status, and what it wrote to stdout.
+
+    None is the status of one that took a minute, for what takes a quarter of a second on an idle machine. Raises OSError.
+    """
+    import subprocess
+
+    try:
+        # no shell, and nothing from a client is on the command line
+        done = subprocess.run(child_command(entry, *arguments), capture_output=True, timeout=60.0)  # noqa: S603  # nosec B603
+        code, said = done.returncode, done.stdout
+    except subprocess.TimeoutExpired as error:
+        code, said = None, error.stdout or b""
+    return code, said.decode("utf-8", "replace")
 
 
 def die_with_parent() -> None:
@@ -13655,23 +13662,15 @@ def machine_gpu() -> tuple[str, str] | None:
 
 _asking_build = threading.Lock()
 _known_build: dict[str, Any] = {}
+NO_BUILD = {"engine": "not usable: is llama-cpp-python installed?", "gpu_offload": False, "rpc": False, "devices": []}
 
 
 def engine_build() -> dict[str, Any]:
-    """CPU features and GPU offload of the installed llama.cpp; asked until it answers, by one thread at a time.
-
-    A child asks, as a broken library may crash.
-    """
-    import subprocess
-
-    with _asking_build:
+    """CPU features and GPU offload of the installed llama.cpp; asked until it answers, by one thread at a time."""
+    with _asking_build, contextlib.suppress(OSError, ValueError):
         if not _known_build:
-            try:
-                _known_build.update(json.loads(output_of(child_command("build_main"), 60)))
-            except (OSError, ValueError, subprocess.SubprocessError):
-                return {"engine": "not usable: is llama-cpp-python installed?", "gpu_offload": False, "rpc": False,
-                        "devices": []}  # fmt: skip
-        return dict(_known_build)
+            _known_build.update(json.loads(run_child("build_main")[1]))
+    return NO_BUILD | _known_build
 
 
 def _machine_signs() -> Iterator[str]:
@@ -13742,44 +13741,32 @@ class KnownFaults:
         return found or {}, True
 
 
-KERNEL_SECONDS = 60.0  # for all of them: what takes 0.2 s, on a machine that others keep busy
-
-
 def try_kernels() -> dict[str, str] | None:
     """Tries each of the CPU's special kernels in a child, as a broken one ends the process or never comes back.
 
     None where none can be tried, without llama.cpp for instance.
     """
-    import subprocess
-
     found: dict[str, str] = {}
-    while True:
-        command = child_command("kernels_main", *found)
-        try:
-            # no shell, and nothing from a client is on the command line
-            done = subprocess.run(command, capture_output=True, timeout=KERNEL_SECONDS)  # noqa: S603  # nosec B603
-            said, fault, code = done.stdout, ending(done.returncode), done.returncode
-        except subprocess.TimeoutExpired as error:
-            said, fault, code = error.stdout or b"", "hangs", -signal.SIGSEGV
-        except (OSError, subprocess.SubprocessError):
-            return None
-        rows = [line.partition("\t") for line in said.decode("utf-8", "replace").splitlines()]
-        if code and not (has_crashed(code) and rows and not rows[-1][1]):
-            return None  # it ended at nothing that was tried
-        found |= {name: words if tab else fault for name, tab, words in rows}
-        if not code:
-            return found
+    with contextlib.suppress(OSError):
+        while True:
+            code, said = run_child("kernels_main", *found)
+            rows = [line.partition("\t") for line in said.splitlines()]
+            if code != 0 and not (has_crashed(code) and rows and not rows[-1][1]):
+                break  # it ended at nothing that was tried
+            found |= {name: words if tab else ending(code) for name, tab, words in rows}
+            if code == 0:
+                return found
+    return None
 
 
 def ending(code: int | None) -> str:
-    """How a process ended, by its exit status (subprocess): "signal 11" or "exit status 1"."""
-    return f"signal {-code}" if code is not None and code < 0 else f"exit status {code}"
+    """How a process ended, by its exit status (subprocess): "signal 11", "exit status 1", "hangs" if it does not end."""
+    return "hangs" if code is None else f"signal {-code}" if code < 0 else f"exit status {code}"
 
 
 def has_crashed(code: int | None) -> bool:
-    """True if a process's exit status tells of a crash in native code: a signal of its own, or an exception of Windows."""
-    own_signal = code is not None and code < 0 and -code not in (signal.SIGINT, signal.SIGTERM, KILLED)
-    return own_signal or (code or 0) >= 0xC0000000
+    """True if an exit status tells of a fault in native code: a signal of its own, an exception of Windows, or no end."""
+    return code is None or code >= 0xC0000000 or (code < 0 and -code not in (signal.SIGINT, signal.SIGTERM, KILLED))
 
 
 KILLED = 9  # SIGKILL, which Windows has no name for: from outside, by a system without memory mostly
@@ -13788,8 +13775,8 @@ KILLED = 9  # SIGKILL, which Windows has no name for: from outside, by a system 
 # ── B. GGUF headers ───────────────────────────────────────────────────────────────────────────────────────────────────
 # The header of a model file, read by a bounded reader that trusts no count or length in it, and the memory it asks for; and
 # what the header of a picture tells.
-# Offers: read_gguf_header, GgufHeader, GgufError, open_regular; KvShape, kv_shape, read_weights, place; picture_size,
-# picture_fault. Uses: EMBEDDERS (3).
+# Offers: read_gguf_header, GgufHeader, GgufError, open_regular; KvShape, kv_shape, read_weights, Needs, place,
+# tokens_within; picture_size, picture_fault. Uses: EMBEDDERS (3).
 
 
 class GgufError(Exception):
@@ -14064,45 +14051,63 @@ EXPERTS = r"\.ffn_(up|down|gate|gate_up)_(ch)?exps"  # in the names of experts' 
 
 
 @dataclass(frozen=True)
-class Placement:
-    """Where a model's parts go."""
+class Needs:
+    """What a model and its context take of memory."""
 
-    gpu_layers: int = 0  # the last ones; one more with the output
-    cpu_moe: int = 0  # the first layers, whose experts stay on the CPU
-    pool: int = 0  # tokens in the KV cache
+    weights: Weights
+    kv: KvShape
+    kv_type: str
+    sequences: int
+
+    def on_gpus(self, layers: int, moe: int) -> tuple[int, float]:
+        """The part of the last `layers`, where experts of the first `moe` stay on the CPU: bytes, and those of each token.
+
+        One layer more than there are is the output.
+        """
+        if not layers:
+            return 0, 0.0
+        count = len(self.weights.layers)
+        first = max(0, count - layers)
+        held = sum(total for total, _ in self.weights.layers[first:]) - sum(e for _, e in self.weights.layers[first:moe])
+        held += self.weights.output if layers > count else 0
+        return held + self.kv.state_bytes(self.sequences, first), self.kv.token_bytes(self.kv_type, first)
 
 
-def place(weights: Weights, kv: KvShape, gpus: Seq[int], ctx: int, pool: int, kv_type: str, sequences: int, compute: int,
-          gpu_layers: int | None = None, cpu_moe: int | None = None, share: float = 1.0) -> Placement:  # fmt: skip
+def tokens_within(size: float, each: float) -> int:
+    """Tokens of `each` bytes in the KV cache that fit so many, in steps of 256."""
+    return max(0, int(size // each)) // 256 * 256
+
+
+def place(needs: Needs, gpus: Seq[int], ctx: int, pool: int, compute: int, gpu_layers: int | None = None,
+          cpu_moe: int | None = None, share: float = 1.0) -> tuple[int, int, int]:  # fmt: skip
     """Fits a model onto GPUs with so many free bytes each: a smaller pool first, then experts on the CPU, then fewer layers.
 
     That order costs the least speed (llama-server's --fit has it too). A twentieth of each GPU stays free, and `compute`
     bytes for buffers. One sequence must have `ctx` tokens, and all together would like `pool`. None for `gpu_layers` means
-    as many as fit, for `cpu_moe` as few as must be; `share` is of the layers that would fit.
+    as many as fit, for `cpu_moe` as few as must be; `share` is of the layers that would fit. Returns the layers on GPUs, the
+    first ones whose experts stay on the CPU, and the pool's tokens.
     """
-    count = len(weights.layers)
-    each = [total + kv.state_bytes(sequences) // max(count, 1) for total, _ in weights.layers]
-    room = sum(max(0, free - free // 20 - compute) for free in gpus) - (len(gpus) - 1) * max(each, default=0)
+    weights, count = needs.weights.layers, len(needs.weights.layers)
+    largest = max((total for total, _ in weights), default=0) + needs.kv.state_bytes(needs.sequences) // max(count, 1)
+    room = sum(max(0, free - free // 20 - compute) for free in gpus) - (len(gpus) - 1) * largest
 
     def fits(layers: int, moe: int, tokens: int) -> bool:
-        first = max(0, count - layers)
-        experts = sum(e for _, e in weights.layers[first:moe])
-        need = sum(total for total, _ in weights.layers[first:]) - experts + (weights.output if layers > count else 0)
-        return need + kv.token_bytes(kv_type, first) * tokens + kv.state_bytes(sequences, first) <= room
+        held, each = needs.on_gpus(layers, moe)
+        return held + each * tokens <= room
 
     def most(layers: int, moe: int) -> int:
         """The largest pool, in steps of an eighth of a context."""
         step = max(1, ctx // 8)
         return next((p for p in range(pool, ctx, -step) if fits(layers, moe, p)), ctx)
 
-    moe, mixture = cpu_moe or 0, any(experts for _, experts in weights.layers)
+    moe, mixture = cpu_moe or 0, any(experts for _, experts in weights)
     if gpu_layers is not None:
         layers = count + 1 if gpu_layers < 0 else gpu_layers
-        return Placement(int(layers * share), moe, most(layers, moe))
+        return int(layers * share), moe, most(layers, moe)
     all_moe = count if mixture and cpu_moe is None else moe
     tries = [(count + 1, m) for m in range(moe, all_moe + 1)] + [(n, all_moe) for n in range(count, 0, -1)]
     layers, moe = next(((n, m) for n, m in tries if fits(n, m, ctx)), (0, moe))
-    return Placement(int(layers * share), moe, most(layers, moe) if layers else pool)
+    return int(layers * share), moe, most(layers, moe) if layers else pool
 
 
 # Pictures

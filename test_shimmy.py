@@ -1566,11 +1566,11 @@ def test_numbers_are_rounded_into_the_next_unit(human: Callable[[int], str], num
 
 
 def test_build_is_asked_again_when_it_did_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
-    answers = iter(["", '{"engine": "x", "gpu_offload": true}'])
-    monkeypatch.setattr(module, "output_of", lambda *_: next(answers))
+    answers = iter([(1, ""), (0, '{"engine": "x", "gpu_offload": true}')])
+    monkeypatch.setattr(module, "run_child", lambda *_: next(answers))
     monkeypatch.setattr(module, "_known_build", {})
     assert module.engine_build()["gpu_offload"] is False
-    assert module.engine_build() == module.engine_build() == {"engine": "x", "gpu_offload": True}
+    assert module.engine_build() == module.engine_build() == {"engine": "x", "gpu_offload": True, "rpc": False, "devices": []}
 
 
 def test_diag_over_http_matches_the_command(server: Server, models: Path) -> None:
@@ -7273,8 +7273,8 @@ MIXTURE = ("mixture", [(2 * GIB, GIB * 7 // 4)] * 32, GIB)  # 65 GiB, 56 of them
 def test_model_larger_than_the_gpu_is_placed(shape: Any, gpus: list[int], wish: dict[str, Any], expected: Any) -> None:
     _, layers, output = shape
     weights, kv = module.Weights(tuple(layers), output), module.KvShape((8192,) * 32, (0,) * 32)  # 0.5 MiB a token
-    placed = module.place(weights, kv, [g * GIB for g in gpus], 8192, 32768, "f16", 16, GIB // 2, **wish)
-    assert (placed.gpu_layers, placed.cpu_moe, placed.pool) == expected
+    needs = module.Needs(weights, kv, "f16", 16)
+    assert module.place(needs, [g * GIB for g in gpus], 8192, 32768, GIB // 2, **wish) == expected
 
 
 @cases("free, options, rung, pool", {
@@ -9168,7 +9168,7 @@ def test_only_what_crashes_led_to_is_remembered(
 
     def start(_: Any) -> Any:
         if left:
-            raise module.LoadFailure(f"no luck: {left[0]}", cause=left.pop(0))
+            raise module.LoadError(f"no luck: {left[0]}", cause=left.pop(0))
         return "a worker"
 
     ladder = module.Ladder(faults, lambda _: None)
@@ -9190,7 +9190,7 @@ def test_known_faults_of_broken_off_trials_or_in_a_folder_that_cannot_be_written
 
 def test_load_that_always_fails_keeps_a_pause_with_an_end(models: Path) -> None:
     def fail(*_: Any) -> Any:
-        raise module.LoadFailure("no luck", cause="hang")
+        raise module.LoadError("no luck", cause="hang")
 
     table = table_of(models, fail)
     table._residents._ladder._uses_gpu = lambda _: False  # type: ignore[method-assign, assignment]
@@ -9978,7 +9978,7 @@ def test_no_model_can_be_had_when_the_default_one_fails_and_none_is_in_memory(mo
         if causes == ["no process"]:
             raise BlockingIOError("no more processes now")
         if causes:
-            raise module.LoadFailure("no luck", cause=causes[0])
+            raise module.LoadError("no luck", cause=causes[0])
         worker = FakeWorker()
         worker.measure.set()
         return worker
@@ -17533,6 +17533,19 @@ def test_full_stderr_that_nobody_reads_holds_up_no_request(tmp_path: Path) -> No
         own.terminate()
         assert own.wait(HANG) == 0
         assert re.search(rb"\d\d lines were dropped here", said + unread.read(1 << 16))
+
+
+@linux
+def test_engine_whose_words_nobody_reads_goes_on(models: Path, tmp_path: Path) -> None:
+    place, _ = STOPS_ITSELF
+    loud = "        log.warning('x' * 100_000)\n        ctypes.CDLL(None).perror(b'x' * 100_000)\n"
+    command = [*command_of(altered(tmp_path, (place, loud + place))), "generate", "recital", "--local", "--prompt", ":"]
+    reading, writing = os.pipe()
+    with open(reading, "rb", 0), open(writing, "wb", 0) as full:
+        full.write(bytes(fcntl.fcntl(full, fcntl.F_GETPIPE_SZ)))
+        env = seeded(tmp_path, {"SHIMMY_MODEL_PATHS": str(models)})
+        own = Child(command, stdout=subprocess.PIPE, stderr=full, cwd=tmp_path, env=env)
+        assert own.communicate(timeout=HANG)[0].decode().startswith(TEXTS[":"])
 
 
 @linux
