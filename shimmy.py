@@ -3146,21 +3146,14 @@ class Rung:
 
 @dataclass(frozen=True)
 class Setup:
-    """How one engine loads its model: the options, what this machine makes us give up, what memory others will take."""
+    """First message to a child: which model, and how: the options, what this machine makes us give up, what others take."""
 
+    model: ModelInfo
     options: EngineOptions = EngineOptions()
     rung: Rung = Rung()
     reserved: int = 0  # bytes that count as free, and that other engines have mapped or will fill
     others_idle: bool = False  # models that nobody uses are in memory: better that they go than to do with less
     taken: tuple[str, ...] = ()  # RPC servers that other models have
-
-
-@dataclass(frozen=True)
-class Load:
-    """First message to a child: which model, and how."""
-
-    model: ModelInfo
-    setup: Setup = Setup()
 
 
 @dataclass(frozen=True)
@@ -3687,13 +3680,14 @@ class LoadPlan:
     memory_need: int = 0  # bytes of RAM that it takes when the pool is full
 
 
-def plan_load(model: ModelInfo, setup: Setup, free: int | None, gpus: Seq[int] = (), weights: Weights | None = None,
-              remote: bool = False) -> LoadPlan:  # fmt: skip
+def plan_load(setup: Setup, free: int | None, gpus: Seq[int] = (), weights: Weights | None = None, remote: bool = False
+              ) -> LoadPlan:  # fmt: skip
     """Plans a load into `free` bytes of RAM (None: nobody knows) and of each GPU; `remote`: none of these is in this machine.
 
     LoadError, with numbers, if it cannot fit.
     """
-    options, rung, own = setup.options, setup.rung, model.context_length or 8192
+    model, options, rung = setup.model, setup.options, setup.rung
+    own = model.context_length or 8192
     kv, ctx = model.kv or KvShape(), min(options.ctx or min(own, 8192), own)
     spare = 2 if any(kv.states) else options.parallel + 8  # rows for prefixes; a state takes megabytes
     sequences = min(options.parallel + spare, MAX_ROWS)
@@ -3896,14 +3890,14 @@ class Llama:
 
     SMALL = 16 * MIB  # a step of a model below this is over before a second thread has woken
 
-    def __init__(self, load: Load, progress: Callable[[float], None]) -> None:
+    def __init__(self, setup: Setup, progress: Callable[[float], None]) -> None:
         import ctypes
 
         import numpy
 
         self.c, self.np, self.ctypes = import_llama(), numpy, ctypes
-        self.info, self.setup, self.options = load.model, load.setup, load.setup.options
-        self.size_bytes, self.embedding = load.model.size_bytes, load.model.embedding
+        self.info, self.setup, self.options = setup.model, setup, setup.options
+        self.size_bytes, self.embedding = setup.model.size_bytes, setup.model.embedding
         self.notes: list[str] = []
         self.absent: list[str] = []  # RPC servers that are left out, and why
         self.moved: set[str] = set()  # those behind the first of them: their devices have other names and numbers than usual
@@ -3986,7 +3980,7 @@ class Llama:
         free = None if free is None else free - self.setup.reserved
         try:
             remote = all(device.remote for device in self.devices)
-            return plan_load(self.info, self.setup, free, [d.free for d in self.devices], weights, remote)
+            return plan_load(self.setup, free, [d.free for d in self.devices], weights, remote)
         except LoadError as error:
             raise LoadError("; ".join([error.details, *self.absent]), error.cause) from None
 
@@ -6979,7 +6973,7 @@ def engine_main() -> None:
     gc.set_threshold(*gc.get_threshold()[:2], Engine.MOST_GARBAGE)
     sys.setswitchinterval(0.0005)  # a thread that reads a grammar must not hold up the step loop: usual are 5 ms, at each call
     try:
-        load, pulses = pipe.receive(), [pulse := Pulse()]
+        setup, pulses = pipe.receive(), [pulse := Pulse()]
     except EOFError:  # it was unloaded before it began
         os._exit(0)
     start_or_die(lambda: _receive(pipe, ready))
@@ -6991,7 +6985,7 @@ def engine_main() -> None:
 
     try:
         pulse.begin("load")
-        llama = Llama(load, progress)
+        llama = Llama(setup, progress)
         pulse.begin("trial", 60 + llama.size_bytes // (50 * MIB))  # the first step reads the weights from a slow disk
         llama.trial()
         engine = Engine(llama, pipe, pulse)
@@ -7294,19 +7288,17 @@ class Worker:
     _ids = itertools.count(1)
     progress = 0.0  # how much of the weights is loaded, 0 to 1
 
-    def __init__(self, info: ModelInfo, setup: Setup, max_queue: int, died: Callable[[Worker, str], None],
-                 report: Callable[[str], None], meter: Meter | None = None) -> None:  # fmt: skip
+    def __init__(self, setup: Setup, max_queue: int, died: Callable[[Worker], None], report: Callable[[str], None],
+                 meter: Meter | None = None) -> None:  # fmt: skip
         """`died` is called when the child ends by itself, `report` gets a line about each step of the load."""
-        self.info, self.setup, self.max_queue, self._died, self._report = info, setup, max_queue, died, report
+        self.info, self.setup, self.max_queue, self._died, self._report = setup.model, setup, max_queue, died, report
         self._meter = meter or Meter()
         self._lock = threading.Lock()
         self._tasks: dict[int, Task] = {}  # by id
         self._outbox: queue.SimpleQueue[Any] = queue.SimpleQueue()  # what the writing thread sends; None: no more
-        self._outcome: queue.SimpleQueue[Loaded | LoadFailed] = queue.SimpleQueue()  # of the load
         self._silent, self._patience = 0, self.STARTING  # ticks since its last message; and how many seconds are borne
-        self._ended = threading.Event()
-        self._why = ""  # why the child was given up
-        self.cause = ""  # why the child ended by itself, as LoadFailed has it
+        self._settled, self._ended = threading.Event(), threading.Event()  # whether it loads is known; the child is gone
+        self.fault = LoadFailed("")  # why it is, or is to be
         self._running = self.cells = 0
         self.parallel = setup.options.parallel
         self._serving = self._stopping = False
@@ -7318,32 +7310,30 @@ class Worker:
 
     def start(self) -> Worker:
         """Starts the child and waits until the model is loaded. Raises LoadError if it is not, also after `stop`."""
-        began, id = time.perf_counter(), printable(self.info.id)
+        began, id = time.monotonic(), printable(self.info.id)
         self._report(f"loading {id} ({human_bytes(self.info.size_bytes)})")
         with self._lock:
             if self._stopping:
                 raise LoadError(f"Model '{self.info.id}': unloaded before it was loaded")
             self.process, self._pipe = start_child("engine_main")
-        self._outbox.put(Load(replace(self.info, path=os.path.abspath(self.info.path)), self.setup))
+        self._outbox.put(replace(self.setup, model=replace(self.info, path=os.path.abspath(self.info.path))))
         try:
             for work in (self._read, self._write, self._watch):
                 threading.Thread(target=work, name=f"{work.__name__[1:]} {self.info.id}", daemon=True).start()
         except RuntimeError:  # no more threads to be had
             self.stop()
             raise
-        message = self._outcome.get()
-        if isinstance(message, LoadFailed):
+        self._settled.wait()
+        if not self._serving:
+            fault = LoadFailed("it was unloaded while it loaded") if self._stopping else self.fault
             self.stop()
-            raise LoadError(f"Model '{self.info.id}': {message.reason}", cause=message.cause)
-        self.loaded = replace(message, devices=printable(message.devices, 2000))
-        self.loaded_at = time.monotonic()
-        self.load_seconds = time.perf_counter() - began
-        for note in message.notes:
-            log.warning("%s: %s", id, printable(str(note)))
-        pool = f"; its KV pool of {message.pool:,} tokens takes up to {human_bytes(message.pool_bytes)}" if message.pool else ""
-        pool += f"; {self.loaded.devices}" if message.devices else ""
+            raise LoadError(f"Model '{self.info.id}': {fault.reason}", fault.cause)
+        loaded, self.load_seconds = self.loaded, self.loaded_at - began
+        for note in loaded.notes:
+            log.warning("%s: %s", id, printable(note))
+        pool = f"; its KV pool of {loaded.pool:,} tokens takes up to {human_bytes(loaded.pool_bytes)}" if loaded.pool else ""
+        pool += f"; {loaded.devices}" if loaded.devices else ""
         self._report(f"loaded {id} in {self.load_seconds:.1f} s: {human_bytes(self.memory_bytes())} of memory{pool}")
-        self._serving = True
         return self
 
     def submit(self, jobs: Seq[Job], cancel: Cancellation, began: float | None = None) -> Generation:
@@ -7404,8 +7394,8 @@ class Worker:
                     self._take(message)
                 elif isinstance(message, Progress):
                     self.progress = min(1.0, message.fraction)
-                elif isinstance(message, (Loaded, LoadFailed)) and not self._serving:
-                    self._outcome.put(message)
+                elif isinstance(message, (Loaded, LoadFailed)) and not self._settled.is_set():
+                    self._settle(message)
         except (EOFError, OSError):
             pass
         except Exception:  # a thread's border: a child that cannot be understood is no use
@@ -7413,6 +7403,15 @@ class Worker:
             self._give_up("what it says is unreadable")
         self._pipe.end()
         self._end()
+
+    def _settle(self, message: Loaded | LoadFailed) -> None:
+        """How the load ended."""
+        if isinstance(message, Loaded):
+            self.loaded, self.loaded_at = replace(message, devices=printable(message.devices, 2000)), time.monotonic()
+            self._serving = True
+        else:
+            self.fault = message
+        self._settled.set()
 
     def _take(self, event: Any) -> None:
         """Tells the meter what became of a job, whether or not anybody still waits for it, and hands it on.
@@ -7447,7 +7446,8 @@ class Worker:
 
     def _give_up(self, why: str) -> None:
         """Kills the child, and tells everybody it carried why."""
-        self._why = self._why or f"the engine process was ended: {why}"
+        if not self.fault.reason:
+            self.fault = LoadFailed(f"the engine process was ended: {why}", "" if self._stopping else "hang")
         kill(self.process)
         self._end()
 
@@ -7456,20 +7456,20 @@ class Worker:
         with contextlib.suppress(Exception):
             self.process.wait(2.0)
         status = self.process.returncode
-        reason = self._why or f"the engine process ended ({ending(status)})"
-        cause = "hang" if self._why else "memory" if status == -KILLED else "crash" if has_crashed(status) else ""
+        cause = "memory" if status == -KILLED else "crash" if has_crashed(status) else ""
         with self._lock:
             if self._ended.is_set():
                 return
             self._running = self.cells = 0
-            self.cause = "" if self._stopping else cause
+            if not self.fault.reason:
+                self.fault = LoadFailed(f"the engine process ended ({ending(status)})", "" if self._stopping else cause)
             self._ended.set()
+            self._settled.set()
         if self._serving and not self._stopping:  # of a load the ladder tells
-            log.error("%s: %s", self.info.id, reason)
-        self._outcome.put(LoadFailed("it was unloaded while it loaded" if self._stopping else reason, self.cause))
+            log.error("%s: %s", self.info.id, self.fault.reason)
         if self._serving:  # first, so that who asks again at once does not get this worker
-            self._died(self, reason)
-        self.fail_all(f"Model '{self.info.id}': {reason}")
+            self._died(self)
+        self.fail_all(f"Model '{self.info.id}': {self.fault.reason}")
 
     def fail_all(self, details: str, kind: type[ApiError] = GenerationFailed) -> None:
         """Ends every job with an error."""
@@ -7528,12 +7528,13 @@ class Ladder:
         self._crashes = Counter[str]()  # of young engines, by model
         self._lowered: dict[str, Rung] = {}  # where to begin, by model
 
-    def load(self, model: ModelInfo, setup: Setup, start: Callable[[Setup], Worker], asked: bool = False) -> Worker:
+    def load(self, setup: Setup, start: Callable[[Setup], Worker], asked: bool = False) -> Worker:
         """Loads by the highest rung that holds. `start` tries one, and raises LoadError.
 
         Raises the first rung's failure when none holds, and at once one that no other rung would mend. What a client
         `asked` for may itself be what crashes: that is remembered of no machine.
         """
+        model = setup.model
         if crashed := self._crashed.pop(model.id, None):
             self._judge(crashed)
         rung = kept = self._top(model)
@@ -7600,12 +7601,12 @@ class Ladder:
 
     def died(self, worker: Worker) -> None:
         """An engine ended by itself: if it was young, its model's next load looks into that."""
-        if worker.cause and time.monotonic() - worker.loaded_at <= self.YOUNG:
+        if worker.fault.cause and time.monotonic() - worker.loaded_at <= self.YOUNG:
             self._crashed[worker.info.id] = worker
 
     def _judge(self, worker: Worker) -> None:
         """The second crash of a young engine takes its model a rung down, unless it came with an RPC server's end."""
-        model, cause, rung = worker.info, worker.cause, worker.setup.rung
+        model, cause, rung = worker.info, worker.fault.cause, worker.setup.rung
         servers = set(worker.loaded.servers).intersection(worker.setup.options.rpc or ())  # an engine might name any address
         try:
             for server in servers:
@@ -7625,7 +7626,7 @@ class Ladder:
 # Settings of each model; Residents loads, evicts, unloads (keep-alive too), and Lease waits for that; Names says what a
 # name in a request means; ModelTable is all of it by name.
 
-MakeWorker = Callable[[ModelInfo, Setup, Callable[[Worker, str], None]], Worker]  # not started yet; calls back when it dies
+MakeWorker = Callable[[Setup, Callable[[Worker], None]], Worker]  # not started yet; calls back when it dies
 
 
 @dataclass(frozen=True)
@@ -7708,9 +7709,8 @@ class Entry:
     servers: tuple[str, ...] = ()  # RPC servers that are its own while it is in memory: each serves one client at a time
     crowded: str = ""  # why it did not fit beside the other models, until one of them is gone
     departures: int = 0  # times that it has left the memory
-    broken: str = ""  # why its last load failed, if no rung and no wait would mend that
     failures: int = 0  # loads in a row that failed on every rung
-    retry_at: float = 0.0  # monotonic: until then requests get the reason of the last failure
+    retry_at: float = 0.0  # monotonic: until then requests get the reason of the last failure; infinite: no wait mends that
     leases: int = 0  # requests that use the worker now
     waiting: int = 0  # requests that wait for the load
     last_used: float | None = None  # seconds since the epoch
@@ -7759,14 +7759,17 @@ class Residents:
 
     FIRST_PAUSE, LONGEST_PAUSE = 5.0, 600.0  # seconds after a load that failed on every rung; twice as many each time
 
-    def __init__(self, make_worker: MakeWorker, ladder: Ladder, settings: Callable[[Entry, Mapping[str, Any]], ModelSettings],
-                 options: TableOptions, metrics: Metrics) -> None:  # fmt: skip
-        """`settings` is asked with the condition held."""
+    def __init__(self, make_worker: MakeWorker, ladder: Ladder, settings: Settings, options: TableOptions,
+                 metrics: Metrics) -> None:  # fmt: skip
         self.changed = threading.Condition()
         self.entries: dict[str, Entry] = {}  # by id
+        self.default: str | None = None  # the id of the default model
         self.closed = self._started = False
         self._make_worker, self._ladder, self._settings = make_worker, ladder, settings
         self._options, self._metrics = options, metrics
+
+    def settings(self, entry: Entry, asked: Mapping[str, Any]) -> ModelSettings:
+        return self._settings.of(entry.info, entry.info.id == self.default, asked)
 
     def move(self, entry: Entry, state: str, worker: Worker | None = None, error: str | None = None) -> None:
         """Takes an entry to a state with all that belongs to it, and wakes whoever waits."""
@@ -7781,7 +7784,7 @@ class Residents:
     def status(self, entry: Entry) -> dict[str, Any]:
         """The entry's status with its memory, asked for without the condition: off Linux that starts a process. Takes it."""
         with self.changed:
-            status, worker, settings = entry.status(), entry.worker, self._settings(entry, {})
+            status, worker, settings = entry.status(), entry.worker, self.settings(entry, {})
         return status | {"memory_bytes": worker.memory_bytes() if worker else 0, "sampling": dict(settings.sampling)}
 
     def wake(self) -> None:
@@ -7807,10 +7810,11 @@ class Residents:
             load.asked.update(asked or {})
         if entry.load is None:
             pause = entry.retry_at - time.monotonic()
-            if entry.state == "failed" and pause > 0:
+            if entry.state == "failed" and 0 < pause < math.inf:
                 raise GenerationFailed(f"{entry.error} (it is tried again in {pause:.0f} s, or by a request to load it)")
             if entry.state == "failed":
                 self.move(entry, "unloaded")
+                entry.retry_at = 0.0
             entry.load = load
             self._schedule()
             self.changed.notify_all()
@@ -7868,7 +7872,7 @@ class Residents:
         asked, others = dict[str, Any](), list[Worker]()
 
         def start(setup: Setup) -> Worker:
-            starting = self._make_worker(info, setup, functools.partial(self._died, entry))
+            starting = self._make_worker(setup, functools.partial(self._died, entry))
             with self.changed:
                 if self.closed:
                     raise Overloaded(SHUTTING_DOWN)
@@ -7878,15 +7882,14 @@ class Residents:
         try:
             with self.changed:
                 asked = dict(load.asked)
-                engine = self._settings(entry, asked).engine
+                engine = self.settings(entry, asked).engine
                 taken = {s for e in self.entries.values() if e.in_memory and e is not entry for s in e.servers}
                 entry.servers = tuple(server for server in engine.rpc or () if server not in taken)
                 others = [e.worker for e in self.entries.values() if e.worker]
                 idle = any(e.idle for e in self.entries.values())
             reserved = sum(other.reserved_bytes() for other in others)
-            setup = Setup(engine, reserved=reserved, others_idle=idle, taken=tuple(taken))
-            info = entry.info.fitted(engine.mmproj)
-            worker = self._ladder.load(info, setup, start, bool(asked))
+            setup = Setup(entry.info.fitted(engine.mmproj), engine, reserved=reserved, others_idle=idle, taken=tuple(taken))
+            worker = self._ladder.load(setup, start, bool(asked))
         except ApiError as failure:
             error = failure
         except Exception as failure:
@@ -7896,10 +7899,10 @@ class Residents:
         with self.changed:
             if worker:
                 entry.asked, entry.failures, entry.retry_at, entry.idle_since = asked, 0, 0.0, time.monotonic()
-                entry.broken, entry.servers = "", tuple(s for s in entry.servers if s in worker.loaded.servers)
+                entry.servers = tuple(s for s in entry.servers if s in worker.loaded.servers)
                 self.move(entry, "loaded", worker)
                 if not worker.alive:
-                    self.move(entry, "failed", error="the engine process ended right after the load")
+                    self.move(entry, "failed", error=worker.fault.reason)
                 if load.asked == asked:  # else it was asked for with other options meanwhile
                     self._end_load(entry)
             elif error and cause == "room" and others:
@@ -7907,11 +7910,9 @@ class Residents:
                 entry.crowded = error.details
             elif error:  # what every rung failed at is not tried again and again
                 self._ladder.report(f"{printable(entry.info.id)} could not be loaded: {printable(error.details)}")
-                if cause and asked == entry.asked:  # what one client wished for keeps no other from it
-                    pause = self.FIRST_PAUSE * 2 ** min(entry.failures, 10)
-                    entry.retry_at, entry.failures = time.monotonic() + min(self.LONGEST_PAUSE, pause), entry.failures + 1
-                elif isinstance(error, LoadError) and asked == entry.asked:
-                    entry.broken = error.details
+                if isinstance(error, LoadError) and asked == entry.asked:  # what one client wished for keeps no other from it
+                    pause = min(self.LONGEST_PAUSE, self.FIRST_PAUSE * 2 ** min(entry.failures, 10)) if cause else math.inf
+                    entry.retry_at, entry.failures = time.monotonic() + pause, entry.failures + 1
                 self._end_load(entry, error)
 
     def _end_load(self, entry: Entry, error: ApiError | None = None) -> None:
@@ -7922,19 +7923,19 @@ class Residents:
             if entry.state != "loaded":
                 self.move(entry, "failed", error=error.details)
 
-    def _died(self, entry: Entry, worker: Worker, reason: str) -> None:
+    def _died(self, entry: Entry, worker: Worker) -> None:
         """A child ended by itself; takes the condition."""
         self._ladder.died(worker)
         with self.changed:
             if entry.worker is worker and entry.state == "loaded":
-                self.move(entry, "failed", error=reason)
+                self.move(entry, "failed", error=worker.fault.reason)
             self.changed.notify_all()
 
     # Unloading
 
     def left(self, entry: Entry) -> float:
         """Seconds until the model goes if nobody comes; infinite for one that stays."""
-        wished = (entry.keep_alive, self._settings(entry, {}).keep_alive, self._options.keep_alive)
+        wished = (entry.keep_alive, self.settings(entry, {}).keep_alive, self._options.keep_alive)
         keep = next(seconds for seconds in wished if seconds is not None)
         passed = time.monotonic() - entry.idle_since if entry.idle else 0.0
         return max(0.0, keep - passed) if keep >= 0 else math.inf
@@ -7957,7 +7958,7 @@ class Residents:
         if entry.state == "failed":
             self.move(entry, "unloaded")
         if entry.state == "unloaded":
-            entry.asked, entry.broken = {}, ""
+            entry.asked, entry.retry_at = {}, 0.0
 
     def _unload(self, entry: Entry, worker: Worker) -> None:
         """An unload's thread; takes the condition to say that it is over."""
@@ -8146,9 +8147,9 @@ class ModelTable:
 
     def __init__(self, catalog: Catalog, make_worker: MakeWorker, options: TableOptions, metrics: Metrics | None = None,
                  settings: Settings | None = None, ladder: Ladder | None = None) -> None:  # fmt: skip
-        self.catalog, self.options, self._settings = catalog, options, settings or Settings()
+        self.catalog, self.options = catalog, options
         ladder = ladder or Ladder(KnownFaults(), log.info)
-        self._residents = Residents(make_worker, ladder, self._settings_of, options, metrics or Metrics())
+        self._residents = Residents(make_worker, ladder, settings or Settings(), options, metrics or Metrics())
         self._changed = self._residents.changed  # guards the names too
         self._names = Names(options, {})
         self._taken = -math.inf  # when the scan began whose report is in the table
@@ -8170,6 +8171,7 @@ class ModelTable:
             self._residents.entries = found | {id: e for id, e in used.items() if id not in found}
             models = {id: e.info for id, e in self._residents.entries.items()}
             self._names = Names(self.options, models, self._names.default)
+            self._residents.default = self._names.default
             self._taken = report.began  # the last: `names` looks at it first, without the condition
             self._changed.notify_all()
 
@@ -8239,16 +8241,13 @@ class ModelTable:
         """The model with the projector by which it sees, or would if it were loaded; under the condition."""
         if entry.worker:
             return entry.info.fitted(entry.worker.info.projector if entry.worker.loaded.sees else "none")
-        return entry.info.fitted(self._settings_of(entry, entry.asked).engine.mmproj)
-
-    def _settings_of(self, entry: Entry, asked: Mapping[str, Any]) -> ModelSettings:
-        return self._settings.of(entry.info, entry.info.id == self._names.default, asked)
+        return entry.info.fitted(self._residents.settings(entry, entry.asked).engine.mmproj)
 
     def settings(self, id: str) -> ModelSettings:
         """The settings that the model is loaded with, or will be."""
         entry = self._find(id)
         with self._changed:
-            return self._settings_of(entry, entry.asked)
+            return self._residents.settings(entry, entry.asked)
 
     # Life
 
@@ -8270,7 +8269,7 @@ class ModelTable:
         entry = self._find(name)
         with self._changed:
             entry.retry_at = 0.0
-            engine = self._settings_of(entry, entry.load.asked if entry.load else entry.asked).engine
+            engine = self._residents.settings(entry, entry.load.asked if entry.load else entry.asked).engine
             is_new = any(getattr(engine, name) != value for name, value in (asked or {}).items())
             if is_new and entry.state == "loaded":
                 self._residents.move(entry, "unloading", entry.worker)
@@ -8309,11 +8308,10 @@ class ModelTable:
             first = [e for e in entries if e.info.id == self._names.default] or entries
             if not first or any(e.in_memory for e in entries):
                 return
-            pause = min(e.retry_at if e.state == "failed" else 0.0 for e in first) - time.monotonic()
+            pause = min(e.retry_at for e in first) - time.monotonic()
             if pause > 0:
-                raise Overloaded(f"The last load of a model failed; it is tried again in {pause:.0f} s")
-            if all(e.broken for e in first):
-                raise Overloaded(first[0].broken)
+                again = f"The last load of a model failed; it is tried again in {pause:.0f} s" if pause < math.inf else ""
+                raise Overloaded(again or first[0].error or "")
 
     def keep(self, id: str, seconds: float) -> None:
         """How long this model stays when nobody uses it, until it is unloaded; 0: it goes as soon as it is idle."""
@@ -8414,8 +8412,8 @@ class Service:
         self.started, self._began = time.time(), time.monotonic()
         self.unready: set[str] = set()  # why balancers should send nobody here, whatever the models do
 
-    def _make_worker(self, info: ModelInfo, setup: Setup, died: Callable[[Worker, str], None]) -> Worker:
-        return Worker(info, setup, self.max_queue, died, self._report, self.metrics.meter(info.id))
+    def _make_worker(self, setup: Setup, died: Callable[[Worker], None]) -> Worker:
+        return Worker(setup, self.max_queue, died, self._report, self.metrics.meter(setup.model.id))
 
     def _chat(self, worker: Worker) -> Chat:
         """How the model chats, made from what it says of itself when first asked."""

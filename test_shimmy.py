@@ -4946,7 +4946,7 @@ def llama() -> Any:
     """The model in the box, in this process."""
     file = REPO / "models" / f"{TINY}.gguf"
     options = module.EngineOptions(ctx=512, parallel=2, threads=1, gpu_layers=0)
-    return module.Llama(module.Load(model_info(file), module.Setup(options)), lambda fraction: None)
+    return module.Llama(module.Setup(model_info(file), options), lambda fraction: None)
 
 
 class Rows(module.Rows):
@@ -5105,7 +5105,7 @@ def test_allowed_tokens_are_found_within_a_character_and_control_tokens_stand_fo
 def test_tokens_of_forced_text_stand_for_just_its_bytes(text: str, model: str, models: Path) -> None:
     file = (models if model != TINY else REPO / "models") / f"{model}.gguf"
     options = module.EngineOptions(ctx=256, parallel=1, threads=1, gpu_layers=0)
-    vocab = module.Llama(module.Load(model_info(file), module.Setup(options)), lambda fraction: None).vocab
+    vocab = module.Llama(module.Setup(model_info(file), options), lambda fraction: None).vocab
     assert b"".join(map(vocab.piece, vocab.tokens_inside(text.encode()))) == text.encode()
 
 
@@ -7218,7 +7218,7 @@ def test_memory_of_a_context_is_what_llama_cpp_says_that_it_takes(kind: str, tmp
         def _on_log(self, level: int, line: bytes, data: Any) -> None:
             said.append(line.decode())
 
-    llama = Listening(module.Load(info, module.Setup(options)), lambda _: None)
+    llama = Listening(module.Setup(info, options), lambda _: None)
     buffers = [float(size) for line in said for size in re.findall(r"(?:KV|RS) buffer size = +([\d.]+) MiB", line)]
     expected = info.kv.token_bytes("f16") * llama.pool + info.kv.state_bytes(llama.plan.sequences)
     assert abs(sum(buffers) * (1 << 20) - expected) < 0.006 * len(buffers) * (1 << 20)
@@ -7286,8 +7286,8 @@ def test_model_larger_than_the_gpu_is_placed(shape: Any, gpus: list[int], wish: 
 def test_pool_that_a_load_is_planned_with(free: int | None, options: dict[str, Any], rung: dict[str, Any], pool: int) -> None:
     """`free` is left beside the weights."""
     model = plain_model(context_length=1000, kv=module.KvShape((10,), (0,)))
-    setup = module.Setup(module.EngineOptions(**options), module.Rung(**rung))
-    plan = module.plan_load(model, setup, None if free is None else free + model.size_bytes + module.GRAPH_BYTES)
+    setup = module.Setup(model, module.EngineOptions(**options), module.Rung(**rung))
+    plan = module.plan_load(setup, None if free is None else free + model.size_bytes + module.GRAPH_BYTES)
     assert (plan.pool, plan.ctx) == (pool, options.get("ctx", 1000))
 
 
@@ -7298,7 +7298,7 @@ def test_pool_that_a_load_is_planned_with(free: int | None, options: dict[str, A
 def test_model_that_does_not_fit_the_memory_asks_for_room(free: int, words: str) -> None:
     model = plain_model(size_bytes=1000, context_length=100, kv=module.KvShape((10,), (0,)))
     with pytest.raises(module.LoadError, match=re.escape(words)) as error:
-        module.plan_load(model, module.Setup(), free + (module.GRAPH_BYTES if free > 1000 else 0))
+        module.plan_load(module.Setup(model), free + (module.GRAPH_BYTES if free > 1000 else 0))
     assert error.value.cause == "room"
 
 
@@ -7307,10 +7307,10 @@ def test_projector_is_planned_where_it_will_be(tmp_path: Path) -> None:
     (tmp_path / "eyes.gguf").write_bytes(bytes(1000))
     weights, kv = module.Weights(((GIB, 0),) * 4, GIB), module.KvShape((8192,) * 4, (0,) * 4)
     model = plain_model(size_bytes=5 * GIB, context_length=8192, kv=kv, projector=str(tmp_path / "eyes.gguf"))
-    needs = [module.plan_load(model, module.Setup(), GIB, [64 * GIB], weights, remote).memory_need for remote in (False, True)]
+    needs = [module.plan_load(module.Setup(model), GIB, [64 * GIB], weights, remote).memory_need for remote in (False, True)]
     assert needs[1] - needs[0] == 1000 + module.GRAPH_BYTES
     with pytest.raises(module.LoadError, match="the projector needs") as error:
-        module.plan_load(model, module.Setup(), 999, [64 * GIB], weights, True)
+        module.plan_load(module.Setup(model), 999, [64 * GIB], weights, True)
     assert error.value.cause == "room"
 
 
@@ -7318,8 +7318,8 @@ def test_model_rather_has_idle_ones_unloaded_than_a_part_of_itself_on_the_cpu() 
     weights, kv = module.Weights(((GIB, 0),) * 32, GIB), module.KvShape((8192,) * 32, (0,) * 32)
     model = plain_model(size_bytes=33 * GIB, context_length=8192, kv=kv)
     with pytest.raises(module.LoadError, match="only 20 of 32 layers fit the GPU beside other models") as error:
-        module.plan_load(model, module.Setup(others_idle=True), 64 * GIB, [25 * GIB], weights)
-    plan = module.plan_load(model, module.Setup(), 64 * GIB, [25 * GIB], weights)
+        module.plan_load(module.Setup(model, others_idle=True), 64 * GIB, [25 * GIB], weights)
+    plan = module.plan_load(module.Setup(model), 64 * GIB, [25 * GIB], weights)
     assert error.value.cause == "room" and plan.gpu_layers == 20
     assert 12 * GIB < plan.memory_need < 18 * GIB
 
@@ -7342,7 +7342,7 @@ def test_tensors_are_placed_by_pattern_and_experts_apart(tmp_path: Path) -> None
             return replace(super()._plan(), cpu_moe=1)
 
     options = module.EngineOptions(ctx=64, threads=1, override_tensor=((r"blk\.1\.attn_q", "CPU"),))
-    Listening(module.Load(model_info(path), module.Setup(options)), lambda _: None).trial()
+    Listening(module.Setup(model_info(path), options), lambda _: None).trial()
     matched = {line.split()[1] for line in said if "overridden" in line}
     assert matched == {"blk.1.attn_q.weight", *(f"blk.0.ffn_{part}_exps.weight" for part in ("gate", "up", "down"))}
 
@@ -7547,8 +7547,8 @@ def eyes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 def started_eyes(info: Any, **options: Any) -> Any:
-    setup = module.Setup(module.EngineOptions(ctx=512, kv_pool=1024, parallel=4, batch=32, **options))
-    return module.Worker(info, setup, 99, lambda *_: None, lambda _: None).start()
+    setup = module.Setup(info, module.EngineOptions(ctx=512, kv_pool=1024, parallel=4, batch=32, **options))
+    return module.Worker(setup, 99, lambda *_: None, lambda _: None).start()
 
 
 @pytest.fixture(scope="module")
@@ -7562,7 +7562,7 @@ def plain_eyes(eyes: Any) -> Iterator[Any]:
 @pytest.fixture(scope="module")
 def llama_of_eyes(eyes: Any) -> Any:
     """The same model in this process."""
-    return module.Llama(module.Load(eyes.info, module.Setup(module.EngineOptions(ctx=512, parallel=1))), lambda _: None)
+    return module.Llama(module.Setup(eyes.info, module.EngineOptions(ctx=512, parallel=1)), lambda _: None)
 
 
 @dataclass(frozen=True)
@@ -8721,7 +8721,7 @@ def test_cancel_does_not_wait_for_the_tokenizer(breakable: Server) -> None:
 def test_cancel_stops_the_engine_although_nobody_iterates(models: Path) -> None:
     """The thread that iterates may be stuck in a write to a client that does not read."""
     info, options = model_info(models / "recital.gguf"), module.EngineOptions(ctx=LONG_CTX, threads=1)
-    worker = module.Worker(info, module.Setup(options), 9, lambda *_: None, lambda _: None).start()
+    worker = module.Worker(module.Setup(info, options), 9, lambda *_: None, lambda _: None).start()
     cancel, sampling = Cancellation(), module.Sampling(max_tokens=LONG_CTX, temperature=0)
     events = iter(worker.submit([module.Generate(("#",), sampling, frozenset())], cancel))
     while not isinstance(next(events), module.Piece):
@@ -8856,7 +8856,7 @@ BABBLE = {
 
 def test_request_that_cannot_be_sent_to_the_engine_is_told_so(models: Path) -> None:
     """Its thread would be missing for all later ones."""
-    worker = module.Worker(model_info(models / "recital.gguf"), module.Setup(), 5, lambda *_: None, lambda _: None)
+    worker = module.Worker(module.Setup(model_info(models / "recital.gguf")), 5, lambda *_: None, lambda _: None)
     worker.process = types.SimpleNamespace(kill=lambda: None, wait=lambda _: None, returncode=-9)  # type: ignore[assignment]
     worker._pipe = module.Pipe(io.BytesIO(), io.BytesIO())
     unsendable: Any = lambda: None  # noqa: E731
@@ -9172,7 +9172,7 @@ def test_only_what_crashes_led_to_is_remembered(
         return "a worker"
 
     ladder = module.Ladder(faults, lambda _: None)
-    assert ladder.load(plain_model(), module.Setup(), start) == "a worker"
+    assert ladder.load(module.Setup(plain_model()), start) == "a worker"
     known: Any = faults.read().get("rungs", {}).get("llama F32")
     assert ladder._known(plain_model()) == (kept or module.Rung())
     assert kept is None or known["reason"] == f"no luck: {next(c for c in causes if c != 'memory')}"
@@ -9308,11 +9308,11 @@ def test_crash_counts_unless_an_rpc_server_is_gone(
     ladder = module.Ladder(module.KnownFaults(str(tmp_path / "known.json")), lambda _: None)
     options = module.EngineOptions(rpc=("gone:1", "there:1"))
     loaded = types.SimpleNamespace(servers=servers, on_gpu=bool(servers))
-    worker: Any = types.SimpleNamespace(info=plain_model(), cause="crash", loaded=loaded, loaded_at=time.monotonic())
-    worker.setup = module.Setup(options)
+    worker: Any = types.SimpleNamespace(info=plain_model(), loaded=loaded, loaded_at=time.monotonic())
+    worker.setup, worker.fault = module.Setup(worker.info, options), module.LoadFailed("", "crash")
     monkeypatch.setattr(module.KnownFaults, "kernels", lambda _: ({}, False))
     for _ in range(3):
-        ladder.load(worker.info, worker.setup, lambda _: worker)
+        ladder.load(worker.setup, lambda _: worker)
         ladder.died(worker)
     local = servers == ("there:1",)
     lowered = {worker.info.id: module.Rung(local=local, plain=not local) if servers != ("made-up:1",) else
@@ -9381,7 +9381,7 @@ def test_rpc_server_belongs_to_one_model_at_a_time(models: Path, monkeypatch: py
     monkeypatch.setattr(FakeWorker, "memory_bytes", lambda _: 7)
     monkeypatch.setattr(FakeWorker, "stop", lambda _: None, raising=False)
 
-    def make(_: Any, setup: module.Setup, __: Any) -> Any:
+    def make(setup: module.Setup, _: Any) -> Any:
         taken.append(set(setup.taken))
         worker, free = FakeWorker(), [server for server in setup.options.rpc or () if server not in setup.taken]
         worker.loaded = types.SimpleNamespace(**vars(FakeWorker.loaded) | {"servers": tuple(free[:2])})
@@ -10060,7 +10060,7 @@ def test_engine_that_takes_long_to_end_holds_up_no_other_unload(models: Path, mo
     monkeypatch.setattr(FakeWorker, "memory_bytes", lambda _: 7)
     monkeypatch.setattr(FakeWorker, "stop", lambda worker: None if worker is quick else gone.wait(HANG))
     quick = FakeWorker()
-    table = table_of(models, lambda info, *_: quick if info.id == "recital" else FakeWorker())
+    table = table_of(models, lambda setup, *_: quick if setup.model.id == "recital" else FakeWorker())
     for name in ("dice", "recital"):
         assert table.load(name, True, Cancellation())["loaded"]
     with ThreadPoolExecutor(1) as pool:
@@ -10091,7 +10091,7 @@ def test_weights_that_an_idle_model_has_mapped_are_not_free_for_the_next(
     setups: list[module.Setup] = []
     monkeypatch.setattr(FakeWorker, "memory_bytes", lambda _: 7)
 
-    def make(_: Any, setup: module.Setup, __: Any) -> Any:
+    def make(setup: module.Setup, _: Any) -> Any:
         setups.append(setup)
         return FakeWorker()
 
@@ -11719,7 +11719,7 @@ def test_messages_prompt_beyond_the_context_says_it_in_anthropics_words(stream: 
 
 
 def test_silence_while_a_model_loads_is_broken_in_each_dialects_way(serve: Serve, models: Path, tmp_path: Path) -> None:
-    load = "        llama = Llama(load, progress)"
+    load = "        llama = Llama(setup, progress)"
     script = altered(tmp_path, ("PING_SECONDS = 15.0", "PING_SECONDS = 0.2"), (load, f"        time.sleep(1.5)\n{load}"))
     server = serve("--models-dir", models, script=script)
     with ThreadPoolExecutor() as pool:
@@ -13253,8 +13253,8 @@ def seer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[Any], s
     service = module.Service(Catalog([SearchRoot(str(folder), "")]), TableOptions(), module.Settings())
     workers: list[Any] = []
 
-    def make(info: Any, *_: Any) -> Any:
-        workers.append(SeeingWorker(info))
+    def make(setup: Any, *_: Any) -> Any:
+        workers.append(SeeingWorker(setup.model))
         return workers[-1]
 
     service.table._residents._make_worker = make
