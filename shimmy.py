@@ -3655,9 +3655,7 @@ def kernels_main() -> None:
 
     Prints each one's name, and behind it what is wrong with it: a name alone is one that was not survived.
     """
-    die_with_parent()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    os.environ.setdefault("GGML_NO_BACKTRACE", "1")
+    begin_child()
     ggml = Ggml(import_llama())
     for name, kind in ggml.kernels().items():
         if name not in sys.argv[1:]:
@@ -6958,11 +6956,7 @@ START_SECONDS = 10.0  # a thread that has not begun by then never will
 
 def engine_main() -> None:
     """The child's main: messages on stdin and stdout. Never returns."""
-    die_with_parent()
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # which a whole group may get: the parent says when it ends
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
-    os.environ.setdefault("GGML_NO_BACKTRACE", "1")  # else an abort() in native code starts a debugger
+    begin_child()
     # llama.cpp's threads wait for each other busily, GNU's OpenMP for milliseconds: beside one other busy program a step then
     # took up to twenty times as long; some 30 µs at most cost nothing where there is none
     if "OMP_WAIT_POLICY" not in os.environ:
@@ -7497,7 +7491,7 @@ class Worker:
 
     def reserved_bytes(self) -> int:
         """Bytes of memory that count as free and are not: the engine has mapped them, or will fill them. Takes time."""
-        return mapped_bytes([self.process.pid]) + max(0, self.loaded.memory_need - self.memory_bytes()) if self.alive else 0
+        return proc_pages(self.process.pid, 2) + max(0, self.loaded.memory_need - self.memory_bytes()) if self.alive else 0
 
     def stop(self) -> None:
         """Ends the child: it goes at the end of its pipe, else is killed. While it loads, `start` raises. Idempotent.
@@ -7691,6 +7685,7 @@ class PendingLoad:
     asked: dict[str, Any]  # fields of EngineOptions that it is to be loaded with, by request
     background: bool = False  # it is wanted although nobody waits for it
     refusal: ApiError | None = None  # why it cannot begin now
+    crowded: str = ""  # why the model did not fit beside the others, until one of them is gone
     error: ApiError | None = None  # how it ended, if badly
 
 
@@ -7707,7 +7702,6 @@ class Entry:
     load: PendingLoad | None = None
     asked: Mapping[str, Any] = field(default_factory=dict)  # fields of EngineOptions that requests gave for its last load
     servers: tuple[str, ...] = ()  # RPC servers that are its own while it is in memory: each serves one client at a time
-    crowded: str = ""  # why it did not fit beside the other models, until one of them is gone
     departures: int = 0  # times that it has left the memory
     failures: int = 0  # loads in a row that failed on every rung
     retry_at: float = 0.0  # monotonic: until then requests get the reason of the last failure; infinite: no wait mends that
@@ -7777,8 +7771,8 @@ class Residents:
         entry.state, entry.worker, entry.starting, entry.error = state, worker, None, error
         if not entry.in_memory:
             entry.departures += 1
-            for other in self.entries.values():
-                other.crowded = ""
+            for load in [e.load for e in self.entries.values() if e.load]:
+                load.crowded = ""
         self.changed.notify_all()
 
     def status(self, entry: Entry) -> dict[str, Any]:
@@ -7847,7 +7841,7 @@ class Residents:
         load.refusal, held = None, [e for e in self.entries.values() if e.in_memory]
         if entry.in_memory:  # with other options
             held = [entry]
-        elif len(held) < self._options.max_loaded and not (entry.crowded and held):
+        elif len(held) < self._options.max_loaded and not (load.crowded and held):
             return True
         if entry.state == "unloading" or any(e.state == "unloading" and not e.leases for e in held):
             return False
@@ -7856,7 +7850,7 @@ class Residents:
             self.move(oldest, "unloading", oldest.worker)
         else:
             busy = f"{len(held)} loaded models are busy"
-            why = f"{entry.crowded}; {busy}" if entry.crowded else f"All {busy} (--max-loaded {self._options.max_loaded})"
+            why = f"{load.crowded}; {busy}" if load.crowded else f"All {busy} (--max-loaded {self._options.max_loaded})"
             if entry.in_memory:
                 asked = ", ".join(f"{name} {value}" for name, value in load.asked.items())
                 why = f"Model '{entry.info.id}' is too busy to be loaded again with {asked}"
@@ -7907,7 +7901,7 @@ class Residents:
                     self._end_load(entry)
             elif error and cause == "room" and others:
                 self.move(entry, "unloaded")
-                entry.crowded = error.details
+                load.crowded = error.details
             elif error:  # what every rung failed at is not tried again and again
                 self._ladder.report(f"{printable(entry.info.id)} could not be loaded: {printable(error.details)}")
                 if isinstance(error, LoadError) and asked == entry.asked:  # what one client wished for keeps no other from it
@@ -7919,7 +7913,7 @@ class Residents:
         """Tells everybody who waits for a load how it ended."""
         load, entry.load = entry.load, None
         if error and load:
-            load.error, entry.crowded = error, ""
+            load.error = error
             if entry.state != "loaded":
                 self.move(entry, "failed", error=error.details)
 
@@ -13424,7 +13418,7 @@ def resident_bytes(pids: Iterable[int]) -> int:
     """Resident bytes of the processes together; those that are gone count nothing."""
     pids = list(pids)
     if os.path.isdir("/proc/self"):
-        return sum(_proc_pages(pid, 1) for pid in pids)
+        return sum(proc_pages(pid, 1) for pid in pids)
     if sys.platform == "win32":
         tasklist = os.path.join(os.environ.get("SYSTEMROOT", "C:\\Windows"), "System32", "tasklist.exe")
         return _windows_resident(output_of([tasklist, "/fo", "csv", "/nh"]), pids)
@@ -13514,7 +13508,7 @@ def _parent_thread() -> Executor:
 def start_child(entry: str) -> tuple[subprocess.Popen[bytes], Pipe]:
     """Starts a process of ours that runs `entry`, with a pipe to it.
 
-    One thread starts them all and lives as long as this process: its end is theirs (die_with_parent). Raises OSError;
+    One thread starts them all and lives as long as this process: its end is theirs (begin_child). Raises OSError;
     RuntimeError when there is no thread to be had, or the interpreter ends.
     """
     import subprocess
@@ -13552,11 +13546,16 @@ def run_child(entry: str, *arguments: str) -> tuple[int | None, str]:
     return code, said.decode("utf-8", "replace")
 
 
-def die_with_parent() -> None:
-    """Linux kills this child when the thread that started it ends (prctl(2)), even while it is stopped (SIGSTOP).
+def begin_child() -> None:
+    """Leaves it to the parent when this child ends. Whatever a whole group may get does not; but the parent's end does.
 
-    Elsewhere, and if the parent died before, the end of the pipe tells.
+    Linux kills it when the thread that started it ends (prctl(2)), even while it is stopped (SIGSTOP). Elsewhere, and if
+    the parent died before, the end of the pipe tells.
     """
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    os.environ.setdefault("GGML_NO_BACKTRACE", "1")  # else an abort() in native code starts a debugger
     if sys.platform == "linux":
         import ctypes
 
@@ -13564,13 +13563,8 @@ def die_with_parent() -> None:
             ctypes.CDLL(None).prctl(1, ctypes.c_ulong(signal.SIGKILL))  # PR_SET_PDEATHSIG, linux/prctl.h
 
 
-def mapped_bytes(pids: Iterable[int]) -> int:
-    """Resident bytes of files that the processes have mapped, weights above all; 0 where nobody tells."""
-    return sum(_proc_pages(pid, 2) for pid in pids)
-
-
-def _proc_pages(pid: int, column: int) -> int:
-    """A column of /proc/PID/statm in bytes: 1 is what is resident, 2 what of it belongs to files (proc(5))."""
+def proc_pages(pid: int, column: int) -> int:
+    """A column of /proc/PID/statm in bytes: 1 is what is resident, 2 what of it belongs to files (proc(5)). 0 elsewhere."""
     try:
         with open(f"/proc/{pid}/statm") as file:
             return int(file.read().split()[column]) * os.sysconf("SC_PAGE_SIZE")
