@@ -1321,10 +1321,15 @@ class ModelInfo:
         return self if mmproj is None else replace(self, projector=None if mmproj == "none" else mmproj)
 
     @property
-    def weights_bytes(self) -> int:
-        """The memory that its weights take, its projector's too."""
+    def projector_bytes(self) -> int:
+        """The memory that its projector's weights take."""
         stamp = _stamp(self.projector) if self.projector else None
-        return self.size_bytes + (stamp[2] if stamp else 0)
+        return stamp[2] if stamp else 0
+
+    @property
+    def weights_bytes(self) -> int:
+        """The memory that all its weights take."""
+        return self.size_bytes + self.projector_bytes
 
     def largest_context(self, kv_type: str) -> int | None:
         """The longest context whose KV cache fits the free memory beside the weights; None where nobody knows."""
@@ -3146,7 +3151,7 @@ class Rung:
 
 @dataclass(frozen=True)
 class Setup:
-    """First message to a child: which model, and how: the options, what this machine makes us give up, what others take."""
+    """First message to a child: which model to load, how, what this machine makes us give up, and what other engines take."""
 
     model: ModelInfo
     options: EngineOptions = EngineOptions()
@@ -3430,7 +3435,7 @@ class Pipe:
 
     @classmethod
     def of_child(cls) -> Pipe:
-        """A child's own, on stdin and stdout; what native code prints goes to stderr then."""
+        """Makes a child's own of stdin and stdout; what native code prints goes to stderr then, not into the messages."""
         pipe = cls(os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb"), in_child=True)
         os.dup2(2, 1)
         return pipe
@@ -3691,7 +3696,8 @@ def plan_load(setup: Setup, free: int | None, gpus: Seq[int] = (), weights: Weig
     sequences = min(options.parallel + spare, MAX_ROWS)
     pool = 0 if kv == KvShape() and model.kv else ctx if rung.small_pool or model.embedding else options.kv_pool or 4 * ctx
     needs = Needs(weights or Weights((), model.size_bytes), kv, options.kv_type, sequences)
-    on_gpu, moe, layers, eyes = 0, 0, len(needs.weights.layers), Eyes.memory_need(model)
+    on_gpu, moe, layers, eyes = 0, 0, len(needs.weights.layers), model.projector_bytes
+    eyes += GRAPH_BYTES if eyes else 0
     if gpus and not rung.cpu:
         on_gpu, moe, fits = place(needs, gpus, ctx, max(pool, ctx), 4 * GRAPH_BYTES + (0 if remote else eyes),
                                   options.gpu_layers, options.n_cpu_moe, rung.gpu_share)  # fmt: skip
@@ -4510,13 +4516,6 @@ class Eyes:
             self.c.mtmd_free(self.handle)
             self.handle = self._open(path, most)
         self.whole = self._largest() if both_ways else 0
-
-    @staticmethod
-    def memory_need(model: ModelInfo) -> int:
-        """Bytes that a model's projector takes, about."""
-        with contextlib.suppress(OSError):
-            return os.path.getsize(model.projector) + GRAPH_BYTES if model.projector else 0
-        return 0
 
     def _open(self, path: str, most: int = -1) -> Any:
         """Loads the projector, for pictures of so many tokens at most; by default as many as it says."""
@@ -6996,9 +6995,10 @@ def engine_main() -> None:
 
 
 def drop_what_stderr_has_no_room_for() -> None:
-    """Keeps native code too from waiting for a reader: of a full pipe or a stopped terminal, which the server shares.
+    """Lets no full pipe or stopped terminal that nobody reads hold up the engine, whose native code writes there too (Linux).
 
-    On Linux it is opened again, so that the server's stays as it is; a file has always room, and one place for the next word.
+    Stderr is opened again, as the server and its shell share the description. A file has room, and must not be: the next
+    line's place in it is shared as well.
     """
     with contextlib.suppress(OSError):
         if sys.platform == "linux" and not stat.S_ISREG(os.fstat(2).st_mode):
@@ -7399,7 +7399,7 @@ class Worker:
         self._end()
 
     def _settle(self, message: Loaded | LoadFailed) -> None:
-        """How the load ended."""
+        """Lets `start` go on: the load has ended."""
         if isinstance(message, Loaded):
             self.loaded, self.loaded_at = replace(message, devices=printable(message.devices, 2000)), time.monotonic()
             self._serving = True
@@ -7763,6 +7763,7 @@ class Residents:
         self._options, self._metrics = options, metrics
 
     def settings(self, entry: Entry, asked: Mapping[str, Any]) -> ModelSettings:
+        """The settings of a load that requests `asked` these fields of EngineOptions for."""
         return self._settings.of(entry.info, entry.info.id == self.default, asked)
 
     def move(self, entry: Entry, state: str, worker: Worker | None = None, error: str | None = None) -> None:
@@ -13318,7 +13319,7 @@ def complain(error: Exception, code: int) -> int:
 
 # ── A. The machine ────────────────────────────────────────────────────────────────────────────────────────────────────
 # Memory, cores, versions and faults of this machine, our child processes, and how sizes and foreign text are shown.
-# Offers: all but what begins with _. Uses: child_command, user_cache, _stamp (3).
+# Offers: all but what begins with _. Uses: child_command, user_cache, _stamp (3), Pipe (6).
 
 
 def human_count(count: int) -> str:
@@ -13391,7 +13392,7 @@ def available_memory() -> int | None:
             cached = re.findall(r"^(?:in)?active_file (\d+)$", (group / "memory.stat").read_text(), re.M)
             free.append(left + sum(map(int, cached)))
     if not free and sys.platform == "darwin":
-        free += _mac_memory(output_of(["/usr/bin/vm_stat"]))
+        free += _mac_memory(run_program(["/usr/bin/vm_stat"])[1])
     if not free and sys.platform == "win32":
         free.append(_windows_memory())
     return max(0, min(free)) if free else None
@@ -13421,8 +13422,9 @@ def resident_bytes(pids: Iterable[int]) -> int:
         return sum(proc_pages(pid, 1) for pid in pids)
     if sys.platform == "win32":
         tasklist = os.path.join(os.environ.get("SYSTEMROOT", "C:\\Windows"), "System32", "tasklist.exe")
-        return _windows_resident(output_of([tasklist, "/fo", "csv", "/nh"]), pids)
-    return sum(int(n) for n in output_of(["/bin/ps", "-o", "rss=", "-p", ",".join(map(str, pids))]).split()) * 1024
+        return _windows_resident(run_program([tasklist, "/fo", "csv", "/nh"])[1], pids)
+    sizes = run_program(["/bin/ps", "-o", "rss=", "-p", ",".join(map(str, pids))])[1]
+    return sum(map(int, sizes.split())) * 1024
 
 
 def _windows_resident(tasklist: str, pids: Seq[int]) -> int:
@@ -13431,12 +13433,20 @@ def _windows_resident(tasklist: str, pids: Seq[int]) -> int:
     return sum(int("0" + re.sub(r"\D", "", size)) * 1024 for pid, size in rows if int(pid) in pids)
 
 
-def output_of(command: Seq[str]) -> str:
-    """What a command writes to stdout. Its program is named by its whole path: the working directory may hold another."""
+def run_program(command: Seq[str]) -> tuple[int | None, str]:
+    """Runs a command to its end: its exit status, and what it wrote to stdout. None is the status of one that took a minute.
+
+    Its program is named by its whole path, as the working directory may hold another. Raises OSError.
+    """
     import subprocess
 
-    # no shell, and nothing from a client is on the command line
-    return subprocess.run(command, capture_output=True, text=True).stdout  # noqa: S603  # nosec B603
+    try:
+        # no shell, and nothing from a client is on the command line
+        done = subprocess.run(command, capture_output=True, timeout=60.0)  # noqa: S603  # nosec B603
+        code, said = done.returncode, done.stdout
+    except subprocess.TimeoutExpired as error:
+        code, said = None, error.stdout or b""
+    return code, said.decode("utf-8", "replace")
 
 
 def resolved(host: str, port: int, seconds: float, family: int = 0) -> list[tuple[str, int]]:
@@ -13530,22 +13540,6 @@ def kill(process: subprocess.Popen[bytes]) -> None:
         process.wait(5.0)
 
 
-def run_child(entry: str, *arguments: str) -> tuple[int | None, str]:
-    """Runs `entry` in a process of ours, as what it tries may crash or hang: its exit status, and what it wrote to stdout.
-
-    None is the status of one that took a minute, for what takes a quarter of a second on an idle machine. Raises OSError.
-    """
-    import subprocess
-
-    try:
-        # no shell, and nothing from a client is on the command line
-        done = subprocess.run(child_command(entry, *arguments), capture_output=True, timeout=60.0)  # noqa: S603  # nosec B603
-        code, said = done.returncode, done.stdout
-    except subprocess.TimeoutExpired as error:
-        code, said = None, error.stdout or b""
-    return code, said.decode("utf-8", "replace")
-
-
 def begin_child() -> None:
     """Leaves it to the parent when this child ends. Whatever a whole group may get does not; but the parent's end does.
 
@@ -13595,7 +13589,7 @@ def physical_cores() -> int:
 def _mac_cores() -> int:
     """A Mac's fast cores, without those that save power: every step waits for its slowest thread. 0 elsewhere."""
     names = ("hw.perflevel0.physicalcpu", "hw.physicalcpu") if sys.platform == "darwin" else ()  # Intel's have no levels
-    told = (output_of(["/usr/sbin/sysctl", "-n", name]).strip() for name in names)
+    told = (run_program(["/usr/sbin/sysctl", "-n", name])[1].strip() for name in names)
     return next((int(words) for words in told if words), 0)
 
 
@@ -13664,7 +13658,7 @@ def engine_build() -> dict[str, Any]:
     """CPU features and GPU offload of the installed llama.cpp; asked until it answers, by one thread at a time."""
     with _asking_build, contextlib.suppress(OSError, ValueError):
         if not _known_build:
-            _known_build.update(json.loads(run_child("build_main")[1]))
+            _known_build.update(json.loads(run_program(child_command("build_main"))[1]))
     return NO_BUILD | _known_build
 
 
@@ -13744,7 +13738,7 @@ def try_kernels() -> dict[str, str] | None:
     found: dict[str, str] = {}
     with contextlib.suppress(OSError):
         while True:
-            code, said = run_child("kernels_main", *found)
+            code, said = run_program(child_command("kernels_main", *found))
             rows = [line.partition("\t") for line in said.splitlines()]
             if code != 0 and not (has_crashed(code) and rows and not rows[-1][1]):
                 break  # it ended at nothing that was tried

@@ -1567,7 +1567,7 @@ def test_numbers_are_rounded_into_the_next_unit(human: Callable[[int], str], num
 
 def test_build_is_asked_again_when_it_did_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     answers = iter([(1, ""), (0, '{"engine": "x", "gpu_offload": true}')])
-    monkeypatch.setattr(module, "run_child", lambda *_: next(answers))
+    monkeypatch.setattr(module, "run_program", lambda _: next(answers))
     monkeypatch.setattr(module, "_known_build", {})
     assert module.engine_build()["gpu_offload"] is False
     assert module.engine_build() == module.engine_build() == {"engine": "x", "gpu_offload": True, "rpc": False, "devices": []}
@@ -7322,6 +7322,8 @@ def test_model_rather_has_idle_ones_unloaded_than_a_part_of_itself_on_the_cpu() 
     plan = module.plan_load(module.Setup(model), 64 * GIB, [25 * GIB], weights)
     assert error.value.cause == "room" and plan.gpu_layers == 20
     assert 12 * GIB < plan.memory_need < 18 * GIB
+    with pytest.raises(module.LoadError, match=r"the weights need 13\.0GB, 1\.0GB of memory are available"):  # 12 layers, output
+        module.plan_load(module.Setup(model), GIB, [25 * GIB], weights)
 
 
 def test_weights_by_layer_are_read_from_the_header(tmp_path: Path) -> None:
@@ -7374,7 +7376,7 @@ def test_free_memory_of_a_mac(text: str, expected: list[int]) -> None:
 })  # fmt: skip
 def test_fast_cores_of_a_mac(told: dict[str, str], cores: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module.sys, "platform", "darwin")
-    monkeypatch.setattr(module, "output_of", lambda command: told.get(command[-1], ""))
+    monkeypatch.setattr(module, "run_program", lambda command: (0, told.get(command[-1], "")))
     assert module._mac_cores.__wrapped__() == cores
 
 
