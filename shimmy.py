@@ -191,7 +191,8 @@ import copy
 import errno
 import functools
 import gc
-import http
+import http.client
+import http.server
 import io
 import ipaddress
 import itertools
@@ -224,7 +225,6 @@ from typing import IO, TYPE_CHECKING, Annotated, Any, BinaryIO, ClassVar, NoRetu
 if TYPE_CHECKING:
     import ast
     import asyncio
-    import http.client
     import subprocess
     from concurrent.futures import Executor
     from fractions import Fraction
@@ -2930,8 +2930,6 @@ class HttpGetter:
         """The status, headers and body, of so many bytes at most, of an address whose host is open. Raises ToolError."""
         if not self.hosts:
             raise ToolError("http_get is off: start the server with --tool-hosts HOST,… (or *) to open hosts")
-        import http.client
-
         for _ in range(self.MAX_REDIRECTS + 1):
             if len(url) > self.MAX_URL:
                 raise ToolError(f"the address is over {self.MAX_URL} characters")
@@ -11285,12 +11283,12 @@ def raise_descriptor_limit() -> int:
     return limit
 
 
-class Server(socketserver.ThreadingTCPServer):
+class Server(http.server.ThreadingHTTPServer):
     """The listening socket and what its connections share. `stop` is the end: ordered and idempotent."""
 
-    daemon_threads = True
     request_queue_size = 1024  # bursts wait in the kernel, not in retransmissions
-    allow_reuse_address = os.name == "posix"
+    allow_reuse_address = os.name == "posix"  # on Windows a second server would take the port as well
+    allow_reuse_port = False  # as it would here, with the default of newer Pythons
 
     def __init__(self, address: tuple[str, int], service: Service, access: Access) -> None:
         self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
@@ -11302,6 +11300,10 @@ class Server(socketserver.ThreadingTCPServer):
         self._changed = threading.Condition()
         self._running: set[Cancellation] = set()
         super().__init__(address, Handler)
+
+    def server_bind(self) -> None:
+        """Binds without HTTPServer's getfqdn, which may ask DNS for seconds for a name that nobody reads."""
+        socketserver.TCPServer.server_bind(self)
 
     @property
     def url(self) -> str:
@@ -12686,8 +12688,6 @@ class Neighbour:
     def request(self, method: str, path: str, body: bytes | None = None,
                 seconds: float | None = None) -> Iterator[http.client.HTTPResponse]:  # fmt: skip
         """The answer. Raises OSError when nobody answers within so many seconds, HTTPException for what is no HTTP."""
-        import http.client
-
         with contextlib.closing(http.client.HTTPConnection(self._host, self._port, timeout=seconds)) as connection:
             connection.connect()
             with contextlib.suppress(ConnectionError):  # it answers 413 before it has read a body that is too large
@@ -12702,8 +12702,6 @@ class Neighbour:
 
 def command_diag(args: argparse.Namespace) -> int:
     """Shows what a report of a problem should contain: of a server its health, and if it takes our key."""
-    import http.client
-
     service = make_service(args)
     service.table.models(0.0)
     server = Neighbour(args)
@@ -12830,8 +12828,6 @@ class RunningServer(Neighbour):
             raise NoServer(f"--models-dir holds another {printable(self.model)} than the server at {self.url}")
 
     def _ask(self, path: str) -> dict[str, Any]:
-        import http.client
-
         try:
             status, document = self.get(path, 5.0)
         except (OSError, http.client.HTTPException, ValueError):
@@ -12860,8 +12856,6 @@ class RunningServer(Neighbour):
         return self._ask(f"/api/models/{urllib.parse.quote(self.model, safe='', errors='surrogateescape')}/status")
 
     def documents(self, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        import http.client
-
         try:
             with self.request("POST", "/api/generate", to_json(body | {"stream": True})) as response:
                 if response.status != 200:
@@ -18845,8 +18839,6 @@ class Pull:
 @contextlib.contextmanager
 def connection_errors() -> Iterator[None]:
     """Raises ConnectionLost, in the system's words, for whatever ends a connection."""
-    import http.client
-
     try:
         yield
     except (OSError, RuntimeError, ValueError, http.client.HTTPException) as error:
