@@ -13998,14 +13998,14 @@ def test_client_that_ends_its_side_has_left(stream: bool, more: bytes, server: S
 @pytest.mark.parametrize("ahead", [b"", b"GET /health HT"], ids=["nothing", "half a request"])
 def test_watcher_keeps_what_a_client_sends_ahead(ahead: bytes) -> None:
     watcher, cancel, (ours, theirs) = Watcher(), Cancellation(), socket.socketpair()
-    reader = module.RequestReader(ours)
-    with contextlib.closing(ours), contextlib.closing(theirs), watcher.watching(reader, cancel):
+    connection = module.Connection(ours)
+    with contextlib.closing(ours), contextlib.closing(theirs), watcher.watching(connection, cancel):
         theirs.sendall(ahead)
         time.sleep(0.1)
         assert not cancel.cancelled
         theirs.close()
         eventually(lambda: cancel.cancelled, "it has left")
-        assert reader.take(len(ahead)) == ahead
+        assert connection.take(len(ahead)) == ahead
 
 
 # Trust
@@ -14781,7 +14781,7 @@ def test_a_large_body_gives_its_place_back_whatever_raises_and_before_it_waits(
         tmp_path,
         ("threading.BoundedSemaphore(8)", "threading.BoundedSemaphore(1)"),
         ("TURN_SECONDS = 10.0", "TURN_SECONDS = 0.2"),
-        ("        fail(ApiError(\"See the server's log\"))", "        raise"),
+        ("            self.fail(ApiError(\"See the server's log\"))", "            raise"),
         ("    value = parse_json(data, what)", "    assert b'boom' not in data\n    value = parse_json(data, what)"),
         ("MAX_PICTURED_BODY = 32 * MIB", "MAX_PICTURED_BODY = 3 * MIB"),
     )
