@@ -10943,66 +10943,63 @@ class Route:
         return "/" + "/".join(self.path).replace("{}", "{name}")
 
 
-def _route(row: str, answer: Answering | type[Dialect], **marks: Any) -> Iterator[Route]:
+def _route(row: str, answer: Answering | type[Dialect], **marks: Any) -> Route:
     method, path = row.split()
     if isinstance(answer, type):
         assert issubclass(answer, Dialect)
         marks = {"needs_body": True, "api": answer.api, "max_body": answer.max_body} | marks
-    segments = tuple(filter(None, path.split("/")))
-    yield Route(method, segments, answer, **marks)
-    if segments[:1] == ("v1",):  # OpenAI's routes work without /v1 too
-        yield Route(method, segments[1:], answer, **marks)
+    return Route(method, tuple(filter(None, path.split("/"))), answer, **marks)
 
 
 PROMETHEUS = {"Content-Type": "text/plain; version=0.0.4; charset=utf-8"}
-_OLLAMA_GENERATE = Route("POST", ("api", "generate"), OllamaGenerate, needs_body=True, api="ollama", framing=NDJSON)
-ROUTES = (
-    *_route("GET /", answer_root, keyless=True),
-    *_route("GET /health", answer_health, keyless=True),
-    *_route("GET /api/health", answer_health, keyless=True),
-    *_route("GET /ready", answer_ready, keyless=True),
-    *_route("GET /diag", lambda call: call.service.diag()),
-    *_route("GET /metrics", lambda call: Answer(metrics_text(call.service), headers=PROMETHEUS)),
-    *_route("POST /api/generate", Native, ollamas=_OLLAMA_GENERATE),
-    *_route("GET /api/models", lambda call: call.service.models()),
-    *_route("POST /api/models/discover", answer_discover),
-    *_route("POST /api/models/{}/load", answer_load),
-    *_route("POST /api/models/{}/unload", answer_unload),
-    *_route("GET /api/models/{}/status", lambda call: call.service.table.status(call.names[0])),
-    *_route("GET /api/tools", lambda call: {"tools": call.service.tools.documents()}),
-    *_route("POST /api/tools/{}/execute", needs_body=True, answer=lambda call: call.service.tools.execute(
+ROUTES: tuple[Route, ...] = (
+    _route("GET /", answer_root, keyless=True),
+    _route("GET /health", answer_health, keyless=True),
+    _route("GET /api/health", answer_health, keyless=True),
+    _route("GET /ready", answer_ready, keyless=True),
+    _route("GET /diag", lambda call: call.service.diag()),
+    _route("GET /metrics", lambda call: Answer(metrics_text(call.service), headers=PROMETHEUS)),
+    _route("POST /api/generate", Native, ollamas=_route("POST /api/generate", OllamaGenerate, framing=NDJSON)),
+    _route("GET /api/models", lambda call: call.service.models()),
+    _route("POST /api/models/discover", answer_discover),
+    _route("POST /api/models/{}/load", answer_load),
+    _route("POST /api/models/{}/unload", answer_unload),
+    _route("GET /api/models/{}/status", lambda call: call.service.table.status(call.names[0])),
+    _route("GET /api/tools", lambda call: {"tools": call.service.tools.documents()}),
+    _route("POST /api/tools/{}/execute", needs_body=True, answer=lambda call: call.service.tools.execute(
         call.names[0], call.body, call.cancel)),
-    *_route("GET /ws/generate", answer_upgrade),
-    *_route("POST /v1/chat/completions", ChatCompletion),
-    *_route("POST /v1/completions", Completion),
-    *_route("POST /v1/embeddings", Embeddings),
-    *_route("POST /v1/rerank", Rerank),
-    *_route("POST /v1/reranking", Rerank),
-    *_route("POST /v1/messages", Messages, framing=NAMED_SSE),
-    *_route("POST /v1/messages/count_tokens", needs_body=True, api="anthropic", max_body=MAX_PICTURED_BODY, answer=lambda call: {
+    _route("GET /ws/generate", answer_upgrade),
+    _route("POST /v1/chat/completions", ChatCompletion),
+    _route("POST /v1/completions", Completion),
+    _route("POST /v1/embeddings", Embeddings),
+    _route("POST /v1/rerank", Rerank),
+    _route("POST /v1/reranking", Rerank),
+    _route("POST /v1/messages", Messages, framing=NAMED_SSE),
+    _route("POST /v1/messages/count_tokens", needs_body=True, api="anthropic", max_body=MAX_PICTURED_BODY, answer=lambda call: {
         "input_tokens": call.service.count_tokens(Messages(call.body).request, call.cancel)}),
-    *_route("POST /v1/responses", Responses, framing=NAMED_SSE),
-    *_route("GET /v1/models", answer_openai_models, api="openai"),
-    *_route("GET /v1/models/{}", api="openai", answer=lambda call: listed_model(
+    _route("POST /v1/responses", Responses, framing=NAMED_SSE),
+    _route("GET /v1/models", answer_openai_models, api="openai"),
+    _route("GET /v1/models/{}", api="openai", answer=lambda call: listed_model(
         call.service, call.service.table.info(call.names[0]))),
-    *_route("GET /api/version", lambda call: {"version": OLLAMA_VERSION}, api="ollama"),  # clients compare it
-    *_route("GET /api/tags", lambda call: {"models": list(map(ollama_model, call.service.table.infos()))}, api="ollama"),
-    *_route("GET /api/ps", answer_ps, api="ollama"),
-    *_route("POST /api/show", answer_show, needs_body=True, api="ollama"),
-    *_route("POST /api/pull", OllamaPull, framing=NDJSON),
-    *_route("POST /api/chat", OllamaChat, framing=NDJSON),
-    *_route("POST /api/embed", OllamaEmbed),
-    *_route("POST /api/embeddings", OllamaEmbedding),
-    *_route("POST /completion", LlamaCompletion, framing=PLAIN_SSE),
-    *_route("POST /infill", LlamaInfill, framing=PLAIN_SSE),
-    *_route("POST /tokenize", answer_tokenize, needs_body=True, api="llama-server"),
-    *_route("POST /detokenize", answer_detokenize, needs_body=True, api="llama-server"),
-    *_route("POST /apply-template", needs_body=True, api="llama-server", max_body=MAX_PICTURED_BODY, answer=answer_template),
-    *_route("GET /props", api="llama-server", answer=lambda call: model_properties(
+    _route("GET /api/version", lambda call: {"version": OLLAMA_VERSION}, api="ollama"),  # clients compare it
+    _route("GET /api/tags", lambda call: {"models": list(map(ollama_model, call.service.table.infos()))}, api="ollama"),
+    _route("GET /api/ps", answer_ps, api="ollama"),
+    _route("POST /api/show", answer_show, needs_body=True, api="ollama"),
+    _route("POST /api/pull", OllamaPull, framing=NDJSON),
+    _route("POST /api/chat", OllamaChat, framing=NDJSON),
+    _route("POST /api/embed", OllamaEmbed),
+    _route("POST /api/embeddings", OllamaEmbedding),
+    _route("POST /completion", LlamaCompletion, framing=PLAIN_SSE),
+    _route("POST /infill", LlamaInfill, framing=PLAIN_SSE),
+    _route("POST /tokenize", answer_tokenize, needs_body=True, api="llama-server"),
+    _route("POST /detokenize", answer_detokenize, needs_body=True, api="llama-server"),
+    _route("POST /apply-template", needs_body=True, api="llama-server", max_body=MAX_PICTURED_BODY, answer=answer_template),
+    _route("GET /props", api="llama-server", answer=lambda call: model_properties(
         call.service, call.service.table.info(call.query.get("model") or "default"))),
-    *_route("GET /slots", answer_slots, api="llama-server"),
-    *_route("GET /v1/health", lambda call: answer_health(call) | {"status": "ok"}, api="llama-server", keyless=True),
+    _route("GET /slots", answer_slots, api="llama-server"),
+    _route("GET /v1/health", lambda call: answer_health(call) | {"status": "ok"}, api="llama-server", keyless=True),
 )  # fmt: skip
+ROUTES += tuple(replace(r, path=r.path[1:]) for r in ROUTES if r.path[:1] == ("v1",))  # OpenAI's routes work without /v1 too
 
 
 # ── 15.4. HTTP ────────────────────────────────────────────────────────────────────────────────────────────────────────
