@@ -188,7 +188,9 @@ import bisect
 import codecs
 import contextlib
 import copy
+import email.utils
 import errno
+import fnmatch
 import functools
 import gc
 import http.client
@@ -206,6 +208,7 @@ import queue
 import re
 import select
 import selectors
+import shutil
 import socket
 import socketserver
 import stat
@@ -216,6 +219,7 @@ import typing
 import urllib.parse
 import warnings
 import zlib
+from array import array
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping
 from collections.abc import Sequence as Seq
@@ -4930,8 +4934,6 @@ class Spelling:
     """A vocabulary's pieces in the order of their bytes, so that those which begin alike are tried together."""
 
     def __init__(self, vocab: Vocabulary) -> None:
-        from array import array
-
         pieces = sorted((piece, token) for token in range(vocab.size) if (piece := vocab.piece(token)))
         self.pieces, self.tokens = [piece for piece, _ in pieces], array("i", [token for _, token in pieces])
         self.shared = array("H", [0])  # how many bytes each has in common with the one before
@@ -5835,8 +5837,6 @@ class PrefixFiles:
 
     def _make_room(self, size: int) -> bool:
         """Removes the files worth least until `size` more bytes fit: by tokens, how often and how lately asked for, and size."""
-        import shutil
-
         self._list()
         now, files = time.time(), list[tuple[float, int, str]]()
         for path in self._kept:
@@ -7658,8 +7658,6 @@ class Preset:
     keep_alive: float | None = None
 
     def means(self, id: str) -> bool:
-        import fnmatch
-
         return fnmatch.fnmatchcase(id, self.pattern) or id.startswith(plain_id(self.pattern) or "\0")
 
 
@@ -8094,8 +8092,6 @@ class Names:
             return [self.default] if self.default else []
         if name in self._models:
             return [name]
-        import fnmatch
-
         for pattern, target in self._all_aliases:
             if fnmatch.fnmatchcase(name, pattern):
                 return self.resolve("default") if target == "default" else self._match(target)
@@ -10464,13 +10460,13 @@ class BodyTurn:
 
 
 class Connection:
-    """Reads a client's requests: every size is bounded, and no read lasts beyond `deadline` (monotonic seconds).
+    """Reads a client's requests, and writes: every size is bounded, and no read lasts beyond `deadline` (monotonic seconds).
 
     A read raises RequestTimeout, or ClientGone at the end of file. `turn` is a large body's; who parses the body releases it.
     """
 
-    def __init__(self, socket: socket.socket) -> None:
-        self.socket, self.deadline, self.turn = socket, math.inf, BodyTurn()
+    def __init__(self, sock: socket.socket) -> None:
+        self.socket, self.deadline, self.turn = sock, math.inf, BodyTurn()
         self._bytes = bytearray()  # received and not read yet
         self.begun: bytes | bytearray = self._bytes  # the head as far as it came
 
@@ -11003,7 +10999,7 @@ ROUTES += tuple(replace(r, path=r.path[1:]) for r in ROUTES if r.path[:1] == ("v
 
 
 # ── 15.4. HTTP ────────────────────────────────────────────────────────────────────────────────────────────────────────
-# A request and its answer, the thread of a connection, the server. One thread a connection.
+# A request and its answer; a connection, which has a thread of its own; the server, and how it stops.
 
 
 class HttpExchange(Exchange):
@@ -11182,9 +11178,8 @@ class HttpExchange(Exchange):
                        "Access-Control-Expose-Headers": ", ".join(ID_HEADERS)}  # fmt: skip
         self.closes = self.closes or self.unread
         headers = {**headers, "Connection": "close"} if self.closes else headers
-        date = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime())
-        lines = [f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}", f"Server: shimmy/{__version__}", f"Date: {date}"]
-        lines += [f"{name}: {self.id}" for name in ID_HEADERS]
+        lines = [f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}", f"Server: shimmy/{__version__}",
+                 f"Date: {email.utils.formatdate(usegmt=True)}", *(f"{name}: {self.id}" for name in ID_HEADERS)]  # fmt: skip
         lines += [f"{name}: {value}" for name, value in headers.items()]
         self.status = status
         self.connection.write("\r\n".join(lines).encode("latin-1", "replace") + b"\r\n\r\n" + body)
@@ -18564,10 +18559,8 @@ def retry_after(headers: http.client.HTTPMessage) -> float | None:
     said = headers.get("Retry-After") or ""
     if re.fullmatch(r"\d{1,9}", said.strip()):
         return float(said)
-    from email.utils import parsedate_to_datetime
-
     try:
-        return max(0.0, parsedate_to_datetime(said).timestamp() - time.time())
+        return max(0.0, email.utils.parsedate_to_datetime(said).timestamp() - time.time())
     except (ValueError, TypeError, OverflowError):
         return None
 
@@ -18774,8 +18767,6 @@ class Pull:
 
     def run(self, plan: Plan) -> Generator[Fetching, None, None]:
         """Fetches all that is not here yet. Raises as Download.run does, but PullFailed for what cannot be written."""
-        import shutil
-
         free = math.inf
         with contextlib.suppress(OSError, StopIteration):  # nobody tells
             free = shutil.disk_usage(next(parent for parent in pathlib.Path(plan.path).parents if parent.exists())).free
