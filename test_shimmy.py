@@ -13840,11 +13840,14 @@ def test_loopback_and_allowed_hosts_are_accepted(server: Server, guarded: Server
 
 FOREIGN = ["https://evil.example", "null", "http://localhost.evil.example", "http://127.0.0.1.evil", "file://",
            "https://evil.example/?http://localhost"]  # fmt: skip
+STRANGE = ["http://127.0.0.1:80.evil.example", "http://127.0.0.1:80@evil.example", "http://user@127.0.0.1", "http://127.0.0.1:",
+           "http://localhost:999999", "http://[127.0.0.1", "http://", "http://localhost.", "http://localhost/", "http:localhost",
+           "http://localhost:80\xa0", "http://localhost#", "app://x/evil", "//localhost"]  # fmt: skip
 FRIENDLY = ["http://localhost:3000", "http://127.0.0.1", "https://localhost", "http://[::1]:8080", "tauri://localhost",
             "app://obsidian.md", "vscode-webview://abc"]  # fmt: skip
 
 
-@pytest.mark.parametrize("origin", FOREIGN)
+@pytest.mark.parametrize("origin", [*FOREIGN, *STRANGE])
 def test_foreign_origin_is_rejected_before_anything_runs(origin: str, server: Server) -> None:
     server.unload("dice")
     reply = server.post("/api/models/dice/load", None, Origin=origin)
@@ -13904,12 +13907,10 @@ def test_upgrade_head_of_spaces_is_refused_in_linear_time(server: Server) -> Non
         assert_error(reply, 400, "invalid_request")
 
 
-@pytest.mark.parametrize("path", ["/health", "/ws/generate"])
 @pytest.mark.parametrize("line", ["X: a\rY: b", "X: a\0b", "X: a\x1bb", "X: a\x7f", "X: a\r\n folded", "X: a\r\n\tfolded",
                                   "X: a\r"])  # fmt: skip
-def test_control_character_or_folded_line_in_a_head_is_400(line: str, path: str, server: Server) -> None:
-    upgrade = [f"{name}: {value}" for name, value in UPGRADE.items()] if path != "/health" else []
-    (reply,) = exchange(server, head_of("GET", path, *upgrade, line))
+def test_control_character_or_folded_line_in_a_head_is_400(line: str, server: Server) -> None:
+    (reply,) = exchange(server, head_of("GET", "/health", line))
     assert_error(reply, 400, "invalid_request")
 
 
@@ -14009,28 +14010,6 @@ def test_watcher_keeps_what_a_client_sends_ahead(ahead: bytes) -> None:
 
 
 # Trust
-
-STRANGE = ["http://127.0.0.1:80.evil.example", "http://127.0.0.1:80@evil.example", "http://user@127.0.0.1", "http://127.0.0.1:",
-           "http://localhost:999999", "http://[127.0.0.1", "http://", "http://localhost.", "http://localhost/", "http:localhost",
-           "http://localhost:80 ", "http://localhost#", "app://x/evil", "//localhost"]  # fmt: skip
-
-
-@pytest.mark.parametrize("origin", STRANGE)
-def test_strange_origin_is_refused_and_not_reflected(origin: str, server: Server) -> None:
-    if origin.endswith(" "):
-        origin = origin[:-1] + "\xa0"
-    reply = server.post("/api/tools/calculator/execute", {"expression": "1"}, Origin=origin)
-    assert_error(reply, 403, "forbidden")
-    assert "Access-Control-Allow-Origin" not in reply.headers
-
-
-@pytest.mark.parametrize("host", [
-    "evil.example", "127.0.0.1.evil.example", "10.0.0.1", "localhost.evil", "", "user@127.0.0.1", "127.0.0.1.", "localhost.",
-    "localhost:", "localhost:x", "127.0.0.1:80.evil", "localhost:99999", "[127.0.0.1", "[::1", "::1", "[::1]evil", "[]",
-    "localhost/x", "[::1%25lo]",
-])  # fmt: skip
-def test_strange_host_is_refused(host: str, server: Server) -> None:
-    assert_error(server.get("/api/models", Host=host), 403, "forbidden")
 
 
 def test_key_is_trimmed(serve: Serve) -> None:
@@ -14197,9 +14176,13 @@ def test_foreign_page_is_refused_with_every_method(method: str, server: Server) 
         assert (reply.status, reply.headers[CORS]) == (403, None), path
 
 
-@pytest.mark.parametrize("host", ["evil.example", "127.0.0.1.evil.example:{port}", "[::2]:{port}", "localhost.:{port}", "0.0.0.0",
-                                  "user@localhost", "169.254.169.254", "localhost:80:80",
-                                  "localhost\\@evil.example"])  # fmt: skip
+@pytest.mark.parametrize("host", [
+    "evil.example", "127.0.0.1.evil.example", "10.0.0.1", "localhost.evil", "", "user@127.0.0.1", "127.0.0.1.", "localhost.",
+    "localhost:", "localhost:x", "127.0.0.1:80.evil", "localhost:99999", "[127.0.0.1", "[::1", "::1", "[::1]evil", "[]",
+    "localhost/x", "[::1%25lo]",
+    "127.0.0.1.evil.example:{port}", "[::2]:{port}", "localhost.:{port}", "0.0.0.0", "user@localhost", "169.254.169.254",
+    "localhost:80:80", "localhost\\@evil.example",
+])  # fmt: skip
 def test_rebound_name_is_refused_on_every_route(host: str, server: Server) -> None:
     server.unload("dice")
     with contextlib.closing(server.connect()) as connection:
@@ -14233,12 +14216,6 @@ def test_ws_of_a_foreign_page_or_name_is_refused(path: str, server: Server) -> N
         assert_error(exchange(server, upgrade_of(path, Origin=origin))[0], 403, "forbidden")
     for host in ("evil.example", "127.0.0.1.", "user@127.0.0.1", "[::2]"):
         assert_error(exchange(server, upgrade_of(path, Host=host))[0], 403, "forbidden")
-
-
-def test_ws_with_two_origins_is_refused(server: Server) -> None:
-    two = b"\r\nOrigin: https://evil.example\r\nOrigin"
-    request = upgrade_of("/ws/generate", Origin="http://localhost").replace(b"\r\nOrigin", two)
-    assert exchange(server, request)[0].status in (400, 403)
 
 
 opened = serving("--model", "recital", "--allow-origin", "*")  # to pages of any origin
