@@ -10577,12 +10577,12 @@ class Connection:
         except OSError:
             raise ClientGone from None
 
-    def drain(self, seconds: float = 2.0) -> None:
+    def drain(self, seconds: float = 2.0, times: int = 2048) -> None:
         """Reads on for a moment before closing: to close over unread bytes would destroy the answer on its way (RST)."""
         self.deadline = time.monotonic() + seconds
         with contextlib.suppress(OSError, ClientGone):
             self.socket.shutdown(socket.SHUT_WR)
-            for _ in range(2048):
+            for _ in range(times):
                 self._bytes.clear()
                 self._receive()
 
@@ -11293,7 +11293,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.service.metrics.refused += 1
         connection = Connection(request)
         HttpExchange(self, connection).fail(Overloaded(why))
-        connection.drain(0.1)  # no longer: the others wait
+        connection.drain(0.1, 1)  # the others wait
         self.shutdown_request(request)
 
     def shutdown_request(self, request: Any) -> None:
