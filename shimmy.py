@@ -10700,12 +10700,11 @@ class Exchange:
     send: Callable[[dict[str, Any]], None]  # sends a document
     fail: Callable[[ApiError], None]  # tells the client about an error
     leave: Callable[[], None]  # ends a request that is off: its client has left, or cancelled it
+    # once it has begun: a sign of life, so that no client or proxy gives up; a document, where its clients count nothing else
+    idle: Callable[[dict[str, Any] | None], None]
 
     def begin(self) -> None:
         """The request is queued: what fails from now on may be told inside the answer, if `begun`."""
-
-    def idle(self, document: dict[str, Any] | None) -> None:
-        """A sign of life, so that no client or proxy gives up; a document, where the dialect's clients count nothing else."""
 
     def end(self) -> None:
         """The answer is complete."""
@@ -10761,9 +10760,6 @@ class Answer:
     document: Any
     status: int = 200
     headers: Mapping[str, str] = field(default_factory=dict)
-
-    def body(self) -> bytes:
-        return self.document if isinstance(self.document, bytes) else to_json(self.document) + b"\n"
 
 
 @dataclass(frozen=True)
@@ -11112,7 +11108,7 @@ class HttpExchange(Exchange):
 
     def respond(self, answer: Answer) -> None:
         """Sends a whole answer."""
-        body = answer.body()
+        body = answer.document if isinstance(answer.document, bytes) else to_json(answer.document) + b"\n"
         headers = {"Content-Type": "application/json", "Content-Length": str(len(body)), **answer.headers}
         self.write_head(answer.status, headers, b"" if self.head.method == "HEAD" else body)
 
@@ -19716,12 +19712,11 @@ function doneViews(turn) {
 
 function versionViews(turn) {
   const all = current.turns.filter(each => each.parent === turn.parent), at = all.indexOf(turn);
-  const show = other => {
-    current.at = lastBelow(current, other.id);
+  const to = (step, sign, label) => plain(sign, () => {
+    current.at = lastBelow(current, all.at((at + step) % all.length).id);
     save(current);
     drawPage();
-  };
-  const to = (step, sign, label) => plain(sign, () => show(all.at((at + step) % all.length)), label);
+  }, label);
   return all.length < 2 ? [] : [to(-1, "‹", "Earlier version"), `${at + 1}/${all.length}`, to(1, "›", "Later version")];
 }
 
