@@ -10677,11 +10677,6 @@ ID_HEADERS = ("X-Request-Id", "request-id")  # where OpenAI's clients look for i
 SANE_ID = re.compile(r"[!-~]{1,128}")  # what may go into headers and logs as it came
 
 
-def request_id(sent: str | None) -> str:
-    """The client's own id for its request, else a new one."""
-    return sent if sent and SANE_ID.fullmatch(sent) else os.urandom(8).hex()
-
-
 class Exchange:
     """One request and its answer; each door has its kind, which knows how documents reach the client."""
 
@@ -10691,7 +10686,7 @@ class Exchange:
     dialect: Dialect | None = None
 
     def __init__(self, server: Server, id: str | None = None) -> None:
-        self.server, self.id, self.cancel = server, request_id(id), Cancellation()
+        self.server, self.id, self.cancel = server, id or os.urandom(8).hex(), Cancellation()
 
     # A door says
 
@@ -11015,7 +11010,8 @@ class HttpExchange(Exchange):
 
     def answer(self) -> None:
         head = self.head = Head(self.connection.head())
-        self.id = request_id(head.get("X-Request-Id") or self.id)  # the client's, as soon as its head is read
+        if SANE_ID.fullmatch(id := head.get("X-Request-Id", "")):  # the client's own, as soon as its head is read
+            self.id = id
         head.read()
         self.closes, self.unread = head.closes, bool(head.length)
         self.what = f"{head.method} {head.path.partition('?')[0]}"
