@@ -53,7 +53,7 @@ Part II is a library that knows no request, route or model in memory. Each head 
     F    Pull                         660  from a hub or any address into the cache
     G    Page                         950  the chat page at /
 
-Three seams. What the client speaks: a Dialect reads bodies and makes documents, a Wire sends them. What the model writes:
+Three seams. What the client speaks: a Dialect reads bodies and makes documents, an Exchange sends them. What the model writes:
 Chat makes its prompts, reads its text and constrains it, by a ChatFormat derived from its template. What the engine
 computes: a Job, which a Submit carries.
 
@@ -188,10 +188,13 @@ import bisect
 import codecs
 import contextlib
 import copy
+import email.utils
 import errno
+import fnmatch
 import functools
 import gc
-import http
+import http.client
+import http.server
 import io
 import ipaddress
 import itertools
@@ -205,6 +208,7 @@ import queue
 import re
 import select
 import selectors
+import shutil
 import socket
 import socketserver
 import stat
@@ -215,6 +219,7 @@ import typing
 import urllib.parse
 import warnings
 import zlib
+from array import array
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping
 from collections.abc import Sequence as Seq
@@ -224,7 +229,6 @@ from typing import IO, TYPE_CHECKING, Annotated, Any, BinaryIO, ClassVar, NoRetu
 if TYPE_CHECKING:
     import ast
     import asyncio
-    import http.client
     import subprocess
     from concurrent.futures import Executor
     from fractions import Fraction
@@ -2931,8 +2935,6 @@ class HttpGetter:
         """The status, headers and body, of so many bytes at most, of an address whose host is open. Raises ToolError."""
         if not self.hosts:
             raise ToolError("http_get is off: start the server with --tool-hosts HOST,… (or *) to open hosts")
-        import http.client
-
         for _ in range(self.MAX_REDIRECTS + 1):
             if len(url) > self.MAX_URL:
                 raise ToolError(f"the address is over {self.MAX_URL} characters")
@@ -4912,8 +4914,6 @@ class Spelling:
     """A vocabulary's pieces in the order of their bytes, so that those which begin alike are tried together."""
 
     def __init__(self, vocab: Vocabulary) -> None:
-        from array import array
-
         pieces = sorted((piece, token) for token in range(vocab.size) if (piece := vocab.piece(token)))
         self.pieces, self.tokens = [piece for piece, _ in pieces], array("i", [token for _, token in pieces])
         self.shared = array("H", [0])  # how many bytes each has in common with the one before
@@ -5817,8 +5817,6 @@ class PrefixFiles:
 
     def _make_room(self, size: int) -> bool:
         """Removes the files worth least until `size` more bytes fit: by tokens, how often and how lately asked for, and size."""
-        import shutil
-
         self._list()
         now, files = time.time(), list[tuple[float, int, str]]()
         for path in self._kept:
@@ -7645,8 +7643,6 @@ class Preset:
     keep_alive: float | None = None
 
     def means(self, id: str) -> bool:
-        import fnmatch
-
         return fnmatch.fnmatchcase(id, self.pattern) or id.startswith(plain_id(self.pattern) or "\0")
 
 
@@ -8082,8 +8078,6 @@ class Names:
             return [self.default] if self.default else []
         if name in self._models:
             return [name]
-        import fnmatch
-
         for pattern, target in self._all_aliases:
             if fnmatch.fnmatchcase(name, pattern):
                 return self.resolve("default") if target == "default" else self._match(target)
@@ -8883,7 +8877,7 @@ Chunks = Iterator[dict[str, Any]]
 
 
 class Dialect:
-    """One request in one API's shapes. A dialect knows nothing of connections: it makes documents, a Wire sends them."""
+    """One request in one API's shapes. A dialect knows nothing of connections: it makes documents, an Exchange sends them."""
 
     max_body: ClassVar[int] = MAX_BODY  # bytes; more where pictures come
     streamed_errors: ClassVar[frozenset[str]] = frozenset()  # codes sent as events even before the stream began
@@ -10345,9 +10339,7 @@ def is_ip(host: str) -> bool:
 def is_loopback(host: str) -> bool:
     """True if a name or address stands for this machine alone."""
     host = host.strip("[]").lower()
-    if is_ip(host):
-        return ipaddress.ip_address(host).is_loopback
-    return host == "localhost" or host.endswith(".localhost")
+    return ipaddress.ip_address(host).is_loopback if is_ip(host) else f".{host}".endswith(".localhost")
 
 
 TOKEN = re.compile(rb"[!#$%&'*+.^_`|~\w-]+")  # a header's name (RFC 9110, 5.6.2)
@@ -10357,13 +10349,28 @@ MAX_HEADERS = 100
 MAX_AHEAD = 1 << 16  # bytes that a client may send before its request is answered
 
 
-class Headers:
-    """A request's header fields, by name in any letter case."""
+class Head:
+    """A request's line and header fields, those by name in any letter case. Without data those of no request."""
 
-    def __init__(self, fields: Iterable[tuple[str, str]] = ()) -> None:
-        self._values: dict[str, list[str]] = {}
-        for name, value in fields:
-            self._values.setdefault(name.lower(), []).append(value)
+    method, path, version = "", "", "HTTP/1.1"
+    segments: Seq[str] = ()  # of the path
+    query: Mapping[str, str] = {}
+    length: int | None = None  # of the body; -1: in chunks
+    closes = False  # the client wants the connection to end
+
+    def __init__(self, data: bytes = b"") -> None:
+        """Reads the fields. Raises InvalidRequest (400, 431)."""
+        if HEAD_FAULT.search(data):
+            raise InvalidRequest("The request's head holds a control character, a CR without LF or a folded line")
+        line, _, rest = data.partition(b"\n")
+        fields = [field.partition(b":") for field in rest.splitlines() if field]
+        if not all(colon and TOKEN.fullmatch(name) for name, colon, _ in fields):
+            raise InvalidRequest("A header line is malformed")
+        if len(fields) > MAX_HEADERS:
+            raise InvalidRequest(f"A request may have up to {MAX_HEADERS} headers", status=431)
+        self._line, self._values = line.decode("latin-1"), defaultdict[str, list[str]](list)
+        for name, _, value in fields:
+            self._values[name.decode("latin-1").lower()].append(value.strip(b" \t").decode("latin-1"))
 
     def get_all(self, name: str) -> list[str]:
         return self._values.get(name.lower(), [])
@@ -10371,6 +10378,47 @@ class Headers:
     def get(self, name: str, default: Any = None) -> Any:
         """All lines of a field as one (RFC 9110, 5.3)."""
         return ", ".join(self.get_all(name)) if self.get_all(name) else default
+
+    def read(self) -> None:
+        """Reads the request line, and what the fields say of the request. Raises InvalidRequest."""
+        words = self._line.split()
+        if len(words) != 3 or not re.fullmatch(r"HTTP/1\.[0-9]", words[2]):
+            raise InvalidRequest("The request line must be METHOD ADDRESS HTTP/1.1")
+        self.method, self.path, self.version = words[0], re.sub(r"^//+", "/", words[1]), min(words[2], "HTTP/1.1")
+        options = {option.strip() for option in self.get("Connection", "").lower().split(",")}
+        self.closes = "close" in options or self.version == "HTTP/1.0"  # whose clients want their keep-alive confirmed
+        for name in ("Host", "Transfer-Encoding", "Origin", "Authorization"):
+            if len(self.get_all(name)) > 1:
+                raise InvalidRequest(f"The header {name} is repeated, where one is allowed")
+        try:
+            target = urllib.parse.urlsplit(self.path)
+        except ValueError:
+            raise InvalidRequest("The request's address is malformed") from None
+        host = self.get("Host", "").lower()
+        if target.scheme and (target.netloc.lower() != host or target.scheme not in ("http", "https")):
+            raise InvalidRequest("The request's address and its Host header name different hosts")  # RFC 9112, 3.2.2
+        self.query = dict(urllib.parse.parse_qsl(target.query, keep_blank_values=True))
+        self.segments = [urllib.parse.unquote(s) for s in target.path.split("/") if s]
+        self._read_length()
+
+    def _read_length(self) -> None:
+        """Reads the body's length (RFC 9112, 6.3)."""
+        lengths, encoding = self.get_all("Content-Length"), self.get("Transfer-Encoding")
+        if encoding is not None and lengths:
+            raise InvalidRequest("A request with both Content-Length and Transfer-Encoding is refused")
+        if encoding is not None and (encoding.lower() != "chunked" or self.version == "HTTP/1.0"):
+            raise InvalidRequest("Transfer-Encoding must be chunked, in HTTP/1.1")  # RFC 9112, 6.1
+        if len(set(lengths)) > 1 or not all(re.fullmatch(r"[0-9]{1,15}", n) for n in lengths):
+            raise InvalidRequest("Content-Length must be one whole number")
+        self.length = int(lengths[0]) if lengths else None if encoding is None else -1
+
+    def is_handshake(self) -> bool:
+        """True for what RFC 6455, 4.2.1 wants of a client that asks for a WebSocket."""
+        names = ("Upgrade", "Connection", "Sec-WebSocket-Version", "Sec-WebSocket-Key")
+        upgrade, connection, version, key = (self.get(name, "") for name in names)
+        return (self.method == "GET" and self.version == "HTTP/1.1" and not self.length and version == "13"
+                and upgrade.lower() == "websocket" and "upgrade" in connection.lower()
+                and re.fullmatch(r"[A-Za-z0-9+/]{22}==", key) is not None)  # fmt: skip
 
 
 LARGE_BODIES = threading.BoundedSemaphore(8)
@@ -10394,14 +10442,14 @@ class BodyTurn:
             LARGE_BODIES.release()
 
 
-class RequestReader:
-    """Reads a connection's requests: every size is bounded, and no read lasts beyond `deadline` (monotonic seconds).
+class Connection:
+    """Reads a client's requests, and writes: every size is bounded, and no read lasts beyond `deadline` (monotonic seconds).
 
     A read raises RequestTimeout, or ClientGone at the end of file. `turn` is a large body's; who parses the body releases it.
     """
 
-    def __init__(self, connection: socket.socket) -> None:
-        self.connection, self.deadline, self.turn = connection, math.inf, BodyTurn()
+    def __init__(self, sock: socket.socket) -> None:
+        self.socket, self.deadline, self.turn = sock, math.inf, BodyTurn()
         self._bytes = bytearray()  # received and not read yet
         self.begun: bytes | bytearray = self._bytes  # the head as far as it came
 
@@ -10410,7 +10458,7 @@ class RequestReader:
         try:
             if left <= 0:  # who sends without a pause would never meet the socket's own timeout
                 raise TimeoutError
-            self.connection.settimeout(left)
+            self.socket.settimeout(left)
             gone = self.read_ahead()[0]
         except TimeoutError:
             raise RequestTimeout(f"The request took over {REQUEST_SECONDS:g} seconds", status=408) from None
@@ -10424,7 +10472,7 @@ class RequestReader:
 
         The watcher calls this while a request runs, and so sees the client leave.
         """
-        data = self.connection.recv(MAX_AHEAD)
+        data = self.socket.recv(MAX_AHEAD)
         self._bytes += data
         return not data, not data or len(self._bytes) >= MAX_AHEAD
 
@@ -10443,8 +10491,8 @@ class RequestReader:
         self._bytes = self.begun = begun
         self.deadline = time.monotonic() + REQUEST_SECONDS
 
-    def head(self) -> tuple[str, Headers]:
-        """The request line and the headers. Raises InvalidRequest (400, 414, 431): too large, or malformed lines."""
+    def head(self) -> bytes:
+        """The request line and the header fields, to the empty line behind them. Raises InvalidRequest (414, 431)."""
         seen = 0
         while not (end := HEAD_END.search(self._bytes, max(0, seen - 2))) and len(self._bytes) <= MAX_HEAD:
             seen = len(self._bytes)
@@ -10453,16 +10501,7 @@ class RequestReader:
         if len(head) > MAX_HEAD:
             what, status = ("headers are", 431) if b"\n" in head else ("request line is", 414)
             raise InvalidRequest(f"The {what} over {MAX_HEAD} bytes", status=status)
-        if HEAD_FAULT.search(head):
-            raise InvalidRequest("The request's head holds a control character, a CR without LF or a folded line")
-        line, _, headers = head.partition(b"\n")
-        fields = [field.partition(b":") for field in headers.rstrip(b"\r\n").split(b"\n")] if headers.strip() else []
-        if not all(colon and TOKEN.fullmatch(name) for name, colon, _ in fields):
-            raise InvalidRequest("A header line is malformed")
-        if len(fields) > MAX_HEADERS:
-            raise InvalidRequest(f"A request may have up to {MAX_HEADERS} headers", status=431)
-        named = ((name.decode("latin-1"), value.strip(b" \t\r").decode("latin-1")) for name, _, value in fields)
-        return line.decode("latin-1"), Headers(named)
+        return head
 
     def body(self, size: int, most: int) -> bytes:
         """A body of `size` bytes; -1: in chunks (RFC 9112, 7.1), whose trailers are dropped.
@@ -10508,12 +10547,22 @@ class RequestReader:
             raise InvalidRequest("A line between chunks is too long, or does not end with CR and LF")
         return line[:-2]
 
-    def drain(self) -> None:
+    def write(self, data: bytes) -> None:
+        """Writes it all. Raises ClientGone when the client takes nothing for WRITE_SECONDS: slow ones may read on."""
+        left = memoryview(data)
+        self.socket.settimeout(WRITE_SECONDS)
+        try:
+            while left:
+                left = left[self.socket.send(left) :]
+        except OSError:
+            raise ClientGone from None
+
+    def drain(self, seconds: float = 2.0, times: int = 2048) -> None:
         """Reads on for a moment before closing: to close over unread bytes would destroy the answer on its way (RST)."""
-        self.deadline = time.monotonic() + 2.0
+        self.deadline = time.monotonic() + seconds
         with contextlib.suppress(OSError, ClientGone):
-            self.connection.shutdown(socket.SHUT_WR)
-            for _ in range(2048):
+            self.socket.shutdown(socket.SHUT_WR)
+            for _ in range(times):
                 self._bytes.clear()
                 self._receive()
 
@@ -10548,16 +10597,16 @@ class Watcher:
         threading.Thread(target=self._run, name="watcher", daemon=True).start()
 
     @contextlib.contextmanager
-    def watching(self, reader: RequestReader, cancel: Cancellation) -> Iterator[None]:
+    def watching(self, connection: Connection, cancel: Cancellation) -> Iterator[None]:
         """Cancels when the client leaves. Nobody else may read the connection while the block runs."""
         with self._changed:
-            self._selector.register(reader.connection, selectors.EVENT_READ, (reader, cancel))
+            self._selector.register(connection.socket, selectors.EVENT_READ, (connection, cancel))
             self._changed.notify()
         try:
             yield
         finally:
             with self._changed, contextlib.suppress(KeyError, ValueError, OSError):
-                self._selector.unregister(reader.connection)
+                self._selector.unregister(connection.socket)
 
     def _run(self) -> None:
         """Asks under the lock, where no socket comes or goes; to read from one of which another has the number would wait."""
@@ -10566,11 +10615,11 @@ class Watcher:
             with self._changed:
                 self._changed.wait_for(self._selector.get_map)
                 for key, _ in self._selector.select(0):
-                    (reader, cancel), gone, done = key.data, True, True
+                    (connection, cancel), gone, done = key.data, True, True
                     with contextlib.suppress(OSError):
-                        gone, done = reader.read_ahead()
+                        gone, done = connection.read_ahead()
                     if done:
-                        self._selector.unregister(reader.connection)
+                        self._selector.unregister(connection.socket)
                     if gone:
                         left.append(cancel)
             for cancel in left:
@@ -10604,91 +10653,75 @@ NAMED_SSE = Framing(EVENTS, lambda d: b"event: %b\ndata: %b\n\n" % (d["type"].en
 NDJSON = Framing("application/x-ndjson", lambda d: to_json(d) + b"\n", pulse=b" ")  # to Ollama's clients a space is nothing
 
 
-class Wire:
-    """Carries a dialect's documents to one client. From `begin` on errors are documents too."""
-
-    begun = False
-
-    def begin(self) -> None:
-        """The request is queued: what fails from now on may be told inside the answer."""
-
-    def send(self, document: dict[str, Any]) -> None:
-        """One document."""
-        raise NotImplementedError
-
-    def idle(self, document: dict[str, Any] | None) -> None:
-        """A sign of life, so that no client or proxy gives up; a document, where the dialect's clients count nothing else."""
-
-    def end(self) -> None:
-        """The answer is complete."""
-
-
-def deliver(dialect: Dialect, events: Iterator[Event], wire: Wire) -> None:
-    """The one way from events to a client, whichever door it came through. What the events raise passes."""
-    signs = 0
-    with contextlib.closing(events):  # type: ignore[type-var]
-        for event in events:
-            if isinstance(event, Waiting):
-                signs += 1
-            if isinstance(event, (Queued, Fetching)) or signs == HEAD_SIGNS:
-                wire.begin()
-            if isinstance(event, Waiting) and wire.begun:
-                wire.idle(dialect.idle())
-            for document in dialect.documents(event):
-                wire.send(document)
-    wire.end()
-
-
-# One request, through any door
-
-
 ID_HEADERS = ("X-Request-Id", "request-id")  # where OpenAI's clients look for it, and Anthropic's
 SANE_ID = re.compile(r"[!-~]{1,128}")  # what may go into headers and logs as it came
 
 
-def request_id(sent: str | None) -> str:
-    """The client's own id for its request, else a new one."""
-    return sent if sent and SANE_ID.fullmatch(sent) else os.urandom(8).hex()
+class Exchange:
+    """One request and its answer; each door has its kind, which knows how documents reach the client."""
 
+    what = ""  # it asks for, as the log shows it: never its text or key
+    status = 0
+    begun = False  # from now on errors are documents too
+    dialect: Dialect | None = None
 
-class RequestLog:
-    """One request's line in the log: what it was, how it ended, how long it took; never its text or key."""
+    def __init__(self, server: Server, id: str | None = None) -> None:
+        self.server, self.id, self.cancel = server, id or os.urandom(8).hex(), Cancellation()
 
-    def __init__(self, what: str = "", id: str | None = None) -> None:
-        self.what, self.id, self.status, self._began = what, request_id(id), 0, time.monotonic()
-        self.dialect: Dialect | None = None
+    # A door says
 
-    def write(self) -> None:
-        milliseconds = (time.monotonic() - self._began) * 1000
+    answer: Callable[[], None]  # answers the request
+    counted: Callable[[], tuple[str, str, str]]  # its method, route and API, for the metrics
+    send: Callable[[dict[str, Any]], None]  # sends a document
+    fail: Callable[[ApiError], None]  # tells the client about an error
+    leave: Callable[[], None]  # ends a request that is off: its client has left, or cancelled it
+    # once it has begun: a sign of life, so that no client or proxy gives up; a document, where its clients count nothing else
+    idle: Callable[[dict[str, Any] | None], None]
+
+    def begin(self) -> None:
+        """The request is queued: what fails from now on may be told inside the answer, if `begun`."""
+
+    def end(self) -> None:
+        """The answer is complete."""
+
+    def run(self) -> None:
+        """Answers the request: the one place where errors become answers, and where requests are logged and counted."""
+        since = time.monotonic()
+        try:
+            self.answer()
+        except ApiError as error:
+            self.status = error.status
+            if error.status == 500:
+                log.error("%s failed, id %s: %s", printable(self.what), self.id, printable(str(error)))
+            self.fail(error)
+        except (Cancelled, ClientGone):
+            self.leave()
+        except Exception:
+            log.exception("%s failed, id %s", printable(self.what), self.id)
+            self.status = 500
+            self.fail(ApiError("See the server's log"))
         tokens = ""
         if self.dialect and self.dialect.usage:
-            usage = self.dialect.usage
-            first = self.dialect.first and self.dialect.first - self._began
-            tokens = f" {printable(self.dialect.model)} {usage.words(first)}"
+            first = self.dialect.first and self.dialect.first - since
+            tokens = f" {printable(self.dialect.model)} {self.dialect.usage.words(first)}"
+        milliseconds = (time.monotonic() - since) * 1000
         log.info("%s %s %.0f ms%s, id %s", printable(self.what), self.status, milliseconds, tokens, self.id)
+        self.server.service.metrics.answered(*self.counted(), self.status)
 
-
-def run_request(
-    work: Callable[[], None], line: RequestLog, fail: Callable[[ApiError], None], leave: Callable[[], None]
-) -> None:
-    """Runs a request: the one place where errors become answers, and where requests are logged.
-
-    `fail` tells the client about an error; `leave` is for a request that is off: its client has left, or cancelled it.
-    """
-    try:
-        work()
-    except ApiError as error:
-        line.status = error.status
-        if error.status == 500:
-            log.error("%s failed, id %s: %s", printable(line.what), line.id, printable(str(error)))
-        fail(error)
-    except (Cancelled, ClientGone):
-        leave()
-    except Exception:
-        log.exception("%s failed, id %s", printable(line.what), line.id)
-        line.status = 500
-        fail(ApiError("See the server's log"))
-    line.write()
+    def deliver(self, dialect: Dialect, owner: str) -> None:
+        """Sends what the service answers, in the dialect's documents. What the service raises passes."""
+        self.dialect, dialect.owner, signs = dialect, owner, 0
+        with contextlib.closing(dialect.events(self.server.service, self.cancel)) as events:  # type: ignore[type-var]
+            for event in events:
+                if isinstance(event, Waiting):
+                    signs += 1
+                if isinstance(event, (Queued, Fetching)) or signs == HEAD_SIGNS:
+                    self.begin()
+                if isinstance(event, Waiting) and self.begun:
+                    self.idle(dialect.idle())
+                for document in dialect.documents(event):
+                    self.send(document)
+        self.end()
 
 
 # ── 15.3. Routes ──────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -10702,9 +10735,6 @@ class Answer:
     document: Any
     status: int = 200
     headers: Mapping[str, str] = field(default_factory=dict)
-
-    def body(self) -> bytes:
-        return self.document if isinstance(self.document, bytes) else to_json(self.document) + b"\n"
 
 
 @dataclass(frozen=True)
@@ -10883,141 +10913,178 @@ class Route:
         return "/" + "/".join(self.path).replace("{}", "{name}")
 
 
-def _route(row: str, answer: Answering | type[Dialect], **marks: Any) -> Iterator[Route]:
+def _route(row: str, answer: Answering | type[Dialect], **marks: Any) -> Route:
     method, path = row.split()
     if isinstance(answer, type):
         assert issubclass(answer, Dialect)
         marks = {"needs_body": True, "api": answer.api, "max_body": answer.max_body} | marks
-    segments = tuple(filter(None, path.split("/")))
-    yield Route(method, segments, answer, **marks)
-    if segments[:1] == ("v1",):  # OpenAI's routes work without /v1 too
-        yield Route(method, segments[1:], answer, **marks)
+    return Route(method, tuple(filter(None, path.split("/"))), answer, **marks)
 
 
 PROMETHEUS = {"Content-Type": "text/plain; version=0.0.4; charset=utf-8"}
-_OLLAMA_GENERATE = Route("POST", ("api", "generate"), OllamaGenerate, needs_body=True, api="ollama", framing=NDJSON)
-ROUTES = (
-    *_route("GET /", answer_root, keyless=True),
-    *_route("GET /health", answer_health, keyless=True),
-    *_route("GET /api/health", answer_health, keyless=True),
-    *_route("GET /ready", answer_ready, keyless=True),
-    *_route("GET /diag", lambda call: call.service.diag()),
-    *_route("GET /metrics", lambda call: Answer(metrics_text(call.service), headers=PROMETHEUS)),
-    *_route("POST /api/generate", Native, ollamas=_OLLAMA_GENERATE),
-    *_route("GET /api/models", lambda call: call.service.models()),
-    *_route("POST /api/models/discover", answer_discover),
-    *_route("POST /api/models/{}/load", answer_load),
-    *_route("POST /api/models/{}/unload", answer_unload),
-    *_route("GET /api/models/{}/status", lambda call: call.service.table.status(call.names[0])),
-    *_route("GET /api/tools", lambda call: {"tools": call.service.tools.documents()}),
-    *_route("POST /api/tools/{}/execute", needs_body=True, answer=lambda call: call.service.tools.execute(
+ROUTES: tuple[Route, ...] = (
+    _route("GET /", answer_root, keyless=True),
+    _route("GET /health", answer_health, keyless=True),
+    _route("GET /api/health", answer_health, keyless=True),
+    _route("GET /ready", answer_ready, keyless=True),
+    _route("GET /diag", lambda call: call.service.diag()),
+    _route("GET /metrics", lambda call: Answer(metrics_text(call.service), headers=PROMETHEUS)),
+    _route("POST /api/generate", Native, ollamas=_route("POST /api/generate", OllamaGenerate, framing=NDJSON)),
+    _route("GET /api/models", lambda call: call.service.models()),
+    _route("POST /api/models/discover", answer_discover),
+    _route("POST /api/models/{}/load", answer_load),
+    _route("POST /api/models/{}/unload", answer_unload),
+    _route("GET /api/models/{}/status", lambda call: call.service.table.status(call.names[0])),
+    _route("GET /api/tools", lambda call: {"tools": call.service.tools.documents()}),
+    _route("POST /api/tools/{}/execute", needs_body=True, answer=lambda call: call.service.tools.execute(
         call.names[0], call.body, call.cancel)),
-    *_route("GET /ws/generate", answer_upgrade),
-    *_route("POST /v1/chat/completions", ChatCompletion),
-    *_route("POST /v1/completions", Completion),
-    *_route("POST /v1/embeddings", Embeddings),
-    *_route("POST /v1/rerank", Rerank),
-    *_route("POST /v1/reranking", Rerank),
-    *_route("POST /v1/messages", Messages, framing=NAMED_SSE),
-    *_route("POST /v1/messages/count_tokens", needs_body=True, api="anthropic", max_body=MAX_PICTURED_BODY, answer=lambda call: {
+    _route("GET /ws/generate", answer_upgrade),
+    _route("POST /v1/chat/completions", ChatCompletion),
+    _route("POST /v1/completions", Completion),
+    _route("POST /v1/embeddings", Embeddings),
+    _route("POST /v1/rerank", Rerank),
+    _route("POST /v1/reranking", Rerank),
+    _route("POST /v1/messages", Messages, framing=NAMED_SSE),
+    _route("POST /v1/messages/count_tokens", needs_body=True, api="anthropic", max_body=MAX_PICTURED_BODY, answer=lambda call: {
         "input_tokens": call.service.count_tokens(Messages(call.body).request, call.cancel)}),
-    *_route("POST /v1/responses", Responses, framing=NAMED_SSE),
-    *_route("GET /v1/models", answer_openai_models, api="openai"),
-    *_route("GET /v1/models/{}", api="openai", answer=lambda call: listed_model(
+    _route("POST /v1/responses", Responses, framing=NAMED_SSE),
+    _route("GET /v1/models", answer_openai_models, api="openai"),
+    _route("GET /v1/models/{}", api="openai", answer=lambda call: listed_model(
         call.service, call.service.table.info(call.names[0]))),
-    *_route("GET /api/version", lambda call: {"version": OLLAMA_VERSION}, api="ollama"),  # clients compare it
-    *_route("GET /api/tags", lambda call: {"models": list(map(ollama_model, call.service.table.infos()))}, api="ollama"),
-    *_route("GET /api/ps", answer_ps, api="ollama"),
-    *_route("POST /api/show", answer_show, needs_body=True, api="ollama"),
-    *_route("POST /api/pull", OllamaPull, framing=NDJSON),
-    *_route("POST /api/chat", OllamaChat, framing=NDJSON),
-    *_route("POST /api/embed", OllamaEmbed),
-    *_route("POST /api/embeddings", OllamaEmbedding),
-    *_route("POST /completion", LlamaCompletion, framing=PLAIN_SSE),
-    *_route("POST /infill", LlamaInfill, framing=PLAIN_SSE),
-    *_route("POST /tokenize", answer_tokenize, needs_body=True, api="llama-server"),
-    *_route("POST /detokenize", answer_detokenize, needs_body=True, api="llama-server"),
-    *_route("POST /apply-template", needs_body=True, api="llama-server", max_body=MAX_PICTURED_BODY, answer=answer_template),
-    *_route("GET /props", api="llama-server", answer=lambda call: model_properties(
+    _route("GET /api/version", lambda call: {"version": OLLAMA_VERSION}, api="ollama"),  # clients compare it
+    _route("GET /api/tags", lambda call: {"models": list(map(ollama_model, call.service.table.infos()))}, api="ollama"),
+    _route("GET /api/ps", answer_ps, api="ollama"),
+    _route("POST /api/show", answer_show, needs_body=True, api="ollama"),
+    _route("POST /api/pull", OllamaPull, framing=NDJSON),
+    _route("POST /api/chat", OllamaChat, framing=NDJSON),
+    _route("POST /api/embed", OllamaEmbed),
+    _route("POST /api/embeddings", OllamaEmbedding),
+    _route("POST /completion", LlamaCompletion, framing=PLAIN_SSE),
+    _route("POST /infill", LlamaInfill, framing=PLAIN_SSE),
+    _route("POST /tokenize", answer_tokenize, needs_body=True, api="llama-server"),
+    _route("POST /detokenize", answer_detokenize, needs_body=True, api="llama-server"),
+    _route("POST /apply-template", needs_body=True, api="llama-server", max_body=MAX_PICTURED_BODY, answer=answer_template),
+    _route("GET /props", api="llama-server", answer=lambda call: model_properties(
         call.service, call.service.table.info(call.query.get("model") or "default"))),
-    *_route("GET /slots", answer_slots, api="llama-server"),
-    *_route("GET /v1/health", lambda call: answer_health(call) | {"status": "ok"}, api="llama-server", keyless=True),
+    _route("GET /slots", answer_slots, api="llama-server"),
+    _route("GET /v1/health", lambda call: answer_health(call) | {"status": "ok"}, api="llama-server", keyless=True),
 )  # fmt: skip
+ROUTES += tuple(replace(r, path=r.path[1:]) for r in ROUTES if r.path[:1] == ("v1",))  # OpenAI's routes work without /v1 too
 
 
 # ── 15.4. HTTP ────────────────────────────────────────────────────────────────────────────────────────────────────────
-# A request's head, the responder that writes its answer, the handler between them, the server. One thread a connection.
+# A request and its answer; a connection, which has a thread of its own; the server, and how it stops.
 
 
-class Head:
-    """A request's line and headers, checked; before they are read, those of no request."""
+class HttpExchange(Exchange):
+    """A request over HTTP: read, checked, and answered by its row of ROUTES with a document, or a stream in a Framing."""
 
-    method, path, version = "", "", "HTTP/1.1"
-    segments: Seq[str] = ()  # of the path
-    query: Mapping[str, str] = {}
-    length: int | None = None  # of the body; -1: in chunks
-    closes = False  # the client wants the connection to end
+    route: Route | None = None
+    framing: Framing | None = None  # of a stream
+    unread = True  # the request, or its body: what follows it is no request, so the connection closes
+    closes = upgraded = _chunked = False
 
-    def __init__(self, headers: Headers) -> None:
-        self.headers = headers
+    def __init__(self, server: Server, connection: Connection) -> None:
+        super().__init__(server)
+        self.connection, self.head = connection, Head()
 
-    def read(self, line: str) -> None:
-        """Reads the request line, and what the headers say of the request. Raises InvalidRequest."""
-        words = line.split()
-        if len(words) != 3 or not re.fullmatch(r"HTTP/1\.[0-9]", words[2]):
-            raise InvalidRequest("The request line must be METHOD ADDRESS HTTP/1.1")
-        self.method, self.path, self.version = words[0], re.sub(r"^//+", "/", words[1]), min(words[2], "HTTP/1.1")
-        options = {option.strip() for option in self.headers.get("Connection", "").lower().split(",")}
-        self.closes = "close" in options or self.version == "HTTP/1.0"  # whose clients want their keep-alive confirmed
-        for name in ("Host", "Transfer-Encoding", "Origin", "Authorization"):
-            if len(self.headers.get_all(name)) > 1:
-                raise InvalidRequest(f"The header {name} is repeated, where one is allowed")
+    def answer(self) -> None:
+        head = self.head = Head(self.connection.head())
+        if SANE_ID.fullmatch(id := head.get("X-Request-Id", "")):  # the client's own, as soon as its head is read
+            self.id = id
+        head.read()
+        self.closes, self.unread = head.closes, bool(head.length)
+        self.what = f"{head.method} {head.path.partition('?')[0]}"
+        with self.server.running(self.cancel):
+            self._answer(head)
+
+    def _answer(self, head: Head) -> None:
+        service, access = self.server.service, self.server.access
+        if SHUTTING_DOWN in service.unready:  # the client's next connection may lead elsewhere
+            self.closes = True
+        if self.server.stopping:
+            raise Overloaded(SHUTTING_DOWN)
+        if head.method == "OPTIONS":
+            access.check({"Host": head.get("Host", "")}, keyless=True)
+            return self._preflight(head)
+        self.route, names = self._find_route(head)
+        if self.route.needs_body and head.length is None:
+            self.unread = True  # whatever follows is no request
+            raise InvalidRequest("The request needs a Content-Length, or a chunked body", status=411)
+        if self.route.answer is answer_upgrade and head.is_handshake():
+            return self._upgrade(head)
+        body = self._body(self.route)
+        if self.route.ollamas and speaks_ollama(body, head.get("User-Agent", "")):
+            self.route = self.route.ollamas  # from here on errors take its shape
+        answer, watching = self.route.answer, self.server.watcher.watching(self.connection, self.cancel)
+        if isinstance(answer, type):
+            dialect = answer(body)
+            self.framing = self.route.framing if dialect.stream else None
+            with watching:
+                self.deliver(dialect, access.owner(head))
+        else:
+            with watching:
+                told = answer(Call(service, names, head.query, body, self.cancel, head.get("Accept", "")))
+                self.respond(told if isinstance(told, Answer) else Answer(told))
+
+    def _find_route(self, head: Head) -> tuple[Route, tuple[str, ...]]:
+        """The row for this request, and the names in its path; the access checks come before any answer."""
+        matching = [(r, names) for r in ROUTES if (names := r.match(head.segments)) is not None]
+        if matching and head.get("Host") is None and head.version == "HTTP/1.1":
+            raise InvalidRequest("The Host header is missing")
+        method = "GET" if head.method == "HEAD" else head.method
+        found = next((pair for pair in matching if pair[0].method == method), matching[0] if matching else None)
+        self.route = found[0] if found else None
+        self.server.access.check(head, self.route is not None and self.route.keyless)
+        if found is None:
+            raise NotFound(f"No route matches /{'/'.join(head.segments)[:200]}")
+        if found[0].method != method:
+            raise MethodNotAllowed(head.method, allowed_methods(head))
+        return found
+
+    def _body(self, route: Route) -> dict[str, Any]:
+        """The request's body, as large as its route takes; read even if unasked for, or it would become the next request.
+
+        An empty one is {}, but for a dialect.
+        """
+        size, most, encoding = self.head.length or 0, route.max_body, self.head.get("Content-Encoding", "").lower()
+        if size > most:
+            raise PayloadTooLarge(f"The body has {size} bytes, up to {most} are read")
+        if size and self.head.get("Expect", "").lower() == "100-continue":
+            self.connection.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         try:
-            target = urllib.parse.urlsplit(self.path)
-        except ValueError:
-            raise InvalidRequest("The request's address is malformed") from None
-        host = self.headers.get("Host", "").lower()
-        if target.scheme and (target.netloc.lower() != host or target.scheme not in ("http", "https")):
-            raise InvalidRequest("The request's address and its Host header name different hosts")  # RFC 9112, 3.2.2
-        self.query = dict(urllib.parse.parse_qsl(target.query, keep_blank_values=True))
-        self.segments = [urllib.parse.unquote(s) for s in target.path.split("/") if s]
-        self._read_length()
+            data = self.connection.body(size, most)
+            self.unread = False
+            if data and encoding:
+                self.connection.turn.take()  # for whatever size it has unpacked
+                data = uncompressed(data, encoding, most)
+            is_read = isinstance(route.answer, type) or (self.head.method == "POST" and data.strip())
+            return parse_object(data) if is_read else {}  # nobody keeps the bytes while the request runs
+        finally:
+            self.connection.turn.release()
 
-    def _read_length(self) -> None:
-        """Reads the body's length (RFC 9112, 6.3)."""
-        lengths, encoding = self.headers.get_all("Content-Length"), self.headers.get("Transfer-Encoding")
-        if encoding is not None and lengths:
-            raise InvalidRequest("A request with both Content-Length and Transfer-Encoding is refused")
-        if encoding is not None and (encoding.lower() != "chunked" or self.version == "HTTP/1.0"):
-            raise InvalidRequest("Transfer-Encoding must be chunked, in HTTP/1.1")  # RFC 9112, 6.1
-        if len(set(lengths)) > 1 or not all(re.fullmatch(r"[0-9]{1,15}", n) for n in lengths):
-            raise InvalidRequest("Content-Length must be one whole number")
-        self.length = int(lengths[0]) if lengths else None if encoding is None else -1
+    def _upgrade(self, head: Head) -> None:
+        """Answers the handshake: the connection speaks HTTP no more."""
+        from websockets.utils import accept_key
 
-    def is_handshake(self) -> bool:
-        """True for what RFC 6455, 4.2.1 wants of a client that asks for a WebSocket."""
-        names = ("Upgrade", "Connection", "Sec-WebSocket-Version", "Sec-WebSocket-Key")
-        upgrade, connection, version, key = (self.headers.get(name, "") for name in names)
-        return (self.method == "GET" and self.version == "HTTP/1.1" and not self.length and version == "13"
-                and upgrade.lower() == "websocket" and "upgrade" in connection.lower()
-                and re.fullmatch(r"[A-Za-z0-9+/]{22}==", key) is not None)  # fmt: skip
+        accept = accept_key(head.get("Sec-WebSocket-Key"))
+        self.closes = False  # whatever the client said of its connection besides
+        self.write_head(101, {"Upgrade": "websocket", "Connection": "Upgrade", "Sec-WebSocket-Accept": accept})
+        self.closes = self.upgraded = True
 
-
-class Responder(Wire):
-    """Writes the answer to one request: a document with its status, or a stream of documents in a Framing."""
-
-    framing: Framing | None = None  # a stream's
-
-    def __init__(self, connection: socket.socket, access: Access) -> None:
-        self._connection, self._access = connection, access
-        self.head = Head(Headers())
-        self.line = RequestLog()  # its id is the client's as soon as the head is read
-        self.unread = True  # the request, or its body: what follows it is no request, so the connection closes
-        self.closes = self._chunked = False
+    def _preflight(self, head: Head) -> None:
+        """CORS: what a page of an allowed origin may send. Needs no key."""
+        methods = ", ".join(sorted(allowed_methods(head)))
+        headers = {"Allow": methods}
+        if self.allowed_origin():
+            asked = head.get("Access-Control-Request-Headers") or "authorization, content-type"
+            headers |= {"Access-Control-Allow-Methods": methods, "Access-Control-Max-Age": "600",
+                        "Access-Control-Allow-Headers": re.sub(r"[^\w\-, ]", "", asked)}  # fmt: skip
+        self.respond(Answer(b"", headers=headers))
 
     def respond(self, answer: Answer) -> None:
         """Sends a whole answer."""
-        body = answer.body()
+        body = answer.document if isinstance(answer.document, bytes) else to_json(answer.document) + b"\n"
         headers = {"Content-Type": "application/json", "Content-Length": str(len(body)), **answer.headers}
         self.write_head(answer.status, headers, b"" if self.head.method == "HEAD" else body)
 
@@ -11036,41 +11103,46 @@ class Responder(Wire):
             self.respond(Answer(document))
 
     def idle(self, document: dict[str, Any] | None) -> None:
-        if self.framing:
-            self._write_piece(self.framing.encode(document) if document else self.framing.pulse)
+        assert self.framing
+        self._write_piece(self.framing.encode(document) if document else self.framing.pulse)
 
     def end(self) -> None:
         if self.framing:
             self._write_piece(self.framing.done, last=True)
 
-    def fail(self, error: ApiError, document: dict[str, Any]) -> None:
-        """Sends the error, in its dialect's shape, as the answer or as the end of it."""
-        if self.framing and self.begun:
-            self._write_piece(self.framing.encode(document), last=True)
-        else:
-            self.respond(Answer(document, error.status, error.headers))
+    def fail(self, error: ApiError) -> None:
+        """Tells the error as the whole answer, or as the last documents of a stream that has begun."""
+        with contextlib.suppress(ClientGone):
+            if self.dialect and error.code in self.dialect.streamed_errors:
+                self.begin()
+            if self.dialect and self.begun:
+                for document in self.dialect.failure(error):
+                    self.send(document)
+                self._write_piece(b"", last=True)
+            else:
+                self.respond(Answer(ERROR_SHAPES[self._api()](error), error.status, error.headers))
+
+    def leave(self) -> None:
+        """The connection ends without an answer."""
+        self.closes = True
+
+    def counted(self) -> tuple[str, str, str]:
+        method = self.head.method if self.head.method in ("GET", "HEAD", "POST", "OPTIONS") else "other"
+        return method, self.route.label() if self.route else "other", self._api()  # a client's own words are without number
+
+    def _api(self) -> str:
+        """The API in whose shape an error is told."""
+        first, second, *_ = (*self.head.segments, "", "")
+        if self.route:
+            return self.route.api
+        is_v1 = first == "v1" or re.match(rb"\S+ /v1/", self.connection.begun)  # a head that cannot be read tells that much
+        return "openai" if is_v1 else "ollama" if first == "api" and second in OLLAMA_UNSERVED else "shimmy"
 
     def _write_piece(self, data: bytes, last: bool = False) -> None:
         """Sends a piece of a stream, and the end of the stream behind the last one."""
         if self._chunked:
             data = (b"%x\r\n%b\r\n" % (len(data), data) if data else b"") + (b"0\r\n\r\n" if last else b"")
-        self.write(data)
-
-    def write(self, data: bytes) -> None:
-        """Writes it all. Raises ClientGone when the client takes nothing for WRITE_SECONDS: slow ones may read on."""
-        left = memoryview(data)
-        self._connection.settimeout(WRITE_SECONDS)
-        try:
-            while left:
-                left = left[self._connection.send(left) :]
-        except OSError:
-            raise ClientGone from None
-
-    def allowed_origin(self) -> str | None:
-        """The request's Origin, if its page may read the answer."""
-        origin = self.head.headers.get("Origin")
-        allowed = origin is not None and self._access.origin_allowed(origin, self.head.headers.get("Host", ""))
-        return origin if allowed else None
+        self.connection.write(data)
 
     def write_head(self, status: int, headers: Mapping[str, str], body: bytes = b"") -> None:
         """Sends a head, and the body that there is already, in one write."""
@@ -11081,167 +11153,41 @@ class Responder(Wire):
                        "Access-Control-Expose-Headers": ", ".join(ID_HEADERS)}  # fmt: skip
         self.closes = self.closes or self.unread
         headers = {**headers, "Connection": "close"} if self.closes else headers
-        date = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime())
-        lines = [f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}", f"Server: shimmy/{__version__}", f"Date: {date}"]
-        lines += [f"{name}: {self.line.id}" for name in ID_HEADERS]
+        lines = [f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}", f"Server: shimmy/{__version__}",
+                 f"Date: {email.utils.formatdate(usegmt=True)}", *(f"{name}: {self.id}" for name in ID_HEADERS)]  # fmt: skip
         lines += [f"{name}: {value}" for name, value in headers.items()]
-        self.line.status = status
-        self.write("\r\n".join(lines).encode("latin-1", "replace") + b"\r\n\r\n" + body)
+        self.status = status
+        self.connection.write("\r\n".join(lines).encode("latin-1", "replace") + b"\r\n\r\n" + body)
+
+    def allowed_origin(self) -> str | None:
+        """The request's Origin, if its page may read the answer."""
+        origin = self.head.get("Origin")
+        allowed = origin is not None and self.server.access.origin_allowed(origin, self.head.get("Host", ""))
+        return origin if allowed else None
 
 
 class Handler(socketserver.BaseRequestHandler):
-    """One connection, in its own thread: requests one after another, each read, checked, and answered by its row of ROUTES."""
+    """One connection, in its own thread: its requests one after another."""
 
     server: Server
 
-    def setup(self) -> None:
-        self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
-        self.service, self.reader, self.upgraded = self.server.service, RequestReader(self.request), False
-
     def handle(self) -> None:
-        closes = False
+        self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
+        connection = Connection(self.request)
         with contextlib.suppress(ClientGone):
-            while not closes:
-                self.reader.begin()
-                closes = self._handle_request()
-            if self.upgraded:
-                owner = self.server.access.owner(self.out.head.headers)
-                self.server.sockets.serve(self.request, self.reader.take(), self.out.line.id, owner)
+            while self._handle_request(connection):
+                pass
 
-    def _handle_request(self) -> bool:
-        """Answers one request; true if the connection ends behind it."""
-        self.out = Responder(self.request, self.server.access)
-        self.route: Route | None = None
-        run_request(self._answer_request, self.out.line, self.fail, self.leave)
-        known, route = ("GET", "HEAD", "POST", "OPTIONS"), self.route.label() if self.route else "other"
-        method = self.out.head.method if self.out.head.method in known else "other"  # a client's words are without number
-        self.service.metrics.answered(method, route, self._api(), self.out.line.status)
-        if self.out.closes and self.out.unread:
-            self.reader.drain()
-        return self.out.closes
-
-    def _answer_request(self) -> None:
-        out = self.out
-        line, headers = self.reader.head()
-        out.line.id = request_id(headers.get("X-Request-Id") or out.line.id)
-        head = out.head = Head(headers)
-        head.read(line)
-        out.closes, out.unread = head.closes, bool(head.length)
-        out.line.what = f"{head.method} {head.path.partition('?')[0]}"
-        cancel = Cancellation()
-        with self.server.running(cancel):
-            self._answer(head, cancel)
-
-    def _body(self) -> dict[str, Any]:
-        """The request's body, as large as its route takes; read even if unasked for, or it would become the next request.
-
-        An empty one is {}, but for a dialect.
-        """
-        assert self.route
-        head, most = self.out.head, self.route.max_body
-        size, encoding = head.length or 0, head.headers.get("Content-Encoding", "").lower()
-        if size > most:
-            raise PayloadTooLarge(f"The body has {size} bytes, up to {most} are read")
-        if size and head.headers.get("Expect", "").lower() == "100-continue":
-            self.out.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        try:
-            data = self.reader.body(size, most)
-            self.out.unread = False
-            if data and encoding:
-                self.reader.turn.take()  # for whatever size it has unpacked
-                data = uncompressed(data, encoding, most)
-            is_read = isinstance(self.route.answer, type) or (head.method == "POST" and data.strip())
-            return parse_object(data) if is_read else {}  # nobody keeps the bytes while the request runs
-        finally:
-            self.reader.turn.release()
-
-    def _answer(self, head: Head, cancel: Cancellation) -> None:
-        if SHUTTING_DOWN in self.service.unready:  # the client's next connection may lead elsewhere
-            self.out.closes = True
-        if self.server.stopping:
-            raise Overloaded(SHUTTING_DOWN)
-        if head.method == "OPTIONS":
-            self.server.access.check({"Host": head.headers.get("Host", "")}, keyless=True)
-            return self._preflight(head)
-        self.route, names = self._find_route(head)
-        if self.route.needs_body and head.length is None:
-            self.out.unread = True  # whatever follows is no request
-            raise InvalidRequest("The request needs a Content-Length, or a chunked body", status=411)
-        if self.route.answer is answer_upgrade and head.is_handshake():
-            return self._upgrade(head)
-        body = self._body()
-        if self.route.ollamas and speaks_ollama(body, head.headers.get("User-Agent", "")):
-            self.route = self.route.ollamas  # from here on errors take its shape
-        answer, watching = self.route.answer, self.server.watcher.watching(self.reader, cancel)
-        if isinstance(answer, type):
-            dialect = self.out.line.dialect = answer(body)
-            self.out.framing = self.route.framing if dialect.stream else None
-            dialect.owner = self.server.access.owner(head.headers)
-            with watching:
-                deliver(dialect, dialect.events(self.service, cancel), self.out)
-        else:
-            with watching:
-                told = answer(Call(self.service, names, head.query, body, cancel, head.headers.get("Accept", "")))
-                self.out.respond(told if isinstance(told, Answer) else Answer(told))
-
-    def _find_route(self, head: Head) -> tuple[Route, tuple[str, ...]]:
-        """The row for this request, and the names in its path; the access checks come before any answer."""
-        matching = [(r, names) for r in ROUTES if (names := r.match(head.segments)) is not None]
-        if matching and head.headers.get("Host") is None and head.version == "HTTP/1.1":
-            raise InvalidRequest("The Host header is missing")
-        method = "GET" if head.method == "HEAD" else head.method
-        found = next((pair for pair in matching if pair[0].method == method), matching[0] if matching else None)
-        self.route = found[0] if found else None
-        self.server.access.check(head.headers, self.route is not None and self.route.keyless)
-        if found is None:
-            raise NotFound(f"No route matches /{'/'.join(head.segments)[:200]}")
-        if found[0].method != method:
-            raise MethodNotAllowed(head.method, allowed_methods(head))
-        return found
-
-    def _upgrade(self, head: Head) -> None:
-        """Answers the handshake: the connection speaks HTTP no more."""
-        from websockets.utils import accept_key
-
-        accept = accept_key(head.headers.get("Sec-WebSocket-Key"))
-        self.out.closes = False  # whatever the client said of its connection besides
-        self.out.write_head(101, {"Upgrade": "websocket", "Connection": "Upgrade", "Sec-WebSocket-Accept": accept})
-        self.out.closes = self.upgraded = True
-
-    def _preflight(self, head: Head) -> None:
-        """CORS: what a page of an allowed origin may send. Needs no key."""
-        methods = sorted(allowed_methods(head))
-        headers = {"Allow": ", ".join(methods)}
-        if self.out.allowed_origin():
-            asked = head.headers.get("Access-Control-Request-Headers") or "authorization, content-type"
-            headers |= {"Access-Control-Allow-Methods": ", ".join(methods), "Access-Control-Max-Age": "600",
-                        "Access-Control-Allow-Headers": re.sub(r"[^\w\-, ]", "", asked)}  # fmt: skip
-        self.out.respond(Answer(b"", headers=headers))
-
-    # For run_request
-
-    def fail(self, error: ApiError) -> None:
-        """Tells the error as the whole answer, or as the last events of a stream that has begun."""
-        dialect = self.out.line.dialect
-        with contextlib.suppress(ClientGone):
-            if dialect and error.code in dialect.streamed_errors:
-                self.out.begin()
-            *others, last = dialect.failure(error) if dialect and self.out.begun else [ERROR_SHAPES[self._api()](error)]
-            for document in others:
-                self.out.send(document)
-            self.out.fail(error, last)
-
-    def leave(self) -> None:
-        """The connection ends without an answer."""
-        self.out.closes = True
-
-    def _api(self) -> str:
-        """The API in whose shape an error is told."""
-        first, second, *_ = (*self.out.head.segments, "", "")
-        if self.route:
-            return self.route.api
-        is_v1 = first == "v1" or re.match(rb"\S+ /v1/", self.reader.begun)  # a head that cannot be read tells that much
-        return "openai" if is_v1 else "ollama" if first == "api" and second in OLLAMA_UNSERVED else "shimmy"
+    def _handle_request(self, connection: Connection) -> bool:
+        """Waits for a request and answers it; false if the connection ends behind it."""
+        connection.begin()
+        exchange = HttpExchange(self.server, connection)
+        exchange.run()
+        if exchange.upgraded:
+            self.server.sockets.serve(exchange)
+        elif exchange.closes and exchange.unread:
+            connection.drain()
+        return not exchange.closes
 
 
 def allowed_methods(head: Head) -> set[str]:
@@ -11268,31 +11214,31 @@ def raise_descriptor_limit() -> int:
     return limit
 
 
-class Server(socketserver.ThreadingTCPServer):
+class Server(http.server.ThreadingHTTPServer):
     """The listening socket and what its connections share. `stop` is the end: ordered and idempotent."""
 
-    daemon_threads = True
     request_queue_size = 1024  # bursts wait in the kernel, not in retransmissions
-    allow_reuse_address = os.name == "posix"
+    allow_reuse_address = os.name == "posix"  # on Windows a second server would take the port as well
+    allow_reuse_port = False  # as it would here, with the default of newer Pythons
 
     def __init__(self, address: tuple[str, int], service: Service, access: Access) -> None:
         self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
         self.service, self.access = service, access
         descriptors = raise_descriptor_limit()
         self.max_connections = min(MAX_CONNECTIONS, max(descriptors // 10, descriptors - RESERVED_DESCRIPTORS))
-        self.watcher, self.sockets = Watcher(), SocketListener(self)
+        self.watcher, self.sockets = Watcher(), SocketListener()
         self.stopping = False
         self._changed = threading.Condition()
         self._running: set[Cancellation] = set()
         super().__init__(address, Handler)
 
+    def server_bind(self) -> None:
+        """Binds without HTTPServer's getfqdn, which may ask DNS for seconds for a name that nobody reads."""
+        socketserver.TCPServer.server_bind(self)
+
     @property
     def url(self) -> str:
         return url_of(str(self.server_address[0]), self.server_address[1])
-
-    def count_connection(self, change: int) -> None:
-        with self._changed:
-            self.service.metrics.connections += change
 
     def get_request(self) -> tuple[Any, Any]:
         """Accepts a connection. Where it cannot (no descriptor is left), it waits a moment: at once it would be asked again."""
@@ -11304,31 +11250,29 @@ class Server(socketserver.ThreadingTCPServer):
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Starts the connection's thread, or answers 503 where it would be one too many."""
-        if self.service.metrics.connections >= self.max_connections:
+        metrics = self.service.metrics
+        with self._changed:
+            metrics.connections += 1
+        if metrics.connections > self.max_connections:
             return self._refuse(request, f"{self.max_connections} connections are open")
-        self.count_connection(1)
-        self.service.metrics.accepted += 1
+        metrics.accepted += 1
         try:
             super().process_request(request, client_address)
         except (RuntimeError, MemoryError):  # can't start new thread
-            self.count_connection(-1)
             self._refuse(request, "No thread can be started for another connection")
 
-    def _refuse(self, connection: socket.socket, why: str) -> None:
-        """503. To close over a request that is on its way would destroy the answer (RST): so it is awaited for a moment."""
+    def _refuse(self, request: socket.socket, why: str) -> None:
         self.service.metrics.refused += 1
-        error = Overloaded(why)
-        with contextlib.closing(connection), contextlib.suppress(OSError, ClientGone):
-            Responder(connection, self.access).respond(Answer(error.document(), error.status, error.headers))
-            connection.settimeout(0.1)
-            connection.shutdown(socket.SHUT_WR)
-            connection.recv(1 << 16)
+        connection = Connection(request)
+        HttpExchange(self, connection).fail(Overloaded(why))
+        connection.drain(0.1, 1)  # the others wait
+        self.shutdown_request(request)
 
-    def process_request_thread(self, request: Any, client_address: Any) -> None:
-        try:
-            super().process_request_thread(request, client_address)
-        finally:
-            self.count_connection(-1)
+    def shutdown_request(self, request: Any) -> None:
+        """Ends a connection, which was counted."""
+        super().shutdown_request(request)
+        with self._changed:
+            self.service.metrics.connections -= 1
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         log.debug("connection failed", exc_info=True)
@@ -11383,16 +11327,25 @@ SOCKET_IDLE_SECONDS = 3600.0  # without a request
 SOCKET_CLOSE_SECONDS = 10.0  # for a client to end its side too
 
 
-@dataclass
-class SocketRequest:
-    """A request on a WebSocket: its message until that is parsed, and the way to cancel it."""
+class SocketRequest(Exchange):
+    """A request on a WebSocket, with its message until that is parsed."""
 
-    message: bytes
-    cancel: Cancellation = field(default_factory=Cancellation)
+    what = "WS /ws/generate"
     refusal: ApiError | None = None  # which is told in its turn, so that nobody takes it for the running request's end
-    answered: bool = False  # its last document is on its way: a cancel that comes now means the next request
+    answered = False  # its last document is on its way: a cancel that comes now means the next request
 
-    def body(self) -> dict[str, Any]:
+    def __init__(self, connection: SocketConnection, message: bytes) -> None:
+        super().__init__(connection.server, connection.id)
+        self.connection, self.message = connection, message
+
+    def answer(self) -> None:
+        if self.server.stopping:  # it may have waited behind one that ran
+            raise Overloaded(SHUTTING_DOWN)
+        dialect = NativeSocket(self._body() | {"stream": True})
+        self.status = 200
+        self.deliver(dialect, self.connection.owner)
+
+    def _body(self) -> dict[str, Any]:
         """The parsed message, which is kept no longer."""
         turn = BodyTurn()
         try:
@@ -11405,39 +11358,57 @@ class SocketRequest:
             self.message = b""
             turn.release()
 
-    def is_cancel(self) -> bool:
-        """True for `{"cancel": true}`, which is no request but ends one."""
-        with contextlib.suppress(InvalidRequest):
-            return len(self.message) <= 256 and parse_object(self.message).get("cancel") is True
-        return False
+    def counted(self) -> tuple[str, str, str]:
+        return "WS", "/ws/generate", NativeSocket.api
+
+    def send(self, document: dict[str, Any]) -> None:
+        self.answered = "done" in document or "error" in document
+        self.connection.send(to_json(document))
+
+    def fail(self, error: ApiError) -> None:
+        with contextlib.suppress(ClientGone):
+            self.send(ERROR_SHAPES["shimmy"](error))
+
+    def leave(self) -> None:
+        with contextlib.suppress(ClientGone):
+            self.send(NativeSocket.done("cancelled", Usage(0, 0, 0, 0, 0)))
 
 
-class SocketConnection(Wire):
+def is_cancel(message: bytes) -> bool:
+    """True for `{"cancel": true}`, which is no request but ends one."""
+    with contextlib.suppress(InvalidRequest):
+        return len(message) <= 256 and parse_object(message).get("cancel") is True
+    return False
+
+
+class SocketConnection:
     """One WebSocket, around websockets' parser. The loop's thread reads and writes, another one answers."""
 
     PENDING, REFUSED = 32, 1000  # requests a connection holds, with the running one; more that may wait to be refused
-    _transport: asyncio.Transport
+    transport: asyncio.Transport
 
-    def __init__(self, server: Server, loop: asyncio.AbstractEventLoop, early: bytes, id: str, owner: str) -> None:
+    def __init__(self, upgrade: HttpExchange, loop: asyncio.AbstractEventLoop) -> None:
         from websockets.protocol import SERVER, Protocol
 
-        self._server, self._loop, self._early, self._id, self._owner = server, loop, early, id, owner
+        self.server, self.id, self._loop = upgrade.server, upgrade.id, loop
+        self.owner = self.server.access.owner(upgrade.head)
         self._protocol = Protocol(SERVER, max_size=NativeSocket.max_body, logger=logging.getLogger("websockets"))
+        self._protocol.receive_data(upgrade.connection.take())
         self._requests: deque[SocketRequest] = deque()  # the first one is running
-        self._queue: queue.SimpleQueue[SocketRequest | None] = queue.SimpleQueue()  # the same; None: the connection has ended
+        self._came = threading.Semaphore(0)  # counts the requests that came, and the connection's end
         self._fragments, self._turn = bytearray(), BodyTurn()  # of the message that arrives
         self._since: float | None = None  # when its first byte came
         self._used = time.monotonic()
-        self._pinged = self._paused = self._ended = False
+        self._pinged = self._paused = False
         self._writable = threading.Event()  # the last document is written, and the client is not slow to read
 
     # asyncio's protocol, in the loop's thread
 
     def connection_made(self, transport: asyncio.Transport) -> None:
-        self._transport = transport
+        self.transport = transport
         self._writable.set()
         self._loop.call_later(SOCKET_PING_SECONDS, self._look)
-        self.data_received(self._early)
+        self.data_received(b"")  # what came with the handshake
 
     def data_received(self, data: bytes) -> None:
         """Feeds the parser, which itself answers pings, and ends the connection behind a frame that is malformed."""
@@ -11449,26 +11420,26 @@ class SocketConnection(Wire):
                 continue
             self._fragments += frame.data
             if frame.fin:
-                request = SocketRequest(bytes(self._fragments))
-                self._fragments, self._since = bytearray(), None
+                message, self._fragments, self._since = bytes(self._fragments), bytearray(), None
                 self._turn.release()  # it may wait for long behind others
-                self._receive(request)
+                self._receive(message)
         self._bound(len(self._fragments) + len(self._protocol.reader.buffer))
         self._flush()
-        if self._transport.get_write_buffer_size() > MAX_UNTAKEN:
-            self._transport.abort()
+        if self.transport.get_write_buffer_size() > MAX_UNTAKEN:
+            self.transport.abort()
 
     def eof_received(self) -> None:
         """What is sent already may still be read; then the transport closes itself."""
-        self._loop.call_later(SOCKET_CLOSE_SECONDS, self._transport.abort)
+        self._loop.call_later(SOCKET_CLOSE_SECONDS, self.transport.abort)
         self.connection_lost(None)
 
     def connection_lost(self, error: Exception | None) -> None:
         """The requests end with the connection."""
-        self._ended = True
+        self._protocol.receive_eof()
         self._turn.release()
+        self._paused = False
         self._writable.set()
-        self._queue.put(None)
+        self._came.release()
         for request in list(self._requests):
             request.cancel.cancel()
 
@@ -11481,13 +11452,13 @@ class SocketConnection(Wire):
 
     def _look(self) -> None:
         """Ends a connection without requests for long, or whose client answers no ping; one that is slow to read may yet."""
-        if self._ended:
+        if self._protocol.state.name != "OPEN":
             return
         if not self._requests and time.monotonic() - self._used > SOCKET_IDLE_SECONDS:
             self.close(1000, f"no request for {SOCKET_IDLE_SECONDS:g} seconds")
-        elif self._pinged and not self._transport.get_write_buffer_size():
-            self._transport.abort()
-        elif self._protocol.state.name == "OPEN":
+        elif self._pinged and not self.transport.get_write_buffer_size():
+            self.transport.abort()
+        else:
             self._pinged = True
             self._protocol.send_ping(b"")
             self._flush()
@@ -11505,104 +11476,82 @@ class SocketConnection(Wire):
             except Overloaded:
                 self.close(1013, "too many large messages arrive already")
 
-    def _receive(self, request: SocketRequest) -> None:
+    def _receive(self, message: bytes) -> None:
         """Queues a request, or cancels the running one."""
         waiting, size = len(self._requests), sum(len(r.message) for r in list(self._requests))
-        if request.is_cancel():
+        if is_cancel(message):
             if running := next((r for r in list(self._requests) if not r.answered), None):
                 running.cancel.cancel(gently=True)
         elif waiting >= self.PENDING + self.REFUSED:
             self.close(1013, "too many requests wait")
         else:
-            if waiting >= self.PENDING or (size and size + len(request.message) > NativeSocket.max_body):
+            request = SocketRequest(self, message)
+            if waiting >= self.PENDING or (size and size + len(message) > NativeSocket.max_body):
                 full = f"{self.PENDING} requests are on this connection already, or {human_bytes(NativeSocket.max_body)} of them"
                 request.message, request.refusal = b"", Overloaded(full)
             self._requests.append(request)
-            self._queue.put(request)
+            self._came.release()
+
+    # For the thread that answers
 
     def answer_all(self) -> None:
         """Answers the requests one after another, until the connection ends."""
-        while request := self._queue.get():
+        while self._came.acquire() and self._protocol.state.name != "CLOSED":
             try:
-                if not self._ended:  # else the client has left
-                    self._answer(request)
+                with self.server.running(self._requests[0].cancel):
+                    self._requests[0].run()
             except Exception:  # a thread's border
                 log.exception("a WebSocket's request could not be answered")
-                self._loop.call_soon_threadsafe(self._transport.abort)
+                self._loop.call_soon_threadsafe(self.transport.abort)
             self._requests.popleft()
             self._used = time.monotonic()
 
-    def _answer(self, request: SocketRequest) -> None:
-        line = RequestLog("WS /ws/generate", self._id)
-
-        def work() -> None:
-            if self._server.stopping:  # it may have waited behind one that ran
-                raise Overloaded(SHUTTING_DOWN)
-            dialect = line.dialect = NativeSocket(request.body() | {"stream": True})
-            dialect.owner, line.status = self._owner, 200
-            deliver(dialect, dialect.events(self._server.service, request.cancel), self)
-
-        with self._server.running(request.cancel):
-            run_request(work, line, self.fail, self.leave)
-            self._server.service.metrics.answered("WS", "/ws/generate", NativeSocket.api, line.status)
-
-    # The wire, used by a request's thread
-
-    def fail(self, error: ApiError) -> None:
-        with contextlib.suppress(ClientGone):
-            self.send(ERROR_SHAPES["shimmy"](error))
-
-    def leave(self) -> None:
-        with contextlib.suppress(ClientGone):
-            self.send(NativeSocket.done("cancelled", Usage(0, 0, 0, 0, 0)))
-
-    def send(self, document: dict[str, Any]) -> None:
+    def send(self, text: bytes) -> None:
         """Raises ClientGone when the client has left, or takes nothing for WRITE_SECONDS."""
-        self._requests[0].answered = "done" in document or "error" in document
         taken = self._writable.wait(WRITE_SECONDS)
         self._writable.clear()
         try:
-            self._loop.call_soon_threadsafe(*(self._write, to_json(document)) if taken else (self._transport.abort,))
+            self._loop.call_soon_threadsafe(*(self._write, text) if taken else (self.transport.abort,))
         except RuntimeError:  # the loop has ended
             raise ClientGone from None
-        if not taken or self._ended or self._protocol.state.name != "OPEN":
+        if not taken or self._protocol.state.name != "OPEN":
             raise ClientGone
 
     def _write(self, text: bytes) -> None:
         if self._protocol.state.name == "OPEN":
             self._protocol.send_text(text)
             self._flush()
-        if not self._paused or self._ended:
+        if not self._paused:
             self._writable.set()
 
     def _flush(self) -> None:
-        for data in () if self._transport.is_closing() else self._protocol.data_to_send():
+        for data in () if self.transport.is_closing() else self._protocol.data_to_send():
             if data:
-                self._transport.write(data)
+                self.transport.write(data)
             else:  # what still comes is dropped: to close over it would destroy what was sent (RST)
                 with contextlib.suppress(OSError):  # the client has broken off
-                    self._transport.write_eof()
-                self._loop.call_later(SOCKET_CLOSE_SECONDS, self._transport.abort)
+                    self.transport.write_eof()
+                self._loop.call_later(SOCKET_CLOSE_SECONDS, self.transport.abort)
 
-    def close(self, code: int, reason: str, seconds: float = SOCKET_CLOSE_SECONDS) -> None:
-        """Ends the connection as RFC 6455, 7 has it, at the latest after so many seconds."""
+    def close(self, code: int, reason: str) -> None:
+        """Ends the connection as RFC 6455, 7 has it."""
         if self._protocol.state.name == "OPEN":
             self._protocol.send_close(code, reason)
             self._flush()
-            self._loop.call_later(seconds, self._transport.abort)
+            self._loop.call_later(SOCKET_CLOSE_SECONDS, self.transport.abort)
 
 
 class SocketListener:
     """Serves `/ws/generate`: asyncio in one side thread."""
 
-    def __init__(self, server: Server) -> None:
-        self._server, self._lock = server, threading.Lock()
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=self._run, name="websocket", daemon=True)
         self._connections: set[SocketConnection] = set()
 
-    def serve(self, connection: socket.socket, early: bytes, id: str, owner: str) -> None:
-        """Serves a connection whose handshake has been answered, to its end; `early` came behind the handshake."""
+    def serve(self, upgrade: HttpExchange) -> None:
+        """Serves a connection whose handshake has been answered, to its end."""
         import asyncio
 
         with self._lock:
@@ -11610,12 +11559,12 @@ class SocketListener:
                 logging.getLogger("websockets").setLevel(logging.CRITICAL)  # requests are logged here
                 self._loop = asyncio.new_event_loop()
                 self._thread.start()
-        taken = socket.socket(fileno=connection.detach())
+        taken = socket.socket(fileno=upgrade.connection.socket.detach())
         taken.setblocking(False)
-        served = SocketConnection(self._server, self._loop, early, id, owner)
-        self._connections.add(served)
+        served = SocketConnection(upgrade, self._loop)
         opening = self._loop.connect_accepted_socket(lambda: served, taken)  # type: ignore[type-var]
         asyncio.run_coroutine_threadsafe(opening, self._loop).result()
+        self._connections.add(served)
         served.answer_all()
         self._connections.discard(served)
 
@@ -11629,8 +11578,9 @@ class SocketListener:
         loop = self._loop
         if not loop:
             return
-        for connection in list(self._connections):
-            loop.call_soon_threadsafe(connection.close, 1001, "the server is shutting down", 0.3)  # its threads end with it
+        for connection in list(self._connections):  # whose threads end with them
+            loop.call_soon_threadsafe(connection.close, 1001, "the server is shutting down")
+            loop.call_soon_threadsafe(loop.call_later, 0.3, connection.transport.abort)
         loop.call_soon_threadsafe(loop.call_later, 0.5, loop.stop)
         self._thread.join(1.0)
 
@@ -12669,8 +12619,6 @@ class Neighbour:
     def request(self, method: str, path: str, body: bytes | None = None,
                 seconds: float | None = None) -> Iterator[http.client.HTTPResponse]:  # fmt: skip
         """The answer. Raises OSError when nobody answers within so many seconds, HTTPException for what is no HTTP."""
-        import http.client
-
         with contextlib.closing(http.client.HTTPConnection(self._host, self._port, timeout=seconds)) as connection:
             connection.connect()
             with contextlib.suppress(ConnectionError):  # it answers 413 before it has read a body that is too large
@@ -12685,8 +12633,6 @@ class Neighbour:
 
 def command_diag(args: argparse.Namespace) -> int:
     """Shows what a report of a problem should contain: of a server its health, and if it takes our key."""
-    import http.client
-
     service = make_service(args)
     service.table.models(0.0)
     server = Neighbour(args)
@@ -12813,8 +12759,6 @@ class RunningServer(Neighbour):
             raise NoServer(f"--models-dir holds another {printable(self.model)} than the server at {self.url}")
 
     def _ask(self, path: str) -> dict[str, Any]:
-        import http.client
-
         try:
             status, document = self.get(path, 5.0)
         except (OSError, http.client.HTTPException, ValueError):
@@ -12843,8 +12787,6 @@ class RunningServer(Neighbour):
         return self._ask(f"/api/models/{urllib.parse.quote(self.model, safe='', errors='surrogateescape')}/status")
 
     def documents(self, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        import http.client
-
         try:
             with self.request("POST", "/api/generate", to_json(body | {"stream": True})) as response:
                 if response.status != 200:
@@ -18603,10 +18545,8 @@ def retry_after(headers: http.client.HTTPMessage) -> float | None:
     said = headers.get("Retry-After") or ""
     if re.fullmatch(r"\d{1,9}", said.strip()):
         return float(said)
-    from email.utils import parsedate_to_datetime
-
     try:
-        return max(0.0, parsedate_to_datetime(said).timestamp() - time.time())
+        return max(0.0, email.utils.parsedate_to_datetime(said).timestamp() - time.time())
     except (ValueError, TypeError, OverflowError):
         return None
 
@@ -18813,8 +18753,6 @@ class Pull:
 
     def run(self, plan: Plan) -> Generator[Fetching, None, None]:
         """Fetches all that is not here yet. Raises as Download.run does, but PullFailed for what cannot be written."""
-        import shutil
-
         free = math.inf
         with contextlib.suppress(OSError, StopIteration):  # nobody tells
             free = shutil.disk_usage(next(parent for parent in pathlib.Path(plan.path).parents if parent.exists())).free
@@ -18839,8 +18777,6 @@ class Pull:
 @contextlib.contextmanager
 def connection_errors() -> Iterator[None]:
     """Raises ConnectionLost, in the system's words, for whatever ends a connection."""
-    import http.client
-
     try:
         yield
     except (OSError, RuntimeError, ValueError, http.client.HTTPException) as error:
@@ -19763,12 +19699,11 @@ function doneViews(turn) {
 
 function versionViews(turn) {
   const all = current.turns.filter(each => each.parent === turn.parent), at = all.indexOf(turn);
-  const show = other => {
-    current.at = lastBelow(current, other.id);
+  const to = (step, sign, label) => plain(sign, () => {
+    current.at = lastBelow(current, all.at((at + step) % all.length).id);
     save(current);
     drawPage();
-  };
-  const to = (step, sign, label) => plain(sign, () => show(all.at((at + step) % all.length)), label);
+  }, label);
   return all.length < 2 ? [] : [to(-1, "‹", "Earlier version"), `${at + 1}/${all.length}`, to(1, "›", "Later version")];
 }
 

@@ -13842,11 +13842,14 @@ def test_loopback_and_allowed_hosts_are_accepted(server: Server, guarded: Server
 
 FOREIGN = ["https://evil.example", "null", "http://localhost.evil.example", "http://127.0.0.1.evil", "file://",
            "https://evil.example/?http://localhost"]  # fmt: skip
+STRANGE = ["http://127.0.0.1:80.evil.example", "http://127.0.0.1:80@evil.example", "http://user@127.0.0.1", "http://127.0.0.1:",
+           "http://localhost:999999", "http://[127.0.0.1", "http://", "http://localhost.", "http://localhost/", "http:localhost",
+           "http://localhost:80\xa0", "http://localhost#", "app://x/evil", "//localhost"]  # fmt: skip
 FRIENDLY = ["http://localhost:3000", "http://127.0.0.1", "https://localhost", "http://[::1]:8080", "tauri://localhost",
             "app://obsidian.md", "vscode-webview://abc"]  # fmt: skip
 
 
-@pytest.mark.parametrize("origin", FOREIGN)
+@pytest.mark.parametrize("origin", [*FOREIGN, *STRANGE])
 def test_foreign_origin_is_rejected_before_anything_runs(origin: str, server: Server) -> None:
     server.unload("dice")
     reply = server.post("/api/models/dice/load", None, Origin=origin)
@@ -13906,12 +13909,10 @@ def test_upgrade_head_of_spaces_is_refused_in_linear_time(server: Server) -> Non
         assert_error(reply, 400, "invalid_request")
 
 
-@pytest.mark.parametrize("path", ["/health", "/ws/generate"])
 @pytest.mark.parametrize("line", ["X: a\rY: b", "X: a\0b", "X: a\x1bb", "X: a\x7f", "X: a\r\n folded", "X: a\r\n\tfolded",
                                   "X: a\r"])  # fmt: skip
-def test_control_character_or_folded_line_in_a_head_is_400(line: str, path: str, server: Server) -> None:
-    upgrade = [f"{name}: {value}" for name, value in UPGRADE.items()] if path != "/health" else []
-    (reply,) = exchange(server, head_of("GET", path, *upgrade, line))
+def test_control_character_or_folded_line_in_a_head_is_400(line: str, server: Server) -> None:
+    (reply,) = exchange(server, head_of("GET", "/health", line))
     assert_error(reply, 400, "invalid_request")
 
 
@@ -14000,39 +14001,17 @@ def test_client_that_ends_its_side_has_left(stream: bool, more: bytes, server: S
 @pytest.mark.parametrize("ahead", [b"", b"GET /health HT"], ids=["nothing", "half a request"])
 def test_watcher_keeps_what_a_client_sends_ahead(ahead: bytes) -> None:
     watcher, cancel, (ours, theirs) = Watcher(), Cancellation(), socket.socketpair()
-    reader = module.RequestReader(ours)
-    with contextlib.closing(ours), contextlib.closing(theirs), watcher.watching(reader, cancel):
+    connection = module.Connection(ours)
+    with contextlib.closing(ours), contextlib.closing(theirs), watcher.watching(connection, cancel):
         theirs.sendall(ahead)
         time.sleep(0.1)
         assert not cancel.cancelled
         theirs.close()
         eventually(lambda: cancel.cancelled, "it has left")
-        assert reader.take(len(ahead)) == ahead
+        assert connection.take(len(ahead)) == ahead
 
 
 # Trust
-
-STRANGE = ["http://127.0.0.1:80.evil.example", "http://127.0.0.1:80@evil.example", "http://user@127.0.0.1", "http://127.0.0.1:",
-           "http://localhost:999999", "http://[127.0.0.1", "http://", "http://localhost.", "http://localhost/", "http:localhost",
-           "http://localhost:80 ", "http://localhost#", "app://x/evil", "//localhost"]  # fmt: skip
-
-
-@pytest.mark.parametrize("origin", STRANGE)
-def test_strange_origin_is_refused_and_not_reflected(origin: str, server: Server) -> None:
-    if origin.endswith(" "):
-        origin = origin[:-1] + "\xa0"
-    reply = server.post("/api/tools/calculator/execute", {"expression": "1"}, Origin=origin)
-    assert_error(reply, 403, "forbidden")
-    assert "Access-Control-Allow-Origin" not in reply.headers
-
-
-@pytest.mark.parametrize("host", [
-    "evil.example", "127.0.0.1.evil.example", "10.0.0.1", "localhost.evil", "", "user@127.0.0.1", "127.0.0.1.", "localhost.",
-    "localhost:", "localhost:x", "127.0.0.1:80.evil", "localhost:99999", "[127.0.0.1", "[::1", "::1", "[::1]evil", "[]",
-    "localhost/x", "[::1%25lo]",
-])  # fmt: skip
-def test_strange_host_is_refused(host: str, server: Server) -> None:
-    assert_error(server.get("/api/models", Host=host), 403, "forbidden")
 
 
 def test_key_is_trimmed(serve: Serve) -> None:
@@ -14199,9 +14178,13 @@ def test_foreign_page_is_refused_with_every_method(method: str, server: Server) 
         assert (reply.status, reply.headers[CORS]) == (403, None), path
 
 
-@pytest.mark.parametrize("host", ["evil.example", "127.0.0.1.evil.example:{port}", "[::2]:{port}", "localhost.:{port}", "0.0.0.0",
-                                  "user@localhost", "169.254.169.254", "localhost:80:80",
-                                  "localhost\\@evil.example"])  # fmt: skip
+@pytest.mark.parametrize("host", [
+    "evil.example", "127.0.0.1.evil.example", "10.0.0.1", "localhost.evil", "", "user@127.0.0.1", "127.0.0.1.", "localhost.",
+    "localhost:", "localhost:x", "127.0.0.1:80.evil", "localhost:99999", "[127.0.0.1", "[::1", "::1", "[::1]evil", "[]",
+    "localhost/x", "[::1%25lo]",
+    "127.0.0.1.evil.example:{port}", "[::2]:{port}", "localhost.:{port}", "0.0.0.0", "user@localhost", "169.254.169.254",
+    "localhost:80:80", "localhost\\@evil.example",
+])  # fmt: skip
 def test_rebound_name_is_refused_on_every_route(host: str, server: Server) -> None:
     server.unload("dice")
     with contextlib.closing(server.connect()) as connection:
@@ -14235,12 +14218,6 @@ def test_ws_of_a_foreign_page_or_name_is_refused(path: str, server: Server) -> N
         assert_error(exchange(server, upgrade_of(path, Origin=origin))[0], 403, "forbidden")
     for host in ("evil.example", "127.0.0.1.", "user@127.0.0.1", "[::2]"):
         assert_error(exchange(server, upgrade_of(path, Host=host))[0], 403, "forbidden")
-
-
-def test_ws_with_two_origins_is_refused(server: Server) -> None:
-    two = b"\r\nOrigin: https://evil.example\r\nOrigin"
-    request = upgrade_of("/ws/generate", Origin="http://localhost").replace(b"\r\nOrigin", two)
-    assert exchange(server, request)[0].status in (400, 403)
 
 
 opened = serving("--model", "recital", "--allow-origin", "*")  # to pages of any origin
@@ -14783,7 +14760,7 @@ def test_a_large_body_gives_its_place_back_whatever_raises_and_before_it_waits(
         tmp_path,
         ("threading.BoundedSemaphore(8)", "threading.BoundedSemaphore(1)"),
         ("TURN_SECONDS = 10.0", "TURN_SECONDS = 0.2"),
-        ("        fail(ApiError(\"See the server's log\"))", "        raise"),
+        ("            self.fail(ApiError(\"See the server's log\"))", "            raise"),
         ("    value = parse_json(data, what)", "    assert b'boom' not in data\n    value = parse_json(data, what)"),
         ("MAX_PICTURED_BODY = 32 * MIB", "MAX_PICTURED_BODY = 3 * MIB"),
     )
@@ -16031,6 +16008,17 @@ class Tab:
         self.page.set_input_files("#imported", file)
         self.wait("#notice", "imported")
 
+    def show(self, chat: dict[str, Any]) -> None:
+        """Imports a chat and opens it."""
+        self.load(chat)
+        self.page.click("#chats .open")
+
+    def sent(self, text: str) -> Any:
+        """Asks, and returns the body that goes out."""
+        with self.page.expect_request("**/v1/chat/completions") as sent:
+            self.send(text)
+        return sent.value.post_data_json
+
 
 @pytest.fixture
 def tab(chromium: Any) -> Iterator[Callable[..., Tab]]:
@@ -16089,8 +16077,7 @@ def test_page_model_switch_asks_the_other_model(tab: Callable[..., Tab], server:
     it = tab(server)
     it.ask("hi")
     it.pick("plain")
-    it.page.fill("#box", "hi")
-    it.press("Enter")
+    it.send("hi")
     it.wait(".answer:last-child .figures, .answer:last-child .bad", "plain")
     assert it.page.locator(".figures").first.inner_text().startswith("recital")
 
@@ -16129,19 +16116,14 @@ def test_page_prompt_too_long_names_both_numbers_and_what_helps(tab: Callable[..
     card = it.text(".card.bad")
     assert re.search(r"\b3\d\d tokens", card) and "256" in card and "--ctx" in card
     it.page.click("text=Edit the question")
-    it.page.fill("#box", "b")
-    it.press("Enter")
-    it.done()
+    it.ask("b")
     assert it.questions() == ["b"]
 
 
 def test_page_question_without_an_answer_is_not_sent_again(tab: Callable[..., Tab], server: Server) -> None:
     it = tab(server)
-    it.load(talk("forever", {"end": "error", "parts": [], "error": {"code": "gone", "message": "Gone"}}))
-    it.page.click("#chats .open")
-    with it.page.expect_request("**/v1/chat/completions") as sent:
-        it.send("hi")
-    assert sent.value.post_data_json["messages"] == [{"role": "user", "content": "hi"}]
+    it.show(talk("forever", {"end": "error", "parts": [], "error": {"code": "gone", "message": "Gone"}}))
+    assert it.sent("hi")["messages"] == [{"role": "user", "content": "hi"}]
 
 
 def test_page_server_that_is_gone_is_asked_again(tab: Callable[..., Tab], serve: Serve, models: Path) -> None:
@@ -16220,9 +16202,7 @@ def test_page_keeps_the_versions_of_an_answer(tab: Callable[..., Tab], server: S
     it.done()
     assert sent.value.post_data_json["messages"] == [{"role": "user", "content": "hi"}] and it.questions() == ["hi"]
     it.page.click("[aria-label='Edit and ask again']")
-    it.page.fill("#box", "unicode")
-    it.press("Enter")
-    it.done()
+    it.ask("unicode")
     assert it.questions() == ["unicode"] and "3/3" in it.text(".answer .foot")
     it.page.click("[aria-label='Later version']")  # the first comes behind the last
     assert it.questions() == ["hi", "="] and "1/3" in it.page.locator(".answer .foot").first.inner_text()
@@ -16230,16 +16210,13 @@ def test_page_keeps_the_versions_of_an_answer(tab: Callable[..., Tab], server: S
     it.page.reload()
     assert it.questions() == ["hi", "="]
     it.page.click("[aria-label='Earlier version']")
-    with it.page.expect_request("**/v1/chat/completions") as sent:
-        it.send("S")
-    assert [m["content"] for m in sent.value.post_data_json["messages"]] == ["unicode", "café and😀!!!", "S"]
+    assert [m["content"] for m in it.sent("S")["messages"]] == ["unicode", "café and😀!!!", "S"]
     it.done()
 
 
 def test_page_copies_the_answer_as_it_was_written(tab: Callable[..., Tab], server: Server) -> None:
     it = tab(server, permissions=["clipboard-read", "clipboard-write"])
-    it.load(talk("hi", page_said("**bold** `code`")))
-    it.page.click("#chats .open")
+    it.show(talk("hi", page_said("**bold** `code`")))
     it.page.click("[aria-label='Copy the answer']")
     it.wait("#status", "Copied")
     assert it.page.evaluate("navigator.clipboard.readText()") == "**bold** `code`"
@@ -16253,9 +16230,7 @@ def test_page_sends_the_settings_of_its_chat(tab: Callable[..., Tab], server: Se
         it.page.fill(f"[name={name}]", value)
     it.page.click("#done")  # the browser says what is wrong with the 9, and stays
     it.press("Escape")
-    with it.page.expect_request("**/v1/chat/completions") as sent:
-        it.send("hi")
-    body = sent.value.post_data_json
+    body = it.sent("hi")
     assert body["messages"][0] == {"role": "system", "content": "Be brief."} and "top_p" not in body  # 9 is out of bounds
     assert (body["temperature"], body["top_k"], body["max_tokens"], body["seed"]) == (0.2, 5, 3, 7)
     it.done()
@@ -16289,8 +16264,7 @@ def test_page_import_of_another_file_is_refused(tab: Callable[..., Tab], server:
 def test_page_import_keeps_only_what_fits(tab: Callable[..., Tab], server: Server) -> None:
     it = tab(server)
     odd = talk(7, {"parts": [{"kind": "odd"}, 3, None], "figures": "x", "end": 1})
-    it.load(odd | {"title": "<b>odd</b>", "settings": {"temperature": 9, "seed": [], "top_k": "3"}, "tools": "x", "model": []})
-    it.page.click("#chats .open")
+    it.show(odd | {"title": "<b>odd</b>", "settings": {"temperature": 9, "seed": [], "top_k": "3"}, "tools": "x", "model": []})
     assert it.titles() == ["<b>odd</b>"] and it.questions() == [""]
     settings = it.page.evaluate("current.settings")
     assert {name: value for name, value in settings.items() if value} == {"top_k": "3"}
@@ -16323,10 +16297,7 @@ def test_page_runs_the_calculator_and_shows_the_call(tab: Callable[..., Tab], se
     it.page.click("details.tool summary")
     shown = it.text("details.tool")
     assert "calculator → 5221" in shown and "4827 + 394" in shown
-    with it.page.expect_request("**/v1/chat/completions") as sent:
-        it.send("Thanks!")
-    roles = [m["role"] for m in sent.value.post_data_json["messages"]]
-    assert roles == ["user", "assistant", "tool", "assistant", "user"]
+    assert [m["role"] for m in it.sent("Thanks!")["messages"]] == ["user", "assistant", "tool", "assistant", "user"]
     it.done()
     assert it.page.locator(".card.bad").count() == 0
 
@@ -16358,10 +16329,8 @@ def test_page_sends_a_text_file_before_the_question(tab: Callable[..., Tab], ser
     it = tab(server)
     it.drop("note.md", "é ```x```".encode())
     it.wait("#files details", "note.md")
-    with it.page.expect_request("**/v1/chat/completions") as sent:
-        it.send("hi")
     parts = [{"type": "text", "text": "note.md:\n\né ```x```\n"}, {"type": "text", "text": "hi"}]
-    assert sent.value.post_data_json["messages"] == [{"role": "user", "content": parts}]
+    assert it.sent("hi")["messages"] == [{"role": "user", "content": parts}]
     it.done()
     it.page.click(".user details summary")
     assert it.text(".user details pre") == "é ```x```" and it.page.locator("#files > *").count() == 0
@@ -16374,9 +16343,7 @@ def test_page_sends_pictures_scaled_down_and_keeps_them(tab: Callable[..., Tab],
     it.page.set_input_files("#added", [{"name": "cat.png", "mimeType": "", "buffer": RED}])
     it.wait("#files img[alt='cat.png']")
     it.page.click("[aria-label='Remove cat.png']")
-    with it.page.expect_request("**/v1/chat/completions") as sent:
-        it.send("What is this?")
-    ((picture, question),) = (m["content"] for m in sent.value.post_data_json["messages"])
+    ((picture, question),) = (m["content"] for m in it.sent("What is this?")["messages"])
     assert question == {"type": "text", "text": "What is this?"} and picture["type"] == "image_url"
     url = picture["image_url"]["url"]
     assert url.startswith("data:image/png;base64,")
@@ -16499,8 +16466,7 @@ def test_page_markdown(tab: Callable[..., Tab], server: Server) -> None:
 def test_page_links_open_elsewhere_and_tell_nothing(tab: Callable[..., Tab], server: Server) -> None:
     it = tab(server)
     text = '[a](https://a.example/x_(y) "t") <https://b.example/> https://c.example/d. [e](mailto:e@f.example)'
-    it.load(talk("hi", page_said(text)))
-    it.page.click("#chats .open")
+    it.show(talk("hi", page_said(text)))
     links = it.page.locator(".md a").evaluate_all("all => all.map(a => [a.href, a.rel, a.target])")
     assert [href for href, _, _ in links] == [
         "https://a.example/x_(y)", "https://b.example/", "https://c.example/d", "mailto:e@f.example"]  # fmt: skip
@@ -16509,8 +16475,7 @@ def test_page_links_open_elsewhere_and_tell_nothing(tab: Callable[..., Tab], ser
 
 def test_page_table_and_code(tab: Callable[..., Tab], server: Server) -> None:
     it = tab(server)
-    it.load(talk("hi", page_said("| a | b |\n|:-:|--:|\n| `x` | 1 |\n\n```python\nif x:\n    y\n```\n\n~~~\nz")))
-    it.page.click("#chats .open")
+    it.show(talk("hi", page_said("| a | b |\n|:-:|--:|\n| `x` | 1 |\n\n```python\nif x:\n    y\n```\n\n~~~\nz")))
     assert it.page.locator("th, td").all_inner_texts() == ["a", "b", "x", "1"]
     assert it.page.locator(".code pre").all_text_contents() == ["if x:\n    y", "z"]
     assert it.page.locator(".code span").all_inner_texts() == ["python", "text"]
@@ -16663,8 +16628,7 @@ def test_page_contrast_is_enough(theme: str, tab: Callable[..., Tab], server: Se
     it = tab(server, color_scheme=theme)
     it.wait("#state", "loaded")
     assert it.page.evaluate(CONTRASTS) == []
-    it.load(SAMPLE)
-    it.page.click("#chats .open")
+    it.show(SAMPLE)
     it.page.locator("details").evaluate_all("all => all.forEach(each => each.open = true)")
     assert it.page.evaluate(CONTRASTS) == []
     it.page.click("#tune")
@@ -16687,8 +16651,7 @@ def test_page_focus_goes_in_the_order_of_reading(tab: Callable[..., Tab], server
 
 def test_page_every_field_and_button_has_a_name(tab: Callable[..., Tab], server: Server) -> None:
     it = tab(server)
-    it.load(SAMPLE)
-    it.page.click("#chats .open")
+    it.show(SAMPLE)
     it.page.click("#tune")
     nameless = it.page.evaluate("""() => [...document.querySelectorAll("button, input, select, textarea, [tabindex]")].filter(
       e => !e.labels?.length && !e.getAttribute("aria-label") && !e.textContent.trim()).map(e => e.outerHTML)""")
@@ -16745,8 +16708,7 @@ def test_page_drawer_is_out_of_the_way_when_closed(tab: Callable[..., Tab], serv
 
 def test_page_scrolls_with_an_answer_only_from_its_end(tab: Callable[..., Tab], server: Server) -> None:
     it = tab(server, height=400)
-    it.load(talk("a\n" * 60, page_said("b\n\n" * 60)))
-    it.page.click("#chats .open")
+    it.show(talk("a\n" * 60, page_said("b\n\n" * 60)))
     at_end = "log.scrollHeight - log.scrollTop - log.clientHeight < 5"
     it.send("forever")
     it.wait(".answer:last-child .md", "Tick tock tick")
