@@ -2747,8 +2747,8 @@ def test_projector_without_a_name_belongs_to_no_model_among_several(tmp_path: Pa
 
 
 def test_projector_of_the_command_line_is_the_default_models_and_a_presets_its_own() -> None:
-    settings = module.Settings({"mmproj": "eyes.gguf"}, [module.Preset("seer", {"mmproj": "none"})])
-    found = [settings.of(plain_model(id=id), first).engine.mmproj for id, first in (("m", True), ("m", False), ("seer", True))]
+    settings = module.Settings(module.Preset(engine={"mmproj": "eyes.gguf"}), [module.Preset("seer", {"mmproj": "none"})])
+    found = [settings.of(plain_model(id=id), first).options.mmproj for id, first in (("m", True), ("m", False), ("seer", True))]
     assert found == ["eyes.gguf", None, "none"]
 
 
@@ -2765,7 +2765,7 @@ def test_projector_of_a_hub_snapshot_and_of_ollamas_store_is_found(tmp_path: Pat
     assert alone.projector
     assert hub.projector and os.path.basename(hub.projector) == "mmproj-F16.gguf"
     settings = module.Settings()
-    fitted = ollama.fitted(settings.of(ollama, True).engine.mmproj)
+    fitted = ollama.fitted(settings.of(ollama, True).options.mmproj)
     assert fitted.projector and "sha256-" in fitted.projector and fitted.weights_bytes > ollama.size_bytes
     assert not ollama.fitted("none").projector
 
@@ -3964,7 +3964,8 @@ FORCED = [
 def box() -> Iterator[Any]:
     """A service in this process with the model in the box."""
     path = str(REPO / "models" / "shimmy-tiny.gguf")
-    service = module.Service(module.Catalog([], [path]), module.TableOptions(default=path), module.Settings({"ctx": 1024}))
+    settings = module.Settings(module.Preset(engine={"ctx": 1024}))
+    service = module.Service(module.Catalog([], [path]), module.TableOptions(default=path), settings)
     yield service
     service.close()
 
@@ -9388,7 +9389,7 @@ def test_rpc_server_belongs_to_one_model_at_a_time(models: Path, monkeypatch: py
         return worker
 
     catalog = Catalog([SearchRoot(str(models), "--models-dir")])
-    settings = module.Settings({"rpc": ("a:1", "b:1", "c:1")})
+    settings = module.Settings(module.Preset(engine={"rpc": ("a:1", "b:1", "c:1")}))
     table = ModelTable(catalog, make, TableOptions(), settings=settings)
     for name in ("recital", "dice", "plain"):  # the first one is found to use two, so the third is the second's
         assert table.load(name, True, Cancellation())["loaded"]
@@ -10005,7 +10006,8 @@ def test_no_model_can_be_had_when_the_default_one_fails_and_none_is_in_memory(mo
 def test_request_that_leaves_unserved_lets_its_model_go(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(FakeWorker, "memory_bytes", lambda _: 7)
     catalog = Catalog([SearchRoot(str(models), "--models-dir")])
-    table = ModelTable(catalog, lambda *_: FakeWorker(), TableOptions(keep_alive=0))  # type: ignore[arg-type,return-value]
+    settings = module.Settings(module.Preset(keep_alive=0))
+    table = ModelTable(catalog, lambda *_: FakeWorker(), TableOptions(), settings=settings)  # type: ignore[arg-type,return-value]
     with table.lease("dice", Cancellation()):  # it waits for the model, which another has loaded
         assert table.load("dice", True, Cancellation())["loaded"]
         time.sleep(0.1)
@@ -10174,12 +10176,12 @@ def test_preset_gives_each_model_its_own_settings(serve: Serve, models: Path, tm
 WRONG_PRESETS: dict[str, tuple[str | None, str]] = {
     "not there": (None, "No such file"),
     "no such key": ("[a]\nctx = 5\nspeed = 9\n", "[a] speed: there is no such setting"),
-    "no number": ("[a]\nctx = many\n", "[a] ctx: 'many' is no whole number from 1 to 16777216"),
-    "out of range": ("[a]\nparallel = 900\n", "[a] parallel: '900' is no whole number from 1 to 200"),
-    "sampling out of range": ("[a]\ntemperature = 9\n", "[a] --temperature must be a number from 0 to 5, not 9"),
+    "no number": ("[a]\nctx = many\n", '[a] ctx must be a whole number from 1 to 16777216, not "many"'),
+    "out of range": ("[a]\nparallel = 900\n", "[a] parallel must be a whole number from 1 to 200, not 900"),
+    "sampling out of range": ("[a]\ntemperature = 9\n", "[a] temperature must be a number from 0 to 5, not 9"),
     "no device": ("[a]\ndevice = CUDA7\n", "[a] --device CUDA7: there is no such device"),
     "no section": ("ctx = 5\n", "ctx stands in no section"),
-    "neither true nor false": ("[a]\nmmap = perhaps\n", "[a] mmap: perhaps is neither true nor false"),
+    "neither true nor false": ("[a]\nmmap = perhaps\n", '[a] mmap must be true or false, not "perhaps"'),
     "a name for several": ("[a*]\nalias = b\n", "[a*] alias: a pattern means several models"),
     "twice": ("[a]\nctx = 5\nctx = 6\n", "option 'ctx' in section 'a' already exists"),
     "no INI": ("[a\n", "'[a"),
@@ -10220,8 +10222,8 @@ def test_load_with_other_settings_that_does_not_wait_is_answered_at_once_by_a_bu
 
 
 @cases("body, words", {
-    "no such key": ({"speed": 1}, "speed: there is no such setting"), "no number": ({"ctx": "x"}, "ctx: 'x' is no whole number"),
-    "out of range": ({"ctx": 0}, "ctx: '0' is no whole number from 1"),
+    "no such key": ({"speed": 1}, "speed: there is no such setting"), "no number": ({"ctx": "x"}, "ctx must be a whole number"),
+    "out of range": ({"ctx": 0}, "ctx must be a whole number from 1"),
     "sampling": ({"temperature": 1}, "a load takes the engine's settings"),
     "a file": ({"chat_template": "/etc/passwd"}, "chat_template names a file"),
     "another": ({"lora": ["x"]}, "lora names a file"), "a projector": ({"mmproj": "x"}, "mmproj names a file"),
