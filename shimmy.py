@@ -469,8 +469,18 @@ NO_LIMIT = 1 << 30  # tokens; more than any context has
 
 
 def token_count(name: str, value: Any) -> int:
-    """How many tokens to keep; 0 means all, and so does -1, which vLLM's clients send."""
-    return max(0, whole(-1)(name, value))
+    """How many tokens to keep; 0 means all, and so does any number below it, as llama.cpp and vLLM have it."""
+    return max(0, whole()(name, value))
+
+
+def seed_number(name: str, value: Any) -> int | None:
+    """A seed; -1 means a random one, as llama-server and Ollama have it."""
+    return None if value == -1 else int(whole()(name, value))
+
+
+def repetition(name: str, value: Any) -> float:
+    """What divides a score; 0 is off, as 1 is, in llama.cpp's words."""
+    return float(number(0.1, 10)(name, 1 if value == 0 and value is not False else value))
 
 
 def token_limit(name: str, value: Any) -> int:
@@ -614,14 +624,15 @@ def param(check: Check, help: str, default: Any = None, **more: Any) -> Any:
     """A parameter of requests, engines or models: its check, one line of help for the command line (none: no flag), its default.
 
     `otherwise` is llama.cpp's default, which holds when neither the request nor the model's file has a value; argparse takes
-    `action`, `choices` and `metavar`. JSON bodies, flags, presets and the bodies of loads follow from this.
+    `action`, `choices` and `metavar`; `also` are llama-server's other names of a setting, and `own` is why a client may not say
+    it. JSON bodies, flags, presets and the bodies of loads follow from this.
     """
     return field(default=default, metadata={"check": check, "help": help, **more})
 
 
-def a_word(help: str, *known: str) -> Any:
+def a_word(help: str, *known: str, **more: Any) -> Any:
     """A parameter that is one of several words, the first unless another is given."""
-    return param(one_of(*known), help, known[0], choices=known)
+    return param(one_of(*known), help, known[0], choices=known, **more)
 
 
 def given_fields(kind: type, body: Mapping[str, Any]) -> dict[str, Any]:
@@ -717,8 +728,8 @@ def read_constraint(body: Mapping[str, Any]) -> Constraint | None:
 class Sampling:
     """How tokens are picked. None means: what the model's file says (general.sampling.*), else llama.cpp's default."""
 
-    max_tokens: int | None = param(token_limit, "most tokens to generate; -1: up to the context's end")
-    temperature: float | None = param(number(0, 5), "randomness; 0 always takes the likeliest token", otherwise=0.8)
+    max_tokens: int | None = param(token_limit, "most tokens to generate; -1: up to the context's end", also="n_predict")
+    temperature: float | None = param(number(0, 5), "randomness; 0 always takes the likeliest token", otherwise=0.8, also="temp")
     dynatemp_range: float | None = param(number(0, 5), "let the temperature go up and down by so much, with how unsure the "
                                          "model is", otherwise=0.0)  # fmt: skip
     dynatemp_exponent: float | None = param(number(0, 10), "how fast it rises then", otherwise=1.0)
@@ -732,7 +743,7 @@ class Sampling:
     xtc_probability: float | None = param(number(0, 1), "how often to drop all likely tokens but the last", otherwise=0.0)
     xtc_threshold: float | None = param(number(0, 1), "the probability from which a token counts as likely then; "
                                         "above 0.5 is off", otherwise=0.1)  # fmt: skip
-    repeat_penalty: float | None = param(number(0.1, 10), "divide the score of tokens already there; 1 is off", otherwise=1.0)
+    repeat_penalty: float | None = param(repetition, "divide the score of tokens already there; 1 is off", otherwise=1.0)
     presence_penalty: float | None = param(number(-2, 2), "lower the score of tokens already there", otherwise=0.0)
     frequency_penalty: float | None = param(number(-2, 2), "lower the score of tokens by how often they came", otherwise=0.0)
     repeat_last_n: int | None = param(whole(-1), "tokens that these penalties look back on; -1: the context, 0: off",
@@ -747,7 +758,7 @@ class Sampling:
     mirostat: int | None = param(whole(0, 2), "aim at a constant surprise: version 1 or 2 of Mirostat; 0 is off", otherwise=0)
     mirostat_tau: float | None = param(number(0, 100), "the surprise that Mirostat aims at", otherwise=5.0)
     mirostat_eta: float | None = param(number(0, 1), "how fast Mirostat learns", otherwise=0.1)
-    seed: int | None = param(whole(), "the same seed gives the same text on an idle server")
+    seed: int | None = param(seed_number, "the same seed gives the same text on an idle server", also="s")
     stop: tuple[str, ...] = param(stops, "end before this text (repeatable)", (), **TEXTS)
     ignore_eos: bool = param(boolean, "go on past the model's end of text", False)
     logit_bias: tuple[tuple[int, float], ...] = param(biases, "", ())
@@ -1173,18 +1184,18 @@ class Fetching:
 
 @dataclass(frozen=True)
 class Usage:
-    """The last event: tokens over all choices (a prompt shared by n choices counts once), and speeds."""
+    """Tokens and speeds of one sequence; as the last event, over all choices (a prompt shared by n of them counts once)."""
 
-    prompt_tokens: int
-    completion_tokens: int
-    cached_tokens: int
-    prompt_seconds: float
-    decode_seconds: float
-    forced_tokens: int = 0  # of the completion's, those that a grammar left no choice about
-    reasoning_tokens: int = 0  # of the completion's, those of thoughts
-    picture_tokens: int = 0  # of the prompt's
-    drafted_tokens: int = 0  # guesses that were computed beside the completion's
-    accepted_tokens: int = 0  # of these, those that came true
+    prompt_tokens: Count = 0
+    completion_tokens: Count = 0
+    cached_tokens: Count = 0
+    prompt_seconds: Measure = 0.0  # from the first step to the first token
+    decode_seconds: Measure = 0.0  # from there to the last
+    forced_tokens: Count = 0  # of the completion's, those that a grammar left no choice about
+    reasoning_tokens: Count = 0  # of the completion's, those of thoughts
+    picture_tokens: Count = 0  # of the prompt's
+    drafted_tokens: Count = 0  # guesses that were computed beside the completion's
+    accepted_tokens: Count = 0  # of these, those that came true
 
     def document(self) -> dict[str, Any]:
         total = self.prompt_tokens + self.completion_tokens
@@ -1320,8 +1331,8 @@ class Preset:
     engine: Mapping[str, Any] = field(default_factory=dict)  # by field of EngineOptions
     sampling: Mapping[str, Any] = field(default_factory=dict)  # by field of Sampling
     system: str = ""  # the system message of chats without one
-    aliases: tuple[str, ...] = param(texts, "patterns of names that mean the model", ())
-    preload: bool = param(boolean, "load the model at once", False)
+    aliases: tuple[str, ...] = param(texts, "patterns of names that mean the model", (), also="a alias")
+    preload: bool = param(boolean, "load the model at once", False, also="load_on_startup")
     keep_alive: float | None = param(duration, "unload the model when idle for so long")
     manifest: str = field(default="", repr=False, compare=False)  # the path by which Ollama knows the model
 
@@ -3116,33 +3127,38 @@ def rpc_servers(name: str, value: Any) -> tuple[str, ...]:
 class EngineOptions:
     """How a model is loaded; flags of serve, generate and probe alike, in llama.cpp's words."""
 
-    ctx: int | None = param(whole(1, 1 << 24), "tokens of context for one sequence (default: the model's own, at most 8192)")
-    parallel: int = param(whole(1, 200), "sequences decoded at once", 8)
+    ctx: int | None = param(whole(1, 1 << 24), "tokens of context for one sequence (default: the model's own, at most 8192)",
+                            also="c ctx_size")  # fmt: skip
+    parallel: int = param(whole(1, 200), "sequences decoded at once", 8, also="np")
     kv_pool: int | None = param(whole(1, 1 << 26), "tokens of KV cache all sequences share (default: 4 × ctx, as memory allows)")
-    kv_type: str = a_word("type of the KV cache", "f16", "q8_0", "q4_0")
+    kv_type: str = a_word("type of the KV cache", "f16", "q8_0", "q4_0", also="cache_type_k cache_type_v ctk ctv")
     threads: int | None = param(whole(1, 1024), "CPU threads (default: the physical cores, 1 for models below 16 MB); "
-                                "fewer where other programs are busy")  # fmt: skip
+                                "fewer where other programs are busy", also="t")  # fmt: skip
     gpu_layers: int | None = param(layer_count, "layers on the GPU, where there is a GPU build; -1 is all "
-                                   "(default: auto, as many as fit)", metavar="N|auto")  # fmt: skip
-    n_cpu_moe: int | None = param(whole(0, 4096), "layers whose experts stay on the CPU (default: as few as fit)")
+                                   "(default: auto, as many as fit)", metavar="N|auto", also="ngl n_gpu_layers")  # fmt: skip
+    n_cpu_moe: int | None = param(whole(0, 4096), "layers whose experts stay on the CPU (default: as few as fit)", also="ncmoe")
     override_tensor: tuple[tuple[str, str], ...] = param(overrides, "tensors whose names match go to a device (repeatable)", (),
-                                                         action="append", metavar="PATTERN=DEVICE")  # fmt: skip
+                                                         action="append", metavar="PATTERN=DEVICE", also="ot")  # fmt: skip
     device: tuple[str, ...] | None = param(texts, "devices to use, by commas, as diag names them; none: the CPU alone",
-                                           metavar="LIST")  # fmt: skip
-    main_gpu: int | None = param(whole(0, 64), "the GPU to use alone, by its number among those used")
-    tensor_split: tuple[float, ...] | None = param(shares, "how to share the layers out over the GPUs", metavar="A,B")
+                                           metavar="LIST", also="dev")  # fmt: skip
+    main_gpu: int | None = param(whole(0, 64), "the GPU to use alone, by its number among those used", also="mg")
+    tensor_split: tuple[float, ...] | None = param(shares, "how to share the layers out over the GPUs", metavar="A,B", also="ts")
     rpc: tuple[str, ...] | None = param(rpc_servers, "llama.cpp's RPC servers, which take layers like GPUs, by commas",
-                                        metavar="HOST:PORT,…")  # fmt: skip
-    flash_attn: str = a_word("flash attention", "auto", "on", "off")
-    batch: int = param(whole(1, 65_536), "most tokens of prompts read in one step", 512)
-    cache_dir: str | None = param(a_string, "where prompts that were read are kept (default: in the user's cache)", metavar="DIR")
-    cache_disk: int = param(byte_size, "disk for prompts that were read (default: 2G); 0 keeps none", 2 << 30, metavar="SIZE")
+                                        metavar="HOST:PORT,…", own="names a server")  # fmt: skip
+    flash_attn: str = a_word("flash attention", "auto", "on", "off", also="fa")
+    batch: int = param(whole(1, 65_536), "most tokens of prompts read in one step", 512, also="b batch_size")
+    cache_dir: str | None = param(a_string, "where prompts that were read are kept (default: in the user's cache)", metavar="DIR",
+                                  own="names a directory")  # fmt: skip
+    cache_disk: int = param(byte_size, "disk for prompts that were read (default: 2G); 0 keeps none", 2 << 30, metavar="SIZE",
+                            own="takes disk")  # fmt: skip
     mmap: bool = param(boolean, "map the weights from the file instead of reading them", True)
-    lora: tuple[str, ...] = param(texts, "LoRA adapter to apply (repeatable)", (), action="append", metavar="FILE")
-    chat_template: str | None = param(a_string, "chat template (jinja) in place of the model's own", metavar="FILE")  # its text
+    lora: tuple[str, ...] = param(texts, "LoRA adapter to apply (repeatable)", (), action="append", metavar="FILE",
+                                   own="names a file")  # fmt: skip
+    chat_template: str | None = param(a_string, "chat template (jinja) in place of the model's own", metavar="FILE",  # its text
+                                      also="chat_template_file", own="names a file")  # fmt: skip
     spec: str = a_word("guess tokens from what the text says already, where that is faster", "lookup", "none")
     mmproj: str | None = param(a_string, "projector by which the model sees images (default: one beside it); none: it sees "
-                               "nothing", metavar="FILE|none")  # fmt: skip
+                               "nothing", metavar="FILE|none", also="mm", own="names a file")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -3350,18 +3366,10 @@ class Finished:
 
     id: int
     finish_reason: Annotated[str, ("stop", "length", "cancelled").__contains__]
-    prompt_tokens: Count
-    completion_tokens: Count
-    cached_tokens: Count = 0
-    prompt_seconds: Measure = 0.0  # from its first step to its first token
-    decode_seconds: Measure = 0.0  # from there to its last
+    usage: Usage = Usage()
     stopped_by: str = ""  # the stop string that ended it
-    forced_tokens: Count = 0  # of those, the ones that a grammar left no choice about, which the model did not pick
-    picture_tokens: Count = 0  # of the prompt's
     disk_bytes: Count = 0  # read from the disk, where the prompt's beginning was kept
     disk_seconds: Measure = 0.0  # spared by that
-    drafted_tokens: Count = 0  # guesses that were computed beside the completion's
-    accepted_tokens: Count = 0  # of these, those that came true
 
 
 @dataclass(frozen=True)
@@ -3402,7 +3410,7 @@ MAX_MESSAGE = 128 * MIB  # of a child's: 2,048 vectors of 8,192 numbers are 64 M
 def sendable() -> dict[type, int]:
     """The types that a child may send, and their numbers."""
     types = (Progress, Loaded, LoadFailed, Alive, Accepted, Stepped, Piece, TokenLogprob, Vectors, Tokens, Finished, Failed,
-             ChatFacts, ChatFormat, CallFormat, Params)  # fmt: skip
+             ChatFacts, ChatFormat, CallFormat, Params, Usage)  # fmt: skip
     return {kind: number for number, kind in enumerate(types)}
 
 
@@ -6345,11 +6353,13 @@ class Outbox:
         now = time.perf_counter()
         started, first = sequence.started or now, sequence.first_token or now
         generated = sequence.n_shown - sequence.n_prompt
-        self._events.append(Finished(
-            sequence.id, reason, sequence.n_prompt, generated, sequence.n_cached, first - started, now - first,
-            sequence.text.stopped, min(sequence.n_jumped, generated),
-            sum(medium.end - medium.start for medium in sequence.media), sequence.disk_bytes, sequence.disk_seconds,
-            sequence.n_drafted, sequence.n_accepted))  # fmt: skip
+        usage = Usage(
+            sequence.n_prompt, generated, sequence.n_cached, first - started, now - first, min(sequence.n_jumped, generated),
+            picture_tokens=sum(medium.end - medium.start for medium in sequence.media),
+            drafted_tokens=sequence.n_drafted, accepted_tokens=sequence.n_accepted,
+        )  # fmt: skip
+        stopped_by, disk = sequence.text.stopped, (sequence.disk_bytes, sequence.disk_seconds)
+        self._events.append(Finished(sequence.id, reason, usage, stopped_by, *disk))
 
     def embedded(self, job: Embedding) -> None:
         """The end of an Embed job, with its vectors if it came so far."""
@@ -6359,7 +6369,7 @@ class Outbox:
         if job.is_complete:
             self._events.append(Vectors(job.id, tuple(input.vector for input in job.inputs)))
         spent, reason = time.perf_counter() - job.started if job.started else 0.0, "stop" if job.is_complete else "cancelled"
-        self._events.append(Finished(job.id, reason, job.n_prompt, 0, prompt_seconds=spent))
+        self._events.append(Finished(job.id, reason, Usage(job.n_prompt, prompt_seconds=spent)))
 
     def failed(self, id: int, error: ApiError) -> None:
         self._events.append(failure(id, error))
@@ -6418,7 +6428,7 @@ class Intake:
             submission.cancelled = True
             if self._arriving.pop(submission.id, None):  # its text may be in the tokenizer, for seconds
                 self.ended(submission.id)
-                self.outbox.at_once(Accepted(submission.id, 0), Finished(submission.id, "cancelled", 0, 0))
+                self.outbox.at_once(Accepted(submission.id, 0), Finished(submission.id, "cancelled"))
         self.inbox.put(None)
         in_step = self.in_step
         if in_step and all(s.submission.cancelled for s in in_step):  # nobody waits for what is being decoded
@@ -6496,7 +6506,7 @@ class Intake:
         else:
             self.ended(work.id)
             count = len(work.ids) if isinstance(work, Tokens) else 0
-            answer = (Accepted(work.id, count), work, Finished(work.id, "stop", count, 0))
+            answer = (Accepted(work.id, count), work, Finished(work.id, "stop", Usage(count)))
             self.outbox.at_once(*(answer if isinstance(work, Tokens) else (work,)))
 
     def _tokenized(self, id: int, job: Tokenize) -> Tokens:
@@ -7177,7 +7187,7 @@ class Meter:
         self.first_token, self.gap, self.per_token, self.queue = Histogram(), Histogram(), Histogram(), Histogram()
         self.prefill, self.decode, self.inference, self.whole = Histogram(), Histogram(), Histogram(), Histogram()
         self.prompt_sizes, self.answer_sizes = Histogram(TOKENS), Histogram(TOKENS)
-        self._recent: deque[tuple[float, Finished]] = deque(maxlen=256)
+        self._recent: deque[tuple[float, Usage]] = deque(maxlen=256)
 
     def piece(self, task: Task, tokens: int) -> None:
         """Text came: the first of its sequence, or a gap after the last."""
@@ -7189,27 +7199,28 @@ class Meter:
 
     def finished(self, task: Task, end: Finished) -> None:
         """A job has ended as the engine says. What it did not compute it waited for: the load, its turn, its first step."""
-        now, generates = time.monotonic(), task.gives is Piece
-        whole, computing = now - task.began, end.prompt_seconds + end.decode_seconds
+        now, usage, generates = time.monotonic(), end.usage, task.gives is Piece
+        whole, computing = now - task.began, usage.prompt_seconds + usage.decode_seconds
         with self._lock:
             self.ends[self.ENDS[end.finish_reason]] += 1
-            for name in ("cached_tokens", "disk_bytes", "disk_seconds", "drafted_tokens", "accepted_tokens"):
-                setattr(self, name, getattr(self, name) + getattr(end, name))
-            self.computed_tokens += max(0, end.prompt_tokens - end.cached_tokens)
-            self.sought_tokens += end.prompt_tokens * generates
-            self.generated_tokens += max(0, end.completion_tokens - task.tokens)
+            for name in ("cached_tokens", "drafted_tokens", "accepted_tokens"):
+                setattr(self, name, getattr(self, name) + getattr(usage, name))
+            self.disk_bytes, self.disk_seconds = self.disk_bytes + end.disk_bytes, self.disk_seconds + end.disk_seconds
+            self.computed_tokens += max(0, usage.prompt_tokens - usage.cached_tokens)
+            self.sought_tokens += usage.prompt_tokens * generates
+            self.generated_tokens += max(0, usage.completion_tokens - task.tokens)
             self.disk_hits += end.disk_bytes > 0
-            self.prompt_sizes.add(end.prompt_tokens)
+            self.prompt_sizes.add(usage.prompt_tokens)
             self.whole.add(whole)
             self.inference.add(computing)
             self.queue.add(max(0.0, whole - computing))
-            self.prefill.add(end.prompt_seconds)
+            self.prefill.add(usage.prompt_seconds)
             if generates:
-                self.decode.add(end.decode_seconds)
-                self.answer_sizes.add(end.completion_tokens)
-            if end.completion_tokens > 1:
-                self.per_token.add(end.decode_seconds / (end.completion_tokens - 1))
-            self._recent.append((now, end))
+                self.decode.add(usage.decode_seconds)
+                self.answer_sizes.add(usage.completion_tokens)
+            if usage.completion_tokens > 1:
+                self.per_token.add(usage.decode_seconds / (usage.completion_tokens - 1))
+            self._recent.append((now, usage))
 
     def failed(self, task: Task) -> None:
         """A job broke off."""
@@ -7224,10 +7235,10 @@ class Meter:
             self.load_failures += (before, after) == ("loading", "failed")
             self.deaths += (before, after) == ("loaded", "failed")
 
-    def recent(self) -> list[Finished]:
-        """The ends of the last minute, 256 at most."""
+    def recent(self) -> list[Usage]:
+        """Those of what ended in the last minute, 256 at most."""
         with self._lock:
-            return [end for when, end in self._recent if when > time.monotonic() - self.RECENT_SECONDS]
+            return [usage for when, usage in self._recent if when > time.monotonic() - self.RECENT_SECONDS]
 
 
 class Metrics:
@@ -7949,7 +7960,7 @@ class Residents:
 
     def left(self, entry: Entry) -> float:
         """Seconds until the model goes if nobody comes; infinite for one that stays."""
-        wished = (entry.keep_alive, self._settings(entry, {}).keep_alive, -1)
+        wished = (entry.keep_alive, self._settings(entry, {}).keep_alive, -1.0)
         keep = next(seconds for seconds in wished if seconds is not None)
         passed = time.monotonic() - entry.idle_since if entry.idle else 0.0
         return max(0.0, keep - passed) if keep >= 0 else math.inf
@@ -8404,15 +8415,15 @@ def without_older_images(messages: Seq[dict[str, Any]]) -> tuple[dict[str, Any],
     return tuple(kept)
 
 
-def usage_of(ends: Seq[Finished], index: Mapping[int, int], n: int) -> Usage:
-    """Sums up the ends of a request's texts, `n` of each prompt; a prompt counts once, as its first text tells of it."""
-    prompts = {index[e.id] // n: e for e in sorted(ends, key=lambda e: -index[e.id])}
+def usage_of(ends: Seq[Finished], index: Mapping[int, int], n: int, thought: int) -> Usage:
+    """Sums up a request's texts, `n` of each prompt, with so many tokens of thoughts; a prompt counts once, as its first text."""
+    prompts = {index[e.id] // n: e.usage for e in sorted(ends, key=lambda e: -index[e.id])}.values()
+    texts = [e.usage for e in ends]
     return Usage(
-        sum(e.prompt_tokens for e in prompts.values()), sum(e.completion_tokens for e in ends),
-        sum(e.cached_tokens for e in prompts.values()), max(e.prompt_seconds for e in ends),
-        max(e.decode_seconds for e in ends), sum(e.forced_tokens for e in ends),
-        picture_tokens=sum(e.picture_tokens for e in prompts.values()),
-        drafted_tokens=sum(e.drafted_tokens for e in ends), accepted_tokens=sum(e.accepted_tokens for e in ends),
+        sum(u.prompt_tokens for u in prompts), sum(u.completion_tokens for u in texts), sum(u.cached_tokens for u in prompts),
+        max(u.prompt_seconds for u in texts), max(u.decode_seconds for u in texts), sum(u.forced_tokens for u in texts),
+        thought, sum(u.picture_tokens for u in prompts),
+        sum(u.drafted_tokens for u in texts), sum(u.accepted_tokens for u in texts),
     )  # fmt: skip
 
 
@@ -8473,12 +8484,11 @@ class Service:
                 ends.append(message)
                 for event in parsers[generation.index[message.id]].finish(message.finish_reason):
                     if isinstance(event, ChoiceEnd):
-                        usage = usage_of([message], generation.index, request.n)
-                        event = replace(event, stopped_by=message.stopped_by, usage=usage)
+                        event = replace(event, stopped_by=message.stopped_by, usage=message.usage)
                     yield event
             else:
                 yield message
-        yield replace(usage_of(ends, generation.index, request.n), reasoning_tokens=thought)
+        yield usage_of(ends, generation.index, request.n, thought)
 
     @staticmethod
     def _filled(request: GenerateRequest, settings: Preset) -> GenerateRequest:
@@ -8565,7 +8575,7 @@ class Service:
             generation = worker.submit([job], cancel, began)
             for message in generation:
                 if isinstance(message, Finished):
-                    yield usage_of([message], generation.index, 1)
+                    yield message.usage
                 elif not isinstance(message, Piece):
                     yield message
 
@@ -8648,10 +8658,10 @@ class Scrape:
     def total(self, name: str) -> Any:
         return sum(map(operator.attrgetter(name), self.models.values()))
 
-    def rate(self, tokens: Callable[[Finished], int], seconds: Callable[[Finished], float]) -> list[Sample]:
+    def rate(self, tokens: Callable[[Usage], int], seconds: Callable[[Usage], float]) -> list[Sample]:
         """Tokens per second, over what ended in the last minute."""
-        ends = [end for numbers in self.models.values() for end in numbers.recent]
-        return [({}, sum(map(tokens, ends)) / (sum(map(seconds, ends)) or 1.0))]
+        usages = [usage for numbers in self.models.values() for usage in numbers.recent]
+        return [({}, sum(map(tokens, usages)) / (sum(map(seconds, usages)) or 1.0))]
 
 
 def metric_lines(scrape: Scrape, name: str, kind: str, help: str, read: Any) -> Iterator[str]:
@@ -9775,7 +9785,7 @@ def ollama_sampling(body: Mapping[str, Any]) -> Sampling:
     options, top = optional(body, "options", an_object, {}), optional(body, "top_logprobs", whole(0, 20), 0)
     optional(options, "num_keep", whole(-1))
     limit = optional(options, "num_predict", whole(-2), -1)
-    options = {**neutral(options), "max_tokens": limit if limit > 0 else None}
+    options = {**options, "max_tokens": limit if limit > 0 else None}
     logprobs = top if flag(body, "logprobs") else None
     return Sampling.from_json(options, logprobs=logprobs, constraint=read_constraint({**options, **body}))
 
@@ -9790,17 +9800,6 @@ def ollama_engine(body: Mapping[str, Any]) -> dict[str, Any]:
         if value or (name == "num_gpu" and value is not None):  # 0 threads are as many as usual
             found[ours] = min(value, most)
     return found
-
-
-def neutral(body: Mapping[str, Any]) -> dict[str, Any]:
-    """The body with llama.cpp's other ways to say that something is off: a top_k or seed below zero, a repeat_penalty of 0."""
-    top, penalty, seed = body.get("top_k"), body.get("repeat_penalty"), optional(body, "seed", whole(), -1)
-    own: dict[str, Any] = {"seed": seed if seed >= 0 else None}
-    if type(top) is int and top < 0:
-        own["top_k"] = 0
-    if type(penalty) in (int, float) and penalty == 0:
-        own["repeat_penalty"] = 1
-    return {**body, **own}
 
 
 class OllamaRoute(Dialect):
@@ -10178,7 +10177,7 @@ class LlamaCompletion(Dialect):
             own["max_tokens"] = -1 if self._limit < 0 else self._limit or 1
         if samplers := optional(body, "samplers", a_list):
             own |= {field: value for name, off in self.OFF.items() if name not in samplers for field, value in off.items()}
-        sampling = Sampling.from_json({**neutral(body), **own}, logprobs=self._count or (0 if self._with_tokens else None))
+        sampling = Sampling.from_json({**body, **own}, logprobs=self._count or (0 if self._with_tokens else None))
         request = GenerateRequest(optional(body, "model", a_string, "default").strip(), sampling=sampling)
         return replace(request, **self.asked(body))
 
@@ -11989,17 +11988,11 @@ def in_flags(message: str) -> str:
 
 # Settings of single models
 
-SYNONYMS = {  # llama-server's names of our settings, where they mean the same
-    "c": "ctx", "ctx_size": "ctx", "np": "parallel", "t": "threads", "ngl": "gpu_layers", "n_gpu_layers": "gpu_layers",
-    "ncmoe": "n_cpu_moe", "ot": "override_tensor", "dev": "device", "mg": "main_gpu", "ts": "tensor_split", "fa": "flash_attn",
-    "b": "batch", "batch_size": "batch", "cache_type_k": "kv_type", "cache_type_v": "kv_type", "ctk": "kv_type",
-    "ctv": "kv_type", "chat_template_file": "chat_template", "temp": "temperature", "n_predict": "max_tokens",
-    "load_on_startup": "preload", "s": "seed", "a": "aliases", "alias": "aliases", "mm": "mmproj",
-}  # fmt: skip
 SWITCHES = {"true": True, "on": True, "1": True, "yes": True, "false": False, "off": False, "0": False, "no": False}
 SETTINGS = {  # by name: the dataclass whose field it is, and the field
     f.name: (kind, f) for kind in (EngineOptions, Sampling, Preset) for f in fields(kind) if f.metadata.get("help")
 }
+SYNONYMS = {other: name for name, (_, f) in SETTINGS.items() for other in f.metadata.get("also", "").split()}
 
 
 def field_of(key: str) -> str:
@@ -12061,19 +12054,14 @@ def read_preset(file: str) -> Iterator[Preset]:
         yield preset
 
 
-OWN_SETTINGS = {  # what only presets and the command line may say, and why
-    "cache_dir": "names a directory", "lora": "names a file", "chat_template": "names a file", "mmproj": "names a file",
-    "rpc": "names a server", "cache_disk": "takes disk",
-}  # fmt: skip
-
-
 def load_options(body: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of EngineOptions from the body of a load: a preset's keys, but OWN_SETTINGS. Raises InvalidRequest."""
+    """Fields of EngineOptions from the body of a load: a preset's keys, if clients may say them. Raises InvalidRequest."""
     body = {key: value for key, value in body.items() if value is not None}
     for key in body:
         name = field_of(key)
-        if name in OWN_SETTINGS and (name, body[key]) != ("mmproj", "none"):
-            raise InvalidRequest(f"{printable(key)} {OWN_SETTINGS[name]}, which only a preset and the command line may", key)
+        own = SETTINGS[name][1].metadata.get("own") if name in SETTINGS else None
+        if own and (name, body[key]) != ("mmproj", "none"):
+            raise InvalidRequest(f"{printable(key)} {own}, which only a preset and the command line may", key)
     try:
         preset = preset_of("", body)
         engine = checked_engine(preset.engine)
