@@ -621,7 +621,7 @@ def biases(name: str, value: Any) -> tuple[tuple[int, float], ...]:
 
 
 def param(check: Check, help: str, default: Any = None, **more: Any) -> Any:
-    """A parameter of requests, engines or models: its check, one line of help for the command line (none: no flag), its default.
+    """A parameter of requests, engines or models: its check, a line of help for the command line (none: no flag), its default.
 
     `otherwise` is llama.cpp's default, which holds when neither the request nor the model's file has a value; argparse takes
     `action`, `choices` and `metavar`; `also` are llama-server's other names of a setting, and `own` is why a client may not say
@@ -729,7 +729,8 @@ class Sampling:
     """How tokens are picked. None means: what the model's file says (general.sampling.*), else llama.cpp's default."""
 
     max_tokens: int | None = param(token_limit, "most tokens to generate; -1: up to the context's end", also="n_predict")
-    temperature: float | None = param(number(0, 5), "randomness; 0 always takes the likeliest token", otherwise=0.8, also="temp")
+    temperature: float | None = param(number(0, 5), "randomness; 0 always takes the likeliest token", otherwise=0.8,
+                                      also="temp")  # fmt: skip
     dynatemp_range: float | None = param(number(0, 5), "let the temperature go up and down by so much, with how unsure the "
                                          "model is", otherwise=0.0)  # fmt: skip
     dynatemp_exponent: float | None = param(number(0, 10), "how fast it rises then", otherwise=1.0)
@@ -3128,7 +3129,7 @@ class EngineOptions:
     """How a model is loaded; flags of serve, generate and probe alike, in llama.cpp's words."""
 
     ctx: int | None = param(whole(1, 1 << 24), "tokens of context for one sequence (default: the model's own, at most 8192)",
-                            also="c ctx_size")  # fmt: skip
+                            also="c ctx_size SHIMMY_MAX_CTX")  # fmt: skip
     parallel: int = param(whole(1, 200), "sequences decoded at once", 8, also="np")
     kv_pool: int | None = param(whole(1, 1 << 26), "tokens of KV cache all sequences share (default: 4 × ctx, as memory allows)")
     kv_type: str = a_word("type of the KV cache", "f16", "q8_0", "q4_0", also="cache_type_k cache_type_v ctk ctv")
@@ -8416,7 +8417,7 @@ def without_older_images(messages: Seq[dict[str, Any]]) -> tuple[dict[str, Any],
 
 
 def usage_of(ends: Seq[Finished], index: Mapping[int, int], n: int, thought: int) -> Usage:
-    """Sums up a request's texts, `n` of each prompt, with so many tokens of thoughts; a prompt counts once, as its first text."""
+    """Sums up a request's texts, `n` of each prompt, which counts once, as its first text tells; `thought` in tokens."""
     prompts = {index[e.id] // n: e.usage for e in sorted(ends, key=lambda e: -index[e.id])}.values()
     texts = [e.usage for e in ends]
     return Usage(
@@ -11812,20 +11813,12 @@ def parse(argv: Seq[str] | None) -> argparse.Namespace:
         if (args.model if args.command == "probe" else args.text) is not None:
             raise UsageError("the model is named twice: by MODEL and by --model")
         args.model, args.text = args.named, args.model
-    kinds = EngineOptions, Sampling, Preset
+    given = {flag_of(name): vars(args)[name] for name in SETTINGS if vars(args).get(name) is not None}
     try:
-        args.settings = preset_of("", {flag_of(name): value for name, value in given_flags(args, *kinds).items()})
+        args.settings = preset_of("", given)
     except UsageError as error:
         args.parser.error(str(error))
     return args
-
-
-def given_flags(args: argparse.Namespace, *kinds: type) -> dict[str, Any]:
-    """The flags that are given of these dataclasses' fields: their values by field, as JSON has them."""
-    given = {name: vars(args).get(name) for name, (kind, _) in SETTINGS.items() if kind in kinds}
-    return {name: value for name, value in given.items() if value is not None}
-
-
 
 
 def _model_arguments(sub: argparse.ArgumentParser) -> None:
@@ -11917,7 +11910,8 @@ def spelled(f: Any, value: Any) -> Any:
     if kind == "bool":
         return SWITCHES.get(str(value).lower(), value)
     if kind.startswith("tuple") and not isinstance(value, list):
-        return [value] if f.name == "override_tensor" else [part.strip() for part in str(value).split(",")]  # commas in patterns
+        whole = f.name == "override_tensor"  # whose patterns may hold commas
+        return [value] if whole else [part.strip() for part in str(value).split(",")]
     if kind.startswith(("int", "float")) and isinstance(value, str):
         with contextlib.suppress(ValueError):
             return int(value) if re.fullmatch(r"-?\d+", value) else float(value)
@@ -11993,6 +11987,7 @@ SETTINGS = {  # by name: the dataclass whose field it is, and the field
     f.name: (kind, f) for kind in (EngineOptions, Sampling, Preset) for f in fields(kind) if f.metadata.get("help")
 }
 SYNONYMS = {other: name for name, (_, f) in SETTINGS.items() for other in f.metadata.get("also", "").split()}
+NOT_FOR_CLIENTS = {name: f.metadata["own"] for name, (_, f) in SETTINGS.items() if "own" in f.metadata}  # and why
 
 
 def field_of(key: str) -> str:
@@ -12009,23 +12004,16 @@ def checked(check: Check, place: str, value: Any) -> Any:
         raise UsageError(error.message) from None
 
 
-def read_setting(place: str, name: str, value: Any) -> Any:
-    """The same of a field of SETTINGS, from JSON or words."""
-    f = SETTINGS[name][1]
-    return checked(f.metadata["check"], place, spelled(f, value))
-
-
 def preset_of(pattern: str, pairs: Mapping[str, Any]) -> Preset:
     """What pairs of key and value say of the models that a pattern means. Raises UsageError, which begins with the key."""
     found = defaultdict[type, dict[str, Any]](dict)
     for key, value in pairs.items():
         name, place = field_of(key), printable(key)
-        denied = name.startswith("no_")
-        name = name.removeprefix("no_")
-        kind, f = SETTINGS.get(name, (None, None))
-        if not kind or not f or (denied and f.type != "bool"):
+        denied, name = name.startswith("no_"), name.removeprefix("no_")
+        if name not in SETTINGS or (denied and SETTINGS[name][1].type != "bool"):
             raise UsageError(f"{place}: there is no such setting")
-        read = read_setting(place, name, value)
+        kind, f = SETTINGS[name]
+        read = checked(f.metadata["check"], place, spelled(f, value))
         found[kind][name] = not read if denied else read
     return Preset(pattern, found[EngineOptions], found[Sampling], **found[Preset])
 
@@ -12055,13 +12043,12 @@ def read_preset(file: str) -> Iterator[Preset]:
 
 
 def load_options(body: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of EngineOptions from the body of a load: a preset's keys, if clients may say them. Raises InvalidRequest."""
+    """Fields of EngineOptions from the body of a load: a preset's keys, but NOT_FOR_CLIENTS. Raises InvalidRequest."""
     body = {key: value for key, value in body.items() if value is not None}
     for key in body:
         name = field_of(key)
-        own = SETTINGS[name][1].metadata.get("own") if name in SETTINGS else None
-        if own and (name, body[key]) != ("mmproj", "none"):
-            raise InvalidRequest(f"{printable(key)} {own}, which only a preset and the command line may", key)
+        if name in NOT_FOR_CLIENTS and (name, body[key]) != ("mmproj", "none"):
+            raise InvalidRequest(f"{printable(key)} {NOT_FOR_CLIENTS[name]}, which only a preset and the command line may", key)
     try:
         preset = preset_of("", body)
         engine = checked_engine(preset.engine)
@@ -12089,7 +12076,7 @@ def make_service(args: argparse.Namespace, **more: Any) -> Service:
     )  # fmt: skip
     engine, most = checked_engine(args.settings.engine), os.environ.get("SHIMMY_MAX_CTX")
     if most and "ctx" not in engine:
-        engine["ctx"] = read_setting("SHIMMY_MAX_CTX", "ctx", most)
+        engine |= preset_of("", {"SHIMMY_MAX_CTX": most}).engine
     return Service(catalog, table, Settings(replace(args.settings, engine=engine), presets, args.command != "serve"), **more)
 
 
@@ -12863,7 +12850,7 @@ def command_generate(args: argparse.Namespace) -> int:
     asks = args.chat and given is None and not (args.lines or args.json or args.stdin)
     args.prompt = None if given in (None, "-") else decoded(os.fsencode(given), "--prompt")
     args.image = [picture_part(file) for file in args.image]
-    sampling = given_flags(args, Sampling)
+    sampling = {name: getattr(args, name) for name in args.settings.sampling}
     if args.schema:
         where = f"--schema {args.schema}:"
         sampling["json_schema"] = an_object(where, parse_json(read_file("--schema", args.schema).encode(), where))
