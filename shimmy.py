@@ -11937,27 +11937,27 @@ def checked_engine(given: Mapping[str, Any]) -> dict[str, Any]:
     found = dict(given)
     if found.get("flash_attn") == "off" and found.get("kv_type", "f16") != "f16":
         raise UsageError(f"--kv-type {found['kv_type']} needs flash attention, which --flash-attn off forbids")
-    projector = [found["mmproj"]] if found.get("mmproj", "none") != "none" else []
-    for flag, files in (("--lora", found.get("lora", ())), ("--mmproj", projector)):
-        if absent := [file for file in files if not os.path.isfile(file)]:
-            raise UsageError(f"{flag} {absent[0]}: there is no such file")
+    files = [("--lora", file) for file in found.get("lora", ())]
+    files += [("--mmproj", found["mmproj"])] if found.get("mmproj", "none") != "none" else []
+    for flag, file in files:
+        if not os.path.isfile(file):
+            raise UsageError(f"{flag} {file}: there is no such file")
     if "chat_template" in found:
         found["chat_template"] = read_file("--chat-template", found["chat_template"])
-    named = {"--device": found.get("device") or (), "--override-tensor": [d for _, d in found.get("override_tensor", ())]}
-    if not any(named.values()) and not found.keys() & {"main_gpu", "rpc"}:
+    named = [("--device", name) for name in found.get("device", ()) if found["device"] != ("none",)]
+    named += [("--override-tensor", name) for _, name in found.get("override_tensor", ())]
+    if not named and not found.keys() & {"main_gpu", "rpc"}:
         return found
     build = engine_build()  # a helper process is asked
     if "rpc" in found and not build["rpc"]:
         raise UsageError(f"--rpc: this build of llama-cpp-python has no RPC; to get one: {REBUILD.format('RPC')}")
-    devices = build["devices"]
-    there = [d["name"] for d in devices]
-    for flag, names in named.items():
-        names = [name for name in names if not (build["rpc"] and name.startswith("RPC"))]  # known when a model loads
-        if unknown := [name for name in names if name not in there and not (flag == "--device" and names == ["none"])]:
-            raise UsageError(f"{flag} {unknown[0]}: there is no such device; there are {', '.join(there) or 'none'}")
-    gpus = [d for d in devices if d["kind"] in ("GPU", "IGPU")]
-    if found.get("main_gpu", -1) >= len(found.get("device") or gpus) and "rpc" not in found:
-        raise UsageError(f"--main-gpu {found['main_gpu']}: there are {len(gpus)} GPUs, the first one is 0")
+    devices = {device["name"]: device["kind"] for device in build["devices"]}
+    for flag, name in named:
+        if name not in devices and not (build["rpc"] and name.startswith("RPC")):  # those are known when a model loads
+            raise UsageError(f"{flag} {name}: there is no such device; there are {', '.join(devices) or 'none'}")
+    gpus = sum(kind in ("GPU", "IGPU") for kind in devices.values())
+    if found.get("main_gpu", -1) >= (len(found.get("device", ())) or gpus) and "rpc" not in found:
+        raise UsageError(f"--main-gpu {found['main_gpu']}: there are {gpus} GPUs, the first one is 0")
     return found
 
 
