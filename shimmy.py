@@ -624,8 +624,8 @@ def param(check: Check, help: str, default: Any = None, **more: Any) -> Any:
     """A parameter of requests, engines or models: its check, a line of help for the command line (none: no flag), its default.
 
     `otherwise` is llama.cpp's default, which holds when neither the request nor the model's file has a value; argparse takes
-    `action`, `choices` and `metavar`; `also` are llama-server's other names of a setting, and `own` is why a client may not say
-    it. JSON bodies, flags, presets and the bodies of loads follow from this.
+    `action`, `choices` and `metavar`; `also` are a setting's other names, llama-server's and the environment's; `own` is why no
+    client may say it. JSON bodies, flags, presets and the bodies of loads follow from this.
     """
     return field(default=default, metadata={"check": check, "help": help, **more})
 
@@ -633,12 +633,6 @@ def param(check: Check, help: str, default: Any = None, **more: Any) -> Any:
 def a_word(help: str, *known: str, **more: Any) -> Any:
     """A parameter that is one of several words, the first unless another is given."""
     return param(one_of(*known), help, known[0], choices=known, **more)
-
-
-def given_fields(kind: type, body: Mapping[str, Any]) -> dict[str, Any]:
-    """The parameters that a body gives of a dataclass, checked; InvalidRequest names the field and its bounds."""
-    checks = {f.name: f.metadata["check"] for f in fields(kind) if f.metadata and body.get(f.name) is not None}
-    return {name: check(name, body[name]) for name, check in checks.items()}
 
 
 TEXTS = {"action": "append", "metavar": "TEXT"}
@@ -768,8 +762,10 @@ class Sampling:
 
     @classmethod
     def from_json(cls, body: Mapping[str, Any], **defaults: Any) -> Sampling:
-        """The sampling parameters in `body`, checked."""
-        return cls(**{"constraint": read_constraint(body)} | defaults | given_fields(cls, body))
+        """The sampling parameters in `body`, checked; InvalidRequest names the field and its bounds."""
+        checks = {f.name: f.metadata["check"] for f in fields(cls) if f.metadata and body.get(f.name) is not None}
+        given = {name: check(name, body[name]) for name, check in checks.items()}
+        return cls(**{"constraint": read_constraint(body)} | defaults | given)
 
     def filled(self, *defaults: Mapping[str, Any]) -> Sampling:
         """With the values of these, the first ones first, where the request says nothing."""
@@ -2650,7 +2646,7 @@ class Tool:
 PYTHON_TYPES = {"string": str, "integer": int, "number": float, "boolean": bool, "object": dict, "array": list}  # by JSON's name
 
 
-def make_tool(function: Callable[..., Any], name: str | None = None) -> Tool:
+def make_tool(function: Callable[..., Any]) -> Tool:
     """A Tool from a function: the docstring's first paragraph describes it, `name: words` lines its parameters."""
     import inspect
 
@@ -2667,7 +2663,7 @@ def make_tool(function: Callable[..., Any], name: str | None = None) -> Tool:
     required = [key for key, parameter in parameters.items() if parameter.default is parameter.empty]
     schema = {"type": "object", "properties": properties, "required": required, "additionalProperties": False}
     summary = " ".join(described.split("\n\n")[0].split())
-    return Tool(name or function.__name__, summary, schema, function)
+    return Tool(function.__name__, summary, schema, function)
 
 
 REGISTERED: dict[str, Tool] = {}  # by @tool, in this file or one loaded with --tools
@@ -3103,14 +3099,16 @@ def byte_size(name: str, value: Any) -> int:
 
 def overrides(name: str, value: Any) -> tuple[tuple[str, str], ...]:
     """Accepts PATTERN=DEVICE: a regular expression for tensors' names, and the device that they go to."""
-    pairs = [a_string(name, words).rpartition("=") for words in a_list(name, value)]
-    for pattern, equals, device in pairs:
-        ensure(pattern and equals and device, name, f"{name}: {_said(pattern + device)} is no override; write PATTERN=DEVICE")
+    pairs = []
+    for words in a_list(name, value):
+        pattern, equals, device = a_string(name, words).rpartition("=")
+        ensure(pattern and equals and device, name, f"{name}: {_said(words)} is no override; write PATTERN=DEVICE")
         try:
             re.compile(pattern)
         except re.error as error:
-            raise InvalidRequest(f"{name}: {_said(pattern)} is no regular expression: {error}", name) from None
-    return tuple((pattern, device) for pattern, _, device in pairs)
+            raise InvalidRequest(f"{name}: {_said(words)} holds no regular expression: {error}", name) from None
+        pairs.append((pattern, device))
+    return tuple(pairs)
 
 
 def rpc_servers(name: str, value: Any) -> tuple[str, ...]:
@@ -11861,8 +11859,7 @@ def _serve_flags(sub: argparse.ArgumentParser) -> None:
     add("--alias", action="append", type=alias, default=[], metavar="PATTERN=MODEL", help="names that mean a model (repeatable)")
     add("--preset", metavar="FILE.ini", help="settings of single models: a section a model, its keys are flags")
     add("--max-loaded", type=count(1), default=3, metavar="N", help="models in memory at once (default: 3)")
-    add("--keep-alive", metavar="5m", help="unload models idle for so long; 0: at once, "
-        "-1: never (default)")  # fmt: skip
+    add("--keep-alive", metavar="5m", help="unload models idle for so long; 0: at once, -1: never (default)")
     add("--max-queue", type=count(0), default=512, metavar="N", help="requests that may wait (default: 512)")
     add("--grace", type=count(0, 86_400), metavar="SECONDS", help="behind a balancer: at SIGTERM say so at /ready, take "
         f"requests for {LINGER_SECONDS:.0f} s more, and let them finish within so long")  # fmt: skip

@@ -10199,6 +10199,26 @@ def test_preset_that_is_wrong_ends_the_start(text: str | None, words: str, tmp_p
     assert_failed(run_in_this_process(flags, tmp_path, b"", seeded(tmp_path, None)), 2, "--preset own.ini: ", words)
 
 
+@cases("key, value, field, read", {
+    "a switch denied": ("no-mmap", "true", "mmap", False), "a denial denied": ("no_mmap", "off", "mmap", True),
+    "all layers": ("ngl", "all", "gpu_layers", -1), "layers as JSON": ("gpu_layers", 7, "gpu_layers", 7),
+    "devices": ("device", "a, b", "device", ("a", "b")), "a list": ("device", ["a"], "device", ("a",)),
+    "shares": ("ts", "3,1", "tensor_split", (3, 1)), "shares as JSON": ("tensor-split", [3, 1.5], "tensor_split", (3, 1.5)),
+    "a size": ("cache-disk", "1.5G", "cache_disk", 3 << 29), "bytes": ("cache-disk", "500", "cache_disk", 500),
+    "commas in a pattern": ("ot", "a{1,2}=CPU", "override_tensor", (("a{1,2}", "CPU"),)),
+})  # fmt: skip
+def test_setting_is_read_from_words_and_from_json(key: str, value: Any, field: str, read: Any) -> None:
+    assert module.preset_of("m", {key: value}) == module.Preset("m", {field: read})
+
+
+def test_settings_closer_to_the_model_win() -> None:
+    every, own = module.Preset("*", keep_alive=60), module.preset_of("seer", {"gpu-layers": "auto", "stop": "a, b"})
+    settings = module.Settings(module.preset_of("", {"--gpu-layers": 3, "--keep-alive": "1h30m"}), [every, own])
+    seer, other = (settings.of(plain_model(id=id), True) for id in ("seer", "other"))
+    assert (seer.options.gpu_layers, other.options.gpu_layers, other.keep_alive) == (None, 3, 5400)
+    assert seer.sampling == {"stop": ("a", "b")} and not other.sampling
+
+
 def test_load_takes_settings_and_tells_what_holds(serve: Serve, models: Path) -> None:
     own = serve("--models-dir", models)
     first = own.post("/api/models/recital/load", {"ctx": 128, "parallel": 2, "kv-type": "q8_0"}).json()
