@@ -473,8 +473,18 @@ NO_LIMIT = 1 << 30  # tokens; more than any context has
 
 
 def token_count(name: str, value: Any) -> int:
-    """How many tokens to keep; 0 means all, and so does -1, which vLLM's clients send."""
-    return max(0, whole(-1)(name, value))
+    """How many tokens to keep; 0 means all, and so does any number below it, as llama.cpp and vLLM have it."""
+    return max(0, whole()(name, value))
+
+
+def seed_number(name: str, value: Any) -> int | None:
+    """A seed; -1 means a random one, as llama-server and Ollama have it."""
+    return None if value == -1 else int(whole()(name, value))
+
+
+def repetition(name: str, value: Any) -> float:
+    """What divides a score; 0 is off, as 1 is, in llama.cpp's words."""
+    return float(number(0.1, 10)(name, 1 if value == 0 and value is not False else value))
 
 
 def token_limit(name: str, value: Any) -> int:
@@ -579,6 +589,27 @@ stops = strings(MAX_STOPS, MAX_STOP, "characters")
 breakers = strings(MAX_BREAKERS, MAX_BREAKER, "bytes")
 
 
+def texts(name: str, value: Any) -> tuple[str, ...]:
+    """Accepts a list of texts; empty ones are left out."""
+    return tuple(filter(None, (a_string(name, text) for text in a_list(name, value))))
+
+
+DURATION = re.compile(r"(-?)((?:\d{1,9}(?:\.\d{1,9})?(?:ns|us|µs|ms|s|m|h|d))+|\d{1,9}(?:\.\d{1,9})?)")
+UNITS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86_400.0, "": 1.0}
+MAX_KEEP = 1e9  # seconds, 31 years: a date that every client can read
+
+
+def duration(name: str, value: Any) -> float:
+    """Accepts seconds, or a duration as Go writes it (5m, 1h30m), in days too; below zero: for ever."""
+    if not isinstance(value, str):
+        return float(number(-MAX_KEEP, MAX_KEEP)(name, value))
+    found = DURATION.fullmatch(value)
+    if not found:
+        raise InvalidRequest(f"{name} must be seconds, or a duration like 30s, 5m or 1h30m, not {_said(value)}", name)
+    seconds = sum(float(n) * UNITS[unit] for n, unit in re.findall(r"([\d.]+)([a-zµ]*)", found[2]))
+    return -seconds if found[1] else min(seconds, MAX_KEEP)
+
+
 def biases(name: str, value: Any) -> tuple[tuple[int, float], ...]:
     """Token ids with a number from −100 to 100 each; −100 and false ban the token.
 
@@ -594,13 +625,21 @@ def biases(name: str, value: Any) -> tuple[tuple[int, float], ...]:
 
 
 def param(check: Check, help: str, default: Any = None, **more: Any) -> Any:
-    """A request parameter: its check, one line of help for the command line (none: no flag), its default.
+    """A parameter of requests, engines or models: its check, a line of help for the command line (none: no flag), its default.
 
-    `otherwise` is llama.cpp's default, which holds when neither the request nor the model's file has a value.
+    `otherwise` is llama.cpp's default, which holds when neither the request nor the model's file has a value; argparse takes
+    `action`, `choices` and `metavar`; `also` are a setting's other names, llama-server's and the environment's; `own` is why no
+    client may say it. JSON bodies, flags, presets and the bodies of loads follow from this.
     """
     return field(default=default, metadata={"check": check, "help": help, **more})
 
 
+def a_word(help: str, *known: str, **more: Any) -> Any:
+    """A parameter that is one of several words, the first unless another is given."""
+    return param(one_of(*known), help, known[0], choices=known, **more)
+
+
+TEXTS = {"action": "append", "metavar": "TEXT"}
 NATIVE_DEFAULTS: dict[str, Any] = {"max_tokens": 100, "temperature": 0.7}  # of /api/generate and of `generate`
 
 
@@ -687,8 +726,9 @@ def read_constraint(body: Mapping[str, Any]) -> Constraint | None:
 class Sampling:
     """How tokens are picked. None means: what the model's file says (general.sampling.*), else llama.cpp's default."""
 
-    max_tokens: int | None = param(token_limit, "most tokens to generate; -1: up to the context's end")
-    temperature: float | None = param(number(0, 5), "randomness; 0 always takes the likeliest token", otherwise=0.8)
+    max_tokens: int | None = param(token_limit, "most tokens to generate; -1: up to the context's end", also="n_predict")
+    temperature: float | None = param(number(0, 5), "randomness; 0 always takes the likeliest token", otherwise=0.8,
+                                      also="temp")  # fmt: skip
     dynatemp_range: float | None = param(number(0, 5), "let the temperature go up and down by so much, with how unsure the "
                                          "model is", otherwise=0.0)  # fmt: skip
     dynatemp_exponent: float | None = param(number(0, 10), "how fast it rises then", otherwise=1.0)
@@ -702,7 +742,7 @@ class Sampling:
     xtc_probability: float | None = param(number(0, 1), "how often to drop all likely tokens but the last", otherwise=0.0)
     xtc_threshold: float | None = param(number(0, 1), "the probability from which a token counts as likely then; "
                                         "above 0.5 is off", otherwise=0.1)  # fmt: skip
-    repeat_penalty: float | None = param(number(0.1, 10), "divide the score of tokens already there; 1 is off", otherwise=1.0)
+    repeat_penalty: float | None = param(repetition, "divide the score of tokens already there; 1 is off", otherwise=1.0)
     presence_penalty: float | None = param(number(-2, 2), "lower the score of tokens already there", otherwise=0.0)
     frequency_penalty: float | None = param(number(-2, 2), "lower the score of tokens by how often they came", otherwise=0.0)
     repeat_last_n: int | None = param(whole(-1), "tokens that these penalties look back on; -1: the context, 0: off",
@@ -713,12 +753,12 @@ class Sampling:
     dry_allowed_length: int | None = param(whole(0), "tokens that may repeat for free", otherwise=2)
     dry_penalty_last_n: int | None = param(whole(-1), "tokens that DRY looks back on; -1: the context, 0: off", otherwise=64)
     dry_sequence_breakers: tuple[str, ...] | None = param(breakers, "DRY's repetitions end at this text (repeatable)",
-                                                          otherwise=("\n", ":", '"', "*"))  # fmt: skip
+                                                          otherwise=("\n", ":", '"', "*"), **TEXTS)  # fmt: skip
     mirostat: int | None = param(whole(0, 2), "aim at a constant surprise: version 1 or 2 of Mirostat; 0 is off", otherwise=0)
     mirostat_tau: float | None = param(number(0, 100), "the surprise that Mirostat aims at", otherwise=5.0)
     mirostat_eta: float | None = param(number(0, 1), "how fast Mirostat learns", otherwise=0.1)
-    seed: int | None = param(whole(), "the same seed gives the same text on an idle server")
-    stop: tuple[str, ...] = param(stops, "end before this text (repeatable)", ())
+    seed: int | None = param(seed_number, "the same seed gives the same text on an idle server", also="s")
+    stop: tuple[str, ...] = param(stops, "end before this text (repeatable)", (), **TEXTS)
     ignore_eos: bool = param(boolean, "go on past the model's end of text", False)
     logit_bias: tuple[tuple[int, float], ...] = param(biases, "", ())
     constraint: Constraint | None = None
@@ -727,11 +767,8 @@ class Sampling:
     @classmethod
     def from_json(cls, body: Mapping[str, Any], **defaults: Any) -> Sampling:
         """The sampling parameters in `body`, checked; InvalidRequest names the field and its bounds."""
-        given = {
-            f.name: f.metadata["check"](f.name, body[f.name])
-            for f in fields(cls)
-            if f.metadata and body.get(f.name) is not None
-        }
+        checks = {f.name: f.metadata["check"] for f in fields(cls) if f.metadata and body.get(f.name) is not None}
+        given = {name: check(name, body[name]) for name, check in checks.items()}
         return cls(**{"constraint": read_constraint(body)} | defaults | given)
 
     def filled(self, *defaults: Mapping[str, Any]) -> Sampling:
@@ -1148,18 +1185,18 @@ class Fetching:
 
 @dataclass(frozen=True)
 class Usage:
-    """The last event: tokens over all choices (a prompt shared by n choices counts once), and speeds."""
+    """Tokens and speeds of one sequence; as the last event, over all choices (a prompt shared by n of them counts once)."""
 
-    prompt_tokens: int
-    completion_tokens: int
-    cached_tokens: int
-    prompt_seconds: float
-    decode_seconds: float
-    forced_tokens: int = 0  # of the completion's, those that a grammar left no choice about
-    reasoning_tokens: int = 0  # of the completion's, those of thoughts
-    picture_tokens: int = 0  # of the prompt's
-    drafted_tokens: int = 0  # guesses that were computed beside the completion's
-    accepted_tokens: int = 0  # of these, those that came true
+    prompt_tokens: Count = 0
+    completion_tokens: Count = 0
+    cached_tokens: Count = 0
+    prompt_seconds: Measure = 0.0  # from the first step to the first token
+    decode_seconds: Measure = 0.0  # from there to the last
+    forced_tokens: Count = 0  # of the completion's, those that a grammar left no choice about
+    reasoning_tokens: Count = 0  # of the completion's, those of thoughts
+    picture_tokens: Count = 0  # of the prompt's
+    drafted_tokens: Count = 0  # guesses that were computed beside the completion's
+    accepted_tokens: Count = 0  # of these, those that came true
 
     def document(self) -> dict[str, Any]:
         total = self.prompt_tokens + self.completion_tokens
@@ -1288,13 +1325,27 @@ SIZE_IN_NAME = re.compile(r"(?:^|[-_.])(\d+(?:\.\d+)?(?:x\d+(?:\.\d+)?)?[BM])(?=
 
 
 @dataclass(frozen=True)
-class Stored:
-    """What a store says of a model beside its file: Ollama's parameters, system message and adapters."""
+class Preset:
+    """Settings of models: a section of a preset file, the command line, what a store or a load says of one, or all together."""
 
+    pattern: str = ""  # the models that are meant: by id, its beginning, or a shell pattern
     engine: Mapping[str, Any] = field(default_factory=dict)  # by field of EngineOptions
     sampling: Mapping[str, Any] = field(default_factory=dict)  # by field of Sampling
-    system: str = ""
+    system: str = ""  # the system message of chats without one
+    aliases: tuple[str, ...] = param(texts, "patterns of names that mean the model", (), also="a alias")
+    preload: bool = param(boolean, "load the model at once", False, also="load_on_startup")
+    keep_alive: float | None = param(duration, "unload the model when idle for so long")
     manifest: str = field(default="", repr=False, compare=False)  # the path by which Ollama knows the model
+
+    def means(self, id: str) -> bool:
+        import fnmatch
+
+        return fnmatch.fnmatchcase(id, self.pattern) or id.startswith(plain_id(self.pattern) or "\0")
+
+    @property
+    def options(self) -> EngineOptions:
+        """How the model is loaded."""
+        return EngineOptions(**self.engine)
 
 
 @dataclass(frozen=True)
@@ -1316,7 +1367,7 @@ class ModelInfo:
     description: str
     kv: KvShape | None = None  # None: not known
     projector: str | None = None  # the file by which it sees
-    stored: Stored = field(default_factory=lambda: Stored())
+    stored: Preset = Preset()
     width: int = 0  # of an embedding; 0: not known
     labels: tuple[str, ...] = ()  # what the header and the file call it
 
@@ -1532,15 +1583,15 @@ class ScanReport:
     began: float = -math.inf  # time.monotonic()
 
 
-def _walk(root: SearchRoot, notes: list[str]) -> Iterator[tuple[str, str, Stored]]:
+def _walk(root: SearchRoot, notes: list[str]) -> Iterator[tuple[str, str, Preset]]:
     """Paths of .gguf files in a tree, with their stems; bounded in depth and entries; a symlink loop does no harm.
 
     The root may be a file itself. `notes` are told what could not be read, and where the walk stopped.
     """
     if os.path.isfile(root.path):
-        yield root.path, pathlib.Path(root.path).stem, Stored()
+        yield root.path, pathlib.Path(root.path).stem, Preset()
         beside = pathlib.Path(root.path).parent.glob("*.[gG][gG][uU][fF]")
-        yield from ((str(path), path.stem, Stored()) for path in sorted(beside) if "mmproj" in path.name.lower())
+        yield from ((str(path), path.stem, Preset()) for path in sorted(beside) if "mmproj" in path.name.lower())
         return
 
     def failed(error: OSError) -> None:
@@ -1564,10 +1615,10 @@ def _walk(root: SearchRoot, notes: list[str]) -> Iterator[tuple[str, str, Stored
             folders.clear()
         for name in sorted(files):
             if name.lower().endswith(".gguf"):
-                yield os.path.join(folder, name), name[:-5], Stored()
+                yield os.path.join(folder, name), name[:-5], Preset()
 
 
-def _walk_ollama(root: SearchRoot, notes: list[str]) -> Iterator[tuple[str, str, Stored]]:
+def _walk_ollama(root: SearchRoot, notes: list[str]) -> Iterator[tuple[str, str, Preset]]:
     """The same of Ollama's store: manifests/HOST/NAMESPACE/MODEL/TAG is JSON whose model layer names a blob."""
     import glob  # pathlib's raises where a folder above is closed, as the system user's may be
 
@@ -1582,11 +1633,7 @@ def _walk_ollama(root: SearchRoot, notes: list[str]) -> Iterator[tuple[str, str,
             yield model, f"{manifest.parent.name}:{manifest.name}", stored
 
 
-# Ollama's names of what is decided at a model's load
-OLLAMA_ENGINE = {"num_ctx": "ctx", "num_gpu": "gpu_layers", "num_thread": "threads", "num_batch": "batch"}
-
-
-def read_manifest(manifest: pathlib.Path, blobs: pathlib.Path) -> tuple[str | None, Stored]:
+def read_manifest(manifest: pathlib.Path, blobs: pathlib.Path) -> tuple[str | None, Preset]:
     """The file of an Ollama model, and what its store says of it.
 
     Raises ValueError for a digest that is not 64 hex digits: it becomes a path. GgufError, OSError, ValueError and ApiError
@@ -1606,8 +1653,8 @@ def read_manifest(manifest: pathlib.Path, blobs: pathlib.Path) -> tuple[str | No
     engine |= {"lora": tuple(paths["adapter"])} if "adapter" in paths else {}
     engine |= {"mmproj": paths["projector"][0]} if "projector" in paths else {}
     system = "".join(read_blob(path).decode("utf-8", "replace") for path in paths.get("system", ())[-1:])
-    stored = Stored(engine, {k: v for k, v in vars(sampling).items() if v != getattr(Sampling(), k)}, system,
-                    str(manifest))  # fmt: skip
+    given = {k: v for k, v in vars(sampling).items() if v != getattr(Sampling(), k)}
+    stored = Preset("", engine, given, system, manifest=str(manifest))
     return next(iter(paths.get("model", ())), None), stored
 
 
@@ -2604,7 +2651,7 @@ class Tool:
 PYTHON_TYPES = {"string": str, "integer": int, "number": float, "boolean": bool, "object": dict, "array": list}  # by JSON's name
 
 
-def make_tool(function: Callable[..., Any], name: str | None = None) -> Tool:
+def make_tool(function: Callable[..., Any]) -> Tool:
     """A Tool from a function: the docstring's first paragraph describes it, `name: words` lines its parameters."""
     import inspect
 
@@ -2621,7 +2668,7 @@ def make_tool(function: Callable[..., Any], name: str | None = None) -> Tool:
     required = [key for key, parameter in parameters.items() if parameter.default is parameter.empty]
     schema = {"type": "object", "properties": properties, "required": required, "additionalProperties": False}
     summary = " ".join(described.split("\n\n")[0].split())
-    return Tool(name or function.__name__, summary, schema, function)
+    return Tool(function.__name__, summary, schema, function)
 
 
 REGISTERED: dict[str, Tool] = {}  # by @tool, in this file or one loaded with --tools
@@ -3030,55 +3077,51 @@ def is_global(address: str) -> bool:
 # Messages: parent to child
 
 
-def knob(default: Any, help: str, **more: Any) -> Any:
-    """An engine setting: its default, one line of help, and what argparse needs (type, choices, metavar)."""
-    return field(default=default, metadata={"help": help, **more})
+def layer_count(name: str, value: Any) -> int | None:
+    """Accepts a number of layers, or auto for None; -1, and `all`, are all of them."""
+    if value == "auto":
+        return None
+    fits = fitting("auto or a number of layers", lambda layers: type(layers) is int and -1 <= layers < 1_000_000)
+    return int(fits(name, -1 if value == "all" else value))
 
 
-def parse_gpu_layers(words: str) -> int | None:
-    """--gpu-layers: a number, or auto for None. -1, and `all`, are all of them."""
-    if words in ("auto", "all"):
-        return None if words == "auto" else -1
-    if not re.fullmatch(r"-1|\d{1,6}", words):
-        raise argparse.ArgumentTypeError(f"{words!r} is neither auto nor a number of layers")
-    return int(words)
-
-
-def parse_shares(words: str) -> tuple[float, ...]:
-    """--tensor-split: how the layers are shared out, a number from 0 on for each device."""
+def shares(name: str, value: Any) -> tuple[float, ...]:
+    """Accepts how the layers are shared out: a number from 0 on for each device."""
+    words = ",".join(map(str, a_list(name, value)))
     if not re.fullmatch(r"\d+(\.\d+)?([,/]\d+(\.\d+)?)*", words) or not any(map(float, re.split("[,/]", words))):
-        raise argparse.ArgumentTypeError(f"{words!r} is no list of shares, such as 3,1")
+        raise InvalidRequest(f"{name} must be a list of shares, such as 3,1, not {_said(words)}", name)
     return tuple(map(float, re.split("[,/]", words)))
 
 
-def parse_bytes(words: str) -> int:
-    """--cache-disk: a number of bytes, or of K, M, G or T of them."""
-    if not (found := re.fullmatch(r"(\d{1,9}(?:\.\d{1,3})?)([kmgt]?)(i?b)?", words.strip().lower())):
-        raise argparse.ArgumentTypeError(f"{words!r} is no size, such as 500M or 2G")
+def byte_size(name: str, value: Any) -> int:
+    """Accepts a number of bytes, or of K, M, G or T of them."""
+    if not (found := re.fullmatch(r"(\d{1,9}(?:\.\d{1,3})?)([kmgt]?)(i?b)?", str(value).strip().lower())):
+        raise InvalidRequest(f"{name} must be a size, such as 500M or 2G, not {_said(value)}", name)
     return int(float(found[1]) * 1024 ** " kmgt".index(found[2] or " "))
 
 
-def parse_override(words: str) -> tuple[str, str]:
-    """--override-tensor: a regular expression for tensors' names, and the device that they go to."""
-    pattern, equals, device = words.rpartition("=")
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise argparse.ArgumentTypeError(f"{words!r} holds no regular expression: {error}") from None
-    if not (pattern and equals and device):
-        raise argparse.ArgumentTypeError(f"{words!r} is no override; write PATTERN=DEVICE")
-    return pattern, device
+def overrides(name: str, value: Any) -> tuple[tuple[str, str], ...]:
+    """Accepts PATTERN=DEVICE: a regular expression for tensors' names, and the device that they go to."""
+    pairs = []
+    for words in a_list(name, value):
+        pattern, equals, device = a_string(name, words).rpartition("=")
+        ensure(pattern and equals and device, name, f"{name}: {_said(words)} is no override; write PATTERN=DEVICE")
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise InvalidRequest(f"{name}: {_said(words)} holds no regular expression: {error}", name) from None
+        pairs.append((pattern, device))
+    return tuple(pairs)
 
 
-def parse_servers(words: str) -> tuple[str, ...]:
-    """--rpc: up to 16 RPC servers (GGML_RPC_MAX_SERVERS), which llama.cpp reaches by IPv4 alone."""
-    servers = tuple(dict.fromkeys(map(str.strip, words.split(","))))
+def rpc_servers(name: str, value: Any) -> tuple[str, ...]:
+    """Accepts up to 16 RPC servers (GGML_RPC_MAX_SERVERS), which llama.cpp reaches by IPv4 alone."""
+    servers = tuple(dict.fromkeys(a_string(name, server) for server in a_list(name, value)))
     for server in servers:
         found = re.fullmatch(r"(?a)[\w-]{1,63}(?:\.[\w-]{1,63})*:(\d{1,5})", server)
-        if not found or not 0 < int(found[1]) < 1 << 16:
-            raise argparse.ArgumentTypeError(f"{server!r} is no HOST:PORT; the host is a name or an IPv4 address")
-    if len(servers) > 16:
-        raise argparse.ArgumentTypeError(f"{len(servers)} servers are more than 16")
+        ensure(found and 0 < int(found[1]) < 1 << 16, name,
+               f"{name}: {server!r} is no HOST:PORT; the host is a name or an IPv4 address")  # fmt: skip
+    ensure(len(servers) <= 16, name, f"{name}: {len(servers)} servers are more than 16")
     return servers
 
 
@@ -3086,36 +3129,38 @@ def parse_servers(words: str) -> tuple[str, ...]:
 class EngineOptions:
     """How a model is loaded; flags of serve, generate and probe alike, in llama.cpp's words."""
 
-    ctx: int | None = knob(None, "tokens of context for one sequence (default: the model's own, at most 8192)", type=int)
-    parallel: int = knob(8, "sequences decoded at once", type=int)
-    kv_pool: int | None = knob(None, "tokens of KV cache all sequences share (default: 4 × ctx, as memory allows)", type=int)
-    kv_type: str = knob("f16", "type of the KV cache", choices=("f16", "q8_0", "q4_0"))
-    threads: int | None = knob(None, "CPU threads (default: the physical cores, 1 for models below 16 MB); "
-                              "fewer where other programs are busy", type=int)
-    gpu_layers: int | None = knob(None, "layers on the GPU, where there is a GPU build; -1 is all "
-                                  "(default: auto, as many as fit)", type=parse_gpu_layers, metavar="N|auto")  # fmt: skip
-    n_cpu_moe: int | None = knob(None, "layers whose experts stay on the CPU (default: as few as fit)", type=int)
-    override_tensor: tuple[tuple[str, str], ...] = knob((), "tensors whose names match go to a device (repeatable)",
-                                                        type=parse_override, metavar="PATTERN=DEVICE")  # fmt: skip
-    device: tuple[str, ...] | None = knob(None, "devices to use, by commas, as diag names them; none: the CPU alone",
-                                          type=lambda words: tuple(filter(None, map(str.strip, words.split(",")))),
-                                          metavar="LIST")  # fmt: skip
-    main_gpu: int | None = knob(None, "the GPU to use alone, by its number among those used", type=int)
-    tensor_split: tuple[float, ...] | None = knob(None, "how to share the layers out over the GPUs", type=parse_shares,
-                                                  metavar="A,B")  # fmt: skip
-    rpc: tuple[str, ...] | None = knob(None, "llama.cpp's RPC servers, which take layers like GPUs, by commas",
-                                       type=parse_servers, metavar="HOST:PORT,…")  # fmt: skip
-    flash_attn: str = knob("auto", "flash attention", choices=("auto", "on", "off"))
-    batch: int = knob(512, "most tokens of prompts read in one step", type=int)
-    cache_dir: str | None = knob(None, "where prompts that were read are kept (default: in the user's cache)", metavar="DIR")
-    cache_disk: int = knob(2 << 30, "disk for prompts that were read (default: 2G); 0 keeps none", type=parse_bytes,
-                           metavar="SIZE")  # fmt: skip
-    mmap: bool = knob(True, "map the weights from the file instead of reading them")
-    lora: tuple[str, ...] = knob((), "LoRA adapter to apply (repeatable)", metavar="FILE")
-    chat_template: str | None = knob(None, "chat template (jinja) in place of the model's own", metavar="FILE")  # its text
-    spec: str = knob("lookup", "guess tokens from what the text says already, where that is faster", choices=("lookup", "none"))
-    mmproj: str | None = knob(None, "projector by which the model sees images (default: one beside it); none: it sees nothing",
-                              metavar="FILE|none")  # fmt: skip
+    ctx: int | None = param(whole(1, 1 << 24), "tokens of context for one sequence (default: the model's own, at most 8192)",
+                            also="c ctx_size SHIMMY_MAX_CTX")  # fmt: skip
+    parallel: int = param(whole(1, 200), "sequences decoded at once", 8, also="np")
+    kv_pool: int | None = param(whole(1, 1 << 26), "tokens of KV cache all sequences share (default: 4 × ctx, as memory allows)")
+    kv_type: str = a_word("type of the KV cache", "f16", "q8_0", "q4_0", also="cache_type_k cache_type_v ctk ctv")
+    threads: int | None = param(whole(1, 1024), "CPU threads (default: the physical cores, 1 for models below 16 MB); "
+                                "fewer where other programs are busy", also="t")  # fmt: skip
+    gpu_layers: int | None = param(layer_count, "layers on the GPU, where there is a GPU build; -1 is all "
+                                   "(default: auto, as many as fit)", metavar="N|auto", also="ngl n_gpu_layers")  # fmt: skip
+    n_cpu_moe: int | None = param(whole(0, 4096), "layers whose experts stay on the CPU (default: as few as fit)", also="ncmoe")
+    override_tensor: tuple[tuple[str, str], ...] = param(overrides, "tensors whose names match go to a device (repeatable)", (),
+                                                         action="append", metavar="PATTERN=DEVICE", also="ot")  # fmt: skip
+    device: tuple[str, ...] | None = param(texts, "devices to use, by commas, as diag names them; none: the CPU alone",
+                                           metavar="LIST", also="dev")  # fmt: skip
+    main_gpu: int | None = param(whole(0, 64), "the GPU to use alone, by its number among those used", also="mg")
+    tensor_split: tuple[float, ...] | None = param(shares, "how to share the layers out over the GPUs", metavar="A,B", also="ts")
+    rpc: tuple[str, ...] | None = param(rpc_servers, "llama.cpp's RPC servers, which take layers like GPUs, by commas",
+                                        metavar="HOST:PORT,…", own="names a server")  # fmt: skip
+    flash_attn: str = a_word("flash attention", "auto", "on", "off", also="fa")
+    batch: int = param(whole(1, 65_536), "most tokens of prompts read in one step", 512, also="b batch_size")
+    cache_dir: str | None = param(a_string, "where prompts that were read are kept (default: in the user's cache)", metavar="DIR",
+                                  own="names a directory")  # fmt: skip
+    cache_disk: int = param(byte_size, "disk for prompts that were read (default: 2G); 0 keeps none", 2 << 30, metavar="SIZE",
+                            own="takes disk")  # fmt: skip
+    mmap: bool = param(boolean, "map the weights from the file instead of reading them", True)
+    lora: tuple[str, ...] = param(texts, "LoRA adapter to apply (repeatable)", (), action="append", metavar="FILE",
+                                   own="names a file")  # fmt: skip
+    chat_template: str | None = param(a_string, "chat template (jinja) in place of the model's own", metavar="FILE",  # its text
+                                      also="chat_template_file", own="names a file")  # fmt: skip
+    spec: str = a_word("guess tokens from what the text says already, where that is faster", "lookup", "none")
+    mmproj: str | None = param(a_string, "projector by which the model sees images (default: one beside it); none: it sees "
+                               "nothing", metavar="FILE|none", also="mm", own="names a file")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -3324,18 +3369,10 @@ class Finished:
 
     id: int
     finish_reason: Annotated[str, ("stop", "length", "cancelled").__contains__]
-    prompt_tokens: Count
-    completion_tokens: Count
-    cached_tokens: Count = 0
-    prompt_seconds: Measure = 0.0  # from its first step to its first token
-    decode_seconds: Measure = 0.0  # from there to its last
+    usage: Usage = Usage()
     stopped_by: str = ""  # the stop string that ended it
-    forced_tokens: Count = 0  # of those, the ones that a grammar left no choice about, which the model did not pick
-    picture_tokens: Count = 0  # of the prompt's
     disk_bytes: Count = 0  # read from the disk, where the prompt's beginning was kept
     disk_seconds: Measure = 0.0  # spared by that
-    drafted_tokens: Count = 0  # guesses that were computed beside the completion's
-    accepted_tokens: Count = 0  # of these, those that came true
 
 
 @dataclass(frozen=True)
@@ -3376,7 +3413,7 @@ MAX_MESSAGE = 128 * MIB  # of a child's: 2,048 vectors of 8,192 numbers are 64 M
 def sendable() -> dict[type, int]:
     """The types that a child may send, and their numbers."""
     types = (Progress, Loaded, LoadFailed, Alive, Accepted, Stepped, Piece, TokenLogprob, Vectors, Tokens, Finished, Failed,
-             ChatFacts, ChatFormat, CallFormat, Params)  # fmt: skip
+             ChatFacts, ChatFormat, CallFormat, Params, Usage)  # fmt: skip
     return {kind: number for number, kind in enumerate(types)}
 
 
@@ -6293,11 +6330,13 @@ class Outbox:
         now = time.perf_counter()
         started, first = sequence.started or now, sequence.first_token or now
         generated = sequence.n_shown - sequence.n_prompt
-        self._events.append(Finished(
-            sequence.id, reason, sequence.n_prompt, generated, sequence.n_cached, first - started, now - first,
-            sequence.text.stopped, min(sequence.n_jumped, generated),
-            sum(medium.end - medium.start for medium in sequence.media), sequence.disk_bytes, sequence.disk_seconds,
-            sequence.n_drafted, sequence.n_accepted))  # fmt: skip
+        usage = Usage(
+            sequence.n_prompt, generated, sequence.n_cached, first - started, now - first, min(sequence.n_jumped, generated),
+            picture_tokens=sum(medium.end - medium.start for medium in sequence.media),
+            drafted_tokens=sequence.n_drafted, accepted_tokens=sequence.n_accepted,
+        )  # fmt: skip
+        stopped_by, disk = sequence.text.stopped, (sequence.disk_bytes, sequence.disk_seconds)
+        self._events.append(Finished(sequence.id, reason, usage, stopped_by, *disk))
 
     def embedded(self, job: Embedding) -> None:
         """The end of an Embed job, with its vectors if it came so far."""
@@ -6307,7 +6346,7 @@ class Outbox:
         if job.is_complete:
             self._events.append(Vectors(job.id, tuple(input.vector for input in job.inputs)))
         spent, reason = time.perf_counter() - job.started if job.started else 0.0, "stop" if job.is_complete else "cancelled"
-        self._events.append(Finished(job.id, reason, job.n_prompt, 0, prompt_seconds=spent))
+        self._events.append(Finished(job.id, reason, Usage(job.n_prompt, prompt_seconds=spent)))
 
     def failed(self, id: int, error: ApiError) -> None:
         self._events.append(failure(id, error))
@@ -6366,7 +6405,7 @@ class Intake:
             submission.cancelled = True
             if self._arriving.pop(submission.id, None):  # its text may be in the tokenizer, for seconds
                 self.ended(submission.id)
-                self.outbox.at_once(Accepted(submission.id, 0), Finished(submission.id, "cancelled", 0, 0))
+                self.outbox.at_once(Accepted(submission.id, 0), Finished(submission.id, "cancelled"))
         self.inbox.put(None)
         in_step = self.in_step
         if in_step and all(s.submission.cancelled for s in in_step):  # nobody waits for what is being decoded
@@ -6444,7 +6483,7 @@ class Intake:
         else:
             self.ended(work.id)
             count = len(work.ids) if isinstance(work, Tokens) else 0
-            answer = (Accepted(work.id, count), work, Finished(work.id, "stop", count, 0))
+            answer = (Accepted(work.id, count), work, Finished(work.id, "stop", Usage(count)))
             self.outbox.at_once(*(answer if isinstance(work, Tokens) else (work,)))
 
     def _tokenized(self, id: int, job: Tokenize) -> Tokens:
@@ -7131,7 +7170,7 @@ class Meter:
         self.first_token, self.gap, self.per_token, self.queue = Histogram(), Histogram(), Histogram(), Histogram()
         self.prefill, self.decode, self.inference, self.whole = Histogram(), Histogram(), Histogram(), Histogram()
         self.prompt_sizes, self.answer_sizes = Histogram(TOKENS), Histogram(TOKENS)
-        self._recent: deque[tuple[float, Finished]] = deque(maxlen=256)
+        self._recent: deque[tuple[float, Usage]] = deque(maxlen=256)
 
     def piece(self, task: Task, tokens: int) -> None:
         """Text came: the first of its sequence, or a gap after the last."""
@@ -7143,27 +7182,28 @@ class Meter:
 
     def finished(self, task: Task, end: Finished) -> None:
         """A job has ended as the engine says. What it did not compute it waited for: the load, its turn, its first step."""
-        now, generates = time.monotonic(), task.gives is Piece
-        whole, computing = now - task.began, end.prompt_seconds + end.decode_seconds
+        now, usage, generates = time.monotonic(), end.usage, task.gives is Piece
+        whole, computing = now - task.began, usage.prompt_seconds + usage.decode_seconds
         with self._lock:
             self.ends[self.ENDS[end.finish_reason]] += 1
-            for name in ("cached_tokens", "disk_bytes", "disk_seconds", "drafted_tokens", "accepted_tokens"):
-                setattr(self, name, getattr(self, name) + getattr(end, name))
-            self.computed_tokens += max(0, end.prompt_tokens - end.cached_tokens)
-            self.sought_tokens += end.prompt_tokens * generates
-            self.generated_tokens += max(0, end.completion_tokens - task.tokens)
+            for name in ("cached_tokens", "drafted_tokens", "accepted_tokens"):
+                setattr(self, name, getattr(self, name) + getattr(usage, name))
+            self.disk_bytes, self.disk_seconds = self.disk_bytes + end.disk_bytes, self.disk_seconds + end.disk_seconds
+            self.computed_tokens += max(0, usage.prompt_tokens - usage.cached_tokens)
+            self.sought_tokens += usage.prompt_tokens * generates
+            self.generated_tokens += max(0, usage.completion_tokens - task.tokens)
             self.disk_hits += end.disk_bytes > 0
-            self.prompt_sizes.add(end.prompt_tokens)
+            self.prompt_sizes.add(usage.prompt_tokens)
             self.whole.add(whole)
             self.inference.add(computing)
             self.queue.add(max(0.0, whole - computing))
-            self.prefill.add(end.prompt_seconds)
+            self.prefill.add(usage.prompt_seconds)
             if generates:
-                self.decode.add(end.decode_seconds)
-                self.answer_sizes.add(end.completion_tokens)
-            if end.completion_tokens > 1:
-                self.per_token.add(end.decode_seconds / (end.completion_tokens - 1))
-            self._recent.append((now, end))
+                self.decode.add(usage.decode_seconds)
+                self.answer_sizes.add(usage.completion_tokens)
+            if usage.completion_tokens > 1:
+                self.per_token.add(usage.decode_seconds / (usage.completion_tokens - 1))
+            self._recent.append((now, usage))
 
     def failed(self, task: Task) -> None:
         """A job broke off."""
@@ -7178,10 +7218,10 @@ class Meter:
             self.load_failures += (before, after) == ("loading", "failed")
             self.deaths += (before, after) == ("loaded", "failed")
 
-    def recent(self) -> list[Finished]:
-        """The ends of the last minute, 256 at most."""
+    def recent(self) -> list[Usage]:
+        """Those of what ended in the last minute, 256 at most."""
         with self._lock:
-            return [end for when, end in self._recent if when > time.monotonic() - self.RECENT_SECONDS]
+            return [usage for when, usage in self._recent if when > time.monotonic() - self.RECENT_SECONDS]
 
 
 class Metrics:
@@ -7621,31 +7661,6 @@ class Ladder:
 MakeWorker = Callable[[Setup, Callable[[Worker], None]], Worker]  # not started yet; calls back when it dies
 
 
-@dataclass(frozen=True)
-class ModelSettings:
-    """One model's settings: how it is loaded, and the defaults of its requests."""
-
-    engine: EngineOptions = EngineOptions()
-    sampling: Mapping[str, Any] = field(default_factory=dict)  # by field of Sampling
-    system: str = ""  # the system message of chats without one
-    keep_alive: float | None = None
-
-
-@dataclass(frozen=True)
-class Preset:
-    """A section of a preset file: settings of the models that its name, the beginning of one, or a shell pattern means."""
-
-    pattern: str
-    engine: Mapping[str, Any] = field(default_factory=dict)  # by field of EngineOptions
-    sampling: Mapping[str, Any] = field(default_factory=dict)
-    aliases: tuple[str, ...] = ()  # patterns of names that mean the model
-    preload: bool = False
-    keep_alive: float | None = None
-
-    def means(self, id: str) -> bool:
-        return fnmatch.fnmatchcase(id, self.pattern) or id.startswith(plain_id(self.pattern) or "\0")
-
-
 class Settings:
     """The settings of every model.
 
@@ -7655,22 +7670,22 @@ class Settings:
 
     DEFAULT_ONLY = ("lora", "chat_template", "mmproj")  # on the command line these mean the default model: they fit no other
 
-    def __init__(self, flags: Mapping[str, Any] | None = None, presets: Seq[Preset] = (), one: bool = False) -> None:
-        """`flags` are the fields of EngineOptions that the command line gives; `one`: a single model is served by these."""
-        self._flags, self.presets, self._one = flags or {}, tuple(presets), one
-        self.engine = self.of(None, True).engine  # of no model in particular
+    def __init__(self, flags: Preset = Preset(), presets: Seq[Preset] = (), one: bool = False) -> None:
+        """`flags` are the command line's; `one`: they mean the single model that is served."""
+        self._flags, self.presets, self._one = flags, tuple(presets), one
+        self.engine = self.of(None, True).options  # of no model in particular
 
-    def of(self, model: ModelInfo | None, is_default: bool, asked: Mapping[str, Any] | None = None) -> ModelSettings:
+    def of(self, model: ModelInfo | None, is_default: bool, asked: Mapping[str, Any] | None = None) -> Preset:
         """The settings of a model; `asked` are fields of EngineOptions that a request for its load gave."""
-        stored = model.stored if model else Stored()
-        flags = {k: v for k, v in self._flags.items() if is_default or self._one or k not in self.DEFAULT_ONLY}
+        stored, flags = model.stored if model else Preset(), self._flags
+        if not (is_default or self._one):
+            flags = replace(flags, engine={k: v for k, v in flags.engine.items() if k not in self.DEFAULT_ONLY})
         own = [p for p in self.presets if model and p.pattern != "*" and p.means(model.id)]
-        layers = [Preset("", stored.engine, stored.sampling), *(p for p in self.presets if p.pattern == "*"),
-                  Preset("", flags), *own, Preset("", asked or {})]  # fmt: skip
+        layers = [stored, *(p for p in self.presets if p.pattern == "*"), flags, *own, Preset(engine=asked or {})]
         engine = {name: value for layer in layers for name, value in layer.engine.items()}
         sampling = {name: value for layer in layers for name, value in layer.sampling.items()}
         keep = [layer.keep_alive for layer in layers if layer.keep_alive is not None]
-        return ModelSettings(EngineOptions(**engine), sampling, stored.system, keep[-1] if keep else None)
+        return Preset("", engine, sampling, stored.system, keep_alive=keep[-1] if keep else None)
 
 
 @dataclass
@@ -7705,7 +7720,7 @@ class Entry:
     waiting: int = 0  # requests that wait for the load
     last_used: float | None = None  # seconds since the epoch
     idle_since: float = 0.0  # monotonic
-    keep_alive: float | None = None  # seconds it stays when idle, as its last client wished; None: as the options have it
+    keep_alive: float | None = None  # seconds it stays when idle, as its last client wished; None: as its settings have it
 
     @property
     def in_memory(self) -> bool:
@@ -7730,10 +7745,9 @@ class Entry:
 
 @dataclass(frozen=True)
 class TableOptions:
-    """How many models stay in memory and for how long, and what names mean them."""
+    """How many models stay in memory, and what names mean them."""
 
     max_loaded: int = 3
-    keep_alive: float = -1  # seconds an idle model stays; 0: not at all, negative: for ever
     default: str | None = None  # a model's name, or the path among the catalog's files
     aliases: tuple[tuple[str, str], ...] = ()  # shell pattern, model
     preset_aliases: tuple[tuple[str, str], ...] = ()  # the same; their models need not be there
@@ -7758,7 +7772,7 @@ class Residents:
         self._make_worker, self._ladder, self._settings = make_worker, ladder, settings
         self._options, self._metrics = options, metrics
 
-    def settings(self, entry: Entry, asked: Mapping[str, Any]) -> ModelSettings:
+    def settings(self, entry: Entry, asked: Mapping[str, Any]) -> Preset:
         """The settings of a load that requests `asked` these fields of EngineOptions for."""
         return self._settings.of(entry.info, entry.info.id == self.default, asked)
 
@@ -7873,7 +7887,7 @@ class Residents:
         try:
             with self.changed:
                 asked = dict(load.asked)
-                engine = self.settings(entry, asked).engine
+                engine = self.settings(entry, asked).options
                 taken = {s for e in self.entries.values() if e.in_memory and e is not entry for s in e.servers}
                 entry.servers = tuple(server for server in engine.rpc or () if server not in taken)
                 others = [e.worker for e in self.entries.values() if e.worker]
@@ -7926,7 +7940,7 @@ class Residents:
 
     def left(self, entry: Entry) -> float:
         """Seconds until the model goes if nobody comes; infinite for one that stays."""
-        wished = (entry.keep_alive, self.settings(entry, {}).keep_alive, self._options.keep_alive)
+        wished = (entry.keep_alive, self.settings(entry, {}).keep_alive, -1.0)
         keep = next(seconds for seconds in wished if seconds is not None)
         passed = time.monotonic() - entry.idle_since if entry.idle else 0.0
         return max(0.0, keep - passed) if keep >= 0 else math.inf
@@ -8230,9 +8244,9 @@ class ModelTable:
         """The model with the projector by which it sees, or would if it were loaded; under the condition."""
         if entry.worker:
             return entry.info.fitted(entry.worker.info.projector if entry.worker.loaded.sees else "none")
-        return entry.info.fitted(self._residents.settings(entry, entry.asked).engine.mmproj)
+        return entry.info.fitted(self._residents.settings(entry, entry.asked).options.mmproj)
 
-    def settings(self, id: str) -> ModelSettings:
+    def settings(self, id: str) -> Preset:
         """The settings that the model is loaded with, or will be."""
         entry = self._find(id)
         with self._changed:
@@ -8258,7 +8272,7 @@ class ModelTable:
         entry = self._find(name)
         with self._changed:
             entry.retry_at = 0.0
-            engine = self._residents.settings(entry, entry.load.asked if entry.load else entry.asked).engine
+            engine = self._residents.settings(entry, entry.load.asked if entry.load else entry.asked).options
             is_new = any(getattr(engine, name) != value for name, value in (asked or {}).items())
             if is_new and entry.state == "loaded":
                 self._residents.move(entry, "unloading", entry.worker)
@@ -8376,15 +8390,15 @@ def without_older_images(messages: Seq[dict[str, Any]]) -> tuple[dict[str, Any],
     return tuple(kept)
 
 
-def usage_of(ends: Seq[Finished], index: Mapping[int, int], n: int) -> Usage:
-    """Sums up the ends of a request's texts, `n` of each prompt; a prompt counts once, as its first text tells of it."""
-    prompts = {index[e.id] // n: e for e in sorted(ends, key=lambda e: -index[e.id])}
+def usage_of(ends: Seq[Finished], index: Mapping[int, int], n: int, thought: int) -> Usage:
+    """Sums up a request's texts, `n` of each prompt, which counts once, as its first text tells; `thought` in tokens."""
+    prompts = {index[e.id] // n: e.usage for e in sorted(ends, key=lambda e: -index[e.id])}.values()
+    texts = [e.usage for e in ends]
     return Usage(
-        sum(e.prompt_tokens for e in prompts.values()), sum(e.completion_tokens for e in ends),
-        sum(e.cached_tokens for e in prompts.values()), max(e.prompt_seconds for e in ends),
-        max(e.decode_seconds for e in ends), sum(e.forced_tokens for e in ends),
-        picture_tokens=sum(e.picture_tokens for e in prompts.values()),
-        drafted_tokens=sum(e.drafted_tokens for e in ends), accepted_tokens=sum(e.accepted_tokens for e in ends),
+        sum(u.prompt_tokens for u in prompts), sum(u.completion_tokens for u in texts), sum(u.cached_tokens for u in prompts),
+        max(u.prompt_seconds for u in texts), max(u.decode_seconds for u in texts), sum(u.forced_tokens for u in texts),
+        thought, sum(u.picture_tokens for u in prompts),
+        sum(u.drafted_tokens for u in texts), sum(u.accepted_tokens for u in texts),
     )  # fmt: skip
 
 
@@ -8445,15 +8459,14 @@ class Service:
                 ends.append(message)
                 for event in parsers[generation.index[message.id]].finish(message.finish_reason):
                     if isinstance(event, ChoiceEnd):
-                        usage = usage_of([message], generation.index, request.n)
-                        event = replace(event, stopped_by=message.stopped_by, usage=usage)
+                        event = replace(event, stopped_by=message.stopped_by, usage=message.usage)
                     yield event
             else:
                 yield message
-        yield replace(usage_of(ends, generation.index, request.n), reasoning_tokens=thought)
+        yield usage_of(ends, generation.index, request.n, thought)
 
     @staticmethod
-    def _filled(request: GenerateRequest, settings: ModelSettings) -> GenerateRequest:
+    def _filled(request: GenerateRequest, settings: Preset) -> GenerateRequest:
         """The request with the model's own settings where it says nothing."""
         messages, system = request.messages, {"role": "system", "content": settings.system}
         if settings.system and messages and not any(message["role"] == "system" for message in messages):
@@ -8537,7 +8550,7 @@ class Service:
             generation = worker.submit([job], cancel, began)
             for message in generation:
                 if isinstance(message, Finished):
-                    yield usage_of([message], generation.index, 1)
+                    yield message.usage
                 elif not isinstance(message, Piece):
                     yield message
 
@@ -8620,10 +8633,10 @@ class Scrape:
     def total(self, name: str) -> Any:
         return sum(map(operator.attrgetter(name), self.models.values()))
 
-    def rate(self, tokens: Callable[[Finished], int], seconds: Callable[[Finished], float]) -> list[Sample]:
+    def rate(self, tokens: Callable[[Usage], int], seconds: Callable[[Usage], float]) -> list[Sample]:
         """Tokens per second, over what ended in the last minute."""
-        ends = [end for numbers in self.models.values() for end in numbers.recent]
-        return [({}, sum(map(tokens, ends)) / (sum(map(seconds, ends)) or 1.0))]
+        usages = [usage for numbers in self.models.values() for usage in numbers.recent]
+        return [({}, sum(map(tokens, usages)) / (sum(map(seconds, usages)) or 1.0))]
 
 
 def metric_lines(scrape: Scrape, name: str, kind: str, help: str, read: Any) -> Iterator[str]:
@@ -9728,27 +9741,12 @@ class Responses(BlockDialect):
 OLLAMA_VERSION = "0.14.0"  # clients ask for one that serves what they use: that had all of Ollama's, OpenAI's and Anthropic's
 OLLAMA_FIELDS = ("options", "raw", "keep_alive", "suffix", "context", "template", "images", "think", "format")
 OLLAMA_UNSERVED = ("create", "copy", "delete", "push", "blobs")  # below /api, and in no other API
-MAX_KEEP = 1e9  # seconds, 31 years: a date that every client can read
-GO_DURATION = re.compile(r"(-?)((?:\d{1,9}(?:\.\d{1,9})?(?:ns|us|µs|ms|s|m|h))+|\d{1,9})")
-GO_UNITS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0, "": 1.0}
 
 
 def speaks_ollama(body: Mapping[str, Any], agent: str) -> bool:
     """True if a body for `/api/generate` is Ollama's: it has a field of Ollama's own, or one of its packages sends it."""
     packages = agent.lower().startswith("ollama")  # ollama-python/…, ollama-js/…, ollama/… (Go)
     return packages or any(body.get(name) is not None for name in OLLAMA_FIELDS)
-
-
-def keep_seconds(name: str, value: Any) -> float:
-    """Ollama's keep_alive: seconds, or a duration as Go writes it (5m, 1h30m); below zero: for ever."""
-    if not isinstance(value, str):
-        return float(number(-MAX_KEEP, MAX_KEEP)(name, value))
-    found = GO_DURATION.fullmatch(value)
-    if not found:
-        raise InvalidRequest(f"{name} must be seconds, or a duration like 30s, 5m or 1h30m, not {_said(value)}", name)
-    seconds = sum(float(n) * GO_UNITS[unit] for n, unit in re.findall(r"([\d.]+)([a-zµ]*)", found[2]))
-    return -seconds if found[1] else min(seconds, MAX_KEEP)
-
 
 
 def rfc3339(seconds: float) -> str:
@@ -9762,7 +9760,7 @@ def ollama_sampling(body: Mapping[str, Any]) -> Sampling:
     options, top = optional(body, "options", an_object, {}), optional(body, "top_logprobs", whole(0, 20), 0)
     optional(options, "num_keep", whole(-1))
     limit = optional(options, "num_predict", whole(-2), -1)
-    options = {**neutral(options), "max_tokens": limit if limit > 0 else None}
+    options = {**options, "max_tokens": limit if limit > 0 else None}
     logprobs = top if flag(body, "logprobs") else None
     return Sampling.from_json(options, logprobs=logprobs, constraint=read_constraint({**options, **body}))
 
@@ -9770,23 +9768,13 @@ def ollama_sampling(body: Mapping[str, Any]) -> Sampling:
 def ollama_engine(body: Mapping[str, Any]) -> dict[str, Any]:
     """The options that Ollama decides at a model's load, as fields of EngineOptions."""
     options, found = optional(body, "options", an_object, {}), dict[str, int]()
-    bounds = {"num_ctx": (1, 1 << 24), "num_gpu": (-1, 1 << 16), "num_thread": (0, len(processors())), "num_batch": (1, 4096)}
-    for name, (least, most) in bounds.items():
+    known = {"num_ctx": ("ctx", 1, 1 << 24), "num_gpu": ("gpu_layers", -1, 1 << 16),
+             "num_thread": ("threads", 0, len(processors())), "num_batch": ("batch", 1, 4096)}  # fmt: skip
+    for name, (ours, least, most) in known.items():
         value = optional(options, name, whole(least))
         if value or (name == "num_gpu" and value is not None):  # 0 threads are as many as usual
-            found[OLLAMA_ENGINE[name]] = min(value, most)
+            found[ours] = min(value, most)
     return found
-
-
-def neutral(body: Mapping[str, Any]) -> dict[str, Any]:
-    """The body with llama.cpp's other ways to say that something is off: a top_k or seed below zero, a repeat_penalty of 0."""
-    top, penalty, seed = body.get("top_k"), body.get("repeat_penalty"), optional(body, "seed", whole(), -1)
-    own: dict[str, Any] = {"seed": seed if seed >= 0 else None}
-    if type(top) is int and top < 0:
-        own["top_k"] = 0
-    if type(penalty) in (int, float) and penalty == 0:
-        own["repeat_penalty"] = 1
-    return {**body, **own}
 
 
 class OllamaRoute(Dialect):
@@ -9797,7 +9785,7 @@ class OllamaRoute(Dialect):
     def common(self, body: Mapping[str, Any]) -> dict[str, Any]:
         """The fields that all its requests have."""
         self._began = self._ready = time.monotonic()
-        self._keep = optional(body, "keep_alive", keep_seconds)
+        self._keep = optional(body, "keep_alive", duration)
         return {"model": required(body, "model", "the name of a model, or default", a_string), "engine": ollama_engine(body)}
 
     def events(self, service: Service, cancel: Cancellation) -> Iterator[Event]:
@@ -10164,7 +10152,7 @@ class LlamaCompletion(Dialect):
             own["max_tokens"] = -1 if self._limit < 0 else self._limit or 1
         if samplers := optional(body, "samplers", a_list):
             own |= {field: value for name, off in self.OFF.items() if name not in samplers for field, value in off.items()}
-        sampling = Sampling.from_json({**neutral(body), **own}, logprobs=self._count or (0 if self._with_tokens else None))
+        sampling = Sampling.from_json({**body, **own}, logprobs=self._count or (0 if self._with_tokens else None))
         request = GenerateRequest(optional(body, "model", a_string, "default").strip(), sampling=sampling)
         return replace(request, **self.asked(body))
 
@@ -11618,14 +11606,6 @@ class Arguments(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\ntry: {self.prog} --help\n")
 
 
-def duration(words: str) -> float:
-    """Seconds from 90, 90s, 5m or 2h; -1 stays -1."""
-    found = re.fullmatch(r"(-?\d+(?:\.\d+)?)(s|m|h|d)?", words)
-    if not found:
-        raise UsageError(f"{words!r} is no duration; write 90, 90s, 5m or 2h")
-    return float(found[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[found[2] or "s"]
-
-
 def count(least: int, most: int | None = None, setting: str = "") -> Callable[[str], int]:
     """An argparse type: a whole number from `least` to `most`, or on; an error begins with the setting."""
 
@@ -11637,8 +11617,6 @@ def count(least: int, most: int | None = None, setting: str = "") -> Callable[[s
     return check
 
 
-ENGINE_BOUNDS = {"ctx": (1, 1 << 24), "parallel": (1, 200), "kv_pool": (1, 1 << 26), "threads": (1, 1024), "batch": (1, 65536),
-                 "n_cpu_moe": (0, 4096), "main_gpu": (0, 64)}  # fmt: skip
 REBUILD = "CMAKE_ARGS=-DGGML_{}=on pip install --force-reinstall --no-cache-dir llama-cpp-python"
 
 
@@ -11742,8 +11720,8 @@ def parser() -> Arguments:
     diag = command(command_diag, "show versions, memory, search directories and whether a server runs")
     for each in (listing, probe, diag):
         each.add_argument("--json", action="store_true", help="as JSON")
-    _engine_flags(probe)
-    _engine_flags(diag, "rpc")
+    _parameter_flags(probe, "engine", EngineOptions)
+    _parameter_flags(diag, "engine", EngineOptions, "rpc")
     _address_flags(diag, "where to look for a server")
     completion = command(command_completion, "print a script that completes commands and flags in a shell")
     completion.add_argument("shell", choices=("bash", "zsh", "fish"))
@@ -11765,6 +11743,11 @@ def parse(argv: Seq[str] | None) -> argparse.Namespace:
         if (args.model if args.command == "probe" else args.text) is not None:
             raise UsageError("the model is named twice: by MODEL and by --model")
         args.model, args.text = args.named, args.model
+    given = {flag_of(name): vars(args)[name] for name in SETTINGS if vars(args).get(name) is not None}
+    try:
+        args.settings = preset_of("", given)
+    except UsageError as error:
+        args.parser.error(str(error))
     return args
 
 
@@ -11780,21 +11763,24 @@ def _address_flags(sub: argparse.ArgumentParser, whose: str, more: str = "") -> 
     group.add_argument("--port", type=count(0, 65535), metavar="N", help=f"port; wins over the one in --bind{more}")
 
 
-def _engine_flags(sub: argparse.ArgumentParser, only: str = "") -> None:
-    """One flag for each field of EngineOptions, or for one."""
-    group = sub.add_argument_group("engine")
-    for f in (f for f in fields(EngineOptions) if only in ("", f.name)):
-        flag, more = "--" + f.name.replace("_", "-"), dict[str, Any](f.metadata)
-        if f.default not in (None, True, ()) and "(default" not in more["help"]:
-            more["help"] += f" (default: {f.default})"
-        if f.default is True:
-            group.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, **more)
-        elif f.default == ():
-            group.add_argument(flag, action="append", default=None, **more)
-        else:
-            if f.name in ENGINE_BOUNDS:
-                more |= {"type": count(*ENGINE_BOUNDS[f.name]), "metavar": "N"}
-            group.add_argument(flag, default=None, **more)
+def flag_of(name: str) -> str:
+    """The flag of a field."""
+    return "--" + name.replace("_", "-")
+
+
+def _parameter_flags(sub: argparse.ArgumentParser, title: str, kind: type, only: str = "") -> None:
+    """One flag for each field of a dataclass that has a line of help, or for one."""
+    group = sub.add_argument_group(title)
+    for f in (f for f in fields(kind) if f.metadata.get("help") and only in ("", f.name)):
+        help, usual = f.metadata["help"], NATIVE_DEFAULTS.get(f.name, f.default)
+        if usual and usual is not True and "(default" not in help:
+            help += f" (default: {usual})"
+        how = {name: value for name, value in f.metadata.items() if name in ("action", "choices", "metavar")}
+        if f.type == "bool":
+            how["action"] = argparse.BooleanOptionalAction if f.default else "store_true"
+        elif not how.keys() & {"action", "choices"}:
+            how = {"metavar": "N", "type": functools.partial(spelled, f)} | how
+        group.add_argument(flag_of(f.name), default=None, help=help, **how)
 
 
 def _serve_flags(sub: argparse.ArgumentParser) -> None:
@@ -11805,8 +11791,7 @@ def _serve_flags(sub: argparse.ArgumentParser) -> None:
     add("--alias", action="append", type=alias, default=[], metavar="PATTERN=MODEL", help="names that mean a model (repeatable)")
     add("--preset", metavar="FILE.ini", help="settings of single models: a section a model, its keys are flags")
     add("--max-loaded", type=count(1), default=3, metavar="N", help="models in memory at once (default: 3)")
-    add("--keep-alive", type=duration, default=-1, metavar="5m", help="unload models idle for so long; 0: at once, "
-        "-1: never (default)")  # fmt: skip
+    add("--keep-alive", metavar="5m", help="unload models idle for so long; 0: at once, -1: never (default)")
     add("--max-queue", type=count(0), default=512, metavar="N", help="requests that may wait (default: 512)")
     add("--grace", type=count(0, 86_400), metavar="SECONDS", help="behind a balancer: at SIGTERM say so at /ready, take "
         f"requests for {LINGER_SECONDS:.0f} s more, and let them finish within so long")  # fmt: skip
@@ -11823,7 +11808,7 @@ def _serve_flags(sub: argparse.ArgumentParser) -> None:
     add("--tools", action="append", default=[], metavar="FILE.py", help="load more tools (repeatable)")
     add("--tool-root", metavar="DIR", help="let file_read read below this directory")
     add("--tool-hosts", default="", metavar="HOST,…", help="let http_get reach these hosts, by commas; * is any")
-    _engine_flags(sub)
+    _parameter_flags(sub, "engine", EngineOptions)
 
 
 def _generate_flags(sub: argparse.ArgumentParser) -> None:
@@ -11844,27 +11829,22 @@ def _generate_flags(sub: argparse.ArgumentParser) -> None:
                      "about (repeatable)")  # fmt: skip
     sub.add_argument("--local", action="store_true", help="never ask a running server")
     _address_flags(sub, "the running server to ask")
-    _sampling_flags(sub)
-    _engine_flags(sub)
+    _parameter_flags(sub, "sampling", Sampling)
+    _parameter_flags(sub, "engine", EngineOptions)
 
 
-def _sampling_flags(sub: argparse.ArgumentParser) -> None:
-    """One flag for each parameter of Sampling that has a line of help."""
-    group = sub.add_argument_group("sampling")
-    for f in fields(Sampling):
-        if f.metadata.get("help"):
-            flag, help = "--" + f.name.replace("_", "-"), f.metadata["help"]
-            help += f" (default: {NATIVE_DEFAULTS[f.name]})" if f.name in NATIVE_DEFAULTS else ""
-            repeated, switch = {"action": "append", "metavar": "TEXT"}, {"action": "store_true", "default": None}
-            kind = {stops: repeated, breakers: repeated, boolean: switch}.get(f.metadata["check"])
-            group.add_argument(flag, help=help, **kind or {"type": _plain_number, "metavar": "N"})  # type: ignore[arg-type]
-
-
-def _plain_number(words: str) -> float:
-    try:
-        return int(words) if re.fullmatch(r"-?\d+", words) else float(words)
-    except ValueError:
-        raise UsageError(f"{words!r} is no number") from None
+def spelled(f: Any, value: Any) -> Any:
+    """A parameter's value as JSON has it: the words of a flag or of a preset become a number, a list, true or false."""
+    kind = str(f.type)
+    if kind == "bool":
+        return SWITCHES.get(str(value).lower(), value)
+    if kind.startswith("tuple") and not isinstance(value, list):
+        whole = f.name == "override_tensor"  # whose patterns may hold commas
+        return [value] if whole else [part.strip() for part in str(value).split(",")]
+    if kind.startswith(("int", "float")) and isinstance(value, str):
+        with contextlib.suppress(ValueError):
+            return int(value) if re.fullmatch(r"-?\d+", value) else float(value)
+    return value
 
 
 def listen_address(args: argparse.Namespace) -> tuple[str, int]:
@@ -11881,33 +11861,32 @@ def listen_address(args: argparse.Namespace) -> tuple[str, int]:
     return host, count(0, 65535, f"{setting}: ")(str(DEFAULT_PORT if port is None else port))
 
 
-def engine_fields(args: argparse.Namespace) -> dict[str, Any]:
-    """The fields of EngineOptions that the flags give. Raises UsageError for values that make no sense."""
-    given = {f.name: getattr(args, f.name, None) for f in fields(EngineOptions)}
-    found: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items() if v is not None}
+def checked_engine(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of EngineOptions against this machine, a template as its text. Raises UsageError for what makes no sense here."""
+    found = dict(given)
     if found.get("flash_attn") == "off" and found.get("kv_type", "f16") != "f16":
         raise UsageError(f"--kv-type {found['kv_type']} needs flash attention, which --flash-attn off forbids")
-    projector = [found["mmproj"]] if found.get("mmproj", "none") != "none" else []
-    for flag, files in (("--lora", found.get("lora", ())), ("--mmproj", projector)):
-        if absent := [file for file in files if not os.path.isfile(file)]:
-            raise UsageError(f"{flag} {absent[0]}: there is no such file")
+    files = [("--lora", file) for file in found.get("lora", ())]
+    files += [("--mmproj", found["mmproj"])] if found.get("mmproj", "none") != "none" else []
+    for flag, file in files:
+        if not os.path.isfile(file):
+            raise UsageError(f"{flag} {file}: there is no such file")
     if "chat_template" in found:
         found["chat_template"] = read_file("--chat-template", found["chat_template"])
-    named = {"--device": found.get("device") or (), "--override-tensor": [d for _, d in found.get("override_tensor", ())]}
-    if not any(named.values()) and not found.keys() & {"main_gpu", "rpc"}:
+    named = [("--device", name) for name in found.get("device", ()) if found["device"] != ("none",)]
+    named += [("--override-tensor", name) for _, name in found.get("override_tensor", ())]
+    if not named and not found.keys() & {"main_gpu", "rpc"}:
         return found
     build = engine_build()  # a helper process is asked
     if "rpc" in found and not build["rpc"]:
         raise UsageError(f"--rpc: this build of llama-cpp-python has no RPC; to get one: {REBUILD.format('RPC')}")
-    devices = build["devices"]
-    there = [d["name"] for d in devices]
-    for flag, names in named.items():
-        names = [name for name in names if not (build["rpc"] and name.startswith("RPC"))]  # known when a model loads
-        if unknown := [name for name in names if name not in there and not (flag == "--device" and names == ["none"])]:
-            raise UsageError(f"{flag} {unknown[0]}: there is no such device; there are {', '.join(there) or 'none'}")
-    gpus = [d for d in devices if d["kind"] in ("GPU", "IGPU")]
-    if found.get("main_gpu", -1) >= len(found.get("device") or gpus) and "rpc" not in found:
-        raise UsageError(f"--main-gpu {found['main_gpu']}: there are {len(gpus)} GPUs, the first one is 0")
+    devices = {device["name"]: device["kind"] for device in build["devices"]}
+    for flag, name in named:
+        if name not in devices and not (build["rpc"] and name.startswith("RPC")):  # those are known when a model loads
+            raise UsageError(f"{flag} {name}: there is no such device; there are {', '.join(devices) or 'none'}")
+    gpus = sum(kind in ("GPU", "IGPU") for kind in devices.values())
+    if found.get("main_gpu", -1) >= (len(found.get("device", ())) or gpus) and "rpc" not in found:
+        raise UsageError(f"--main-gpu {found['main_gpu']}: there are {gpus} GPUs, the first one is 0")
     return found
 
 
@@ -11919,24 +11898,12 @@ def read_file(flag: str, file: str) -> str:
         raise UsageError(f"{flag} {file}: {getattr(error, 'strerror', None) or error}") from None
 
 
-def given_sampling(args: argparse.Namespace, **more: Any) -> tuple[dict[str, Any], Sampling]:
-    """The sampling flags that are given and `more`, as fields of a body, and checked. Raises UsageError naming the flag."""
-    given = {f.name: getattr(args, f.name, None) for f in fields(Sampling) if f.metadata.get("help")} | more
-    given = {name: value for name, value in given.items() if value is not None}
-    try:
-        return given, Sampling.from_json(given)
-    except InvalidRequest as error:
-        raise UsageError(in_flags(error.message)) from None
-
-
-FIELD_FLAGS = {f.name: "--" + f.name.replace("_", "-") for f in fields(Sampling) if f.metadata.get("help")} | {
-    "json_schema": "--schema", "tools": "--tool", "messages": "--image"}  # fmt: skip
-
-
 def in_flags(message: str) -> str:
     """An error's message with the flag in place of the request's field that it begins with."""
     found = re.match(r"(\w+)[^\s:]*(:?)", message)
-    flag = FIELD_FLAGS.get(found[1]) if found else None
+    known = {"json_schema": "--schema", "tools": "--tool", "messages": "--image"}
+    known |= {f.name: flag_of(f.name) for f in fields(Sampling)}
+    flag = known.get(found[1]) if found else None
     if not found or not flag or (flag == "--image" and not found[2]):  # of messages as a whole it is not the image
         return message
     return flag + found[2] + message[found.end() :]
@@ -11944,65 +11911,40 @@ def in_flags(message: str) -> str:
 
 # Settings of single models
 
-SYNONYMS = {  # llama-server's names of our flags, where they mean the same
-    "c": "ctx", "ctx-size": "ctx", "np": "parallel", "t": "threads", "ngl": "gpu-layers", "n-gpu-layers": "gpu-layers",
-    "ncmoe": "n-cpu-moe", "ot": "override-tensor", "dev": "device", "mg": "main-gpu", "ts": "tensor-split", "fa": "flash-attn",
-    "b": "batch", "batch-size": "batch", "cache-type-k": "kv-type", "cache-type-v": "kv-type", "ctk": "kv-type",
-    "ctv": "kv-type", "chat-template-file": "chat-template", "temp": "temperature", "n-predict": "max-tokens",
-    "load-on-startup": "preload", "s": "seed", "a": "alias", "mm": "mmproj",
-}  # fmt: skip
 SWITCHES = {"true": True, "on": True, "1": True, "yes": True, "false": False, "off": False, "0": False, "no": False}
+SETTINGS = {  # by name: the dataclass whose field it is, and the field
+    f.name: (kind, f) for kind in (EngineOptions, Sampling, Preset) for f in fields(kind) if f.metadata.get("help")
+}
+SYNONYMS = {other: name for name, (_, f) in SETTINGS.items() for other in f.metadata.get("also", "").split()}
+NOT_FOR_CLIENTS = {name: f.metadata["own"] for name, (_, f) in SETTINGS.items() if "own" in f.metadata}  # and why
 
 
-class PresetParser(Arguments):
-    """Takes the keys of a preset or of a load's body for the flags that they are; says what is wrong as a UsageError."""
-
-    def __init__(self) -> None:
-        super().__init__(add_help=False)
-        _engine_flags(self)
-        _sampling_flags(self)
-        self.add_argument("--alias", action="append", default=[])
-        self.add_argument("--preload", action="store_true")
-        self.add_argument("--keep-alive", type=duration)
-
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(message.partition(": ")[2] or message)  # without the flag's name, which may be a synonym
-
-    def words(self, flag: str, value: Any) -> list[str]:
-        """A pair as words of a command line. Raises UsageError."""
-        action = self._option_string_actions.get(f"--{flag}")
-        if action is None:
-            raise UsageError("there is no such setting")
-        if action.nargs == 0:
-            switch = SWITCHES.get(str(value).lower())
-            if switch is None:
-                raise UsageError(f"{printable(str(value))} is neither true nor false")
-            return [f"--{flag}"] if switch else [o for o in action.option_strings if o == f"--no-{flag}"]
-        if not isinstance(action, argparse._AppendAction):
-            value = ",".join(map(str, value)) if isinstance(value, list) else value
-        elif flag != "override-tensor" and not isinstance(value, list):
-            value = str(value).split(",")
-        return [f"--{flag}={str(v).strip()}" for v in (value if isinstance(value, list) else [value])]
+def field_of(key: str) -> str:
+    """The name of the field that a key or a flag stands for."""
+    name = key.strip(" -").replace("-", "_")
+    return SYNONYMS.get(name, name)
 
 
-def flag_of(key: str) -> str:
-    """The name of the flag that a key stands for."""
-    flag = key.strip().replace("_", "-")
-    return SYNONYMS.get(flag, flag)
+def checked(check: Check, place: str, value: Any) -> Any:
+    """A value that the command line or a preset gives, checked. Raises UsageError, which begins with its place."""
+    try:
+        return check(place, value)
+    except InvalidRequest as error:
+        raise UsageError(error.message) from None
 
 
 def preset_of(pattern: str, pairs: Mapping[str, Any]) -> Preset:
     """What pairs of key and value say of the models that a pattern means. Raises UsageError, which begins with the key."""
-    reader, args = PresetParser(), argparse.Namespace()
+    found = defaultdict[type, dict[str, Any]](dict)
     for key, value in pairs.items():
-        try:
-            reader.parse_args(reader.words(flag_of(key), value), args)
-        except UsageError as error:
-            raise UsageError(f"{printable(key)}: {error}") from None
-    reader.parse_args([], args)
-    given, checked = given_sampling(args)
-    sampling = {name: getattr(checked, name) for name in given}
-    return Preset(pattern, engine_fields(args), sampling, tuple(args.alias), args.preload, args.keep_alive)
+        name, place = field_of(key), printable(key)
+        denied, name = name.startswith("no_"), name.removeprefix("no_")
+        if name not in SETTINGS or (denied and SETTINGS[name][1].type != "bool"):
+            raise UsageError(f"{place}: there is no such setting")
+        kind, f = SETTINGS[name]
+        read = checked(f.metadata["check"], place, spelled(f, value))
+        found[kind][name] = not read if denied else read
+    return Preset(pattern, found[EngineOptions], found[Sampling], **found[Preset])
 
 
 def read_preset(file: str) -> Iterator[Preset]:
@@ -12021,6 +11963,7 @@ def read_preset(file: str) -> Iterator[Preset]:
     for section in sections:
         try:
             preset = preset_of(section, ini[section])
+            preset = replace(preset, engine=checked_engine(preset.engine))
             if preset.aliases and re.search(r"[*?\[]", section):
                 raise UsageError("alias: a pattern means several models, and a name can mean only one")
         except UsageError as error:
@@ -12028,27 +11971,22 @@ def read_preset(file: str) -> Iterator[Preset]:
         yield preset
 
 
-OWN_SETTINGS = {  # what only presets and the command line may say, and why
-    "cache-dir": "names a directory", "lora": "names a file", "chat-template": "names a file", "mmproj": "names a file",
-    "rpc": "names a server", "cache-disk": "takes disk",
-}  # fmt: skip
-
-
 def load_options(body: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of EngineOptions from the body of a load: a preset's keys, but OWN_SETTINGS. Raises InvalidRequest."""
+    """Fields of EngineOptions from the body of a load: a preset's keys, but NOT_FOR_CLIENTS. Raises InvalidRequest."""
     body = {key: value for key, value in body.items() if value is not None}
     for key in body:
-        flag = flag_of(key)
-        if flag in OWN_SETTINGS and (flag, body[key]) != ("mmproj", "none"):
-            raise InvalidRequest(f"{printable(key)} {OWN_SETTINGS[flag]}, which only a preset and the command line may", key)
+        name = field_of(key)
+        if name in NOT_FOR_CLIENTS and (name, body[key]) != ("mmproj", "none"):
+            raise InvalidRequest(f"{printable(key)} {NOT_FOR_CLIENTS[name]}, which only a preset and the command line may", key)
     try:
         preset = preset_of("", body)
+        engine = checked_engine(preset.engine)
     except UsageError as error:
         named = re.match(r"[-\w]+", str(error).removeprefix("--"))
         raise InvalidRequest(str(error), named[0] if named else None) from None
-    if preset.sampling or preset.aliases or preset.preload or preset.keep_alive is not None:
+    if preset != Preset("", preset.engine):
         raise InvalidRequest("a load takes the engine's settings, no sampling, alias, preload or keep-alive", None)
-    return dict(preset.engine)
+    return engine
 
 
 def make_service(args: argparse.Namespace, **more: Any) -> Service:
@@ -12062,13 +12000,13 @@ def make_service(args: argparse.Namespace, **more: Any) -> Service:
     catalog = Catalog(search_roots(args.models_dir, base if is_path(base) else None), files)
     presets = list(read_preset(args.preset)) if getattr(args, "preset", None) else []
     table = TableOptions(
-        getattr(args, "max_loaded", 3), getattr(args, "keep_alive", -1), (model if model != "default" else None) or base,
+        getattr(args, "max_loaded", 3), (model if model != "default" else None) or base,
         tuple(getattr(args, "alias", ())), tuple((alias, p.pattern) for p in presets for alias in p.aliases),
     )  # fmt: skip
-    engine, most = engine_fields(args), os.environ.get("SHIMMY_MAX_CTX")
+    engine, most = checked_engine(args.settings.engine), os.environ.get("SHIMMY_MAX_CTX")
     if most and "ctx" not in engine:
-        engine["ctx"] = count(*ENGINE_BOUNDS["ctx"], "SHIMMY_MAX_CTX: ")(most)
-    return Service(catalog, table, Settings(engine, presets, args.command != "serve"), **more)
+        engine |= preset_of("", {"SHIMMY_MAX_CTX": most}).engine
+    return Service(catalog, table, Settings(replace(args.settings, engine=engine), presets, args.command != "serve"), **more)
 
 
 def model_name(args: argparse.Namespace) -> str:
@@ -12224,7 +12162,7 @@ def tell_serving(args: argparse.Namespace, service: Service, url: str) -> None:
     if report.skipped:
         rows.append(("found", f"{len(report.skipped)} files are no models to serve: list -v says why"))
     if default:
-        info, kv_type = service.table.info(default), service.table.settings(default).engine.kv_type
+        info, kv_type = service.table.info(default), service.table.settings(default).options.kv_type
         words = memory_words(info.weights_bytes, None if info.embedding else info.largest_context(kv_type))
         sees = f" (it sees images, by {printable(os.path.basename(info.projector))})" if info.projector else ""
         rows.append(("memory", f"{printable(info.id)}, {human_bytes(info.weights_bytes)}, {words}{sees}"))
@@ -12519,7 +12457,7 @@ def command_probe(args: argparse.Namespace) -> int:
 
 def probe(service: Service, name: str) -> dict[str, Any]:
     """Loads a model for real and generates, alone and then as many at once as may run; speeds in tokens per second."""
-    cancel, info, engine = Cancellation(), service.table.info(name), service.table.settings(name).engine
+    cancel, info, engine = Cancellation(), service.table.info(name), service.table.settings(name).options
     most, kv = info.largest_context(engine.kv_type), info.kv or KvShape()
     with service.table.lease(name, cancel) as lease:
         worker = lease.wait()
@@ -12744,9 +12682,9 @@ class RunningServer(Neighbour):
 
     def __init__(self, args: argparse.Namespace) -> None:
         """Has the server resolve the model's name. Raises NoServer; ApiError when the server refuses the key."""
-        engine = [f.name.replace("_", "-") for f in fields(EngineOptions) if getattr(args, f.name) is not None]
+        engine = [flag_of(name) for name, value in args.settings.engine.items() if value is not None]
         if args.local or engine or (args.model is not None and is_path(args.model)):
-            raise NoServer("--local" if args.local else f"--{engine[0]} sets up an engine" if engine else "MODEL is a file")
+            raise NoServer("--local" if args.local else f"{engine[0]} sets up an engine" if engine else "MODEL is a file")
         super().__init__(args)
         self.model, size = named_model(args)
         try:
@@ -12833,9 +12771,11 @@ def command_generate(args: argparse.Namespace) -> int:
     asks = args.chat and given is None and not (args.lines or args.json or args.stdin)
     args.prompt = None if given in (None, "-") else decoded(os.fsencode(given), "--prompt")
     args.image = [picture_part(file) for file in args.image]
-    where = f"--schema {args.schema}:"
-    schema = args.schema and an_object(where, parse_json(read_file("--schema", args.schema).encode(), where))
-    sampling, _ = given_sampling(args, json_schema=schema)
+    sampling = {name: getattr(args, name) for name in args.settings.sampling}
+    if args.schema:
+        where = f"--schema {args.schema}:"
+        sampling["json_schema"] = an_object(where, parse_json(read_file("--schema", args.schema).encode(), where))
+        checked(a_schema, "--schema", sampling["json_schema"])
     path = fetch_named(args.model)
     if path != args.model:  # a hub's repository, by the id of its file: a running server may be asked for that
         args.model = plain_id(pathlib.Path(str(path)).stem)
@@ -12913,9 +12853,7 @@ def generate_body(
 def picture_part(file: str) -> dict[str, Any]:
     """The part of a message that shows an image. Raises UsageError."""
     try:
-        data = read_picture(f"--image {file}", pathlib.Path(file).read_bytes()).data
-    except InvalidRequest as error:
-        raise UsageError(str(error)) from None
+        data = checked(read_picture, f"--image {file}", pathlib.Path(file).read_bytes()).data
     except OSError as error:
         raise UsageError(f"--image {file}: {error.strerror}") from None
     return {"type": "image_url", "image_url": {"url": base64.b64encode(data).decode()}}
