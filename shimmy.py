@@ -25,7 +25,7 @@ Part I, the server, reads downward as a request flows. Its sections with their l
     10   Engine                       820  the step loop, and the threads that feed it
     11   Worker                       560  the parent's side of a child; the Ladder of its loads; Metrics
     12   Models in memory             710  loads, evictions; ModelTable finds by name
-    13   Service                      490  the only way in for every door; ToolLoop runs what tools the server may
+    13   Service                      490  the only way in for every door; run_tools runs what the server may
     14.1 Dialects                     460  what OpenAI's clients speak, and our own
     14.2 Dialects of blocks           450  Messages and Responses
     14.3 Ollama and llama-server      520  their shapes, and what clients are told of models
@@ -765,9 +765,15 @@ class GenerateRequest:
     sampling: Sampling = Sampling()
     defaults: Mapping[str, Any] = field(default_factory=dict)  # the API's own, where neither request nor preset says more
     engine: Mapping[str, Any] = field(default_factory=dict)  # what the model is to be loaded with, as Ollama's options tell
+    keep: float | None = None  # seconds that the model stays behind the answer; 0: not at all
     n: int = 1
     split_markers: bool = False  # take thoughts and tool calls out of the text
     echo: bool = False  # the text begins with the prompt, with the log probabilities of its tokens
+    use: ClassVar = "generate"  # what the model must be able to do
+
+    def asks(self) -> bool:
+        """False if the model is only to be loaded, or let go."""
+        return bool(self.prompts or self.messages or self.infill)
 
 
 @dataclass(frozen=True)
@@ -779,7 +785,17 @@ class EmbedRequest:
     dimensions: int | None = None
     query: str | None = None
     truncate: bool = False  # cut what is too long instead of refusing it
-    engine: Mapping[str, Any] = field(default_factory=dict)  # as GenerateRequest has it
+    engine: Mapping[str, Any] = field(default_factory=dict)  # this and the next as GenerateRequest has them
+    keep: float | None = None
+    owner: str = ""
+    n: ClassVar = 1
+
+    @property
+    def use(self) -> str:
+        return "embed" if self.query is None else "rank"
+
+    def asks(self) -> bool:
+        return bool(self.inputs)
 
 
 def read_texts(name: str, value: Any, most: int, may_be_empty: bool = True) -> tuple[str | tuple[int, ...], ...]:
@@ -1193,6 +1209,92 @@ class Tokens:
 
 Event = (Queued | Waiting | Text | Thought | CallBegan | CallArguments | ToolResult | ChoiceEnd | Vectors | Tokens | Fetching
          | Usage)  # fmt: skip
+
+
+@dataclass(slots=True)
+class Block:
+    """A stretch of an answer that is of one kind: a thought, text or a call."""
+
+    kind: str  # thought, text, call
+    index: int = 0  # in the answer
+    call_id: str = ""
+    name: str = ""
+    parts: list[str] = field(default_factory=list)
+
+    @property
+    def text(self) -> str:
+        """Its text, or a call's arguments."""
+        return "".join(self.parts)
+
+    def arguments(self) -> dict[str, Any]:
+        """A call's arguments as an object; one that was cut has none."""
+        found = parsed(self.text)
+        return found if isinstance(found, dict) else {}
+
+
+class Choice:
+    """One choice of an answer, as far as its events came; made of a single one, what is new of it."""
+
+    def __init__(self, *events: Text | Thought | ToolResult | ChoiceEnd) -> None:
+        self.blocks: list[Block] = []
+        self.results: list[ToolResult] = []
+        self.logprobs: list[TokenLogprob] = []
+        self.end: ChoiceEnd | None = None
+        self.finish_reason: str | None = None
+        for event in events:
+            self.add(event)
+
+    def add(self, event: Event, logprobs: bool = True) -> None:
+        """Takes an event. A stream that is only passed on keeps no log probabilities: they may be megabytes."""
+        if isinstance(event, (Text, Thought)):
+            kind = "text" if isinstance(event, Text) else "thought"
+            if event.text and not (self.blocks and self.blocks[-1].kind == kind):
+                self.blocks.append(Block(kind, len(self.blocks)))
+            if event.text:
+                self.blocks[-1].parts.append(event.text)
+            if logprobs:
+                self.logprobs += event.logprobs
+        elif isinstance(event, CallBegan):
+            self.blocks.append(Block("call", len(self.blocks), event.id, event.name))
+        elif isinstance(event, CallArguments):
+            self.calls[event.number].parts.append(event.text)
+        elif isinstance(event, ToolResult):
+            self.results.append(event)
+        elif isinstance(event, ChoiceEnd):
+            self.end, self.finish_reason = event, event.finish_reason
+
+    def said(self, kind: str = "text") -> str:
+        """All text, or all thoughts."""
+        return "".join([part for block in self.blocks if block.kind == kind for part in block.parts])
+
+    @property
+    def calls(self) -> list[Block]:
+        return [block for block in self.blocks if block.kind == "call"]
+
+
+class Reply:
+    """An answer as far as its events came; times are monotonic seconds."""
+
+    def __init__(self, model: str = "") -> None:
+        self.model, self.prompt_tokens = model, 0  # as the request has it, and not known, until Queued tells
+        self.choices: dict[int, Choice] = defaultdict(Choice)
+        self.rows: tuple[bytes, ...] = ()  # of an Embed job
+        self.usage: Any = None  # Usage, once it came
+        self.began, self.queued = time.monotonic(), 0.0
+        self.first: float | None = None  # when its first words came
+
+    def note(self, event: Event, logprobs: bool = True) -> None:
+        """Takes an event; `logprobs` as Choice has it."""
+        if isinstance(event, Queued):
+            self.model, self.prompt_tokens, self.queued = event.model, event.prompt_tokens, time.monotonic()
+        elif isinstance(event, Usage):
+            self.usage = event
+        elif isinstance(event, Vectors):
+            self.rows = event.rows
+        elif isinstance(event, (Text, Thought, CallBegan, CallArguments, ToolResult, ChoiceEnd)):
+            self.choices[event.index].add(event, logprobs)
+            if self.first is None and not isinstance(event, (ToolResult, ChoiceEnd)):
+                self.first = time.monotonic()
 
 
 TURN_BYTES = MIB  # a body beyond this waits for one of few places to be read and parsed
@@ -2576,7 +2678,7 @@ RESHAPES = (
 
 # ── 5. Tools ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 # A Python function with type hints and a docstring is a tool: Tools checks a call and runs it in a thread, for a time.
-# Built in are calculator, file_read and http_get; the last two start closed. Their rounds in a chat: ToolLoop (13).
+# Built in are calculator, file_read and http_get; the last two start closed. Their rounds in a chat: run_tools (13).
 
 
 class ToolError(Exception):
@@ -8003,9 +8105,13 @@ class Residents:
 class Lease:
     """A request's claim on a model: waits for the load, then keeps the worker in memory until the request is done."""
 
-    def __init__(self, residents: Residents, entry: Entry, cancel: Cancellation, asked: Mapping[str, Any] | None = None) -> None:
-        """`asked` are options that the request wants the model loaded with: a longer context reloads it once it is idle."""
-        self._residents, self._entry, self._cancel, self._asked = residents, entry, cancel, asked or {}
+    def __init__(self, residents: Residents, entry: Entry, cancel: Cancellation, asked: Mapping[str, Any] | None = None,
+                 keep: float | None = None) -> None:  # fmt: skip
+        """`asked` are options that the request wants the model loaded with: a longer context reloads it once it is idle.
+
+        `keep` is how long it wants the model to stay behind it (Entry.keep_alive); None leaves that as it is.
+        """
+        self._residents, self._entry, self._cancel, self._asked, self._keep = residents, entry, cancel, asked or {}, keep
         self._load: PendingLoad | None = None
         self._worker: Worker | None = None  # once it has come
         self._due = time.monotonic() + LOAD_WAIT_SECONDS
@@ -8032,6 +8138,7 @@ class Lease:
                 if entry.worker and entry.state == "loaded" and not self._is_unfit(entry.worker):
                     entry.waiting, entry.leases, self._worker = entry.waiting - 1, entry.leases + 1, entry.worker
                     entry.last_used = time.time()
+                    entry.keep_alive = entry.keep_alive if self._keep is None else self._keep
                     break
                 self._load = self._residents.want(entry, self._asked)
                 self._residents.changed.wait(min(left, 1.0))
@@ -8262,15 +8369,16 @@ class ModelTable:
 
     # Life
 
-    def lease(self, name: str, cancel: Cancellation, use: str = "generate", asked: Mapping[str, Any] | None = None) -> Lease:
-        """A request's claim on the model, to generate, embed, rank or tokenize; `asked` as Lease has it.
+    def lease(self, name: str, cancel: Cancellation, use: str = "generate", asked: Mapping[str, Any] | None = None,
+              keep: float | None = None) -> Lease:  # fmt: skip
+        """A request's claim on the model, to generate, embed, rank or tokenize; `asked` and `keep` as Lease has them.
 
         Raises ModelNotFound, InvalidRequest if the model cannot do that.
         """
         entry = self._find(name)
         if refusal := entry.info.refusal(use):
             raise InvalidRequest(f"model: '{entry.info.id}' is {refusal}", "model")
-        return Lease(self._residents, entry, cancel, asked)
+        return Lease(self._residents, entry, cancel, asked, keep)
 
     def load(self, name: str, wait: bool, cancel: Cancellation, asked: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """`POST …/load`: begins to load unless loaded, and waits for it if asked to. Returns the status.
@@ -8344,7 +8452,7 @@ class ModelTable:
 
 # ── 13. Service ───────────────────────────────────────────────────────────────────────────────────────────────────────
 # The only way in for HTTP, WebSocket and command line: Service makes a request into jobs, and what comes of them into
-# events; ToolLoop answers where the server runs tools; METRICS are the rows of /metrics.
+# events; run_tools answers where the server runs tools; METRICS are the rows of /metrics.
 
 
 class PictureReader:
@@ -8432,28 +8540,46 @@ class Service:
         worker.chat = worker.chat or Chat(worker.loaded.chat, self.helpers)
         return worker.chat
 
-    def generate(self, request: GenerateRequest, cancel: Cancellation) -> Iterator[Event]:
+    def generate(self, request: GenerateRequest | EmbedRequest, cancel: Cancellation) -> Iterator[Event]:
         """The events of one request: Queued, then text, thoughts and calls as they are made, an end a choice, Usage.
 
-        Raises ApiError (before Queued: the request never began; after: it broke off) or Cancelled. Closing the
-        iterator, like `cancel`, stops the engine's work on it.
+        Those of one that embeds or ranks are Queued, Vectors and Usage. Raises ApiError (before Queued: the request never
+        began; after: it broke off) or Cancelled. Closing the iterator, like `cancel`, stops the engine's work on it.
         """
-        request = self._shown(request, cancel)  # what is wrong is told before a model is loaded for it
-        if request.messages is not None:
-            self.helpers.warm()
-        loop = ToolLoop(self.tools, request, cancel) if request.builtins else None
-        with self.table.lease(request.model, cancel, asked=request.engine) as lease:  # for all rounds, and the tools between
-            answer = functools.partial(self._answer, lease)
-            yield from loop.run(answer) if loop else answer(request, cancel)
+        if not request.asks():
+            return (yield from self._load(request, cancel))
+        if isinstance(request, GenerateRequest):  # what is wrong is told before a model is loaded for it
+            request = self._shown(request, cancel)
+            request = with_builtins(request, self.tools) if request.builtins else request
+            if request.messages is not None:
+                self.helpers.warm()
+        with self._lease(request, cancel) as lease:  # for all rounds, and the tools between
+            answer = functools.partial(self._answer, lease, cancel)
+            if isinstance(request, GenerateRequest) and request.builtins:
+                yield from run_tools(request, self.tools, cancel, answer)
+            else:
+                yield from answer(request)
 
-    def _answer(self, lease: Lease, request: GenerateRequest, cancel: Cancellation) -> Iterator[Event]:
+    def _lease(self, request: GenerateRequest | EmbedRequest, cancel: Cancellation) -> Lease:
+        return self.table.lease(request.model, cancel, request.use, request.engine, request.keep)
+
+    def _load(self, request: GenerateRequest | EmbedRequest, cancel: Cancellation) -> Iterator[Event]:
+        """Only loads the model, or lets it go if it is not to be kept."""
+        if request.keep == 0:
+            id = self.table.resolve(request.model)
+            self.table.keep(id, 0)
+        else:
+            with self._lease(request, cancel) as lease:
+                id = (yield from lease.waited()).info.id
+        yield Queued(id)
+        yield ChoiceEnd(0, "unload" if request.keep == 0 else "load")
+        yield Usage(0, 0, 0, 0.0, 0.0)
+
+    def _answer(self, lease: Lease, cancel: Cancellation, request: GenerateRequest | EmbedRequest) -> Iterator[Event]:
         """One answer of the model's."""
         began = time.monotonic()
         worker = yield from lease.waited()
-        request = self._filled(request, self.table.settings(worker.info.id))
-        jobs, parsers = self._jobs(request, self._chat(worker))
-        if not worker.loaded.sees and any(map(pictures_of, jobs)):
-            raise InvalidRequest(f"model: the projector of {worker.info.id} cannot be loaded, so it sees no images", "model")
+        jobs, parsers = self._jobs(request, worker)
         generation = worker.submit(jobs, cancel, began)
         ends: list[Finished] = []
         thought, untold = 0, Counter[int]()  # tokens: of thoughts, and by job of what the parser holds back
@@ -8466,7 +8592,7 @@ class Service:
                 yield from events
             elif isinstance(message, Finished):
                 ends.append(message)
-                for event in parsers[generation.index[message.id]].finish(message.finish_reason):
+                for event in parsers[generation.index[message.id]].finish(message.finish_reason) if parsers else ():
                     if isinstance(event, ChoiceEnd):
                         usage = usage_of([message], generation.index, request.n)
                         event = replace(event, stopped_by=message.stopped_by, usage=usage)
@@ -8475,9 +8601,9 @@ class Service:
                 yield message
         yield replace(usage_of(ends, generation.index, request.n), reasoning_tokens=thought)
 
-    @staticmethod
-    def _filled(request: GenerateRequest, settings: ModelSettings) -> GenerateRequest:
+    def _filled(self, request: GenerateRequest, worker: Worker) -> GenerateRequest:
         """The request with the model's own settings where it says nothing."""
+        settings = self.table.settings(worker.info.id)
         messages, system = request.messages, {"role": "system", "content": settings.system}
         if settings.system and messages and not any(message["role"] == "system" for message in messages):
             messages = (system, *messages)
@@ -8503,19 +8629,13 @@ class Service:
         turns = tuple({**m, "content": shown(m["content"], None if m is last else look)} for m in messages)
         return replace(request, messages=turns if messages else None, prompts=tuple(shown(p, look) for p in prompts))
 
-    def load(self, model: str, use: str, cancel: Cancellation, asked: Mapping[str, Any] | None = None) -> Iterator[Event]:
-        """Only loads the model, as a request that uses it would: Queued once it is there."""
-        with self.table.lease(model, cancel, use, asked) as lease:
-            worker = yield from lease.waited()
-            yield Queued(worker.info.id)
-
     def render(self, request: GenerateRequest, cancel: Cancellation) -> tuple[str | Picture, ...]:
         """The prompt that a chat becomes; the model is loaded for it."""
         request = self._shown(request, cancel)
         with self.table.lease(request.model, cancel) as lease:
             worker = lease.wait()
             assert worker
-            return self._chat(worker).prompt(self._filled(request, self.table.settings(worker.info.id)))
+            return self._chat(worker).prompt(self._filled(request, worker))
 
     def tokenize(self, model: str, job: Tokenize, cancel: Cancellation) -> Tokens:
         """A text's tokens, or what tokens stand for; the model is loaded for it."""
@@ -8532,9 +8652,11 @@ class Service:
             except ContextLengthExceeded as error:
                 return error.sizes[0]
 
-    @staticmethod
-    def _jobs(request: GenerateRequest, chat: Chat) -> tuple[list[Generate], list[Parser]]:
+    def _jobs(self, request: GenerateRequest | EmbedRequest, worker: Worker) -> tuple[Seq[Job], list[Parser]]:
         """Makes the engine's jobs, every prompt n times, and a parser for the text of each."""
+        if isinstance(request, EmbedRequest):
+            return [Embed(request.inputs, request.dimensions, request.query, request.truncate)], []
+        request, chat = self._filled(request, worker), self._chat(worker)
         prompts: list[Any] = [p if isinstance(p, tuple) else (p,) for p in request.prompts]
         sampling, budget, spare = request.sampling, None, 0
         if request.infill is not None:
@@ -8549,20 +8671,9 @@ class Service:
         markers = chat.markers if request.split_markers else frozenset()
         jobs = [Generate(p, replace(sampling, seed=s), markers, budget, request.owner, spare, request.echo and p != ("",))
                 for p in prompts for s in seeds]  # fmt: skip
+        if not worker.loaded.sees and any(map(pictures_of, jobs)):
+            raise InvalidRequest(f"model: the projector of {worker.info.id} cannot be loaded, so it sees no images", "model")
         return jobs, [chat.parser(request, job.prompt[-1:], index) for index, job in enumerate(jobs)]
-
-    def embed(self, request: EmbedRequest, cancel: Cancellation) -> Iterator[Event]:
-        """The events of one embedding or rerank request: Queued, Vectors, Usage. Raises as `generate` does."""
-        began, use = time.monotonic(), "embed" if request.query is None else "rank"
-        with self.table.lease(request.model, cancel, use, request.engine) as lease:
-            worker = yield from lease.waited()
-            job = Embed(request.inputs, request.dimensions, request.query, request.truncate)
-            generation = worker.submit([job], cancel, began)
-            for message in generation:
-                if isinstance(message, Finished):
-                    yield usage_of([message], generation.index, 1)
-                elif not isinstance(message, Piece):
-                    yield message
 
     def health(self) -> dict[str, Any]:
         """`/api/health`: memory is the resident set of the server and its engines."""
@@ -8750,163 +8861,90 @@ def metrics_text(service: Service) -> bytes:
     return "".join(f"{line}\n" for metric in METRICS for line in metric_lines(scrape, *metric)).encode()
 
 
-class ToolLoop:
-    """One request with built-in tools: runs what the model calls and asks again, until it answers.
+# Rounds of tools
 
-    The rounds and their time are bounded: in the last one no tool is offered. Calls of the client's own functions are
-    left to the client and end the loop.
+
+def with_builtins(request: GenerateRequest, tools: Tools) -> GenerateRequest:
+    """The request with its built-in tools among those that the model may call. Raises InvalidRequest."""
+    ensure(request.messages is not None and request.n == 1, "tools", "built-in tools need messages, and n to be 1")
+    offered = tuple(tools.function(name) for name in request.builtins)
+    twice = {t["function"]["name"] for t in request.tools} & set(request.builtins)
+    ensure(not twice, "tools", f"tools: {', '.join(sorted(twice))} is both a function and a built-in tool")
+    return replace(request, tools=(*request.tools, *offered), split_markers=True)
+
+
+def run_tools(
+    request: GenerateRequest, tools: Tools, cancel: Cancellation, answer: Callable[[GenerateRequest], Iterator[Event]]
+) -> Iterator[Event]:
+    """The events of a request with built-in tools: runs what the model calls and asks again, until it answers.
+
+    The rounds and their time are bounded: in the last one no tool is offered. Calls of built-in tools show as results only;
+    those of the client's own functions are left to the client and end the loop.
     """
+    deadline, usages, left = time.monotonic() + TOOL_LOOP_SECONDS, list[Usage](), 0  # calls that are left to the client
+    for count in range(MAX_TOOL_ROUNDS + 1):
+        last, turn = count == MAX_TOOL_ROUNDS or time.monotonic() > deadline, Choice()
+        with contextlib.closing(answer(replace(request, tools=() if last else request.tools))) as events:  # type: ignore[type-var]
+            for event in events:
+                turn.add(event, logprobs=False)
+                if isinstance(event, Usage):
+                    usages.append(event)
+                elif isinstance(event, (CallBegan, CallArguments)):
+                    if turn.calls[event.number].name not in request.builtins:
+                        left += isinstance(event, CallBegan)
+                        yield replace(event, number=left - 1)
+                elif not isinstance(event, ChoiceEnd) and not (count and isinstance(event, Queued)):
+                    yield event
+        # a call that was cut is not run
+        calls = [c for c in turn.calls if c.name in request.builtins] if turn.finish_reason != "length" else []
+        said: dict[str, Any] = {"role": "assistant", "content": turn.said(), "tool_calls": []}
+        results = []
+        for call in calls:
+            arguments, result = yield from run_call(call, tools, cancel, deadline)
+            yield result
+            said["tool_calls"].append(a_call(call.call_id, call.name, arguments))
+            told = f"Error: {result.error}" if result.error is not None else json.dumps(result.result, ensure_ascii=False)
+            if len(told) > MAX_TOOL_RESULT:
+                told = f"{told[:MAX_TOOL_RESULT]}\n(cut: {len(told)} characters in all)"
+            results.append({"role": "tool", "tool_call_id": call.call_id, "name": call.name, "content": told})
+        if not calls or left:
+            break
+        request = replace(request, messages=(*(request.messages or ()), said, *results), tool_choice="auto")
+    reason = turn.finish_reason or "stop"
+    yield ChoiceEnd(0, "tool_calls" if left else "stop" if reason == "tool_calls" else reason)
+    yield Usage(*(sum(getattr(usage, f.name) for usage in usages) for f in fields(Usage)))
 
-    def __init__(self, tools: Tools, request: GenerateRequest, cancel: Cancellation) -> None:
-        if request.messages is None or request.n != 1:
-            raise InvalidRequest("built-in tools need messages, and n to be 1", "tools")
-        self._tools, self._cancel = tools, cancel
-        offered = tuple(tools.function(name) for name in request.builtins)
-        twice = {t["function"]["name"] for t in request.tools} & set(request.builtins)
-        if twice:
-            raise InvalidRequest(f"tools: {', '.join(sorted(twice))} is both a function and a built-in tool", "tools")
-        self._request = replace(request, tools=(*request.tools, *offered), split_markers=True)
-        self._deadline = time.monotonic() + TOOL_LOOP_SECONDS
-        self._used: list[Usage] = []
-        self._client_calls = 0
 
-    def run(self, answer: Callable[[GenerateRequest, Cancellation], Iterator[Event]]) -> Iterator[Event]:
-        for count in range(MAX_TOOL_ROUNDS + 1):
-            last = count == MAX_TOOL_ROUNDS or time.monotonic() > self._deadline
-            request = replace(self._request, tools=self._request.tools[: len(self._request.tools) * (not last)])
-            self._calls: dict[int, ToolResult] = {}  # by number, without their results yet
-            self._said: list[str] = []
-            self._reason = "stop"
-            with contextlib.closing(answer(request, self._cancel)) as events:  # type: ignore[type-var]
-                yield from self._passed_on(events, first=count == 0)
-            called, turns = list[dict[str, Any]](), list[dict[str, Any]]()  # of the model's turn, and the results behind it
-            for call in self._calls.values() if self._reason != "length" else ():  # a call that was cut is not run
-                if call.name in self._request.builtins:
-                    arguments, result = yield from self._execute(call)
-                    yield result
-                    called.append({"id": call.id, "type": "function", "function": {"name": call.name, "arguments": arguments}})
-                    error = result.error
-                    told = json.dumps(result.result, ensure_ascii=False) if error is None else f"Error: {error}"
-                    if len(told) > MAX_TOOL_RESULT:
-                        told = f"{told[:MAX_TOOL_RESULT]}\n(cut: {len(told)} characters in all)"
-                    turns.append({"role": "tool", "tool_call_id": call.id, "name": call.name, "content": told})
-            if not turns or self._client_calls or self._reason == "length":
-                break
-            said = {"role": "assistant", "content": "".join(self._said), "tool_calls": called}
-            self._request = replace(self._request, messages=(*(self._request.messages or ()), said, *turns), tool_choice="auto")
-        yield ChoiceEnd(0, "tool_calls" if self._client_calls else "stop" if self._reason == "tool_calls" else self._reason)
-        yield Usage(*(sum(getattr(u, f.name) for u in self._used) for f in fields(Usage)))
-
-    def _passed_on(self, events: Iterator[Event], first: bool) -> Iterator[Event]:
-        """The events of one round that the client sees: calls of built-in tools show as results only."""
-        for event in events:
-            if isinstance(event, (CallBegan, CallArguments)):
-                if isinstance(event, CallBegan):
-                    call = ToolResult(0, event.id, event.name, "", None, None)
-                    self._client_calls += call.name not in self._request.builtins
-                else:
-                    call = replace(self._calls[event.number], arguments=self._calls[event.number].arguments + event.text)
-                self._calls[event.number] = call
-                if call.name not in self._request.builtins:
-                    yield replace(event, number=self._client_calls - 1)
-            elif isinstance(event, ChoiceEnd):
-                self._reason = event.finish_reason
-            elif isinstance(event, Usage):
-                self._used.append(event)
-            elif first or not isinstance(event, Queued):
-                self._said += [event.text] if isinstance(event, Text) else []
-                yield event
-
-    def _execute(self, call: ToolResult) -> Generator[Waiting, None, tuple[Any, ToolResult]]:
-        """Runs a call, with signs of life: its arguments, and its result or what is wrong with it, which the model is told."""
-        self._cancel.check()
-        left, arguments = self._deadline - time.monotonic(), call.arguments
-        try:
-            arguments = parse_json(call.arguments.encode("utf-8", "replace"), "The arguments")
-            if left <= 0:
-                raise Overloaded(f"not run: the tools of an answer have {TOOL_LOOP_SECONDS:g} seconds", "The time is over")
-            answer = yield from self._tools.running(call.name, arguments, self._cancel, left)
-        except ApiError as error:
-            answer = {"result": None, "error": str(error)}
-        return arguments, replace(call, result=answer["result"], error=answer["error"])
+def run_call(
+    call: Block, tools: Tools, cancel: Cancellation, deadline: float
+) -> Generator[Waiting, None, tuple[Any, ToolResult]]:
+    """Runs a call, with signs of life: its arguments, and its result or what is wrong with it, which the model is told."""
+    cancel.check()
+    left, arguments = deadline - time.monotonic(), call.text
+    try:
+        arguments = parse_json(call.text.encode("utf-8", "replace"), "The arguments")
+        if left <= 0:
+            raise Overloaded(f"not run: the tools of an answer have {TOOL_LOOP_SECONDS:g} seconds", "The time is over")
+        answer = yield from tools.running(call.name, arguments, cancel, left)
+    except ApiError as error:
+        answer = {"result": None, "error": str(error)}
+    return arguments, ToolResult(0, call.call_id, call.name, call.text, answer["result"], answer["error"])
 
 
 # ── 14.1. Dialects ────────────────────────────────────────────────────────────────────────────────────────────────────
 # What the client speaks, one class an API: it reads a body into a request and turns events into its own documents.
 
 
-@dataclass(slots=True)
-class Block:
-    """A stretch of an answer that is of one kind: a thought, text or a call."""
-
-    kind: str  # thought, text, call
-    index: int = 0  # in the answer
-    call_id: str = ""
-    name: str = ""
-    parts: list[str] = field(default_factory=list)
-
-    @property
-    def text(self) -> str:
-        """Its text, or a call's arguments."""
-        return "".join(self.parts)
-
-    def arguments(self) -> dict[str, Any]:
-        """A call's arguments as an object; one that was cut has none."""
-        found = parsed(self.text)
-        return found if isinstance(found, dict) else {}
-
-
-class Choice:
-    """One choice of an answer, as far as it came: a plain reply is a stream that was waited for."""
-
-    def __init__(self, *events: Text | Thought | ToolResult | ChoiceEnd) -> None:
-        self.blocks: list[Block] = []
-        self.results: list[ToolResult] = []
-        self.logprobs: list[TokenLogprob] = []
-        self.end: ChoiceEnd | None = None
-        self.finish_reason: str | None = None
-        for event in events:
-            self.add(event)
-
-    def add(self, event: Text | Thought | CallBegan | CallArguments | ToolResult | ChoiceEnd, words: bool = True) -> None:
-        """Takes an event; without `words` neither text nor log probabilities, of which a stream may tell megabytes."""
-        if isinstance(event, (Text, Thought)):
-            kind = "text" if isinstance(event, Text) else "thought"
-            if event.text and not (self.blocks and self.blocks[-1].kind == kind):
-                self.blocks.append(Block(kind, len(self.blocks)))
-            if words:
-                self.logprobs += event.logprobs
-            if words and event.text:
-                self.blocks[-1].parts.append(event.text)
-        elif isinstance(event, CallBegan):
-            self.blocks.append(Block("call", len(self.blocks), event.id, event.name))
-        elif isinstance(event, CallArguments):
-            self.calls[event.number].parts.append(event.text)
-        elif isinstance(event, ToolResult):
-            self.results.append(event)
-        else:
-            self.end, self.finish_reason = event, event.finish_reason
-
-    def said(self, kind: str = "text") -> str:
-        """All text, or all thoughts."""
-        return "".join([part for block in self.blocks if block.kind == kind for part in block.parts])
-
-    @property
-    def calls(self) -> list[Block]:
-        return [block for block in self.blocks if block.kind == "call"]
-
-
 Chunks = Iterator[dict[str, Any]]
 
 
-class Dialect:
-    """One request in one API's shapes. A dialect knows nothing of connections: it makes documents, a Wire sends them."""
+class Dialect(Reply):
+    """One request in one API's shapes, and its answer. It knows nothing of connections: it makes documents, a Wire sends them."""
 
     max_body: ClassVar[int] = MAX_BODY  # bytes; more where pictures come
     streamed_errors: ClassVar[frozenset[str]] = frozenset()  # codes sent as events even before the stream began
     api = "shimmy"  # whose API this is: a key of ERROR_SHAPES
     streams: ClassVar[bool | None] = False  # unless told otherwise; None: never
-    recalls: ClassVar[bool] = False  # whether a stream's last document tells all of it again
 
     read: Callable[[Mapping[str, Any]], Any]  # the request a body asks for: what `events` gives to the service
     chunks: Callable[[Event], Chunks]  # a stream's documents for one event
@@ -8917,34 +8955,16 @@ class Dialect:
         self.id, self.created = os.urandom(12).hex(), int(time.time())
         self.stream = self.streams is not None and flag(body, "stream", self.streams)
         self.request = self.read(body)
-        self.model = self.request.model  # as the request has it, until Queued tells the real id
-        self.prompt_tokens = 0  # as Queued tells them
         self.owner = ""  # cache owner; set by the transport
-        self.usage: Any = None  # Usage, once it came
-        self.first: float | None = None  # when its first words came (monotonic seconds)
-        self.choices: dict[int, Choice] = defaultdict(Choice)
-        self.rows: tuple[bytes, ...] = ()  # of an Embed job
+        super().__init__(self.request.model)
 
     def events(self, service: Service, cancel: Cancellation) -> Iterator[Event]:
         """Asks the service; for the errors this raises see there."""
         return service.generate(replace(self.request, owner=self.owner), cancel)
 
-    def note(self, event: Event) -> None:
-        """Remembers what came."""
-        if isinstance(event, Queued):
-            self.model, self.prompt_tokens = event.model, event.prompt_tokens
-        elif isinstance(event, Usage):
-            self.usage = event
-        elif isinstance(event, Vectors):
-            self.rows = event.rows
-        elif isinstance(event, (Text, Thought, CallBegan, CallArguments, ToolResult, ChoiceEnd)):
-            self.choices[event.index].add(event, self.recalls or not self.stream)
-        if self.first is None and isinstance(event, (Text, Thought, CallBegan)):
-            self.first = time.monotonic()
-
     def documents(self, event: Event) -> Chunks:
         """Turns an event into documents: a stream's chunks, or one document at the end."""
-        self.note(event)
+        self.note(event, not self.stream)
         if isinstance(event, (Text, Thought)) and not event.text and not event.logprobs:
             return
         if self.stream:
@@ -8997,8 +9017,13 @@ class Native(Dialect):
             yield {"choices": [end], "usage": event.document()}
 
     def document(self) -> dict[str, Any]:
-        choices = [{"text": c.said(), "index": i, "finish_reason": c.finish_reason} for i, c in sorted(self.choices.items())]
-        return {"choices": choices, "usage": self.usage.document()}
+        return self.whole(self)
+
+    @staticmethod
+    def whole(reply: Reply) -> dict[str, Any]:
+        """The whole answer."""
+        choice = {"text": reply.choices[0].said(), "index": 0, "finish_reason": reply.choices[0].finish_reason}
+        return {"choices": [choice], "usage": reply.usage.document()}
 
 
 class NativeSocket(Native):
@@ -9252,9 +9277,6 @@ class Embeddings(Dialect):
             dimensions=optional(body, "dimensions", whole(1)),
         )
 
-    def events(self, service: Service, cancel: Cancellation) -> Iterator[Event]:
-        return service.embed(self.request, cancel)
-
     def document(self) -> dict[str, Any]:
         usage = {"prompt_tokens": self.usage.prompt_tokens, "total_tokens": self.usage.prompt_tokens}
         return {"model": self.model, "usage": usage, "object": "list", **self.answer()}
@@ -9316,8 +9338,8 @@ class BlockDialect(Dialect):
     more: Callable[[Block, str], Chunks]  # some more of a block
     closed: Callable[[Block], Chunks]  # ends a block
 
-    def note(self, event: Event) -> None:
-        super().note(event)
+    def note(self, event: Event, logprobs: bool = True) -> None:
+        super().note(event, logprobs)
         if isinstance(event, ChoiceEnd) and not self.choices[0].blocks:
             self.choices[0].blocks.append(Block("text"))  # clients look at the first block without asking whether there is one
 
@@ -9601,7 +9623,7 @@ class Responses(BlockDialect):
     """`/v1/responses`, OpenAI's; keeps no state."""
 
     max_body = MAX_PICTURED_BODY
-    api, recalls = "openai", True
+    api = "openai"
     streamed_errors = frozenset({"context_length_exceeded"})  # Codex looks for it among the events only, and compacts
     ECHOED: ClassVar[dict[str, Any]] = {  # what a response repeats of its request
         "instructions": None, "max_output_tokens": None, "max_tool_calls": None, "metadata": {}, "parallel_tool_calls": True,
@@ -9813,46 +9835,19 @@ def neutral(body: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class OllamaRoute(Dialect):
-    """Base of Ollama's routes: keep_alive, times, and loading by a request without a question."""
+    """Base of Ollama's routes: what all requests have, and times."""
 
     api = "ollama"
 
     def common(self, body: Mapping[str, Any]) -> dict[str, Any]:
         """The fields that all its requests have."""
-        self._began = self._ready = time.monotonic()
-        self._keep = optional(body, "keep_alive", keep_seconds)
-        return {"model": required(body, "model", "the name of a model, or default", a_string), "engine": ollama_engine(body)}
-
-    def events(self, service: Service, cancel: Cancellation) -> Iterator[Event]:
-        """Without a question the model is only loaded, or let go. Behind the answer it stays as long as keep_alive says."""
-        asks = any(getattr(self.request, name, None) for name in ("prompts", "messages", "infill", "inputs"))
-        try:
-            for event in super().events(service, cancel) if asks else self._loads(service, cancel):
-                if isinstance(event, Queued):
-                    self._ready = time.monotonic()
-                elif isinstance(event, Usage):  # the client may ask as soon as it has the last one
-                    self._stay(service)
-                yield event
-        finally:
-            self._stay(service)
-
-    def _stay(self, service: Service) -> None:
-        if self._keep is not None:
-            service.table.keep(self.model, self._keep)
-
-    def _loads(self, service: Service, cancel: Cancellation) -> Iterator[Event]:
-        if self._keep == 0:
-            yield Queued(service.table.resolve(self.request.model))
-        else:
-            use = "embed" if isinstance(self.request, EmbedRequest) else "generate"
-            yield from service.load(self.request.model, use, cancel, self.request.engine)
-        yield ChoiceEnd(0, "unload" if self._keep == 0 else "load")
-        yield Usage(0, 0, 0, 0.0, 0.0)
+        return {"model": required(body, "model", "the name of a model, or default", a_string), "engine": ollama_engine(body),
+                "keep": optional(body, "keep_alive", keep_seconds)}  # fmt: skip
 
     def times(self) -> dict[str, int]:
         """Durations in nanoseconds."""
         now = time.monotonic()
-        return {"total_duration": int((now - self._began) * 1e9), "load_duration": int((self._ready - self._began) * 1e9)}
+        return {"total_duration": int((now - self.began) * 1e9), "load_duration": int((self.queued - self.began) * 1e9)}
 
 
 class Ollama(OllamaRoute):
@@ -10026,105 +10021,97 @@ def header_metadata(path: str, size: int, mtime_ns: int) -> Mapping[str, Any]:
     return read_gguf_header(path).metadata
 
 
-def model_metadata(info: ModelInfo) -> Mapping[str, Any]:
-    """The metadata of the model's header: untrusted, but read within bounds; none if it cannot be read."""
-    try:
-        found = os.stat(info.path)
-        return header_metadata(info.path, found.st_size, found.st_mtime_ns)
-    except (GgufError, OSError, struct.error, ValueError, TypeError, ArithmeticError, MemoryError):  # damage of any kind
-        return {}
-
-
 def parameter_number(words: str | None) -> int | None:
     """1.5B as 1,500,000,000; None where the words are another way to count (8x7B)."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)([KMBT]?)", words or "")
     return int(float(found[1]) * {"": 1, "K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}[found[2]]) if found else None
 
 
-def worker_of(service: Service, info: ModelInfo) -> Worker | None:
-    """The model as it is loaded, if it is."""
-    return next((worker for worker in service.table.workers() if worker.info.id == info.id), None)
+class ModelCard:
+    """A model as clients are told of it: what its header says, and how it is loaded. Nothing is loaded for it."""
 
+    def __init__(self, service: Service, info: ModelInfo) -> None:
+        self._service, self.info, self.parameters = service, info, parameter_number(info.parameter_count)
+        self.worker = next((worker for worker in service.table.workers() if worker.info.id == info.id), None)
+        own = info.context_length or 8192
+        # tokens that a request may have: as it is loaded, else as it would be where the memory is enough
+        self.context = self.worker.loaded.ctx if self.worker else min(service.settings.engine.ctx or min(own, 8192), own)
 
-def context_of(service: Service, info: ModelInfo) -> int:
-    """Tokens that a request to this model may have: as it is loaded, else as it would be where the memory is enough."""
-    own = info.context_length or 8192
-    worker = worker_of(service, info)
-    return worker.loaded.ctx if worker else min(service.settings.engine.ctx or min(own, 8192), own)
+    @functools.cached_property
+    def metadata(self) -> Mapping[str, Any]:
+        """The metadata of the header: untrusted, but read within bounds; none if it cannot be read."""
+        try:
+            found = os.stat(self.info.path)
+            return header_metadata(self.info.path, found.st_size, found.st_mtime_ns)
+        except (GgufError, OSError, struct.error, ValueError, TypeError, ArithmeticError, MemoryError):  # damage of any kind
+            return {}
 
+    @property
+    def template(self) -> str:
+        """The chat template in the file, "" without one."""
+        return str(self.metadata.get("tokenizer.chat_template") or "")
 
-def template_of(metadata: Mapping[str, Any]) -> str:
-    """The chat template in a model file, "" without one."""
-    return str(metadata.get("tokenizer.chat_template") or "")
+    def abilities(self) -> list[str]:
+        """In Ollama's words, read from the header; only a loaded model is sure to fill gaps."""
+        if self.info.embedding:
+            return ["embedding"]
+        can = {
+            "completion": True, "vision": self.info.projector is not None, "tools": re.search(r"\btools\b", self.template),
+            "thinking": re.search(r"enable_thinking|reasoning_content|<think>|thinking", self.template),
+            "insert": "tokenizer.ggml.fim_mid_token_id" in self.metadata or (self.worker and "mid" in self.worker.loaded.chat.fim),
+        }  # fmt: skip
+        return [name for name, is_so in can.items() if is_so]
 
+    def tag(self) -> dict[str, Any]:
+        """As Ollama lists it, whose names have a tag. The digest stands for the file as it is, without reading it."""
+        import hashlib
 
-def ollama_model(info: ModelInfo) -> dict[str, Any]:
-    """A model in Ollama's lists, whose names have a tag. Its digest stands for the file as it is, without reading it."""
-    import hashlib
+        info, modified = self.info, 0
+        name = info.id if ":" in info.id else f"{info.id}:latest"
+        with contextlib.suppress(OSError):
+            modified = os.stat(info.path).st_mtime_ns
+        told = f"{info.path}\0{info.size_bytes}\0{modified}".encode("utf-8", "surrogateescape")
+        details = {"parent_model": "", "format": "gguf", "family": info.architecture, "families": [info.architecture],
+                   "parameter_size": info.parameter_count or "", "quantization_level": info.quantization or ""}  # fmt: skip
+        return {"name": name, "model": name, "modified_at": rfc3339(modified / 1e9), "size": info.size_bytes,
+                "digest": hashlib.sha256(told).hexdigest(), "details": details}  # fmt: skip
 
-    modified, name = 0, info.id if ":" in info.id else f"{info.id}:latest"
-    with contextlib.suppress(OSError):
-        modified = os.stat(info.path).st_mtime_ns
-    told = f"{info.path}\0{info.size_bytes}\0{modified}".encode("utf-8", "surrogateescape")
-    details = {"parent_model": "", "format": "gguf", "family": info.architecture, "families": [info.architecture],
-               "parameter_size": info.parameter_count or "", "quantization_level": info.quantization or ""}  # fmt: skip
-    return {"name": name, "model": name, "modified_at": rfc3339(modified / 1e9), "size": info.size_bytes,
-            "digest": hashlib.sha256(told).hexdigest(), "details": details}  # fmt: skip
+    def shown(self) -> dict[str, Any]:
+        """`/api/show`."""
+        info, listed = self.info, self.tag()
+        told: dict[str, Any] = {k: v for k, v in self.metadata.items() if k != "tokenizer.chat_template"
+                and (isinstance(v, (str, int)) or (isinstance(v, float) and math.isfinite(v)))}  # fmt: skip
+        more = {"general.parameter_count": self.parameters, f"{info.architecture}.context_length": info.context_length}
+        told |= {"general.architecture": info.architecture} | {name: value for name, value in more.items() if value}
+        told.setdefault("general.basename", info.name)
+        return {
+            "modelfile": f"FROM {os.path.basename(info.path)}\n", "parameters": "", "template": self.template,
+            "license": str(self.metadata.get("general.license") or ""), "modified_at": listed["modified_at"],
+            "details": listed["details"], "model_info": told, "capabilities": self.abilities(),
+        }  # fmt: skip
 
+    def listed(self) -> dict[str, Any]:
+        """`/v1/models`, for every client at once: OpenAI's fields, Anthropic's, vLLM's and llama-server's."""
+        info, began = self.info, int(self._service.started)
+        return {
+            "id": info.id, "object": "model", "created": began, "owned_by": "shimmy",
+            "type": "model", "display_name": info.name, "created_at": rfc3339(began),
+            "context_length": self.context, "max_model_len": self.context,
+            "meta": {"n_ctx": self.context, "n_ctx_train": info.context_length, "n_params": self.parameters,
+                     "size": info.size_bytes},
+            "architecture": {"input_modalities": ["text", *["image"] * bool(info.projector)], "output_modalities": ["text"]},
+        }  # fmt: skip
 
-def ollama_show(service: Service, info: ModelInfo) -> dict[str, Any]:
-    """The document of `/api/show`."""
-    metadata, listed, count = model_metadata(info), ollama_model(info), parameter_number(info.parameter_count)
-    told: dict[str, Any] = {k: v for k, v in metadata.items() if k != "tokenizer.chat_template"
-            and (isinstance(v, (str, int)) or (isinstance(v, float) and math.isfinite(v)))}  # fmt: skip
-    told |= {"general.architecture": info.architecture} | ({"general.parameter_count": count} if count else {})
-    told.setdefault("general.basename", info.name)
-    if info.context_length:
-        told[f"{info.architecture}.context_length"] = info.context_length
-    return {
-        "modelfile": f"FROM {os.path.basename(info.path)}\n", "parameters": "", "template": template_of(metadata),
-        "license": str(metadata.get("general.license") or ""), "modified_at": listed["modified_at"],
-        "details": listed["details"], "model_info": told, "capabilities": capabilities(info, metadata, worker_of(service, info)),
-    }  # fmt: skip
-
-
-def capabilities(info: ModelInfo, metadata: Mapping[str, Any], worker: Worker | None) -> list[str]:
-    """The model's abilities in Ollama's words, read from its header; only a loaded model is sure to fill gaps."""
-    if info.embedding:
-        return ["embedding"]
-    template = template_of(metadata)
-    fills = "tokenizer.ggml.fim_mid_token_id" in metadata or bool(worker and "mid" in worker.loaded.chat.fim)
-    thinks = re.search(r"enable_thinking|reasoning_content|<think>|thinking", template) is not None
-    can = {"completion": True, "vision": info.projector is not None, "tools": re.search(r"\btools\b", template) is not None,
-           "thinking": thinks, "insert": fills}  # fmt: skip
-    return [name for name, is_so in can.items() if is_so]
-
-
-def listed_model(service: Service, info: ModelInfo) -> dict[str, Any]:
-    """A model for every client at once: OpenAI's fields, Anthropic's, vLLM's and llama-server's."""
-    context, began = context_of(service, info), int(service.started)
-    return {
-        "id": info.id, "object": "model", "created": began, "owned_by": "shimmy",
-        "type": "model", "display_name": info.name, "created_at": rfc3339(began),
-        "context_length": context, "max_model_len": context,
-        "meta": {"n_ctx": context, "n_ctx_train": info.context_length, "n_params": parameter_number(info.parameter_count),
-                 "size": info.size_bytes},
-        "architecture": {"input_modalities": ["text", *["image"] * bool(info.projector)], "output_modalities": ["text"]},
-    }  # fmt: skip
-
-
-def model_properties(service: Service, info: ModelInfo) -> dict[str, Any]:
-    """llama-server's `/props`; nothing is loaded for it, and no directory is told."""
-    worker, metadata = worker_of(service, info), model_metadata(info)
-    tools = "tools" in capabilities(info, metadata, worker)
-    caps = {"supports_system_role": True} | {f"supports_{what}": tools for what in ("tools", "tool_calls", "parallel_tool_calls")}
-    return {
-        "default_generation_settings": {"n_ctx": context_of(service, info)}, "total_slots": service.settings.engine.parallel,
-        "model_alias": info.id, "model_path": os.path.basename(info.path), "chat_template": template_of(metadata),
-        "chat_template_caps": caps,
-        "modalities": {"vision": info.projector is not None, "audio": False}, "media_marker": media_marker(),
-        "build_info": f"shimmy-{__version__}", "is_sleeping": worker is None,
-    }  # fmt: skip
+    def properties(self) -> dict[str, Any]:
+        """llama-server's `/props`; no directory is told."""
+        tools = dict.fromkeys(("tools", "tool_calls", "parallel_tool_calls"), "tools" in self.abilities())
+        return {
+            "default_generation_settings": {"n_ctx": self.context}, "total_slots": self._service.settings.engine.parallel,
+            "model_alias": self.info.id, "model_path": os.path.basename(self.info.path), "chat_template": self.template,
+            "chat_template_caps": {"supports_system_role": True} | {f"supports_{what}": holds for what, holds in tools.items()},
+            "modalities": {"vision": self.info.projector is not None, "audio": False}, "media_marker": media_marker(),
+            "build_info": f"shimmy-{__version__}", "is_sleeping": self.worker is None,
+        }  # fmt: skip
 
 
 # llama-server's own API
@@ -10784,7 +10771,7 @@ def answer_upgrade(call: Call) -> Answer:
 
 def answer_openai_models(call: Call) -> dict[str, Any]:
     """The same models for every client that reads a list: beside OpenAI's `data` Anthropic's page, which is the only one."""
-    data = [listed_model(call.service, info) for info in call.service.table.infos()]
+    data = [ModelCard(call.service, info).listed() for info in call.service.table.infos()]
     page = {"has_more": False, "first_id": data[0]["id"] if data else None, "last_id": data[-1]["id"] if data else None}
     return {"object": "list", "data": data, **page, **({"models": []} if "client_version" in call.query else {})}
 
@@ -10798,7 +10785,7 @@ def answer_ps(call: Call) -> dict[str, Any]:
     left = {s["model"]: s["left"] for s in call.service.table.statuses()}
     for r in call.service.table.workers():
         expires = time.time() + min(9.2e9, left.get(r.info.id, 0.0))
-        models.append({k: v for k, v in ollama_model(r.info).items() if k != "modified_at"} | {
+        models.append({k: v for k, v in ModelCard(call.service, r.info).tag().items() if k != "modified_at"} | {
             "size": r.memory_bytes() + r.loaded.gpu_bytes, "size_vram": r.loaded.gpu_bytes, "expires_at": rfc3339(expires),
             "context_length": r.loaded.ctx,
         })  # fmt: skip
@@ -10810,7 +10797,7 @@ def answer_show(call: Call) -> dict[str, Any]:
     name = first_given(call.body, a_string, "model", "name")
     if name is None:
         raise InvalidRequest("model is required: the name of a model, or default", "model")
-    return ollama_show(call.service, call.service.table.info(name))
+    return ModelCard(call.service, call.service.table.info(name)).shown()
 
 
 def answer_slots(call: Call) -> list[dict[str, Any]]:
@@ -10940,10 +10927,11 @@ ROUTES = (
         "input_tokens": call.service.count_tokens(Messages(call.body).request, call.cancel)}),
     *_route("POST /v1/responses", Responses, framing=NAMED_SSE),
     *_route("GET /v1/models", answer_openai_models, api="openai"),
-    *_route("GET /v1/models/{}", api="openai", answer=lambda call: listed_model(
-        call.service, call.service.table.info(call.names[0]))),
+    *_route("GET /v1/models/{}", api="openai", answer=lambda call: ModelCard(
+        call.service, call.service.table.info(call.names[0])).listed()),
     *_route("GET /api/version", lambda call: {"version": OLLAMA_VERSION}, api="ollama"),  # clients compare it
-    *_route("GET /api/tags", lambda call: {"models": list(map(ollama_model, call.service.table.infos()))}, api="ollama"),
+    *_route("GET /api/tags", api="ollama", answer=lambda call: {
+        "models": [ModelCard(call.service, info).tag() for info in call.service.table.infos()]}),
     *_route("GET /api/ps", answer_ps, api="ollama"),
     *_route("POST /api/show", answer_show, needs_body=True, api="ollama"),
     *_route("POST /api/pull", OllamaPull, framing=NDJSON),
@@ -10955,8 +10943,8 @@ ROUTES = (
     *_route("POST /tokenize", answer_tokenize, needs_body=True, api="llama-server"),
     *_route("POST /detokenize", answer_detokenize, needs_body=True, api="llama-server"),
     *_route("POST /apply-template", needs_body=True, api="llama-server", max_body=MAX_PICTURED_BODY, answer=answer_template),
-    *_route("GET /props", api="llama-server", answer=lambda call: model_properties(
-        call.service, call.service.table.info(call.query.get("model") or "default"))),
+    *_route("GET /props", api="llama-server", answer=lambda call: ModelCard(
+        call.service, call.service.table.info(call.query.get("model") or "default")).properties()),
     *_route("GET /slots", answer_slots, api="llama-server"),
     *_route("GET /v1/health", lambda call: answer_health(call) | {"status": "ok"}, api="llama-server", keyless=True),
 )  # fmt: skip
@@ -12770,9 +12758,6 @@ class NoServer(Exception):
 class OwnEngine:
     """Generates with an engine that lives as long as the command."""
 
-    reading = ""  # what the request waits for since it passed its checks
-    cached_tokens = 0  # of the last prompt
-
     def __init__(self, args: argparse.Namespace) -> None:
         """Finds the model; `warm` or the first answer loads it. Raises ImportError, ModelNotFound, UsageError."""
         check_packages()
@@ -12795,23 +12780,13 @@ class OwnEngine:
         """The model's status, as the status route tells it."""
         return self._service.table.status(self.model)
 
-    def documents(self, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        """The documents of a stream that a body of /api/generate asks for. Raises ApiError."""
-        dialect = Native(body | {"stream": True})
-        with contextlib.closing(dialect.events(self._service, Cancellation())) as events:  # type: ignore[type-var]
-            for event in events:
-                if isinstance(event, Queued):
-                    self.reading = f"reading {event.prompt_tokens:,} tokens" if event.prompt_tokens else READING
-                elif isinstance(event, Usage):
-                    self.cached_tokens = event.cached_tokens
-                yield from dialect.documents(event)
+    def events(self, body: dict[str, Any]) -> Iterator[Event]:
+        """The events that a body of /api/generate asks for. Raises ApiError."""
+        return Native(body).events(self._service, Cancellation())
 
 
 class RunningServer(Neighbour):
     """Generates with the server at the configured address."""
-
-    reading = ""
-    cached_tokens = 0  # not told
 
     def __init__(self, args: argparse.Namespace) -> None:
         """Has the server resolve the model's name. Raises NoServer; ApiError when the server refuses the key."""
@@ -12859,14 +12834,15 @@ class RunningServer(Neighbour):
     def status(self) -> dict[str, Any]:
         return self._ask(f"/api/models/{urllib.parse.quote(self.model, safe='', errors='surrogateescape')}/status")
 
-    def documents(self, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    def events(self, body: dict[str, Any]) -> Iterator[Event]:
+        """The same events, as far as the stream's documents tell them."""
         import http.client
 
         try:
             with self.request("POST", "/api/generate", to_json(body | {"stream": True})) as response:
                 if response.status != 200:
                     raise self._error(json.loads(response.read(MAX_BODY)))
-                self.reading = READING
+                yield Queued(self.model)
                 for line in response:
                     if line.startswith(b"data: [DONE]"):
                         return
@@ -12874,7 +12850,11 @@ class RunningServer(Neighbour):
                         document = json.loads(line[6:])
                         if "error" in document:
                             raise self._error(document)
-                        yield document
+                        (choice,) = document["choices"]
+                        yield Text(0, choice["text"])
+                        if usage := document.get("usage"):
+                            yield ChoiceEnd(0, choice["finish_reason"])
+                            yield Usage(usage["prompt_tokens"], usage["completion_tokens"], 0, 0.0, 0.0)
                 raise GenerationFailed("The server closed the connection in mid-answer")
         except (OSError, http.client.HTTPException) as error:
             raise GenerationFailed(f"The connection to the server at {self.url} broke: {error}") from None
@@ -12883,7 +12863,6 @@ class RunningServer(Neighbour):
 
 
 TextSource = OwnEngine | RunningServer
-READING = "reading the prompt"
 
 
 def named_model(args: argparse.Namespace) -> tuple[str, int | None]:
@@ -12925,50 +12904,42 @@ def command_generate(args: argparse.Namespace) -> int:
             return converse(args, source, {"max_tokens": -1} | sampling)  # an answer ends where the model ends it
         if args.lines:
             return generate_lines(args, source, sampling)
-        answer = Collected(source, generate_body(args, source, read_prompt(args), sampling))
-        with waiting_line(source) as line:
+        reply, body = Reply(), generate_body(args, source, read_prompt(args), sampling)
+        with waiting_line(source, reply) as line:
             if args.json:
-                document = answer.document()
+                document = generated(source, body, reply)
                 line.clear()
                 print_json(document)
             else:
-                print_answer(answer, line, args.raw)
-    answer.report_speed()
-    return report_cut(args, answer.last, sampling.get("max_tokens", NATIVE_DEFAULTS["max_tokens"]))
+                print_answer(pieces(source, body, reply), line, args.raw)
+    report_speed(reply)
+    return report_cut(args, reply, sampling.get("max_tokens", NATIVE_DEFAULTS["max_tokens"]))
 
 
-class Collected:
-    """An answer as its stream's documents come: its text so far, its last document, and when its first words came."""
+def pieces(source: TextSource, body: dict[str, Any], reply: Reply) -> Iterator[str]:
+    """The pieces of text, as they come into the reply. Raises ApiError, whose message names flags."""
+    try:
+        with contextlib.closing(source.events(body)) as events:  # type: ignore[type-var]
+            for event in events:
+                reply.note(event)
+                if isinstance(event, Text) and event.text:
+                    yield event.text
+    except InvalidRequest as error:
+        raise InvalidRequest(in_flags(error.message)) from None
 
-    def __init__(self, source: TextSource, body: dict[str, Any]) -> None:
-        self._source, self._body = source, body
-        self.text, self.last = "", dict[str, Any]()
-        self._began, self._first = time.monotonic(), 0.0
 
-    def __iter__(self) -> Iterator[str]:
-        """The pieces of text, as they come. Raises ApiError, whose message names flags."""
-        self._source.reading = ""
-        try:
-            with contextlib.closing(self._source.documents(self._body)) as documents:  # type: ignore[type-var]
-                for self.last in documents:
-                    if text := self.last["choices"][0]["text"]:
-                        self._first = self._first or time.monotonic()
-                        self.text += text
-                        yield text
-        except InvalidRequest as error:
-            raise InvalidRequest(in_flags(error.message)) from None
+def generated(source: TextSource, body: dict[str, Any], reply: Reply) -> dict[str, Any]:
+    """The whole answer as one document of /api/generate."""
+    for _ in pieces(source, body, reply):
+        pass
+    return Native.whole(reply)
 
-    def document(self) -> dict[str, Any]:
-        """The whole answer as one document of /api/generate."""
-        text = "".join(self)
-        return {"choices": [self.last["choices"][0] | {"text": text}], "usage": self.last["usage"]}
 
-    def report_speed(self) -> None:
-        """Logs tokens, time to first token (a load counts) and speed, for -v."""
-        if usage := self.last.get("usage"):
-            seconds = time.monotonic() - self._first
-            told = Usage(usage["prompt_tokens"], usage["completion_tokens"], self._source.cached_tokens, 0.0, seconds)
-            log.info("%s", told.words(self._first - self._began if self._first else None))
+def report_speed(reply: Reply) -> None:
+    """Logs tokens, time to first token (a load counts) and speed, for -v."""
+    if reply.usage:
+        told = replace(reply.usage, decode_seconds=time.monotonic() - (reply.first or 0.0))
+        log.info("%s", told.words(reply.first and reply.first - reply.began))
 
 
 def generate_body(
@@ -13032,12 +13003,18 @@ def decoded(data: bytes, what: str) -> str:
         return data.decode("utf-8", "replace")
 
 
-def waiting_line(source: TextSource) -> WaitingLine:
+def waiting_line(source: TextSource, reply: Reply) -> WaitingLine:
     """Describes the wait for a generation's first word."""
-    return WaitingLine(lambda: source.reading or loading_stage(source.status()) or READING)
+
+    def words() -> str:
+        if reply.prompt_tokens:
+            return f"reading {reply.prompt_tokens:,} tokens"
+        return (not reply.queued and loading_stage(source.status())) or "reading the prompt"
+
+    return WaitingLine(words)
 
 
-def print_answer(answer: Collected, line: WaitingLine, raw: bool = False) -> None:
+def print_answer(texts: Iterator[str], line: WaitingLine, raw: bool = False) -> None:
     """Each piece flushed; the last line gets its newline, with --raw on a terminal only. Raises ApiError."""
     terminal = sys.stdout.isatty()
 
@@ -13047,23 +13024,23 @@ def print_answer(answer: Collected, line: WaitingLine, raw: bool = False) -> Non
         sys.stdout.buffer.write((harmless(text) if terminal else text).encode("utf-8", "replace"))
         sys.stdout.buffer.flush()
 
-    failure = None
+    text, failure = "\n", None
     try:
-        for text in answer:
+        for text in texts:
             write(text)
     except ApiError as error:
         failure = error  # whose message gets a line of its own
-    if answer.text and not answer.text.endswith("\n") and (terminal or not raw):
+    if not text.endswith("\n") and (terminal or not raw):
         write("\n")
     if failure:
         raise failure
 
 
-def report_cut(args: argparse.Namespace, last: Mapping[str, Any], most: int) -> int:
+def report_cut(args: argparse.Namespace, reply: Reply, most: int) -> int:
     """Says so on stderr when the text was cut, and where; the exit code: a document that was cut is a failure."""
-    if not last or last["choices"][0].get("finish_reason") != "length":
+    if reply.choices[0].finish_reason != "length" or not reply.usage:
         return 0
-    limit = f"--max-tokens {most}" if 0 <= most <= last["usage"]["completion_tokens"] else "the end of the context, see --ctx"
+    limit = f"--max-tokens {most}" if 0 <= most <= reply.usage.completion_tokens else "the end of the context, see --ctx"
     what = "the JSON document is not whole: it" if args.schema else "the text"
     print(f"shimmy: {what} was cut at {limit}", file=sys.stderr)
     return 1 if args.schema else 0
@@ -13099,10 +13076,10 @@ def converse(args: argparse.Namespace, source: TextSource, sampling: dict[str, A
             print(CHAT_HELP if command == "/help" else "there is no such command; /help shows those there are")
         elif text.strip():
             body = generate_body(args, source, decoded(os.fsencode(text), "the text"), sampling, turns)
-            answer = Collected(source, body)
-            with waiting_line(source) as line:
+            reply = Reply()
+            with waiting_line(source, reply) as line:
                 try:
-                    print_answer(answer, line)
+                    print_answer(pieces(source, body, reply), line)
                 except KeyboardInterrupt:  # stops the answer alone, as an error does
                     print()
                 except ApiError as error:
@@ -13110,11 +13087,11 @@ def converse(args: argparse.Namespace, source: TextSource, sampling: dict[str, A
                     complain(error, 1)
                     if error.code == ContextLengthExceeded.code:  # a server's has another class
                         print("/reset begins anew", file=sys.stderr)
-            if answer.text:  # it counts even if it was stopped; its images were for this turn
+            if said := reply.choices[0].said():  # it counts even if it was stopped; its images were for this turn
                 args.image = []
-                turns = [*body["messages"], {"role": "assistant", "content": answer.text}]
-            answer.report_speed()
-            report_cut(args, answer.last, sampling["max_tokens"])
+                turns = [*body["messages"], {"role": "assistant", "content": said}]
+            report_speed(reply)
+            report_cut(args, reply, sampling["max_tokens"])
     return 0
 
 
@@ -13171,14 +13148,14 @@ def generate_lines(args: argparse.Namespace, source: TextSource, sampling: dict[
         try:
             if isinstance(prompt, ApiError):
                 raise prompt
-            answer.put(Collected(source, generate_body(args, source, prompt, sampling)).document())
+            answer.put(generated(source, generate_body(args, source, prompt, sampling), Reply()))
         except Exception as error:  # a thread's border: the line's reader must hear something
             log.debug("a line failed", exc_info=True)
             answer.put((error if isinstance(error, ApiError) else ApiError(f"{type(error).__name__}: {error}")).document())
 
     failed = cut = tokens = 0
     began = time.monotonic()
-    line = waiting_line(source)
+    line = waiting_line(source, Reply())
     if sys.stdin.isatty():
         line.clear()  # it would be drawn over what is being typed
     note_keyboard()

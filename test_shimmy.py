@@ -6585,7 +6585,7 @@ def test_tools_of_a_round_tell_their_results_as_they_come_and_keep_the_time(monk
     monkeypatch.setitem(module.REGISTERED, "nap", module.make_tool(nap))
     tools = module.Tools(module.ToolOptions())
 
-    def answer(request: Any, _: Any) -> Iterator[Any]:
+    def answer(request: Any) -> Iterator[Any]:
         if request.tools and not any(message["role"] == "tool" for message in request.messages):
             for number in range(5):
                 yield module.CallBegan(0, number, f"call{number}", "nap")
@@ -6594,7 +6594,7 @@ def test_tools_of_a_round_tell_their_results_as_they_come_and_keep_the_time(monk
 
     request = module.GenerateRequest(messages=({"role": "user", "content": "hi"},), builtins=("nap",))
     began, seen = time.monotonic(), list[tuple[float, Any]]()
-    for event in module.ToolLoop(tools, request, Cancellation()).run(answer):
+    for event in module.run_tools(module.with_builtins(request, tools), tools, Cancellation(), answer):
         seen.append((time.monotonic() - began, event))
     results = [(at, event) for at, event in seen if isinstance(event, module.ToolResult)]
     assert [event.id for _, event in results] == [f"call{n}" for n in range(5)]
