@@ -8292,25 +8292,26 @@ class ModelTable:
 
     # Names
 
-    def models(self, age: float = 2.0) -> list[dict[str, Any]]:
-        """The documents of `/api/models` without `default`; at once, whatever the engines are doing.
+    def listed(self, age: float = 2.0) -> list[tuple[ModelInfo, dict[str, Any]]]:
+        """The models as their headers describe them, each with its document of `/api/models`; whatever the engines are doing.
 
         A look at the disk takes milliseconds, and a file copied there shows; one `age` seconds old serves.
         """
         self._refresh(age)
         with self._changed:
-            entries = self._residents.entries.values()
+            found = [(self._fitted(e), e) for e in self._residents.entries.values()]
             return [
-                self._fitted(e).document() | {"state": e.state, "loaded": e.state == "loaded"}
-                | ({"loaded_context_length": e.worker.loaded.ctx} if e.worker else {})  # by LM Studio's name
-                for e in entries
-            ]
+                (info, info.document() | {"state": e.state, "loaded": e.state == "loaded"}
+                 | ({"loaded_context_length": e.worker.loaded.ctx} if e.worker else {}))  # by LM Studio's name
+                for info, e in found
+            ]  # fmt: skip
+
+    def models(self, age: float = 2.0) -> list[dict[str, Any]]:
+        """The documents alone, without `default`."""
+        return [document for _, document in self.listed(age)]
 
     def infos(self) -> list[ModelInfo]:
-        """The same models, as their headers describe them."""
-        self._refresh(2.0)
-        with self._changed:
-            return [self._fitted(e) for e in self._residents.entries.values()]
+        return [info for info, _ in self.listed()]
 
     def names(self) -> Names:
         """The names of what the last scan found. Whoever asks first scans; the others wait for that."""
@@ -9834,32 +9835,29 @@ def neutral(body: Mapping[str, Any]) -> dict[str, Any]:
     return {**body, **own}
 
 
-class OllamaRoute(Dialect):
-    """Base of Ollama's routes: what all requests have, and times."""
-
-    api = "ollama"
-
-    def common(self, body: Mapping[str, Any]) -> dict[str, Any]:
-        """The fields that all its requests have."""
-        return {"model": required(body, "model", "the name of a model, or default", a_string), "engine": ollama_engine(body),
-                "keep": optional(body, "keep_alive", keep_seconds)}  # fmt: skip
-
-    def times(self) -> dict[str, int]:
-        """Durations in nanoseconds."""
-        now = time.monotonic()
-        return {"total_duration": int((now - self.began) * 1e9), "load_duration": int((self.queued - self.began) * 1e9)}
+def ollama_common(body: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that all of Ollama's requests have."""
+    return {"model": required(body, "model", "the name of a model, or default", a_string), "engine": ollama_engine(body),
+            "keep": optional(body, "keep_alive", keep_seconds)}  # fmt: skip
 
 
-class Ollama(OllamaRoute):
+def ollama_times(reply: Reply) -> dict[str, int]:
+    """Durations in nanoseconds."""
+    total, load = time.monotonic() - reply.began, reply.queued - reply.began
+    return {"total_duration": int(total * 1e9), "load_duration": int(load * 1e9)}
+
+
+class Ollama(Dialect):
     """Base of Ollama's two text routes."""
 
     max_body = MAX_PICTURED_BODY
+    api = "ollama"
     streams = True
 
     def read(self, body: Mapping[str, Any]) -> GenerateRequest:
         think = body.get("think")
         args = {"enable_thinking": think} if isinstance(think, bool) else read_template_args({}, "think", think)
-        return GenerateRequest(**self.common(body), sampling=ollama_sampling(body), template_args=args)
+        return GenerateRequest(**ollama_common(body), sampling=ollama_sampling(body), template_args=args)
 
     def said(self, text: str, more: dict[str, Any]) -> dict[str, Any]:
         """The model's words in this route's fields."""
@@ -9893,7 +9891,7 @@ class Ollama(OllamaRoute):
         """The last document's reason, counts and durations."""
         reason, usage = self.choices[0].finish_reason, self.usage
         return {
-            "done_reason": reason if reason in ("length", "load", "unload") else "stop", **self.times(),
+            "done_reason": reason if reason in ("length", "load", "unload") else "stop", **ollama_times(self),
             "prompt_eval_count": usage.prompt_tokens, "prompt_eval_cached_count": usage.cached_tokens,
             "prompt_eval_duration": int(usage.prompt_seconds * 1e9),
             "eval_count": usage.completion_tokens, "eval_duration": int(usage.decode_seconds * 1e9),
@@ -9944,13 +9942,15 @@ class OllamaGenerate(Ollama):
         return replace(request, messages=(*turns, {"role": "user", "content": content}), split_markers=True)
 
 
-class OllamaEmbed(OllamaRoute, Embeddings):
+class OllamaEmbed(Embeddings):
     """`/api/embed`. What is too long is cut unless `truncate` is false; without an input the model is only loaded."""
+
+    api = "ollama"
 
     def read(self, body: Mapping[str, Any]) -> EmbedRequest:
         texts = body.get("input")
         return EmbedRequest(
-            **self.common(body),
+            **ollama_common(body),
             inputs=() if texts in (None, "", []) else read_texts("input", texts, MAX_INPUTS),
             dimensions=optional(body, "dimensions", whole(1)),
             truncate=flag(body, "truncate", True),
@@ -9958,7 +9958,7 @@ class OllamaEmbed(OllamaRoute, Embeddings):
 
     def document(self) -> dict[str, Any]:
         vectors, count = [numbers(row) for row in self.rows], self.usage.prompt_tokens
-        return {"model": self.request.model, "embeddings": vectors, **self.times(), "prompt_eval_count": count}
+        return {"model": self.request.model, "embeddings": vectors, **ollama_times(self), "prompt_eval_count": count}
 
 
 class OllamaEmbedding(OllamaEmbed):
@@ -10055,10 +10055,11 @@ class ModelCard:
         """In Ollama's words, read from the header; only a loaded model is sure to fill gaps."""
         if self.info.embedding:
             return ["embedding"]
+        fills = self.worker and "mid" in self.worker.loaded.chat.fim
         can = {
             "completion": True, "vision": self.info.projector is not None, "tools": re.search(r"\btools\b", self.template),
             "thinking": re.search(r"enable_thinking|reasoning_content|<think>|thinking", self.template),
-            "insert": "tokenizer.ggml.fim_mid_token_id" in self.metadata or (self.worker and "mid" in self.worker.loaded.chat.fim),
+            "insert": fills or "tokenizer.ggml.fim_mid_token_id" in self.metadata,
         }  # fmt: skip
         return [name for name, is_so in can.items() if is_so]
 
@@ -12303,12 +12304,13 @@ def print_rows(rows: Iterable[tuple[str, Any]], stream: IO[str] | None = None) -
 def command_list(args: argparse.Namespace) -> int:
     """Shows the models on this machine."""
     service = make_service(args)
-    service.table.models(0.0)
-    report, found = service.table.catalog.report, service.table.infos()
+    listed = service.table.listed(0.0)
+    report, found = service.table.catalog.report, [info for info, _ in listed]
     if args.json:
-        more = {m.id: {"path": m.path, "source": m.source, "projector": m.projector, "fits": fits_memory(m.weights_bytes),
-                       "largest_context": m.largest_context("f16")} for m in found}  # fmt: skip
-        models = [m | more[m["id"]] for m in service.table.models() if m["id"] in more]
+        models = [
+            document | {"path": m.path, "source": m.source, "projector": m.projector, "fits": fits_memory(m.weights_bytes),
+                        "largest_context": m.largest_context("f16")} for m, document in listed
+        ]  # fmt: skip
         print_json({"models": models, "skipped": list(report.skipped), "directories": list(report.directories)})
     elif args.short:
         for model in found:
@@ -12593,13 +12595,11 @@ def probe(service: Service, name: str) -> dict[str, Any]:
             "model": name, "path": worker.info.path, "load_seconds": round(worker.load_seconds, 3),
             "memory_bytes": worker.memory_bytes(), "available_bytes": available_memory(),
             "weights_bytes": info.weights_bytes, "kv_bytes_per_token": kv.token_bytes(engine.kv_type),
-            "state_bytes_per_sequence": kv.state_bytes(1), "parallel": worker.parallel,
-            "context_length": worker.loaded.ctx, "largest_context": most,
-            "devices": worker.loaded.devices, "fallback": worker.setup.rung.words(),
+            "state_bytes_per_sequence": kv.state_bytes(1), "largest_context": most,
             "prompt_tokens": usage.prompt_tokens, "completion_tokens": usage.completion_tokens,
             "prompt_tokens_per_second": round(usage.prompt_tokens / max(usage.prompt_seconds, 1e-9), 1),
             "generated_tokens_per_second": alone, "generated_tokens_per_second_together": together,
-        }  # fmt: skip
+        } | worker.settings()  # fmt: skip
 
 
 # completion
