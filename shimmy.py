@@ -26,7 +26,7 @@ Part I, the server, reads downward as a request flows. Its sections with their l
     11   Worker                       560  the parent's side of a child; the Ladder of its loads; Metrics
     12   Models in memory             710  loads, evictions; ModelTable finds by name
     13   Service                      490  the only way in for every door; run_tools runs what the server may
-    14.1 Dialects                     460  what OpenAI's clients speak, and our own
+    14.1 Dialects                     380  what OpenAI's clients speak, and our own
     14.2 Dialects of blocks           450  Messages and Responses
     14.3 Ollama and llama-server      520  their shapes, and what clients are told of models
     15.1 Connections                  340  who may call, what comes in, who has left
@@ -769,11 +769,6 @@ class GenerateRequest:
     n: int = 1
     split_markers: bool = False  # take thoughts and tool calls out of the text
     echo: bool = False  # the text begins with the prompt, with the log probabilities of its tokens
-    use: ClassVar = "generate"  # what the model must be able to do
-
-    def asks(self) -> bool:
-        """False if the model is only to be loaded, or let go."""
-        return bool(self.prompts or self.messages or self.infill)
 
 
 @dataclass(frozen=True)
@@ -789,13 +784,6 @@ class EmbedRequest:
     keep: float | None = None
     owner: str = ""
     n: ClassVar = 1
-
-    @property
-    def use(self) -> str:
-        return "embed" if self.query is None else "rank"
-
-    def asks(self) -> bool:
-        return bool(self.inputs)
 
 
 def read_texts(name: str, value: Any, most: int, may_be_empty: bool = True) -> tuple[str | tuple[int, ...], ...]:
@@ -1162,11 +1150,11 @@ class Fetching:
 class Usage:
     """The last event: tokens over all choices (a prompt shared by n choices counts once), and speeds."""
 
-    prompt_tokens: int
-    completion_tokens: int
-    cached_tokens: int
-    prompt_seconds: float
-    decode_seconds: float
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+    prompt_seconds: float = 0.0
+    decode_seconds: float = 0.0
     forced_tokens: int = 0  # of the completion's, those that a grammar left no choice about
     reasoning_tokens: int = 0  # of the completion's, those of thoughts
     picture_tokens: int = 0  # of the prompt's
@@ -8105,13 +8093,9 @@ class Residents:
 class Lease:
     """A request's claim on a model: waits for the load, then keeps the worker in memory until the request is done."""
 
-    def __init__(self, residents: Residents, entry: Entry, cancel: Cancellation, asked: Mapping[str, Any] | None = None,
-                 keep: float | None = None) -> None:  # fmt: skip
-        """`asked` are options that the request wants the model loaded with: a longer context reloads it once it is idle.
-
-        `keep` is how long it wants the model to stay behind it (Entry.keep_alive); None leaves that as it is.
-        """
-        self._residents, self._entry, self._cancel, self._asked, self._keep = residents, entry, cancel, asked or {}, keep
+    def __init__(self, residents: Residents, entry: Entry, cancel: Cancellation, asked: Mapping[str, Any] | None = None) -> None:
+        """`asked` are options that the request wants the model loaded with: a longer context reloads it once it is idle."""
+        self._residents, self._entry, self._cancel, self._asked = residents, entry, cancel, asked or {}
         self._load: PendingLoad | None = None
         self._worker: Worker | None = None  # once it has come
         self._due = time.monotonic() + LOAD_WAIT_SECONDS
@@ -8138,7 +8122,6 @@ class Lease:
                 if entry.worker and entry.state == "loaded" and not self._is_unfit(entry.worker):
                     entry.waiting, entry.leases, self._worker = entry.waiting - 1, entry.leases + 1, entry.worker
                     entry.last_used = time.time()
-                    entry.keep_alive = entry.keep_alive if self._keep is None else self._keep
                     break
                 self._load = self._residents.want(entry, self._asked)
                 self._residents.changed.wait(min(left, 1.0))
@@ -8370,16 +8353,15 @@ class ModelTable:
 
     # Life
 
-    def lease(self, name: str, cancel: Cancellation, use: str = "generate", asked: Mapping[str, Any] | None = None,
-              keep: float | None = None) -> Lease:  # fmt: skip
-        """A request's claim on the model, to generate, embed, rank or tokenize; `asked` and `keep` as Lease has them.
+    def lease(self, name: str, cancel: Cancellation, use: str = "generate", asked: Mapping[str, Any] | None = None) -> Lease:
+        """A request's claim on the model, to generate, embed, rank or tokenize; `asked` as Lease has it.
 
         Raises ModelNotFound, InvalidRequest if the model cannot do that.
         """
         entry = self._find(name)
         if refusal := entry.info.refusal(use):
             raise InvalidRequest(f"model: '{entry.info.id}' is {refusal}", "model")
-        return Lease(self._residents, entry, cancel, asked, keep)
+        return Lease(self._residents, entry, cancel, asked)
 
     def load(self, name: str, wait: bool, cancel: Cancellation, asked: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """`POST …/load`: begins to load unless loaded, and waits for it if asked to. Returns the status.
@@ -8544,43 +8526,38 @@ class Service:
     def generate(self, request: GenerateRequest | EmbedRequest, cancel: Cancellation) -> Iterator[Event]:
         """The events of one request: Queued, then text, thoughts and calls as they are made, an end a choice, Usage.
 
-        Those of one that embeds or ranks are Queued, Vectors and Usage. Raises ApiError (before Queued: the request never
-        began; after: it broke off) or Cancelled. Closing the iterator, like `cancel`, stops the engine's work on it.
+        Those of one that embeds or ranks are Queued, Vectors and Usage. One without a question only has the model loaded, or
+        let go if it is not to be kept. Raises ApiError (before Queued: the request never began; after: it broke off) or
+        Cancelled. Closing the iterator, like `cancel`, stops the engine's work on it.
         """
-        if not request.asks():
-            return (yield from self._load(request, cancel))
+        if request.keep == 0 and not any(getattr(request, name, None) for name in ("prompts", "messages", "infill", "inputs")):
+            id = self.table.resolve(request.model)
+            self.table.keep(id, 0)
+            yield from (Queued(id), ChoiceEnd(0, "unload"), Usage())
+            return
         if isinstance(request, GenerateRequest):  # what is wrong is told before a model is loaded for it
             request = self._shown(request, cancel)
             request = with_builtins(request, self.tools) if request.builtins else request
             if request.messages is not None:
                 self.helpers.warm()
-        with self._lease(request, cancel) as lease:  # for all rounds, and the tools between
+        use = "generate" if isinstance(request, GenerateRequest) else "embed" if request.query is None else "rank"
+        with self.table.lease(request.model, cancel, use, request.engine) as lease:  # for all rounds, and the tools between
             answer = functools.partial(self._answer, lease, cancel)
             if isinstance(request, GenerateRequest) and request.builtins:
                 yield from run_tools(request, self.tools, cancel, answer)
             else:
                 yield from answer(request)
 
-    def _lease(self, request: GenerateRequest | EmbedRequest, cancel: Cancellation) -> Lease:
-        return self.table.lease(request.model, cancel, request.use, request.engine, request.keep)
-
-    def _load(self, request: GenerateRequest | EmbedRequest, cancel: Cancellation) -> Iterator[Event]:
-        """Only loads the model, or lets it go if it is not to be kept."""
-        if request.keep == 0:
-            id = self.table.resolve(request.model)
-            self.table.keep(id, 0)
-        else:
-            with self._lease(request, cancel) as lease:
-                id = (yield from lease.waited()).info.id
-        yield Queued(id)
-        yield ChoiceEnd(0, "unload" if request.keep == 0 else "load")
-        yield Usage(0, 0, 0, 0.0, 0.0)
-
     def _answer(self, lease: Lease, cancel: Cancellation, request: GenerateRequest | EmbedRequest) -> Iterator[Event]:
-        """One answer of the model's."""
+        """One answer of the model's; without a question it is only loaded."""
         began = time.monotonic()
         worker = yield from lease.waited()
+        if request.keep is not None:
+            self.table.keep(worker.info.id, request.keep)
         jobs, parsers = self._jobs(request, worker)
+        if not jobs:
+            yield from (Queued(worker.info.id), ChoiceEnd(0, "load"), Usage())
+            return
         generation = worker.submit(jobs, cancel, began)
         ends: list[Finished] = []
         thought, untold = 0, Counter[int]()  # tokens: of thoughts, and by job of what the parser holds back
@@ -8656,7 +8633,8 @@ class Service:
     def _jobs(self, request: GenerateRequest | EmbedRequest, worker: Worker) -> tuple[Seq[Job], list[Parser]]:
         """Makes the engine's jobs, every prompt n times, and a parser for the text of each."""
         if isinstance(request, EmbedRequest):
-            return [Embed(request.inputs, request.dimensions, request.query, request.truncate)], []
+            job = Embed(request.inputs, request.dimensions, request.query, request.truncate)
+            return [job] if request.inputs else [], []
         request, chat = self._filled(request, worker), self._chat(worker)
         prompts: list[Any] = [p if isinstance(p, tuple) else (p,) for p in request.prompts]
         sampling, budget, spare = request.sampling, None, 0
@@ -8677,14 +8655,16 @@ class Service:
         return jobs, [chat.parser(request, job.prompt[-1:], index) for index, job in enumerate(jobs)]
 
     def health(self) -> dict[str, Any]:
-        """`/api/health`: memory is the resident set of the server and its engines."""
+        """`/api/health`: memory is the resident set of the server and its engines; `slots_…` are llama-server's."""
         statuses = self.table.statuses()
+        loaded, running, waiting, places = (
+            sum(s.get(name, 0) for s in statuses) for name in ("loaded", "requests_running", "requests_waiting", "parallel")
+        )
         return {
-            "status": "healthy", "models_loaded": sum(s["loaded"] for s in statuses),
-            "memory_usage": human_bytes(self.memory_bytes()), "server": "shimmy", "version": __version__,
-            "requests_running": sum(s["requests_running"] for s in statuses),
-            "requests_waiting": sum(s["requests_waiting"] for s in statuses),
+            "status": "healthy", "models_loaded": loaded, "memory_usage": human_bytes(self.memory_bytes()),
+            "server": "shimmy", "version": __version__, "requests_running": running, "requests_waiting": waiting,
             "uptime_seconds": round(time.monotonic() - self._began, 1),
+            "slots_idle": places - running, "slots_processing": running,
         }  # fmt: skip
 
     def memory_bytes(self) -> int:
@@ -8946,6 +8926,7 @@ class Dialect(Reply):
     streamed_errors: ClassVar[frozenset[str]] = frozenset()  # codes sent as events even before the stream began
     api = "shimmy"  # whose API this is: a key of ERROR_SHAPES
     streams: ClassVar[bool | None] = False  # unless told otherwise; None: never
+    unserved: ClassVar[dict[str, tuple[Any, ...]]] = {}  # fields that are known, not served: why, and values that are fine
 
     read: Callable[[Mapping[str, Any]], Any]  # the request a body asks for: what `events` gives to the service
     chunks: Callable[[Event], Chunks]  # a stream's documents for one event
@@ -8953,6 +8934,8 @@ class Dialect(Reply):
 
     def __init__(self, body: Mapping[str, Any]) -> None:
         """Reads the body. Raises InvalidRequest naming the field at fault."""
+        for name, (why, *fine) in self.unserved.items():
+            ensure(body.get(name) in (None, *fine), name, f"{name}: {_said(body.get(name))} is not served here: {why}")
         self.id, self.created = os.urandom(12).hex(), int(time.time())
         self.stream = self.streams is not None and flag(body, "stream", self.streams)
         self.request = self.read(body)
@@ -9088,25 +9071,22 @@ def read_template_args(body: Mapping[str, Any], where: str, effort: Any, **own: 
     return args | own | optional(body, "chat_template_kwargs", an_object, {})
 
 
-UNBUILT: dict[str, tuple[Any, ...]] = {  # fields of OpenAI's and vLLM's that are known here but not served, but for these values
-    "functions": ([],), "function_call": ("none", "auto"), "modalities": (["text"],), "audio": (),
-    "prediction": (), "web_search_options": (), "images": ([],), "multimodal_data": ([],),  # these go into messages
-}  # fmt: skip
-
-
 class OpenAI(Dialect):
     """Base of OpenAI's two text routes."""
 
     api = "openai"
+    unserved = {  # vLLM's too
+        **dict.fromkeys(("functions", "function_call"), ("say tools and tool_choice", [], "none", "auto")),
+        **dict.fromkeys(("modalities", "audio"), ("models here write text", ["text"])),
+        **dict.fromkeys(("images", "multimodal_data"), ("pictures go into messages", [])),
+        "prediction": ("leave it out",), "web_search_options": ("nothing is searched",),
+    }  # fmt: skip
     prefix = object_name = chunk_name = ""
     shown: Callable[[int, Choice, bool], dict[str, Any]]  # a choice: whole, or what is new of it
 
     def common(self, body: Mapping[str, Any], logprobs: int | None) -> GenerateRequest:
-        """The fields both routes read alike. A known one that is not served is refused, not ignored."""
+        """The fields both routes read alike."""
         self._include_usage = flag(optional(body, "stream_options", Item, {}), "include_usage")
-        for name, fine in UNBUILT.items():
-            if body.get(name) is not None and body[name] not in fine:
-                raise InvalidRequest(f"{name}: {_said(body[name])} is not supported here", name)
         limit = first_given(body, token_limit, "max_completion_tokens", "max_tokens", "n_predict")  # the last is llama-server's
         return GenerateRequest(
             model=optional(body, "model", a_string, "default"),
@@ -9505,7 +9485,7 @@ class Messages(BlockDialect):
 
     def _usage(self) -> dict[str, int]:
         """Tokens: this API counts cached ones by themselves."""
-        usage = self.usage or Usage(self.prompt_tokens, 0, 0, 0, 0)
+        usage = self.usage or Usage(self.prompt_tokens)
         return {"input_tokens": usage.prompt_tokens - usage.cached_tokens, "cache_creation_input_tokens": 0,
                 "cache_read_input_tokens": usage.cached_tokens, "output_tokens": usage.completion_tokens}  # fmt: skip
 
@@ -9625,6 +9605,9 @@ class Responses(BlockDialect):
 
     max_body = MAX_PICTURED_BODY
     api = "openai"
+    unserved = {"top_logprobs": ("/v1/chat/completions tells them", 0), **dict.fromkeys(
+        ("previous_response_id", "conversation", "prompt", "background"),
+        ("no state is kept, send the whole conversation as input", "", False, {}))}  # fmt: skip
     streamed_errors = frozenset({"context_length_exceeded"})  # Codex looks for it among the events only, and compacts
     ECHOED: ClassVar[dict[str, Any]] = {  # what a response repeats of its request
         "instructions": None, "max_output_tokens": None, "max_tool_calls": None, "metadata": {}, "parallel_tool_calls": True,
@@ -9643,9 +9626,6 @@ class Responses(BlockDialect):
         self._fixed = {"id": f"resp_{self.id}", "object": "response", "created_at": self.created}
         self._fixed |= {name: given(body, name, default) for name, default in self.ECHOED.items()}
         self._sent = 0  # events
-        for name in ("previous_response_id", "conversation", "prompt", "background", "top_logprobs"):
-            why = ": no state is kept here, send the whole conversation as input" if name != "top_logprobs" else " here"
-            ensure(not body.get(name), name, f"{name} is not served{why}")
         self._truncates = optional(body, "truncation", one_of("auto", "disabled")) == "auto"
         self._input = ResponseInput(body)
         optional(body, "text", an_object)
@@ -9924,13 +9904,13 @@ class OllamaChat(Ollama):
 class OllamaGenerate(Ollama):
     """`/api/generate` as Ollama has it: a prompt becomes a chat of one turn, unless it is raw or has a suffix."""
 
+    unserved = {"template": ("the model's own is used, or none with raw", ""),
+                "context": ("send the conversation as messages to /api/chat", [])}  # fmt: skip
+
     def read(self, body: Mapping[str, Any]) -> GenerateRequest:
         request, prompt = super().read(body), optional(body, "prompt", a_string, "")
         system, suffix, raw = optional(body, "system", a_string), optional(body, "suffix", a_string), flag(body, "raw")
-        images, asked = read_images(body), optional(body, "template", a_string)
-        ensure(not asked, "template", "template is not served: the model's own is used, or none with raw")
-        asked = optional(body, "context", a_list)
-        ensure(not asked, "context", "context is not served: send the conversation as messages to /api/chat")
+        images = read_images(body)
         ensure(not (raw and system), "system", "system needs the model's template, which raw leaves out")
         ensure(not (suffix and images), "images", "images: a gap is filled by text alone; leave out suffix or images")
         if suffix:
@@ -10154,6 +10134,8 @@ class LlamaCompletion(Dialect):
 
     max_body = MAX_PICTURED_BODY
     api = "llama-server"
+    unserved = {"post_sampling_probs": ("probabilities are those before sampling", False),
+                "multimodal_data": ("it is a field of prompt, beside its prompt_string", [])}  # fmt: skip
     OFF: ClassVar = {  # what turns a sampler off that `samplers` does not name; their order is always llama.cpp's own
         "penalties": {"repeat_penalty": 1, "presence_penalty": 0, "frequency_penalty": 0}, "dry": {"dry_multiplier": 0},
         "top_n_sigma": {"top_n_sigma": -1}, "top_k": {"top_k": 0}, "typ_p": {"typical_p": 1}, "top_p": {"top_p": 1},
@@ -10168,8 +10150,6 @@ class LlamaCompletion(Dialect):
         self._limit, self._with_tokens = optional(body, "n_predict", whole(-2)), flag(body, "return_tokens")
         self._count = optional(body, "n_probs", whole(0, 20), 0)
         optional(body, "n_cmpl", whole(1, 1))
-        ensure(not flag(body, "post_sampling_probs"), "post_sampling_probs",
-               "post_sampling_probs: probabilities here are those before sampling")  # fmt: skip
         own: dict[str, Any] = {}
         if self._limit is not None:  # 0: the prompt is read into the cache; what comes of it is not shown
             own["max_tokens"] = -1 if self._limit < 0 else self._limit or 1
@@ -10182,8 +10162,6 @@ class LlamaCompletion(Dialect):
     def asked(self, body: Mapping[str, Any]) -> dict[str, Any]:
         """The request's prompts, or its gap."""
         prompt = required(body, "prompt", "a string, token ids, or a list of these")
-        ensure(not body.get("multimodal_data"), "multimodal_data",
-               "multimodal_data is a field of prompt, beside its prompt_string")  # fmt: skip
         each = prompt if isinstance(prompt, list) else [prompt]
         if not any(isinstance(one, dict) for one in each):
             return {"prompts": read_texts("prompt", prompt, MAX_TEXTS)}
@@ -10737,12 +10715,8 @@ def answer_ready(call: Call) -> dict[str, Any]:
 
 
 def answer_health(call: Call) -> dict[str, Any]:
-    """The server's state, `?ready` as /ready; llama-server's older clients read the counts of slots."""
-    if "ready" in call.query:
-        return answer_ready(call)
-    workers = call.service.table.workers()
-    running, places = sum(w.counts()[0] for w in workers), sum(w.parallel for w in workers)
-    return call.service.health() | {"slots_idle": places - running, "slots_processing": running}
+    """The server's state, `?ready` as /ready."""
+    return answer_ready(call) if "ready" in call.query else call.service.health()
 
 
 def answer_discover(call: Call) -> dict[str, Any]:
@@ -11560,7 +11534,7 @@ class SocketConnection(Wire):
 
     def leave(self) -> None:
         with contextlib.suppress(ClientGone):
-            self.send(NativeSocket.done("cancelled", Usage(0, 0, 0, 0, 0)))
+            self.send(NativeSocket.done("cancelled", Usage()))
 
     def send(self, document: dict[str, Any]) -> None:
         """Raises ClientGone when the client has left, or takes nothing for WRITE_SECONDS."""
@@ -12854,7 +12828,7 @@ class RunningServer(Neighbour):
                         yield Text(0, choice["text"])
                         if usage := document.get("usage"):
                             yield ChoiceEnd(0, choice["finish_reason"])
-                            yield Usage(usage["prompt_tokens"], usage["completion_tokens"], 0, 0.0, 0.0)
+                            yield Usage(usage["prompt_tokens"], usage["completion_tokens"])
                 raise GenerationFailed("The server closed the connection in mid-answer")
         except (OSError, http.client.HTTPException) as error:
             raise GenerationFailed(f"The connection to the server at {self.url} broke: {error}") from None

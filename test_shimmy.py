@@ -12695,8 +12695,8 @@ def test_generate_without_a_field_of_ollama_is_the_documented_one_and_raw_leaves
 
 @cases("body,words", {
     "images": ({"images": ["aGk="]}, ["images[0]", "recital reads text only"]),
-    "template": ({"template": "{{ .Prompt }}"}, ["template is not served"]),
-    "context": ({"context": [1, 2]}, ["context is not served", "/api/chat"]),
+    "template": ({"template": "{{ .Prompt }}"}, ["template: ", "is not served here: the model's own is used"]),
+    "context": ({"context": [1, 2]}, ["context: [1, 2] is not served", "/api/chat"]),
     "raw with system": ({"raw": True, "system": "x"}, ["system needs"]),
     "suffix without such tokens": ({"suffix": "x"}, ["cannot fill a gap"]),
 })  # fmt: skip
