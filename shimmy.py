@@ -8289,10 +8289,6 @@ class ModelTable:
                 for info, e in found
             ]  # fmt: skip
 
-    def models(self, age: float = 2.0) -> list[dict[str, Any]]:
-        """The documents alone, without `default`."""
-        return [document for _, document in self.listed(age)]
-
     def infos(self) -> list[ModelInfo]:
         return [info for info, _ in self.listed()]
 
@@ -8672,14 +8668,14 @@ class Service:
 
     def models(self) -> dict[str, Any]:
         """`/api/models`: `default` first, then every model."""
-        models, default = self.table.models(), self.table.names().default
-        real = next((m for m in models if m["id"] == default), None)
-        first = [real | {"id": "default", "name": "Default Model", "description": f"Base GGUF model: {default}"}] if real else []
-        return {"models": first + models}
+        listed, default = self.table.listed(), self.table.names().default
+        more = {"id": "default", "name": "Default Model", "description": f"Base GGUF model: {default}"}
+        first = [document | more for info, document in listed if info.id == default]
+        return {"models": [*first, *(document for _, document in listed)]}
 
     def diag(self) -> dict[str, Any]:
         """Versions, engine, memory, and where models were looked for: `diag` and `GET /diag`."""
-        self.table.models()  # waits for the first scan
+        self.table.listed()  # waits for the first scan
         report, build, known = self.table.catalog.report, engine_build(), self.faults.read()
         return versions() | build | {
             "devices": [*build["devices"], *self._servers()],
@@ -8865,7 +8861,8 @@ def run_tools(
     deadline, usages, left = time.monotonic() + TOOL_LOOP_SECONDS, list[Usage](), 0  # calls that are left to the client
     for count in range(MAX_TOOL_ROUNDS + 1):
         last, turn = count == MAX_TOOL_ROUNDS or time.monotonic() > deadline, Choice()
-        with contextlib.closing(answer(replace(request, tools=() if last else request.tools))) as events:  # type: ignore[type-var]
+        asked = replace(request, tools=()) if last else request
+        with contextlib.closing(answer(asked)) as events:  # type: ignore[type-var]
             for event in events:
                 turn.add(event, logprobs=False)
                 if isinstance(event, Usage):
@@ -8920,9 +8917,9 @@ Chunks = Iterator[dict[str, Any]]
 
 
 class Dialect(Reply):
-    """One request in one API's shapes, and its answer. It knows nothing of connections: it makes documents, a Wire sends them."""
+    """One request in one API's shapes, and its answer: makes documents, which a Wire sends. Knows nothing of connections."""
 
-    max_body: ClassVar[int] = MAX_BODY  # bytes; more where pictures come
+    max_body: ClassVar[int] = MAX_PICTURED_BODY  # bytes
     streamed_errors: ClassVar[frozenset[str]] = frozenset()  # codes sent as events even before the stream began
     api = "shimmy"  # whose API this is: a key of ERROR_SHAPES
     streams: ClassVar[bool | None] = False  # unless told otherwise; None: never
@@ -8967,8 +8964,6 @@ class Dialect(Reply):
 
 class Native(Dialect):
     """`/api/generate`, the documented API."""
-
-    max_body = MAX_PICTURED_BODY
 
     def read(self, body: Mapping[str, Any]) -> GenerateRequest:
         """Model and prompt (or messages, or a system text) are required."""
@@ -9133,7 +9128,6 @@ def shown_logprobs(tokens: Seq[TokenLogprob]) -> list[dict[str, Any]]:
 class ChatCompletion(OpenAI):
     """`/v1/chat/completions`."""
 
-    max_body = MAX_PICTURED_BODY
     prefix, object_name, chunk_name = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
     def read(self, body: Mapping[str, Any]) -> GenerateRequest:
@@ -9163,10 +9157,9 @@ class ChatCompletion(OpenAI):
         if isinstance(event, Queued):
             for index in range(self.request.n):
                 yield self._delta(index, {"role": "assistant", "content": "", "refusal": None})
-        elif isinstance(event, CallBegan):
-            yield self._delta(event.index, {"tool_calls": [{"index": event.number} | a_call(event.id, event.name, "")]})
-        elif isinstance(event, CallArguments):
-            yield self._delta(event.index, {"tool_calls": [{"index": event.number, "function": {"arguments": event.text}}]})
+        elif isinstance(event, (CallBegan, CallArguments)):
+            call = a_call(event.id, event.name, "") if isinstance(event, CallBegan) else {"function": {"arguments": event.text}}
+            yield self._delta(event.index, {"tool_calls": [{"index": event.number} | call]})
         yield from super().chunks(event)
 
     def _delta(self, index: int, delta: dict[str, Any]) -> dict[str, Any]:
@@ -9195,6 +9188,7 @@ class ChatCompletion(OpenAI):
 class Completion(OpenAI):
     """`/v1/completions`."""
 
+    max_body = MAX_BODY
     prefix, object_name, chunk_name = "cmpl", "text_completion", "text_completion"
 
     def read(self, body: Mapping[str, Any]) -> GenerateRequest:
@@ -9246,6 +9240,7 @@ class Completion(OpenAI):
 class Embeddings(Dialect):
     """`/v1/embeddings`, OpenAI's."""
 
+    max_body = MAX_BODY
     api = "openai"
     streams = None
 
@@ -9409,7 +9404,6 @@ def claude_part(block: Item) -> Item:
 class Messages(BlockDialect):
     """`/v1/messages`, Anthropic's."""
 
-    max_body = MAX_PICTURED_BODY
     api = "anthropic"
     REASONS: ClassVar = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
     DELTAS: ClassVar = {"text": ("text_delta", "text"), "thought": ("thinking_delta", "thinking"),
@@ -9603,7 +9597,6 @@ def without_oldest(messages: tuple[dict[str, Any], ...], sizes: tuple[int, ...])
 class Responses(BlockDialect):
     """`/v1/responses`, OpenAI's; keeps no state."""
 
-    max_body = MAX_PICTURED_BODY
     api = "openai"
     unserved = {"top_logprobs": ("/v1/chat/completions tells them", 0), **dict.fromkeys(
         ("previous_response_id", "conversation", "prompt", "background"),
@@ -9830,7 +9823,6 @@ def ollama_times(reply: Reply) -> dict[str, int]:
 class Ollama(Dialect):
     """Base of Ollama's two text routes."""
 
-    max_body = MAX_PICTURED_BODY
     api = "ollama"
     streams = True
 
@@ -9954,6 +9946,7 @@ class OllamaEmbedding(OllamaEmbed):
 class OllamaPull(Dialect):
     """`/api/pull`, of a hub's repositories: hf.co/OWNER/REPO:QUANT, as Ollama's users write it."""
 
+    max_body = MAX_BODY
     api = "ollama"
     EVENT_SECONDS = 0.1  # between documents about one file
     streams = True
@@ -9979,7 +9972,7 @@ class OllamaPull(Dialect):
             yield from pull.run(plan)
         finally:
             self.places.release()
-        service.table.models(0.0)
+        service.table.listed(0.0)
         yield Fetching("success")
 
     def documents(self, event: Event) -> Chunks:
@@ -10132,7 +10125,6 @@ ERROR_SHAPES: dict[str, Callable[[ApiError], dict[str, Any]]] = {  # by API
 class LlamaCompletion(Dialect):
     """`/completion`."""
 
-    max_body = MAX_PICTURED_BODY
     api = "llama-server"
     unserved = {"post_sampling_probs": ("probabilities are those before sampling", False),
                 "multimodal_data": ("it is a field of prompt, beside its prompt_string", [])}  # fmt: skip
@@ -10721,7 +10713,7 @@ def answer_health(call: Call) -> dict[str, Any]:
 
 def answer_discover(call: Call) -> dict[str, Any]:
     """Rescans the disk and lists what is there."""
-    models = call.service.table.models(0.0)
+    models = [document for _, document in call.service.table.listed(0.0)]
     return {"discovered": len(models), "models": models}
 
 
@@ -12667,7 +12659,7 @@ def command_diag(args: argparse.Namespace) -> int:
     import http.client
 
     service = make_service(args)
-    service.table.models(0.0)
+    service.table.listed(0.0)
     server = Neighbour(args)
     state: dict[str, Any] = {"running": False, "url": server.url}
     with contextlib.suppress(OSError, http.client.HTTPException, ValueError):

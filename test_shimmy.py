@@ -10049,7 +10049,7 @@ def test_memory_that_is_slow_to_ask_for_holds_up_nobody(models: Path) -> None:
         asked = pool.submit(table.load, "dice", True, Cancellation())
         assert worker.asked.wait(HANG)
         began = time.monotonic()
-        assert any(model["loaded"] for model in table.models()) and time.monotonic() - began < HANG / 4
+        assert any(model["loaded"] for _, model in table.listed()) and time.monotonic() - began < HANG / 4
         worker.measure.set()
         assert asked.result(HANG)["memory_bytes"] == 7
     table.close()
