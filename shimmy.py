@@ -1232,15 +1232,15 @@ class Choice:
         for event in events:
             self.add(event)
 
-    def add(self, event: Event, logprobs: bool = True) -> None:
-        """Takes an event. A stream that is only passed on keeps no log probabilities: they may be megabytes."""
+    def add(self, event: Event, words: bool = True) -> None:
+        """Takes an event; without `words` neither text nor log probabilities, of which a stream may tell megabytes."""
         if isinstance(event, (Text, Thought)):
             kind = "text" if isinstance(event, Text) else "thought"
             if event.text and not (self.blocks and self.blocks[-1].kind == kind):
                 self.blocks.append(Block(kind, len(self.blocks)))
-            if event.text:
+            if words and event.text:
                 self.blocks[-1].parts.append(event.text)
-            if logprobs:
+            if words:
                 self.logprobs += event.logprobs
         elif isinstance(event, CallBegan):
             self.blocks.append(Block("call", len(self.blocks), event.id, event.name))
@@ -1271,8 +1271,8 @@ class Reply:
         self.began, self.queued = time.monotonic(), 0.0
         self.first: float | None = None  # when its first words came
 
-    def note(self, event: Event, logprobs: bool = True) -> None:
-        """Takes an event; `logprobs` as Choice has it."""
+    def note(self, event: Event, words: bool = True) -> None:
+        """Takes an event; `words` as Choice has it."""
         if isinstance(event, Queued):
             self.model, self.prompt_tokens, self.queued = event.model, event.prompt_tokens, time.monotonic()
         elif isinstance(event, Usage):
@@ -1280,7 +1280,7 @@ class Reply:
         elif isinstance(event, Vectors):
             self.rows = event.rows
         elif isinstance(event, (Text, Thought, CallBegan, CallArguments, ToolResult, ChoiceEnd)):
-            self.choices[event.index].add(event, logprobs)
+            self.choices[event.index].add(event, words)
             if self.first is None and not isinstance(event, (ToolResult, ChoiceEnd)):
                 self.first = time.monotonic()
 
@@ -8867,7 +8867,8 @@ def run_tools(
         asked = replace(request, tools=()) if last else request
         with contextlib.closing(answer(asked)) as events:  # type: ignore[type-var]
             for event in events:
-                turn.add(event, logprobs=False)
+                turn.add(event)
+                turn.logprobs.clear()  # of no use here, and maybe megabytes
                 if isinstance(event, Usage):
                     usages.append(event)
                 elif isinstance(event, (CallBegan, CallArguments)):
@@ -8926,6 +8927,7 @@ class Dialect(Reply):
     streamed_errors: ClassVar[frozenset[str]] = frozenset()  # codes sent as events even before the stream began
     api = "shimmy"  # whose API this is: a key of ERROR_SHAPES
     streams: ClassVar[bool | None] = False  # unless told otherwise; None: never
+    recalls: ClassVar[bool] = False  # whether a stream's last document tells all of it again
     unserved: ClassVar[dict[str, tuple[Any, ...]]] = {}  # fields that are known, not served: why, and values that are fine
 
     read: Callable[[Mapping[str, Any]], Any]  # the request a body asks for: what `events` gives to the service
@@ -8948,7 +8950,7 @@ class Dialect(Reply):
 
     def documents(self, event: Event) -> Chunks:
         """Turns an event into documents: a stream's chunks, or one document at the end."""
-        self.note(event, not self.stream)
+        self.note(event, self.recalls or not self.stream)
         if isinstance(event, (Text, Thought)) and not event.text and not event.logprobs:
             return
         if self.stream:
@@ -9317,8 +9319,8 @@ class BlockDialect(Dialect):
     more: Callable[[Block, str], Chunks]  # some more of a block
     closed: Callable[[Block], Chunks]  # ends a block
 
-    def note(self, event: Event, logprobs: bool = True) -> None:
-        super().note(event, logprobs)
+    def note(self, event: Event, words: bool = True) -> None:
+        super().note(event, words)
         if isinstance(event, ChoiceEnd) and not self.choices[0].blocks:
             self.choices[0].blocks.append(Block("text"))  # clients look at the first block without asking whether there is one
 
@@ -9600,7 +9602,7 @@ def without_oldest(messages: tuple[dict[str, Any], ...], sizes: tuple[int, ...])
 class Responses(BlockDialect):
     """`/v1/responses`, OpenAI's; keeps no state."""
 
-    api = "openai"
+    api, recalls = "openai", True
     unserved = {"top_logprobs": ("/v1/chat/completions tells them", 0), **dict.fromkeys(
         ("previous_response_id", "conversation", "prompt", "background"),
         ("no state is kept, send the whole conversation as input", "", False, {}))}  # fmt: skip
@@ -12113,30 +12115,23 @@ def is_path(model: str | None) -> bool:
 # SIGINT (a shell shows 130), so that a loop around us stops too.
 
 
-class StopSignals:
-    """SIGINT, SIGTERM and SIGHUP ask `serve` to stop; a second one ends the process at once."""
+def stop_codes() -> queue.SimpleQueue[int]:
+    """Where SIGINT, SIGTERM and SIGHUP put the exit code of `serve`; a second one ends the process at once."""
+    codes, asked = queue.SimpleQueue[int](), False  # any thread may put, amid whatever code
 
-    def __init__(self) -> None:
-        self.asked = False
-        self._codes: queue.SimpleQueue[int] = queue.SimpleQueue()
-        self.stop = self._codes.put  # ends `wait` with an exit code, from any thread and amid whatever code
-        for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK"):
-            number = getattr(signal, name, None)
-            if number is None or (name in ("SIGINT", "SIGHUP") and signal.getsignal(number) is signal.SIG_IGN):
-                continue  # ignored by who started us: a shell's background job, nohup
-            signal.signal(number, self._handle)
-
-    def _handle(self, *_: Any) -> None:
-        if self.asked:
+    def handle(*_: Any) -> None:
+        nonlocal asked
+        if asked:
             os._exit(0)
-        self.asked = True
-        self.stop(0)
+        asked = True
+        codes.put(0)
 
-    def wait(self) -> int:
-        """Blocks until a signal or `stop`; returns the exit code."""
-        while True:
-            with contextlib.suppress(queue.Empty):
-                return self._codes.get(timeout=1.0)  # Windows runs signal handlers between waits only
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK"):
+        number = getattr(signal, name, None)
+        if number is None or (name in ("SIGINT", "SIGHUP") and signal.getsignal(number) is signal.SIG_IGN):
+            continue  # ignored by who started us: a shell's background job, nohup
+        signal.signal(number, handle)
+    return codes
 
 
 STARTING = "The server is starting"
@@ -12146,7 +12141,7 @@ def command_serve(args: argparse.Namespace) -> int:
     """Listens, then waits for a signal; models load on demand. Exits with 2 if a name in a flag means no model."""
     check_packages()
     args.model = fetch_named(args.model)
-    signals = StopSignals()
+    codes, code = stop_codes(), None
     address = listen_address(args)
     access, tools = serve_rights(args, address[0])
     for directory in args.models_dir:
@@ -12164,9 +12159,11 @@ def command_serve(args: argparse.Namespace) -> int:
     threading.Thread(target=service.faults.kernels, name="kernels", daemon=True).start()  # before the first load asks
     if args.open:
         threading.Thread(target=open_page, args=(server.url,), name="browser", daemon=True).start()
-    threading.Thread(target=_after_scan, args=(args, service, signals, server.url), name="names", daemon=True).start()
+    threading.Thread(target=_after_scan, args=(args, service, codes, server.url), name="names", daemon=True).start()
     with WaitingLine(lambda: ", ".join(loading_stage(s) for s in service.table.statuses() if s["status"] == "loading")):
-        code = signals.wait()
+        while code is None:
+            with contextlib.suppress(queue.Empty):
+                code = codes.get(timeout=1.0)  # Windows runs signal handlers between waits only
     if not code:
         busy = [(s["model"], s["requests_running"] + s["requests_waiting"]) for s in service.table.statuses()]
         who = ", ".join(f"{printable(model)} ({requests})" for model, requests in busy if requests)
@@ -12203,21 +12200,21 @@ def checked_key(setting: str, words: str) -> str:
     return key
 
 
-def _after_scan(args: argparse.Namespace, service: Service, signals: StopSignals, url: str) -> None:
+def _after_scan(args: argparse.Namespace, service: Service, codes: queue.SimpleQueue[int], url: str) -> None:
     """When the first scan is over: stops the server if a named model is not there, else tells what is there, preloads."""
     names = None
     while not names:
         with contextlib.suppress(Overloaded):  # a slow disk's first scan, which another thread makes
             names = service.table.names()
     lost = list(names.unresolved(service.table.catalog))
-    if signals.asked:
+    if SHUTTING_DOWN in service.unready:
         return
     for setting, value, why in lost:
         named = "SHIMMY_BASE_GGUF" if setting == "--model" and not args.model else setting
         value = f"{named}={value}" if setting.startswith("--alias") else f"{named} {value}"
         print(f"shimmy serve: error: {printable(value)}: no such model{why}", file=sys.stderr)
     if lost:
-        signals.stop(2)
+        codes.put(2)
         return
     ids = [model.id for model in service.table.infos()]
     wanted = [id for id in ids for preset in service.settings.presets if preset.preload and preset.means(id)]
