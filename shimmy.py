@@ -8293,6 +8293,7 @@ class ModelTable:
             ]  # fmt: skip
 
     def infos(self) -> list[ModelInfo]:
+        """The same without their documents."""
         return [info for info, _ in self.listed()]
 
     def names(self) -> Names:
@@ -12878,8 +12879,7 @@ def command_generate(args: argparse.Namespace) -> int:
                 print_json(document)
             else:
                 print_answer(pieces(source, body, reply), line, args.raw)
-    report_speed(reply)
-    return report_cut(args, reply, sampling.get("max_tokens", NATIVE_DEFAULTS["max_tokens"]))
+    return report(args, reply, sampling.get("max_tokens", NATIVE_DEFAULTS["max_tokens"]))
 
 
 def pieces(source: TextSource, body: dict[str, Any], reply: Reply) -> Iterator[str]:
@@ -12899,13 +12899,6 @@ def generated(source: TextSource, body: dict[str, Any], reply: Reply) -> dict[st
     for _ in pieces(source, body, reply):
         pass
     return Native.whole(reply)
-
-
-def report_speed(reply: Reply) -> None:
-    """Logs tokens, time to first token (a load counts) and speed, for -v."""
-    if reply.usage:
-        told = replace(reply.usage, decode_seconds=time.monotonic() - (reply.first or 0.0))
-        log.info("%s", told.words(reply.first and reply.first - reply.began))
 
 
 def generate_body(
@@ -13002,9 +12995,16 @@ def print_answer(texts: Iterator[str], line: WaitingLine, raw: bool = False) -> 
         raise failure
 
 
-def report_cut(args: argparse.Namespace, reply: Reply, most: int) -> int:
-    """Says so on stderr when the text was cut, and where; the exit code: a document that was cut is a failure."""
-    if reply.choices[0].finish_reason != "length" or not reply.usage:
+def report(args: argparse.Namespace, reply: Reply, most: int) -> int:
+    """Logs tokens, time to first token (a load counts) and speed; says so on stderr when the text was cut, and where.
+
+    Returns the exit code: a document that was cut is a failure.
+    """
+    if not reply.usage:
+        return 0
+    told = replace(reply.usage, decode_seconds=time.monotonic() - (reply.first or 0.0))  # a running server tells none
+    log.info("%s", told.words(reply.first and reply.first - reply.began))
+    if reply.choices[0].finish_reason != "length":
         return 0
     limit = f"--max-tokens {most}" if 0 <= most <= reply.usage.completion_tokens else "the end of the context, see --ctx"
     what = "the JSON document is not whole: it" if args.schema else "the text"
@@ -13056,8 +13056,7 @@ def converse(args: argparse.Namespace, source: TextSource, sampling: dict[str, A
             if said := reply.choices[0].said():  # it counts even if it was stopped; its images were for this turn
                 args.image = []
                 turns = [*body["messages"], {"role": "assistant", "content": said}]
-            report_speed(reply)
-            report_cut(args, reply, sampling["max_tokens"])
+            report(args, reply, sampling["max_tokens"])
     return 0
 
 
