@@ -25,8 +25,8 @@ Part I, the server, reads downward as a request flows. Its sections with their l
     10   Engine                       820  the step loop, and the threads that feed it
     11   Worker                       560  the parent's side of a child; the Ladder of its loads; Metrics
     12   Models in memory             710  loads, evictions; ModelTable finds by name
-    13   Service                      490  the only way in for every door; ToolLoop runs what tools the server may
-    14.1 Dialects                     460  what OpenAI's clients speak, and our own
+    13   Service                      490  the only way in for every door; run_tools runs what the server may
+    14.1 Dialects                     380  what OpenAI's clients speak, and our own
     14.2 Dialects of blocks           450  Messages and Responses
     14.3 Ollama and llama-server      520  their shapes, and what clients are told of models
     15.1 Connections                  340  who may call, what comes in, who has left
@@ -806,6 +806,7 @@ class GenerateRequest:
     sampling: Sampling = Sampling()
     defaults: Mapping[str, Any] = field(default_factory=dict)  # the API's own, where neither request nor preset says more
     engine: Mapping[str, Any] = field(default_factory=dict)  # what the model is to be loaded with, as Ollama's options tell
+    keep: float | None = None  # seconds that the model stays behind the answer; 0: not at all
     n: int = 1
     split_markers: bool = False  # take thoughts and tool calls out of the text
     echo: bool = False  # the text begins with the prompt, with the log probabilities of its tokens
@@ -820,7 +821,10 @@ class EmbedRequest:
     dimensions: int | None = None
     query: str | None = None
     truncate: bool = False  # cut what is too long instead of refusing it
-    engine: Mapping[str, Any] = field(default_factory=dict)  # as GenerateRequest has it
+    engine: Mapping[str, Any] = field(default_factory=dict)  # this and the next as GenerateRequest has them
+    keep: float | None = None
+    owner: str = ""
+    n: ClassVar = 1
 
 
 def read_texts(name: str, value: Any, most: int, may_be_empty: bool = True) -> tuple[str | tuple[int, ...], ...]:
@@ -1236,6 +1240,92 @@ Event = (Queued | Waiting | Text | Thought | CallBegan | CallArguments | ToolRes
          | Usage)  # fmt: skip
 
 
+@dataclass(slots=True)
+class Block:
+    """A stretch of an answer that is of one kind: a thought, text or a call."""
+
+    kind: str  # thought, text, call
+    index: int = 0  # in the answer
+    call_id: str = ""
+    name: str = ""
+    parts: list[str] = field(default_factory=list)
+
+    @property
+    def text(self) -> str:
+        """Its text, or a call's arguments."""
+        return "".join(self.parts)
+
+    def arguments(self) -> dict[str, Any]:
+        """A call's arguments as an object; one that was cut has none."""
+        found = parsed(self.text)
+        return found if isinstance(found, dict) else {}
+
+
+class Choice:
+    """One choice of an answer, as far as its events came; made of a single one, what is new of it."""
+
+    def __init__(self, *events: Text | Thought | ToolResult | ChoiceEnd) -> None:
+        self.blocks: list[Block] = []
+        self.results: list[ToolResult] = []
+        self.logprobs: list[TokenLogprob] = []
+        self.end: ChoiceEnd | None = None
+        self.finish_reason: str | None = None
+        for event in events:
+            self.add(event)
+
+    def add(self, event: Event, words: bool = True) -> None:
+        """Takes an event; without `words` neither text nor log probabilities, of which a stream may tell megabytes."""
+        if isinstance(event, (Text, Thought)):
+            kind = "text" if isinstance(event, Text) else "thought"
+            if event.text and not (self.blocks and self.blocks[-1].kind == kind):
+                self.blocks.append(Block(kind, len(self.blocks)))
+            if words and event.text:
+                self.blocks[-1].parts.append(event.text)
+            if words:
+                self.logprobs += event.logprobs
+        elif isinstance(event, CallBegan):
+            self.blocks.append(Block("call", len(self.blocks), event.id, event.name))
+        elif isinstance(event, CallArguments):
+            self.calls[event.number].parts.append(event.text)
+        elif isinstance(event, ToolResult):
+            self.results.append(event)
+        elif isinstance(event, ChoiceEnd):
+            self.end, self.finish_reason = event, event.finish_reason
+
+    def said(self, kind: str = "text") -> str:
+        """All text, or all thoughts."""
+        return "".join([part for block in self.blocks if block.kind == kind for part in block.parts])
+
+    @property
+    def calls(self) -> list[Block]:
+        return [block for block in self.blocks if block.kind == "call"]
+
+
+class Reply:
+    """An answer as far as its events came; times are monotonic seconds."""
+
+    def __init__(self, model: str = "") -> None:
+        self.model, self.prompt_tokens = model, 0  # as the request has it, and not known, until Queued tells
+        self.choices: dict[int, Choice] = defaultdict(Choice)
+        self.rows: tuple[bytes, ...] = ()  # of an Embed job
+        self.usage: Any = None  # Usage, once it came
+        self.began, self.queued = time.monotonic(), 0.0
+        self.first: float | None = None  # when its first words came
+
+    def note(self, event: Event, words: bool = True) -> None:
+        """Takes an event; `words` as Choice has it."""
+        if isinstance(event, Queued):
+            self.model, self.prompt_tokens, self.queued = event.model, event.prompt_tokens, time.monotonic()
+        elif isinstance(event, Usage):
+            self.usage = event
+        elif isinstance(event, Vectors):
+            self.rows = event.rows
+        elif isinstance(event, (Text, Thought, CallBegan, CallArguments, ToolResult, ChoiceEnd)):
+            self.choices[event.index].add(event, words)
+            if self.first is None and not isinstance(event, (ToolResult, ChoiceEnd)):
+                self.first = time.monotonic()
+
+
 TURN_BYTES = MIB  # a body beyond this waits for one of few places to be read and parsed
 TURN_SECONDS = 10.0  # for that; a full-sized body takes about 0.1 s to parse
 MAX_JSON_VALUES = 1_000_000  # keys count too: about 100 bytes each in memory; 1 MiB of token ids has 200,000
@@ -1338,8 +1428,6 @@ class Preset:
     manifest: str = field(default="", repr=False, compare=False)  # the path by which Ollama knows the model
 
     def means(self, id: str) -> bool:
-        import fnmatch
-
         return fnmatch.fnmatchcase(id, self.pattern) or id.startswith(plain_id(self.pattern) or "\0")
 
     @property
@@ -2628,7 +2716,7 @@ RESHAPES = (
 
 # ── 5. Tools ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 # A Python function with type hints and a docstring is a tool: Tools checks a call and runs it in a thread, for a time.
-# Built in are calculator, file_read and http_get; the last two start closed. Their rounds in a chat: ToolLoop (13).
+# Built in are calculator, file_read and http_get; the last two start closed. Their rounds in a chat: run_tools (13).
 
 
 class ToolError(Exception):
@@ -8180,25 +8268,23 @@ class ModelTable:
 
     # Names
 
-    def models(self, age: float = 2.0) -> list[dict[str, Any]]:
-        """The documents of `/api/models` without `default`; at once, whatever the engines are doing.
+    def listed(self, age: float = 2.0) -> list[tuple[ModelInfo, dict[str, Any]]]:
+        """The models as their headers describe them, each with its document of `/api/models`; whatever the engines are doing.
 
         A look at the disk takes milliseconds, and a file copied there shows; one `age` seconds old serves.
         """
         self._refresh(age)
         with self._changed:
-            entries = self._residents.entries.values()
+            found = [(self._fitted(e), e) for e in self._residents.entries.values()]
             return [
-                self._fitted(e).document() | {"state": e.state, "loaded": e.state == "loaded"}
-                | ({"loaded_context_length": e.worker.loaded.ctx} if e.worker else {})  # by LM Studio's name
-                for e in entries
-            ]
+                (info, info.document() | {"state": e.state, "loaded": e.state == "loaded"}
+                 | ({"loaded_context_length": e.worker.loaded.ctx} if e.worker else {}))  # by LM Studio's name
+                for info, e in found
+            ]  # fmt: skip
 
     def infos(self) -> list[ModelInfo]:
-        """The same models, as their headers describe them."""
-        self._refresh(2.0)
-        with self._changed:
-            return [self._fitted(e) for e in self._residents.entries.values()]
+        """The same without their documents."""
+        return [info for info, _ in self.listed()]
 
     def names(self) -> Names:
         """The names of what the last scan found. Whoever asks first scans; the others wait for that."""
@@ -8335,7 +8421,7 @@ class ModelTable:
 
 # ── 13. Service ───────────────────────────────────────────────────────────────────────────────────────────────────────
 # The only way in for HTTP, WebSocket and command line: Service makes a request into jobs, and what comes of them into
-# events; ToolLoop answers where the server runs tools; METRICS are the rows of /metrics.
+# events; run_tools answers where the server runs tools; METRICS are the rows of /metrics.
 
 
 class PictureReader:
@@ -8423,28 +8509,41 @@ class Service:
         worker.chat = worker.chat or Chat(worker.loaded.chat, self.helpers)
         return worker.chat
 
-    def generate(self, request: GenerateRequest, cancel: Cancellation) -> Iterator[Event]:
+    def generate(self, request: GenerateRequest | EmbedRequest, cancel: Cancellation) -> Iterator[Event]:
         """The events of one request: Queued, then text, thoughts and calls as they are made, an end a choice, Usage.
 
-        Raises ApiError (before Queued: the request never began; after: it broke off) or Cancelled. Closing the
-        iterator, like `cancel`, stops the engine's work on it.
+        Those of one that embeds or ranks are Queued, Vectors and Usage. One without a question only has the model loaded, or
+        let go if it is not to be kept. Raises ApiError (before Queued: the request never began; after: it broke off) or
+        Cancelled. Closing the iterator, like `cancel`, stops the engine's work on it.
         """
-        request = self._shown(request, cancel)  # what is wrong is told before a model is loaded for it
-        if request.messages is not None:
-            self.helpers.warm()
-        loop = ToolLoop(self.tools, request, cancel) if request.builtins else None
-        with self.table.lease(request.model, cancel, asked=request.engine) as lease:  # for all rounds, and the tools between
-            answer = functools.partial(self._answer, lease)
-            yield from loop.run(answer) if loop else answer(request, cancel)
+        if request.keep == 0 and not any(getattr(request, name, None) for name in ("prompts", "messages", "infill", "inputs")):
+            id = self.table.resolve(request.model)
+            self.table.keep(id, 0)
+            yield from (Queued(id), ChoiceEnd(0, "unload"), Usage())
+            return
+        if isinstance(request, GenerateRequest):  # what is wrong is told before a model is loaded for it
+            request = self._shown(request, cancel)
+            request = with_builtins(request, self.tools) if request.builtins else request
+            if request.messages is not None:
+                self.helpers.warm()
+        use = "generate" if isinstance(request, GenerateRequest) else "embed" if request.query is None else "rank"
+        with self.table.lease(request.model, cancel, use, request.engine) as lease:  # for all rounds, and the tools between
+            answer = functools.partial(self._answer, lease, cancel)
+            if isinstance(request, GenerateRequest) and request.builtins:
+                yield from run_tools(request, self.tools, cancel, answer)
+            else:
+                yield from answer(request)
 
-    def _answer(self, lease: Lease, request: GenerateRequest, cancel: Cancellation) -> Iterator[Event]:
-        """One answer of the model's."""
+    def _answer(self, lease: Lease, cancel: Cancellation, request: GenerateRequest | EmbedRequest) -> Iterator[Event]:
+        """One answer of the model's; without a question it is only loaded."""
         began = time.monotonic()
         worker = yield from lease.waited()
-        request = self._filled(request, self.table.settings(worker.info.id))
-        jobs, parsers = self._jobs(request, self._chat(worker))
-        if not worker.loaded.sees and any(map(pictures_of, jobs)):
-            raise InvalidRequest(f"model: the projector of {worker.info.id} cannot be loaded, so it sees no images", "model")
+        if request.keep is not None:
+            self.table.keep(worker.info.id, request.keep)
+        jobs, parsers = self._jobs(request, worker)
+        if not jobs:
+            yield from (Queued(worker.info.id), ChoiceEnd(0, "load"), Usage())
+            return
         generation = worker.submit(jobs, cancel, began)
         ends: list[Finished] = []
         thought, untold = 0, Counter[int]()  # tokens: of thoughts, and by job of what the parser holds back
@@ -8457,7 +8556,7 @@ class Service:
                 yield from events
             elif isinstance(message, Finished):
                 ends.append(message)
-                for event in parsers[generation.index[message.id]].finish(message.finish_reason):
+                for event in parsers[generation.index[message.id]].finish(message.finish_reason) if parsers else ():
                     if isinstance(event, ChoiceEnd):
                         event = replace(event, stopped_by=message.stopped_by, usage=message.usage)
                     yield event
@@ -8465,9 +8564,9 @@ class Service:
                 yield message
         yield usage_of(ends, generation.index, request.n, thought)
 
-    @staticmethod
-    def _filled(request: GenerateRequest, settings: Preset) -> GenerateRequest:
+    def _filled(self, request: GenerateRequest, worker: Worker) -> GenerateRequest:
         """The request with the model's own settings where it says nothing."""
+        settings = self.table.settings(worker.info.id)
         messages, system = request.messages, {"role": "system", "content": settings.system}
         if settings.system and messages and not any(message["role"] == "system" for message in messages):
             messages = (system, *messages)
@@ -8493,19 +8592,13 @@ class Service:
         turns = tuple({**m, "content": shown(m["content"], None if m is last else look)} for m in messages)
         return replace(request, messages=turns if messages else None, prompts=tuple(shown(p, look) for p in prompts))
 
-    def load(self, model: str, use: str, cancel: Cancellation, asked: Mapping[str, Any] | None = None) -> Iterator[Event]:
-        """Only loads the model, as a request that uses it would: Queued once it is there."""
-        with self.table.lease(model, cancel, use, asked) as lease:
-            worker = yield from lease.waited()
-            yield Queued(worker.info.id)
-
     def render(self, request: GenerateRequest, cancel: Cancellation) -> tuple[str | Picture, ...]:
         """The prompt that a chat becomes; the model is loaded for it."""
         request = self._shown(request, cancel)
         with self.table.lease(request.model, cancel) as lease:
             worker = lease.wait()
             assert worker
-            return self._chat(worker).prompt(self._filled(request, self.table.settings(worker.info.id)))
+            return self._chat(worker).prompt(self._filled(request, worker))
 
     def tokenize(self, model: str, job: Tokenize, cancel: Cancellation) -> Tokens:
         """A text's tokens, or what tokens stand for; the model is loaded for it."""
@@ -8522,9 +8615,12 @@ class Service:
             except ContextLengthExceeded as error:
                 return error.sizes[0]
 
-    @staticmethod
-    def _jobs(request: GenerateRequest, chat: Chat) -> tuple[list[Generate], list[Parser]]:
+    def _jobs(self, request: GenerateRequest | EmbedRequest, worker: Worker) -> tuple[Seq[Job], list[Parser]]:
         """Makes the engine's jobs, every prompt n times, and a parser for the text of each."""
+        if isinstance(request, EmbedRequest):
+            job = Embed(request.inputs, request.dimensions, request.query, request.truncate)
+            return [job] if request.inputs else [], []
+        request, chat = self._filled(request, worker), self._chat(worker)
         prompts: list[Any] = [p if isinstance(p, tuple) else (p,) for p in request.prompts]
         sampling, budget, spare = request.sampling, None, 0
         if request.infill is not None:
@@ -8539,30 +8635,21 @@ class Service:
         markers = chat.markers if request.split_markers else frozenset()
         jobs = [Generate(p, replace(sampling, seed=s), markers, budget, request.owner, spare, request.echo and p != ("",))
                 for p in prompts for s in seeds]  # fmt: skip
+        if not worker.loaded.sees and any(map(pictures_of, jobs)):
+            raise InvalidRequest(f"model: the projector of {worker.info.id} cannot be loaded, so it sees no images", "model")
         return jobs, [chat.parser(request, job.prompt[-1:], index) for index, job in enumerate(jobs)]
 
-    def embed(self, request: EmbedRequest, cancel: Cancellation) -> Iterator[Event]:
-        """The events of one embedding or rerank request: Queued, Vectors, Usage. Raises as `generate` does."""
-        began, use = time.monotonic(), "embed" if request.query is None else "rank"
-        with self.table.lease(request.model, cancel, use, request.engine) as lease:
-            worker = yield from lease.waited()
-            job = Embed(request.inputs, request.dimensions, request.query, request.truncate)
-            generation = worker.submit([job], cancel, began)
-            for message in generation:
-                if isinstance(message, Finished):
-                    yield message.usage
-                elif not isinstance(message, Piece):
-                    yield message
-
     def health(self) -> dict[str, Any]:
-        """`/api/health`: memory is the resident set of the server and its engines."""
+        """`/api/health`: memory is the resident set of the server and its engines; `slots_…` are llama-server's."""
         statuses = self.table.statuses()
+        loaded, running, waiting, places = (
+            sum(s.get(name, 0) for s in statuses) for name in ("loaded", "requests_running", "requests_waiting", "parallel")
+        )
         return {
-            "status": "healthy", "models_loaded": sum(s["loaded"] for s in statuses),
-            "memory_usage": human_bytes(self.memory_bytes()), "server": "shimmy", "version": __version__,
-            "requests_running": sum(s["requests_running"] for s in statuses),
-            "requests_waiting": sum(s["requests_waiting"] for s in statuses),
+            "status": "healthy", "models_loaded": loaded, "memory_usage": human_bytes(self.memory_bytes()),
+            "server": "shimmy", "version": __version__, "requests_running": running, "requests_waiting": waiting,
             "uptime_seconds": round(time.monotonic() - self._began, 1),
+            "slots_idle": places - running, "slots_processing": running,
         }  # fmt: skip
 
     def memory_bytes(self) -> int:
@@ -8570,14 +8657,14 @@ class Service:
 
     def models(self) -> dict[str, Any]:
         """`/api/models`: `default` first, then every model."""
-        models, default = self.table.models(), self.table.names().default
-        real = next((m for m in models if m["id"] == default), None)
-        first = [real | {"id": "default", "name": "Default Model", "description": f"Base GGUF model: {default}"}] if real else []
-        return {"models": first + models}
+        listed, default = self.table.listed(), self.table.names().default
+        more = {"id": "default", "name": "Default Model", "description": f"Base GGUF model: {default}"}
+        first = [document | more for info, document in listed if info.id == default]
+        return {"models": [*first, *(document for _, document in listed)]}
 
     def diag(self) -> dict[str, Any]:
         """Versions, engine, memory, and where models were looked for: `diag` and `GET /diag`."""
-        self.table.models()  # waits for the first scan
+        self.table.listed()  # waits for the first scan
         report, build, known = self.table.catalog.report, engine_build(), self.faults.read()
         return versions() | build | {
             "devices": [*build["devices"], *self._servers()],
@@ -8740,163 +8827,94 @@ def metrics_text(service: Service) -> bytes:
     return "".join(f"{line}\n" for metric in METRICS for line in metric_lines(scrape, *metric)).encode()
 
 
-class ToolLoop:
-    """One request with built-in tools: runs what the model calls and asks again, until it answers.
+# Rounds of tools
 
-    The rounds and their time are bounded: in the last one no tool is offered. Calls of the client's own functions are
-    left to the client and end the loop.
+
+def with_builtins(request: GenerateRequest, tools: Tools) -> GenerateRequest:
+    """The request with its built-in tools among those that the model may call. Raises InvalidRequest."""
+    ensure(request.messages is not None and request.n == 1, "tools", "built-in tools need messages, and n to be 1")
+    offered = tuple(tools.function(name) for name in request.builtins)
+    twice = {t["function"]["name"] for t in request.tools} & set(request.builtins)
+    ensure(not twice, "tools", f"tools: {', '.join(sorted(twice))} is both a function and a built-in tool")
+    return replace(request, tools=(*request.tools, *offered), split_markers=True)
+
+
+def run_tools(
+    request: GenerateRequest, tools: Tools, cancel: Cancellation, answer: Callable[[GenerateRequest], Iterator[Event]]
+) -> Iterator[Event]:
+    """The events of a request with built-in tools: runs what the model calls and asks again, until it answers.
+
+    The rounds and their time are bounded: in the last one no tool is offered. Calls of built-in tools show as results only;
+    those of the client's own functions are left to the client and end the loop.
     """
+    deadline, usages, left = time.monotonic() + TOOL_LOOP_SECONDS, list[Usage](), 0  # calls that are left to the client
+    for count in range(MAX_TOOL_ROUNDS + 1):
+        last, turn = count == MAX_TOOL_ROUNDS or time.monotonic() > deadline, Choice()
+        asked = replace(request, tools=()) if last else request
+        with contextlib.closing(answer(asked)) as events:  # type: ignore[type-var]
+            for event in events:
+                turn.add(event)
+                turn.logprobs.clear()  # of no use here, and maybe megabytes
+                if isinstance(event, Usage):
+                    usages.append(event)
+                elif isinstance(event, (CallBegan, CallArguments)):
+                    if turn.calls[event.number].name not in request.builtins:
+                        left += isinstance(event, CallBegan)
+                        yield replace(event, number=left - 1)
+                elif not isinstance(event, ChoiceEnd) and not (count and isinstance(event, Queued)):
+                    yield event
+        # a call that was cut is not run
+        calls = [c for c in turn.calls if c.name in request.builtins] if turn.finish_reason != "length" else []
+        said: dict[str, Any] = {"role": "assistant", "content": turn.said(), "tool_calls": []}
+        results = []
+        for call in calls:
+            arguments, result = yield from run_call(call, tools, cancel, deadline)
+            yield result
+            said["tool_calls"].append(a_call(call.call_id, call.name, arguments))
+            told = f"Error: {result.error}" if result.error is not None else json.dumps(result.result, ensure_ascii=False)
+            if len(told) > MAX_TOOL_RESULT:
+                told = f"{told[:MAX_TOOL_RESULT]}\n(cut: {len(told)} characters in all)"
+            results.append({"role": "tool", "tool_call_id": call.call_id, "name": call.name, "content": told})
+        if not calls or left:
+            break
+        request = replace(request, messages=(*(request.messages or ()), said, *results), tool_choice="auto")
+    reason = turn.finish_reason or "stop"
+    yield ChoiceEnd(0, "tool_calls" if left else "stop" if reason == "tool_calls" else reason)
+    yield Usage(*(sum(getattr(usage, f.name) for usage in usages) for f in fields(Usage)))
 
-    def __init__(self, tools: Tools, request: GenerateRequest, cancel: Cancellation) -> None:
-        if request.messages is None or request.n != 1:
-            raise InvalidRequest("built-in tools need messages, and n to be 1", "tools")
-        self._tools, self._cancel = tools, cancel
-        offered = tuple(tools.function(name) for name in request.builtins)
-        twice = {t["function"]["name"] for t in request.tools} & set(request.builtins)
-        if twice:
-            raise InvalidRequest(f"tools: {', '.join(sorted(twice))} is both a function and a built-in tool", "tools")
-        self._request = replace(request, tools=(*request.tools, *offered), split_markers=True)
-        self._deadline = time.monotonic() + TOOL_LOOP_SECONDS
-        self._used: list[Usage] = []
-        self._client_calls = 0
 
-    def run(self, answer: Callable[[GenerateRequest, Cancellation], Iterator[Event]]) -> Iterator[Event]:
-        for count in range(MAX_TOOL_ROUNDS + 1):
-            last = count == MAX_TOOL_ROUNDS or time.monotonic() > self._deadline
-            request = replace(self._request, tools=self._request.tools[: len(self._request.tools) * (not last)])
-            self._calls: dict[int, ToolResult] = {}  # by number, without their results yet
-            self._said: list[str] = []
-            self._reason = "stop"
-            with contextlib.closing(answer(request, self._cancel)) as events:  # type: ignore[type-var]
-                yield from self._passed_on(events, first=count == 0)
-            called, turns = list[dict[str, Any]](), list[dict[str, Any]]()  # of the model's turn, and the results behind it
-            for call in self._calls.values() if self._reason != "length" else ():  # a call that was cut is not run
-                if call.name in self._request.builtins:
-                    arguments, result = yield from self._execute(call)
-                    yield result
-                    called.append({"id": call.id, "type": "function", "function": {"name": call.name, "arguments": arguments}})
-                    error = result.error
-                    told = json.dumps(result.result, ensure_ascii=False) if error is None else f"Error: {error}"
-                    if len(told) > MAX_TOOL_RESULT:
-                        told = f"{told[:MAX_TOOL_RESULT]}\n(cut: {len(told)} characters in all)"
-                    turns.append({"role": "tool", "tool_call_id": call.id, "name": call.name, "content": told})
-            if not turns or self._client_calls or self._reason == "length":
-                break
-            said = {"role": "assistant", "content": "".join(self._said), "tool_calls": called}
-            self._request = replace(self._request, messages=(*(self._request.messages or ()), said, *turns), tool_choice="auto")
-        yield ChoiceEnd(0, "tool_calls" if self._client_calls else "stop" if self._reason == "tool_calls" else self._reason)
-        yield Usage(*(sum(getattr(u, f.name) for u in self._used) for f in fields(Usage)))
-
-    def _passed_on(self, events: Iterator[Event], first: bool) -> Iterator[Event]:
-        """The events of one round that the client sees: calls of built-in tools show as results only."""
-        for event in events:
-            if isinstance(event, (CallBegan, CallArguments)):
-                if isinstance(event, CallBegan):
-                    call = ToolResult(0, event.id, event.name, "", None, None)
-                    self._client_calls += call.name not in self._request.builtins
-                else:
-                    call = replace(self._calls[event.number], arguments=self._calls[event.number].arguments + event.text)
-                self._calls[event.number] = call
-                if call.name not in self._request.builtins:
-                    yield replace(event, number=self._client_calls - 1)
-            elif isinstance(event, ChoiceEnd):
-                self._reason = event.finish_reason
-            elif isinstance(event, Usage):
-                self._used.append(event)
-            elif first or not isinstance(event, Queued):
-                self._said += [event.text] if isinstance(event, Text) else []
-                yield event
-
-    def _execute(self, call: ToolResult) -> Generator[Waiting, None, tuple[Any, ToolResult]]:
-        """Runs a call, with signs of life: its arguments, and its result or what is wrong with it, which the model is told."""
-        self._cancel.check()
-        left, arguments = self._deadline - time.monotonic(), call.arguments
-        try:
-            arguments = parse_json(call.arguments.encode("utf-8", "replace"), "The arguments")
-            if left <= 0:
-                raise Overloaded(f"not run: the tools of an answer have {TOOL_LOOP_SECONDS:g} seconds", "The time is over")
-            answer = yield from self._tools.running(call.name, arguments, self._cancel, left)
-        except ApiError as error:
-            answer = {"result": None, "error": str(error)}
-        return arguments, replace(call, result=answer["result"], error=answer["error"])
+def run_call(
+    call: Block, tools: Tools, cancel: Cancellation, deadline: float
+) -> Generator[Waiting, None, tuple[Any, ToolResult]]:
+    """Runs a call, with signs of life: its arguments, and its result or what is wrong with it, which the model is told."""
+    cancel.check()
+    left, arguments = deadline - time.monotonic(), call.text
+    try:
+        arguments = parse_json(call.text.encode("utf-8", "replace"), "The arguments")
+        if left <= 0:
+            raise Overloaded(f"not run: the tools of an answer have {TOOL_LOOP_SECONDS:g} seconds", "The time is over")
+        answer = yield from tools.running(call.name, arguments, cancel, left)
+    except ApiError as error:
+        answer = {"result": None, "error": str(error)}
+    return arguments, ToolResult(0, call.call_id, call.name, call.text, answer["result"], answer["error"])
 
 
 # ── 14.1. Dialects ────────────────────────────────────────────────────────────────────────────────────────────────────
 # What the client speaks, one class an API: it reads a body into a request and turns events into its own documents.
 
 
-@dataclass(slots=True)
-class Block:
-    """A stretch of an answer that is of one kind: a thought, text or a call."""
-
-    kind: str  # thought, text, call
-    index: int = 0  # in the answer
-    call_id: str = ""
-    name: str = ""
-    parts: list[str] = field(default_factory=list)
-
-    @property
-    def text(self) -> str:
-        """Its text, or a call's arguments."""
-        return "".join(self.parts)
-
-    def arguments(self) -> dict[str, Any]:
-        """A call's arguments as an object; one that was cut has none."""
-        found = parsed(self.text)
-        return found if isinstance(found, dict) else {}
-
-
-class Choice:
-    """One choice of an answer, as far as it came: a plain reply is a stream that was waited for."""
-
-    def __init__(self, *events: Text | Thought | ToolResult | ChoiceEnd) -> None:
-        self.blocks: list[Block] = []
-        self.results: list[ToolResult] = []
-        self.logprobs: list[TokenLogprob] = []
-        self.end: ChoiceEnd | None = None
-        self.finish_reason: str | None = None
-        for event in events:
-            self.add(event)
-
-    def add(self, event: Text | Thought | CallBegan | CallArguments | ToolResult | ChoiceEnd, words: bool = True) -> None:
-        """Takes an event; without `words` neither text nor log probabilities, of which a stream may tell megabytes."""
-        if isinstance(event, (Text, Thought)):
-            kind = "text" if isinstance(event, Text) else "thought"
-            if event.text and not (self.blocks and self.blocks[-1].kind == kind):
-                self.blocks.append(Block(kind, len(self.blocks)))
-            if words:
-                self.logprobs += event.logprobs
-            if words and event.text:
-                self.blocks[-1].parts.append(event.text)
-        elif isinstance(event, CallBegan):
-            self.blocks.append(Block("call", len(self.blocks), event.id, event.name))
-        elif isinstance(event, CallArguments):
-            self.calls[event.number].parts.append(event.text)
-        elif isinstance(event, ToolResult):
-            self.results.append(event)
-        else:
-            self.end, self.finish_reason = event, event.finish_reason
-
-    def said(self, kind: str = "text") -> str:
-        """All text, or all thoughts."""
-        return "".join([part for block in self.blocks if block.kind == kind for part in block.parts])
-
-    @property
-    def calls(self) -> list[Block]:
-        return [block for block in self.blocks if block.kind == "call"]
-
-
 Chunks = Iterator[dict[str, Any]]
 
 
-class Dialect:
-    """One request in one API's shapes. A dialect knows nothing of connections: it makes documents, an Exchange sends them."""
+class Dialect(Reply):
+    """One request in one API's shapes, and its answer: makes documents, which an Exchange sends. Knows nothing of connections."""
 
-    max_body: ClassVar[int] = MAX_BODY  # bytes; more where pictures come
+    max_body: ClassVar[int] = MAX_PICTURED_BODY  # bytes
     streamed_errors: ClassVar[frozenset[str]] = frozenset()  # codes sent as events even before the stream began
     api = "shimmy"  # whose API this is: a key of ERROR_SHAPES
     streams: ClassVar[bool | None] = False  # unless told otherwise; None: never
     recalls: ClassVar[bool] = False  # whether a stream's last document tells all of it again
+    unserved: ClassVar[dict[str, tuple[Any, ...]]] = {}  # fields that are known, not served: why, and values that are fine
 
     read: Callable[[Mapping[str, Any]], Any]  # the request a body asks for: what `events` gives to the service
     chunks: Callable[[Event], Chunks]  # a stream's documents for one event
@@ -8904,37 +8922,21 @@ class Dialect:
 
     def __init__(self, body: Mapping[str, Any]) -> None:
         """Reads the body. Raises InvalidRequest naming the field at fault."""
+        for name, (why, *fine) in self.unserved.items():
+            ensure(body.get(name) in (None, *fine), name, f"{name}: {_said(body.get(name))} is not served here: {why}")
         self.id, self.created = os.urandom(12).hex(), int(time.time())
         self.stream = self.streams is not None and flag(body, "stream", self.streams)
         self.request = self.read(body)
-        self.model = self.request.model  # as the request has it, until Queued tells the real id
-        self.prompt_tokens = 0  # as Queued tells them
         self.owner = ""  # cache owner; set by the transport
-        self.usage: Any = None  # Usage, once it came
-        self.first: float | None = None  # when its first words came (monotonic seconds)
-        self.choices: dict[int, Choice] = defaultdict(Choice)
-        self.rows: tuple[bytes, ...] = ()  # of an Embed job
+        super().__init__(self.request.model)
 
     def events(self, service: Service, cancel: Cancellation) -> Iterator[Event]:
         """Asks the service; for the errors this raises see there."""
         return service.generate(replace(self.request, owner=self.owner), cancel)
 
-    def note(self, event: Event) -> None:
-        """Remembers what came."""
-        if isinstance(event, Queued):
-            self.model, self.prompt_tokens = event.model, event.prompt_tokens
-        elif isinstance(event, Usage):
-            self.usage = event
-        elif isinstance(event, Vectors):
-            self.rows = event.rows
-        elif isinstance(event, (Text, Thought, CallBegan, CallArguments, ToolResult, ChoiceEnd)):
-            self.choices[event.index].add(event, self.recalls or not self.stream)
-        if self.first is None and isinstance(event, (Text, Thought, CallBegan)):
-            self.first = time.monotonic()
-
     def documents(self, event: Event) -> Chunks:
         """Turns an event into documents: a stream's chunks, or one document at the end."""
-        self.note(event)
+        self.note(event, self.recalls or not self.stream)
         if isinstance(event, (Text, Thought)) and not event.text and not event.logprobs:
             return
         if self.stream:
@@ -8953,8 +8955,6 @@ class Dialect:
 
 class Native(Dialect):
     """`/api/generate`, the documented API."""
-
-    max_body = MAX_PICTURED_BODY
 
     def read(self, body: Mapping[str, Any]) -> GenerateRequest:
         """Model and prompt (or messages, or a system text) are required."""
@@ -8987,8 +8987,13 @@ class Native(Dialect):
             yield {"choices": [end], "usage": event.document()}
 
     def document(self) -> dict[str, Any]:
-        choices = [{"text": c.said(), "index": i, "finish_reason": c.finish_reason} for i, c in sorted(self.choices.items())]
-        return {"choices": choices, "usage": self.usage.document()}
+        return self.whole(self)
+
+    @staticmethod
+    def whole(reply: Reply) -> dict[str, Any]:
+        """The whole answer."""
+        choice = {"text": reply.choices[0].said(), "index": 0, "finish_reason": reply.choices[0].finish_reason}
+        return {"choices": [choice], "usage": reply.usage.document()}
 
 
 class NativeSocket(Native):
@@ -9052,25 +9057,22 @@ def read_template_args(body: Mapping[str, Any], where: str, effort: Any, **own: 
     return args | own | optional(body, "chat_template_kwargs", an_object, {})
 
 
-UNBUILT: dict[str, tuple[Any, ...]] = {  # fields of OpenAI's and vLLM's that are known here but not served, but for these values
-    "functions": ([],), "function_call": ("none", "auto"), "modalities": (["text"],), "audio": (),
-    "prediction": (), "web_search_options": (), "images": ([],), "multimodal_data": ([],),  # these go into messages
-}  # fmt: skip
-
-
 class OpenAI(Dialect):
     """Base of OpenAI's two text routes."""
 
     api = "openai"
+    unserved = {  # vLLM's too
+        **dict.fromkeys(("functions", "function_call"), ("say tools and tool_choice", [], "none", "auto")),
+        **dict.fromkeys(("modalities", "audio"), ("models here write text", ["text"])),
+        **dict.fromkeys(("images", "multimodal_data"), ("pictures go into messages", [])),
+        "prediction": ("leave it out",), "web_search_options": ("nothing is searched",),
+    }  # fmt: skip
     prefix = object_name = chunk_name = ""
     shown: Callable[[int, Choice, bool], dict[str, Any]]  # a choice: whole, or what is new of it
 
     def common(self, body: Mapping[str, Any], logprobs: int | None) -> GenerateRequest:
-        """The fields both routes read alike. A known one that is not served is refused, not ignored."""
+        """The fields both routes read alike."""
         self._include_usage = flag(optional(body, "stream_options", Item, {}), "include_usage")
-        for name, fine in UNBUILT.items():
-            if body.get(name) is not None and body[name] not in fine:
-                raise InvalidRequest(f"{name}: {_said(body[name])} is not supported here", name)
         limit = first_given(body, token_limit, "max_completion_tokens", "max_tokens", "n_predict")  # the last is llama-server's
         return GenerateRequest(
             model=optional(body, "model", a_string, "default"),
@@ -9117,7 +9119,6 @@ def shown_logprobs(tokens: Seq[TokenLogprob]) -> list[dict[str, Any]]:
 class ChatCompletion(OpenAI):
     """`/v1/chat/completions`."""
 
-    max_body = MAX_PICTURED_BODY
     prefix, object_name, chunk_name = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
     def read(self, body: Mapping[str, Any]) -> GenerateRequest:
@@ -9147,10 +9148,9 @@ class ChatCompletion(OpenAI):
         if isinstance(event, Queued):
             for index in range(self.request.n):
                 yield self._delta(index, {"role": "assistant", "content": "", "refusal": None})
-        elif isinstance(event, CallBegan):
-            yield self._delta(event.index, {"tool_calls": [{"index": event.number} | a_call(event.id, event.name, "")]})
-        elif isinstance(event, CallArguments):
-            yield self._delta(event.index, {"tool_calls": [{"index": event.number, "function": {"arguments": event.text}}]})
+        elif isinstance(event, (CallBegan, CallArguments)):
+            call = a_call(event.id, event.name, "") if isinstance(event, CallBegan) else {"function": {"arguments": event.text}}
+            yield self._delta(event.index, {"tool_calls": [{"index": event.number} | call]})
         yield from super().chunks(event)
 
     def _delta(self, index: int, delta: dict[str, Any]) -> dict[str, Any]:
@@ -9179,6 +9179,7 @@ class ChatCompletion(OpenAI):
 class Completion(OpenAI):
     """`/v1/completions`."""
 
+    max_body = MAX_BODY
     prefix, object_name, chunk_name = "cmpl", "text_completion", "text_completion"
 
     def read(self, body: Mapping[str, Any]) -> GenerateRequest:
@@ -9230,6 +9231,7 @@ class Completion(OpenAI):
 class Embeddings(Dialect):
     """`/v1/embeddings`, OpenAI's."""
 
+    max_body = MAX_BODY
     api = "openai"
     streams = None
 
@@ -9241,9 +9243,6 @@ class Embeddings(Dialect):
             inputs=read_texts("input", texts, MAX_INPUTS, may_be_empty=False),
             dimensions=optional(body, "dimensions", whole(1)),
         )
-
-    def events(self, service: Service, cancel: Cancellation) -> Iterator[Event]:
-        return service.embed(self.request, cancel)
 
     def document(self) -> dict[str, Any]:
         usage = {"prompt_tokens": self.usage.prompt_tokens, "total_tokens": self.usage.prompt_tokens}
@@ -9306,8 +9305,8 @@ class BlockDialect(Dialect):
     more: Callable[[Block, str], Chunks]  # some more of a block
     closed: Callable[[Block], Chunks]  # ends a block
 
-    def note(self, event: Event) -> None:
-        super().note(event)
+    def note(self, event: Event, words: bool = True) -> None:
+        super().note(event, words)
         if isinstance(event, ChoiceEnd) and not self.choices[0].blocks:
             self.choices[0].blocks.append(Block("text"))  # clients look at the first block without asking whether there is one
 
@@ -9396,7 +9395,6 @@ def claude_part(block: Item) -> Item:
 class Messages(BlockDialect):
     """`/v1/messages`, Anthropic's."""
 
-    max_body = MAX_PICTURED_BODY
     api = "anthropic"
     REASONS: ClassVar = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
     DELTAS: ClassVar = {"text": ("text_delta", "text"), "thought": ("thinking_delta", "thinking"),
@@ -9472,7 +9470,7 @@ class Messages(BlockDialect):
 
     def _usage(self) -> dict[str, int]:
         """Tokens: this API counts cached ones by themselves."""
-        usage = self.usage or Usage(self.prompt_tokens, 0, 0, 0, 0)
+        usage = self.usage or Usage(self.prompt_tokens)
         return {"input_tokens": usage.prompt_tokens - usage.cached_tokens, "cache_creation_input_tokens": 0,
                 "cache_read_input_tokens": usage.cached_tokens, "output_tokens": usage.completion_tokens}  # fmt: skip
 
@@ -9590,8 +9588,10 @@ def without_oldest(messages: tuple[dict[str, Any], ...], sizes: tuple[int, ...])
 class Responses(BlockDialect):
     """`/v1/responses`, OpenAI's; keeps no state."""
 
-    max_body = MAX_PICTURED_BODY
     api, recalls = "openai", True
+    unserved = {"top_logprobs": ("/v1/chat/completions tells them", 0), **dict.fromkeys(
+        ("previous_response_id", "conversation", "prompt", "background"),
+        ("no state is kept, send the whole conversation as input", "", False, {}))}  # fmt: skip
     streamed_errors = frozenset({"context_length_exceeded"})  # Codex looks for it among the events only, and compacts
     ECHOED: ClassVar[dict[str, Any]] = {  # what a response repeats of its request
         "instructions": None, "max_output_tokens": None, "max_tool_calls": None, "metadata": {}, "parallel_tool_calls": True,
@@ -9610,9 +9610,6 @@ class Responses(BlockDialect):
         self._fixed = {"id": f"resp_{self.id}", "object": "response", "created_at": self.created}
         self._fixed |= {name: given(body, name, default) for name, default in self.ECHOED.items()}
         self._sent = 0  # events
-        for name in ("previous_response_id", "conversation", "prompt", "background", "top_logprobs"):
-            why = ": no state is kept here, send the whole conversation as input" if name != "top_logprobs" else " here"
-            ensure(not body.get(name), name, f"{name} is not served{why}")
         self._truncates = optional(body, "truncation", one_of("auto", "disabled")) == "auto"
         self._input = ResponseInput(body)
         optional(body, "text", an_object)
@@ -9777,59 +9774,28 @@ def ollama_engine(body: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-class OllamaRoute(Dialect):
-    """Base of Ollama's routes: keep_alive, times, and loading by a request without a question."""
-
-    api = "ollama"
-
-    def common(self, body: Mapping[str, Any]) -> dict[str, Any]:
-        """The fields that all its requests have."""
-        self._began = self._ready = time.monotonic()
-        self._keep = optional(body, "keep_alive", duration)
-        return {"model": required(body, "model", "the name of a model, or default", a_string), "engine": ollama_engine(body)}
-
-    def events(self, service: Service, cancel: Cancellation) -> Iterator[Event]:
-        """Without a question the model is only loaded, or let go. Behind the answer it stays as long as keep_alive says."""
-        asks = any(getattr(self.request, name, None) for name in ("prompts", "messages", "infill", "inputs"))
-        try:
-            for event in super().events(service, cancel) if asks else self._loads(service, cancel):
-                if isinstance(event, Queued):
-                    self._ready = time.monotonic()
-                elif isinstance(event, Usage):  # the client may ask as soon as it has the last one
-                    self._stay(service)
-                yield event
-        finally:
-            self._stay(service)
-
-    def _stay(self, service: Service) -> None:
-        if self._keep is not None:
-            service.table.keep(self.model, self._keep)
-
-    def _loads(self, service: Service, cancel: Cancellation) -> Iterator[Event]:
-        if self._keep == 0:
-            yield Queued(service.table.resolve(self.request.model))
-        else:
-            use = "embed" if isinstance(self.request, EmbedRequest) else "generate"
-            yield from service.load(self.request.model, use, cancel, self.request.engine)
-        yield ChoiceEnd(0, "unload" if self._keep == 0 else "load")
-        yield Usage(0, 0, 0, 0.0, 0.0)
-
-    def times(self) -> dict[str, int]:
-        """Durations in nanoseconds."""
-        now = time.monotonic()
-        return {"total_duration": int((now - self._began) * 1e9), "load_duration": int((self._ready - self._began) * 1e9)}
+def ollama_common(body: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that all of Ollama's requests have."""
+    return {"model": required(body, "model", "the name of a model, or default", a_string), "engine": ollama_engine(body),
+            "keep": optional(body, "keep_alive", duration)}  # fmt: skip
 
 
-class Ollama(OllamaRoute):
+def ollama_times(reply: Reply) -> dict[str, int]:
+    """Durations in nanoseconds."""
+    total, load = time.monotonic() - reply.began, reply.queued - reply.began
+    return {"total_duration": int(total * 1e9), "load_duration": int(load * 1e9)}
+
+
+class Ollama(Dialect):
     """Base of Ollama's two text routes."""
 
-    max_body = MAX_PICTURED_BODY
+    api = "ollama"
     streams = True
 
     def read(self, body: Mapping[str, Any]) -> GenerateRequest:
         think = body.get("think")
         args = {"enable_thinking": think} if isinstance(think, bool) else read_template_args({}, "think", think)
-        return GenerateRequest(**self.common(body), sampling=ollama_sampling(body), template_args=args)
+        return GenerateRequest(**ollama_common(body), sampling=ollama_sampling(body), template_args=args)
 
     def said(self, text: str, more: dict[str, Any]) -> dict[str, Any]:
         """The model's words in this route's fields."""
@@ -9863,7 +9829,7 @@ class Ollama(OllamaRoute):
         """The last document's reason, counts and durations."""
         reason, usage = self.choices[0].finish_reason, self.usage
         return {
-            "done_reason": reason if reason in ("length", "load", "unload") else "stop", **self.times(),
+            "done_reason": reason if reason in ("length", "load", "unload") else "stop", **ollama_times(self),
             "prompt_eval_count": usage.prompt_tokens, "prompt_eval_cached_count": usage.cached_tokens,
             "prompt_eval_duration": int(usage.prompt_seconds * 1e9),
             "eval_count": usage.completion_tokens, "eval_duration": int(usage.decode_seconds * 1e9),
@@ -9896,13 +9862,13 @@ class OllamaChat(Ollama):
 class OllamaGenerate(Ollama):
     """`/api/generate` as Ollama has it: a prompt becomes a chat of one turn, unless it is raw or has a suffix."""
 
+    unserved = {"template": ("the model's own is used, or none with raw", ""),
+                "context": ("send the conversation as messages to /api/chat", [])}  # fmt: skip
+
     def read(self, body: Mapping[str, Any]) -> GenerateRequest:
         request, prompt = super().read(body), optional(body, "prompt", a_string, "")
         system, suffix, raw = optional(body, "system", a_string), optional(body, "suffix", a_string), flag(body, "raw")
-        images, asked = read_images(body), optional(body, "template", a_string)
-        ensure(not asked, "template", "template is not served: the model's own is used, or none with raw")
-        asked = optional(body, "context", a_list)
-        ensure(not asked, "context", "context is not served: send the conversation as messages to /api/chat")
+        images = read_images(body)
         ensure(not (raw and system), "system", "system needs the model's template, which raw leaves out")
         ensure(not (suffix and images), "images", "images: a gap is filled by text alone; leave out suffix or images")
         if suffix:
@@ -9914,13 +9880,15 @@ class OllamaGenerate(Ollama):
         return replace(request, messages=(*turns, {"role": "user", "content": content}), split_markers=True)
 
 
-class OllamaEmbed(OllamaRoute, Embeddings):
+class OllamaEmbed(Embeddings):
     """`/api/embed`. What is too long is cut unless `truncate` is false; without an input the model is only loaded."""
+
+    api = "ollama"
 
     def read(self, body: Mapping[str, Any]) -> EmbedRequest:
         texts = body.get("input")
         return EmbedRequest(
-            **self.common(body),
+            **ollama_common(body),
             inputs=() if texts in (None, "", []) else read_texts("input", texts, MAX_INPUTS),
             dimensions=optional(body, "dimensions", whole(1)),
             truncate=flag(body, "truncate", True),
@@ -9928,7 +9896,7 @@ class OllamaEmbed(OllamaRoute, Embeddings):
 
     def document(self) -> dict[str, Any]:
         vectors, count = [numbers(row) for row in self.rows], self.usage.prompt_tokens
-        return {"model": self.request.model, "embeddings": vectors, **self.times(), "prompt_eval_count": count}
+        return {"model": self.request.model, "embeddings": vectors, **ollama_times(self), "prompt_eval_count": count}
 
 
 class OllamaEmbedding(OllamaEmbed):
@@ -9944,6 +9912,7 @@ class OllamaEmbedding(OllamaEmbed):
 class OllamaPull(Dialect):
     """`/api/pull`, of a hub's repositories: hf.co/OWNER/REPO:QUANT, as Ollama's users write it."""
 
+    max_body = MAX_BODY
     api = "ollama"
     EVENT_SECONDS = 0.1  # between documents about one file
     streams = True
@@ -9969,7 +9938,7 @@ class OllamaPull(Dialect):
             yield from pull.run(plan)
         finally:
             self.places.release()
-        service.table.models(0.0)
+        service.table.listed(0.0)
         yield Fetching("success")
 
     def documents(self, event: Event) -> Chunks:
@@ -9991,105 +9960,98 @@ def header_metadata(path: str, size: int, mtime_ns: int) -> Mapping[str, Any]:
     return read_gguf_header(path).metadata
 
 
-def model_metadata(info: ModelInfo) -> Mapping[str, Any]:
-    """The metadata of the model's header: untrusted, but read within bounds; none if it cannot be read."""
-    try:
-        found = os.stat(info.path)
-        return header_metadata(info.path, found.st_size, found.st_mtime_ns)
-    except (GgufError, OSError, struct.error, ValueError, TypeError, ArithmeticError, MemoryError):  # damage of any kind
-        return {}
-
-
 def parameter_number(words: str | None) -> int | None:
     """1.5B as 1,500,000,000; None where the words are another way to count (8x7B)."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)([KMBT]?)", words or "")
     return int(float(found[1]) * {"": 1, "K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}[found[2]]) if found else None
 
 
-def worker_of(service: Service, info: ModelInfo) -> Worker | None:
-    """The model as it is loaded, if it is."""
-    return next((worker for worker in service.table.workers() if worker.info.id == info.id), None)
+class ModelCard:
+    """A model as clients are told of it: what its header says, and how it is loaded. Nothing is loaded for it."""
 
+    def __init__(self, service: Service, info: ModelInfo) -> None:
+        self._service, self.info, self.parameters = service, info, parameter_number(info.parameter_count)
+        self.worker = next((worker for worker in service.table.workers() if worker.info.id == info.id), None)
+        own = info.context_length or 8192
+        # tokens that a request may have: as it is loaded, else as it would be where the memory is enough
+        self.context = self.worker.loaded.ctx if self.worker else min(service.settings.engine.ctx or min(own, 8192), own)
 
-def context_of(service: Service, info: ModelInfo) -> int:
-    """Tokens that a request to this model may have: as it is loaded, else as it would be where the memory is enough."""
-    own = info.context_length or 8192
-    worker = worker_of(service, info)
-    return worker.loaded.ctx if worker else min(service.settings.engine.ctx or min(own, 8192), own)
+    @functools.cached_property
+    def metadata(self) -> Mapping[str, Any]:
+        """The metadata of the header: untrusted, but read within bounds; none if it cannot be read."""
+        try:
+            found = os.stat(self.info.path)
+            return header_metadata(self.info.path, found.st_size, found.st_mtime_ns)
+        except (GgufError, OSError, struct.error, ValueError, TypeError, ArithmeticError, MemoryError):  # damage of any kind
+            return {}
 
+    @property
+    def template(self) -> str:
+        """The chat template in the file, "" without one."""
+        return str(self.metadata.get("tokenizer.chat_template") or "")
 
-def template_of(metadata: Mapping[str, Any]) -> str:
-    """The chat template in a model file, "" without one."""
-    return str(metadata.get("tokenizer.chat_template") or "")
+    def abilities(self) -> list[str]:
+        """In Ollama's words, read from the header; only a loaded model is sure to fill gaps."""
+        if self.info.embedding:
+            return ["embedding"]
+        fills = self.worker and "mid" in self.worker.loaded.chat.fim
+        can = {
+            "completion": True, "vision": self.info.projector is not None, "tools": re.search(r"\btools\b", self.template),
+            "thinking": re.search(r"enable_thinking|reasoning_content|<think>|thinking", self.template),
+            "insert": fills or "tokenizer.ggml.fim_mid_token_id" in self.metadata,
+        }  # fmt: skip
+        return [name for name, is_so in can.items() if is_so]
 
+    def tag(self) -> dict[str, Any]:
+        """As Ollama lists it, whose names have a tag. The digest stands for the file as it is, without reading it."""
+        import hashlib
 
-def ollama_model(info: ModelInfo) -> dict[str, Any]:
-    """A model in Ollama's lists, whose names have a tag. Its digest stands for the file as it is, without reading it."""
-    import hashlib
+        info, modified = self.info, 0
+        name = info.id if ":" in info.id else f"{info.id}:latest"
+        with contextlib.suppress(OSError):
+            modified = os.stat(info.path).st_mtime_ns
+        told = f"{info.path}\0{info.size_bytes}\0{modified}".encode("utf-8", "surrogateescape")
+        details = {"parent_model": "", "format": "gguf", "family": info.architecture, "families": [info.architecture],
+                   "parameter_size": info.parameter_count or "", "quantization_level": info.quantization or ""}  # fmt: skip
+        return {"name": name, "model": name, "modified_at": rfc3339(modified / 1e9), "size": info.size_bytes,
+                "digest": hashlib.sha256(told).hexdigest(), "details": details}  # fmt: skip
 
-    modified, name = 0, info.id if ":" in info.id else f"{info.id}:latest"
-    with contextlib.suppress(OSError):
-        modified = os.stat(info.path).st_mtime_ns
-    told = f"{info.path}\0{info.size_bytes}\0{modified}".encode("utf-8", "surrogateescape")
-    details = {"parent_model": "", "format": "gguf", "family": info.architecture, "families": [info.architecture],
-               "parameter_size": info.parameter_count or "", "quantization_level": info.quantization or ""}  # fmt: skip
-    return {"name": name, "model": name, "modified_at": rfc3339(modified / 1e9), "size": info.size_bytes,
-            "digest": hashlib.sha256(told).hexdigest(), "details": details}  # fmt: skip
+    def shown(self) -> dict[str, Any]:
+        """`/api/show`."""
+        info, listed = self.info, self.tag()
+        told: dict[str, Any] = {k: v for k, v in self.metadata.items() if k != "tokenizer.chat_template"
+                and (isinstance(v, (str, int)) or (isinstance(v, float) and math.isfinite(v)))}  # fmt: skip
+        more = {"general.parameter_count": self.parameters, f"{info.architecture}.context_length": info.context_length}
+        told |= {"general.architecture": info.architecture} | {name: value for name, value in more.items() if value}
+        told.setdefault("general.basename", info.name)
+        return {
+            "modelfile": f"FROM {os.path.basename(info.path)}\n", "parameters": "", "template": self.template,
+            "license": str(self.metadata.get("general.license") or ""), "modified_at": listed["modified_at"],
+            "details": listed["details"], "model_info": told, "capabilities": self.abilities(),
+        }  # fmt: skip
 
+    def listed(self) -> dict[str, Any]:
+        """`/v1/models`, for every client at once: OpenAI's fields, Anthropic's, vLLM's and llama-server's."""
+        info, began = self.info, int(self._service.started)
+        return {
+            "id": info.id, "object": "model", "created": began, "owned_by": "shimmy",
+            "type": "model", "display_name": info.name, "created_at": rfc3339(began),
+            "context_length": self.context, "max_model_len": self.context,
+            "meta": {"n_ctx": self.context, "n_ctx_train": info.context_length, "n_params": self.parameters,
+                     "size": info.size_bytes},
+            "architecture": {"input_modalities": ["text", *["image"] * bool(info.projector)], "output_modalities": ["text"]},
+        }  # fmt: skip
 
-def ollama_show(service: Service, info: ModelInfo) -> dict[str, Any]:
-    """The document of `/api/show`."""
-    metadata, listed, count = model_metadata(info), ollama_model(info), parameter_number(info.parameter_count)
-    told: dict[str, Any] = {k: v for k, v in metadata.items() if k != "tokenizer.chat_template"
-            and (isinstance(v, (str, int)) or (isinstance(v, float) and math.isfinite(v)))}  # fmt: skip
-    told |= {"general.architecture": info.architecture} | ({"general.parameter_count": count} if count else {})
-    told.setdefault("general.basename", info.name)
-    if info.context_length:
-        told[f"{info.architecture}.context_length"] = info.context_length
-    return {
-        "modelfile": f"FROM {os.path.basename(info.path)}\n", "parameters": "", "template": template_of(metadata),
-        "license": str(metadata.get("general.license") or ""), "modified_at": listed["modified_at"],
-        "details": listed["details"], "model_info": told, "capabilities": capabilities(info, metadata, worker_of(service, info)),
-    }  # fmt: skip
-
-
-def capabilities(info: ModelInfo, metadata: Mapping[str, Any], worker: Worker | None) -> list[str]:
-    """The model's abilities in Ollama's words, read from its header; only a loaded model is sure to fill gaps."""
-    if info.embedding:
-        return ["embedding"]
-    template = template_of(metadata)
-    fills = "tokenizer.ggml.fim_mid_token_id" in metadata or bool(worker and "mid" in worker.loaded.chat.fim)
-    thinks = re.search(r"enable_thinking|reasoning_content|<think>|thinking", template) is not None
-    can = {"completion": True, "vision": info.projector is not None, "tools": re.search(r"\btools\b", template) is not None,
-           "thinking": thinks, "insert": fills}  # fmt: skip
-    return [name for name, is_so in can.items() if is_so]
-
-
-def listed_model(service: Service, info: ModelInfo) -> dict[str, Any]:
-    """A model for every client at once: OpenAI's fields, Anthropic's, vLLM's and llama-server's."""
-    context, began = context_of(service, info), int(service.started)
-    return {
-        "id": info.id, "object": "model", "created": began, "owned_by": "shimmy",
-        "type": "model", "display_name": info.name, "created_at": rfc3339(began),
-        "context_length": context, "max_model_len": context,
-        "meta": {"n_ctx": context, "n_ctx_train": info.context_length, "n_params": parameter_number(info.parameter_count),
-                 "size": info.size_bytes},
-        "architecture": {"input_modalities": ["text", *["image"] * bool(info.projector)], "output_modalities": ["text"]},
-    }  # fmt: skip
-
-
-def model_properties(service: Service, info: ModelInfo) -> dict[str, Any]:
-    """llama-server's `/props`; nothing is loaded for it, and no directory is told."""
-    worker, metadata = worker_of(service, info), model_metadata(info)
-    tools = "tools" in capabilities(info, metadata, worker)
-    caps = {"supports_system_role": True} | {f"supports_{what}": tools for what in ("tools", "tool_calls", "parallel_tool_calls")}
-    return {
-        "default_generation_settings": {"n_ctx": context_of(service, info)}, "total_slots": service.settings.engine.parallel,
-        "model_alias": info.id, "model_path": os.path.basename(info.path), "chat_template": template_of(metadata),
-        "chat_template_caps": caps,
-        "modalities": {"vision": info.projector is not None, "audio": False}, "media_marker": media_marker(),
-        "build_info": f"shimmy-{__version__}", "is_sleeping": worker is None,
-    }  # fmt: skip
+    def properties(self) -> dict[str, Any]:
+        """llama-server's `/props`; no directory is told."""
+        tools = dict.fromkeys(("tools", "tool_calls", "parallel_tool_calls"), "tools" in self.abilities())
+        return {
+            "default_generation_settings": {"n_ctx": self.context}, "total_slots": self._service.settings.engine.parallel,
+            "model_alias": self.info.id, "model_path": os.path.basename(self.info.path), "chat_template": self.template,
+            "chat_template_caps": {"supports_system_role": True} | {f"supports_{what}": holds for what, holds in tools.items()},
+            "modalities": {"vision": self.info.projector is not None, "audio": False}, "media_marker": media_marker(),
+            "build_info": f"shimmy-{__version__}", "is_sleeping": self.worker is None,
+        }  # fmt: skip
 
 
 # llama-server's own API
@@ -10129,8 +10091,9 @@ ERROR_SHAPES: dict[str, Callable[[ApiError], dict[str, Any]]] = {  # by API
 class LlamaCompletion(Dialect):
     """`/completion`."""
 
-    max_body = MAX_PICTURED_BODY
     api = "llama-server"
+    unserved = {"post_sampling_probs": ("probabilities are those before sampling", False),
+                "multimodal_data": ("it is a field of prompt, beside its prompt_string", [])}  # fmt: skip
     OFF: ClassVar = {  # what turns a sampler off that `samplers` does not name; their order is always llama.cpp's own
         "penalties": {"repeat_penalty": 1, "presence_penalty": 0, "frequency_penalty": 0}, "dry": {"dry_multiplier": 0},
         "top_n_sigma": {"top_n_sigma": -1}, "top_k": {"top_k": 0}, "typ_p": {"typical_p": 1}, "top_p": {"top_p": 1},
@@ -10145,8 +10108,6 @@ class LlamaCompletion(Dialect):
         self._limit, self._with_tokens = optional(body, "n_predict", whole(-2)), flag(body, "return_tokens")
         self._count = optional(body, "n_probs", whole(0, 20), 0)
         optional(body, "n_cmpl", whole(1, 1))
-        ensure(not flag(body, "post_sampling_probs"), "post_sampling_probs",
-               "post_sampling_probs: probabilities here are those before sampling")  # fmt: skip
         own: dict[str, Any] = {}
         if self._limit is not None:  # 0: the prompt is read into the cache; what comes of it is not shown
             own["max_tokens"] = -1 if self._limit < 0 else self._limit or 1
@@ -10159,8 +10120,6 @@ class LlamaCompletion(Dialect):
     def asked(self, body: Mapping[str, Any]) -> dict[str, Any]:
         """The request's prompts, or its gap."""
         prompt = required(body, "prompt", "a string, token ids, or a list of these")
-        ensure(not body.get("multimodal_data"), "multimodal_data",
-               "multimodal_data is a field of prompt, beside its prompt_string")  # fmt: skip
         each = prompt if isinstance(prompt, list) else [prompt]
         if not any(isinstance(one, dict) for one in each):
             return {"prompts": read_texts("prompt", prompt, MAX_TEXTS)}
@@ -10750,17 +10709,13 @@ def answer_ready(call: Call) -> dict[str, Any]:
 
 
 def answer_health(call: Call) -> dict[str, Any]:
-    """The server's state, `?ready` as /ready; llama-server's older clients read the counts of slots."""
-    if "ready" in call.query:
-        return answer_ready(call)
-    workers = call.service.table.workers()
-    running, places = sum(w.counts()[0] for w in workers), sum(w.parallel for w in workers)
-    return call.service.health() | {"slots_idle": places - running, "slots_processing": running}
+    """The server's state, `?ready` as /ready."""
+    return answer_ready(call) if "ready" in call.query else call.service.health()
 
 
 def answer_discover(call: Call) -> dict[str, Any]:
     """Rescans the disk and lists what is there."""
-    models = call.service.table.models(0.0)
+    models = [document for _, document in call.service.table.listed(0.0)]
     return {"discovered": len(models), "models": models}
 
 
@@ -10785,7 +10740,7 @@ def answer_upgrade(call: Call) -> Answer:
 
 def answer_openai_models(call: Call) -> dict[str, Any]:
     """The same models for every client that reads a list: beside OpenAI's `data` Anthropic's page, which is the only one."""
-    data = [listed_model(call.service, info) for info in call.service.table.infos()]
+    data = [ModelCard(call.service, info).listed() for info in call.service.table.infos()]
     page = {"has_more": False, "first_id": data[0]["id"] if data else None, "last_id": data[-1]["id"] if data else None}
     return {"object": "list", "data": data, **page, **({"models": []} if "client_version" in call.query else {})}
 
@@ -10799,7 +10754,7 @@ def answer_ps(call: Call) -> dict[str, Any]:
     left = {s["model"]: s["left"] for s in call.service.table.statuses()}
     for r in call.service.table.workers():
         expires = time.time() + min(9.2e9, left.get(r.info.id, 0.0))
-        models.append({k: v for k, v in ollama_model(r.info).items() if k != "modified_at"} | {
+        models.append({k: v for k, v in ModelCard(call.service, r.info).tag().items() if k != "modified_at"} | {
             "size": r.memory_bytes() + r.loaded.gpu_bytes, "size_vram": r.loaded.gpu_bytes, "expires_at": rfc3339(expires),
             "context_length": r.loaded.ctx,
         })  # fmt: skip
@@ -10811,7 +10766,7 @@ def answer_show(call: Call) -> dict[str, Any]:
     name = first_given(call.body, a_string, "model", "name")
     if name is None:
         raise InvalidRequest("model is required: the name of a model, or default", "model")
-    return ollama_show(call.service, call.service.table.info(name))
+    return ModelCard(call.service, call.service.table.info(name)).shown()
 
 
 def answer_slots(call: Call) -> list[dict[str, Any]]:
@@ -10937,10 +10892,11 @@ ROUTES: tuple[Route, ...] = (
         "input_tokens": call.service.count_tokens(Messages(call.body).request, call.cancel)}),
     _route("POST /v1/responses", Responses, framing=NAMED_SSE),
     _route("GET /v1/models", answer_openai_models, api="openai"),
-    _route("GET /v1/models/{}", api="openai", answer=lambda call: listed_model(
-        call.service, call.service.table.info(call.names[0]))),
+    _route("GET /v1/models/{}", api="openai", answer=lambda call: ModelCard(
+        call.service, call.service.table.info(call.names[0])).listed()),
     _route("GET /api/version", lambda call: {"version": OLLAMA_VERSION}, api="ollama"),  # clients compare it
-    _route("GET /api/tags", lambda call: {"models": list(map(ollama_model, call.service.table.infos()))}, api="ollama"),
+    _route("GET /api/tags", api="ollama", answer=lambda call: {
+        "models": [ModelCard(call.service, info).tag() for info in call.service.table.infos()]}),
     _route("GET /api/ps", answer_ps, api="ollama"),
     _route("POST /api/show", answer_show, needs_body=True, api="ollama"),
     _route("POST /api/pull", OllamaPull, framing=NDJSON),
@@ -10952,8 +10908,8 @@ ROUTES: tuple[Route, ...] = (
     _route("POST /tokenize", answer_tokenize, needs_body=True, api="llama-server"),
     _route("POST /detokenize", answer_detokenize, needs_body=True, api="llama-server"),
     _route("POST /apply-template", needs_body=True, api="llama-server", max_body=MAX_PICTURED_BODY, answer=answer_template),
-    _route("GET /props", api="llama-server", answer=lambda call: model_properties(
-        call.service, call.service.table.info(call.query.get("model") or "default"))),
+    _route("GET /props", api="llama-server", answer=lambda call: ModelCard(
+        call.service, call.service.table.info(call.query.get("model") or "default")).properties()),
     _route("GET /slots", answer_slots, api="llama-server"),
     _route("GET /v1/health", lambda call: answer_health(call) | {"status": "ok"}, api="llama-server", keyless=True),
 )  # fmt: skip
@@ -12026,30 +11982,23 @@ def is_path(model: str | None) -> bool:
 # SIGINT (a shell shows 130), so that a loop around us stops too.
 
 
-class StopSignals:
-    """SIGINT, SIGTERM and SIGHUP ask `serve` to stop; a second one ends the process at once."""
+def stop_codes() -> queue.SimpleQueue[int]:
+    """Where SIGINT, SIGTERM and SIGHUP put the exit code of `serve`; a second one ends the process at once."""
+    codes, asked = queue.SimpleQueue[int](), False  # any thread may put, amid whatever code
 
-    def __init__(self) -> None:
-        self.asked = False
-        self._codes: queue.SimpleQueue[int] = queue.SimpleQueue()
-        self.stop = self._codes.put  # ends `wait` with an exit code, from any thread and amid whatever code
-        for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK"):
-            number = getattr(signal, name, None)
-            if number is None or (name in ("SIGINT", "SIGHUP") and signal.getsignal(number) is signal.SIG_IGN):
-                continue  # ignored by who started us: a shell's background job, nohup
-            signal.signal(number, self._handle)
-
-    def _handle(self, *_: Any) -> None:
-        if self.asked:
+    def handle(*_: Any) -> None:
+        nonlocal asked
+        if asked:
             os._exit(0)
-        self.asked = True
-        self.stop(0)
+        asked = True
+        codes.put(0)
 
-    def wait(self) -> int:
-        """Blocks until a signal or `stop`; returns the exit code."""
-        while True:
-            with contextlib.suppress(queue.Empty):
-                return self._codes.get(timeout=1.0)  # Windows runs signal handlers between waits only
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK"):
+        number = getattr(signal, name, None)
+        if number is None or (name in ("SIGINT", "SIGHUP") and signal.getsignal(number) is signal.SIG_IGN):
+            continue  # ignored by who started us: a shell's background job, nohup
+        signal.signal(number, handle)
+    return codes
 
 
 STARTING = "The server is starting"
@@ -12059,7 +12008,7 @@ def command_serve(args: argparse.Namespace) -> int:
     """Listens, then waits for a signal; models load on demand. Exits with 2 if a name in a flag means no model."""
     check_packages()
     args.model = fetch_named(args.model)
-    signals = StopSignals()
+    codes, code = stop_codes(), None
     address = listen_address(args)
     access, tools = serve_rights(args, address[0])
     for directory in args.models_dir:
@@ -12077,9 +12026,11 @@ def command_serve(args: argparse.Namespace) -> int:
     threading.Thread(target=service.faults.kernels, name="kernels", daemon=True).start()  # before the first load asks
     if args.open:
         threading.Thread(target=open_page, args=(server.url,), name="browser", daemon=True).start()
-    threading.Thread(target=_after_scan, args=(args, service, signals, server.url), name="names", daemon=True).start()
+    threading.Thread(target=_after_scan, args=(args, service, codes, server.url), name="names", daemon=True).start()
     with WaitingLine(lambda: ", ".join(loading_stage(s) for s in service.table.statuses() if s["status"] == "loading")):
-        code = signals.wait()
+        while code is None:
+            with contextlib.suppress(queue.Empty):
+                code = codes.get(timeout=1.0)  # Windows runs signal handlers between waits only
     if not code:
         busy = [(s["model"], s["requests_running"] + s["requests_waiting"]) for s in service.table.statuses()]
         who = ", ".join(f"{printable(model)} ({requests})" for model, requests in busy if requests)
@@ -12116,21 +12067,21 @@ def checked_key(setting: str, words: str) -> str:
     return key
 
 
-def _after_scan(args: argparse.Namespace, service: Service, signals: StopSignals, url: str) -> None:
+def _after_scan(args: argparse.Namespace, service: Service, codes: queue.SimpleQueue[int], url: str) -> None:
     """When the first scan is over: stops the server if a named model is not there, else tells what is there, preloads."""
     names = None
     while not names:
         with contextlib.suppress(Overloaded):  # a slow disk's first scan, which another thread makes
             names = service.table.names()
     lost = list(names.unresolved(service.table.catalog))
-    if signals.asked:
+    if SHUTTING_DOWN in service.unready:
         return
     for setting, value, why in lost:
         named = "SHIMMY_BASE_GGUF" if setting == "--model" and not args.model else setting
         value = f"{named}={value}" if setting.startswith("--alias") else f"{named} {value}"
         print(f"shimmy serve: error: {printable(value)}: no such model{why}", file=sys.stderr)
     if lost:
-        signals.stop(2)
+        codes.put(2)
         return
     ids = [model.id for model in service.table.infos()]
     wanted = [id for id in ids for preset in service.settings.presets if preset.preload and preset.means(id)]
@@ -12186,12 +12137,13 @@ def print_rows(rows: Iterable[tuple[str, Any]], stream: IO[str] | None = None) -
 def command_list(args: argparse.Namespace) -> int:
     """Shows the models on this machine."""
     service = make_service(args)
-    service.table.models(0.0)
-    report, found = service.table.catalog.report, service.table.infos()
+    listed = service.table.listed(0.0)
+    report, found = service.table.catalog.report, [info for info, _ in listed]
     if args.json:
-        more = {m.id: {"path": m.path, "source": m.source, "projector": m.projector, "fits": fits_memory(m.weights_bytes),
-                       "largest_context": m.largest_context("f16")} for m in found}  # fmt: skip
-        models = [m | more[m["id"]] for m in service.table.models() if m["id"] in more]
+        models = [
+            document | {"path": m.path, "source": m.source, "projector": m.projector, "fits": fits_memory(m.weights_bytes),
+                        "largest_context": m.largest_context("f16")} for m, document in listed
+        ]  # fmt: skip
         print_json({"models": models, "skipped": list(report.skipped), "directories": list(report.directories)})
     elif args.short:
         for model in found:
@@ -12476,13 +12428,11 @@ def probe(service: Service, name: str) -> dict[str, Any]:
             "model": name, "path": worker.info.path, "load_seconds": round(worker.load_seconds, 3),
             "memory_bytes": worker.memory_bytes(), "available_bytes": available_memory(),
             "weights_bytes": info.weights_bytes, "kv_bytes_per_token": kv.token_bytes(engine.kv_type),
-            "state_bytes_per_sequence": kv.state_bytes(1), "parallel": worker.parallel,
-            "context_length": worker.loaded.ctx, "largest_context": most,
-            "devices": worker.loaded.devices, "fallback": worker.setup.rung.words(),
+            "state_bytes_per_sequence": kv.state_bytes(1), "largest_context": most,
             "prompt_tokens": usage.prompt_tokens, "completion_tokens": usage.completion_tokens,
             "prompt_tokens_per_second": round(usage.prompt_tokens / max(usage.prompt_seconds, 1e-9), 1),
             "generated_tokens_per_second": alone, "generated_tokens_per_second_together": together,
-        }  # fmt: skip
+        } | worker.settings()  # fmt: skip
 
 
 # completion
@@ -12572,7 +12522,7 @@ class Neighbour:
 def command_diag(args: argparse.Namespace) -> int:
     """Shows what a report of a problem should contain: of a server its health, and if it takes our key."""
     service = make_service(args)
-    service.table.models(0.0)
+    service.table.listed(0.0)
     server = Neighbour(args)
     state: dict[str, Any] = {"running": False, "url": server.url}
     with contextlib.suppress(OSError, http.client.HTTPException, ValueError):
@@ -12637,9 +12587,6 @@ class NoServer(Exception):
 class OwnEngine:
     """Generates with an engine that lives as long as the command."""
 
-    reading = ""  # what the request waits for since it passed its checks
-    cached_tokens = 0  # of the last prompt
-
     def __init__(self, args: argparse.Namespace) -> None:
         """Finds the model; `warm` or the first answer loads it. Raises ImportError, ModelNotFound, UsageError."""
         check_packages()
@@ -12662,23 +12609,13 @@ class OwnEngine:
         """The model's status, as the status route tells it."""
         return self._service.table.status(self.model)
 
-    def documents(self, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        """The documents of a stream that a body of /api/generate asks for. Raises ApiError."""
-        dialect = Native(body | {"stream": True})
-        with contextlib.closing(dialect.events(self._service, Cancellation())) as events:  # type: ignore[type-var]
-            for event in events:
-                if isinstance(event, Queued):
-                    self.reading = f"reading {event.prompt_tokens:,} tokens" if event.prompt_tokens else READING
-                elif isinstance(event, Usage):
-                    self.cached_tokens = event.cached_tokens
-                yield from dialect.documents(event)
+    def events(self, body: dict[str, Any]) -> Iterator[Event]:
+        """The events that a body of /api/generate asks for. Raises ApiError."""
+        return Native(body).events(self._service, Cancellation())
 
 
 class RunningServer(Neighbour):
     """Generates with the server at the configured address."""
-
-    reading = ""
-    cached_tokens = 0  # not told
 
     def __init__(self, args: argparse.Namespace) -> None:
         """Has the server resolve the model's name. Raises NoServer; ApiError when the server refuses the key."""
@@ -12724,12 +12661,13 @@ class RunningServer(Neighbour):
     def status(self) -> dict[str, Any]:
         return self._ask(f"/api/models/{urllib.parse.quote(self.model, safe='', errors='surrogateescape')}/status")
 
-    def documents(self, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    def events(self, body: dict[str, Any]) -> Iterator[Event]:
+        """The same events, as far as the stream's documents tell them."""
         try:
             with self.request("POST", "/api/generate", to_json(body | {"stream": True})) as response:
                 if response.status != 200:
                     raise self._error(json.loads(response.read(MAX_BODY)))
-                self.reading = READING
+                yield Queued(self.model)
                 for line in response:
                     if line.startswith(b"data: [DONE]"):
                         return
@@ -12737,7 +12675,11 @@ class RunningServer(Neighbour):
                         document = json.loads(line[6:])
                         if "error" in document:
                             raise self._error(document)
-                        yield document
+                        (choice,) = document["choices"]
+                        yield Text(0, choice["text"])
+                        if usage := document.get("usage"):
+                            yield ChoiceEnd(0, choice["finish_reason"])
+                            yield Usage(usage["prompt_tokens"], usage["completion_tokens"])
                 raise GenerationFailed("The server closed the connection in mid-answer")
         except (OSError, http.client.HTTPException) as error:
             raise GenerationFailed(f"The connection to the server at {self.url} broke: {error}") from None
@@ -12746,7 +12688,6 @@ class RunningServer(Neighbour):
 
 
 TextSource = OwnEngine | RunningServer
-READING = "reading the prompt"
 
 
 def named_model(args: argparse.Namespace) -> tuple[str, int | None]:
@@ -12790,50 +12731,34 @@ def command_generate(args: argparse.Namespace) -> int:
             return converse(args, source, {"max_tokens": -1} | sampling)  # an answer ends where the model ends it
         if args.lines:
             return generate_lines(args, source, sampling)
-        answer = Collected(source, generate_body(args, source, read_prompt(args), sampling))
-        with waiting_line(source) as line:
+        reply, body = Reply(), generate_body(args, source, read_prompt(args), sampling)
+        with waiting_line(source, reply) as line:
             if args.json:
-                document = answer.document()
+                document = generated(source, body, reply)
                 line.clear()
                 print_json(document)
             else:
-                print_answer(answer, line, args.raw)
-    answer.report_speed()
-    return report_cut(args, answer.last, sampling.get("max_tokens", NATIVE_DEFAULTS["max_tokens"]))
+                print_answer(pieces(source, body, reply), line, args.raw)
+    return report(args, reply, sampling.get("max_tokens", NATIVE_DEFAULTS["max_tokens"]))
 
 
-class Collected:
-    """An answer as its stream's documents come: its text so far, its last document, and when its first words came."""
+def pieces(source: TextSource, body: dict[str, Any], reply: Reply) -> Iterator[str]:
+    """The pieces of text, as they come into the reply. Raises ApiError, whose message names flags."""
+    try:
+        with contextlib.closing(source.events(body)) as events:  # type: ignore[type-var]
+            for event in events:
+                reply.note(event)
+                if isinstance(event, Text) and event.text:
+                    yield event.text
+    except InvalidRequest as error:
+        raise InvalidRequest(in_flags(error.message)) from None
 
-    def __init__(self, source: TextSource, body: dict[str, Any]) -> None:
-        self._source, self._body = source, body
-        self.text, self.last = "", dict[str, Any]()
-        self._began, self._first = time.monotonic(), 0.0
 
-    def __iter__(self) -> Iterator[str]:
-        """The pieces of text, as they come. Raises ApiError, whose message names flags."""
-        self._source.reading = ""
-        try:
-            with contextlib.closing(self._source.documents(self._body)) as documents:  # type: ignore[type-var]
-                for self.last in documents:
-                    if text := self.last["choices"][0]["text"]:
-                        self._first = self._first or time.monotonic()
-                        self.text += text
-                        yield text
-        except InvalidRequest as error:
-            raise InvalidRequest(in_flags(error.message)) from None
-
-    def document(self) -> dict[str, Any]:
-        """The whole answer as one document of /api/generate."""
-        text = "".join(self)
-        return {"choices": [self.last["choices"][0] | {"text": text}], "usage": self.last["usage"]}
-
-    def report_speed(self) -> None:
-        """Logs tokens, time to first token (a load counts) and speed, for -v."""
-        if usage := self.last.get("usage"):
-            seconds = time.monotonic() - self._first
-            told = Usage(usage["prompt_tokens"], usage["completion_tokens"], self._source.cached_tokens, 0.0, seconds)
-            log.info("%s", told.words(self._first - self._began if self._first else None))
+def generated(source: TextSource, body: dict[str, Any], reply: Reply) -> dict[str, Any]:
+    """The whole answer as one document of /api/generate."""
+    for _ in pieces(source, body, reply):
+        pass
+    return Native.whole(reply)
 
 
 def generate_body(
@@ -12895,12 +12820,18 @@ def decoded(data: bytes, what: str) -> str:
         return data.decode("utf-8", "replace")
 
 
-def waiting_line(source: TextSource) -> WaitingLine:
+def waiting_line(source: TextSource, reply: Reply) -> WaitingLine:
     """Describes the wait for a generation's first word."""
-    return WaitingLine(lambda: source.reading or loading_stage(source.status()) or READING)
+
+    def words() -> str:
+        if reply.prompt_tokens:
+            return f"reading {reply.prompt_tokens:,} tokens"
+        return (not reply.queued and loading_stage(source.status())) or "reading the prompt"
+
+    return WaitingLine(words)
 
 
-def print_answer(answer: Collected, line: WaitingLine, raw: bool = False) -> None:
+def print_answer(texts: Iterator[str], line: WaitingLine, raw: bool = False) -> None:
     """Each piece flushed; the last line gets its newline, with --raw on a terminal only. Raises ApiError."""
     terminal = sys.stdout.isatty()
 
@@ -12910,23 +12841,30 @@ def print_answer(answer: Collected, line: WaitingLine, raw: bool = False) -> Non
         sys.stdout.buffer.write((harmless(text) if terminal else text).encode("utf-8", "replace"))
         sys.stdout.buffer.flush()
 
-    failure = None
+    text, failure = "\n", None
     try:
-        for text in answer:
+        for text in texts:
             write(text)
     except ApiError as error:
         failure = error  # whose message gets a line of its own
-    if answer.text and not answer.text.endswith("\n") and (terminal or not raw):
+    if not text.endswith("\n") and (terminal or not raw):
         write("\n")
     if failure:
         raise failure
 
 
-def report_cut(args: argparse.Namespace, last: Mapping[str, Any], most: int) -> int:
-    """Says so on stderr when the text was cut, and where; the exit code: a document that was cut is a failure."""
-    if not last or last["choices"][0].get("finish_reason") != "length":
+def report(args: argparse.Namespace, reply: Reply, most: int) -> int:
+    """Logs tokens, time to first token (a load counts) and speed; says so on stderr when the text was cut, and where.
+
+    Returns the exit code: a document that was cut is a failure.
+    """
+    if not reply.usage:
         return 0
-    limit = f"--max-tokens {most}" if 0 <= most <= last["usage"]["completion_tokens"] else "the end of the context, see --ctx"
+    told = replace(reply.usage, decode_seconds=time.monotonic() - (reply.first or 0.0))  # a running server tells none
+    log.info("%s", told.words(reply.first and reply.first - reply.began))
+    if reply.choices[0].finish_reason != "length":
+        return 0
+    limit = f"--max-tokens {most}" if 0 <= most <= reply.usage.completion_tokens else "the end of the context, see --ctx"
     what = "the JSON document is not whole: it" if args.schema else "the text"
     print(f"shimmy: {what} was cut at {limit}", file=sys.stderr)
     return 1 if args.schema else 0
@@ -12962,10 +12900,10 @@ def converse(args: argparse.Namespace, source: TextSource, sampling: dict[str, A
             print(CHAT_HELP if command == "/help" else "there is no such command; /help shows those there are")
         elif text.strip():
             body = generate_body(args, source, decoded(os.fsencode(text), "the text"), sampling, turns)
-            answer = Collected(source, body)
-            with waiting_line(source) as line:
+            reply = Reply()
+            with waiting_line(source, reply) as line:
                 try:
-                    print_answer(answer, line)
+                    print_answer(pieces(source, body, reply), line)
                 except KeyboardInterrupt:  # stops the answer alone, as an error does
                     print()
                 except ApiError as error:
@@ -12973,11 +12911,10 @@ def converse(args: argparse.Namespace, source: TextSource, sampling: dict[str, A
                     complain(error, 1)
                     if error.code == ContextLengthExceeded.code:  # a server's has another class
                         print("/reset begins anew", file=sys.stderr)
-            if answer.text:  # it counts even if it was stopped; its images were for this turn
+            if said := reply.choices[0].said():  # it counts even if it was stopped; its images were for this turn
                 args.image = []
-                turns = [*body["messages"], {"role": "assistant", "content": answer.text}]
-            answer.report_speed()
-            report_cut(args, answer.last, sampling["max_tokens"])
+                turns = [*body["messages"], {"role": "assistant", "content": said}]
+            report(args, reply, sampling["max_tokens"])
     return 0
 
 
@@ -13034,14 +12971,14 @@ def generate_lines(args: argparse.Namespace, source: TextSource, sampling: dict[
         try:
             if isinstance(prompt, ApiError):
                 raise prompt
-            answer.put(Collected(source, generate_body(args, source, prompt, sampling)).document())
+            answer.put(generated(source, generate_body(args, source, prompt, sampling), Reply()))
         except Exception as error:  # a thread's border: the line's reader must hear something
             log.debug("a line failed", exc_info=True)
             answer.put((error if isinstance(error, ApiError) else ApiError(f"{type(error).__name__}: {error}")).document())
 
     failed = cut = tokens = 0
     began = time.monotonic()
-    line = waiting_line(source)
+    line = waiting_line(source, Reply())
     if sys.stdin.isatty():
         line.clear()  # it would be drawn over what is being typed
     note_keyboard()

@@ -6587,7 +6587,7 @@ def test_tools_of_a_round_tell_their_results_as_they_come_and_keep_the_time(monk
     monkeypatch.setitem(module.REGISTERED, "nap", module.make_tool(nap))
     tools = module.Tools(module.ToolOptions())
 
-    def answer(request: Any, _: Any) -> Iterator[Any]:
+    def answer(request: Any) -> Iterator[Any]:
         if request.tools and not any(message["role"] == "tool" for message in request.messages):
             for number in range(5):
                 yield module.CallBegan(0, number, f"call{number}", "nap")
@@ -6596,7 +6596,7 @@ def test_tools_of_a_round_tell_their_results_as_they_come_and_keep_the_time(monk
 
     request = module.GenerateRequest(messages=({"role": "user", "content": "hi"},), builtins=("nap",))
     began, seen = time.monotonic(), list[tuple[float, Any]]()
-    for event in module.ToolLoop(tools, request, Cancellation()).run(answer):
+    for event in module.run_tools(module.with_builtins(request, tools), tools, Cancellation(), answer):
         seen.append((time.monotonic() - began, event))
     results = [(at, event) for at, event in seen if isinstance(event, module.ToolResult)]
     assert [event.id for _, event in results] == [f"call{n}" for n in range(5)]
@@ -10054,7 +10054,7 @@ def test_memory_that_is_slow_to_ask_for_holds_up_nobody(models: Path) -> None:
         asked = pool.submit(table.load, "dice", True, Cancellation())
         assert worker.asked.wait(HANG)
         began = time.monotonic()
-        assert any(model["loaded"] for model in table.models()) and time.monotonic() - began < HANG / 4
+        assert any(model["loaded"] for _, model in table.listed()) and time.monotonic() - began < HANG / 4
         worker.measure.set()
         assert asked.result(HANG)["memory_bytes"] == 7
     table.close()
@@ -12720,8 +12720,8 @@ def test_generate_without_a_field_of_ollama_is_the_documented_one_and_raw_leaves
 
 @cases("body,words", {
     "images": ({"images": ["aGk="]}, ["images[0]", "recital reads text only"]),
-    "template": ({"template": "{{ .Prompt }}"}, ["template is not served"]),
-    "context": ({"context": [1, 2]}, ["context is not served", "/api/chat"]),
+    "template": ({"template": "{{ .Prompt }}"}, ["template: ", "is not served here: the model's own is used"]),
+    "context": ({"context": [1, 2]}, ["context: [1, 2] is not served", "/api/chat"]),
     "raw with system": ({"raw": True, "system": "x"}, ["system needs"]),
     "suffix without such tokens": ({"suffix": "x"}, ["cannot fill a gap"]),
 })  # fmt: skip
