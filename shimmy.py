@@ -216,7 +216,7 @@ import urllib.parse
 import warnings
 import zlib
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import IO, TYPE_CHECKING, Annotated, Any, BinaryIO, ClassVar, NoReturn, TypeVar
@@ -14351,463 +14351,31 @@ MAX_HEADER = 512  # characters from a call's marker to its arguments, between tw
 MAX_EARLY = 64 * 1024  # of arguments that stand before the name
 
 
-def _values(inner: str) -> str:
-    """The pattern of a JSON value: a scalar, or a list or object of `inner` ones."""
-    pair = f"{_STRING}{_BLANK}:{_BLANK}{inner}"
-    items, pairs = (f"(?:{one}{_BLANK}(?:,{_BLANK}{one}{_BLANK})*)?" for one in (inner, pair))
-    return rf"(?:{_SCALAR}|\[{_BLANK}{items}\]|\{{{_BLANK}{pairs}\}})"
-
-
-_BLANK, _PLAIN, _ESCAPE = r"[ \t\r\n]*", r'[^"\\\x00-\x1f]', r'\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4})'
-_STRING = rf'"{_PLAIN}*(?:{_ESCAPE}{_PLAIN}*)*"'
-_LITERAL = r"(?:-?(?:0|[1-9]\d{0,199})(?:\.\d{1,199})?(?:[eE][+-]?\d{1,9})?|true|false|null)"
-_SCALAR = rf"(?:{_STRING}|{_LITERAL}(?=[ \t\r\n,\]}}]))"
-_VALUE = _values(_values(_SCALAR))
-_KEY = f"{_STRING}{_BLANK}:{_BLANK}"
-_PAIRS = f"(?:{_KEY}{_VALUE}{_BLANK},{_BLANK})*(?:{_KEY}{_VALUE}|(?P<key>{_KEY}))"
-_ELEMENTS = f"{_VALUE}(?:{_BLANK},{_BLANK}{_VALUE})*"
-
-
-class JsonMender:
-    """Makes JSON, as it comes, of what models write for it: with Python's words and quotes, raw line breaks, unquoted
-    words, trailing commas.
-
-    `quotes` are those that strings may have beside JSON's. With `closes` the value is an object whose opening bracket has
-    been read, and this one ends it.
-    """
-
-    # It wants a key, the colon behind it, a value, an element of a list, or what stands behind these: a comma or bracket.
-    # Most of what comes is JSON that needs no mending: as much of it as a pattern can tell is taken over in one piece.
-    RUNS: ClassVar = {"key": _PAIRS, "}": f"{_BLANK},{_BLANK}{_PAIRS}", "value": _VALUE, ":": rf"(?P<key>{_BLANK}:{_BLANK})",
-                      "element": _ELEMENTS, "]": f"{_BLANK},{_BLANK}{_ELEMENTS}"}  # fmt: skip
-    run = staticmethod(functools.cache(re.compile))  # at their first use, for they take 0.1 s
-    TOKEN = re.compile(r"""(?P<blank>[ \t\r\n]+)|(?P<open>[{\[(])|(?P<close>[}\])])|(?P<comma>,)|(?P<equals>[:=])"""
-                       r"""|(?P<word>[^\s,:=;\[\]{}()"'<]+)|(?P<quote>.)""", re.S)  # fmt: skip
-    WANTED: ClassVar = {"open": ("value", "element"), "close": ("}", "]", "key", "element"), "comma": ("}", "]"),
-                        "equals": (":",), "word": ("key", "value", "element"), "quote": ("key", "value", "element")}  # fmt: skip
-    ESCAPE, LITERAL = re.compile(_ESCAPE), re.compile(_LITERAL)
-    PLAIN: ClassVar = {'"': re.compile(rf"{_PLAIN}+(?:{_ESCAPE}{_PLAIN}*)*"), "'": re.compile(r"""[^"'\\\x00-\x1f]+""")}
-    BRACKETS: ClassVar = {"{": ("}", "{", "}"), "[": ("]", "[", "]"), "(": (")", "[", "]")}  # what ends it; both in JSON
-    BEHIND = frozenset(",:)]}= \t\r\n")  # what follows an apostrophe that ends a string
-
-    def __init__(self, quotes: Seq[str] = ("'",), closes: str = "") -> None:
-        self._quotes = quotes
-        self._open = [(closes, "}")] if closes else []  # what ends each open bracket, here and in JSON
-        self._wants = "key" if closes else "value"
-        self._quote = ""  # of the string that is being read
-        self._comma = ""  # with the blanks behind it, until something follows
-        self._written = ["{"] if closes else []
-        self.done = self.failed = False
-
-    def take(self) -> str:
-        """Returns the JSON text written since the last call."""
-        written, self._written = "".join(self._written), []
-        return written
-
-    def read(self, text: str, at: int) -> int:
-        """Reads on from a place in the text; returns how far it came: to the value's end, or to what needs more text."""
-        while at < len(text) and not self.done and not self.failed:
-            behind = self._string(text, at) if self._quote else self._token(text, at)
-            if behind == at:
-                break
-            at = behind
-        return at
-
-    def _token(self, text: str, at: int) -> int:
-        if found := self.run(self.RUNS[self._wants]).match(text, at):
-            self._write(found[0])
-            self._end_value("value" if found.lastgroup else "")
-            return found.end()
-        found = self.TOKEN.match(text, at)
-        assert found, "every character is a token"
-        kind, piece, end = found.lastgroup or "", found[0], found.end()
-        if kind == "blank":
-            self._comma += piece if self._comma else ""
-            self._written.append("" if self._comma else piece)
-        elif kind == "word" and end == len(text) and len(piece) <= MAX_HEADER:
-            return at
-        elif self._wants not in self.WANTED[kind] or (kind == "close" and piece != self._open[-1][0]):
-            self.failed = True
-        elif kind == "word":
-            self._word(piece)
-        elif kind == "quote":
-            return self._begin_string(text, at)
-        elif kind == "close":
-            self._written += [self._comma[1:], self._open.pop()[1]]
-            self._comma = ""
-            self._end_value()
-        elif kind == "comma":
-            self._comma, self._wants = piece, "key" if self._wants == "}" else "element"
-        elif kind == "equals":
-            self._write(":")
-            self._wants = "value"
-        else:
-            ends, opens, closes = self.BRACKETS[piece]
-            self._write(opens)
-            self._open.append((ends, closes))
-            self._wants = "key" if opens == "{" else "element"
-        return at if self.failed else end
-
-    def _write(self, text: str) -> None:
-        """Writes what is wanted: the comma before it was none too many."""
-        self._written += (self._comma, text) if self._comma else (text,)
-        self._comma = ""
-
-    def _end_value(self, wants: str = "") -> None:
-        """Wants this next, or what may stand behind a value."""
-        self.done = not self._open
-        self._wants = wants or (self._open[-1][1] if self._open else "")
-
-    def _word(self, word: str) -> None:
-        """A key, or a value that stands without quotes: JSON's or Python's, or a string."""
-        import ast
-
-        is_key = self._wants == "key"
-        meant = json.dumps(word, ensure_ascii=False) if is_key or re.match(r"[^\W\d]", word) else ""
-        if not is_key and self.LITERAL.fullmatch(word):
-            meant = word
-        elif not is_key:
-            with contextlib.suppress(ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-                meant = json.dumps(ast.literal_eval(word), allow_nan=False)
-        self.failed = not meant or len(word) > MAX_HEADER
-        if not self.failed:
-            self._write(meant)
-            self._end_value(":" if is_key else "")
-
-    def _begin_string(self, text: str, at: int) -> int:
-        quote = next((q for q in ('"', *self._quotes) if q.startswith(text[at : at + len(q)])), "")
-        self.failed = not quote
-        if not quote or len(text) - at < len(quote):
-            return at
-        self._write('"')
-        self._quote = quote
-        return at + len(quote)
-
-    def _string(self, text: str, at: int) -> int:
-        """Some more of a string, and its end."""
-        char, quote = text[at], self._quote
-        if len(quote) > 1:
-            return self._raw(text, at)
-        if found := self.PLAIN[quote].match(text, at):
-            self._written.append(found[0])
-            return found.end()
-        if char == "\\":
-            return self._escape(text, at)
-        if char == quote == "'" and at + 1 == len(text):
-            return at
-        if char == quote and (char == '"' or text[at + 1] in self.BEHIND):
-            self._end_string()
-        else:
-            self._written.append(json.dumps(char)[1:-1])
-        return at + 1
-
-    def _end_string(self) -> None:
-        self._written.append('"')
-        self._quote = ""
-        self._end_value(":" if self._wants == "key" else "")
-
-    def _escape(self, text: str, at: int) -> int:
-        """An escape: JSON's as it is, one of Python's as JSON has it, else its backslash."""
-        size = {"u": 6, "x": 4}.get(text[at + 1 : at + 2], 2)
-        escape = text[at : at + size]
-        if len(escape) < size:
-            return at
-        hexadecimal = re.fullmatch(r"\\x([0-9a-fA-F]{2})", escape)
-        meant = rf"\u00{hexadecimal[1]}" if hexadecimal else {"\\'": "'"}.get(escape, escape)
-        is_known = meant != escape or self.ESCAPE.fullmatch(escape)
-        self._written.append(meant if is_known else "\\\\")
-        return at + (size if is_known else 1)
-
-    def _raw(self, text: str, at: int) -> int:
-        """More of a string in a family's own quotes: nothing in it is an escape."""
-        quote = self._quote
-        end = text.find(quote, at)
-        stop = end if end >= 0 else len(text) - held_back(text[at:], (quote,))
-        self._written.append(json.dumps(text[at:stop], ensure_ascii=False)[1:-1])
-        if end < 0:
-            return stop
-        self._end_string()
-        return end + len(quote)
-
-
-def mended(text: str) -> str | None:
-    """A whole text as JSON, mended where it is plain what it means; None where it is not."""
-    mender = JsonMender()
-    end = mender.read(text + "\n", 0)
-    return mender.take().strip() if mender.done and not mender.failed and not text[end:].strip() else None
-
-
-def as_json(text: str, types: int) -> str:
-    """An argument that stands without quotes, as JSON of one of these types (SchemaReader's bits); of another it is a string."""
-    written = text.strip()
-    with contextlib.suppress(ValueError, RecursionError):
-        if type_bit(json.loads(written, parse_constant=_finite)) & types:
-            return written
-    meant = mended(written) if not types & SchemaReader.TYPES["string"] else None
-    if meant is not None and type_bit(json.loads(meant)) & types:
-        return meant
-    return json.dumps(text, ensure_ascii=False)
-
-
 class NoCall(Exception):
-    """The text only looks like a call."""
+    """The text only looks like a call, or like JSON."""
 
 
 class TextEnds(Exception):
-    """There is too little text to tell."""
-
-
-@functools.lru_cache(maxsize=256)
-def parts_of(text: str) -> tuple[str, ...]:
-    """A format's text in parts: white space, open places, and what stands between these."""
-    return tuple(re.findall(rf"\s+|[{ID}{ANY}]|[^\s{ID}{ANY}]+", text))
+    """The text ends in the middle of what was read."""
 
 
 class Scanner:
-    """Reads pieces of a text, each on from `at`. Raises NoCall where the text goes on otherwise, TextEnds where that cannot be
-    told yet."""
+    """The text that came and is still to be told, and which tokens' log probabilities belong to it.
 
-    BLANKS, STRING = re.compile(r"\s*"), re.compile(rf"\s*({_STRING})")
-    KEY = re.compile(r'\s*"([^"\\\x00-\x1f]*)"\s*:')
+    Coroutines read pieces of it, each on from `at`. They raise NoCall where the text goes on otherwise or passes the limit,
+    if there is one, and TextEnds where it was cut.
+    """
 
-    def __init__(self, text: str, is_whole: bool) -> None:
-        self.text, self._is_whole = text, is_whole
-        self.at, self._limit = 0, MAX_HEADER
+    BLANKS = re.compile(r"\s*")
 
-    def _either(self, *ways: tuple[Any, ...]) -> bool:
-        """True if the text goes on in one of some ways, methods with their arguments; if not, it is read no further."""
-        at = self.at
-        for read, *what in ways:
-            try:
-                read(*what)
-                return True
-            except NoCall:
-                self.at = at
-        return False
-
-    def _too_short(self) -> Exception:
-        return NoCall() if self._is_whole or len(self.text) > self._limit else TextEnds()
-
-    def _go_to(self, end: int) -> None:
-        if end > self._limit:
-            raise NoCall
-        self.at = end
-
-    def _next(self) -> str:
-        if self.at == len(self.text):
-            raise self._too_short()
-        return self.text[self.at]
-
-    def _blanks(self) -> str:
-        """The next character that is no white space."""
-        found = self.BLANKS.match(self.text, self.at)
-        self._go_to(found.end() if found else 0)
-        return self._next()
-
-    def _char(self, chars: str) -> str:
-        """One of some characters, behind blanks."""
-        if (found := self._blanks()) not in chars:
-            raise NoCall
-        self.at += 1
-        return found
-
-    def _one_of(self, texts: Iterable[str]) -> str:
-        """The first of some texts that stands here; the longest come first."""
-        left = len(self.text) - self.at
-        for text in texts:
-            if self.text.startswith(text, self.at):
-                self._go_to(self.at + len(text))
-                return text
-            if left < len(text) and not self._is_whole and text.startswith(self.text[self.at :]):
-                raise self._too_short()
-        raise NoCall
-
-    def _up_to(self, closes: str) -> str:
-        """Text that differs from call to call; reads what stands behind it, too."""
-        end = self.text.find(closes, self.at, self._limit)
-        if end < 0:
-            raise self._too_short()
-        found = self.text[self.at : end]
-        self._go_to(end + len(closes))
-        return found
-
-    def _json(self) -> str:
-        """A JSON value, or what looks like one."""
-        mender = JsonMender()
-        self._go_to(mender.read(self.text[: self._limit + 1], self.at))
-        if not mender.done:
-            raise NoCall if mender.failed else self._too_short()
-        return mender.take()
-
-    def _string(self) -> str:
-        """A JSON string's value."""
-        found = self.STRING.match(self.text, self.at, self._limit)
-        if found:
-            self._go_to(found.end())
-        elif self._blanks() != '"':
-            raise NoCall
-        return str(json.loads(found[1] if found else self._json()))
-
-    def _key(self) -> str:
-        if found := self.KEY.match(self.text, self.at, self._limit):
-            self._go_to(found.end())
-            return found[1]
-        key = self._string()
-        self._char(":")
-        return key
-
-
-class Markup(Scanner):
-    """Reads what stands at the beginning of a text around the arguments of calls, with white space, order and extra keys at
-    will."""
-
-    PLAIN_KEY = re.compile(r'[^\n<>"/][^\n<>"]*')
-    format: CallFormat  # of the call that begins here
-    name = id = ""
-    arguments: str | None = None  # of the call as JSON, where they do not follow
-    key: str | None = None  # of an argument that follows by itself
-    ending = ""  # of that argument, or a piece of the ending of calls
-    behind_ending = ""  # what follows the end of CDATA
-
-    def __init__(self, text: str, is_whole: bool, names: Collection[str]) -> None:
-        super().__init__(text, is_whole)
-        self._names = names
-
-    def first(self, formats: Seq[CallFormat]) -> None:
-        """The beginning of a section's first call."""
-        if not self._either(*((self._call, format, opens) for format in formats for opens in format.beginnings)):
-            raise NoCall
-
-    def behind(self, format: CallFormat) -> None:
-        """The next call's beginning, a pair in a call's object, or a piece of the ending."""
-        self._blanks()
-        calls = ((self._call, format, opens, ",;") for opens in format.repeats)
-        if not self._either((self.end, format.closers[:1]), *calls, (self._pair, format), (self.end, format.closers)):
-            raise NoCall
-
-    def end(self, pieces: Iterable[str]) -> None:
-        self._blanks()
-        self.name, self.ending = "", self._one_of(pieces)
-
-    def parameter(self, params: Params) -> None:
-        """The beginning of an argument, where they stand one by one."""
-        self._blanks()
-        self._text(params.opens)
-        closes, *rest = parts_of(params.keyed.strip())
-        key = self._up_to(closes)
-        if not self.PLAIN_KEY.fullmatch(key):
-            raise NoCall
-        self._text("".join(rest))
-        self.key, self.ending = key, params.closes.replace(KEY, key)
-        self._either((self._one_of, [params.keyed[len(params.keyed.rstrip()) :]]))
-        if self._either((self._one_of, ["<![CDATA["])):
-            self.ending, self.behind_ending = "]]>", self.ending.strip()
-
-    def _text(self, text: str) -> None:
-        """A format's text: any white space where it has some, and its open places up to the text behind them."""
-        parts = iter(parts_of(text))
-        for part in parts:
-            if part.isspace():
-                self._blanks()
-            elif part not in (ID, ANY):
-                self._one_of((part,))
-            elif closes := next(parts, ""):
-                found = self._up_to(closes)
-                self.id = found if part == ID else self.id
-
-    def _call(self, format: CallFormat, opens: str, separators: str = "") -> None:
-        """A call from its beginning on, up to its arguments."""
-        self.format, self._limit, self.name, self.id, self.arguments = format, MAX_HEADER, "", "", None
-        if self._blanks() in separators:
-            self.at += 1
-            self._blanks()
-        self._text(opens)
-        if format.keys is None:
-            self._behind_name(format)
-        else:
-            self._in_object(format, *format.keys)
-
-    def _in_object(self, format: CallFormat, name_key: str, arguments_key: str) -> None:
-        """A call as a JSON object, perhaps in a list: its name and its arguments, in either order, between other pairs."""
-        if self._blanks() == "[":
-            self.at += 1
-        self._char("{")
-        if not name_key:
-            self._named(self._key())
-            return self._arguments()
-        names, arguments, inner = format.known_keys
-        argued = False
-        while not (self.name and argued):
-            key = self._key()
-            if key in inner and not self.name:
-                self._char("{")
-                continue
-            if key in names and not self.name:
-                self._named(self._string())
-            elif key in arguments and not argued:
-                self._arguments()
-                argued = True
-            elif key in names | arguments | inner:
-                raise NoCall
-            else:
-                self._json()
-            if not (self.name and argued) and self._char(",}" if self.name else ",") == "}":
-                self.arguments, argued = "{}", True
-
-    def _behind_name(self, format: CallFormat) -> None:
-        """A call whose name stands by itself; without arguments there must be what ends it."""
-        name, params = self._one_of(self._names), format.params
-        if re.match(r"[\w.-]", self._next()):
-            raise NoCall  # a longer name
-        self._named(name)
-        self._text(format.named)
-        self._blanks()
-        start = self.at
-        if params and (params.quote or self._either((self.parameter, params))):
-            return
-        if self._either((self._one_of, format.closers)):
-            self.at, self.arguments = start, "{}"
-        elif params:
-            raise NoCall
-        else:
-            self._arguments()
-
-    def _named(self, name: str) -> None:
-        if name not in self._names:
-            raise NoCall
-        self.name = name
-
-    def _arguments(self) -> None:
-        """Arguments as a JSON object. They are read here only where they stand before the name, or in a string."""
-        first, start = self._blanks(), self.at
-        if first == "{" and self.name:
-            return
-        limit, self._limit = self._limit, start + MAX_EARLY
-        text = self._json()
-        self._limit = limit + self.at - start
-        text = mended(json.loads(text)) or "" if text.startswith('"') else text
-        if first not in "{\"'nN" or not (text == "null" or text.startswith("{")):
-            raise NoCall
-        self.arguments = "{}" if text == "null" else text
-
-    def _pair(self, format: CallFormat) -> None:
-        """A pair behind the name and the arguments in a call's object."""
-        self.name = ""
-        self._char("," if format.keys and format.keys[0] else "")
-        if self._key() in set().union(*format.known_keys):
-            raise NoCall
-        self._json()
-
-
-class Untold:
-    """The text that has come and is still to be told, and which tokens' log probabilities belong to it."""
-
-    def __init__(self, hidden: frozenset[str]) -> None:
+    def __init__(self, hidden: frozenset[str] = frozenset()) -> None:
         self._hidden = hidden  # names of tokens that give no text
         self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
         self._tokens: deque[tuple[int, TokenLogprob]] = deque()
         self._size = 0
-        self.text, self.taken = "", 0
+        self.text, self.at, self.limit = "", 0, 0
+        self.taken = 0  # characters of all text that are no longer in `text`
+        self.ended = ""  # why the text ended, once it has
 
     def add(self, text: str, logprobs: Seq[TokenLogprob]) -> None:
         self.text += text
@@ -14818,6 +14386,7 @@ class Untold:
 
     def take(self, size: int) -> str:
         taken, self.text = self.text[:size], self.text[size:]
+        self.at = 0
         self.taken += len(taken)
         return taken
 
@@ -14834,6 +14403,398 @@ class Untold:
             taken.append(self._tokens.popleft()[1])
         return tuple(taken)
 
+    # From here on coroutines, but one
+
+    def more(self) -> Reading[None]:
+        """Waits for more text. At a limit, what stops in the middle is no call."""
+        if self.limit and (self.ended == "stop" or len(self.text) > self.limit):
+            raise NoCall
+        if self.ended:
+            raise TextEnds
+        yield
+
+    def go_to(self, end: int) -> None:
+        if self.limit and end > self.limit:
+            raise NoCall
+        self.at = end
+
+    def either(self, *ways: Reading[Any]) -> Reading[bool]:
+        """True if the text goes on in one of some ways; if not, it is read no further."""
+        at = self.at
+        for way in ways:
+            try:
+                yield from way
+                return True
+            except NoCall:
+                self.at = at
+        return False
+
+    def next(self) -> Reading[str]:
+        """The next character, which is left."""
+        while self.at == len(self.text):
+            yield from self.more()
+        return self.text[self.at]
+
+    def blanks(self) -> Reading[str]:
+        """Skips white space; the next character."""
+        while (yield from self.next()).isspace():
+            found = self.BLANKS.match(self.text, self.at)
+            self.go_to(found.end() if found else 0)
+        return self.text[self.at]
+
+    def char(self, chars: str) -> Reading[str]:
+        """One of some characters, behind blanks."""
+        if (found := (yield from self.blanks())) not in chars:
+            raise NoCall
+        self.at += 1
+        return found
+
+    def one_of(self, texts: Iterable[str]) -> Reading[str]:
+        """The first of some texts that stands here; the longest come first."""
+        for text in texts:
+            while len(self.text) < self.at + len(text) and text.startswith(self.text[self.at :]):
+                if self.limit and self.ended == "stop":
+                    break  # a shorter one may stand here
+                yield from self.more()
+            if self.text.startswith(text, self.at):
+                self.go_to(self.at + len(text))
+                return text
+        raise NoCall
+
+    def up_to(self, closes: str) -> Reading[str]:
+        """Text that differs from call to call; reads what stands behind it, too."""
+        while (end := self.text.find(closes, self.at, self.limit)) < 0:
+            yield from self.more()
+        found = self.text[self.at : end]
+        self.go_to(end + len(closes))
+        return found
+
+
+class JsonScanner(Scanner):
+    """Makes JSON of what models write for it: with Python's words and quotes, raw line breaks, unquoted words, trailing
+    commas."""
+
+    TOKEN = re.compile(r"""(?P<blank>[ \t\r\n]+)|(?P<open>[{\[(])|(?P<close>[}\])])|(?P<comma>,)|(?P<equals>[:=])"""
+                       r"""|(?P<word>[^\s,:=;\[\]{}()"'<]+)|(?P<quote>.)""", re.S)  # fmt: skip
+    WANTED: ClassVar = {"open": ("value", "element"), "close": ("}", "]", "key", "element"), "comma": ("}", "]"),
+                        "equals": (":",), "word": ("key", "value", "element"), "quote": ("key", "value", "element")}  # fmt: skip
+    ESCAPE = re.compile(r'\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4})')
+    LITERAL = re.compile(r"-?(?:0|[1-9]\d{0,199})(?:\.\d{1,199})?(?:[eE][+-]?\d{1,9})?|true|false|null")
+    PLAIN: ClassVar = {'"': re.compile(rf'[^"\\\x00-\x1f]+(?:{ESCAPE.pattern}[^"\\\x00-\x1f]*)*'),
+                       "'": re.compile(r"""[^"'\\\x00-\x1f]+""")}  # fmt: skip
+    BRACKETS: ClassVar = {"{": ("}", "{", "}"), "[": ("]", "[", "]"), "(": (")", "[", "]")}  # what ends it; both in JSON
+    BEHIND = frozenset(",:)]}= \t\r\n")  # what follows an apostrophe that ends a string
+
+    def json(self, write: Callable[[str], None], quotes: Seq[str] = ("'",), closes: str = "") -> Reading[None]:
+        """Writes a value as it comes; at an error `at` is where that stands.
+
+        `quotes` are those that strings may have beside JSON's. With `closes` the value is an object whose opening bracket has
+        been read, and this one ends it.
+        """
+        open = [(closes, "}")] if closes else []  # what ends each open bracket, here and in JSON
+        # a key, the colon behind it, a value, an element of a list, or what stands behind these: a comma or bracket
+        wants = "key" if closes else "value"
+        comma = ""  # with the blanks behind it, until something follows
+        write("{" if closes else "")
+        while wants:
+            kind, piece = yield from self._token()
+            if kind != "blank" and (wants not in self.WANTED[kind] or (kind == "close" and piece != open[-1][0])):
+                raise NoCall
+            behind = ":" if wants == "key" else open[-1][1] if open else ""  # what a key or value
+            if kind == "quote":
+                quote = yield from self.one_of(('"', *quotes))
+                write(f'{comma}"')
+                yield from self._string(quote, write)
+                comma, wants = "", behind
+                continue
+            if kind == "blank":
+                write("" if comma else piece)
+                comma += piece if comma else ""
+            elif kind == "comma":
+                comma, wants = piece, "key" if wants == "}" else "element"
+            elif kind == "close":
+                write(comma[1:] + open.pop()[1])
+                comma, wants = "", open[-1][1] if open else ""
+            elif kind == "equals":
+                write(":")
+                wants = "value"
+            elif kind == "word":
+                write(comma + self._meaning(piece, wants == "key"))
+                comma, wants = "", behind
+            else:
+                ends, opens, closes = self.BRACKETS[piece]
+                write(comma + opens)
+                open.append((ends, closes))
+                comma, wants = "", "key" if opens == "{" else "element"
+            self.go_to(self.at + len(piece))
+
+    def _token(self) -> Reading[tuple[str, str]]:
+        """The next token and its kind; a word is whole, or too long."""
+        while True:
+            found = self.TOKEN.match(self.text, self.at)
+            if found and (found.lastgroup != "word" or found.end() < len(self.text) or len(found[0]) > MAX_HEADER):
+                return found.lastgroup or "", found[0]
+            yield from self.more()
+
+    def _meaning(self, word: str, is_key: bool) -> str:
+        """JSON of a key, or of a value that stands without quotes: JSON's or Python's, or a string."""
+        import ast
+
+        meant = json.dumps(word, ensure_ascii=False) if is_key or re.match(r"[^\W\d]", word) else ""
+        if not is_key and self.LITERAL.fullmatch(word):
+            meant = word
+        elif not is_key:
+            with contextlib.suppress(ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+                meant = json.dumps(ast.literal_eval(word), allow_nan=False)
+        if not meant or len(word) > MAX_HEADER:
+            raise NoCall
+        return meant
+
+    def _string(self, quote: str, write: Callable[[str], None]) -> Reading[None]:
+        """The rest of a string."""
+        yield from (self._raw if len(quote) > 1 else self._escaped)(quote, write)
+        write('"')
+        self.go_to(self.at + len(quote))
+
+    def _raw(self, quote: str, write: Callable[[str], None]) -> Reading[None]:
+        """A string up to its end, in a family's own quotes: nothing in it is an escape."""
+        while True:
+            end = self.text.find(quote, self.at)
+            stop = end if end >= 0 else len(self.text) - held_back(self.text[self.at :], (quote,))
+            write(json.dumps(self.text[self.at : stop], ensure_ascii=False)[1:-1])
+            self.go_to(stop)
+            if end >= 0:
+                return
+            yield from self.more()
+
+    def _escaped(self, quote: str, write: Callable[[str], None]) -> Reading[None]:
+        """A string up to its end."""
+        while not (yield from self._ends(quote)):
+            if found := self.PLAIN[quote].match(self.text, self.at):
+                write(found[0])
+                self.go_to(found.end())
+            elif self.text[self.at] == "\\":
+                write((yield from self._escape()))
+            else:
+                write(json.dumps(self.text[self.at])[1:-1])
+                self.go_to(self.at + 1)
+
+    def _ends(self, quote: str) -> Reading[bool]:
+        """Whether the string ends here: at an apostrophe what follows tells."""
+        if (yield from self.next()) != quote:
+            return False
+        while quote == "'" and self.at + 1 == len(self.text):
+            yield from self.more()
+        return quote == '"' or self.text[self.at + 1] in self.BEHIND
+
+    def _escape(self) -> Reading[str]:
+        """An escape: JSON's as it is, one of Python's as JSON has it, else its backslash."""
+        sizes = {"u": 6, "x": 4}
+        while len(self.text) < self.at + (size := sizes.get(self.text[self.at + 1 : self.at + 2], 2)):
+            yield from self.more()
+        escape = self.text[self.at : self.at + size]
+        hexadecimal = re.fullmatch(r"\\x([0-9a-fA-F]{2})", escape)
+        meant = rf"\u00{hexadecimal[1]}" if hexadecimal else {"\\'": "'"}.get(escape, escape)
+        is_known = meant != escape or self.ESCAPE.fullmatch(escape)
+        self.go_to(self.at + (size if is_known else 1))
+        return meant if is_known else "\\\\"
+
+    def value(self) -> Reading[str]:
+        """A JSON value, or what looks like one."""
+        written: list[str] = []
+        yield from self.json(written.append)
+        return "".join(written)
+
+    def string(self) -> Reading[str]:
+        """A JSON string's value."""
+        if (yield from self.blanks()) != '"':
+            raise NoCall
+        return str(json.loads((yield from self.value())))
+
+    def key(self) -> Reading[str]:
+        key = yield from self.string()
+        yield from self.char(":")
+        return key
+
+
+def mended(text: str) -> str | None:
+    """A whole text as JSON, mended where it is plain what it means; None where it is not."""
+    scanner, written = JsonScanner(), list[str]()
+    scanner.text, scanner.ended = text + "\n", "stop"
+    with contextlib.suppress(NoCall, TextEnds):
+        next(scanner.json(written.append), None)
+        if not scanner.text[scanner.at :].strip():
+            return "".join(written).strip()
+    return None
+
+
+def as_json(text: str, types: int) -> str:
+    """An argument that stands without quotes, as JSON of one of these types (SchemaReader's bits); of another it is a string."""
+    written = text.strip()
+    with contextlib.suppress(ValueError, RecursionError):
+        if type_bit(json.loads(written, parse_constant=_finite)) & types:
+            return written
+    meant = mended(written) if not types & SchemaReader.TYPES["string"] else None
+    if meant is not None and type_bit(json.loads(meant)) & types:
+        return meant
+    return json.dumps(text, ensure_ascii=False)
+
+
+@functools.lru_cache(maxsize=256)
+def parts_of(text: str) -> tuple[str, ...]:
+    """A format's text in parts: white space, open places, and what stands between these."""
+    return tuple(re.findall(rf"\s+|[{ID}{ANY}]|[^\s{ID}{ANY}]+", text))
+
+
+@dataclass
+class Markup:
+    """What was read around the arguments of calls."""
+
+    format: CallFormat = HERMES  # of the call that begins here
+    name: str = ""
+    id: str = ""
+    arguments: str | None = None  # of the call as JSON, where they do not follow
+    key: str | None = None  # of an argument that follows by itself
+    ending: str = ""  # of that argument, or a piece of the ending of calls
+    behind_ending: str = ""  # what follows the end of CDATA
+
+
+class CallScanner(JsonScanner):
+    """Reads what stands around the arguments of calls into `found`, with white space, order and extra keys at will."""
+
+    PLAIN_KEY = re.compile(r'[^\n<>"/][^\n<>"]*')
+
+    def __init__(self, hidden: frozenset[str], names: Iterable[str]) -> None:
+        super().__init__(hidden)
+        self._names = longest_first(names)
+        self.found = Markup()
+
+    def first(self, formats: Seq[CallFormat]) -> Reading[None]:
+        """The beginning of a section's first call."""
+        if not (yield from self.either(*(self._call(format, opens) for format in formats for opens in format.beginnings))):
+            raise NoCall
+
+    def behind(self, format: CallFormat) -> Reading[None]:
+        """The next call's beginning, a pair in a call's object, or a piece of the ending."""
+        yield from self.blanks()
+        calls = (self._call(format, opens, ",;") for opens in format.repeats)
+        ways = self.end(format.closers[:1]), *calls, self._pair(format), self.end(format.closers)
+        if not (yield from self.either(*ways)):
+            raise NoCall
+
+    def end(self, pieces: Iterable[str]) -> Reading[None]:
+        yield from self.blanks()
+        self.found.name, self.found.ending = "", (yield from self.one_of(pieces))
+
+    def parameter(self, params: Params) -> Reading[None]:
+        """The beginning of an argument, where they stand one by one."""
+        yield from self.blanks()
+        yield from self._text(params.opens)
+        closes, *rest = parts_of(params.keyed.strip())
+        key = yield from self.up_to(closes)
+        if not self.PLAIN_KEY.fullmatch(key):
+            raise NoCall
+        yield from self._text("".join(rest))
+        self.found.key, self.found.ending = key, params.closes.replace(KEY, key)
+        yield from self.either(self.one_of([params.keyed[len(params.keyed.rstrip()) :]]))
+        if (yield from self.either(self.one_of(["<![CDATA["]))):
+            self.found.ending, self.found.behind_ending = "]]>", self.found.ending.strip()
+
+    def _text(self, text: str) -> Reading[None]:
+        """A format's text: any white space where it has some, and its open places up to the text behind them."""
+        parts = iter(parts_of(text))
+        for part in parts:
+            if part.isspace():
+                yield from self.blanks()
+            elif part not in (ID, ANY):
+                yield from self.one_of((part,))
+            elif closes := next(parts, ""):
+                varies = yield from self.up_to(closes)
+                self.found.id = varies if part == ID else self.found.id
+
+    def _call(self, format: CallFormat, opens: str, separators: str = "") -> Reading[None]:
+        """A call from its beginning on, up to its arguments."""
+        self.found, self.limit = Markup(format), MAX_HEADER
+        if (yield from self.blanks()) in separators:
+            self.at += 1
+            yield from self.blanks()
+        yield from self._text(opens)
+        if format.keys is None:
+            yield from self._behind_name(format)
+        else:
+            yield from self._in_object(format, *format.keys)
+
+    def _in_object(self, format: CallFormat, name_key: str, arguments_key: str) -> Reading[None]:
+        """A call as a JSON object, perhaps in a list: its name and its arguments, in either order, between other pairs."""
+        if (yield from self.blanks()) == "[":
+            self.at += 1
+        yield from self.char("{")
+        if not name_key:
+            self._named((yield from self.key()))
+            return (yield from self._arguments())
+        names, arguments, inner = format.known_keys
+        argued = False
+        while not (self.found.name and argued):
+            key = yield from self.key()
+            if key in inner and not self.found.name:
+                yield from self.char("{")
+                continue
+            if key in names and not self.found.name:
+                self._named((yield from self.string()))
+            elif key in arguments and not argued:
+                yield from self._arguments()
+                argued = True
+            elif key in names | arguments | inner:
+                raise NoCall
+            else:
+                yield from self.value()
+            if not (self.found.name and argued) and (yield from self.char(",}" if self.found.name else ",")) == "}":
+                self.found.arguments, argued = "{}", True
+
+    def _behind_name(self, format: CallFormat) -> Reading[None]:
+        """A call whose name stands by itself; without arguments there must be what ends it."""
+        name, params = (yield from self.one_of(self._names)), format.params
+        if re.match(r"[\w.-]", (yield from self.next())):
+            raise NoCall  # a longer name
+        self._named(name)
+        yield from self._text(format.named)
+        yield from self.blanks()
+        start = self.at
+        if params and (params.quote or (yield from self.either(self.parameter(params)))):
+            return
+        if (yield from self.either(self.one_of(format.closers))):
+            self.at, self.found.arguments = start, "{}"
+        elif params:
+            raise NoCall
+        else:
+            yield from self._arguments()
+
+    def _named(self, name: str) -> None:
+        if name not in self._names:
+            raise NoCall
+        self.found.name = name
+
+    def _arguments(self) -> Reading[None]:
+        """Arguments as a JSON object. They are read here only where they stand before the name, or in a string."""
+        first, start = (yield from self.blanks()), self.at
+        if first == "{" and self.found.name:
+            return
+        limit, self.limit = self.limit, start + MAX_EARLY
+        text = yield from self.value()
+        self.limit = limit + self.at - start
+        text = mended(json.loads(text)) or "" if text.startswith('"') else text
+        if first not in "{\"'nN" or not (text == "null" or text.startswith("{")):
+            raise NoCall
+        self.found.arguments = "{}" if text == "null" else text
+
+    def _pair(self, format: CallFormat) -> Reading[None]:
+        """A pair behind the name and the arguments in a call's object."""
+        self.found.name = ""
+        yield from self.char("," if format.keys and format.keys[0] else "")
+        if (yield from self.key()) in set().union(*format.known_keys):
+            raise NoCall
+        yield from self.value()
+
 
 class ChatParser(Parser):
     """Takes thoughts and tool calls out of the text, as a coroutine that stops wherever it needs more text to go on.
@@ -14849,11 +14810,9 @@ class ChatParser(Parser):
         self._format, self._schemas, self._hidden = format, schemas, hidden
         openings = [mark for call in format.calls for mark in call.marks] if schemas else []
         self._openings = tuple(filter(None, openings))
-        self._names = longest_first(schemas)
-        self._headers = [call.opens.lstrip() + call.head + name + call.named for call in format.calls for name in schemas]
         self._unmarked = "" in openings  # Llama 3: an answer that is a call has no marker
-        self._input = Untold(hidden)
-        self._reason = ""  # why the text ended, once it has
+        self._input = CallScanner(hidden, schemas)
+        self._written: list[str] = []  # more of the last call's arguments
         self._space = ""  # white space that is dropped if a call follows
         self._trim = False  # white space behind a thought or call is dropped
         self._thinking = thinking or prompt_end.rstrip().endswith(format.thought[0])
@@ -14872,11 +14831,12 @@ class ChatParser(Parser):
     def push(self, text: str, logprobs: tuple[TokenLogprob, ...] = ()) -> Iterator[Event]:
         self._input.add(text, logprobs)
         next(self._reading, None)
+        self._flush()
         events, self._events = self._events, []
         return iter(events)
 
     def finish(self, reason: str) -> Iterator[Event]:
-        self._reason = reason
+        self._input.ended = reason
         yield from self.push("")
         if self._space and not self.calls:
             self._emit(Text(self.index, self._space))
@@ -14888,7 +14848,14 @@ class ChatParser(Parser):
     def _emit(self, event: Event) -> None:
         if isinstance(event, (Text, Thought)):
             event = replace(event, logprobs=self._input.logprobs(self._input.taken - len(self._space)))
+        self._flush()
         self._events.append(event)
+
+    def _flush(self) -> None:
+        """Tells what was written of a call's arguments."""
+        if text := "".join(self._written):
+            self._events.append(CallArguments(self.index, self.calls - 1, text))
+        self._written.clear()
 
     def _say(self, out: str) -> None:
         """Content; white space waits where a call may follow."""
@@ -14903,15 +14870,10 @@ class ChatParser(Parser):
             self._begun = self._has_text = True
             self._emit(Text(self.index, kept))
 
-    def _write(self, text: str) -> None:
-        """More of the last call's arguments."""
-        if text:
-            self._emit(CallArguments(self.index, self.calls - 1, text))
-
     @property
     def _drops_a_cut_mark(self) -> bool:
         """Whether half a marker at the end of the text was to begin a call, had there been more tokens."""
-        return self._reason == "length" and (self._forced or self.calls > 0)
+        return self._input.ended == "length" and (self._forced or self.calls > 0)
 
     # From here on generators: each `yield` waits for more text
 
@@ -14919,10 +14881,10 @@ class ChatParser(Parser):
         if self._thinking or (not self._continued and (yield from self._thought_begins())):
             yield from self._thought()
         if self._unmarked and not self._continued:
-            while not self._input.text.strip() and not self._reason:
+            while not self._input.text.strip() and not self._input.ended:
                 yield
             yield from self._call("")
-        while self._input.text or not self._reason:
+        while self._input.text or not self._input.ended:
             yield from self._content()
 
     def _up_to(self, marks: Seq[str], tell: Callable[[str], None]) -> Reading[str]:
@@ -14931,12 +14893,12 @@ class ChatParser(Parser):
         while True:
             text = self._input.text
             found = mark.search(text)
-            held = held_back(text, marks) if not self._reason or self._drops_a_cut_mark else 0
-            if found and not self._reason and found.start() >= len(text) - held:
+            held = held_back(text, marks) if not self._input.ended or self._drops_a_cut_mark else 0
+            if found and not self._input.ended and found.start() >= len(text) - held:
                 found = None  # it may become a longer one
             if before := self._input.take(found.start() if found else len(text) - held):
                 tell(before)
-            if found or self._reason:
+            if found or self._input.ended:
                 self._input.drop(0 if found else held)
                 return found[0] if found else ""
             yield
@@ -14953,7 +14915,7 @@ class ChatParser(Parser):
                 self._trim = True  # the end of a thought that was none
                 return found == opens
             is_half = any(m.startswith(first) for m in self._format.thought)
-            if self._reason or not is_half:
+            if self._input.ended or not is_half:
                 self._input.drop(len(text) if is_half and self._drops_a_cut_mark else 0)
                 return False
             yield
@@ -14962,7 +14924,7 @@ class ChatParser(Parser):
         """A thought up to its closing marker, without the line breaks before it."""
         self._begun = self._trim = True
         closes = self._format.thought[1]
-        while not self._input.text.strip("\n") and not self._reason:
+        while not self._input.text.strip("\n") and not self._input.ended:
             yield
         self._input.take(len(self._input.text) - len(self._input.text.lstrip("\n")))  # a token may go on with text
         marks = (closes, *(() if self.calls else self._openings))
@@ -14977,7 +14939,7 @@ class ChatParser(Parser):
         false if other text follows: then all this is thought."""
         inner = ChatParser(self.index, replace(self._format, drops=()), self._schemas, "", self._hidden, continued=True)
         closes, events, read, prose = self._format.thought[1], list[Event](), 0, False
-        while not prose and (read < len(self._input.text) or not self._reason):
+        while not prose and (read < len(self._input.text) or not self._input.ended):
             if read == len(self._input.text):
                 yield
             behind = min(read + 64, len(self._input.text))  # to read on would be for nothing if this is prose
@@ -14986,8 +14948,8 @@ class ChatParser(Parser):
             more = list(inner.push(self._input.text[read:behind]))
             prose, read = any(isinstance(event, Text) for event in more), behind
             events += more
-        if self._reason and not prose and read == len(self._input.text):
-            events += inner.finish(self._reason)
+        if self._input.ended and not prose and read == len(self._input.text):
+            events += inner.finish(self._input.ended)
             if events[-1] == ChoiceEnd(self.index, "tool_calls") and not any(isinstance(event, Text) for event in events):
                 self._input.drop(read)
                 self._events += events[:-1]
@@ -15008,7 +14970,7 @@ class ChatParser(Parser):
 
     def _call(self, mark: str) -> Reading[bool]:
         """A section of calls; false if the text only looks like one: then its mark is text, unless that is dropped."""
-        call = yield from self._read(Markup.first, self._format.calls)
+        call = yield from self._read(self._input.first(self._format.calls))
         if not call:
             self._say(self._input.take(0 if mark in self._format.drops else len(mark)))
             return False
@@ -15021,67 +14983,69 @@ class ChatParser(Parser):
             is_over = is_over or is_end
             if is_over:  # what ends it may come twice
                 ends = [format.closes.strip(), MARKER.findall(format.closes.rstrip())[-1]]
-                call = yield from self._read(Markup.end, ends)
+                call = yield from self._read(self._input.end(ends))
             else:
-                call = yield from self._read(Markup.behind, format)
+                call = yield from self._read(self._input.behind(format))
         self.behind_call = self.behind_call if self._has_text else self._input.taken
         return True
 
-    def _read(self, read: Callable[..., None], *what: Any) -> Reading[Markup | None]:
-        """Reads markup and drops it, all of it again whenever more text came; None if the text goes on otherwise."""
-        while True:
-            while not self._reason and any(header.startswith(self._input.text) for header in self._headers):
-                yield  # so far as the template has it
-            text = self._input.text
-            markup = Markup(text, self._reason == "stop", self._names)
-            try:
-                read(markup, *what)
-                self._input.drop(markup.at)
-                return markup
-            except NoCall:
-                return None
-            except TextEnds:
-                if self._reason:  # it was cut: all of it belongs to a call
-                    if markup.name or self._forced or self.calls or text.startswith(self._openings):
-                        self._input.drop(len(text))
-                    return markup if markup.name or markup.key is not None else None
-            more = len(text) // 8 if len(text) > MAX_HEADER else 0  # so that long arguments before a name cost linear time
-            while not self._reason and len(self._input.text) <= len(text) + more:
-                yield
+    def _read(self, reading: Reading[None]) -> Reading[Markup | None]:
+        """Reads markup and drops it; None if the text goes on otherwise."""
+        scan = self._input
+        scan.found, scan.limit, size = Markup(), MAX_HEADER, 0
+        found: Markup | None = None
+        try:
+            yield from reading
+            found, size = scan.found, scan.at
+        except NoCall:
+            pass
+        except TextEnds:
+            if scan.found.name or scan.found.key is not None:
+                found = scan.found
+            if found or self._forced or self.calls or scan.text.startswith(self._openings):
+                size = len(scan.text)  # all of it belongs to a call
+        scan.at = scan.limit = 0
+        scan.drop(size)
+        return found
 
     def _tell(self, call: Markup) -> Reading[bool]:
         """Tells of a call, and its arguments as they come; false if they are broken or cut."""
         self._space, self._begun, self._trim = "", True, True
-        self.calls += 1
         id = call.id if len(call.id) > 8 else f"call_{os.urandom(12).hex()}"  # short ones count the calls of a turn
-        self._emit(CallBegan(self.index, self.calls - 1, id, call.name))
-        params = call.format.params
+        self._emit(CallBegan(self.index, self.calls, id, call.name))
+        self.calls += 1
         if call.arguments is not None:
-            self._write(call.arguments)
+            self._written.append(call.arguments)
             return True
+        params = call.format.params
         if params and not params.quote:
             return (yield from self._parameters(call, params))
-        mender = JsonMender((params.quote,), call.format.closes.strip()[0]) if params else JsonMender()
-        while True:
-            self._input.drop(mender.read(self._input.text, 0))
-            self._write(mender.take())
-            if mender.done or mender.failed or self._reason:
-                self._input.drop(0 if mender.done or mender.failed else len(self._input.text))
-                return mender.done
-            yield
+        family = ((params.quote,), call.format.closes.strip()[0]) if params else ()
+        scan, is_whole = self._input, False
+        try:
+            for _ in scan.json(self._written.append, *family):
+                scan.drop(scan.at)
+                yield
+            is_whole = True
+        except NoCall:
+            pass
+        except TextEnds:
+            scan.at = len(scan.text)
+        scan.drop(scan.at)
+        return is_whole
 
     def _parameters(self, call: Markup, params: Params) -> Reading[bool]:
         """Arguments that stand one by one."""
         schema, behind, separator = json.dumps(self._schemas[call.name]), call.format.closes.rstrip(), "{"
         begun: Markup | None = call
         while begun and begun.key is not None:
-            self._write(f"{separator}{json.dumps(begun.key, ensure_ascii=False)}: ")
+            self._written.append(f"{separator}{json.dumps(begun.key, ensure_ascii=False)}: ")
             if not (yield from self._value(argument_types(schema, begun.key), begun.ending, behind)):
                 return False
             if begun.behind_ending:
-                yield from self._read(Markup.end, [begun.behind_ending])
-            separator, begun = ", ", (yield from self._read(Markup.parameter, params))
-        self._write("}" if separator == ", " else "")
+                yield from self._read(self._input.end([begun.behind_ending]))
+            separator, begun = ", ", (yield from self._read(self._input.parameter(params)))
+        self._written.append("}" if separator == ", " else "")
         return separator == ", "
 
     def _value(self, types: int, closes: str, behind: str) -> Reading[bool]:
@@ -15090,22 +15054,22 @@ class ChatParser(Parser):
         core, streams, at = closes.strip(), types == SchemaReader.TYPES["string"], 0
         trail = closes[: len(closes) - len(closes.lstrip())]
         marks = (core, trail + core, behind + "\n\n\n", trail + behind + "\n\n\n")
-        self._write('"' * streams)
-        while (end := self._input.text.find(core, at)) < 0 and not self._reason:
+        self._written.append('"' * streams)
+        while (end := self._input.text.find(core, at)) < 0 and not self._input.ended:
             at = len(self._input.text) - held_back(self._input.text, marks)
             if streams:
-                self._write(json.dumps(self._input.text[:at], ensure_ascii=False)[1:-1])
+                self._written.append(json.dumps(self._input.text[:at], ensure_ascii=False)[1:-1])
                 self._input.drop(at)
                 at = 0
             yield
         value, is_whole = self._input.text[: end if end >= 0 else None], end >= 0
-        if not is_whole and self._reason == "stop" and behind and value.rstrip().endswith(behind):
+        if not is_whole and self._input.ended == "stop" and behind and value.rstrip().endswith(behind):
             value, is_whole = value.rstrip().removesuffix(behind), True
         value = value.removesuffix(trail) if is_whole else value
         if streams:
-            self._write(json.dumps(value, ensure_ascii=False)[1:-1] + '"' * is_whole)
+            self._written.append(json.dumps(value, ensure_ascii=False)[1:-1] + '"' * is_whole)
         else:
-            self._write(as_json(value, types) if is_whole else value)
+            self._written.append(as_json(value, types) if is_whole else value)
         self._input.drop(end + len(core) if end >= 0 else len(self._input.text))
         return is_whole
 
