@@ -14470,6 +14470,21 @@ class Scanner:
         return found
 
 
+    def until(self, marks: Seq[str], tell: Callable[[str], None], half: Seq[str] = ()) -> Reading[str]:
+        """Tells text up to the first of some marks, which it returns; "" at the end of the text, of which a beginning of a
+        mark, or of what is to be held back like one, is left. Not for text that has a limit."""
+        pattern = re.compile("|".join(map(re.escape, longest_first(marks))) or r"(?!)")
+        while True:
+            end = len(self.text) - held_back(self.text, (*marks, *half))
+            found = pattern.search(self.text)
+            found = found if found and (self.ended or found.start() < end) else None  # else it may become a longer one
+            if before := self.take(found.start() if found else end):
+                tell(before)
+            if found or self.ended:
+                return found[0] if found else ""
+            yield
+
+
 class JsonScanner(Scanner):
     """Makes JSON of what models write for it: with Python's words and quotes, raw line breaks, unquoted words, trailing
     commas."""
@@ -14551,21 +14566,15 @@ class JsonScanner(Scanner):
         return meant
 
     def _string(self, quote: str, write: Callable[[str], None]) -> Reading[None]:
-        """The rest of a string."""
-        yield from (self._raw if len(quote) > 1 else self._escaped)(quote, write)
+        """The rest of a string. In a family's own quotes nothing is an escape."""
+        if len(quote) == 1:
+            yield from self._escaped(quote, write)
+        else:
+            self.drop(self.at)
+            if not (yield from self.until((quote,), lambda text: write(json.dumps(text, ensure_ascii=False)[1:-1]))):
+                raise TextEnds
         write('"')
         self.go_to(self.at + len(quote))
-
-    def _raw(self, quote: str, write: Callable[[str], None]) -> Reading[None]:
-        """A string up to its end, in a family's own quotes: nothing in it is an escape."""
-        while True:
-            end = self.text.find(quote, self.at)
-            stop = end if end >= 0 else len(self.text) - held_back(self.text[self.at :], (quote,))
-            write(json.dumps(self.text[self.at : stop], ensure_ascii=False)[1:-1])
-            self.go_to(stop)
-            if end >= 0:
-                return
-            yield from self.more()
 
     def _escaped(self, quote: str, write: Callable[[str], None]) -> Reading[None]:
         """A string up to its end."""
@@ -14815,9 +14824,9 @@ class ChatParser(Parser):
         self._written: list[str] = []  # more of the last call's arguments
         self._space = ""  # white space that is dropped if a call follows
         self._trim = False  # white space behind a thought or call is dropped
-        self._thinking = thinking or prompt_end.rstrip().endswith(format.thought[0])
-        self._continued, self._forced = continued, forced
-        self._begun = continued or self._thinking  # a thought has begun, or content has
+        thinking = thinking or prompt_end.rstrip().endswith(format.thought[0])
+        self._forced = forced
+        self._begun = continued or thinking  # a thought has begun, or content has
         self._events: list[Event] = []
         self.calls = 0
         self._is_broken = False  # a call's arguments cannot be read
@@ -14825,7 +14834,7 @@ class ChatParser(Parser):
         self.behind_call = 0  # in all text: the end of the last call before any content
         opened = next((m for m in self._openings if prompt_end.endswith(m) and not continued), "")  # functionary: >>>
         self._input.taken = -len(opened)
-        self._reading = self._answer()
+        self._reading = self._answer(thinking, continued)
         self.push(opened)
 
     def push(self, text: str, logprobs: tuple[TokenLogprob, ...] = ()) -> Iterator[Event]:
@@ -14837,13 +14846,7 @@ class ChatParser(Parser):
 
     def finish(self, reason: str) -> Iterator[Event]:
         self._input.ended = reason
-        yield from self.push("")
-        if self._space and not self.calls:
-            self._emit(Text(self.index, self._space))
-        if rest := self._input.logprobs(None):
-            self._events.append(Text(self.index, logprobs=rest))
-        yield from self.push("")
-        yield ChoiceEnd(self.index, "tool_calls" if self.calls and reason == "stop" and not self._is_broken else reason)
+        return self.push("")
 
     def _emit(self, event: Event) -> None:
         if isinstance(event, (Text, Thought)):
@@ -14870,55 +14873,35 @@ class ChatParser(Parser):
             self._begun = self._has_text = True
             self._emit(Text(self.index, kept))
 
-    @property
-    def _drops_a_cut_mark(self) -> bool:
-        """Whether half a marker at the end of the text was to begin a call, had there been more tokens."""
-        return self._input.ended == "length" and (self._forced or self.calls > 0)
+    def _end(self, tell: Callable[[str], None]) -> None:
+        """Tells the end of the text: half a marker, unless that was to begin a call, had there been more tokens."""
+        rest = self._input.text
+        if self._input.ended == "length" and (self._forced or self.calls):
+            self._input.drop(len(rest))
+        elif rest:
+            tell(self._input.take(len(rest)))
 
     # From here on generators: each `yield` waits for more text
 
-    def _answer(self) -> Reading[None]:
-        if self._thinking or (not self._continued and (yield from self._thought_begins())):
+    def _answer(self, thinking: bool, continued: bool) -> Reading[None]:
+        if thinking or (not continued and (yield from self._thought_begins())):
             yield from self._thought()
-        if self._unmarked and not self._continued:
-            while not self._input.text.strip() and not self._input.ended:
-                yield
+        if self._unmarked and not continued:
             yield from self._call("")
         while self._input.text or not self._input.ended:
             yield from self._content()
-
-    def _up_to(self, marks: Seq[str], tell: Callable[[str], None]) -> Reading[str]:
-        """Tells text up to the first of some marks, which it returns; "" at the end of the text."""
-        mark = re.compile("|".join(map(re.escape, sorted(marks, key=len, reverse=True))) or r"(?!)")
-        while True:
-            text = self._input.text
-            found = mark.search(text)
-            held = held_back(text, marks) if not self._input.ended or self._drops_a_cut_mark else 0
-            if found and not self._input.ended and found.start() >= len(text) - held:
-                found = None  # it may become a longer one
-            if before := self._input.take(found.start() if found else len(text) - held):
-                tell(before)
-            if found or self._input.ended:
-                self._input.drop(0 if found else held)
-                return found[0] if found else ""
-            yield
+        if self._space and not self.calls:
+            self._emit(Text(self.index, self._space))
+        if rest := self._input.logprobs(None):
+            self._events.append(Text(self.index, logprobs=rest))
+        is_called = self.calls and self._input.ended == "stop" and not self._is_broken
+        self._emit(ChoiceEnd(self.index, "tool_calls" if is_called else self._input.ended))
 
     def _thought_begins(self) -> Reading[bool]:
         """Whether a thought's opening marker comes next; takes that and the white space before it."""
-        opens, closes = self._format.thought
-        while True:
-            text = self._input.text
-            first = text.lstrip()
-            found = next((m for m in (opens, closes) if first.startswith(m)), "")
-            if found:
-                self._input.drop(len(text) - len(first) + len(found))
-                self._trim = True  # the end of a thought that was none
-                return found == opens
-            is_half = any(m.startswith(first) for m in self._format.thought)
-            if self._input.ended or not is_half:
-                self._input.drop(len(text) if is_half and self._drops_a_cut_mark else 0)
-                return False
-            yield
+        found = yield from self._read(self._input.end(self._format.thought))
+        self._trim = self._trim or found is not None  # behind the end of a thought that was none, too
+        return found is not None and found.ending == self._format.thought[0]
 
     def _thought(self) -> Reading[None]:
         """A thought up to its closing marker, without the line breaks before it."""
@@ -14928,11 +14911,15 @@ class ChatParser(Parser):
             yield
         self._input.take(len(self._input.text) - len(self._input.text.lstrip("\n")))  # a token may go on with text
         marks = (closes, *(() if self.calls else self._openings))
-        while mark := (yield from self._up_to(marks, lambda text: self._emit(Thought(self.index, text)))):
+        while mark := (yield from self._input.until(marks, self._think)):
             if mark == closes:
                 return self._input.drop(len(closes))
             if (yield from self._call_in_thought()):
                 return
+        self._end(self._think)
+
+    def _think(self, text: str) -> None:
+        self._emit(Thought(self.index, text))
 
     def _call_in_thought(self) -> Reading[bool]:
         """Takes calls with which the text ends, although the thought that they stand in does not (Qwen 3 and 3.5 do that);
@@ -14955,13 +14942,15 @@ class ChatParser(Parser):
                 self._events += events[:-1]
                 self.calls = inner.calls
                 return True
-        self._emit(Thought(self.index, self._input.take(max(inner.behind_call, 1))))
+        self._think(self._input.take(max(inner.behind_call, 1)))
         return False
 
     def _content(self) -> Reading[None]:
         """Content up to the next marker, and the call that it begins."""
-        mark = yield from self._up_to((*self._openings, *self._format.drops), self._say)
-        if not mark or (mark in self._openings and ((yield from self._call(mark)) or mark not in self._format.drops)):
+        mark = yield from self._input.until((*self._openings, *self._format.drops), self._say)
+        if not mark:
+            return self._end(self._say)
+        if (mark in self._openings and ((yield from self._call(mark)) or mark not in self._format.drops)):
             return
         self._input.drop(len(mark))
         self._trim = self._trim or not self._begun
@@ -15014,25 +15003,33 @@ class ChatParser(Parser):
         id = call.id if len(call.id) > 8 else f"call_{os.urandom(12).hex()}"  # short ones count the calls of a turn
         self._emit(CallBegan(self.index, self.calls, id, call.name))
         self.calls += 1
+        params, is_whole = call.format.params, True
         if call.arguments is not None:
             self._written.append(call.arguments)
-            return True
-        params = call.format.params
-        if params and not params.quote:
-            return (yield from self._parameters(call, params))
-        family = ((params.quote,), call.format.closes.strip()[0]) if params else ()
-        scan, is_whole = self._input, False
+        elif params and not params.quote:
+            is_whole = yield from self._parameters(call, params)
+        else:
+            family = ((params.quote,), call.format.closes.strip()[0]) if params else ()
+            is_whole = yield from self._object(self._input.json(self._written.append, *family))
+        self._flush()
+        self._input.logprobs(self._input.taken)
+        return is_whole
+
+    def _object(self, reading: Reading[None]) -> Reading[bool]:
+        """Arguments as an object; what is broken is text, what is cut is dropped."""
+        scan = self._input
         try:
-            for _ in scan.json(self._written.append, *family):
+            for _ in reading:
                 scan.drop(scan.at)
                 yield
-            is_whole = True
+            return True
         except NoCall:
-            pass
+            return False
         except TextEnds:
             scan.at = len(scan.text)
-        scan.drop(scan.at)
-        return is_whole
+            return False
+        finally:
+            scan.drop(scan.at)
 
     def _parameters(self, call: Markup, params: Params) -> Reading[bool]:
         """Arguments that stand one by one."""
@@ -15051,26 +15048,22 @@ class ChatParser(Parser):
     def _value(self, types: int, closes: str, behind: str) -> Reading[bool]:
         """An argument's value up to what closes it or its call (some models forget the first): a string as it comes, what has
         another type when it is all there. False if it is cut."""
-        core, streams, at = closes.strip(), types == SchemaReader.TYPES["string"], 0
+        core, streams, told, scan = closes.strip(), types == SchemaReader.TYPES["string"], list[str](), self._input
         trail = closes[: len(closes) - len(closes.lstrip())]
-        marks = (core, trail + core, behind + "\n\n\n", trail + behind + "\n\n\n")
-        self._written.append('"' * streams)
-        while (end := self._input.text.find(core, at)) < 0 and not self._input.ended:
-            at = len(self._input.text) - held_back(self._input.text, marks)
-            if streams:
-                self._written.append(json.dumps(self._input.text[:at], ensure_ascii=False)[1:-1])
-                self._input.drop(at)
-                at = 0
-            yield
-        value, is_whole = self._input.text[: end if end >= 0 else None], end >= 0
-        if not is_whole and self._input.ended == "stop" and behind and value.rstrip().endswith(behind):
-            value, is_whole = value.rstrip().removesuffix(behind), True
-        value = value.removesuffix(trail) if is_whole else value
-        if streams:
-            self._written.append(json.dumps(value, ensure_ascii=False)[1:-1] + '"' * is_whole)
-        else:
-            self._written.append(as_json(value, types) if is_whole else value)
-        self._input.drop(end + len(core) if end >= 0 else len(self._input.text))
+        ends = [f"{before}{behind}\n\n\n" for before in (trail, "")]
+        quote = '"' * streams
+
+        def tell(text: str) -> None:
+            (self._written if streams else told).append(json.dumps(text, ensure_ascii=False)[1:-1] if streams else text)
+
+        self._written.append(quote)
+        mark = yield from scan.until((trail + core, core), tell, ends)
+        rest = "" if mark else scan.text
+        is_whole = mark != "" or (scan.ended == "stop" and behind != "" and rest.rstrip().endswith(behind))
+        tell(rest.rstrip().removesuffix(behind).removesuffix(trail) if is_whole else rest)
+        value = "".join(told)
+        self._written.append(quote * is_whole if streams else as_json(value, types) if is_whole else value)
+        scan.drop(len(mark or rest))
         return is_whole
 
 
