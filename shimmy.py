@@ -1954,19 +1954,17 @@ class Chat:
 
     def prompt(self, request: GenerateRequest) -> tuple[str | Picture, ...]:
         """The prompt's segments. Raises InvalidRequest when the template refuses the messages, or runs away."""
-        marked, pictures, place = with_marks(request)
-        messages = without_noise(marked)
+        said: list[Any] = [list(request.tools), dict(request.template_args)]
+        mark, place, cut = unused_in([request.messages, said])
+        messages, pictures = with_marks(request.messages or (), place)
         for message in messages:
             if THOUGHT_FIELDS[0] in message:
                 message[self.format.thought_field] = message.pop(THOUGHT_FIELDS[0])
-        begun = messages.pop() if continues(request) else None
-        said: list[Any] = [list(request.tools), dict(request.template_args)]
-        mark = unused_in([messages, said, begun])
-        messages, said = [self._guard(m, mark, m["role"] == "assistant") for m in messages], self._guard(said, mark)
-        begun = begun and self._guard(begun, mark, True)
-        rendering = Rendering(self._templates, self.facts.bos, self.facts.eos, messages, *said)
+        guarded = [self._guard(m, mark, m["role"] == "assistant") for m in without_noise(messages)]
+        begun = guarded.pop() if continued(request) else None
+        rendering = Rendering(self._templates, self.facts.bos, self.facts.eos, guarded, *self._guard(said, mark))
         rendered = self._render(rendering)
-        segments = self._continued(rendering, rendered, begun) if begun else [rendered]
+        segments = self._continued(rendering, rendered, begun, cut) if begun else [rendered]
         if self.facts.adds_bos and self.facts.bos and segments[0].startswith(self.facts.bos):
             segments[0] = segments[0][len(self.facts.bos) :]  # the tokenizer adds it, once
         parts: list[str | Picture] = []
@@ -1977,8 +1975,8 @@ class Chat:
             raise InvalidRequest("messages: the model's chat template leaves out an image", "messages")
         return tuple(parts)
 
-    def _continued(self, rendering: Rendering, rendered: str, begun: dict[str, Any]) -> list[str]:
-        """The segments of a prompt that ends with an answer that has begun.
+    def _continued(self, rendering: Rendering, rendered: str, begun: dict[str, Any], place: str) -> list[str]:
+        """The segments of a prompt that ends with an answer that has begun; `place` stands nowhere in them.
 
         It stands where the template would write it: behind what it writes before the content of such a turn, and behind a
         thought's end where a thought is open.
@@ -1988,7 +1986,6 @@ class Chat:
         if begins_thought(content, self.format):  # whether it ends or not
             behind = content.lstrip().removeprefix(opens)
             return [rendered, content if not is_open else behind.lstrip("\n") if rendered.endswith("\n") else behind]
-        place = unused_in([rendering.messages, begun, rendered])
         turn, thought = {**begun, "content": place}, begun.get(self.format.thought_field)
         with contextlib.suppress(InvalidRequest):  # some templates take no such turn at the end
             whole = self._render(replace(rendering, messages=[*rendering.messages, turn], generation=False))
@@ -2007,7 +2004,7 @@ class Chat:
         fim = self.facts.fim
         if not {"pre", "suf", "mid"} <= fim.keys():
             raise InvalidRequest("model: it has no tokens for a prefix and a suffix, so it cannot fill a gap", "model")
-        mark = unused_in([gap.prefix, gap.suffix, gap.extra])
+        mark, *_ = unused_in([gap.prefix, gap.suffix, gap.extra])
 
         def apart(parts: Seq[tuple[str, str]]) -> list[str]:
             """Tokens that mark a gap, each with a client's text behind it, in which names of special tokens are split."""
@@ -2044,7 +2041,7 @@ class Chat:
         hidden = frozenset(self.facts.specials) - self.markers
         forced = request.tool_choice not in ("auto", "none")
         thinking = self._is_thinking(request, str(last[0]))
-        return ChatParser(index, self.format, schemas, str(last[0]), hidden, continues(request), forced, thinking)
+        return ChatParser(index, self.format, schemas, str(last[0]), hidden, bool(continued(request)), forced, thinking)
 
     def thought_budget(self, request: GenerateRequest, last: Seq[Any]) -> ThoughtBudget | None:
         """How long the answer may think, if the request says so."""
@@ -2055,7 +2052,7 @@ class Chat:
     def _is_thinking(self, request: GenerateRequest, last: str) -> bool:
         """Whether the prompt ends inside a thought, which it opens itself or which an answer that has begun does not close."""
         opens, closes = self.format.thought
-        said = (request.messages or ({},))[-1].get("content", "") if continues(request) else ""
+        said = continued(request).get("content", "")
         return last.rstrip().endswith(opens) or (begins_thought(said, self.format) and closes not in said)
 
     def constraint(self, request: GenerateRequest, last: Seq[Any]) -> Constraint | None:
@@ -2079,8 +2076,7 @@ class Chat:
         if wanted is None or wanted.param == "grammar":
             return wanted and replace(wanted, after=after, markers=self.markers | wanted.markers)
         grammar = wanted.grammar
-        if continues(request) and after is None and (request.messages or ())[-1]["content"]:
-            begun = (request.messages or ())[-1]["content"]
+        if after is None and (begun := continued(request).get("content")):
             if begins_thought(begun, self.format):
                 begun = begun.partition(self.format.thought[1])[2].lstrip()
             grammar = RestOf(grammar, begun.encode(), wanted.param)
@@ -2096,7 +2092,7 @@ class Chat:
         blanks = Repeated(OneChar(((0x0A, 0x0A), (0x20, 0x20))), 0, 2)
         if self._is_thinking(request, last):
             return (blanks,), closes
-        if continues(request):
+        if continued(request):
             return (), None
         # Qwen 3: the model itself begins a thought, or not; models without the switch would wander off into one
         may_think = any(opens in t and "enable_thinking" in t for t in self._templates.values())
@@ -2125,23 +2121,19 @@ class Chat:
         return frozenset(text[start:end] for start, end in self._names.spans(text))
 
 
-def with_marks(request: GenerateRequest) -> tuple[list[dict[str, Any]], list[Picture], str]:
-    """The messages with plain text, which a template renders: a picture's number between two marks stands for it.
+def with_marks(messages: Iterable[Mapping[str, Any]], mark: str) -> tuple[list[dict[str, Any]], list[Picture]]:
+    """The messages with plain text, which a template renders: a picture's number between two marks stands for it. Also the
+    pictures."""
+    pictures: list[Picture] = []
 
-    Also the pictures, and the mark, which no client's text holds.
-    """
-    contents = [message["content"] for message in request.messages or ()]
-    parts = itertools.chain(*(content for content in contents if isinstance(content, tuple)))
-    pictures = [part for part in parts if isinstance(part, Picture)]
-    mark = unused_in([contents, request.tools, request.template_args]) if pictures else ""
-    numbers = itertools.count()  # a template may leave turns out, or move them
+    def plain(part: str | Picture) -> str:
+        if isinstance(part, str):
+            return part
+        pictures.append(part)  # numbered, for a template may leave turns out, or move them
+        return f"{mark}{len(pictures) - 1}{mark}"
 
-    def text(content: Any) -> str:
-        if isinstance(content, str):
-            return content
-        return "".join(part if isinstance(part, str) else f"{mark}{next(numbers)}{mark}" for part in content)
-
-    return [{**message, "content": text(message["content"])} for message in request.messages or ()], pictures, mark
+    said = ((message, message["content"]) for message in messages)
+    return [{**m, "content": c if isinstance(c, str) else "".join(map(plain, c))} for m, c in said], pictures
 
 
 def begins_thought(content: str, format: ChatFormat) -> bool:
@@ -2149,10 +2141,11 @@ def begins_thought(content: str, format: ChatFormat) -> bool:
     return content.lstrip().startswith(format.thought[0])
 
 
-def continues(request: GenerateRequest) -> bool:
-    """Whether the answer goes on where the last message, the assistant's, stops."""
+def continued(request: GenerateRequest) -> Mapping[str, Any]:
+    """The last message, the assistant's, if the answer goes on where that stops, else an empty one."""
     last = request.messages[-1] if request.messages and len(request.messages) > 1 else {"role": "user"}
-    return last["role"] == "assistant" and not last.get("tool_calls") and request.continue_final_message is not False
+    goes_on = last["role"] == "assistant" and not last.get("tool_calls") and request.continue_final_message is not False
+    return last if goes_on else {}
 
 
 def without_noise(messages: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -2164,13 +2157,13 @@ def without_noise(messages: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     return kept
 
 
-def unused_in(said: Any) -> str:
-    """A character that stands nowhere in what a client said. Raises InvalidRequest where there is none."""
+def unused_in(said: Any) -> list[str]:
+    """Three characters that stand nowhere in what a client said. Raises InvalidRequest where there are none."""
     text = json.dumps(said, ensure_ascii=False, default=lambda picture: None)
-    mark = next((c for c in NONCHARACTERS if c not in text), None)
-    if mark is None:
+    marks = list(itertools.islice((c for c in NONCHARACTERS if c not in text), 3))
+    if len(marks) < 3:
         raise InvalidRequest("messages may not hold every Unicode noncharacter (U+FDD0 to U+FDEF)", "messages")
-    return mark
+    return marks
 
 
 class SpecialNames:
@@ -8495,7 +8488,7 @@ class Service:
         messages, prompts = request.messages or (), request.prompts
         if not any(isinstance(content, Content) for content in (*prompts, *(message["content"] for message in messages))):
             return request
-        info, last = self.table.info(request.model), messages[-1] if continues(request) else None
+        info, last = self.table.info(request.model), continued(request)
         look = PictureReader(self.tools.getter, cancel).read if info.projector else None
 
         def shown(content: Any, look: Callable[[Attachment], Picture] | None) -> Any:
@@ -14473,9 +14466,9 @@ class Scanner:
     def until(self, marks: Seq[str], tell: Callable[[str], None], half: Seq[str] = ()) -> Reading[str]:
         """Tells text up to the first of some marks, which it returns; "" at the end of the text, of which a beginning of a
         mark, or of what is to be held back like one, is left. Not for text that has a limit."""
-        pattern = re.compile("|".join(map(re.escape, longest_first(marks))) or r"(?!)")
+        pattern, half = re.compile("|".join(map(re.escape, longest_first(marks))) or r"(?!)"), (*marks, *half)
         while True:
-            end = len(self.text) - held_back(self.text, (*marks, *half))
+            end = len(self.text) - held_back(self.text, half)
             found = pattern.search(self.text)
             found = found if found and (self.ended or found.start() < end) else None  # else it may become a longer one
             if before := self.take(found.start() if found else end):
