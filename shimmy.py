@@ -14306,6 +14306,8 @@ class Derivation:
         keyed, after = keyed.removesuffix(quote), after.removeprefix(quote).removesuffix(opens)
         if len(starts) == 2:  # what tells a number from a string is left open
             keyed = differing([keyed, text[text.index("key_a", starts[1]) + 5 : text.index("7351", starts[1])]])
+        if not (quote or after.strip()):
+            raise ValueError("nothing ends an argument")
         params = Params(opens, keyed, after.replace("key_a", KEY), quote)
         rest = [text[at[-1] : starts[1]], text[text.index("value d") + 7 :]] if len(starts) == 2 else ["", text[at[-1] :]]
         last = after.replace("key_a", "key_b")
@@ -14943,7 +14945,7 @@ class ChatParser(Parser):
         mark = yield from self._input.until((*self._openings, *self._format.drops), self._say)
         if not mark:
             return self._end(self._say)
-        if (mark in self._openings and ((yield from self._call(mark)) or mark not in self._format.drops)):
+        if mark in self._openings and ((yield from self._call(mark)) or mark not in self._format.drops):
             return
         self._input.drop(len(mark))
         self._trim = self._trim or not self._begun
@@ -15002,7 +15004,7 @@ class ChatParser(Parser):
         elif params and not params.quote:
             is_whole = yield from self._parameters(call, params)
         else:
-            family = ((params.quote,), call.format.closes.strip()[0]) if params else ()
+            family = ([params.quote], call.format.closes.strip()[0]) if params else ()
             is_whole = yield from self._object(self._input.json(self._written.append, *family))
         self._flush()
         self._input.logprobs(self._input.taken)
