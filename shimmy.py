@@ -14180,6 +14180,11 @@ class Derivation:
     NAMES: ClassVar = ("first_tool", "second_tool")
     ARGUMENTS: ClassVar = ({"key_a": "value a", "key_b": "value b"}, {"key_a": 7351, "key_b": "value d"})
     IDS: ClassVar = (("callid001", "callid002"), ("functions.first_tool:0", "functions.second_tool:1"))  # Kimi: name in id
+    # two such calls, or one, with their arguments as an object and one by one
+    OBJECTS: ClassVar = r'''(.*?) first_tool (.*?) \{\s*"key_a"\s*:\s*"value\ a"\s*,\s*"key_b"\s*:\s*"value\ b"\s*\} (.*?)
+        (?: second_tool (.*?) \{\s*"key_a"\s*:\s*7351\s*,\s*"key_b"\s*:\s*"value\ d"\s*\} (.*) )?'''
+    ONE_BY_ONE: ClassVar = r'''(.*?) first_tool (.*?) key_a (.*?) value\ a (.*?) key_b .*? value\ b (.*?)
+        (?: second_tool (.*?) key_a (.*?) 7351 .*? key_b .*? value\ d (.*) )?'''
     CONTENT: ClassVar = "some content"
     THOUGHT: ClassVar = "some thought"
     USER: ClassVar = "some question"
@@ -14231,7 +14236,7 @@ class Derivation:
                     text = self._with_calls(ids[:count], thought, offered, native)
                     format = self._read(text)
                     begins = format.keys or format.opens.strip()  # something tells where a call does
-                    if begins and (count == 1 or self.NAMES[1] in text):
+                    if begins and (count == 1 or self.NAMES[1] in text.removesuffix(format.closes)):
                         return (format,) if offered and count == 2 else (format, HERMES)
         return ()
 
@@ -14264,21 +14269,16 @@ class Derivation:
 
     def _read(self, text: str) -> CallFormat:
         """The format of the one or two calls that stand in `text`. Raises ValueError where it is none that we know."""
-        ends, starts = [], [text.index(n) for n in self.NAMES if n in text]
-        named = []
-        for at, name in zip(starts, self.NAMES, strict=False):
-            key = text.index("key_a", at)
-            object = re.search(r'\{\s*"$', text[:key])
-            if not object or not re.match(r'key_a"\s*:', text[key:]):
-                return self._with_params(text, starts)
-            named.append(text[at + len(name) : object.start()])
-            ends.append(json.JSONDecoder().raw_decode(text, object.start())[1])
-        again = text[ends[0] : starts[1]] if len(starts) == 2 else ""
-        format = CallFormat(text[: starts[0]], differing(named), text[ends[-1] :], again)
-        for brace in re.finditer(r"\{", format.opens):
+        found = re.fullmatch(self.OBJECTS, text, re.X | re.S)
+        if not found:
+            return self._with_params(text)
+        opens, named, behind, named_again, closes = found.groups()
+        again = "" if closes is None else behind
+        format = CallFormat(opens, differing(named, named_again), behind if closes is None else closes, again)
+        for brace in re.finditer(r"\{", opens):
             with contextlib.suppress(ValueError):
                 value, end = json.JSONDecoder().raw_decode(text, brace.start())
-                if end > ends[0]:
+                if end > found.start(3):
                     return self._in_object(value, brace.start(), format)
         return format
 
@@ -14293,35 +14293,31 @@ class Derivation:
                 return replace(format, opens=format.opens[:brace], head=format.opens[brace:], again=again, keys=pair)
         raise ValueError("the call's object holds no name")
 
-    def _with_params(self, text: str, starts: list[int]) -> CallFormat:
+    def _with_params(self, text: str) -> CallFormat:
         """A format in which arguments stand one by one."""
-        between, at = [], [starts[0] + len(self.NAMES[0])]
-        for word in ("key_a", "value a", "key_b", "value b"):
-            at.append(text.index(word, at[-1]) + len(word))
-            between.append(text[at[-2] : at[-1] - len(word)])
-        named, keyed, after, _ = between
-        named = differing([named, *(text[s + len(self.NAMES[1]) : text.index("key_a", s)] for s in starts[1:])])
+        found = re.fullmatch(self.ONE_BY_ONE, text, re.X | re.S)
+        if not found:
+            raise ValueError("these are no calls")
+        before, named, keyed, after, behind, named_again, keyed_again, closes = found.groups()
+        named = differing(named, named_again)
         opens = common_suffix(named, after)
         quote = next((q for q in ('<|"|>', "'", '"') if keyed.endswith(q) and after.startswith(q)), "")
-        keyed, after = keyed.removesuffix(quote), after.removeprefix(quote).removesuffix(opens)
-        if len(starts) == 2:  # what tells a number from a string is left open
-            keyed = differing([keyed, text[text.index("key_a", starts[1]) + 5 : text.index("7351", starts[1])]])
+        # what tells a number from a string is left open
+        keyed, after = differing(keyed.removesuffix(quote), keyed_again), after.removeprefix(quote).removesuffix(opens)
         if not (quote or after.strip()):
             raise ValueError("nothing ends an argument")
-        params = Params(opens, keyed, after.replace("key_a", KEY), quote)
-        rest = [text[at[-1] : starts[1]], text[text.index("value d") + 7 :]] if len(starts) == 2 else ["", text[at[-1] :]]
-        last = after.replace("key_a", "key_b")
+        params, last = Params(opens, keyed, after.replace("key_a", KEY), quote), after.replace("key_a", "key_b")
+        rest = ("", behind) if closes is None else (behind, closes)
         again, closes = (r[len(quote) :] if quote else r[len(common_prefix(r, last)) :] for r in rest)
-        return CallFormat(text[: starts[0]], named.removesuffix(opens), closes, again, params=params)
+        return CallFormat(before, named.removesuffix(opens), closes, again, params=params)
 
 
-def differing(texts: Seq[str]) -> str:
-    """The common beginning and end of the first and last text, with ANY between them."""
-    first, last = texts[0], texts[-1]
-    if first == last:
+def differing(first: str, other: str | None) -> str:
+    """The common beginning and end of two texts, with ANY between them; the first where there is no other."""
+    if other is None or other == first:
         return first
-    begin = common_prefix(first, last)
-    end = common_suffix(first[len(begin) :], last[len(begin) :])
+    begin = common_prefix(first, other)
+    end = common_suffix(first[len(begin) :], other[len(begin) :])
     return begin + ANY + end
 
 
