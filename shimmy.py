@@ -15039,23 +15039,22 @@ class ChatParser(Parser):
     def _value(self, types: int, closes: str, behind: str) -> Reading[bool]:
         """An argument's value up to what closes it or its call (some models forget the first): a string as it comes, what has
         another type when it is all there. False if it is cut."""
-        core, streams, told, scan = closes.strip(), types == SchemaReader.TYPES["string"], list[str](), self._input
+        core, scan, streams, told = closes.strip(), self._input, types == SchemaReader.TYPES["string"], list[str]()
         trail = closes[: len(closes) - len(closes.lstrip())]
-        ends = [f"{before}{behind}\n\n\n" for before in (trail, "")]
-        quote = '"' * streams
-
-        def tell(text: str) -> None:
-            (self._written if streams else told).append(json.dumps(text, ensure_ascii=False)[1:-1] if streams else text)
-
+        quote, tell = ('"', self._write_text) if streams else ("", told.append)
         self._written.append(quote)
-        mark = yield from scan.until((trail + core, core), tell, ends)
+        mark = yield from scan.until((trail + core, core), tell, [f"{before}{behind}\n\n\n" for before in (trail, "")])
         rest = "" if mark else scan.text
         is_whole = mark != "" or (scan.ended == "stop" and behind != "" and rest.rstrip().endswith(behind))
         tell(rest.rstrip().removesuffix(behind).removesuffix(trail) if is_whole else rest)
         value = "".join(told)
-        self._written.append(quote * is_whole if streams else as_json(value, types) if is_whole else value)
+        self._written.append(quote if streams and is_whole else as_json(value, types) if is_whole else value)
         scan.drop(len(mark or rest))
         return is_whole
+
+    def _write_text(self, text: str) -> None:
+        """More of an argument that is a string."""
+        self._written.append(json.dumps(text, ensure_ascii=False)[1:-1])
 
 
 def held_back(buffer: str, marks: Iterable[str]) -> int:

@@ -3346,6 +3346,11 @@ def test_forced_calls_come_back(source: str) -> None:
     check_forced(source)
 
 
+def test_arguments_that_nothing_ends_are_no_format() -> None:
+    source = family("", "<call>" + NAME + "\n" + parameters("", ": ", "\n"), "</call>")
+    assert all(call.params is None for call in derived(source).calls)
+
+
 @pytest.mark.parametrize(
     "opens, closes, prompted",
     [("<think>", "</think>", False), ("<think>", "</think>", True), ("[THINKING]", "[/THINKING]", False)],
