@@ -14364,7 +14364,8 @@ class Scanner:
         self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
         self._tokens: deque[tuple[int, TokenLogprob]] = deque()
         self._size = 0
-        self.text, self.at, self.limit = "", 0, 0
+        self.text, self.at = "", 0
+        self.limit = 0  # characters that a call's markup may have; 0 while text is told
         self.taken = 0  # characters of all text that are no longer in `text`
         self.ended = ""  # why the text ended, once it has
 
@@ -14376,6 +14377,7 @@ class Scanner:
                 self._size += len(self._decode(logprob.token))
 
     def take(self, size: int) -> str:
+        """Takes text from the beginning on, where reading goes on then."""
         taken, self.text = self.text[:size], self.text[size:]
         self.at = 0
         self.taken += len(taken)
@@ -14394,7 +14396,12 @@ class Scanner:
             taken.append(self._tokens.popleft()[1])
         return tuple(taken)
 
-    # From here on coroutines, but one
+    def go_to(self, end: int) -> None:
+        if self.limit and end > self.limit:
+            raise NoCall
+        self.at = end
+
+    # From here on coroutines
 
     def more(self) -> Reading[None]:
         """Waits for more text. At a limit, what stops in the middle is no call."""
@@ -14403,11 +14410,6 @@ class Scanner:
         if self.ended:
             raise TextEnds
         yield
-
-    def go_to(self, end: int) -> None:
-        if self.limit and end > self.limit:
-            raise NoCall
-        self.at = end
 
     def either(self, *ways: Reading[Any]) -> Reading[bool]:
         """True if the text goes on in one of some ways; if not, it is read no further."""
@@ -14506,7 +14508,7 @@ class JsonScanner(Scanner):
             kind, piece = yield from self._token()
             if kind != "blank" and (wants not in self.WANTED[kind] or (kind == "close" and piece != open[-1][0])):
                 raise NoCall
-            behind = ":" if wants == "key" else open[-1][1] if open else ""  # what a key or value
+            behind = ":" if wants == "key" else open[-1][1] if open else ""  # is wanted behind a key or value
             if kind == "quote":
                 quote = yield from self.one_of(('"', *quotes))
                 write(f'{comma}"')
