@@ -221,7 +221,7 @@ import warnings
 import zlib
 from array import array
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import IO, TYPE_CHECKING, Annotated, Any, BinaryIO, ClassVar, NoReturn, TypeVar
@@ -2098,19 +2098,17 @@ class Chat:
 
     def prompt(self, request: GenerateRequest) -> tuple[str | Picture, ...]:
         """The prompt's segments. Raises InvalidRequest when the template refuses the messages, or runs away."""
-        marked, pictures, place = with_marks(request)
-        messages = without_noise(marked)
+        said: list[Any] = [list(request.tools), dict(request.template_args)]
+        mark, place, cut = unused_in([request.messages, said])
+        messages, pictures = with_marks(request.messages or (), place)
         for message in messages:
             if THOUGHT_FIELDS[0] in message:
                 message[self.format.thought_field] = message.pop(THOUGHT_FIELDS[0])
-        begun = messages.pop() if continues(request) else None
-        said: list[Any] = [list(request.tools), dict(request.template_args)]
-        mark = unused_in([messages, said, begun])
-        messages, said = [self._guard(m, mark, m["role"] == "assistant") for m in messages], self._guard(said, mark)
-        begun = begun and self._guard(begun, mark, True)
-        rendering = Rendering(self._templates, self.facts.bos, self.facts.eos, messages, *said)
+        guarded = [self._guard(m, mark, m["role"] == "assistant") for m in without_noise(messages)]
+        begun = guarded.pop() if continued(request) else None
+        rendering = Rendering(self._templates, self.facts.bos, self.facts.eos, guarded, *self._guard(said, mark))
         rendered = self._render(rendering)
-        segments = self._continued(rendering, rendered, begun) if begun else [rendered]
+        segments = self._continued(rendering, rendered, begun, cut) if begun else [rendered]
         if self.facts.adds_bos and self.facts.bos and segments[0].startswith(self.facts.bos):
             segments[0] = segments[0][len(self.facts.bos) :]  # the tokenizer adds it, once
         parts: list[str | Picture] = []
@@ -2121,8 +2119,8 @@ class Chat:
             raise InvalidRequest("messages: the model's chat template leaves out an image", "messages")
         return tuple(parts)
 
-    def _continued(self, rendering: Rendering, rendered: str, begun: dict[str, Any]) -> list[str]:
-        """The segments of a prompt that ends with an answer that has begun.
+    def _continued(self, rendering: Rendering, rendered: str, begun: dict[str, Any], place: str) -> list[str]:
+        """The segments of a prompt that ends with an answer that has begun; `place` stands nowhere in them.
 
         It stands where the template would write it: behind what it writes before the content of such a turn, and behind a
         thought's end where a thought is open.
@@ -2132,7 +2130,6 @@ class Chat:
         if begins_thought(content, self.format):  # whether it ends or not
             behind = content.lstrip().removeprefix(opens)
             return [rendered, content if not is_open else behind.lstrip("\n") if rendered.endswith("\n") else behind]
-        place = unused_in([rendering.messages, begun, rendered])
         turn, thought = {**begun, "content": place}, begun.get(self.format.thought_field)
         with contextlib.suppress(InvalidRequest):  # some templates take no such turn at the end
             whole = self._render(replace(rendering, messages=[*rendering.messages, turn], generation=False))
@@ -2151,7 +2148,7 @@ class Chat:
         fim = self.facts.fim
         if not {"pre", "suf", "mid"} <= fim.keys():
             raise InvalidRequest("model: it has no tokens for a prefix and a suffix, so it cannot fill a gap", "model")
-        mark = unused_in([gap.prefix, gap.suffix, gap.extra])
+        mark, *_ = unused_in([gap.prefix, gap.suffix, gap.extra])
 
         def apart(parts: Seq[tuple[str, str]]) -> list[str]:
             """Tokens that mark a gap, each with a client's text behind it, in which names of special tokens are split."""
@@ -2188,7 +2185,7 @@ class Chat:
         hidden = frozenset(self.facts.specials) - self.markers
         forced = request.tool_choice not in ("auto", "none")
         thinking = self._is_thinking(request, str(last[0]))
-        return ChatParser(index, self.format, schemas, str(last[0]), hidden, continues(request), forced, thinking)
+        return ChatParser(index, self.format, schemas, str(last[0]), hidden, bool(continued(request)), forced, thinking)
 
     def thought_budget(self, request: GenerateRequest, last: Seq[Any]) -> ThoughtBudget | None:
         """How long the answer may think, if the request says so."""
@@ -2199,7 +2196,7 @@ class Chat:
     def _is_thinking(self, request: GenerateRequest, last: str) -> bool:
         """Whether the prompt ends inside a thought, which it opens itself or which an answer that has begun does not close."""
         opens, closes = self.format.thought
-        said = (request.messages or ({},))[-1].get("content", "") if continues(request) else ""
+        said = continued(request).get("content", "")
         return last.rstrip().endswith(opens) or (begins_thought(said, self.format) and closes not in said)
 
     def constraint(self, request: GenerateRequest, last: Seq[Any]) -> Constraint | None:
@@ -2223,8 +2220,7 @@ class Chat:
         if wanted is None or wanted.param == "grammar":
             return wanted and replace(wanted, after=after, markers=self.markers | wanted.markers)
         grammar = wanted.grammar
-        if continues(request) and after is None and (request.messages or ())[-1]["content"]:
-            begun = (request.messages or ())[-1]["content"]
+        if after is None and (begun := continued(request).get("content")):
             if begins_thought(begun, self.format):
                 begun = begun.partition(self.format.thought[1])[2].lstrip()
             grammar = RestOf(grammar, begun.encode(), wanted.param)
@@ -2240,7 +2236,7 @@ class Chat:
         blanks = Repeated(OneChar(((0x0A, 0x0A), (0x20, 0x20))), 0, 2)
         if self._is_thinking(request, last):
             return (blanks,), closes
-        if continues(request):
+        if continued(request):
             return (), None
         # Qwen 3: the model itself begins a thought, or not; models without the switch would wander off into one
         may_think = any(opens in t and "enable_thinking" in t for t in self._templates.values())
@@ -2269,23 +2265,19 @@ class Chat:
         return frozenset(text[start:end] for start, end in self._names.spans(text))
 
 
-def with_marks(request: GenerateRequest) -> tuple[list[dict[str, Any]], list[Picture], str]:
-    """The messages with plain text, which a template renders: a picture's number between two marks stands for it.
+def with_marks(messages: Iterable[Mapping[str, Any]], mark: str) -> tuple[list[dict[str, Any]], list[Picture]]:
+    """The messages with plain text, which a template renders: a picture's number between two marks stands for it. Also the
+    pictures."""
+    pictures: list[Picture] = []
 
-    Also the pictures, and the mark, which no client's text holds.
-    """
-    contents = [message["content"] for message in request.messages or ()]
-    parts = itertools.chain(*(content for content in contents if isinstance(content, tuple)))
-    pictures = [part for part in parts if isinstance(part, Picture)]
-    mark = unused_in([contents, request.tools, request.template_args]) if pictures else ""
-    numbers = itertools.count()  # a template may leave turns out, or move them
+    def plain(part: str | Picture) -> str:
+        if isinstance(part, str):
+            return part
+        pictures.append(part)  # numbered, for a template may leave turns out, or move them
+        return f"{mark}{len(pictures) - 1}{mark}"
 
-    def text(content: Any) -> str:
-        if isinstance(content, str):
-            return content
-        return "".join(part if isinstance(part, str) else f"{mark}{next(numbers)}{mark}" for part in content)
-
-    return [{**message, "content": text(message["content"])} for message in request.messages or ()], pictures, mark
+    said = ((message, message["content"]) for message in messages)
+    return [{**m, "content": c if isinstance(c, str) else "".join(map(plain, c))} for m, c in said], pictures
 
 
 def begins_thought(content: str, format: ChatFormat) -> bool:
@@ -2293,10 +2285,11 @@ def begins_thought(content: str, format: ChatFormat) -> bool:
     return content.lstrip().startswith(format.thought[0])
 
 
-def continues(request: GenerateRequest) -> bool:
-    """Whether the answer goes on where the last message, the assistant's, stops."""
+def continued(request: GenerateRequest) -> Mapping[str, Any]:
+    """The last message, the assistant's, if the answer goes on where that stops, else an empty one."""
     last = request.messages[-1] if request.messages and len(request.messages) > 1 else {"role": "user"}
-    return last["role"] == "assistant" and not last.get("tool_calls") and request.continue_final_message is not False
+    goes_on = last["role"] == "assistant" and not last.get("tool_calls") and request.continue_final_message is not False
+    return last if goes_on else {}
 
 
 def without_noise(messages: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -2308,13 +2301,13 @@ def without_noise(messages: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     return kept
 
 
-def unused_in(said: Any) -> str:
-    """A character that stands nowhere in what a client said. Raises InvalidRequest where there is none."""
+def unused_in(said: Any) -> list[str]:
+    """Three characters that stand nowhere in what a client said. Raises InvalidRequest where there are none."""
     text = json.dumps(said, ensure_ascii=False, default=lambda picture: None)
-    mark = next((c for c in NONCHARACTERS if c not in text), None)
-    if mark is None:
+    marks = list(itertools.islice((c for c in NONCHARACTERS if c not in text), 3))
+    if len(marks) < 3:
         raise InvalidRequest("messages may not hold every Unicode noncharacter (U+FDD0 to U+FDEF)", "messages")
-    return mark
+    return marks
 
 
 class SpecialNames:
@@ -8581,7 +8574,7 @@ class Service:
         messages, prompts = request.messages or (), request.prompts
         if not any(isinstance(content, Content) for content in (*prompts, *(message["content"] for message in messages))):
             return request
-        info, last = self.table.info(request.model), messages[-1] if continues(request) else None
+        info, last = self.table.info(request.model), continued(request)
         look = PictureReader(self.tools.getter, cancel).read if info.projector else None
 
         def shown(content: Any, look: Callable[[Attachment], Picture] | None) -> Any:
@@ -13995,6 +13988,11 @@ class Derivation:
     NAMES: ClassVar = ("first_tool", "second_tool")
     ARGUMENTS: ClassVar = ({"key_a": "value a", "key_b": "value b"}, {"key_a": 7351, "key_b": "value d"})
     IDS: ClassVar = (("callid001", "callid002"), ("functions.first_tool:0", "functions.second_tool:1"))  # Kimi: name in id
+    # two such calls, or one, with their arguments as an object and one by one
+    OBJECTS: ClassVar = r'''(.*?) first_tool (.*?) \{\s*"key_a"\s*:\s*"value\ a"\s*,\s*"key_b"\s*:\s*"value\ b"\s*\} (.*?)
+        (?: second_tool (.*?) \{\s*"key_a"\s*:\s*7351\s*,\s*"key_b"\s*:\s*"value\ d"\s*\} (.*) )?'''
+    ONE_BY_ONE: ClassVar = r'''(.*?) first_tool (.*?) key_a (.*?) value\ a (.*?) key_b .*? value\ b (.*?)
+        (?: second_tool (.*?) key_a (.*?) 7351 .*? key_b .*? value\ d (.*) )?'''
     CONTENT: ClassVar = "some content"
     THOUGHT: ClassVar = "some thought"
     USER: ClassVar = "some question"
@@ -14046,7 +14044,7 @@ class Derivation:
                     text = self._with_calls(ids[:count], thought, offered, native)
                     format = self._read(text)
                     begins = format.keys or format.opens.strip()  # something tells where a call does
-                    if begins and (count == 1 or self.NAMES[1] in text):
+                    if begins and (count == 1 or self.NAMES[1] in text.removesuffix(format.closes)):
                         return (format,) if offered and count == 2 else (format, HERMES)
         return ()
 
@@ -14079,21 +14077,16 @@ class Derivation:
 
     def _read(self, text: str) -> CallFormat:
         """The format of the one or two calls that stand in `text`. Raises ValueError where it is none that we know."""
-        ends, starts = [], [text.index(n) for n in self.NAMES if n in text]
-        named = []
-        for at, name in zip(starts, self.NAMES, strict=False):
-            key = text.index("key_a", at)
-            object = re.search(r'\{\s*"$', text[:key])
-            if not object or not re.match(r'key_a"\s*:', text[key:]):
-                return self._with_params(text, starts)
-            named.append(text[at + len(name) : object.start()])
-            ends.append(json.JSONDecoder().raw_decode(text, object.start())[1])
-        again = text[ends[0] : starts[1]] if len(starts) == 2 else ""
-        format = CallFormat(text[: starts[0]], differing(named), text[ends[-1] :], again)
-        for brace in re.finditer(r"\{", format.opens):
+        found = re.fullmatch(self.OBJECTS, text, re.X | re.S)
+        if not found:
+            return self._with_params(text)
+        opens, named, behind, named_again, closes = found.groups()
+        again = "" if closes is None else behind
+        format = CallFormat(opens, differing(named, named_again), behind if closes is None else closes, again)
+        for brace in re.finditer(r"\{", opens):
             with contextlib.suppress(ValueError):
                 value, end = json.JSONDecoder().raw_decode(text, brace.start())
-                if end > ends[0]:
+                if end > found.start(3):
                     return self._in_object(value, brace.start(), format)
         return format
 
@@ -14108,33 +14101,31 @@ class Derivation:
                 return replace(format, opens=format.opens[:brace], head=format.opens[brace:], again=again, keys=pair)
         raise ValueError("the call's object holds no name")
 
-    def _with_params(self, text: str, starts: list[int]) -> CallFormat:
+    def _with_params(self, text: str) -> CallFormat:
         """A format in which arguments stand one by one."""
-        between, at = [], [starts[0] + len(self.NAMES[0])]
-        for word in ("key_a", "value a", "key_b", "value b"):
-            at.append(text.index(word, at[-1]) + len(word))
-            between.append(text[at[-2] : at[-1] - len(word)])
-        named, keyed, after, _ = between
-        named = differing([named, *(text[s + len(self.NAMES[1]) : text.index("key_a", s)] for s in starts[1:])])
+        found = re.fullmatch(self.ONE_BY_ONE, text, re.X | re.S)
+        if not found:
+            raise ValueError("these are no calls")
+        before, named, keyed, after, behind, named_again, keyed_again, closes = found.groups()
+        named = differing(named, named_again)
         opens = common_suffix(named, after)
         quote = next((q for q in ('<|"|>', "'", '"') if keyed.endswith(q) and after.startswith(q)), "")
-        keyed, after = keyed.removesuffix(quote), after.removeprefix(quote).removesuffix(opens)
-        if len(starts) == 2:  # what tells a number from a string is left open
-            keyed = differing([keyed, text[text.index("key_a", starts[1]) + 5 : text.index("7351", starts[1])]])
-        params = Params(opens, keyed, after.replace("key_a", KEY), quote)
-        rest = [text[at[-1] : starts[1]], text[text.index("value d") + 7 :]] if len(starts) == 2 else ["", text[at[-1] :]]
-        last = after.replace("key_a", "key_b")
+        # what tells a number from a string is left open
+        keyed, after = differing(keyed.removesuffix(quote), keyed_again), after.removeprefix(quote).removesuffix(opens)
+        if not (quote or after.strip()):
+            raise ValueError("nothing ends an argument")
+        params, last = Params(opens, keyed, after.replace("key_a", KEY), quote), after.replace("key_a", "key_b")
+        rest = ("", behind) if closes is None else (behind, closes)
         again, closes = (r[len(quote) :] if quote else r[len(common_prefix(r, last)) :] for r in rest)
-        return CallFormat(text[: starts[0]], named.removesuffix(opens), closes, again, params=params)
+        return CallFormat(before, named.removesuffix(opens), closes, again, params=params)
 
 
-def differing(texts: Seq[str]) -> str:
-    """The common beginning and end of the first and last text, with ANY between them."""
-    first, last = texts[0], texts[-1]
-    if first == last:
+def differing(first: str, other: str | None) -> str:
+    """The common beginning and end of two texts, with ANY between them; the first where there is no other."""
+    if other is None or other == first:
         return first
-    begin = common_prefix(first, last)
-    end = common_suffix(first[len(begin) :], last[len(begin) :])
+    begin = common_prefix(first, other)
+    end = common_suffix(first[len(begin) :], other[len(begin) :])
     return begin + ANY + end
 
 
@@ -14159,463 +14150,32 @@ MAX_HEADER = 512  # characters from a call's marker to its arguments, between tw
 MAX_EARLY = 64 * 1024  # of arguments that stand before the name
 
 
-def _values(inner: str) -> str:
-    """The pattern of a JSON value: a scalar, or a list or object of `inner` ones."""
-    pair = f"{_STRING}{_BLANK}:{_BLANK}{inner}"
-    items, pairs = (f"(?:{one}{_BLANK}(?:,{_BLANK}{one}{_BLANK})*)?" for one in (inner, pair))
-    return rf"(?:{_SCALAR}|\[{_BLANK}{items}\]|\{{{_BLANK}{pairs}\}})"
-
-
-_BLANK, _PLAIN, _ESCAPE = r"[ \t\r\n]*", r'[^"\\\x00-\x1f]', r'\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4})'
-_STRING = rf'"{_PLAIN}*(?:{_ESCAPE}{_PLAIN}*)*"'
-_LITERAL = r"(?:-?(?:0|[1-9]\d{0,199})(?:\.\d{1,199})?(?:[eE][+-]?\d{1,9})?|true|false|null)"
-_SCALAR = rf"(?:{_STRING}|{_LITERAL}(?=[ \t\r\n,\]}}]))"
-_VALUE = _values(_values(_SCALAR))
-_KEY = f"{_STRING}{_BLANK}:{_BLANK}"
-_PAIRS = f"(?:{_KEY}{_VALUE}{_BLANK},{_BLANK})*(?:{_KEY}{_VALUE}|(?P<key>{_KEY}))"
-_ELEMENTS = f"{_VALUE}(?:{_BLANK},{_BLANK}{_VALUE})*"
-
-
-class JsonMender:
-    """Makes JSON, as it comes, of what models write for it: with Python's words and quotes, raw line breaks, unquoted
-    words, trailing commas.
-
-    `quotes` are those that strings may have beside JSON's. With `closes` the value is an object whose opening bracket has
-    been read, and this one ends it.
-    """
-
-    # It wants a key, the colon behind it, a value, an element of a list, or what stands behind these: a comma or bracket.
-    # Most of what comes is JSON that needs no mending: as much of it as a pattern can tell is taken over in one piece.
-    RUNS: ClassVar = {"key": _PAIRS, "}": f"{_BLANK},{_BLANK}{_PAIRS}", "value": _VALUE, ":": rf"(?P<key>{_BLANK}:{_BLANK})",
-                      "element": _ELEMENTS, "]": f"{_BLANK},{_BLANK}{_ELEMENTS}"}  # fmt: skip
-    run = staticmethod(functools.cache(re.compile))  # at their first use, for they take 0.1 s
-    TOKEN = re.compile(r"""(?P<blank>[ \t\r\n]+)|(?P<open>[{\[(])|(?P<close>[}\])])|(?P<comma>,)|(?P<equals>[:=])"""
-                       r"""|(?P<word>[^\s,:=;\[\]{}()"'<]+)|(?P<quote>.)""", re.S)  # fmt: skip
-    WANTED: ClassVar = {"open": ("value", "element"), "close": ("}", "]", "key", "element"), "comma": ("}", "]"),
-                        "equals": (":",), "word": ("key", "value", "element"), "quote": ("key", "value", "element")}  # fmt: skip
-    ESCAPE, LITERAL = re.compile(_ESCAPE), re.compile(_LITERAL)
-    PLAIN: ClassVar = {'"': re.compile(rf"{_PLAIN}+(?:{_ESCAPE}{_PLAIN}*)*"), "'": re.compile(r"""[^"'\\\x00-\x1f]+""")}
-    BRACKETS: ClassVar = {"{": ("}", "{", "}"), "[": ("]", "[", "]"), "(": (")", "[", "]")}  # what ends it; both in JSON
-    BEHIND = frozenset(",:)]}= \t\r\n")  # what follows an apostrophe that ends a string
-
-    def __init__(self, quotes: Seq[str] = ("'",), closes: str = "") -> None:
-        self._quotes = quotes
-        self._open = [(closes, "}")] if closes else []  # what ends each open bracket, here and in JSON
-        self._wants = "key" if closes else "value"
-        self._quote = ""  # of the string that is being read
-        self._comma = ""  # with the blanks behind it, until something follows
-        self._written = ["{"] if closes else []
-        self.done = self.failed = False
-
-    def take(self) -> str:
-        """Returns the JSON text written since the last call."""
-        written, self._written = "".join(self._written), []
-        return written
-
-    def read(self, text: str, at: int) -> int:
-        """Reads on from a place in the text; returns how far it came: to the value's end, or to what needs more text."""
-        while at < len(text) and not self.done and not self.failed:
-            behind = self._string(text, at) if self._quote else self._token(text, at)
-            if behind == at:
-                break
-            at = behind
-        return at
-
-    def _token(self, text: str, at: int) -> int:
-        if found := self.run(self.RUNS[self._wants]).match(text, at):
-            self._write(found[0])
-            self._end_value("value" if found.lastgroup else "")
-            return found.end()
-        found = self.TOKEN.match(text, at)
-        assert found, "every character is a token"
-        kind, piece, end = found.lastgroup or "", found[0], found.end()
-        if kind == "blank":
-            self._comma += piece if self._comma else ""
-            self._written.append("" if self._comma else piece)
-        elif kind == "word" and end == len(text) and len(piece) <= MAX_HEADER:
-            return at
-        elif self._wants not in self.WANTED[kind] or (kind == "close" and piece != self._open[-1][0]):
-            self.failed = True
-        elif kind == "word":
-            self._word(piece)
-        elif kind == "quote":
-            return self._begin_string(text, at)
-        elif kind == "close":
-            self._written += [self._comma[1:], self._open.pop()[1]]
-            self._comma = ""
-            self._end_value()
-        elif kind == "comma":
-            self._comma, self._wants = piece, "key" if self._wants == "}" else "element"
-        elif kind == "equals":
-            self._write(":")
-            self._wants = "value"
-        else:
-            ends, opens, closes = self.BRACKETS[piece]
-            self._write(opens)
-            self._open.append((ends, closes))
-            self._wants = "key" if opens == "{" else "element"
-        return at if self.failed else end
-
-    def _write(self, text: str) -> None:
-        """Writes what is wanted: the comma before it was none too many."""
-        self._written += (self._comma, text) if self._comma else (text,)
-        self._comma = ""
-
-    def _end_value(self, wants: str = "") -> None:
-        """Wants this next, or what may stand behind a value."""
-        self.done = not self._open
-        self._wants = wants or (self._open[-1][1] if self._open else "")
-
-    def _word(self, word: str) -> None:
-        """A key, or a value that stands without quotes: JSON's or Python's, or a string."""
-        import ast
-
-        is_key = self._wants == "key"
-        meant = json.dumps(word, ensure_ascii=False) if is_key or re.match(r"[^\W\d]", word) else ""
-        if not is_key and self.LITERAL.fullmatch(word):
-            meant = word
-        elif not is_key:
-            with contextlib.suppress(ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-                meant = json.dumps(ast.literal_eval(word), allow_nan=False)
-        self.failed = not meant or len(word) > MAX_HEADER
-        if not self.failed:
-            self._write(meant)
-            self._end_value(":" if is_key else "")
-
-    def _begin_string(self, text: str, at: int) -> int:
-        quote = next((q for q in ('"', *self._quotes) if q.startswith(text[at : at + len(q)])), "")
-        self.failed = not quote
-        if not quote or len(text) - at < len(quote):
-            return at
-        self._write('"')
-        self._quote = quote
-        return at + len(quote)
-
-    def _string(self, text: str, at: int) -> int:
-        """Some more of a string, and its end."""
-        char, quote = text[at], self._quote
-        if len(quote) > 1:
-            return self._raw(text, at)
-        if found := self.PLAIN[quote].match(text, at):
-            self._written.append(found[0])
-            return found.end()
-        if char == "\\":
-            return self._escape(text, at)
-        if char == quote == "'" and at + 1 == len(text):
-            return at
-        if char == quote and (char == '"' or text[at + 1] in self.BEHIND):
-            self._end_string()
-        else:
-            self._written.append(json.dumps(char)[1:-1])
-        return at + 1
-
-    def _end_string(self) -> None:
-        self._written.append('"')
-        self._quote = ""
-        self._end_value(":" if self._wants == "key" else "")
-
-    def _escape(self, text: str, at: int) -> int:
-        """An escape: JSON's as it is, one of Python's as JSON has it, else its backslash."""
-        size = {"u": 6, "x": 4}.get(text[at + 1 : at + 2], 2)
-        escape = text[at : at + size]
-        if len(escape) < size:
-            return at
-        hexadecimal = re.fullmatch(r"\\x([0-9a-fA-F]{2})", escape)
-        meant = rf"\u00{hexadecimal[1]}" if hexadecimal else {"\\'": "'"}.get(escape, escape)
-        is_known = meant != escape or self.ESCAPE.fullmatch(escape)
-        self._written.append(meant if is_known else "\\\\")
-        return at + (size if is_known else 1)
-
-    def _raw(self, text: str, at: int) -> int:
-        """More of a string in a family's own quotes: nothing in it is an escape."""
-        quote = self._quote
-        end = text.find(quote, at)
-        stop = end if end >= 0 else len(text) - held_back(text[at:], (quote,))
-        self._written.append(json.dumps(text[at:stop], ensure_ascii=False)[1:-1])
-        if end < 0:
-            return stop
-        self._end_string()
-        return end + len(quote)
-
-
-def mended(text: str) -> str | None:
-    """A whole text as JSON, mended where it is plain what it means; None where it is not."""
-    mender = JsonMender()
-    end = mender.read(text + "\n", 0)
-    return mender.take().strip() if mender.done and not mender.failed and not text[end:].strip() else None
-
-
-def as_json(text: str, types: int) -> str:
-    """An argument that stands without quotes, as JSON of one of these types (SchemaReader's bits); of another it is a string."""
-    written = text.strip()
-    with contextlib.suppress(ValueError, RecursionError):
-        if type_bit(json.loads(written, parse_constant=_finite)) & types:
-            return written
-    meant = mended(written) if not types & SchemaReader.TYPES["string"] else None
-    if meant is not None and type_bit(json.loads(meant)) & types:
-        return meant
-    return json.dumps(text, ensure_ascii=False)
-
-
 class NoCall(Exception):
-    """The text only looks like a call."""
+    """The text only looks like a call, or like JSON."""
 
 
 class TextEnds(Exception):
-    """There is too little text to tell."""
-
-
-@functools.lru_cache(maxsize=256)
-def parts_of(text: str) -> tuple[str, ...]:
-    """A format's text in parts: white space, open places, and what stands between these."""
-    return tuple(re.findall(rf"\s+|[{ID}{ANY}]|[^\s{ID}{ANY}]+", text))
+    """The text ends in the middle of what was read."""
 
 
 class Scanner:
-    """Reads pieces of a text, each on from `at`. Raises NoCall where the text goes on otherwise, TextEnds where that cannot be
-    told yet."""
+    """The text that came and is still to be told, and which tokens' log probabilities belong to it.
 
-    BLANKS, STRING = re.compile(r"\s*"), re.compile(rf"\s*({_STRING})")
-    KEY = re.compile(r'\s*"([^"\\\x00-\x1f]*)"\s*:')
+    Coroutines read pieces of it, each on from `at`. They raise NoCall where the text goes on otherwise or passes the limit,
+    if there is one, and TextEnds where it was cut.
+    """
 
-    def __init__(self, text: str, is_whole: bool) -> None:
-        self.text, self._is_whole = text, is_whole
-        self.at, self._limit = 0, MAX_HEADER
+    BLANKS = re.compile(r"\s*")
 
-    def _either(self, *ways: tuple[Any, ...]) -> bool:
-        """True if the text goes on in one of some ways, methods with their arguments; if not, it is read no further."""
-        at = self.at
-        for read, *what in ways:
-            try:
-                read(*what)
-                return True
-            except NoCall:
-                self.at = at
-        return False
-
-    def _too_short(self) -> Exception:
-        return NoCall() if self._is_whole or len(self.text) > self._limit else TextEnds()
-
-    def _go_to(self, end: int) -> None:
-        if end > self._limit:
-            raise NoCall
-        self.at = end
-
-    def _next(self) -> str:
-        if self.at == len(self.text):
-            raise self._too_short()
-        return self.text[self.at]
-
-    def _blanks(self) -> str:
-        """The next character that is no white space."""
-        found = self.BLANKS.match(self.text, self.at)
-        self._go_to(found.end() if found else 0)
-        return self._next()
-
-    def _char(self, chars: str) -> str:
-        """One of some characters, behind blanks."""
-        if (found := self._blanks()) not in chars:
-            raise NoCall
-        self.at += 1
-        return found
-
-    def _one_of(self, texts: Iterable[str]) -> str:
-        """The first of some texts that stands here; the longest come first."""
-        left = len(self.text) - self.at
-        for text in texts:
-            if self.text.startswith(text, self.at):
-                self._go_to(self.at + len(text))
-                return text
-            if left < len(text) and not self._is_whole and text.startswith(self.text[self.at :]):
-                raise self._too_short()
-        raise NoCall
-
-    def _up_to(self, closes: str) -> str:
-        """Text that differs from call to call; reads what stands behind it, too."""
-        end = self.text.find(closes, self.at, self._limit)
-        if end < 0:
-            raise self._too_short()
-        found = self.text[self.at : end]
-        self._go_to(end + len(closes))
-        return found
-
-    def _json(self) -> str:
-        """A JSON value, or what looks like one."""
-        mender = JsonMender()
-        self._go_to(mender.read(self.text[: self._limit + 1], self.at))
-        if not mender.done:
-            raise NoCall if mender.failed else self._too_short()
-        return mender.take()
-
-    def _string(self) -> str:
-        """A JSON string's value."""
-        found = self.STRING.match(self.text, self.at, self._limit)
-        if found:
-            self._go_to(found.end())
-        elif self._blanks() != '"':
-            raise NoCall
-        return str(json.loads(found[1] if found else self._json()))
-
-    def _key(self) -> str:
-        if found := self.KEY.match(self.text, self.at, self._limit):
-            self._go_to(found.end())
-            return found[1]
-        key = self._string()
-        self._char(":")
-        return key
-
-
-class Markup(Scanner):
-    """Reads what stands at the beginning of a text around the arguments of calls, with white space, order and extra keys at
-    will."""
-
-    PLAIN_KEY = re.compile(r'[^\n<>"/][^\n<>"]*')
-    format: CallFormat  # of the call that begins here
-    name = id = ""
-    arguments: str | None = None  # of the call as JSON, where they do not follow
-    key: str | None = None  # of an argument that follows by itself
-    ending = ""  # of that argument, or a piece of the ending of calls
-    behind_ending = ""  # what follows the end of CDATA
-
-    def __init__(self, text: str, is_whole: bool, names: Collection[str]) -> None:
-        super().__init__(text, is_whole)
-        self._names = names
-
-    def first(self, formats: Seq[CallFormat]) -> None:
-        """The beginning of a section's first call."""
-        if not self._either(*((self._call, format, opens) for format in formats for opens in format.beginnings)):
-            raise NoCall
-
-    def behind(self, format: CallFormat) -> None:
-        """The next call's beginning, a pair in a call's object, or a piece of the ending."""
-        self._blanks()
-        calls = ((self._call, format, opens, ",;") for opens in format.repeats)
-        if not self._either((self.end, format.closers[:1]), *calls, (self._pair, format), (self.end, format.closers)):
-            raise NoCall
-
-    def end(self, pieces: Iterable[str]) -> None:
-        self._blanks()
-        self.name, self.ending = "", self._one_of(pieces)
-
-    def parameter(self, params: Params) -> None:
-        """The beginning of an argument, where they stand one by one."""
-        self._blanks()
-        self._text(params.opens)
-        closes, *rest = parts_of(params.keyed.strip())
-        key = self._up_to(closes)
-        if not self.PLAIN_KEY.fullmatch(key):
-            raise NoCall
-        self._text("".join(rest))
-        self.key, self.ending = key, params.closes.replace(KEY, key)
-        self._either((self._one_of, [params.keyed[len(params.keyed.rstrip()) :]]))
-        if self._either((self._one_of, ["<![CDATA["])):
-            self.ending, self.behind_ending = "]]>", self.ending.strip()
-
-    def _text(self, text: str) -> None:
-        """A format's text: any white space where it has some, and its open places up to the text behind them."""
-        parts = iter(parts_of(text))
-        for part in parts:
-            if part.isspace():
-                self._blanks()
-            elif part not in (ID, ANY):
-                self._one_of((part,))
-            elif closes := next(parts, ""):
-                found = self._up_to(closes)
-                self.id = found if part == ID else self.id
-
-    def _call(self, format: CallFormat, opens: str, separators: str = "") -> None:
-        """A call from its beginning on, up to its arguments."""
-        self.format, self._limit, self.name, self.id, self.arguments = format, MAX_HEADER, "", "", None
-        if self._blanks() in separators:
-            self.at += 1
-            self._blanks()
-        self._text(opens)
-        if format.keys is None:
-            self._behind_name(format)
-        else:
-            self._in_object(format, *format.keys)
-
-    def _in_object(self, format: CallFormat, name_key: str, arguments_key: str) -> None:
-        """A call as a JSON object, perhaps in a list: its name and its arguments, in either order, between other pairs."""
-        if self._blanks() == "[":
-            self.at += 1
-        self._char("{")
-        if not name_key:
-            self._named(self._key())
-            return self._arguments()
-        names, arguments, inner = format.known_keys
-        argued = False
-        while not (self.name and argued):
-            key = self._key()
-            if key in inner and not self.name:
-                self._char("{")
-                continue
-            if key in names and not self.name:
-                self._named(self._string())
-            elif key in arguments and not argued:
-                self._arguments()
-                argued = True
-            elif key in names | arguments | inner:
-                raise NoCall
-            else:
-                self._json()
-            if not (self.name and argued) and self._char(",}" if self.name else ",") == "}":
-                self.arguments, argued = "{}", True
-
-    def _behind_name(self, format: CallFormat) -> None:
-        """A call whose name stands by itself; without arguments there must be what ends it."""
-        name, params = self._one_of(self._names), format.params
-        if re.match(r"[\w.-]", self._next()):
-            raise NoCall  # a longer name
-        self._named(name)
-        self._text(format.named)
-        self._blanks()
-        start = self.at
-        if params and (params.quote or self._either((self.parameter, params))):
-            return
-        if self._either((self._one_of, format.closers)):
-            self.at, self.arguments = start, "{}"
-        elif params:
-            raise NoCall
-        else:
-            self._arguments()
-
-    def _named(self, name: str) -> None:
-        if name not in self._names:
-            raise NoCall
-        self.name = name
-
-    def _arguments(self) -> None:
-        """Arguments as a JSON object. They are read here only where they stand before the name, or in a string."""
-        first, start = self._blanks(), self.at
-        if first == "{" and self.name:
-            return
-        limit, self._limit = self._limit, start + MAX_EARLY
-        text = self._json()
-        self._limit = limit + self.at - start
-        text = mended(json.loads(text)) or "" if text.startswith('"') else text
-        if first not in "{\"'nN" or not (text == "null" or text.startswith("{")):
-            raise NoCall
-        self.arguments = "{}" if text == "null" else text
-
-    def _pair(self, format: CallFormat) -> None:
-        """A pair behind the name and the arguments in a call's object."""
-        self.name = ""
-        self._char("," if format.keys and format.keys[0] else "")
-        if self._key() in set().union(*format.known_keys):
-            raise NoCall
-        self._json()
-
-
-class Untold:
-    """The text that has come and is still to be told, and which tokens' log probabilities belong to it."""
-
-    def __init__(self, hidden: frozenset[str]) -> None:
+    def __init__(self, hidden: frozenset[str] = frozenset()) -> None:
         self._hidden = hidden  # names of tokens that give no text
         self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
         self._tokens: deque[tuple[int, TokenLogprob]] = deque()
         self._size = 0
-        self.text, self.taken = "", 0
+        self.text, self.at = "", 0
+        self.limit = 0  # characters that a call's markup may have; 0 while text is told
+        self.taken = 0  # characters of all text that are no longer in `text`
+        self.ended = ""  # why the text ended, once it has
 
     def add(self, text: str, logprobs: Seq[TokenLogprob]) -> None:
         self.text += text
@@ -14625,7 +14185,9 @@ class Untold:
                 self._size += len(self._decode(logprob.token))
 
     def take(self, size: int) -> str:
+        """Takes text from the beginning on, where reading goes on then."""
         taken, self.text = self.text[:size], self.text[size:]
+        self.at = 0
         self.taken += len(taken)
         return taken
 
@@ -14642,6 +14204,407 @@ class Untold:
             taken.append(self._tokens.popleft()[1])
         return tuple(taken)
 
+    def go_to(self, end: int) -> None:
+        if self.limit and end > self.limit:
+            raise NoCall
+        self.at = end
+
+    # From here on coroutines
+
+    def more(self) -> Reading[None]:
+        """Waits for more text. At a limit, what stops in the middle is no call."""
+        if self.limit and (self.ended == "stop" or len(self.text) > self.limit):
+            raise NoCall
+        if self.ended:
+            raise TextEnds
+        yield
+
+    def either(self, *ways: Reading[Any]) -> Reading[bool]:
+        """True if the text goes on in one of some ways; if not, it is read no further."""
+        at = self.at
+        for way in ways:
+            try:
+                yield from way
+                return True
+            except NoCall:
+                self.at = at
+        return False
+
+    def next(self) -> Reading[str]:
+        """The next character, which is left."""
+        while self.at == len(self.text):
+            yield from self.more()
+        return self.text[self.at]
+
+    def blanks(self) -> Reading[str]:
+        """Skips white space; the next character."""
+        while (yield from self.next()).isspace():
+            found = self.BLANKS.match(self.text, self.at)
+            self.go_to(found.end() if found else 0)
+        return self.text[self.at]
+
+    def char(self, chars: str) -> Reading[str]:
+        """One of some characters, behind blanks."""
+        if (found := (yield from self.blanks())) not in chars:
+            raise NoCall
+        self.at += 1
+        return found
+
+    def one_of(self, texts: Iterable[str]) -> Reading[str]:
+        """The first of some texts that stands here; the longest come first."""
+        for text in texts:
+            while len(self.text) < self.at + len(text) and text.startswith(self.text[self.at :]):
+                if self.limit and self.ended == "stop":
+                    break  # a shorter one may stand here
+                yield from self.more()
+            if self.text.startswith(text, self.at):
+                self.go_to(self.at + len(text))
+                return text
+        raise NoCall
+
+    def up_to(self, closes: str) -> Reading[str]:
+        """Text that differs from call to call; reads what stands behind it, too."""
+        while (end := self.text.find(closes, self.at, self.limit)) < 0:
+            yield from self.more()
+        found = self.text[self.at : end]
+        self.go_to(end + len(closes))
+        return found
+
+
+    def until(self, marks: Seq[str], tell: Callable[[str], None], half: Seq[str] = ()) -> Reading[str]:
+        """Tells text up to the first of some marks, which it returns; "" at the end of the text, of which a beginning of a
+        mark, or of what is to be held back like one, is left. Not for text that has a limit."""
+        pattern, half = re.compile("|".join(map(re.escape, longest_first(marks))) or r"(?!)"), (*marks, *half)
+        while True:
+            end = len(self.text) - held_back(self.text, half)
+            found = pattern.search(self.text)
+            found = found if found and (self.ended or found.start() < end) else None  # else it may become a longer one
+            if before := self.take(found.start() if found else end):
+                tell(before)
+            if found or self.ended:
+                return found[0] if found else ""
+            yield
+
+
+class JsonScanner(Scanner):
+    """Makes JSON of what models write for it: with Python's words and quotes, raw line breaks, unquoted words, trailing
+    commas."""
+
+    TOKEN = re.compile(r"""(?P<blank>[ \t\r\n]+)|(?P<open>[{\[(])|(?P<close>[}\])])|(?P<comma>,)|(?P<equals>[:=])"""
+                       r"""|(?P<word>[^\s,:=;\[\]{}()"'<]+)|(?P<quote>.)""", re.S)  # fmt: skip
+    WANTED: ClassVar = {"open": ("value", "element"), "close": ("}", "]", "key", "element"), "comma": ("}", "]"),
+                        "equals": (":",), "word": ("key", "value", "element"), "quote": ("key", "value", "element")}  # fmt: skip
+    ESCAPE = re.compile(r'\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4})')
+    LITERAL = re.compile(r"-?(?:0|[1-9]\d{0,199})(?:\.\d{1,199})?(?:[eE][+-]?\d{1,9})?|true|false|null")
+    PLAIN: ClassVar = {'"': re.compile(rf'[^"\\\x00-\x1f]+(?:{ESCAPE.pattern}[^"\\\x00-\x1f]*)*'),
+                       "'": re.compile(r"""[^"'\\\x00-\x1f]+""")}  # fmt: skip
+    BRACKETS: ClassVar = {"{": ("}", "{", "}"), "[": ("]", "[", "]"), "(": (")", "[", "]")}  # what ends it; both in JSON
+    BEHIND = frozenset(",:)]}= \t\r\n")  # what follows an apostrophe that ends a string
+
+    def json(self, write: Callable[[str], None], quotes: Seq[str] = ("'",), closes: str = "") -> Reading[None]:
+        """Writes a value as it comes; at an error `at` is where that stands.
+
+        `quotes` are those that strings may have beside JSON's. With `closes` the value is an object whose opening bracket has
+        been read, and this one ends it.
+        """
+        open = [(closes, "}")] if closes else []  # what ends each open bracket, here and in JSON
+        # a key, the colon behind it, a value, an element of a list, or what stands behind these: a comma or bracket
+        wants = "key" if closes else "value"
+        comma = ""  # with the blanks behind it, until something follows
+        write("{" if closes else "")
+        while wants:
+            kind, piece = yield from self._token()
+            if kind != "blank" and (wants not in self.WANTED[kind] or (kind == "close" and piece != open[-1][0])):
+                raise NoCall
+            behind = ":" if wants == "key" else open[-1][1] if open else ""  # is wanted behind a key or value
+            if kind == "quote":
+                quote = yield from self.one_of(('"', *quotes))
+                write(f'{comma}"')
+                yield from self._string(quote, write)
+                comma, wants = "", behind
+                continue
+            if kind == "blank":
+                write("" if comma else piece)
+                comma += piece if comma else ""
+            elif kind == "comma":
+                comma, wants = piece, "key" if wants == "}" else "element"
+            elif kind == "close":
+                write(comma[1:] + open.pop()[1])
+                comma, wants = "", open[-1][1] if open else ""
+            elif kind == "equals":
+                write(":")
+                wants = "value"
+            elif kind == "word":
+                write(comma + self._meaning(piece, wants == "key"))
+                comma, wants = "", behind
+            else:
+                ends, opens, closes = self.BRACKETS[piece]
+                write(comma + opens)
+                open.append((ends, closes))
+                comma, wants = "", "key" if opens == "{" else "element"
+            self.go_to(self.at + len(piece))
+
+    def _token(self) -> Reading[tuple[str, str]]:
+        """The next token and its kind; a word is whole, or too long."""
+        while True:
+            found = self.TOKEN.match(self.text, self.at)
+            if found and (found.lastgroup != "word" or found.end() < len(self.text) or len(found[0]) > MAX_HEADER):
+                return found.lastgroup or "", found[0]
+            yield from self.more()
+
+    def _meaning(self, word: str, is_key: bool) -> str:
+        """JSON of a key, or of a value that stands without quotes: JSON's or Python's, or a string."""
+        import ast
+
+        meant = json.dumps(word, ensure_ascii=False) if is_key or re.match(r"[^\W\d]", word) else ""
+        if not is_key and self.LITERAL.fullmatch(word):
+            meant = word
+        elif not is_key:
+            with contextlib.suppress(ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+                meant = json.dumps(ast.literal_eval(word), allow_nan=False)
+        if not meant or len(word) > MAX_HEADER:
+            raise NoCall
+        return meant
+
+    def _string(self, quote: str, write: Callable[[str], None]) -> Reading[None]:
+        """The rest of a string. In a family's own quotes nothing is an escape."""
+        if len(quote) == 1:
+            yield from self._escaped(quote, write)
+        else:
+            self.drop(self.at)
+            if not (yield from self.until((quote,), lambda text: write(json.dumps(text, ensure_ascii=False)[1:-1]))):
+                raise TextEnds
+        write('"')
+        self.go_to(self.at + len(quote))
+
+    def _escaped(self, quote: str, write: Callable[[str], None]) -> Reading[None]:
+        """A string up to its end."""
+        while not (yield from self._ends(quote)):
+            if found := self.PLAIN[quote].match(self.text, self.at):
+                write(found[0])
+                self.go_to(found.end())
+            elif self.text[self.at] == "\\":
+                write((yield from self._escape()))
+            else:
+                write(json.dumps(self.text[self.at])[1:-1])
+                self.go_to(self.at + 1)
+
+    def _ends(self, quote: str) -> Reading[bool]:
+        """Whether the string ends here: at an apostrophe what follows tells."""
+        if (yield from self.next()) != quote:
+            return False
+        while quote == "'" and self.at + 1 == len(self.text):
+            yield from self.more()
+        return quote == '"' or self.text[self.at + 1] in self.BEHIND
+
+    def _escape(self) -> Reading[str]:
+        """An escape: JSON's as it is, one of Python's as JSON has it, else its backslash."""
+        sizes = {"u": 6, "x": 4}
+        while len(self.text) < self.at + (size := sizes.get(self.text[self.at + 1 : self.at + 2], 2)):
+            yield from self.more()
+        escape = self.text[self.at : self.at + size]
+        hexadecimal = re.fullmatch(r"\\x([0-9a-fA-F]{2})", escape)
+        meant = rf"\u00{hexadecimal[1]}" if hexadecimal else {"\\'": "'"}.get(escape, escape)
+        is_known = meant != escape or self.ESCAPE.fullmatch(escape)
+        self.go_to(self.at + (size if is_known else 1))
+        return meant if is_known else "\\\\"
+
+    def value(self) -> Reading[str]:
+        """A JSON value, or what looks like one."""
+        written: list[str] = []
+        yield from self.json(written.append)
+        return "".join(written)
+
+    def string(self) -> Reading[str]:
+        """A JSON string's value."""
+        if (yield from self.blanks()) != '"':
+            raise NoCall
+        return str(json.loads((yield from self.value())))
+
+    def key(self) -> Reading[str]:
+        key = yield from self.string()
+        yield from self.char(":")
+        return key
+
+
+def mended(text: str) -> str | None:
+    """A whole text as JSON, mended where it is plain what it means; None where it is not."""
+    scanner, written = JsonScanner(), list[str]()
+    scanner.text, scanner.ended = text + "\n", "stop"
+    with contextlib.suppress(NoCall, TextEnds):
+        next(scanner.json(written.append), None)
+        if not scanner.text[scanner.at :].strip():
+            return "".join(written).strip()
+    return None
+
+
+def as_json(text: str, types: int) -> str:
+    """An argument that stands without quotes, as JSON of one of these types (SchemaReader's bits); of another it is a string."""
+    written = text.strip()
+    with contextlib.suppress(ValueError, RecursionError):
+        if type_bit(json.loads(written, parse_constant=_finite)) & types:
+            return written
+    meant = mended(written) if not types & SchemaReader.TYPES["string"] else None
+    if meant is not None and type_bit(json.loads(meant)) & types:
+        return meant
+    return json.dumps(text, ensure_ascii=False)
+
+
+@functools.lru_cache(maxsize=256)
+def parts_of(text: str) -> tuple[str, ...]:
+    """A format's text in parts: white space, open places, and what stands between these."""
+    return tuple(re.findall(rf"\s+|[{ID}{ANY}]|[^\s{ID}{ANY}]+", text))
+
+
+@dataclass
+class Markup:
+    """What was read around the arguments of calls."""
+
+    format: CallFormat = HERMES  # of the call that begins here
+    name: str = ""
+    id: str = ""
+    arguments: str | None = None  # of the call as JSON, where they do not follow
+    key: str | None = None  # of an argument that follows by itself
+    ending: str = ""  # of that argument, or a piece of the ending of calls
+    behind_ending: str = ""  # what follows the end of CDATA
+
+
+class CallScanner(JsonScanner):
+    """Reads what stands around the arguments of calls into `found`, with white space, order and extra keys at will."""
+
+    PLAIN_KEY = re.compile(r'[^\n<>"/][^\n<>"]*')
+
+    def __init__(self, hidden: frozenset[str], names: Iterable[str]) -> None:
+        super().__init__(hidden)
+        self._names = longest_first(names)
+        self.found = Markup()
+
+    def first(self, formats: Seq[CallFormat]) -> Reading[None]:
+        """The beginning of a section's first call."""
+        if not (yield from self.either(*(self._call(format, opens) for format in formats for opens in format.beginnings))):
+            raise NoCall
+
+    def behind(self, format: CallFormat) -> Reading[None]:
+        """The next call's beginning, a pair in a call's object, or a piece of the ending."""
+        yield from self.blanks()
+        calls = (self._call(format, opens, ",;") for opens in format.repeats)
+        ways = self.end(format.closers[:1]), *calls, self._pair(format), self.end(format.closers)
+        if not (yield from self.either(*ways)):
+            raise NoCall
+
+    def end(self, pieces: Iterable[str]) -> Reading[None]:
+        yield from self.blanks()
+        self.found.name, self.found.ending = "", (yield from self.one_of(pieces))
+
+    def parameter(self, params: Params) -> Reading[None]:
+        """The beginning of an argument, where they stand one by one."""
+        yield from self.blanks()
+        yield from self._text(params.opens)
+        closes, *rest = parts_of(params.keyed.strip())
+        key = yield from self.up_to(closes)
+        if not self.PLAIN_KEY.fullmatch(key):
+            raise NoCall
+        yield from self._text("".join(rest))
+        self.found.key, self.found.ending = key, params.closes.replace(KEY, key)
+        yield from self.either(self.one_of([params.keyed[len(params.keyed.rstrip()) :]]))
+        if (yield from self.either(self.one_of(["<![CDATA["]))):
+            self.found.ending, self.found.behind_ending = "]]>", self.found.ending.strip()
+
+    def _text(self, text: str) -> Reading[None]:
+        """A format's text: any white space where it has some, and its open places up to the text behind them."""
+        parts = iter(parts_of(text))
+        for part in parts:
+            if part.isspace():
+                yield from self.blanks()
+            elif part not in (ID, ANY):
+                yield from self.one_of((part,))
+            elif closes := next(parts, ""):
+                varies = yield from self.up_to(closes)
+                self.found.id = varies if part == ID else self.found.id
+
+    def _call(self, format: CallFormat, opens: str, separators: str = "") -> Reading[None]:
+        """A call from its beginning on, up to its arguments."""
+        self.found, self.limit = Markup(format), MAX_HEADER
+        if (yield from self.blanks()) in separators:
+            self.at += 1
+            yield from self.blanks()
+        yield from self._text(opens)
+        if format.keys is None:
+            yield from self._behind_name(format)
+        else:
+            yield from self._in_object(format, *format.keys)
+
+    def _in_object(self, format: CallFormat, name_key: str, arguments_key: str) -> Reading[None]:
+        """A call as a JSON object, perhaps in a list: its name and its arguments, in either order, between other pairs."""
+        if (yield from self.blanks()) == "[":
+            self.at += 1
+        yield from self.char("{")
+        if not name_key:
+            self._named((yield from self.key()))
+            return (yield from self._arguments())
+        names, arguments, inner = format.known_keys
+        argued = False
+        while not (self.found.name and argued):
+            key = yield from self.key()
+            if key in inner and not self.found.name:
+                yield from self.char("{")
+                continue
+            if key in names and not self.found.name:
+                self._named((yield from self.string()))
+            elif key in arguments and not argued:
+                yield from self._arguments()
+                argued = True
+            elif key in names | arguments | inner:
+                raise NoCall
+            else:
+                yield from self.value()
+            if not (self.found.name and argued) and (yield from self.char(",}" if self.found.name else ",")) == "}":
+                self.found.arguments, argued = "{}", True
+
+    def _behind_name(self, format: CallFormat) -> Reading[None]:
+        """A call whose name stands by itself; without arguments there must be what ends it."""
+        name, params = (yield from self.one_of(self._names)), format.params
+        if re.match(r"[\w.-]", (yield from self.next())):
+            raise NoCall  # a longer name
+        self._named(name)
+        yield from self._text(format.named)
+        yield from self.blanks()
+        start = self.at
+        if params and (params.quote or (yield from self.either(self.parameter(params)))):
+            return
+        if (yield from self.either(self.one_of(format.closers))):
+            self.at, self.found.arguments = start, "{}"
+        elif params:
+            raise NoCall
+        else:
+            yield from self._arguments()
+
+    def _named(self, name: str) -> None:
+        if name not in self._names:
+            raise NoCall
+        self.found.name = name
+
+    def _arguments(self) -> Reading[None]:
+        """Arguments as a JSON object. They are read here only where they stand before the name, or in a string."""
+        first, start = (yield from self.blanks()), self.at
+        if first == "{" and self.found.name:
+            return
+        limit, self.limit = self.limit, start + MAX_EARLY
+        text = yield from self.value()
+        self.limit = limit + self.at - start
+        text = mended(json.loads(text)) or "" if text.startswith('"') else text
+        if first not in "{\"'nN" or not (text == "null" or text.startswith("{")):
+            raise NoCall
+        self.found.arguments = "{}" if text == "null" else text
+
+    def _pair(self, format: CallFormat) -> Reading[None]:
+        """A pair behind the name and the arguments in a call's object."""
+        self.found.name = ""
+        yield from self.char("," if format.keys and format.keys[0] else "")
+        if (yield from self.key()) in set().union(*format.known_keys):
+            raise NoCall
+        yield from self.value()
+
 
 class ChatParser(Parser):
     """Takes thoughts and tool calls out of the text, as a coroutine that stops wherever it needs more text to go on.
@@ -14657,16 +14620,14 @@ class ChatParser(Parser):
         self._format, self._schemas, self._hidden = format, schemas, hidden
         openings = [mark for call in format.calls for mark in call.marks] if schemas else []
         self._openings = tuple(filter(None, openings))
-        self._names = longest_first(schemas)
-        self._headers = [call.opens.lstrip() + call.head + name + call.named for call in format.calls for name in schemas]
         self._unmarked = "" in openings  # Llama 3: an answer that is a call has no marker
-        self._input = Untold(hidden)
-        self._reason = ""  # why the text ended, once it has
+        self._input = CallScanner(hidden, schemas)
+        self._written: list[str] = []  # more of the last call's arguments
         self._space = ""  # white space that is dropped if a call follows
         self._trim = False  # white space behind a thought or call is dropped
-        self._thinking = thinking or prompt_end.rstrip().endswith(format.thought[0])
-        self._continued, self._forced = continued, forced
-        self._begun = continued or self._thinking  # a thought has begun, or content has
+        thinking = thinking or prompt_end.rstrip().endswith(format.thought[0])
+        self._forced = forced
+        self._begun = continued or thinking  # a thought has begun, or content has
         self._events: list[Event] = []
         self.calls = 0
         self._is_broken = False  # a call's arguments cannot be read
@@ -14674,29 +14635,31 @@ class ChatParser(Parser):
         self.behind_call = 0  # in all text: the end of the last call before any content
         opened = next((m for m in self._openings if prompt_end.endswith(m) and not continued), "")  # functionary: >>>
         self._input.taken = -len(opened)
-        self._reading = self._answer()
+        self._reading = self._answer(thinking, continued)
         self.push(opened)
 
     def push(self, text: str, logprobs: tuple[TokenLogprob, ...] = ()) -> Iterator[Event]:
         self._input.add(text, logprobs)
         next(self._reading, None)
+        self._flush()
         events, self._events = self._events, []
         return iter(events)
 
     def finish(self, reason: str) -> Iterator[Event]:
-        self._reason = reason
-        yield from self.push("")
-        if self._space and not self.calls:
-            self._emit(Text(self.index, self._space))
-        if rest := self._input.logprobs(None):
-            self._events.append(Text(self.index, logprobs=rest))
-        yield from self.push("")
-        yield ChoiceEnd(self.index, "tool_calls" if self.calls and reason == "stop" and not self._is_broken else reason)
+        self._input.ended = reason
+        return self.push("")
 
     def _emit(self, event: Event) -> None:
         if isinstance(event, (Text, Thought)):
             event = replace(event, logprobs=self._input.logprobs(self._input.taken - len(self._space)))
+        self._flush()
         self._events.append(event)
+
+    def _flush(self) -> None:
+        """Tells what was written of a call's arguments."""
+        if text := "".join(self._written):
+            self._events.append(CallArguments(self.index, self.calls - 1, text))
+        self._written.clear()
 
     def _say(self, out: str) -> None:
         """Content; white space waits where a call may follow."""
@@ -14711,81 +14674,60 @@ class ChatParser(Parser):
             self._begun = self._has_text = True
             self._emit(Text(self.index, kept))
 
-    def _write(self, text: str) -> None:
-        """More of the last call's arguments."""
-        if text:
-            self._emit(CallArguments(self.index, self.calls - 1, text))
-
-    @property
-    def _drops_a_cut_mark(self) -> bool:
-        """Whether half a marker at the end of the text was to begin a call, had there been more tokens."""
-        return self._reason == "length" and (self._forced or self.calls > 0)
+    def _end(self, tell: Callable[[str], None]) -> None:
+        """Tells the end of the text: half a marker, unless that was to begin a call, had there been more tokens."""
+        rest = self._input.text
+        if self._input.ended == "length" and (self._forced or self.calls):
+            self._input.drop(len(rest))
+        elif rest:
+            tell(self._input.take(len(rest)))
 
     # From here on generators: each `yield` waits for more text
 
-    def _answer(self) -> Reading[None]:
-        if self._thinking or (not self._continued and (yield from self._thought_begins())):
+    def _answer(self, thinking: bool, continued: bool) -> Reading[None]:
+        if thinking or (not continued and (yield from self._thought_begins())):
             yield from self._thought()
-        if self._unmarked and not self._continued:
-            while not self._input.text.strip() and not self._reason:
-                yield
+        if self._unmarked and not continued:
             yield from self._call("")
-        while self._input.text or not self._reason:
+        while self._input.text or not self._input.ended:
             yield from self._content()
-
-    def _up_to(self, marks: Seq[str], tell: Callable[[str], None]) -> Reading[str]:
-        """Tells text up to the first of some marks, which it returns; "" at the end of the text."""
-        mark = re.compile("|".join(map(re.escape, sorted(marks, key=len, reverse=True))) or r"(?!)")
-        while True:
-            text = self._input.text
-            found = mark.search(text)
-            held = held_back(text, marks) if not self._reason or self._drops_a_cut_mark else 0
-            if found and not self._reason and found.start() >= len(text) - held:
-                found = None  # it may become a longer one
-            if before := self._input.take(found.start() if found else len(text) - held):
-                tell(before)
-            if found or self._reason:
-                self._input.drop(0 if found else held)
-                return found[0] if found else ""
-            yield
+        if self._space and not self.calls:
+            self._emit(Text(self.index, self._space))
+        if rest := self._input.logprobs(None):
+            self._events.append(Text(self.index, logprobs=rest))
+        is_called = self.calls and self._input.ended == "stop" and not self._is_broken
+        self._emit(ChoiceEnd(self.index, "tool_calls" if is_called else self._input.ended))
 
     def _thought_begins(self) -> Reading[bool]:
         """Whether a thought's opening marker comes next; takes that and the white space before it."""
-        opens, closes = self._format.thought
-        while True:
-            text = self._input.text
-            first = text.lstrip()
-            found = next((m for m in (opens, closes) if first.startswith(m)), "")
-            if found:
-                self._input.drop(len(text) - len(first) + len(found))
-                self._trim = True  # the end of a thought that was none
-                return found == opens
-            is_half = any(m.startswith(first) for m in self._format.thought)
-            if self._reason or not is_half:
-                self._input.drop(len(text) if is_half and self._drops_a_cut_mark else 0)
-                return False
-            yield
+        found = yield from self._read(self._input.end(self._format.thought))
+        self._trim = self._trim or found is not None  # behind the end of a thought that was none, too
+        return found is not None and found.ending == self._format.thought[0]
 
     def _thought(self) -> Reading[None]:
         """A thought up to its closing marker, without the line breaks before it."""
         self._begun = self._trim = True
         closes = self._format.thought[1]
-        while not self._input.text.strip("\n") and not self._reason:
+        while not self._input.text.strip("\n") and not self._input.ended:
             yield
         self._input.take(len(self._input.text) - len(self._input.text.lstrip("\n")))  # a token may go on with text
         marks = (closes, *(() if self.calls else self._openings))
-        while mark := (yield from self._up_to(marks, lambda text: self._emit(Thought(self.index, text)))):
+        while mark := (yield from self._input.until(marks, self._think)):
             if mark == closes:
                 return self._input.drop(len(closes))
             if (yield from self._call_in_thought()):
                 return
+        self._end(self._think)
+
+    def _think(self, text: str) -> None:
+        self._emit(Thought(self.index, text))
 
     def _call_in_thought(self) -> Reading[bool]:
         """Takes calls with which the text ends, although the thought that they stand in does not (Qwen 3 and 3.5 do that);
         false if other text follows: then all this is thought."""
         inner = ChatParser(self.index, replace(self._format, drops=()), self._schemas, "", self._hidden, continued=True)
         closes, events, read, prose = self._format.thought[1], list[Event](), 0, False
-        while not prose and (read < len(self._input.text) or not self._reason):
+        while not prose and (read < len(self._input.text) or not self._input.ended):
             if read == len(self._input.text):
                 yield
             behind = min(read + 64, len(self._input.text))  # to read on would be for nothing if this is prose
@@ -14794,20 +14736,22 @@ class ChatParser(Parser):
             more = list(inner.push(self._input.text[read:behind]))
             prose, read = any(isinstance(event, Text) for event in more), behind
             events += more
-        if self._reason and not prose and read == len(self._input.text):
-            events += inner.finish(self._reason)
+        if self._input.ended and not prose and read == len(self._input.text):
+            events += inner.finish(self._input.ended)
             if events[-1] == ChoiceEnd(self.index, "tool_calls") and not any(isinstance(event, Text) for event in events):
                 self._input.drop(read)
                 self._events += events[:-1]
                 self.calls = inner.calls
                 return True
-        self._emit(Thought(self.index, self._input.take(max(inner.behind_call, 1))))
+        self._think(self._input.take(max(inner.behind_call, 1)))
         return False
 
     def _content(self) -> Reading[None]:
         """Content up to the next marker, and the call that it begins."""
-        mark = yield from self._up_to((*self._openings, *self._format.drops), self._say)
-        if not mark or (mark in self._openings and ((yield from self._call(mark)) or mark not in self._format.drops)):
+        mark = yield from self._input.until((*self._openings, *self._format.drops), self._say)
+        if not mark:
+            return self._end(self._say)
+        if mark in self._openings and ((yield from self._call(mark)) or mark not in self._format.drops):
             return
         self._input.drop(len(mark))
         self._trim = self._trim or not self._begun
@@ -14816,7 +14760,7 @@ class ChatParser(Parser):
 
     def _call(self, mark: str) -> Reading[bool]:
         """A section of calls; false if the text only looks like one: then its mark is text, unless that is dropped."""
-        call = yield from self._read(Markup.first, self._format.calls)
+        call = yield from self._read(self._input.first(self._format.calls))
         if not call:
             self._say(self._input.take(0 if mark in self._format.drops else len(mark)))
             return False
@@ -14829,93 +14773,98 @@ class ChatParser(Parser):
             is_over = is_over or is_end
             if is_over:  # what ends it may come twice
                 ends = [format.closes.strip(), MARKER.findall(format.closes.rstrip())[-1]]
-                call = yield from self._read(Markup.end, ends)
+                call = yield from self._read(self._input.end(ends))
             else:
-                call = yield from self._read(Markup.behind, format)
+                call = yield from self._read(self._input.behind(format))
         self.behind_call = self.behind_call if self._has_text else self._input.taken
         return True
 
-    def _read(self, read: Callable[..., None], *what: Any) -> Reading[Markup | None]:
-        """Reads markup and drops it, all of it again whenever more text came; None if the text goes on otherwise."""
-        while True:
-            while not self._reason and any(header.startswith(self._input.text) for header in self._headers):
-                yield  # so far as the template has it
-            text = self._input.text
-            markup = Markup(text, self._reason == "stop", self._names)
-            try:
-                read(markup, *what)
-                self._input.drop(markup.at)
-                return markup
-            except NoCall:
-                return None
-            except TextEnds:
-                if self._reason:  # it was cut: all of it belongs to a call
-                    if markup.name or self._forced or self.calls or text.startswith(self._openings):
-                        self._input.drop(len(text))
-                    return markup if markup.name or markup.key is not None else None
-            more = len(text) // 8 if len(text) > MAX_HEADER else 0  # so that long arguments before a name cost linear time
-            while not self._reason and len(self._input.text) <= len(text) + more:
-                yield
+    def _read(self, reading: Reading[None]) -> Reading[Markup | None]:
+        """Reads markup and drops it; None if the text goes on otherwise."""
+        scan = self._input
+        scan.found, scan.limit, size = Markup(), MAX_HEADER, 0
+        found: Markup | None = None
+        try:
+            yield from reading
+            found, size = scan.found, scan.at
+        except NoCall:
+            pass
+        except TextEnds:
+            if scan.found.name or scan.found.key is not None:
+                found = scan.found
+            if found or self._forced or self.calls or scan.text.startswith(self._openings):
+                size = len(scan.text)  # all of it belongs to a call
+        scan.at = scan.limit = 0
+        scan.drop(size)
+        return found
 
     def _tell(self, call: Markup) -> Reading[bool]:
         """Tells of a call, and its arguments as they come; false if they are broken or cut."""
         self._space, self._begun, self._trim = "", True, True
-        self.calls += 1
         id = call.id if len(call.id) > 8 else f"call_{os.urandom(12).hex()}"  # short ones count the calls of a turn
-        self._emit(CallBegan(self.index, self.calls - 1, id, call.name))
-        params = call.format.params
+        self._emit(CallBegan(self.index, self.calls, id, call.name))
+        self.calls += 1
+        params, is_whole = call.format.params, True
         if call.arguments is not None:
-            self._write(call.arguments)
+            self._written.append(call.arguments)
+        elif params and not params.quote:
+            is_whole = yield from self._parameters(call, params)
+        else:
+            family = ([params.quote], call.format.closes.strip()[0]) if params else ()
+            is_whole = yield from self._object(self._input.json(self._written.append, *family))
+        self._flush()
+        self._input.logprobs(self._input.taken)
+        return is_whole
+
+    def _object(self, reading: Reading[None]) -> Reading[bool]:
+        """Arguments as an object; what is broken is text, what is cut is dropped."""
+        scan = self._input
+        try:
+            for _ in reading:
+                scan.drop(scan.at)
+                yield
             return True
-        if params and not params.quote:
-            return (yield from self._parameters(call, params))
-        mender = JsonMender((params.quote,), call.format.closes.strip()[0]) if params else JsonMender()
-        while True:
-            self._input.drop(mender.read(self._input.text, 0))
-            self._write(mender.take())
-            if mender.done or mender.failed or self._reason:
-                self._input.drop(0 if mender.done or mender.failed else len(self._input.text))
-                return mender.done
-            yield
+        except NoCall:
+            return False
+        except TextEnds:
+            scan.at = len(scan.text)
+            return False
+        finally:
+            scan.drop(scan.at)
 
     def _parameters(self, call: Markup, params: Params) -> Reading[bool]:
         """Arguments that stand one by one."""
         schema, behind, separator = json.dumps(self._schemas[call.name]), call.format.closes.rstrip(), "{"
         begun: Markup | None = call
         while begun and begun.key is not None:
-            self._write(f"{separator}{json.dumps(begun.key, ensure_ascii=False)}: ")
+            self._written.append(f"{separator}{json.dumps(begun.key, ensure_ascii=False)}: ")
             if not (yield from self._value(argument_types(schema, begun.key), begun.ending, behind)):
                 return False
             if begun.behind_ending:
-                yield from self._read(Markup.end, [begun.behind_ending])
-            separator, begun = ", ", (yield from self._read(Markup.parameter, params))
-        self._write("}" if separator == ", " else "")
+                yield from self._read(self._input.end([begun.behind_ending]))
+            separator, begun = ", ", (yield from self._read(self._input.parameter(params)))
+        self._written.append("}" if separator == ", " else "")
         return separator == ", "
 
     def _value(self, types: int, closes: str, behind: str) -> Reading[bool]:
         """An argument's value up to what closes it or its call (some models forget the first): a string as it comes, what has
         another type when it is all there. False if it is cut."""
-        core, streams, at = closes.strip(), types == SchemaReader.TYPES["string"], 0
+        core, scan, streams, told = closes.strip(), self._input, types == SchemaReader.TYPES["string"], list[str]()
         trail = closes[: len(closes) - len(closes.lstrip())]
-        marks = (core, trail + core, behind + "\n\n\n", trail + behind + "\n\n\n")
-        self._write('"' * streams)
-        while (end := self._input.text.find(core, at)) < 0 and not self._reason:
-            at = len(self._input.text) - held_back(self._input.text, marks)
-            if streams:
-                self._write(json.dumps(self._input.text[:at], ensure_ascii=False)[1:-1])
-                self._input.drop(at)
-                at = 0
-            yield
-        value, is_whole = self._input.text[: end if end >= 0 else None], end >= 0
-        if not is_whole and self._reason == "stop" and behind and value.rstrip().endswith(behind):
-            value, is_whole = value.rstrip().removesuffix(behind), True
-        value = value.removesuffix(trail) if is_whole else value
-        if streams:
-            self._write(json.dumps(value, ensure_ascii=False)[1:-1] + '"' * is_whole)
-        else:
-            self._write(as_json(value, types) if is_whole else value)
-        self._input.drop(end + len(core) if end >= 0 else len(self._input.text))
+        quote, tell = ('"', self._write_text) if streams else ("", told.append)
+        self._written.append(quote)
+        mark = yield from scan.until((trail + core, core), tell, [f"{before}{behind}\n\n\n" for before in (trail, "")])
+        rest = "" if mark else scan.text
+        is_whole = mark != "" or (scan.ended == "stop" and behind != "" and rest.rstrip().endswith(behind))
+        tell(rest.rstrip().removesuffix(behind).removesuffix(trail) if is_whole else rest)
+        value = "".join(told)
+        self._written.append(quote if streams and is_whole else as_json(value, types) if is_whole else value)
+        scan.drop(len(mark or rest))
         return is_whole
+
+    def _write_text(self, text: str) -> None:
+        """More of an argument that is a string."""
+        self._written.append(json.dumps(text, ensure_ascii=False)[1:-1])
 
 
 def held_back(buffer: str, marks: Iterable[str]) -> int:

@@ -3034,36 +3034,10 @@ def collected(events: Iterable[Any]) -> dict[int, Any]:
     return dict(sorted(choices.items()))
 
 
-def parsed(text: str, pieces: Iterable[str], **options: Any) -> dict[str, Any]:
-    """What a client is told of a text: content, thought, calls and the reason of its end."""
-    schemas: dict[str, Any] = {"get_weather": {}} if options.get("tools") else {}
-    parser = module.ChatParser(0, module.ChatFormat(), schemas, "", frozenset())
-    events = [e for piece in pieces for e in parser.push(piece)] + list(parser.finish("stop"))
-    (choice,) = collected(events).values()
-    calls = [(c.name, c.text) for c in choice.calls]
-    return {"text": choice.said(), "thought": choice.said("thought"), "calls": calls, "reason": choice.finish_reason}
-
-
-@pytest.mark.parametrize("whole", [True, False], ids=["whole", "one character at a time"])
 @pytest.mark.parametrize("case", THOUGHT_CASES)
-def test_thought_only_begins_an_answer(case: str, whole: bool) -> None:
+def test_thought_only_begins_an_answer(case: str) -> None:
     text, thought, content = THOUGHT_CASES[case]
-    said = parsed(text, [text] if whole else text)
-    assert (said["thought"], said["text"]) == (thought, content)
-
-
-def test_pairs_with_blanks_between_cost_linear_time() -> None:
-    """Each blank could stand on either side of a missing comma: 140 characters held the interpreter for 13 s."""
-    text = "<tool_call>\n{" + ('"x": 1' + " " * 12) * 20 + "!"
-    with quickly(2.0):
-        assert parsed(text, text, tools=True)["text"] == text
-
-
-@pytest.mark.parametrize("whole", [True, False], ids=["whole", "one character at a time"])
-def test_call_that_was_cut_has_what_came_and_nothing_else(whole: bool) -> None:
-    text = 'Well <tool_call>\n{"name": "get_weather", "arguments": {"ci'
-    said = parsed(text, [text] if whole else text, tools=True)
-    assert (said["text"], said["calls"]) == ("Well", [("get_weather", '{"ci')])
+    check_in_pieces(module.ChatFormat(), text, Answered(content, (), thought, "stop"), schemas={})
 
 
 THINKING_TEMPLATE = "{{ messages[-1].content }}<think>"  # the answer begins inside the thought
@@ -3372,6 +3346,11 @@ def test_forced_calls_come_back(source: str) -> None:
     check_forced(source)
 
 
+def test_arguments_that_nothing_ends_are_no_format() -> None:
+    source = family("", "<call>" + NAME + "\n" + parameters("", ": ", "\n"), "</call>")
+    assert all(call.params is None for call in derived(source).calls)
+
+
 @pytest.mark.parametrize(
     "opens, closes, prompted",
     [("<think>", "</think>", False), ("<think>", "</think>", True), ("[THINKING]", "[/THINKING]", False)],
@@ -3413,11 +3392,9 @@ def test_text_that_only_looks_like_a_call_stays_text(text: str) -> None:
 
 def test_call_that_was_cut_has_its_arguments_as_far_as_they_came() -> None:
     for cut in range(len('<tool_call>\n{"name": "get_weather"'), len(HERMES_CALL) - len("}\n</tool_call>")):
-        parser = module.ChatParser(0, module.ChatFormat(), {"get_weather": {}}, "", frozenset())
-        said: list[Any] = [*parser.push(HERMES_CALL[:cut]), *parser.finish("length")]
-        *events, end = said
-        assert end.finish_reason == "length" and events[0].name == "get_weather"
-        assert "".join(e.text for e in events[1:]) == HERMES_CALL[:cut].partition('"arguments": ')[2]
+        arguments = HERMES_CALL[:cut].partition('"arguments": ')[2]
+        wanted = Answered("Well", (("get_weather", arguments),), "", "length")
+        check_in_pieces(module.ChatFormat(), f"Well {HERMES_CALL[:cut]}", wanted, "length")
 
 
 def test_calls_in_an_array_and_with_their_arguments_first_or_as_text_are_read() -> None:
@@ -3447,8 +3424,9 @@ class Answered:
     reason: str = "tool_calls"
 
 
-def answered(format: Any, pieces: Iterable[str], reason: str = "stop", prompt: str = "", **more: Any) -> Answered:
-    parser = module.ChatParser(0, format, READABLE, prompt, frozenset(), **more)
+def answered(format: Any, pieces: Iterable[str], reason: str = "stop", prompt: str = "", schemas: Any = READABLE,
+             **more: Any) -> Answered:  # fmt: skip
+    parser = module.ChatParser(0, format, schemas, prompt, frozenset(), **more)
     choice = collected([*(e for piece in pieces for e in parser.push(piece)), *parser.finish(reason)])[0]
     calls = tuple((block.name, block.text) for block in choice.calls)
     return Answered(choice.said("text"), calls, choice.said("thought"), str(choice.finish_reason))
