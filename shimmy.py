@@ -14,35 +14,35 @@
 Part I, the server, reads downward as a request flows. Its sections with their lines, 7 to 10 in the child:
 
     1    Limits and errors            180  every bound with its reason; ApiError and its kinds
-    2    Requests and events          840  a body becomes a checked request; the events of its answer
-    3    Models on disk               500  the catalog of model files; presets
-    4    Chat                         810  messages to a prompt by the model's template (Helpers), its text back to events
+    2    Requests and events          960  a body becomes a checked request; the events of its answer
+    3    Models on disk               510  the catalog of model files; presets
+    4    Chat                         800  messages to a prompt by the model's template (Helpers), its text back to events
     5    Tools                        440  a Python function is a tool; what built-in ones may reach
     6    Messages                     450  jobs, what comes back of them, and the Pipe they cross
-    7    llama.cpp                   1190  the library: model, contexts, vocabulary, kernels, Eyes
+    7    llama.cpp                   1160  the library: model, contexts, vocabulary, kernels, Eyes
     8    Sampling                     480  how the next token is picked, and the text that tokens become
     9    Scheduling                  1120  who runs and who waits, whose cells are where; Prefix, PrefixFiles
     10   Engine                       820  the step loop, and the threads that feed it
     11   Worker                       560  the parent's side of a child; the Ladder of its loads; Metrics
-    12   Models in memory             710  loads, evictions; ModelTable finds by name
-    13   Service                      490  the only way in for every door; run_tools runs what the server may
+    12   Models in memory             680  loads, evictions; ModelTable finds by name
+    13   Service                      480  the only way in for every door; run_tools runs what the server may
     14.1 Dialects                     380  what OpenAI's clients speak, and our own
     14.2 Dialects of blocks           450  Messages and Responses
-    14.3 Ollama and llama-server      520  their shapes, and what clients are told of models
-    15.1 Connections                  340  who may call, what comes in, who has left
-    15.2 Wires                        110  documents to bytes; `deliver` is the one loop between
-    15.3 Routes                       250  one row a route
-    15.4 HTTP                         430  a connection's thread from its first byte to its last; how a server stops
-    16   WebSocket, lifecycle         260  asyncio on its side thread
-    17.1 Command line                 500  flags and their meaning
-    17.2 Commands                     610  serve, list, probe, diag, pull
-    17.3 generate                     580  by a running server or an engine of its own; main
+    14.3 Ollama and llama-server      450  their shapes, and what clients are told of models
+    15.1 Connections                  390  who may call, what comes in, who has left
+    15.2 Wires                        100  documents to bytes; `deliver` is the one loop between
+    15.3 Routes                       240  one row a route
+    15.4 HTTP                         350  a connection's thread from its first byte to its last; how a server stops
+    16   WebSocket, lifecycle         270  asyncio on its side thread
+    17.1 Command line                 450  flags and their meaning
+    17.2 Commands                     600  serve, list, probe, diag, pull
+    17.3 generate                     560  by a running server or an engine of its own; main
 
 Part II is a library that knows no request, route or model in memory. Each head says what it offers and uses.
 
-    A    The machine                  450  memory, cores, versions, known faults, child processes
-    B    GGUF headers                 380  a bounded reader, and the memory a model asks for
-    C    Formats                      950  how models write thoughts and calls, and the parser of it
+    A    The machine                  440  memory, cores, versions, known faults, child processes
+    B    GGUF headers                 400  a bounded reader, and the memory a model asks for
+    C    Formats                      910  how models write thoughts and calls, and the parser of it
     D.1  Automata                     400  symbols, and the states of all readings of a text
     D.2  Patterns                     410  regular expressions and GBNF
     D.3  Strings                      550  sets of texts, with and, or and not
@@ -11308,7 +11308,7 @@ class SocketRequest(Exchange):
 
     def leave(self) -> None:
         with contextlib.suppress(ClientGone):
-            self.send(NativeSocket.done("cancelled", Usage(0, 0, 0, 0, 0)))
+            self.send(NativeSocket.done("cancelled", Usage()))
 
 
 def is_cancel(message: bytes) -> bool:
