@@ -13522,9 +13522,9 @@ def test_prompt_that_pictures_make_too_long_is_refused_with_both_numbers(seeing:
 def test_images_are_fetched_from_open_hosts_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[str, int]] = []
 
-    def fetch(self: Any, url: str, most: int, deadline: float) -> tuple[int, Any, bytes]:
+    def fetch(self: Any, url: str, most: int, deadline: float) -> tuple[Any, bytes]:
         asked.append((url, most))
-        return (200, {}, RED) if url.endswith("cat.png") else (404, {}, b"")
+        return (types.SimpleNamespace(status=200), RED) if url.endswith("cat.png") else (types.SimpleNamespace(status=404), b"")
 
     monkeypatch.setattr(module.HttpGetter, "fetch", fetch)
     reader = module.PictureReader(module.HttpGetter(["a.example"]), Cancellation())
@@ -15835,7 +15835,7 @@ def test_clock_that_runs_backwards_changes_nothing_but_dates(serve: Serve, model
 
 DATES = {  # who may ask for the time of day: what becomes a date that people or clients read, or is compared with a file's
     "_bytecode_prefix", "Lease.wait", "Lease.__exit__", "Service.__init__", "Dialect.__init__",
-    "Ollama._document", "answer_ps", "retry_after", "PrefixFiles._make_room", "PrefixFiles._remove_stale",
+    "Ollama._document", "answer_ps", "PrefixFiles._make_room", "PrefixFiles._remove_stale",
 }  # fmt: skip
 
 
@@ -17080,23 +17080,14 @@ def test_pull_that_is_cancelled_reads_no_more_of_its_part_and_keeps_no_connectio
     monkeypatch.setattr(module, "PULL_CHUNK", 1000)
     hub.cuts = [0.5, 0.0, 0.0, 0.0, 0.0]
     for error in (module.PullFailed, module.Cancelled):
-        pulling = module.Pull(cancel := Cancellation())
-        plan = finished(pulling.plan(module.Wanted(REPO_NAME), ""))
-        events = pulling.run(plan)
-        assert next(events).completed < 2000 and pulling.host
+        pulling = module.Pull(module.Wanted(REPO_NAME), "", cancel := Cancellation())
+        assert list(pulling.plan()) == []
+        events = pulling.run()
+        assert next(events).completed < 2000
         with pytest.raises(error):
             cancel.cancel() if error is module.Cancelled else None
             list(events)
         assert pulling._socket is None
-
-
-def finished(generator: Any) -> Any:
-    """What a generator returns."""
-    while True:
-        try:
-            next(generator)
-        except StopIteration as end:
-            return end.value
 
 
 def test_pull_removes_what_has_the_wrong_checksum(hub: FakeHub, tmp_path: Path) -> None:
@@ -17252,11 +17243,8 @@ def test_ollama_pull_fetches_for_a_client_where_that_is_allowed(real_hub: FakeHu
     assert_ollama_error(running.post("/api/pull", {"model": "tester/nothing"}), 404, "there is no tester/nothing")
 
 
-@cases("date", {"long ago": "Mon, 01 Jan 0001 00:00:00 -0000", "far away": "Mon, 01 Jan 2026 00:00:00 +99999999999999"})
-def test_pull_waits_its_own_time_when_a_server_names_an_impossible_date(
-    date: str, hub: FakeHub, quick: None, tmp_path: Path
-) -> None:
-    hub.answers = [(503, {"Retry-After": date})]
+def test_pull_waits_its_own_time_when_a_server_names_a_date(hub: FakeHub, quick: None, tmp_path: Path) -> None:
+    hub.answers = [(503, {"Retry-After": "Mon, 01 Jan 2026 00:00:00 +99999999999999"})]
     assert pull(REPO_NAME, home=tmp_path, env=hub.env).returncode == 0
 
 
