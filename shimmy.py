@@ -1422,8 +1422,8 @@ def describe(header: GgufHeader, path: str, source: str, size: int) -> ModelInfo
     quantization = FILE_TYPES.get(meta.get("general.file_type", -1)) or _in_name(QUANT_IN_NAME, stem)
     context, width = (meta.get(f"{architecture}.{key}") for key in ("context_length", "embedding_length"))
     name, shown = printable(str(meta.get("general.name") or stem)), printable(architecture)
-    stated, label = meta.get("general.parameter_count"), meta.get("general.size_label")
-    if isinstance(stated, int) and stated:
+    stated, label = _positive(meta.get("general.parameter_count")), meta.get("general.size_label")
+    if stated:
         parameters: str | None = human_count(stated)
     else:
         parameters = printable(str(label)) if label else human_count(header.parameters) if header.complete else None
@@ -1433,12 +1433,17 @@ def describe(header: GgufHeader, path: str, source: str, size: int) -> ModelInfo
     return ModelInfo(
         id="", name=name, path=path, source=source, size_bytes=size, architecture=shown,
         parameter_count=parameters or _in_name(SIZE_IN_NAME, stem), quantization=quantization,
-        context_length=context if isinstance(context, int) else None,
+        context_length=_positive(context),
         embedding=pools or (causal is False and architecture not in DIFFUSERS), pooling=POOLINGS.get(pooling),
         chat_template="tokenizer.chat_template" in meta if header.complete else None,
         description=printable(str(meta.get("general.description") or f"{name} ({shown})")),
-        kv=kv_shape(meta, architecture), width=width if isinstance(width, int) else 0, labels=labels_of(meta, path),
+        kv=kv_shape(meta, architecture), width=_positive(width) or 0, labels=labels_of(meta, path),
     )  # fmt: skip
+
+
+def _positive(value: Any) -> int | None:
+    """A header's number, or None where it is none that can be meant."""
+    return value if type(value) is int and value > 0 else None
 
 
 def _in_name(pattern: re.Pattern[str], stem: str) -> str | None:
@@ -1706,7 +1711,7 @@ class Catalog:
                 return projector
             refuse_other_kinds(header)
             # a merged file may still be named like a shard
-            paths = shard_paths(path) if header.metadata.get("split.count", 1) > 1 else [path]
+            paths = shard_paths(path) if (_positive(header.metadata.get("split.count")) or 0) > 1 else [path]
             if missing := [os.path.basename(part) for part in paths if not os.path.exists(part)]:
                 raise GgufError(f"incomplete shard set: {', '.join(missing)} missing")
             size = sum(map(os.path.getsize, paths))

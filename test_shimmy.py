@@ -2461,6 +2461,14 @@ def read_model(path: Path) -> None:
         assert all(text.isprintable() and len(text) <= 200 for text in shown.values() if isinstance(text, str)), shown
 
 
+@pytest.mark.parametrize("number", [-4, 0, True, 2.5, (7,)])
+def test_header_number_that_cannot_be_meant_is_not_known(number: Any) -> None:
+    names = ("general.parameter_count", "llama.context_length", "llama.embedding_length")
+    header = module.GgufHeader({"general.architecture": "llama", **dict.fromkeys(names, number)}, 1, complete=False)
+    info = module.describe(header, "tiny-5M.gguf", "here", 1)
+    assert (info.parameter_count, info.context_length, info.width) == ("5M", None, 0)
+
+
 def write_shards(folder: Path, *numbers: int) -> list[Path]:
     """Writes shards of a set of two."""
     paths = []
