@@ -10028,7 +10028,7 @@ class OllamaPull(Dialect):
 
 
 @functools.lru_cache(maxsize=64)
-def header_metadata(path: str, _stamp: Any) -> Mapping[str, Any]:
+def header_metadata(path: str, stamp: Any) -> Mapping[str, Any]:
     """A file's whole metadata, read once while it is unchanged."""
     return read_gguf_header(path).metadata
 
@@ -18634,7 +18634,8 @@ def connection_errors() -> Iterator[None]:
 class Pull:
     """A model on its way here: `plan` asks what there is, `run` fetches it; both yield how far they are."""
 
-    title, _commit = "", ""  # as one would ask for it; of the repository
+    title = ""  # as one would ask for it
+    _commit = ""  # the repository's newest
     files: tuple[Download, ...] = ()
     others: tuple[str, ...] = ()  # what else the repository has
 
