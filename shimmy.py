@@ -1570,8 +1570,8 @@ def describe(header: GgufHeader, path: str, source: str, size: int) -> ModelInfo
     quantization = FILE_TYPES.get(meta.get("general.file_type", -1)) or _in_name(QUANT_IN_NAME, stem)
     context, width = (meta.get(f"{architecture}.{key}") for key in ("context_length", "embedding_length"))
     name, shown = printable(str(meta.get("general.name") or stem)), printable(architecture)
-    stated, label = meta.get("general.parameter_count"), meta.get("general.size_label")
-    if isinstance(stated, int) and stated:
+    stated, label = _positive(meta.get("general.parameter_count")), meta.get("general.size_label")
+    if stated:
         parameters: str | None = human_count(stated)
     else:
         parameters = printable(str(label)) if label else human_count(header.parameters) if header.complete else None
@@ -1581,12 +1581,17 @@ def describe(header: GgufHeader, path: str, source: str, size: int) -> ModelInfo
     return ModelInfo(
         id="", name=name, path=path, source=source, size_bytes=size, architecture=shown,
         parameter_count=parameters or _in_name(SIZE_IN_NAME, stem), quantization=quantization,
-        context_length=context if isinstance(context, int) else None,
+        context_length=_positive(context),
         embedding=pools or (causal is False and architecture not in DIFFUSERS), pooling=POOLINGS.get(pooling),
         chat_template="tokenizer.chat_template" in meta if header.complete else None,
         description=printable(str(meta.get("general.description") or f"{name} ({shown})")),
-        kv=kv_shape(meta, architecture), width=width if isinstance(width, int) else 0, labels=labels_of(meta, path),
+        kv=kv_shape(meta, architecture), width=_positive(width) or 0, labels=labels_of(meta, path),
     )  # fmt: skip
+
+
+def _positive(value: Any) -> int | None:
+    """A header's number, or None where it is none that can be meant."""
+    return value if type(value) is int and value > 0 else None
 
 
 def _in_name(pattern: re.Pattern[str], stem: str) -> str | None:
@@ -1850,7 +1855,7 @@ class Catalog:
                 return projector
             refuse_other_kinds(header)
             # a merged file may still be named like a shard
-            paths = shard_paths(path) if header.metadata.get("split.count", 1) > 1 else [path]
+            paths = shard_paths(path) if (_positive(header.metadata.get("split.count")) or 0) > 1 else [path]
             if missing := [os.path.basename(part) for part in paths if not os.path.exists(part)]:
                 raise GgufError(f"incomplete shard set: {', '.join(missing)} missing")
             size = sum(map(os.path.getsize, paths))
@@ -3049,34 +3054,33 @@ class HttpGetter:
 
         url: the whole address, http or https
         """
-        status, headers, data = self.fetch(url, self.MAX_BYTES, time.monotonic() + self.MAX_SECONDS)
+        response, data = self.fetch(url, self.MAX_BYTES, time.monotonic() + self.MAX_SECONDS)
         try:
-            charset = codecs.lookup(headers.get_content_charset() or "utf-8").name
+            charset = codecs.lookup(response.headers.get_content_charset() or "utf-8").name
             if charset in ("punycode", "idna"):  # of host names; the first takes a minute for 1 MiB
                 raise LookupError(charset)
             body = data.decode(charset, "replace")
         except LookupError:
             raise ToolError("the page is in an unknown character set") from None
-        return {"status": status, "content_type": headers.get("Content-Type"), "body": body}
+        return {"status": response.status, "content_type": response.headers.get("Content-Type"), "body": body}
 
-    def fetch(self, url: str, most: int, deadline: float) -> tuple[int, Any, bytes]:
-        """The status, headers and body, of so many bytes at most, of an address whose host is open. Raises ToolError."""
+    def fetch(self, url: str, most: int, deadline: float) -> tuple[http.client.HTTPResponse, bytes]:
+        """The answer and its body, of so many bytes at most, of an address whose host is open. Raises ToolError."""
         if not self.hosts:
             raise ToolError("http_get is off: start the server with --tool-hosts HOST,… (or *) to open hosts")
-        for _ in range(self.MAX_REDIRECTS + 1):
-            if len(url) > self.MAX_URL:
-                raise ToolError(f"the address is over {self.MAX_URL} characters")
-            try:
-                status, headers, data = self._fetch(url, most, deadline)
-                location = headers.get("Location")
-                if status not in (301, 302, 303, 307, 308) or not location:
-                    return status, headers, data
-                url = urllib.parse.urljoin(url, quoted(location.encode("latin-1")))
-            except (OSError, http.client.HTTPException, ValueError) as error:
-                raise ToolError(f"the address cannot be fetched: {error or type(error).__name__}") from None
+        try:
+            for _ in range(self.MAX_REDIRECTS + 1):
+                response, data = self._fetch(url, most, deadline)
+                if not (there := redirection(url, response)):
+                    return response, data
+                url = there
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            raise ToolError(f"the address cannot be fetched: {error or type(error).__name__}") from None
         raise ToolError(f"over {self.MAX_REDIRECTS} redirects")
 
-    def _fetch(self, url: str, most: int, deadline: float) -> tuple[int, Any, bytes]:
+    def _fetch(self, url: str, most: int, deadline: float) -> tuple[http.client.HTTPResponse, bytes]:
+        if len(url) > self.MAX_URL:
+            raise ToolError(f"the address is over {self.MAX_URL} characters")
         parts = urllib.parse.urlsplit(url)
         host = (parts.hostname or "").lower()
         if parts.scheme not in ("http", "https") or not host:
@@ -3099,7 +3103,7 @@ class HttpGetter:
                 if time.monotonic() >= deadline:
                     raise ToolError(f"the answer took over {self.MAX_SECONDS:.0f} seconds")
                 if not chunk:
-                    return response.status, response.headers, bytes(data)
+                    return response, bytes(data)
                 data += chunk
             raise ToolError(f"the answer is over {most} bytes")
         finally:
@@ -8440,11 +8444,11 @@ class PictureReader:
     def _bytes(self, where: str, source: str) -> bytes:
         if re.match("https?://", source, re.I):
             try:
-                status, _, data = self._getter.fetch(source, self._left, self._deadline)
+                response, data = self._getter.fetch(source, self._left, self._deadline)
             except ToolError as error:
                 raise InvalidRequest(f"{where}: the image cannot be fetched: {error}", where) from None
-            if status != 200:
-                raise InvalidRequest(f"{where}: the image cannot be fetched: its server answers {status}", where)
+            if response.status != 200:
+                raise InvalidRequest(f"{where}: the image cannot be fetched: its server answers {response.status}", where)
             return data
         head, _, told = source.partition(",") if source.startswith("data:") else (";base64", "", source)
         with contextlib.suppress(ValueError):  # also from letters outside ASCII
@@ -9925,10 +9929,10 @@ class OllamaPull(Dialect):
         if not self.places.acquire(blocking=False):
             raise Overloaded(f"{MAX_PULLS} models are being fetched already, which is as many as may be at once")
         try:
-            pull = Pull(cancel)
-            plan = yield from pull.plan(self._wanted, "")
+            pull = Pull(self._wanted, "", cancel)
+            yield from pull.plan()
             yield Fetching("pulling manifest")
-            yield from pull.run(plan)
+            yield from pull.run()
         finally:
             self.places.release()
         service.table.listed(0.0)
@@ -9948,7 +9952,7 @@ class OllamaPull(Dialect):
 
 
 @functools.lru_cache(maxsize=64)
-def header_metadata(path: str, size: int, mtime_ns: int) -> Mapping[str, Any]:
+def header_metadata(path: str, stamp: Any) -> Mapping[str, Any]:
     """A file's whole metadata, read once while it is unchanged."""
     return read_gguf_header(path).metadata
 
@@ -9973,8 +9977,7 @@ class ModelCard:
     def metadata(self) -> Mapping[str, Any]:
         """The metadata of the header: untrusted, but read within bounds; none if it cannot be read."""
         try:
-            found = os.stat(self.info.path)
-            return header_metadata(self.info.path, found.st_size, found.st_mtime_ns)
+            return header_metadata(self.info.path, _stamp(self.info.path))
         except (GgufError, OSError, struct.error, ValueError, TypeError, ArithmeticError, MemoryError):  # damage of any kind
             return {}
 
@@ -12277,21 +12280,21 @@ def command_pull(args: argparse.Namespace) -> int:
 
 def fetch(wanted: Wanted, folder: str, dry_run: bool = False) -> str:
     """Fetches what is not here yet, and says what; the model's path. A dry run prints what would be fetched."""
-    pull, view = Pull(Cancellation()), PullView()
+    pull, view = Pull(wanted, folder, Cancellation()), PullView()
     with view:
-        plan = view.watch(pull.plan(wanted, folder))
-        left, began = plan.left, time.monotonic()
+        view.watch(pull.plan())
+        left, began = pull.left, time.monotonic()
         if dry_run:
             view.clear()
-            print("\n".join(plan_words(plan)))
-            return str(plan.path)
-        for line in plan_words(plan) if left else [f"{plan.title} is here already"]:
+            print("\n".join(plan_words(pull)))
+            return pull.path
+        for line in plan_words(pull) if left else [f"{pull.title} is here already"]:
             view.say(line)
-        view.watch(pull.run(plan))
+        view.watch(pull.run())
         view.clear()
         if left:
             view.say(f"fetched {human_bytes(left)} in {clock(time.monotonic() - began)}, and checked")
-    return str(plan.path)
+    return pull.path
 
 
 def fetch_named(model: str | None) -> str | None:
@@ -12300,16 +12303,16 @@ def fetch_named(model: str | None) -> str | None:
     return model if wanted is None else pulled_before(wanted) or fetch(wanted, "")
 
 
-def plan_words(plan: Plan) -> list[str]:
+def plan_words(pull: Pull) -> list[str]:
     """Describes a pull: the files, if they fit, and the other quantizations."""
-    files = f" in {len(plan.files)} files" if len(plan.files) > 1 else ""
-    left = "" if plan.left == plan.size else f", {human_bytes(plan.left)} still to fetch" if plan.left else ", here already"
+    files = f" in {len(pull.files)} files" if len(pull.files) > 1 else ""
+    left = "" if pull.left == pull.size else f", {human_bytes(pull.left)} still to fetch" if pull.left else ", here already"
     return [
-        f"{plan.title}: {human_bytes(plan.size)}{files}{left}",
-        *(f"  {printable(each.file.name)}  {human_bytes(each.file.size)}" for each in plan.files),
-        f"into {printable(os.path.dirname(plan.path), MAX_SHOWN_PATH)}",
-        memory_words(plan.size),
-        *([f"there are also {some_of(plan.others, 12)}"] if plan.others else []),
+        f"{pull.title}: {human_bytes(pull.size)}{files}{left}",
+        *(f"  {printable(each.file.name)}  {human_bytes(each.file.size)}" for each in pull.files),
+        f"into {printable(os.path.dirname(pull.path), MAX_SHOWN_PATH)}",
+        memory_words(pull.size),
+        *([f"there are also {some_of(pull.others, 12)}"] if pull.others else []),
     ]
 
 
@@ -12332,13 +12335,9 @@ class PullView(WaitingLine):
         """A line that stays."""
         print(("\033[K" if self.shown else "") + line, file=sys.stderr, flush=True)
 
-    def watch(self, work: Generator[Fetching, None, Any]) -> Any:
-        """Runs the work to its end; returns what it returns."""
-        while True:
-            try:
-                event = next(work)
-            except StopIteration as end:
-                return end.value
+    def watch(self, work: Iterable[Fetching]) -> None:
+        """Runs the work to its end."""
+        for event in work:
             now, before = time.monotonic(), self._event
             if event.digest != before.digest or event.completed < before.completed or not before.total:
                 self._start = now, event.completed
@@ -12507,8 +12506,8 @@ class Neighbour:
             yield connection.getresponse()
 
     def get(self, path: str, seconds: float) -> tuple[int, Any]:
-        """Status and document. Raises as `request` does, and ValueError for what is no JSON."""
-        with self.request("GET", path, seconds=seconds) as response:
+        """Status and document. Raises ConnectionLost, also for what is no JSON."""
+        with connection_errors(), self.request("GET", path, seconds=seconds) as response:
             return response.status, json.loads(response.read(MAX_BODY))
 
 
@@ -12518,7 +12517,7 @@ def command_diag(args: argparse.Namespace) -> int:
     service.table.listed(0.0)
     server = Neighbour(args)
     state: dict[str, Any] = {"running": False, "url": server.url}
-    with contextlib.suppress(OSError, http.client.HTTPException, ValueError):
+    with contextlib.suppress(ConnectionLost):
         status, health = server.get("/api/health", 2.0)
         state |= {"running": status == 200, "health": health}
         state["key_accepted"] = server.get("/api/tools", 2.0)[0] != 401
@@ -12629,7 +12628,7 @@ class RunningServer(Neighbour):
     def _ask(self, path: str) -> dict[str, Any]:
         try:
             status, document = self.get(path, 5.0)
-        except (OSError, http.client.HTTPException, ValueError):
+        except ConnectionLost:
             raise NoServer(f"no server answers at {self.url}") from None
         if status != 200 and (error := self._error(document)).code == "model_not_found":
             raise NoServer(f"the server at {self.url} knows no model {printable(self.model)}")
@@ -18120,8 +18119,8 @@ def char_but(chars: str) -> OneChar:
 # ── F. Pull ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 # Fetches models: from a Hugging Face hub into its cache, where every other tool finds them, or from any address. Pull plans
 # and asks, Download resumes one file and checks it.
-# Offers: Pull, Plan, Wanted, read_wanted, repository, pulled_before, quoted. Uses: Fetching (2), hub_home, hub_caches, SHARD
-# and QUANT_IN_NAME (3), some_of (12), user_cache, and how A shows sizes.
+# Offers: Pull, Wanted, read_wanted, repository, pulled_before; quoted, redirection, connection_errors, ConnectionLost. Uses:
+# Fetching (2), hub_home, hub_caches, SHARD and QUANT_IN_NAME (3), some_of (12), user_cache, and how A shows sizes.
 
 MAX_LISTING = 32 * MIB  # a repository's files as JSON; the largest have some 10,000
 PULL_CHUNK = MIB
@@ -18213,7 +18212,7 @@ class RemoteFile:
     name: str  # its path in the repository, or the address's last part
     url: str
     size: int
-    digest: str = ""  # SHA-256, or git's SHA-1 of a file that is stored plainly; "": nobody tells
+    digest: str = ""  # SHA-256; "": nobody tells
     etag: str = ""  # what an address says in place of a digest
 
 
@@ -18364,6 +18363,16 @@ def origin_of(url: str) -> tuple[str, str, int | None]:
     return parts.scheme, parts.hostname or "", parts.port or {"http": 80, "https": 443}.get(parts.scheme)
 
 
+def redirection(url: str, response: http.client.HTTPResponse) -> str:
+    """The address that an answer sends us on to, as it was sent if it is none; "" where it sends us nowhere."""
+    location = response.headers.get("Location")
+    if response.status not in (301, 302, 303, 307, 308) or not location:
+        return ""
+    with contextlib.suppress(ValueError):
+        return urllib.parse.urljoin(url, quoted(location.encode("latin-1")))
+    return location
+
+
 def retry_after(headers: http.client.HTTPMessage) -> float | None:
     """Seconds that a busy server asks for, in a number or a date (RFC 9110, 10.2.3)."""
     said = headers.get("Retry-After") or ""
@@ -18375,20 +18384,93 @@ def retry_after(headers: http.client.HTTPMessage) -> float | None:
         return None
 
 
-class Pull:
-    """One pull: `plan` asks what there is, `run` fetches it; both yield how far they are. Only the hub gets its token."""
+@contextlib.contextmanager
+def connection_errors() -> Iterator[None]:
+    """Raises ConnectionLost, in the system's words, for whatever ends a connection."""
+    try:
+        yield
+    except (OSError, RuntimeError, ValueError, http.client.HTTPException) as error:
+        reason = getattr(error, "reason", error)
+        words = getattr(reason, "strerror", None) or reason or type(error).__name__
+        raise ConnectionLost(printable(str(words))) from None
 
-    def __init__(self, cancel: Cancellation) -> None:
+
+class Pull:
+    """A model on its way here: `plan` asks what there is, `run` fetches it; both yield how far they are."""
+
+    title = ""  # as one would ask for it
+    _commit = ""  # the repository's newest
+    files: tuple[Download, ...] = ()
+    others: tuple[str, ...] = ()  # what else the repository has
+
+    def __init__(self, wanted: Wanted, folder: str, cancel: Cancellation) -> None:
+        """`folder` takes what comes from an address."""
         import urllib.request as web
 
-        self.url, self._token, self.cancel = hub_address(), hub_token(), cancel
-        self.host = host_of(self.url)
+        self._wanted, self._folder, self.cancel = wanted, folder, cancel
+        self._hub, self._token = hub_address(), hub_token()
         self._woken, self._answers = threading.Event(), queue.SimpleQueue[Any]()
         self._socket: socket.socket | None = None  # of the last answer
         cancel.on_cancel(self._break_off)
         self._request, self._opener = web.Request, web.OpenerDirector()
         for handler in (web.ProxyHandler, web.HTTPHandler, web.HTTPSHandler):  # statuses and redirects are ours
             self._opener.add_handler(handler())
+
+    @property
+    def path(self) -> str:
+        """Where the model lies afterwards."""
+        return self.files[0].path
+
+    @property
+    def size(self) -> int:
+        return sum(download.file.size for download in self.files)
+
+    @property
+    def left(self) -> int:
+        """Bytes still to fetch."""
+        return sum(download.left() for download in self.files)
+
+    def plan(self) -> Iterator[Fetching]:
+        """Raises ModelNotFound, Forbidden, PullFailed, Cancelled."""
+        repo, url = self._wanted.repo, self._wanted.url
+        try:
+            yield from self._plan_repository(repo) if repo else self._plan_address(url)
+        except ConnectionLost as lost:
+            other = "" if url or os.environ.get("HF_ENDPOINT") else "; is the network there? HF_ENDPOINT names another hub"
+            raise PullFailed(f"{host_of(url or self._hub)} cannot be reached: {lost}{other}") from None
+        finally:
+            self._socket = None
+
+    def run(self) -> Iterator[Fetching]:
+        """Fetches all that is not here yet. Raises PullFailed, Forbidden, ModelNotFound, Cancelled."""
+        import shutil
+
+        free = math.inf
+        with contextlib.suppress(OSError, StopIteration):  # nobody tells
+            free = shutil.disk_usage(next(parent for parent in pathlib.Path(self.path).parents if parent.exists())).free
+        if self.left > free:
+            raise DiskFull(f"the disk is too small: {human_bytes(self.left)} are to be fetched, {human_bytes(free)} are free")
+        download = self.files[0]
+        try:
+            for download in self.files:
+                yield from download.run()
+            if self._commit:  # says what main is; after the files, or the cache's other readers stumble
+                main = os.path.join(repository_folder(self._wanted.repo), "refs", "main")
+                os.makedirs(os.path.dirname(main), exist_ok=True)
+                new = f"{main}.{os.getpid()}.{threading.get_ident()}.tmp"
+                pathlib.Path(new).write_text(self._commit)
+                os.replace(new, main)
+        except OSError as error:
+            where = printable(str(error.filename or download.partial), 400)
+            why = f"the model cannot be written: {where}: {error.strerror or error}"
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise PullFailed(why) from None
+            room = f"make room for {human_bytes(self.left)} and pull again to go on, or remove that file"
+            raise DiskFull(f"{why}: {room}") from None
+        finally:
+            self._socket = None
+
+    # Asking
 
     def _break_off(self) -> None:
         """Wakes the thread that waits or reads; in the thread that cancels."""
@@ -18403,37 +18485,41 @@ class Pull:
         self._woken.wait(seconds)
         self.cancel.check()
 
-    def get(self, url: str, headers: Mapping[str, str]) -> Generator[Fetching, None, http.client.HTTPResponse]:
-        """The answer, behind redirects, once a server is not busy, whatever its status. Raises ConnectionLost, PullFailed."""
+    def get(
+        self, url: str, headers: Mapping[str, str], expected: Seq[int] = (200,)
+    ) -> Generator[Fetching, None, http.client.HTTPResponse]:
+        """The answer, behind redirects, once a server is not busy. Raises ConnectionLost, Cancelled and what _refusal gives."""
         for usual in (*PULL_RETRY_SECONDS, math.inf):
             response = self._follow(url, headers)
+            if response.status in expected:
+                return response
+            response.close()
             pause = usual if math.isinf(usual) else retry_after(response.headers) or usual
             if response.status not in BUSY or pause > MAX_RETRY_AFTER:
                 break
-            response.close()
             end = time.monotonic() + pause
             while (left := end - time.monotonic()) > 0:  # told every second, so that nobody gives us up
                 yield Fetching(f"{host_of(url)} is busy ({response.status}), trying again in {left:.0f} s")
                 self.pause(min(left, 1.0))
-        return response
+        raise self._refusal(response)
 
     def _follow(self, url: str, headers: Mapping[str, str]) -> http.client.HTTPResponse:
         for _ in range(MAX_REDIRECTS):
             response = self._send(url, headers)
-            location = response.headers.get("Location")
-            if response.status not in (301, 302, 303, 307, 308) or not location:
+            if not (there := redirection(url, response)):
                 return response
             response.close()
-            before, url = url, location
-            with contextlib.suppress(ValueError):  # then it is no address
-                url = urllib.parse.urljoin(before, quoted(location.encode("latin-1")))
-            if not is_address(url) or origin_of(before)[0] == "https" != origin_of(url)[0]:
-                raise PullFailed(f"{host_of(before)} redirects to {printable(url)}: refused")
+            if not is_address(there) or origin_of(url)[0] == "https" != origin_of(there)[0]:
+                raise PullFailed(f"{host_of(url)} redirects to {printable(there)}: refused")
+            url = there
         raise PullFailed(f"{host_of(url)} redirects in circles")
 
     def _send(self, url: str, headers: Mapping[str, str]) -> http.client.HTTPResponse:
-        """Asks in a thread that a cancel leaves behind: nothing else ends a look-up, which may take minutes."""
-        known = {"Authorization": f"Bearer {self._token}"} if self._token and origin_of(url) == origin_of(self.url) else {}
+        """Asks in a thread that a cancel leaves behind: nothing else ends a look-up, which may take minutes.
+
+        Only the hub gets its token.
+        """
+        known = {"Authorization": f"Bearer {self._token}"} if self._token and origin_of(url) == origin_of(self._hub) else {}
         common = {"User-Agent": f"shimmy/{__version__}", "Accept-Encoding": "identity"}
 
         def ask() -> None:
@@ -18458,158 +18544,100 @@ class Pull:
         with connection_errors():
             return response.read1(PULL_CHUNK)
 
-    # The hub's own API
-
-    def _ask_hub(self, path: str, repo: str) -> Generator[Fetching, None, Any]:
-        """A JSON document, as far as MAX_LISTING. Raises ConnectionLost, Cancelled, ValueError, RecursionError; see refusal."""
-        with contextlib.closing((yield from self.get(self.url + path, {}))) as response:
-            if repo and response.status != 200:
-                raise (yield from self.refusal(response, repo))
-            data = bytearray()
+    def _document(self, response: http.client.HTTPResponse) -> Any:
+        """The JSON of an answer, as far as MAX_LISTING. Raises ConnectionLost, Cancelled, ValueError, RecursionError."""
+        data = bytearray()
+        with contextlib.closing(response):
             while len(data) < MAX_LISTING and (chunk := self.read(response)):
                 data += chunk
         return json.loads(data)
 
-    def listing(self, repo: str) -> Generator[Fetching, None, tuple[str, list[RemoteFile]]]:
-        """A repository's commit and files. Raises PullFailed, Forbidden, ModelNotFound."""
-        try:
-            document = yield from self._ask_hub(f"/api/models/{repo}/revision/main?blobs=true", repo)
-            commit, files = document["sha"], []
-            if not re.fullmatch(r"[0-9a-f]{40}", commit):
-                raise ValueError("no commit")
-            for sibling in document["siblings"]:
-                name, size = sibling["rfilename"], sibling.get("size")
-                digest = (sibling.get("lfs") or {}).get("sha256") or sibling.get("blobId") or ""
-                sane = is_safe_name(name) and isinstance(size, int) and 0 <= size < MAX_REMOTE_FILE
-                if sane and re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", digest):
-                    url = f"{self.url}/{repo}/resolve/{commit}/{urllib.parse.quote(name)}"
-                    files.append(RemoteFile(name, url, size, digest))
-        except ConnectionLost as error:
-            other = "" if os.environ.get("HF_ENDPOINT") else "; is the network there? HF_ENDPOINT names another hub"
-            raise PullFailed(f"{self.host} cannot be reached: {error}{other}") from None
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-            raise PullFailed(f"what {self.host} answers is no list of a repository's files") from None
-        return commit, files
-
-    def refusal(self, response: http.client.HTTPResponse, repo: str) -> Generator[Fetching, None, ApiError]:
-        """The error for an answer without a file, with what helps; repo is "" for an address that is none of the hub's."""
-        status, said = response.status, response.headers.get("X-Error-Code") or ""
-        if not repo or status not in (401, 403, 404) or origin_of(response.url) != origin_of(self.url):
+    def _refusal(self, response: http.client.HTTPResponse) -> ApiError:
+        """The error for an answer that is none of those asked for, with what helps."""
+        repo, status, said = self._wanted.repo, response.status, response.headers.get("X-Error-Code") or ""
+        if not repo or status not in (401, 403, 404) or origin_of(response.url) != origin_of(self._hub):
             wait = retry_after(response.headers)
             later = f"; it asks to be left alone for {wait:.0f} s" if wait else ""
             return PullFailed(f"{host_of(response.url)} answers {status}{later}")
-        token = f"HF_TOKEN (made at {self.url}/settings/tokens)"
+        token = f"HF_TOKEN (made at {self._hub}/settings/tokens)"
         if said == "GatedRepo" or (status == 403 and said != "RepoNotFound"):
             how = "with the account of your HF_TOKEN" if self._token else f"and set {token}"
-            return Forbidden(message=f"{repo} is gated: accept its licence at {self.url}/{repo} {how}")
-        like = yield from self._repositories_like(repo)
+            return Forbidden(message=f"{repo} is gated: accept its licence at {self._hub}/{repo} {how}")
+        like = self._repositories_like(repo)
         near = f"; did you mean {' or '.join(like)}?" if like else ""
         private = "not for your HF_TOKEN" if self._token else f"if it is private, set {token}"
-        return ModelNotFound(message=f"there is no {repo} at {self.host}; {private}{near}")
+        return ModelNotFound(message=f"there is no {repo} at {host_of(self._hub)}; {private}{near}")
 
-    def _repositories_like(self, repo: str) -> Generator[Fetching, None, list[str]]:
+    def _repositories_like(self, repo: str) -> list[str]:
         """Up to three repositories with GGUF files whose name is like this one's."""
         import difflib
 
-        words = urllib.parse.quote(repo.partition("/")[2])
+        search = f"{self._hub}/api/models?search={urllib.parse.quote(repo.partition('/')[2])}&filter=gguf&limit=20"
         with contextlib.suppress(ConnectionLost, PullFailed, ValueError, TypeError, LookupError, AttributeError, RecursionError):
-            found = yield from self._ask_hub(f"/api/models?search={words}&filter=gguf&limit=20", "")
+            found = self._document(self._follow(search, {}))
             return difflib.get_close_matches(repo, [each["id"] for each in found if repository(each["id"])], n=3, cutoff=0.3)
         return []
 
     # What is asked for
 
-    def plan(self, wanted: Wanted, folder: str) -> Generator[Fetching, None, Plan]:
-        """Raises ModelNotFound, Forbidden, PullFailed; `folder` takes what comes from an address."""
+    def _listing(self, repo: str) -> Generator[Fetching, None, list[RemoteFile]]:
+        """The repository's files, as its newest commit has them."""
+        response, files = (yield from self.get(f"{self._hub}/api/models/{repo}/revision/main?blobs=true", {})), []
         try:
-            return (yield from self._plan_repository(wanted) if wanted.repo else self._plan_address(wanted.url, folder))
-        finally:
-            self._socket = None
+            document = self._document(response)
+            self._commit = document["sha"]
+            if not re.fullmatch(r"[0-9a-f]{40}", self._commit):
+                raise ValueError("no commit")
+            for sibling in document["siblings"]:
+                name, size, digest = sibling["rfilename"], sibling.get("size"), (sibling.get("lfs") or {}).get("sha256") or ""
+                sane = is_safe_name(name) and isinstance(size, int) and 0 <= size < MAX_REMOTE_FILE
+                if sane and re.fullmatch(r"[0-9a-f]{64}", digest):
+                    url = f"{self._hub}/{repo}/resolve/{self._commit}/{urllib.parse.quote(name)}"
+                    files.append(RemoteFile(name, url, size, digest))
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            raise PullFailed(f"what {host_of(self._hub)} answers is no list of a repository's files") from None
+        return files
 
-    def _plan_repository(self, wanted: Wanted) -> Generator[Fetching, None, Plan]:
-        repo = wanted.repo
-        commit, files = yield from self.listing(repo)
+    def _plan_repository(self, repo: str) -> Generator[Fetching, None, None]:
+        files = yield from self._listing(repo)
         offers = offers_of(files)
-        chosen = choose_offer(offers, wanted.part)
+        chosen = choose_offer(offers, self._wanted.part)
         if not offers:
             other = next((f.name for f in files if f.name.endswith((".safetensors", ".bin"))), None)
             hint = f" (it has {printable(other)}): look for one whose name ends in -GGUF" if other else ""
             raise ModelNotFound(message=f"{repo} holds no GGUF model{hint}")
         if chosen is None:
             there = some_of(offered_names(offers), 12)
-            raise ModelNotFound(message=f"{repo} has no {printable(wanted.part, 60)}; there are {there}")
+            raise ModelNotFound(message=f"{repo} has no {printable(self._wanted.part, 60)}; there are {there}")
         cache, name = os.path.split(folder := repository_folder(repo))
         downloads = []
-        for file in (*chosen.files, *(projector_for(chosen, files) if wanted.sees else ())):
-            path = os.path.join(folder, "snapshots", commit, *file.name.split("/"))
+        for file in (*chosen.files, *(projector_for(chosen, files) if self._wanted.sees else ())):
+            path = os.path.join(folder, "snapshots", self._commit, *file.name.split("/"))
             blob = os.path.join(folder, "blobs", file.digest)
             lock = os.path.join(cache, ".locks", name, f"{file.digest}.lock")  # all as huggingface_hub has it
-            downloads.append(Download(self, repo, file, path, blob, f"{blob}.shimmy.incomplete", lock))
-        others = tuple(offered_names(o for o in offers if o is not chosen))
-        return Plan(f"{repo}:{chosen.label}", tuple(downloads), repo, others, commit)
+            downloads.append(Download(self, file, path, blob, f"{blob}.shimmy.incomplete", lock))
+        self.title, self.files = f"{repo}:{chosen.label}", tuple(downloads)
+        self.others = tuple(offered_names(o for o in offers if o is not chosen))
 
-    def _plan_address(self, url: str, folder: str) -> Generator[Fetching, None, Plan]:
+    def _plan_address(self, url: str) -> Generator[Fetching, None, None]:
         import hashlib
 
         name = urllib.parse.unquote(urllib.parse.urlsplit(url).path).rpartition("/")[2]
         if not name.lower().endswith(".gguf") or not is_safe_name(name):
             raise InvalidRequest(f"'{printable(url)}' does not name a .gguf file", "model")
-        try:
-            with contextlib.closing((yield from self.get(url, {}))) as response:
-                if response.status != 200:
-                    raise (yield from self.refusal(response, ""))
-                length, etag = response.headers.get("Content-Length") or "", response.headers.get("ETag") or ""
-                with connection_errors():
-                    start = response.read(4)
-        except ConnectionLost as error:
-            raise PullFailed(f"{host_of(url)} cannot be reached: {error}") from None
-        if start != b"GGUF" or not re.fullmatch(r"\d{1,15}", length):
+        with contextlib.closing((yield from self.get(url, {}))) as response:
+            length, etag = response.headers.get("Content-Length") or "", response.headers.get("ETag") or ""
+            start = self.read(response)
+        if not start.startswith(b"GGUF") or not re.fullmatch(r"\d{1,15}", length):
             raise PullFailed(f"what {printable(url)} gives is no GGUF file, or of unknown size")
         file = RemoteFile(name, url, int(length), etag="" if etag.startswith("W/") else etag)
-        path = os.path.join(os.path.abspath(folder), name)
+        path = os.path.join(os.path.abspath(self._folder), name)
         # what the server says of a file names its part, so that another file is not continued; behind ? may be a signature
         key = hashlib.sha256(f"{url.partition('?')[0]} {file.size} {file.etag}".encode()).hexdigest()[:12]
         lock = os.path.join(user_cache(), "locks", hashlib.sha256(os.path.realpath(path).encode()).hexdigest()[:24])
-        download = Download(self, "", file, path, path, f"{path}.{key}.incomplete", lock)
-        if os.path.lexists(path) and not download.is_here():
+        self.title, self.files = name, (Download(self, file, path, path, f"{path}.{key}.incomplete", lock),)
+        if os.path.lexists(path) and not self.files[0].is_here():
             raise PullFailed(f"{printable(path, 400)} is there already, and is another file: move it away first")
-        return Plan(name, (download,))
-
-    def run(self, plan: Plan) -> Generator[Fetching, None, None]:
-        """Fetches all that is not here yet. Raises as Download.run does, but PullFailed for what cannot be written."""
-        free = math.inf
-        with contextlib.suppress(OSError, StopIteration):  # nobody tells
-            free = shutil.disk_usage(next(parent for parent in pathlib.Path(plan.path).parents if parent.exists())).free
-        if plan.left > free:
-            raise DiskFull(f"the disk is too small: {human_bytes(plan.left)} are to be fetched, {human_bytes(free)} are free")
-        try:
-            for download in plan.files:
-                yield from download.run()
-            if plan.commit:  # says what main is; after the files, or the cache's other readers stumble
-                main = os.path.join(repository_folder(plan.repo), "refs", "main")
-                os.makedirs(os.path.dirname(main), exist_ok=True)
-                new = f"{main}.{os.getpid()}.{threading.get_ident()}.tmp"
-                pathlib.Path(new).write_text(plan.commit)
-                os.replace(new, main)
-        except OSError as error:
-            where = f"{printable(str(error.filename), 400)}: " if error.filename else ""
-            raise PullFailed(f"the model cannot be written: {where}{error.strerror or error}") from None
-        finally:
-            self._socket = None
-
-
-@contextlib.contextmanager
-def connection_errors() -> Iterator[None]:
-    """Raises ConnectionLost, in the system's words, for whatever ends a connection."""
-    try:
-        yield
-    except (OSError, RuntimeError, ValueError, http.client.HTTPException) as error:
-        reason = getattr(error, "reason", error)
-        words = getattr(reason, "strerror", None) or reason or type(error).__name__
-        raise ConnectionLost(printable(str(words))) from None
-
-
-# Fetching it
 
 
 class Download:
@@ -18618,9 +18646,9 @@ class Download:
     `path` leads to the bytes in `blob`; until they are whole they grow in `partial`.
     """
 
-    def __init__(self, pull: Pull, repo: str, file: RemoteFile, path: str, blob: str, partial: str, lock: str) -> None:
-        self._pull, self._repo, self.file, self.path = pull, repo, file, path
-        self._blob, self._partial, self._lock = blob, partial, lock
+    def __init__(self, pull: Pull, file: RemoteFile, path: str, blob: str, partial: str, lock: str) -> None:
+        self._pull, self.file, self.path = pull, file, path
+        self._blob, self.partial, self._lock = blob, partial, lock
         self._have = 0  # bytes in the partial file
 
     def is_here(self) -> bool:
@@ -18628,25 +18656,24 @@ class Download:
 
     def left(self) -> int:
         """Bytes still to fetch, behind those that an earlier pull has left."""
-        begun = os.path.getsize(self._partial) if os.path.isfile(self._partial) else 0
+        begun = os.path.getsize(self.partial) if os.path.isfile(self.partial) else 0
         return 0 if self.is_here() else max(0, self.file.size - begun)
 
     def run(self) -> Iterator[Fetching]:
         """Raises PullFailed, Forbidden, ModelNotFound, Cancelled, OSError; the part stays for the next time."""
-        for path in (self._partial, self._lock):
+        for path in (self.partial, self._lock):
             os.makedirs(os.path.dirname(path), exist_ok=True)
         with open(self._lock, "a") as lock:
             while not lock_file(lock):
                 yield self._event("waiting for another pull of ")
                 self._pull.pause(0.2)
             if not self.is_here():
-                with open(self._partial, "a+b", buffering=0) as part:
+                with open(self.partial, "a+b", buffering=0) as part:
                     yield from self._complete(part)
                 if self.file.digest and self._hash.hexdigest() != self.file.digest:
-                    os.remove(self._partial)
-                    what = "SHA-256" if len(self.file.digest) == 64 else "checksum"
-                    raise self._failure(f"its {what} is wrong, so it was removed; pull it again")
-                os.replace(self._partial, self._blob)
+                    os.remove(self.partial)
+                    raise self._failure("its SHA-256 is wrong, so it was removed; pull it again")
+                os.replace(self.partial, self._blob)
             self._link()
         self._have = self.file.size
         yield self._event()
@@ -18654,8 +18681,8 @@ class Download:
     def _event(self, doing: str = "") -> Fetching:
         return Fetching(doing + printable(self.file.name, 60), self.file.digest, self._have, self.file.size)
 
-    def _failure(self, why: str, kind: type[PullFailed] = PullFailed) -> PullFailed:
-        return kind(f"{printable(self.file.name)}: {why}")
+    def _failure(self, why: str) -> PullFailed:
+        return PullFailed(f"{printable(self.file.name)}: {why}")
 
     def _link(self) -> None:
         """Makes `path` lead to the blob; where there are no links, as on many Windows machines, the blob moves there."""
@@ -18698,9 +18725,7 @@ class Download:
 
         if part:
             part.truncate(0)
-        git = len(self.file.digest) == 40
-        self._hash = hashlib.sha1(b"blob %d\0" % self.file.size, usedforsecurity=False) if git else hashlib.sha256()
-        self._have = 0
+        self._hash, self._have = hashlib.sha256(), 0
 
     def _count(self, chunk: bytes) -> Fetching:
         self._hash.update(chunk)
@@ -18715,9 +18740,7 @@ class Download:
         headers = {"Range": f"bytes={self._have}-"} if self._have else {}
         if self._have and self.file.etag:
             headers["If-Range"] = self.file.etag
-        with contextlib.closing((yield from self._pull.get(self.file.url, headers))) as response:
-            if response.status not in (200, 206, 416):
-                raise (yield from self._pull.refusal(response, self._repo))
+        with contextlib.closing((yield from self._pull.get(self.file.url, headers, (200, 206, 416)))) as response:
             sent = re.fullmatch(r"bytes (\d{1,15})-\d+/(\d+|\*)", response.headers.get("Content-Range") or "")
             goes_on = response.status == 206 and sent and int(sent[1]) == self._have and sent[2] in ("*", str(self.file.size))
             if self._have and not goes_on:
@@ -18730,47 +18753,12 @@ class Download:
             while chunk := self._pull.read(response):
                 if self._have + len(chunk) > self.file.size:
                     raise self._failure(f"the server sends more than {self.file.size} bytes")
-                self._append(part, chunk)
+                left = memoryview(chunk)
+                while left:  # a disk that becomes full takes a part of it first
+                    left = left[part.write(left) :]
                 yield self._count(chunk)
         if self._have < self.file.size:
             raise ConnectionLost("the connection was cut")
-
-    def _append(self, part: BinaryIO, chunk: bytes) -> None:
-        """Writes all of a chunk, where a disk that becomes full takes a part of it first. Raises DiskFull."""
-        left = memoryview(chunk)
-        try:
-            while left:
-                left = left[part.write(left) :]
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                raise
-            room = f"make room for {human_bytes(self.left())} and pull again to go on, or remove {printable(part.name, 400)}"
-            raise self._failure(f"{error.strerror}: {room}", DiskFull) from None
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The files that a pull will fetch, and where they go."""
-
-    title: str  # as one would ask for it
-    files: tuple[Download, ...]
-    repo: str = ""
-    others: tuple[str, ...] = ()  # what else the repository has
-    commit: str = ""
-
-    @property
-    def path(self) -> str:
-        """Where the model lies afterwards."""
-        return self.files[0].path
-
-    @property
-    def size(self) -> int:
-        return sum(download.file.size for download in self.files)
-
-    @property
-    def left(self) -> int:
-        """Bytes still to fetch."""
-        return sum(download.left() for download in self.files)
 
 
 # ── G. Page ───────────────────────────────────────────────────────────────────────────────────────────────────────────
