@@ -608,6 +608,7 @@ class Constraint:
     param: str
     after: str | None = None  # the text behind which it begins; None: at once
     markers: frozenset[str] = frozenset()  # control tokens that may write what it wants; others stand for no text
+    begun: bytes = b""  # the text's beginning, where an answer is continued
 
 
 def a_schema(name: str, value: Any) -> Constraint:
@@ -2083,9 +2084,7 @@ class Chat:
             begun = (request.messages or ())[-1]["content"]
             if begins_thought(begun, self.format):
                 begun = begun.partition(self.format.thought[1])[2].lstrip()
-            grammar = RestOf(grammar, begun.encode(), wanted.param)
-            read_soon(grammar)
-            return replace(wanted, markers=self.markers, grammar=grammar)
+            return replace(wanted, markers=self.markers, begun=begun.encode())
         if tools:
             grammar = AnyOf((calls_symbol(calls, tools, "", request.parallel_tool_calls), grammar))
         return replace(wanted, after=after, markers=self.markers, grammar=InOrder((*thought, grammar)))
@@ -4790,7 +4789,7 @@ class Sampler:
                 logits[token] = -math.inf
                 self._refused += 1
             all_tried = self._refused >= (1 if self._aims else self.TRIES)  # Mirostat learns from each pick
-            few = self._refused and not grammar.is_awaited and (all_tried or grammar.is_quick)
+            few = self._refused and not grammar.is_awaited and (all_tried or grammar.machine.is_quick(grammar.state))
             self._picked = self._choose(logits, grammar.allowed() if few else None)
         if token >= 0:  # else all that may follow is banned, or has no token
             self.force(token)
@@ -4822,7 +4821,7 @@ class Sampler:
         grammar = self.grammar
         if not grammar or grammar.is_awaited or self.sampling.logprobs is not None or most <= 0:
             return ()
-        tokens = list(itertools.takewhile(lambda token: token not in self.banned, grammar.jump()[:most]))
+        tokens = list(itertools.takewhile(lambda token: token not in self.banned, grammar.machine.jump(grammar.state)[:most]))
         for token in tokens:
             self.force(token)
         return tokens
@@ -4854,12 +4853,16 @@ class Grammar:
         """Raises InvalidRequest for a grammar that cannot be followed. Not for the step loop: reading one may take seconds."""
         self._vocab, self.param = llama.vocab, constraint.param
         try:
-            self._machine = llama.machines.of(constraint.grammar)
+            self.machine = llama.machines.of(constraint.grammar)
+            begun = self.machine.automaton.start.read(constraint.begun)
         except InvalidRequest as error:
             raise self.named(error) from None
         except NotYet:
             raise self.named(InvalidRequest(self.TOO_INTRICATE)) from None
-        self._state = self._machine.automaton.start
+        if begun is None:
+            words = f"{self.param}: the answer that is to be continued begins no text that fits"
+            raise InvalidRequest(words, "messages")
+        self.state = begun
         self._marker, self._seen = (constraint.after or "").encode(), b""  # no marker once the grammar has begun
         self._markers = {t: name.encode() for t, name in llama.vocab.marker_pieces.items()
                          if name in constraint.markers}  # fmt: skip
@@ -4879,21 +4882,21 @@ class Grammar:
     @property
     def ends(self) -> bool:
         """Whether what stands there is a whole document."""
-        return self._state.ends
+        return self.state.ends
 
     @property
     def is_done(self) -> bool:
         """Whether the document is complete, and nothing may follow."""
-        return not self._marker and self._state.ends and not self._state.bits
+        return not self._marker and self.state.ends and not self.state.bits
 
     def after(self, token: int) -> State | None:
         """The state behind a token; None if it may not come. What stands behind the marker in the token that ends it must fit."""
         if self._marker:
-            return self._state.read(self._behind_marker(token) or b"")
+            return self.state.read(self._behind_marker(token) or b"")
         if token in self._vocab.eog:
-            return self._state if self._state.ends else None
+            return self.state if self.state.ends else None
         data = self._markers.get(token) or self._vocab.piece(token)
-        return self._state.read(data) if data else None
+        return self.state.read(data) if data else None
 
     def follow(self, token: int) -> None:
         """Takes a token; one that does not fit leaves the grammar where it is."""
@@ -4903,29 +4906,20 @@ class Grammar:
             begun = self._behind_marker(token) is not None
             self._seen = (self._seen + self._vocab.shown(token))[-len(self._marker) :]
             self._marker = b"" if begun else self._marker
-        self._state = state
+        self.state = state
 
     def _behind_marker(self, token: int) -> bytes | None:
         """What would stand behind the marker after this token; None if the marker is not there yet."""
         _, found, rest = (self._seen + self._vocab.shown(token)).partition(self._marker)
         return rest if found else None
 
-    @property
-    def is_quick(self) -> bool:
-        """Whether `allowed` takes little time."""
-        return self._machine.is_quick(self._state)
-
     def allowed(self) -> Any:
         """All tokens that may come next, an int32 array in their order."""
         more = [token for token in self._markers if self.after(token)]
-        if self._state.ends:
+        if self.state.ends:
             more += self._vocab.eog
-        tokens, np = self._machine.allowed(self._state), self._vocab.np
+        tokens, np = self.machine.allowed(self.state), self._vocab.np
         return np.union1d(tokens, np.array(more, np.int32)) if more else tokens
-
-    def jump(self) -> Seq[int]:
-        """The tokens of the text that must come next, but for the last one: the model may cut the text there in its own way."""
-        return self._machine.jump(self._state)
 
 
 class Spelling:
@@ -4983,7 +4977,6 @@ class Machine:
     def __init__(self, root: Symbol, vocab: Vocabulary) -> None:
         self.automaton, self.vocab = Automaton(read_ahead(root)), vocab
         self._allowed: dict[State, Any] = {}  # an array; a list of tokens for each first byte as far as there was time
-        self._jumps: dict[State, Seq[int]] = {}
         self._kept = 0
 
     def is_quick(self, state: State) -> bool:
@@ -4999,34 +4992,28 @@ class Machine:
                 if len(found) < 256 and TURN.is_over:
                     raise NotYet
             found = self.vocab.np.array(sorted(itertools.chain(*found)), self.vocab.np.int32)
-            self._make_room(len(found))
+            self._kept += 16 + len(found)
+            if self._kept > self.MAX_KEPT:
+                self._allowed.clear()
+                self._kept = 16 + len(found)
             self._allowed[state] = found
         return found
 
     def jump(self, state: State) -> Seq[int]:
-        """The tokens of the text that must come next: all if it ends the document, else all but the last."""
+        """The tokens of the text that must come next: all if it ends the document, else all but the last, for the model may cut
+        the text there in its own way."""
         if state.ends or state.bits & (state.bits - 1):
             return ()
-        if state not in self._jumps:
-            data = state.forced(self.MOST_JUMPED)
-            behind = state.read(data)
-            assert behind
-            done = behind.ends and not behind.bits
-            try:
-                data.decode()
-            except UnicodeDecodeError as error:
-                data, done = data[: error.start], False
-            tokens = self.vocab.tokens_inside(data)
-            self._make_room(len(tokens))
-            self._jumps[state] = tokens if done else tokens[:-1]
-        return self._jumps[state]
-
-    def _make_room(self, tokens: int) -> None:
-        self._kept += 16 + tokens
-        if self._kept > self.MAX_KEPT:
-            self._allowed.clear()
-            self._jumps.clear()
-            self._kept = 16 + tokens
+        data = state.forced(self.MOST_JUMPED)
+        behind = state.read(data)
+        assert behind
+        done = behind.ends and not behind.bits
+        try:
+            data.decode()
+        except UnicodeDecodeError as error:
+            data, done = data[: error.start], False
+        tokens = self.vocab.tokens_inside(data)
+        return tokens if done else tokens[:-1]
 
 
 class Machines:
@@ -15298,7 +15285,7 @@ def read_ahead(root: Symbol) -> Symbol:
     todo, seen = [root], {root}
     while todo:
         symbol = todo.pop()
-        if isinstance(symbol, (Gbnf, Json, RestOf)):
+        if isinstance(symbol, (Gbnf, Json)):
             symbol.opened()
         todo += (fresh := set(symbol.parts) - seen)
         seen |= fresh
@@ -15933,7 +15920,7 @@ class GbnfReader(Reader):
 # ── D.3. Strings ──────────────────────────────────────────────────────────────────────────────────────────────────────
 # Sets of texts, with and, or and not, and the JSON strings of such a set: symbols that know what can still come.
 # Offers: Texts and its algebra (union, intersection, complement, word_texts, but_not, texts_by); has, has_text, few_texts;
-# string_symbol, JsonText; FORMATS. Uses: D.1's symbols, D.2's patterns.
+# string_symbol, TextRest; FORMATS. Uses: D.1's symbols, D.2's patterns.
 
 
 class Texts:
@@ -15962,7 +15949,7 @@ class Texts:
         leasts, mosts = [part.least for part in self.parts], [part.most for part in self.parts]
         low, high = self.data if self.kind in ("repeat", "sized") else (0, math.inf)
         if self.kind == "words":
-            lengths = {len(text) for text in self.data.rest()}
+            lengths = {len(text) - self.data[1] for text in self.data[0]}
             return min(lengths), max(lengths)
         if self.kind == "then":
             return sum(leasts), sum(mosts)
@@ -16100,38 +16087,15 @@ def complement(texts: Texts) -> Texts:
     return texts.parts[0] if texts.kind == "not" else _make("not", parts=(texts,))
 
 
-@dataclass(frozen=True, eq=False)
-class WordList:
-    """Some of the texts of a sorted list, which begin alike: from `low` to `high`, from their character `at` on."""
-
-    texts: list[str]
-    low: int
-    high: int
-    at: int
-
-    def rest(self) -> Iterator[str]:
-        """The texts, without what was read."""
-        return (text[self.at :] for text in self.texts[self.low : self.high])
-
-    def moves(self) -> Iterator[tuple[Ranges, Texts]]:
-        texts, at = self.texts, self.at
-        first = self.low + (len(texts[self.low]) == at)
-        while first < self.high:
-            code = ord(texts[first][at])
-            last = bisect.bisect_right(texts, code, first, self.high, key=lambda text: ord(text[at]))
-            yield ((code, code),), _make("words", WordList(texts, first, last, at + 1))
-            first = last
-
-
-@functools.lru_cache(maxsize=1000)
-def word_texts(texts: frozenset[str]) -> Texts:
+def word_texts(texts: Iterable[str]) -> Texts:
     """Just some texts."""
-    return _make("words", WordList(sorted(texts), 0, len(texts), 0)) if texts else NONE
+    words = tuple(sorted(set(texts)))
+    return _make("words", (words, 0)) if words else NONE
 
 
 def but_not(texts: Texts, words: Iterable[str]) -> Texts:
     """A set without some texts."""
-    return intersection([texts, complement(word_texts(frozenset(words)))])
+    return intersection([texts, complement(word_texts(words))])
 
 
 def moves(texts: Texts) -> Moves:
@@ -16148,8 +16112,10 @@ def _moves(texts: Texts) -> Iterable[tuple[Ranges, Texts]]:
         return ()
     if kind == "char":
         return ((texts.data, EMPTY),)
-    if kind == "words":
-        return texts.data.moves()
+    if kind == "words":  # which are alike in their first characters
+        words, at = texts.data
+        groups = itertools.groupby((word for word in words if len(word) > at), key=lambda word: ord(word[at]))
+        return [(((code, code),), _make("words", (tuple(group), at + 1))) for code, group in groups]
     if kind == "repeat":
         again = repeat(parts[0], max(texts.data[0] - 1, 0), texts.data[1] - 1)
         return [(ranges, then(behind, again)) for ranges, behind in moves(parts[0])]
@@ -16341,28 +16307,29 @@ def behind(at: Texts, code: int) -> Texts:
 
 
 @dataclass(frozen=True)
-class JsonText(Symbol):
-    """The rest of a JSON string behind its opening quote."""
+class TextRest(Symbol):
+    """The rest of a text in one of SCRIPTS: of a JSON string behind its opening quote, or behind a backslash in it ("escaped");
+    or of one that is written as it is ("UTF-8")."""
 
     at: Texts
-    is_escaped: bool = False  # a backslash was read
-
-    def longer(self) -> list[tuple[Ranges, JsonText]]:
-        """The characters that may come, and the rest behind them."""
-        return [(ranges, replace(self, at=behind, is_escaped=False)) for ranges, behind in living(self.at)]
+    script: str = "JSON"
 
     @functools.cached_property
     def _ways(self) -> list[Symbols]:
         """The ways to go on, each from a symbol that reads bytes."""
-        longer = self.longer()
-        if self.is_escaped:
-            return [(way, rest) for ranges, rest in longer for way in written(ranges, "escaped")]
-        found: list[Symbols] = [(Word(b'"'),)] if self.at.nullable else []
-        first, last = (longer[0][0][0][0], longer[-1][0][-1][1]) if longer else (0, 1)
-        if first == last:  # where no other character may stand, there is one way to write it
-            return [*found, (word(json.dumps(chr(first), ensure_ascii=False)[1:-1]), longer[0][1])]
-        found += ((way, rest) for ranges, rest in longer for way in written(ranges, "JSON"))
-        return [*found, (Word(b"\\"), replace(self, is_escaped=True))] if longer else found
+        longer, script = living(self.at), self.script
+        behind = "JSON" if script == "escaped" else script
+        found: list[Symbols] = [(Word(b'"'),)] if self.at.nullable and script == "JSON" else []
+        if script == "JSON" and longer:
+            first, last = longer[0][0][0][0], longer[-1][0][-1][1]
+            if first == last:  # where no other character may stand, there is one way to write it
+                return [*found, (word(json.dumps(chr(first), ensure_ascii=False)[1:-1]), TextRest(longer[0][1]))]
+            found.append((Word(b"\\"), TextRest(self.at, "escaped")))
+        return [*found, *((way, TextRest(at, behind)) for ranges, at in longer for way in written(ranges, script))]
+
+    @property
+    def ends(self) -> bool:  # type: ignore[override]
+        return self.at.nullable and self.script == "UTF-8"
 
     @functools.cached_property
     def firsts(self) -> int:  # type: ignore[override]
@@ -16378,7 +16345,7 @@ class JsonText(Symbol):
 @functools.lru_cache(maxsize=1000)
 def string_symbol(texts: Texts) -> Symbol | None:
     """A JSON string of a set, with its quotes; None if there is none. Raises InvalidRequest where that cannot be told."""
-    return InOrder((Word(b'"'), JsonText(texts))) if has_text(texts) else None
+    return InOrder((Word(b'"'), TextRest(texts))) if has_text(texts) else None
 
 
 def has(texts: Texts, text: str) -> bool:
@@ -16479,7 +16446,7 @@ PARTIAL_FORMATS = ("email", "idn-email", "regex", "hostname")  # the rule leaves
 
 # ── D.4. Numbers ──────────────────────────────────────────────────────────────────────────────────────────────────────
 # JSON numbers by bounds and multiples, digit by digit.
-# Offers: NumberShape, number_symbol, another_number, number_fits. Uses: D.1's symbols.
+# Offers: NumberShape, number_symbol, number_fits. Uses: D.1's symbols.
 
 
 @dataclass(frozen=True)
@@ -16681,12 +16648,7 @@ number_machine = functools.lru_cache(maxsize=1000)(NumberMachine)  # of shapes t
 @functools.lru_cache(maxsize=1000)
 def number_symbol(shape: NumberShape) -> Symbol | None:
     """A JSON number of a shape; None if there is none. Raises InvalidRequest naming what cannot be honoured."""
-    return another_number(shape, ())
-
-
-def another_number(shape: NumberShape, taken: Iterable[int | float]) -> Symbol | None:
-    """A JSON number of a shape that is none of those taken; None if there is none."""
-    return number_machine(replace(shape, excluded=frozenset())).symbol(shape.excluded.union(taken))
+    return number_machine(replace(shape, excluded=frozenset())).symbol(shape.excluded)
 
 
 def number_fits(shape: NumberShape, value: int | float) -> bool:
@@ -17743,7 +17705,6 @@ class Documents:
     def __init__(self, shapes: SchemaShapes) -> None:
         self.shapes = shapes
         self.possible: set[Node] = set()
-        self._leaves: dict[Texts | NumberShape, Symbol | None] = {}
         self._kept: dict[Part, list[Symbols]] = {}
         self._tails: dict[ObjectShape, list[tuple[int, int]]] = {}
         self._counts: dict[tuple[Node, int], int] = {}
@@ -17760,13 +17721,11 @@ class Documents:
 
     def leaf(self, shape: Texts | NumberShape, taken: Iterable[Any] = ()) -> Symbol | None:
         """A string or number that is none of those taken; None if there is none."""
-        if isinstance(shape, Texts) and (texts := [value for value in taken if isinstance(value, str)]):
-            return string_symbol(but_not(shape, texts))
-        if isinstance(shape, NumberShape) and (numbers := [value for value in taken if isinstance(value, (int, float))]):
-            return another_number(shape, numbers)
-        if shape not in self._leaves:
-            self._leaves[shape] = self.shapes.string(shape) if isinstance(shape, Texts) else number_symbol(shape)
-        return self._leaves[shape]
+        if isinstance(shape, Texts):
+            texts = [value for value in taken if isinstance(value, str)]
+            return self.shapes.string(but_not(shape, texts) if texts else shape)
+        numbers = [value for value in taken if isinstance(value, (int, float))]
+        return number_symbol(replace(shape, excluded=shape.excluded.union(numbers)) if numbers else shape)
 
     def kept(self, part: Part) -> list[Symbols]:
         """The alternatives for a part, found once. Raises NotYet."""
@@ -17897,7 +17856,7 @@ class Documents:
 
     def _count_numbers(self, shape: NumberShape, most: int) -> int:
         taken = set[Any]()
-        while len(taken) < most and (symbol := another_number(shape, taken)) is not None:
+        while len(taken) < most and (symbol := number_symbol(replace(shape, excluded=shape.excluded.union(taken)))) is not None:
             here, text = Automaton(symbol).start, b""
             while not here.ends:
                 text += bytes([next(bytes_of(here.bits))])
@@ -17914,7 +17873,7 @@ class Documents:
             names.most == math.inf and few_texts(names, self.MANY) is None for names, node, _ in shape.unnamed
             if node in self.possible)  # fmt: skip
 
-    def key(self, shape: ObjectShape | ArrayShape) -> tuple[str | int, Node] | None:
+    def key(self, shape: ObjectShape | ArrayShape) -> Key | None:
         """The part in which values differ at the latest: of those with most values the last that need not be absent. None is an
         object or array."""
         if isinstance(shape, ArrayShape):
@@ -17943,7 +17902,6 @@ class Part(Symbol):
 
 
 _JSON = json.JSONEncoder(ensure_ascii=False, allow_nan=False)
-Container = TypeVar("Container", ArrayShape, ObjectShape)
 
 
 @dataclass(frozen=True)
@@ -17963,67 +17921,62 @@ class Value(Part):
                 leaf = self.documents.leaf(shape, self.but)
                 found += [(leaf,)] if leaf else []
             elif self.documents.is_possible(shape):
-                found += self._array(shape) if isinstance(shape, ArrayShape) else self._object(shape)
+                found += self._container(shape)
         return [any_text(constants), *found] if constants else found
 
-    def _array(self, shape: ArrayShape) -> list[Symbols]:
-        found = self._unlike(shape, (frozenset(enumerate(one)) for one in self.but if isinstance(one, tuple)))
-        return [(Word(b"["), Elements(self.documents, array, 0, array.contains, earlier)) for array, earlier in found]
-
-    def _object(self, shape: ObjectShape) -> list[Symbols]:
-        found = self._unlike(shape, (one for one in self.but if isinstance(one, frozenset)))
+    def _container(self, shape: ArrayShape | ObjectShape) -> list[Symbols]:
+        """An array or object that is none of `but`; one that may always go on cannot end while it is."""
+        documents, is_array = self.documents, isinstance(shape, ArrayShape)
+        others: Iterable[Any] = (one for one in self.but if isinstance(one, tuple if is_array else frozenset))
+        alike: Alike = frozenset(frozenset(enumerate(one)) if is_array else one for one in others)
+        if documents.is_endless(shape):
+            alike = frozenset()
+        if alike:
+            if (key := documents.key(shape)) is None or not documents.kept(Value(documents, key[1], values_of(key[0], alike))):
+                return []
+            shape = shape.needing(key[0])
+        if isinstance(shape, ArrayShape):
+            return [(Word(b"["), Elements(documents, shape, 0, shape.contains, alike))]
         room = math.inf if shape.high is None else shape.high
-        return [(Word(b"{"), Members(self.documents, one, 0, one.low, room, True, earlier)) for one, earlier in found]
-
-    def _unlike(self, shape: Container, others: Iterable[frozenset[Any]]) -> list[tuple[Container, Earlier | None]]:
-        """The shape that an object or array takes beside others that it must not equal, if it can."""
-        alike = frozenset(others)
-        if not alike or self.documents.is_endless(shape):
-            return [(shape, None)]
-        if (key := self.documents.key(shape)) is None:
-            return []
-        found = Earlier(key[0], alike)
-        return [(shape.needing(key[0]), found)] if self.documents.kept(Value(self.documents, key[1], found.taken())) else []
+        return [(Word(b"{"), Members(documents, shape, 0, shape.low, room, True, alike))]
 
 
-@dataclass(frozen=True)
-class Earlier:
-    """Objects or arrays that are `alike` so far, by name or index, to one that must not equal them: its `key` will differ."""
+Key = tuple[str | int, Node]  # the name or index of a part, and its schema
+Alike = frozenset[frozenset[tuple[Any, Any]]]  # objects or arrays: the names or indices of their parts, and the values of these
 
-    key: str | int
-    alike: frozenset[frozenset[tuple[str | int, Any]]]
 
-    def taken(self) -> frozenset[Any]:
-        """The values of their keys."""
-        return frozenset(value for one in self.alike for name, value in one if name == self.key)
+def values_of(name: str | int, alike: Alike) -> frozenset[Any]:
+    """The values of their parts of a name or index."""
+    return frozenset(value for one in alike for key, value in one if key == name)
 
-    def with_part(self, name: str | int, value: Any) -> Earlier:
-        return Earlier(self.key, frozenset(one for one in self.alike if (name, value) in one))
 
-    def without(self, name: str) -> Earlier:
-        return Earlier(self.key, frozenset(one for one in self.alike if name not in dict(one)))
-
-    def part(self, value: Value, name: str | int, after: Members | Elements) -> Symbols:
-        """A part with that name, and what follows it."""
-        if name == self.key:
-            return replace(value, but=self.taken()), after
-        return (Element(Automaton(value).start, replace(after, earlier=self), name),) if self.alike else (value, after)
+def part_of(key: Key | None, alike: Alike, value: Value, name: str | int, after: Members | Elements) -> Symbols:
+    """A part of a container, and what follows: it differs from those alike if it is their key, else tells which are so still."""
+    if not alike:
+        return value, after
+    if key and name == key[0]:
+        return replace(value, but=values_of(name, alike)), after
+    return (Element(Automaton(value).start, replace(after, alike=alike), name),)
 
 
 @dataclass(frozen=True)
 class Members(Part):
-    """The rest of an object: its named properties from `at` on, of which `lacking` at least must still come and `room` may."""
+    """The rest of an object: its named properties from `at` on, of which `lacking` at least must still come and `room` may.
+
+    It must not equal any of those that are `alike` so far: its key, a part, will differ from theirs.
+    """
 
     shape: ObjectShape
     at: int
     lacking: int
     room: float
     first: bool = True
-    earlier: Earlier | None = None
+    alike: Alike = frozenset()
 
     def made(self) -> list[Symbols]:
         """The alternatives: a named property, the end, an unnamed one; a block of named ones at a time."""
-        documents, shape, size, earlier = self.documents, self.shape, len(self.shape.named), self.earlier
+        documents, shape, size, alike = self.documents, self.shape, len(self.shape.named), self.alike
+        key = documents.key(shape) if alike else None
         texts: dict[bytes, Symbols] = {}
         found: list[Symbols] = []
         end = min((self.at // documents.BLOCK + 1) * documents.BLOCK, size)
@@ -18032,12 +17985,12 @@ class Members(Part):
             if prop.node in documents.possible and documents.can_end(after):
                 value = Value(documents, prop.node)
                 text = f"{'' if self.first else ', '}{json.dumps(prop.name, ensure_ascii=False)}: "
-                texts[text.encode()] = earlier.part(value, prop.name, after) if earlier else (value, after)
+                texts[text.encode()] = part_of(key, alike, value, prop.name, after)
             if prop.required:
                 break
-            earlier = earlier and earlier.without(prop.name)
+            alike = frozenset(one for one in alike if prop.name not in dict(one))
         else:
-            found += [(replace(self, at=end, earlier=earlier),)] if end < size else self._unnamed()
+            found += [(replace(self, at=end, alike=alike),)] if end < size else self._unnamed()
             if end == size and not self.lacking:
                 texts[b"}"] = ()
         return [any_text(texts), *found] if texts else found
@@ -18047,9 +18000,8 @@ class Members(Part):
         lacking = self.lacking - (self.lacking > 0 and self.at <= len(self.shape.named))
         return Members(self.documents, self.shape, at, lacking, self.room - 1, False)
 
-    def behind(self, name: str | int | None, value: Any) -> Members:
-        assert self.earlier and name is not None
-        return replace(self, earlier=self.earlier.with_part(name, value))
+    def behind(self, name: str | int, value: Any) -> Members:
+        return replace(self, alike=frozenset(one for one in self.alike if (name, value) in one))
 
     def _unnamed(self) -> list[Symbols]:
         documents, after = self.documents, self._after(len(self.shape.named) + 1)
@@ -18064,40 +18016,39 @@ class Members(Part):
 class Elements(Part):
     """The rest of an array behind `index` elements.
 
-    `lacking` are the schemas that an element each must still fit, in their order; `seen` the elements so far, where no two may
-    be the same.
+    `lacking` are the schemas that an element each must still fit, in their order; `alike` as an object's; `seen` the elements so
+    far, where no two may be the same: such an array has no key.
     """
 
     shape: ArrayShape
     index: int
     lacking: tuple[int, ...]
-    earlier: Earlier | None = None
+    alike: Alike = frozenset()
     seen: frozenset[Any] = frozenset()
 
     def made(self) -> list[Symbols]:
         """The alternatives: the end, or one more element."""
         shape, documents, node = self.shape, self.documents, self.shape.at(self.index)
         found: list[Symbols] = [(Word(b"]"),)] if self.index >= shape.low and not self.lacking else []
-        comma = (Word(b", "),) if self.index else ()
+        comma, key = (Word(b", "),) if self.index else (), documents.key(shape) if self.alike else None
         counts = shape.high is not None or self.index < max(len(shape.first), shape.low, 1)  # else no index matters any more
         ways = [] if node is None else [(node, self.lacking)]
         if node is not None and self.lacking:
             ways.append((documents.shapes.node((*node, self.lacking[0])), self.lacking[1:]))
         for node, lacking in ways:
             value = Value(documents, node, self.seen)
-            after = replace(self, index=self.index + counts, lacking=lacking, earlier=None)
+            after = replace(self, index=self.index + counts, lacking=lacking, alike=frozenset())
             if node in documents.possible and documents.has_room(shape, after.index, lacking):
                 if not shape.unique:
-                    found.append((*comma, *(self.earlier.part(value, self.index, after) if self.earlier else (value, after))))
+                    found.append((*comma, *part_of(key, self.alike, value, self.index, after)))
                 elif documents.kept(value):
-                    found.append((*comma, Element(Automaton(value).start, after, None, self.seen)))
+                    found.append((*comma, Element(Automaton(value).start, after, self.index, self.seen)))
         return found
 
-    def behind(self, name: str | int | None, value: Any) -> Elements:
-        if name is None:
+    def behind(self, name: str | int, value: Any) -> Elements:
+        if self.shape.unique:
             return replace(self, seen=self.seen | {value})
-        assert self.earlier
-        return replace(self, earlier=self.earlier.with_part(name, value))
+        return replace(self, alike=frozenset(one for one in self.alike if (name, value) in one))
 
 
 @dataclass(frozen=True)
@@ -18109,7 +18060,7 @@ class Element(Symbol):
 
     here: State
     rest: Members | Elements
-    name: str | int | None
+    name: str | int
     but: frozenset[Any] = frozenset()
     text: bytes = b""
 
@@ -18275,18 +18226,10 @@ def plain_texts(documents: Documents, shapes: Shapes, marker: str) -> Symbols:
         elif isinstance(shape, Texts):
             shape = intersection([shape, apart])
             if documents.leaf(shape) is not None:
-                found.append(PlainText(shape))
+                found.append(TextRest(shape, "UTF-8"))
     if not found:
         raise documents.shapes.refuse(f"no string can fit the schema and be written before {_said(marker)}")
     return tuple(found)
-
-
-class PlainText(JsonText):
-    """The rest of a text that is written as it is."""
-
-    def opened(self) -> Iterable[Symbols]:
-        end: list[Symbols] = [()] if self.at.nullable else []
-        return [*end, *((OneChar(ranges), rest) for ranges, rest in self.longer())]
 
 
 def in_turn(arguments: Seq[tuple[Symbol, bool]], separator: Symbol) -> Symbol:
@@ -18303,36 +18246,6 @@ def json_symbol(param: str, schema: Mapping[str, Any]) -> Json:
     symbol = Json(json.dumps(schema), param)
     read_soon(symbol)
     return symbol
-
-
-@dataclass(frozen=True)
-class RestOf(Symbol):
-    """The rest of a grammar's text that has begun. Raises InvalidRequest where no text begins so."""
-
-    grammar: Symbol
-    begun: bytes
-    param: str
-
-    def opened(self) -> Iterable[Symbols]:
-        state = Automaton(self.grammar).start.read(self.begun)
-        if state is None:
-            words = f"{self.param}: the answer that is to be continued begins no text that fits"
-            raise InvalidRequest(words, "messages")
-        return [*((Unread(stack),) for stack in state.stacks), *([()] if state.ends else [])]
-
-    @property
-    def parts(self) -> Symbols:  # type: ignore[override]
-        return (self.grammar,)
-
-
-@dataclass(frozen=True)
-class Unread(Symbol):
-    """The symbols that one reading of a text still wants."""
-
-    stack: Stack
-
-    def opened(self) -> Iterable[Symbols]:
-        return [(self.stack.top, *([Unread(below)] if below else [])) for below in self.stack.below]
 
 
 READING_SECONDS = 0.005  # of a grammar: 95 of 100 schemas take less
