@@ -2100,7 +2100,7 @@ class Chat:
         # Qwen 3: the model itself begins a thought, or not; models without the switch would wander off into one
         may_think = any(opens in t and "enable_thinking" in t for t in self._templates.values())
         if may_think and not end.endswith(closes):
-            thought = InOrder((word(opens), Repeated(anything_but(closes)), word(closes), blanks))
+            thought = InOrder((word(opens), text_before(closes), word(closes), blanks))
             return (Repeated(thought, 0, 1),), None
         return (), None
 
@@ -3935,7 +3935,9 @@ class Llama:
         kind = self.metadata("general.architecture")  # where every token attends to all, an input is computed in one piece
         self.looks_both_ways = kind in EMBEDDERS or self.metadata(f"{kind}.attention.causal") == "false"
         self.vocab = Vocabulary(self.c, self.model, numpy)
-        self.machines = Machines(self.vocab)
+        # of grammars, pickled: the threads that read them make their machines, the step loop alone works with those
+        self.machine = functools.lru_cache(maxsize=16)(
+            lambda grammar: Machine(pickle.loads(grammar), self.vocab))  # noqa: S301  # nosec B301  # we have pickled it
         self.cuttable = not (self.c.llama_model_is_recurrent(self.model) or self.c.llama_model_is_hybrid(self.model))
         self.drafts = self.options.spec == "lookup" and self.cuttable and not self.embedding  # else none can be taken back
         self.n_swa = int(self.c.llama_model_n_swa(self.model))
@@ -4853,7 +4855,7 @@ class Grammar:
         """Raises InvalidRequest for a grammar that cannot be followed. Not for the step loop: reading one may take seconds."""
         self._vocab, self.param = llama.vocab, constraint.param
         try:
-            self.machine = llama.machines.of(constraint.grammar)
+            self.machine = llama.machine(pickle.dumps(constraint.grammar))
             begun = self.machine.automaton.start.read(constraint.begun)
         except InvalidRequest as error:
             raise self.named(error) from None
@@ -4965,30 +4967,27 @@ class Spelling:
 
 
 class Machine:
-    """A grammar's automaton beside a vocabulary: which tokens may come next, and which must.
-
-    Made in the tokenizing thread, used by the step loop alone.
-    """
+    """A grammar's automaton beside a vocabulary: which tokens may come next, and which must."""
 
     FEW, FEW_TOKENS = 8, 1000  # bytes that may come next, or tokens that begin with one of them: then few tokens may
     MOST_JUMPED = 512  # bytes of text that must come, at a time
     MAX_KEPT = 1_000_000  # tokens, of all lists together
 
     def __init__(self, root: Symbol, vocab: Vocabulary) -> None:
-        self.automaton, self.vocab = Automaton(read_ahead(root)), vocab
+        self.automaton, self.vocab, self.spelling = Automaton(read_ahead(root)), vocab, vocab.spelling
         self._allowed: dict[State, Any] = {}  # an array; a list of tokens for each first byte as far as there was time
         self._kept = 0
 
     def is_quick(self, state: State) -> bool:
         """Whether `allowed` takes little time, found before or not: else what a seed gives would depend on earlier texts."""
-        return state.bits.bit_count() <= self.FEW or self.vocab.spelling.count(state.bits) <= self.FEW_TOKENS
+        return state.bits.bit_count() <= self.FEW or self.spelling.count(state.bits) <= self.FEW_TOKENS
 
     def allowed(self, state: State) -> Any:
         """The tokens with text that may come next, an int32 array in their order."""
         found = self._allowed.setdefault(state, [])
         if isinstance(found, list):
             for byte in range(len(found), 256):
-                found.append(self.vocab.spelling.allowed(state, byte) if state.bits >> byte & 1 else [])
+                found.append(self.spelling.allowed(state, byte) if state.bits >> byte & 1 else [])
                 if len(found) < 256 and TURN.is_over:
                     raise NotYet
             found = self.vocab.np.array(sorted(itertools.chain(*found)), self.vocab.np.int32)
@@ -5014,36 +5013,6 @@ class Machine:
             data, done = data[: error.start], False
         tokens = self.vocab.tokens_inside(data)
         return tokens if done else tokens[:-1]
-
-
-class Machines:
-    """The machines of grammars that were used last. Threads that read grammars share it; what they make is the step loop's."""
-
-    MAX_KEPT, MAX_STATES = 16, 100_000  # machines, and states of all together but the last one's
-
-    def __init__(self, vocab: Vocabulary) -> None:
-        self._vocab = vocab
-        self._kept: dict[bytes, Machine] = {}
-        self._lock = threading.Lock()
-
-    def are_quick_to_make(self, grammar: Symbol) -> bool:
-        """Whether a grammar is known, or is read in some milliseconds, as most are."""
-        with contextlib.suppress(InvalidRequest):  # `of` says it
-            return pickle.dumps(grammar) in self._kept or read_soon(grammar)
-        return True
-
-    def of(self, grammar: Symbol) -> Machine:
-        """The grammar's machine. Raises InvalidRequest for one that cannot be read."""
-        _ = self._vocab.spelling  # made here, not in the step loop
-        key = pickle.dumps(grammar)
-        machine = self._kept.get(key) or Machine(grammar, self._vocab)
-        with self._lock:
-            self._kept.pop(key, None)
-            self._kept[key] = machine
-            while len(self._kept) > 1 and (len(self._kept) > self.MAX_KEPT
-                                           or sum(len(m.automaton) for m in self._kept.values()) > self.MAX_STATES):  # fmt: skip
-                del self._kept[next(iter(self._kept))]
-        return machine
 
 
 class LogProbs:
@@ -6415,7 +6384,7 @@ class Intake:
             else:
                 yield from self._look_at(pictures_of(job), submission)
                 prompt, constraint = self._prompt(job), job.sampling.constraint
-                if constraint is None or self.llama.machines.are_quick_to_make(constraint.grammar):
+                if constraint is None or read_soon(constraint.grammar):
                     self._begin(submission, prompt)
                 else:
                     self._grammars.put((submission, prompt))
@@ -15440,7 +15409,7 @@ class Automaton:
     """The states of one grammar, made as texts reach them and kept for all its texts. Used by one thread at a time."""
 
     MAX_READINGS = 4000  # of one state, with what they open into: some 1 µs each
-    MAX_KEPT = 50_000  # states; some 1 KB each
+    MAX_KEPT = 10_000  # states; some 1 KB each
 
     def __init__(self, root: Symbol) -> None:
         self._states: dict[tuple[frozenset[Stack], bool], State] = {}
@@ -15503,10 +15472,6 @@ class Automaton:
         if key not in self._states:
             self._states[key] = State(self, *key)
         return self._states[key]
-
-    def __len__(self) -> int:
-        """How many states are kept."""
-        return len(self._states)
 
 
 # ── D.2. Patterns ─────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -16200,18 +16165,16 @@ def before(pattern: Symbol, rest: tuple[Texts, Texts]) -> tuple[Texts, Texts]:
 def texts_by(keyword: str, value: str, wanted: bool = True) -> Texts:
     """The strings that a schema's `pattern` or `format` admits; without `wanted` all others. Raises InvalidRequest saying why
     it cannot be honoured."""
-    longest = math.inf
     if keyword == "pattern":
         pattern = PatternReader(value).read()
     elif value in UNKNOWN_FORMATS or (value in PARTIAL_FORMATS and not wanted):
         raise InvalidRequest(f"{'' if wanted else 'not '}format {_said(value)} cannot be honoured")
     elif value in FORMATS:
         pattern = InOrder((Edge(False), PatternReader(FORMATS[value]).read(), Edge(True)))
-        longest = MAX_HOSTNAME if value == "hostname" else longest
     else:  # what is no standard's is a remark
         return ALL if wanted else NONE
     found = before(InOrder((Repeated(OneChar(EVERY_CHAR)), pattern)), (ALL, ALL))[0]
-    return sized(found, 0, longest) if wanted else complement(found)
+    return found if wanted else complement(found)
 
 
 # What can still be reached
@@ -16427,7 +16390,7 @@ FORMATS = {  # name → a regular expression for the whole text
     "duration": f"P(?:[0-9]+W|{_DAYS}(?:{_SPAN})?|{_SPAN})",
     "email": _mailbox(""),
     "idn-email": _mailbox(r"\u00A0-\uD7FF\uF900-\uFDCF\uFDF0-\uFFEF"),
-    "hostname": _HOSTNAME,
+    "hostname": rf"(?=[^]{{0,253}}$){_HOSTNAME}",
     "ipv4": _IPV4,
     "ipv6": _IPV6,
     "uuid": "[0-9A-Fa-f]{8}(?:-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}",
@@ -16439,7 +16402,6 @@ FORMATS = {  # name → a regular expression for the whole text
     "relative-json-pointer": f"(?:0|[1-9][0-9]*)(?:#|{_POINTER})",
     "regex": _REGEX,
 }
-MAX_HOSTNAME = 253
 UNKNOWN_FORMATS = ("idn-hostname", "uri-template")  # standard ones that are refused
 PARTIAL_FORMATS = ("email", "idn-email", "regex", "hostname")  # the rule leaves out some texts that have the format
 
@@ -16642,13 +16604,10 @@ def exponent_within(low: Bound | None, high: Bound | None) -> Symbol | None:
                        for sign, low, high in spans for count in (1, 2, 3) if low <= min(high, 10**count - 1)))  # fmt: skip
 
 
-number_machine = functools.lru_cache(maxsize=1000)(NumberMachine)  # of shapes that exclude nothing
-
-
 @functools.lru_cache(maxsize=1000)
 def number_symbol(shape: NumberShape) -> Symbol | None:
     """A JSON number of a shape; None if there is none. Raises InvalidRequest naming what cannot be honoured."""
-    return number_machine(replace(shape, excluded=frozenset())).symbol(shape.excluded)
+    return NumberMachine(shape).symbol(shape.excluded)
 
 
 def number_fits(shape: NumberShape, value: int | float) -> bool:
@@ -16671,6 +16630,22 @@ def number_fits(shape: NumberShape, value: int | float) -> bool:
 
 Node = tuple[int, ...]  # schemas that must all hold, by their number in SchemaReader, ~number: must not hold; () allows all
 Result = TypeVar("Result")
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def remembered(method: Method) -> Method:
+    """Has an object remember what a method of one argument returned. Made faster than functools.cache."""
+    def of(owner: Any) -> Callable[[Any], Any]:
+        known: dict[Any, Any] = {}
+
+        def answer(key: Any) -> Any:
+            if key not in known:
+                known[key] = method(owner, key)
+            return known[key]
+
+        return answer
+
+    return functools.cached_property(of)  # type: ignore[return-value]
 
 
 def described(value: Any) -> str:
@@ -16820,8 +16795,6 @@ class SchemaReader(Keywords):
         self.schemas: list[dict[str, Any]] = []
         self.numbers: dict[str, int] = {}  # JSON text → number
         self._read: dict[int, int] = {}  # id of a client's dict → number
-        self._targets: dict[str, int] = {}
-        self._nodes: dict[tuple[int, ...], Node] = {}
         said = root if isinstance(root, dict) else {}
         self.base = next((said[key] for key in ("$id", "id") if isinstance(said.get(key), str)), "").partition("#")[0]
         draft = re.search(r"draft-0?(\d)\b", str(said.get("$schema")))
@@ -16919,40 +16892,34 @@ class SchemaReader(Keywords):
     def _any(self, *schemas: dict[str, Any]) -> int:
         return self.number({"anyOf": [self.number(schema) for schema in schemas]})
 
+    @remembered
     def target(self, ref: str) -> int:
         """The number of the schema that a reference within the document names (RFC 6901)."""
-        if ref not in self._targets:
-            url, _, pointer = ref.partition("#")
+        url, _, pointer = ref.partition("#")
+        try:
+            inside = not url or urllib.parse.urljoin(self.base, url) == self.base
+        except ValueError:
+            raise self.refuse(f"$ref {_said(ref)} is no reference") from None
+        pointer = urllib.parse.unquote(pointer)
+        if not inside or (pointer and not pointer.startswith("/")):
+            raise self.refuse(f"$ref {_said(ref)} is not inside the schema; $id and $anchor are not supported there")
+        target = self.root
+        for part in pointer.split("/")[1:]:
+            part = part.replace("~1", "/").replace("~0", "~")
             try:
-                inside = not url or urllib.parse.urljoin(self.base, url) == self.base
-            except ValueError:
-                raise self.refuse(f"$ref {_said(ref)} is no reference") from None
-            pointer = urllib.parse.unquote(pointer)
-            if not inside or (pointer and not pointer.startswith("/")):
-                raise self.refuse(f"$ref {_said(ref)} is not inside the schema; $id and $anchor are not supported there")
-            target = self.root
-            for part in pointer.split("/")[1:]:
-                part = part.replace("~1", "/").replace("~0", "~")
-                try:
-                    target = target[int(part)] if isinstance(target, list) and part.isdecimal() else target[part]
-                except (KeyError, IndexError, ValueError, TypeError):
-                    raise self.refuse(f"$ref {_said(ref)} names nothing") from None
-                self._note_id(target)
-            self._targets[ref] = self.read(target, "$ref")
-        return self._targets[ref]
+                target = target[int(part)] if isinstance(target, list) and part.isdecimal() else target[part]
+            except (KeyError, IndexError, ValueError, TypeError):
+                raise self.refuse(f"$ref {_said(ref)} names nothing") from None
+            self._note_id(target)
+        return self.read(target, "$ref")
 
     def both(self, one: Node, two: Node) -> Node:
         """The schemas of two nodes."""
         return (self.never,) if (self.never,) in (one, two) else tuple(dict.fromkeys(one + two)) if one and two else one or two
 
-    def node(self, numbers: Iterable[int]) -> Node:
+    @remembered
+    def node(self, numbers: tuple[int, ...]) -> Node:
         """Schemas that must all hold; one that only points to others is replaced by those."""
-        given = tuple(numbers)
-        if given not in self._nodes:
-            self._nodes[given] = self._node(given)
-        return self._nodes[given]
-
-    def _node(self, numbers: tuple[int, ...]) -> Node:
         found: dict[int, None] = {}
         todo, seen = list(reversed(numbers)), set()
         while todo:
@@ -17032,8 +16999,7 @@ class ArrayShape:
         return replace(self, low=max(self.low, int(index) + 1))
 
 
-@dataclass(frozen=True)
-class Property:
+class Property(typing.NamedTuple):
     """A property with a name of its own. `late`: it comes behind those that have a place; `said`: a closed object may have it."""
 
     name: str
@@ -17081,7 +17047,7 @@ class ObjectShape:
 
     def needing(self, name: str | int) -> ObjectShape:
         """Requires one of the named properties."""
-        return replace(self, named=tuple(replace(prop, required=prop.required or prop.name == name) for prop in self.named))
+        return replace(self, named=tuple(prop._replace(required=prop.required or prop.name == name) for prop in self.named))
 
     def at(self, name: str) -> Property:
         """A property that has no place of its own."""
@@ -17100,10 +17066,6 @@ TYPED = 128  # a type is said
 
 class Constants(SchemaReader):
     """Tells which values fit, and which are listed."""
-
-    def __init__(self, name: str, root: Any) -> None:
-        super().__init__(name, root)
-        self._lists: dict[Node, dict[Any, Any] | None] = {}
 
     def form(self, number: int) -> Form:
         raise NotImplementedError
@@ -17145,10 +17107,7 @@ class Constants(SchemaReader):
                         for *outside, number in shape.some))  # fmt: skip
 
     def is_other(self, name: str, names: Iterable[str], patterns: Iterable[str]) -> bool:
-        return name not in names and not any(self.matches(pattern, name) for pattern in patterns)
-
-    def matches(self, pattern: str, name: str) -> bool:
-        return has(texts_by("pattern", pattern), name)
+        return name not in names and not any(has(texts_by("pattern", pattern), name) for pattern in patterns)
 
     def string(self, texts: Texts) -> Symbol | None:
         """A string of a set; None if there is none. The search for one is counted."""
@@ -17159,16 +17118,15 @@ class Constants(SchemaReader):
         """True if schemas list values of which none is left."""
         return node == (self.never,) or (len(node) > 1 and self.listed(node) == {})
 
+    @remembered
     def listed(self, node: Node) -> dict[Any, Any] | None:
         """The values that enum and not of enum leave, by what compares as they do; None if no schema lists any."""
-        if node not in self._lists:
-            self.spend(len(node) // 8)
-            enums = (self.schemas[number].get("enum") for number in node if number >= 0)
-            lists = sorted((values for values in enums if values is not None), key=len)
-            denied = [self.schemas[~number]["enum"] for number in node if number < 0 and self.schemas[~number].keys() == {"enum"}]
-            shared = set(lists[0]).intersection(*lists).difference(*denied) if lists else ()
-            self._lists[node] = {key: value for key, value in lists[0].items() if key in shared} if lists else None
-        return self._lists[node]
+        self.spend(len(node) // 8)
+        enums = (self.schemas[number].get("enum") for number in node if number >= 0)
+        lists = sorted((values for values in enums if values is not None), key=len)
+        denied = [self.schemas[~number]["enum"] for number in node if number < 0 and self.schemas[~number].keys() == {"enum"}]
+        shared = set(lists[0]).intersection(*lists).difference(*denied) if lists else ()
+        return {key: value for key, value in lists[0].items() if key in shared} if lists else None
 
 
 class Forms(Constants):
@@ -17189,25 +17147,23 @@ class Forms(Constants):
         super().__init__(name, root)
         self.dead_end = ""  # why a form came to nothing
         self.is_denied_twice = False  # not of not: of such a schema's properties unevaluatedProperties knows nothing
-        self._forms: dict[int, Form] = {}
         self._following: list[int] = []  # schemas being followed with no bracket between them
         words = Listed({comparable(value): value for value in (None, True, False)})
         self.everything: Form = [(words, 0), (NumberShape(), 0), (ALL, 0), (ArrayShape(), 0), (ANY_OBJECT, 0)]
 
+    @remembered
     def form(self, number: int) -> Form:
         """A schema's normal form; that of ~number is all that it does not allow."""
-        if number not in self._forms:
-            if number in self._following:
-                raise self.refuse("a $ref leads back to itself")
-            if len(self._following) > self.MAX_DEPTH:
-                raise self.refuse(f"$ref leads to $ref over {self.MAX_DEPTH} times")
-            self._following.append(number)
-            try:
-                schema = self.schemas[max(number, ~number)]
-                self._forms[number] = self._read_form(schema) if number >= 0 else self._denied(schema)
-            finally:
-                self._following.pop()
-        return self._forms[number]
+        if number in self._following:
+            raise self.refuse("a $ref leads back to itself")
+        if len(self._following) > self.MAX_DEPTH:
+            raise self.refuse(f"$ref leads to $ref over {self.MAX_DEPTH} times")
+        self._following.append(number)
+        try:
+            schema = self.schemas[max(number, ~number)]
+            return self._read_form(schema) if number >= 0 else self._denied(schema)
+        finally:
+            self._following.pop()
 
     def _read_form(self, schema: dict[str, Any]) -> Form:
         plain = {key: value for key, value in schema.items() if key not in self.COMBINED}
@@ -17215,7 +17171,7 @@ class Forms(Constants):
         for key, form in self._also(schema) if len(plain) < len(schema) else ():
             found = self.meet(found, form, key)
         if "unevaluatedProperties" in schema:
-            found = [(self._evaluated(shape, self.node([schema["unevaluatedProperties"]])), said) for shape, said in found]
+            found = [(self._evaluated(shape, self.node((schema["unevaluatedProperties"],))), said) for shape, said in found]
         if name := schema.get("discriminator"):  # OpenAPI's: the property that tells options apart is always written
             found = [(shape.needing(name) if isinstance(shape, ObjectShape) else shape, said) for shape, said in found]
         return found
@@ -17227,7 +17183,7 @@ class Forms(Constants):
         if not isinstance(shape, ObjectShape):
             return shape
         unnamed = tuple((names, node if said else self.both(node, rest), True) for names, node, said in shape.unnamed)
-        named = (prop if prop.said and not prop.late else replace(prop, node=self.both(prop.node, rest), said=True)
+        named = (prop if prop.said and not prop.late else prop._replace(node=self.both(prop.node, rest), said=True)
                  for prop in shape.named)  # fmt: skip
         return replace(shape, named=tuple(named), unnamed=unnamed)
 
@@ -17299,8 +17255,8 @@ class Forms(Constants):
         contains, least = schema.get("contains"), schema.get("minContains", 1)
         if contains is not None and least > self.MAX_CONTAINS:
             raise self.refuse(f"minContains over {self.MAX_CONTAINS} is not supported")
-        return ArrayShape(tuple(self.node([one]) for one in schema.get("prefixItems", ())),
-                          self.node([schema["items"]]) if "items" in schema else (), schema.get("minItems", 0),
+        return ArrayShape(tuple(self.node((one,)) for one in schema.get("prefixItems", ())),
+                          self.node((schema["items"],)) if "items" in schema else (), schema.get("minItems", 0),
                           schema.get("maxItems"), schema.get("uniqueItems", False),
                           () if contains is None else (contains,) * least, "items" in schema, "minItems" in schema,
                           schema.get("why", ""))  # fmt: skip
@@ -17311,7 +17267,7 @@ class Forms(Constants):
         if len(patterns) > self.MAX_PATTERNS:
             raise self.refuse(f"patternProperties: over {self.MAX_PATTERNS} patterns in one object")
         is_open = "additionalProperties" in schema
-        rest: Node = self.node([schema["additionalProperties"]]) if is_open else ()
+        rest: Node = self.node((schema["additionalProperties"],)) if is_open else ()
         kinds: list[tuple[Texts, tuple[int, ...]]] = [(ALL, ())]
         for pattern, number in patterns.items():
             texts = texts_by("pattern", pattern)
@@ -17321,14 +17277,14 @@ class Forms(Constants):
         unnamed = [(names, self.node(matched) if matched else rest, bool(matched or is_open)) for names, matched in kinds]
         shape = ObjectShape((), tuple(unnamed), schema.get("minProperties", 0), schema.get("maxProperties"),
                             "soft" not in schema and bool(schema.keys() & self.CLOSING),
-                            self.node([schema["propertyNames"]]) if "propertyNames" in schema else (),
+                            self.node((schema["propertyNames"],)) if "propertyNames" in schema else (),
                             (schema["other"],) if "other" in schema else (), why=schema.get("why", ""))  # fmt: skip
         needed = set(schema.get("required", ()))
         is_said, named = schema.get("soft") != "not", list[Property]()
         for name, number in properties.items():
-            more = [one for pattern, one in patterns.items() if self.matches(pattern, name)] if patterns else ()
-            named.append(Property(name, self.node([number, *more]), name in needed, False, is_said))
-        named += [replace(shape.at(name), required=True, said=is_said or shape.is_open) for name in schema.get("required", ())
+            more = [one for pattern, one in patterns.items() if has(texts_by("pattern", pattern), name)] if patterns else ()
+            named.append(Property(name, self.node((number, *more)), name in needed, False, is_said))
+        named += [shape.at(name)._replace(required=True, said=is_said or shape.is_open) for name in schema.get("required", ())
                   if name not in properties]  # fmt: skip
         return replace(shape, named=tuple(named))
 
@@ -17562,24 +17518,15 @@ class SchemaShapes(Forms):
 
     MAX_SHAPES = 1500  # of one value: so many a text can begin with at once
 
-    def __init__(self, name: str, root: Any) -> None:
-        super().__init__(name, root)
-        self._choices: dict[Node, Shapes] = {}
-
+    @remembered
     def choice(self, node: Node) -> Shapes:
-        """The shapes of a value, without those that others contain."""
-        if node not in self._choices:
-            meant = (shape for shape, said in self.meeting(node) if self._is_meant(shape, said))
-            shapes = [written for shape in meant for written in self._written(shape)]
-            shapes = list(dict.fromkeys(shapes)) if len(shapes) > 1 else shapes
-            if len(shapes) > self.MAX_SHAPES:
-                raise self.refuse(f"anyOf and oneOf leave over {self.MAX_SHAPES} alternatives that are not constants")
-            free = {type(shape) for shape in shapes if shape in FREE} if len(shapes) > 1 else ()
-            if Texts in free:
-                shapes = [Listed({key: value for key, value in shape.values.items() if not isinstance(value, str)})
-                          if isinstance(shape, Listed) else shape for shape in shapes]  # fmt: skip
-            self._choices[node] = tuple(shape for shape in shapes if type(shape) not in free or shape in FREE)
-        return self._choices[node]
+        """The shapes of a value."""
+        meant = (shape for shape, said in self.meeting(node) if self._is_meant(shape, said))
+        shapes = [written for shape in meant for written in self._written(shape)]
+        shapes = list(dict.fromkeys(shapes)) if len(shapes) > 1 else shapes
+        if len(shapes) > self.MAX_SHAPES:
+            raise self.refuse(f"anyOf and oneOf leave over {self.MAX_SHAPES} alternatives that are not constants")
+        return tuple(shapes)
 
     @staticmethod
     def _is_meant(shape: Any, said: int) -> bool:
@@ -17628,7 +17575,7 @@ class SchemaShapes(Forms):
             named = {name: prop for name, prop in named.items() if prop.said}
         properties = list(named.values())
         if shape.names:
-            properties = [prop if self.fits(prop.name, shape.names) else replace(prop, node=(self.never,)) for prop in properties]
+            properties = [prop if self.fits(prop.name, shape.names) else prop._replace(node=(self.never,)) for prop in properties]
         self.spend(len(properties) // 4)
         unnamed = list[tuple[Texts, Node, bool]]()
         for (names, node), wanted in itertools.product(kinds, choice):
@@ -17648,7 +17595,7 @@ class SchemaShapes(Forms):
                 raise self.refuse("keyword not is not supported around additionalProperties where objects are open")
         for prop in shape.named:
             if self.is_other(prop.name, names, patterns):
-                needed = replace(ANY_OBJECT, named=(Property(prop.name, self.node([number]), True),))
+                needed = replace(ANY_OBJECT, named=(Property(prop.name, self.node((number,)), True),))
                 if (found := self._meet_objects(rest, needed)) is not None:
                     yield from self._object_written(found)
 
@@ -17658,7 +17605,7 @@ FREE: Shapes = (NumberShape(), ALL, ArrayShape(), ObjectShape())  # all values o
 
 # ── E.3. Grammars ─────────────────────────────────────────────────────────────────────────────────────────────────────
 # A schema's documents as symbols that open as a text reaches them, and calls of functions.
-# Offers: json_symbol, read_json, read_soon, calls_symbol, anything_but. Uses: D's symbols, E.2's shapes, C's CallFormat.
+# Offers: json_symbol, read_json, read_soon, calls_symbol, text_before. Uses: D's symbols, E.2's shapes, C's CallFormat.
 
 
 @dataclass(frozen=True)
@@ -17679,8 +17626,8 @@ class Json(Symbol):
 @functools.lru_cache(maxsize=64)
 def read_json(text: str, param: str) -> Symbol:
     """The documents of a schema. Raises InvalidRequest naming the keyword at fault."""
-    with reading(shapes := SchemaShapes(param, json.loads(text))):
-        return Documents(shapes).root()
+    with reading(documents := Documents(param, json.loads(text))):
+        return documents.symbol()
 
 
 @contextlib.contextmanager
@@ -17694,7 +17641,7 @@ def reading(reader: SchemaReader) -> Iterator[None]:
         raise reader.refuse("the schema is nested too deep") from None
 
 
-class Documents:
+class Documents(SchemaShapes):
     """Turns shapes into symbols; those that nothing can fit are left out, so that no text comes to a dead end."""
 
     MAX_KEPT = 10_000  # values, objects and arrays, as far as texts have reached them
@@ -17702,28 +17649,27 @@ class Documents:
     MANY = 100  # values that are told from infinitely many
     BLOCK = 256  # named properties that are opened at a time: a millisecond
 
-    def __init__(self, shapes: SchemaShapes) -> None:
-        self.shapes = shapes
+    def __init__(self, name: str, root: Any) -> None:
+        super().__init__(name, root)
         self.possible: set[Node] = set()
         self._kept: dict[Part, list[Symbols]] = {}
-        self._tails: dict[ObjectShape, list[tuple[int, int]]] = {}
         self._counts: dict[tuple[Node, int], int] = {}
+        self._tails: dict[ObjectShape, list[tuple[int, int]]] = {}
 
-    def root(self) -> Symbol:
-        """The root of the grammar. Raises InvalidRequest naming the keyword at fault."""
-        reader = self.shapes
-        root = reader.node([reader.read(reader.root)])
+    def symbol(self) -> Symbol:
+        """The documents of the schema. Raises InvalidRequest naming the keyword at fault."""
+        root = self.node((self.read(self.root),))
         self._find_possible(root)
-        reader.steps = -(10**12)  # from here on texts bound the work
+        self.steps = -(10**12)  # from here on texts bound the work
         if root not in self.possible:
-            raise reader.refuse(f"no document can fit the schema{': ' if reader.dead_end else ''}{reader.dead_end}")
+            raise self.refuse(f"no document can fit the schema{': ' if self.dead_end else ''}{self.dead_end}")
         return Value(self, root)
 
     def leaf(self, shape: Texts | NumberShape, taken: Iterable[Any] = ()) -> Symbol | None:
         """A string or number that is none of those taken; None if there is none."""
         if isinstance(shape, Texts):
             texts = [value for value in taken if isinstance(value, str)]
-            return self.shapes.string(but_not(shape, texts) if texts else shape)
+            return self.string(but_not(shape, texts) if texts else shape)
         numbers = [value for value in taken if isinstance(value, (int, float))]
         return number_symbol(replace(shape, excluded=shape.excluded.union(numbers)) if numbers else shape)
 
@@ -17743,37 +17689,37 @@ class Documents:
     def _find_possible(self, root: Node) -> None:
         nodes = {root: None}
         for node in (todo := [root]):
-            fresh = dict.fromkeys(inner for inner in self._inside(self.shapes.choice(node)) if inner not in nodes)
+            fresh = dict.fromkeys(inner for inner in self._inside(self.choice(node)) if inner not in nodes)
             nodes |= fresh
             todo += fresh
         before = -1
         while before < len(self.possible):  # a list that must hold lists is never finished
             before = len(self.possible)
             for node in reversed(nodes):
-                if node not in self.possible and any(map(self.is_possible, self.shapes.choice(node))):
+                if node not in self.possible and any(map(self.is_possible, self.choice(node))):
                     self.possible.add(node)
                     self._tails.clear()
                     self._counts.clear()
-        for shape in itertools.chain(*map(self.shapes.choice, self.possible)):
+        for shape in itertools.chain(*map(self.choice, self.possible)):
             if isinstance(shape, ArrayShape) and shape.unique:
                 self._has_different(shape)  # what it counts is kept, for later a step has no time to count
 
     def _inside(self, choice: Shapes) -> Iterator[Node]:
         for shape in choice:
             if isinstance(shape, ObjectShape):
-                self.shapes.spend(len(shape.named) // 4)
+                self.spend(len(shape.named) // 4)
                 yield from (prop.node for prop in shape.named)
                 yield from (node for _, node, _ in shape.unnamed)
             elif isinstance(shape, ArrayShape):
                 for node in (shape.at(index) for index in range(len(shape.first) + 1)):
                     if node is not None:
                         yield node
-                        yield from (self.shapes.node((*node, number)) for number in dict.fromkeys(shape.contains))
+                        yield from (self.node((*node, number)) for number in dict.fromkeys(shape.contains))
             elif not isinstance(shape, Listed):
                 self.leaf(shape)  # may be refused
 
     def is_possible(self, shape: Shape) -> bool:
-        self.shapes.spend()
+        self.spend()
         if isinstance(shape, Listed):
             return bool(shape.values)
         if isinstance(shape, ArrayShape):
@@ -17815,7 +17761,7 @@ class Documents:
             node = shape.at(at)
             if node is None or node not in self.possible:
                 break
-            room += all(self.shapes.node((*node, number)) in self.possible for number in set(lacking))
+            room += all(self.node((*node, number)) in self.possible for number in set(lacking))
         return room >= len(lacking)
 
     # uniqueItems: constants, strings and numbers are told apart as they are. An object or array that may always go on cannot end
@@ -17824,20 +17770,20 @@ class Documents:
     def _has_different(self, shape: ArrayShape) -> bool:
         """True if an array whose elements all differ can be as long as it must be, whatever stands before each."""
         if shape.low > self.MAX_DIFFERENT:
-            raise self.shapes.refuse(f"uniqueItems beside minItems over {self.MAX_DIFFERENT} is not supported")
+            raise self.refuse(f"uniqueItems beside minItems over {self.MAX_DIFFERENT} is not supported")
         last = max(shape.low - 1, len(shape.first))
         for index in [*range(len(shape.first)), last]:
             node = shape.at(index)
-            if node is not None and self._count(node, index + 1) <= index < shape.low:
-                self.shapes.dead_end = f"uniqueItems needs {index + 1} elements that are known to differ"
+            if node is not None and self._count_values(node, index + 1) <= index < shape.low:
+                self.dead_end = f"uniqueItems needs {index + 1} elements that are known to differ"
                 return False
         return True
 
-    def _count(self, node: Node, most: int) -> int:
+    def _count_values(self, node: Node, most: int) -> int:
         """How many values that are told apart fit, up to `most`: those of one kind."""
         if (node, most) not in self._counts:
             self._counts[node, most] = 0  # as far as it holds itself
-            counts = [self._count_shape(shape, most) for shape in self.shapes.choice(node)]
+            counts = [self._count_shape(shape, most) for shape in self.choice(node)]
             self._counts[node, most] = min(max(counts, default=0), most)
         return self._counts[node, most]
 
@@ -17852,7 +17798,7 @@ class Documents:
         if not self.is_possible(shape):
             return 0
         key = None if self.is_endless(shape) else self.key(shape)
-        return most if self.is_endless(shape) else 1 if key is None else self._count(key[1], most)
+        return most if self.is_endless(shape) else 1 if key is None else self._count_values(key[1], most)
 
     def _count_numbers(self, shape: NumberShape, most: int) -> int:
         taken = set[Any]()
@@ -17868,7 +17814,7 @@ class Documents:
         """True for an array or object that may always go on."""
         if isinstance(shape, ArrayShape):
             can_go_on = shape.high is None and self.possible.issuperset((*shape.first, shape.rest))
-            return can_go_on and (not shape.unique or any(one in FREE[:2] for one in self.shapes.choice(shape.rest or ())))
+            return can_go_on and (not shape.unique or any(one in FREE[:2] for one in self.choice(shape.rest or ())))
         return isinstance(shape, ObjectShape) and shape.high is None and any(
             names.most == math.inf and few_texts(names, self.MANY) is None for names, node, _ in shape.unnamed
             if node in self.possible)  # fmt: skip
@@ -17883,8 +17829,8 @@ class Documents:
         else:
             parts = [(prop.name, prop.node, prop.required) for prop in shape.named]
         plain = [(name, node, needed) for name, node, needed in reversed(parts) if node in self.possible and not any(
-            isinstance(one, (ObjectShape, ArrayShape)) for one in self.shapes.choice(node))]  # fmt: skip
-        name, node, _ = max(plain, key=lambda part: (self._count(part[1], self.MANY), part[2]), default=("", None, False))
+            isinstance(one, (ObjectShape, ArrayShape)) for one in self.choice(node))]  # fmt: skip
+        name, node, _ = max(plain, key=lambda part: (self._count_values(part[1], self.MANY), part[2]), default=("", None, False))
         return (name, node) if node is not None and self.is_possible(shape.needing(name)) else None
 
 
@@ -17914,7 +17860,7 @@ class Value(Part):
     def made(self) -> list[Symbols]:
         constants: dict[bytes, Symbols] = {}
         found: list[Symbols] = []
-        for shape in self.documents.shapes.choice(self.node):
+        for shape in self.documents.choice(self.node):
             if isinstance(shape, Listed):
                 constants |= {_JSON.encode(value).encode(): () for key, value in shape.values.items() if key not in self.but}
             elif isinstance(shape, (Texts, NumberShape)):
@@ -17922,7 +17868,7 @@ class Value(Part):
                 found += [(leaf,)] if leaf else []
             elif self.documents.is_possible(shape):
                 found += self._container(shape)
-        return [any_text(constants), *found] if constants else found
+        return [any_text([*constants.items()]), *found] if constants else found
 
     def _container(self, shape: ArrayShape | ObjectShape) -> list[Symbols]:
         """An array or object that is none of `but`; one that may always go on cannot end while it is."""
@@ -17993,7 +17939,7 @@ class Members(Part):
             found += [(replace(self, at=end, alike=alike),)] if end < size else self._unnamed()
             if end == size and not self.lacking:
                 texts[b"}"] = ()
-        return [any_text(texts), *found] if texts else found
+        return [any_text([*texts.items()]), *found] if texts else found
 
     def _after(self, at: int) -> Members:
         """The rest behind one more property; of unnamed ones only the first counts."""
@@ -18034,7 +17980,7 @@ class Elements(Part):
         counts = shape.high is not None or self.index < max(len(shape.first), shape.low, 1)  # else no index matters any more
         ways = [] if node is None else [(node, self.lacking)]
         if node is not None and self.lacking:
-            ways.append((documents.shapes.node((*node, self.lacking[0])), self.lacking[1:]))
+            ways.append((documents.node((*node, self.lacking[0])), self.lacking[1:]))
         for node, lacking in ways:
             value = Value(documents, node, self.seen)
             after = replace(self, index=self.index + counts, lacking=lacking, alike=frozenset())
@@ -18091,32 +18037,33 @@ class Element(Symbol):
 
 @dataclass(frozen=True, eq=False)
 class OneText(Symbol):
-    """One of several texts, and what follows each."""
+    """The rest of one of several texts, alike up to `at`, and what follows each."""
 
-    texts: Mapping[bytes, Symbols]
+    texts: Seq[tuple[bytes, Symbols]]
+    at: int
 
     @functools.cached_property
     def after(self) -> dict[int, Symbols]:
-        groups: dict[int, dict[bytes, Symbols]] = {}
-        for text, after in self.texts.items():
-            if text:
-                groups.setdefault(text[0], {})[text[1:]] = after
-        return {byte: any_text(group) for byte, group in groups.items()}
+        groups: dict[int, list[tuple[bytes, Symbols]]] = {}
+        for text, behind in self.texts:
+            if len(text) > self.at:
+                groups.setdefault(text[self.at], []).append((text, behind))
+        return {byte: any_text(group, self.at + 1) for byte, group in groups.items()}
 
     @property
     def ends(self) -> bool:  # type: ignore[override]
-        return b"" in self.texts
+        return any(len(text) == self.at for text, _ in self.texts)
 
     def left(self) -> Symbols:
-        return self.texts[b""]
+        return next(behind for text, behind in self.texts if len(text) == self.at)
 
 
-def any_text(texts: Mapping[bytes, Symbols]) -> Symbols:
-    """One of some texts, and what follows it."""
-    begin = os.path.commonprefix([min(texts), max(texts)])  # noqa: RUF071 - no paths
-    rest = {text[len(begin) :]: after for text, after in texts.items()} if begin else texts
-    behind = (OneText(rest),) if len(texts) > 1 else rest[b""]
-    return (Word(begin), *behind) if begin else behind
+def any_text(texts: Seq[tuple[bytes, Symbols]], at: int = 0) -> Symbols:
+    """The rest of one of some texts from `at` on, and what follows it."""
+    (text, behind), *more = texts
+    if more:
+        return (OneText(texts, at),)
+    return (Word(text, at), *behind) if len(text) > at else behind
 
 
 LETTERS = OneChar(((0x30, 0x39), (0x41, 0x5A), (0x61, 0x7A)))
@@ -18180,34 +18127,34 @@ def argument_types(text: str, key: str) -> int:
 
 def object_shapes(shapes: SchemaShapes) -> list[ObjectShape]:
     """The objects that a schema allows."""
-    root = shapes.node([shapes.read(shapes.root)])
+    root = shapes.node((shapes.read(shapes.root),))
     return [shape for shape in shapes.choice(root) if isinstance(shape, ObjectShape)]
 
 
 @functools.lru_cache(maxsize=64)
 def read_arguments(text: str, param: str, params: Params) -> tuple[Symbols, ...]:
     """A schema's objects, property by property. Raises InvalidRequest naming the keyword at fault."""
-    documents, found = Documents(SchemaShapes(param, json.loads(text))), list[Symbols]()
-    with reading(documents.shapes):
-        objects = object_shapes(documents.shapes)
+    documents, found = Documents(param, json.loads(text)), list[Symbols]()
+    with reading(documents):
+        objects = object_shapes(documents)
         for shape in objects:
             if shape.high is not None or shape.low > sum(prop.required for prop in shape.named):
                 keyword = "minProperties" if shape.high is None else "maxProperties"
-                raise documents.shapes.refuse(f"keyword {keyword} is not supported where arguments are written one by one")
-        documents.root()  # tells what is possible
+                raise documents.refuse(f"keyword {keyword} is not supported where arguments are written one by one")
+        documents.symbol()  # tells what is possible
         for shape in (shape for shape in objects if documents.is_possible(shape)):
             arguments = [(one_argument(documents, prop, params), prop.required) for prop in shape.named
                          if prop.node in documents.possible]  # fmt: skip
             found.append((in_turn(arguments, format_text(params.closes if params.quote else "")),))
         if not found:
-            raise documents.shapes.refuse("a function's arguments are an object, and the schema allows none")
+            raise documents.refuse("a function's arguments are an object, and the schema allows none")
         return tuple(found)
 
 
 def one_argument(documents: Documents, prop: Property, params: Params) -> Symbol:
     """A name and its value: a string without quotes or in the family's, other types as JSON."""
     closes = "" if params.quote else params.closes.replace(KEY, prop.name)
-    shapes = documents.shapes.choice(prop.node)
+    shapes = documents.choice(prop.node)
     value: Symbol = Value(documents, prop.node)
     if types_of(shapes) in (SchemaReader.TYPES["string"], SchemaReader.EVERY_TYPE):
         quote = word(params.quote)
@@ -18215,11 +18162,16 @@ def one_argument(documents: Documents, prop: Property, params: Params) -> Symbol
     return InOrder((format_text(params.opens + prop.name + params.keyed), value, format_text(closes)))
 
 
+def text_before(marker: str) -> TextRest:
+    """A text that is written as it is before a marker: without its first two characters, and what may become them."""
+    first, second = map(re.escape, (marker + "  ")[:2])
+    begun = rf"{first}|\\|\n" if len(marker) == 1 else f"{first}(?:{first}|{second}|$)"
+    return TextRest(texts_by("pattern", begun, False), "UTF-8")
+
+
 def plain_texts(documents: Documents, shapes: Shapes, marker: str) -> Symbols:
     """Strings as they are: what stands behind them, `marker`, does not occur in them. Raises InvalidRequest if there are none."""
-    first, second = map(re.escape, (marker + "  ")[:2])  # left out: the marker's first two characters, and what may become them
-    begun = rf"{first}|\\|\n" if len(marker) == 1 else f"{first}(?:{first}|{second}|$)"
-    apart, found = texts_by("pattern", begun, False), list[Symbol]()
+    apart, found = text_before(marker).at, list[Symbol]()
     for shape in shapes:
         if isinstance(shape, Listed):
             found += (word(value) for value in shape.values.values() if isinstance(value, str) and has(apart, value))
@@ -18228,7 +18180,7 @@ def plain_texts(documents: Documents, shapes: Shapes, marker: str) -> Symbols:
             if documents.leaf(shape) is not None:
                 found.append(TextRest(shape, "UTF-8"))
     if not found:
-        raise documents.shapes.refuse(f"no string can fit the schema and be written before {_said(marker)}")
+        raise documents.refuse(f"no string can fit the schema and be written before {_said(marker)}")
     return tuple(found)
 
 
@@ -18257,17 +18209,6 @@ def read_soon(root: Symbol) -> bool:
         read_ahead(root)
         return True
     return False
-
-
-def anything_but(marker: str) -> Symbol:
-    """One character or two of a text that never holds the marker, nor what looks much like it."""
-    first, second = list((marker + "  ")[:2])
-    return AnyOf((char_but(first), InOrder((word(first), char_but(first + second)))))
-
-
-def char_but(chars: str) -> OneChar:
-    """Any character without some."""
-    return OneChar(others(merged((ord(char), ord(char)) for char in chars)))
 
 
 # ── F. Pull ───────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -5109,19 +5109,19 @@ def test_tokens_of_forced_text_stand_for_just_its_bytes(text: str, model: str, m
     assert b"".join(map(vocab.piece, vocab.tokens_inside(text.encode()))) == text.encode()
 
 
-def test_machines_of_many_grammars_are_few_and_the_oldest_or_largest_go(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    machines = module.Machines(llama.vocab)
-    first = machines.of(module.Gbnf('root ::= "0"'))
+def test_grammars_used_last_keep_their_machines_and_each_keeps_few_states(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def machine(text: str) -> Any:
+        return module.Grammar(llama, module.Constraint(module.Gbnf(f'root ::= "{text}" [a-z]{{200}}'), "grammar")).machine
+
+    first = machine("0")
     for number in range(1, 60):
-        machines.of(module.Gbnf(f'root ::= "{number}" [a-z]*'))
-        assert machines.of(module.Gbnf('root ::= "0"')) is first
-    assert len(machines._kept) == machines.MAX_KEPT
-    machines = module.Machines(llama.vocab)
-    monkeypatch.setattr(machines, "MAX_STATES", 100)
-    for number in range(5):
-        machine = machines.of(module.Gbnf(f'root ::= "{number}" [a-z]{{100}}'))
-        machine.automaton.start.read(f"{number}".encode() + b"a" * 60)
-    assert len(machines._kept) == 2
+        machine(f"{number}")
+        assert machine("0") is first
+    assert llama.machine.cache_info().currsize == llama.machine.cache_info().maxsize
+    monkeypatch.setattr(Automaton, "MAX_KEPT", 50)
+    here = first.automaton.start.read(b"0" + b"a" * 120)
+    assert len(first.automaton._states) <= 51
+    assert here.bits and here.read(b"a" * 80).ends
 
 
 # Text that is written without the model.
