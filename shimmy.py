@@ -3936,7 +3936,7 @@ class Llama:
         self.looks_both_ways = kind in EMBEDDERS or self.metadata(f"{kind}.attention.causal") == "false"
         self.vocab = Vocabulary(self.c, self.model, numpy)
         # of grammars, pickled: the threads that read them make their machines, the step loop alone works with those
-        self.machine = functools.lru_cache(maxsize=16)(
+        self.machine = functools.lru_cache(maxsize=12)(
             lambda grammar: Machine(pickle.loads(grammar), self.vocab))  # noqa: S301  # nosec B301  # we have pickled it
         self.cuttable = not (self.c.llama_model_is_recurrent(self.model) or self.c.llama_model_is_hybrid(self.model))
         self.drafts = self.options.spec == "lookup" and self.cuttable and not self.embedding  # else none can be taken back
@@ -4831,14 +4831,15 @@ class Sampler:
     @property
     def is_done(self) -> bool:
         """Whether the document is complete, and nothing may follow."""
-        return self.grammar is not None and self.grammar.is_done
+        grammar = self.grammar
+        return grammar is not None and not grammar.is_awaited and grammar.state.ends and not grammar.state.bits
 
     @property
     def is_stuck(self) -> bool:
         """Whether a document has begun and is not complete, and it is not the client's own bans that end it."""
         if any(bias == -math.inf for _, bias in self.sampling.logit_bias):
             return False
-        return self.grammar is not None and not self.grammar.is_awaited and not self.grammar.ends
+        return self.grammar is not None and not self.grammar.is_awaited and not self.grammar.state.ends
 
     def close(self) -> None:
         if self.chain:
@@ -4855,15 +4856,17 @@ class Grammar:
         """Raises InvalidRequest for a grammar that cannot be followed. Not for the step loop: reading one may take seconds."""
         self._vocab, self.param = llama.vocab, constraint.param
         try:
-            self.machine = llama.machine(pickle.dumps(constraint.grammar))
+            if constraint.begun:  # read here, in another thread than works with the machines that are kept
+                self.machine = Machine(constraint.grammar, llama.vocab)
+            else:
+                self.machine = llama.machine(pickle.dumps(constraint.grammar))
             begun = self.machine.automaton.start.read(constraint.begun)
         except InvalidRequest as error:
             raise self.named(error) from None
         except NotYet:
             raise self.named(InvalidRequest(self.TOO_INTRICATE)) from None
         if begun is None:
-            words = f"{self.param}: the answer that is to be continued begins no text that fits"
-            raise InvalidRequest(words, "messages")
+            raise InvalidRequest(f"{self.param}: the answer that is to be continued begins no text that fits", "messages")
         self.state = begun
         self._marker, self._seen = (constraint.after or "").encode(), b""  # no marker once the grammar has begun
         self._markers = {t: name.encode() for t, name in llama.vocab.marker_pieces.items()
@@ -4880,16 +4883,6 @@ class Grammar:
     def is_awaited(self) -> bool:
         """Whether the marker has not come yet."""
         return bool(self._marker)
-
-    @property
-    def ends(self) -> bool:
-        """Whether what stands there is a whole document."""
-        return self.state.ends
-
-    @property
-    def is_done(self) -> bool:
-        """Whether the document is complete, and nothing may follow."""
-        return not self._marker and self.state.ends and not self.state.bits
 
     def after(self, token: int) -> State | None:
         """The state behind a token; None if it may not come. What stands behind the marker in the token that ends it must fit."""
@@ -15409,7 +15402,7 @@ class Automaton:
     """The states of one grammar, made as texts reach them and kept for all its texts. Used by one thread at a time."""
 
     MAX_READINGS = 4000  # of one state, with what they open into: some 1 µs each
-    MAX_KEPT = 10_000  # states; some 1 KB each
+    MAX_KEPT = 20_000  # states, some 1 KB each; a document makes up to one for each of its bytes
 
     def __init__(self, root: Symbol) -> None:
         self._states: dict[tuple[frozenset[Stack], bool], State] = {}
@@ -17600,9 +17593,6 @@ class SchemaShapes(Forms):
                     yield from self._object_written(found)
 
 
-FREE: Shapes = (NumberShape(), ALL, ArrayShape(), ObjectShape())  # all values of a type
-
-
 # ── E.3. Grammars ─────────────────────────────────────────────────────────────────────────────────────────────────────
 # A schema's documents as symbols that open as a text reaches them, and calls of functions.
 # Offers: json_symbol, read_json, read_soon, calls_symbol, text_before. Uses: D's symbols, E.2's shapes, C's CallFormat.
@@ -17814,7 +17804,7 @@ class Documents(SchemaShapes):
         """True for an array or object that may always go on."""
         if isinstance(shape, ArrayShape):
             can_go_on = shape.high is None and self.possible.issuperset((*shape.first, shape.rest))
-            return can_go_on and (not shape.unique or any(one in FREE[:2] for one in self.choice(shape.rest or ())))
+            return can_go_on and (not shape.unique or any(one in (NumberShape(), ALL) for one in self.choice(shape.rest or ())))
         return isinstance(shape, ObjectShape) and shape.high is None and any(
             names.most == math.inf and few_texts(names, self.MANY) is None for names, node, _ in shape.unnamed
             if node in self.possible)  # fmt: skip
@@ -18089,9 +18079,7 @@ def one_call(format: CallFormat, where: str, function: dict[str, Any]) -> Symbol
     schema = function.get("parameters") or {}
     schema = schema if "type" in schema or "properties" in schema else {"type": "object", **schema}
     name = function["name"] if format.keys is None else json.dumps(function["name"], ensure_ascii=False)[1:-1]
-    arguments = Json(json.dumps(schema), where, format.params)
-    read_soon(arguments)
-    return InOrder((word(name), format_text(format.named), arguments))
+    return InOrder((word(name), format_text(format.named), json_symbol(where, schema, format.params)))
 
 
 class SchemaStructure(SchemaReader):
@@ -18193,10 +18181,9 @@ def in_turn(arguments: Seq[tuple[Symbol, bool]], separator: Symbol) -> Symbol:
     return first
 
 
-def json_symbol(param: str, schema: Mapping[str, Any]) -> Json:
-    """The documents of a schema in the request's field `param`. Raises InvalidRequest naming the keyword at fault."""
-    symbol = Json(json.dumps(schema), param)
-    read_soon(symbol)
+def json_symbol(param: str, schema: Mapping[str, Any], params: Params | None = None) -> Json:
+    """The documents of a schema in the request's field `param`, or its arguments. Raises InvalidRequest naming the keyword."""
+    read_soon(symbol := Json(json.dumps(schema), param, params))
     return symbol
 
 
