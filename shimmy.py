@@ -5821,7 +5821,8 @@ class Aside:
         """`due` says when the streams' next step should begin (perf_counter), by its seconds; `step` takes it."""
         self._due, self._step = due, step
         self._resumed_at = 0.0  # when the batch last began or went on
-        self._longest, self._last_longest = 0.1, 0.0  # most seconds between two pauses, of this batch and the one before
+        self._took: list[float] = []  # seconds between two pauses, of this batch
+        self._last_took: list[float] = []  # the same of the batch before, which mostly had the same operations
         self._stepping = 0.0  # seconds of a step with all that belongs to it; slow ones are slowly forgotten
         self._wanted: Callable[[], bool] = lambda: True
         self._aborted = False
@@ -5831,8 +5832,10 @@ class Aside:
         """Between operations of a batch; whether to go on. An exception cannot pass through llama.cpp: it ends the batch."""
         try:
             now = time.perf_counter()
-            self._longest = max(self._longest, now - self._resumed_at)
-            if now + max(self._longest, self._last_longest) >= self._due(self._stepping):
+            self._took.append(now - self._resumed_at)
+            seen = len(self._took)
+            coming = self._last_took[seen] if seen < len(self._last_took) else max(self._took)
+            if now + coming >= self._due(self._stepping):
                 self._step()
                 self._stepping = max(time.perf_counter() - now, 0.9 * self._stepping)
             self._resumed_at = time.perf_counter()
@@ -5843,7 +5846,7 @@ class Aside:
 
     def run(self, work: Callable[[], Result], wanted: Callable[[], bool]) -> Result | None:
         """Does a batch of work in which pauses come; None when it was no longer wanted. Raises what `step` raised."""
-        self._last_longest, self._longest = self._longest, 0.0
+        self._last_took, self._took = self._took, []
         self._wanted, self._aborted, self._error, self._resumed_at = wanted, False, None, time.perf_counter()
         done = work()
         if self._error:
