@@ -651,6 +651,7 @@ class Constraint:
     param: str
     after: str | None = None  # the text behind which it begins; None: at once
     markers: frozenset[str] = frozenset()  # control tokens that may write what it wants; others stand for no text
+    begun: bytes = b""  # the text's beginning, where an answer is continued
 
 
 def a_schema(name: str, value: Any) -> Constraint:
@@ -2228,9 +2229,7 @@ class Chat:
         if after is None and (begun := continued(request).get("content")):
             if begins_thought(begun, self.format):
                 begun = begun.partition(self.format.thought[1])[2].lstrip()
-            grammar = RestOf(grammar, begun.encode(), wanted.param)
-            read_soon(grammar)
-            return replace(wanted, markers=self.markers, grammar=grammar)
+            return replace(wanted, markers=self.markers, begun=begun.encode())
         if tools:
             grammar = AnyOf((calls_symbol(calls, tools, "", request.parallel_tool_calls), grammar))
         return replace(wanted, after=after, markers=self.markers, grammar=InOrder((*thought, grammar)))
@@ -2246,7 +2245,7 @@ class Chat:
         # Qwen 3: the model itself begins a thought, or not; models without the switch would wander off into one
         may_think = any(opens in t and "enable_thinking" in t for t in self._templates.values())
         if may_think and not end.endswith(closes):
-            thought = InOrder((word(opens), Repeated(anything_but(closes)), word(closes), blanks))
+            thought = InOrder((word(opens), text_before(closes), word(closes), blanks))
             return (Repeated(thought, 0, 1),), None
         return (), None
 
@@ -4047,7 +4046,9 @@ class Llama:
         kind = self.metadata("general.architecture")  # where every token attends to all, an input is computed in one piece
         self.looks_both_ways = kind in EMBEDDERS or self.metadata(f"{kind}.attention.causal") == "false"
         self.vocab = Vocabulary(self.c, self.model, numpy)
-        self.machines = Machines(self.vocab)
+        # of grammars, pickled: the threads that read them make their machines, the step loop alone works with those
+        self.machine = functools.lru_cache(maxsize=12)(
+            lambda grammar: Machine(pickle.loads(grammar), self.vocab))  # noqa: S301  # nosec B301  # we have pickled it
         self.cuttable = not (self.c.llama_model_is_recurrent(self.model) or self.c.llama_model_is_hybrid(self.model))
         self.drafts = self.options.spec == "lookup" and self.cuttable and not self.embedding  # else none can be taken back
         self.n_swa = int(self.c.llama_model_n_swa(self.model))
@@ -4894,7 +4895,7 @@ class Sampler:
                 logits[token] = -math.inf
                 self._refused += 1
             all_tried = self._refused >= (1 if self._aims else self.TRIES)  # Mirostat learns from each pick
-            few = self._refused and not grammar.is_awaited and (all_tried or grammar.is_quick)
+            few = self._refused and not grammar.is_awaited and (all_tried or grammar.machine.is_quick(grammar.state))
             self._picked = self._choose(logits, grammar.allowed() if few else None)
         if token >= 0:  # else all that may follow is banned, or has no token
             self.force(token)
@@ -4926,7 +4927,7 @@ class Sampler:
         grammar = self.grammar
         if not grammar or grammar.is_awaited or self.sampling.logprobs is not None or most <= 0:
             return ()
-        tokens = list(itertools.takewhile(lambda token: token not in self.banned, grammar.jump()[:most]))
+        tokens = list(itertools.takewhile(lambda token: token not in self.banned, grammar.machine.jump(grammar.state)[:most]))
         for token in tokens:
             self.force(token)
         return tokens
@@ -4934,14 +4935,15 @@ class Sampler:
     @property
     def is_done(self) -> bool:
         """Whether the document is complete, and nothing may follow."""
-        return self.grammar is not None and self.grammar.is_done
+        grammar = self.grammar
+        return grammar is not None and not grammar.is_awaited and grammar.state.ends and not grammar.state.bits
 
     @property
     def is_stuck(self) -> bool:
         """Whether a document has begun and is not complete, and it is not the client's own bans that end it."""
         if any(bias == -math.inf for _, bias in self.sampling.logit_bias):
             return False
-        return self.grammar is not None and not self.grammar.is_awaited and not self.grammar.ends
+        return self.grammar is not None and not self.grammar.is_awaited and not self.grammar.state.ends
 
     def close(self) -> None:
         if self.chain:
@@ -4958,12 +4960,18 @@ class Grammar:
         """Raises InvalidRequest for a grammar that cannot be followed. Not for the step loop: reading one may take seconds."""
         self._vocab, self.param = llama.vocab, constraint.param
         try:
-            self._machine = llama.machines.of(constraint.grammar)
+            if constraint.begun:  # read here, in another thread than works with the machines that are kept
+                self.machine = Machine(constraint.grammar, llama.vocab)
+            else:
+                self.machine = llama.machine(pickle.dumps(constraint.grammar))
+            begun = self.machine.automaton.start.read(constraint.begun)
         except InvalidRequest as error:
             raise self.named(error) from None
         except NotYet:
             raise self.named(InvalidRequest(self.TOO_INTRICATE)) from None
-        self._state = self._machine.automaton.start
+        if begun is None:
+            raise InvalidRequest(f"{self.param}: the answer that is to be continued begins no text that fits", "messages")
+        self.state = begun
         self._marker, self._seen = (constraint.after or "").encode(), b""  # no marker once the grammar has begun
         self._markers = {t: name.encode() for t, name in llama.vocab.marker_pieces.items()
                          if name in constraint.markers}  # fmt: skip
@@ -4980,24 +4988,14 @@ class Grammar:
         """Whether the marker has not come yet."""
         return bool(self._marker)
 
-    @property
-    def ends(self) -> bool:
-        """Whether what stands there is a whole document."""
-        return self._state.ends
-
-    @property
-    def is_done(self) -> bool:
-        """Whether the document is complete, and nothing may follow."""
-        return not self._marker and self._state.ends and not self._state.bits
-
     def after(self, token: int) -> State | None:
         """The state behind a token; None if it may not come. What stands behind the marker in the token that ends it must fit."""
         if self._marker:
-            return self._state.read(self._behind_marker(token) or b"")
+            return self.state.read(self._behind_marker(token) or b"")
         if token in self._vocab.eog:
-            return self._state if self._state.ends else None
+            return self.state if self.state.ends else None
         data = self._markers.get(token) or self._vocab.piece(token)
-        return self._state.read(data) if data else None
+        return self.state.read(data) if data else None
 
     def follow(self, token: int) -> None:
         """Takes a token; one that does not fit leaves the grammar where it is."""
@@ -5007,29 +5005,20 @@ class Grammar:
             begun = self._behind_marker(token) is not None
             self._seen = (self._seen + self._vocab.shown(token))[-len(self._marker) :]
             self._marker = b"" if begun else self._marker
-        self._state = state
+        self.state = state
 
     def _behind_marker(self, token: int) -> bytes | None:
         """What would stand behind the marker after this token; None if the marker is not there yet."""
         _, found, rest = (self._seen + self._vocab.shown(token)).partition(self._marker)
         return rest if found else None
 
-    @property
-    def is_quick(self) -> bool:
-        """Whether `allowed` takes little time."""
-        return self._machine.is_quick(self._state)
-
     def allowed(self) -> Any:
         """All tokens that may come next, an int32 array in their order."""
         more = [token for token in self._markers if self.after(token)]
-        if self._state.ends:
+        if self.state.ends:
             more += self._vocab.eog
-        tokens, np = self._machine.allowed(self._state), self._vocab.np
+        tokens, np = self.machine.allowed(self.state), self._vocab.np
         return np.union1d(tokens, np.array(more, np.int32)) if more else tokens
-
-    def jump(self) -> Seq[int]:
-        """The tokens of the text that must come next, but for the last one: the model may cut the text there in its own way."""
-        return self._machine.jump(self._state)
 
 
 class Spelling:
@@ -5073,92 +5062,52 @@ class Spelling:
 
 
 class Machine:
-    """A grammar's automaton beside a vocabulary: which tokens may come next, and which must.
-
-    Made in the tokenizing thread, used by the step loop alone.
-    """
+    """A grammar's automaton beside a vocabulary: which tokens may come next, and which must."""
 
     FEW, FEW_TOKENS = 8, 1000  # bytes that may come next, or tokens that begin with one of them: then few tokens may
     MOST_JUMPED = 512  # bytes of text that must come, at a time
     MAX_KEPT = 1_000_000  # tokens, of all lists together
 
     def __init__(self, root: Symbol, vocab: Vocabulary) -> None:
-        self.automaton, self.vocab = Automaton(read_ahead(root)), vocab
+        self.automaton, self.vocab, self.spelling = Automaton(read_ahead(root)), vocab, vocab.spelling
         self._allowed: dict[State, Any] = {}  # an array; a list of tokens for each first byte as far as there was time
-        self._jumps: dict[State, Seq[int]] = {}
         self._kept = 0
 
     def is_quick(self, state: State) -> bool:
         """Whether `allowed` takes little time, found before or not: else what a seed gives would depend on earlier texts."""
-        return state.bits.bit_count() <= self.FEW or self.vocab.spelling.count(state.bits) <= self.FEW_TOKENS
+        return state.bits.bit_count() <= self.FEW or self.spelling.count(state.bits) <= self.FEW_TOKENS
 
     def allowed(self, state: State) -> Any:
         """The tokens with text that may come next, an int32 array in their order."""
         found = self._allowed.setdefault(state, [])
         if isinstance(found, list):
             for byte in range(len(found), 256):
-                found.append(self.vocab.spelling.allowed(state, byte) if state.bits >> byte & 1 else [])
+                found.append(self.spelling.allowed(state, byte) if state.bits >> byte & 1 else [])
                 if len(found) < 256 and TURN.is_over:
                     raise NotYet
             found = self.vocab.np.array(sorted(itertools.chain(*found)), self.vocab.np.int32)
-            self._make_room(len(found))
+            self._kept += 16 + len(found)
+            if self._kept > self.MAX_KEPT:
+                self._allowed.clear()
+                self._kept = 16 + len(found)
             self._allowed[state] = found
         return found
 
     def jump(self, state: State) -> Seq[int]:
-        """The tokens of the text that must come next: all if it ends the document, else all but the last."""
+        """The tokens of the text that must come next: all if it ends the document, else all but the last, for the model may cut
+        the text there in its own way."""
         if state.ends or state.bits & (state.bits - 1):
             return ()
-        if state not in self._jumps:
-            data = state.forced(self.MOST_JUMPED)
-            behind = state.read(data)
-            assert behind
-            done = behind.ends and not behind.bits
-            try:
-                data.decode()
-            except UnicodeDecodeError as error:
-                data, done = data[: error.start], False
-            tokens = self.vocab.tokens_inside(data)
-            self._make_room(len(tokens))
-            self._jumps[state] = tokens if done else tokens[:-1]
-        return self._jumps[state]
-
-    def _make_room(self, tokens: int) -> None:
-        self._kept += 16 + tokens
-        if self._kept > self.MAX_KEPT:
-            self._allowed.clear()
-            self._jumps.clear()
-            self._kept = 16 + tokens
-
-
-class Machines:
-    """The machines of grammars that were used last. Threads that read grammars share it; what they make is the step loop's."""
-
-    MAX_KEPT, MAX_STATES = 16, 100_000  # machines, and states of all together but the last one's
-
-    def __init__(self, vocab: Vocabulary) -> None:
-        self._vocab = vocab
-        self._kept: dict[bytes, Machine] = {}
-        self._lock = threading.Lock()
-
-    def are_quick_to_make(self, grammar: Symbol) -> bool:
-        """Whether a grammar is known, or is read in some milliseconds, as most are."""
-        with contextlib.suppress(InvalidRequest):  # `of` says it
-            return pickle.dumps(grammar) in self._kept or read_soon(grammar)
-        return True
-
-    def of(self, grammar: Symbol) -> Machine:
-        """The grammar's machine. Raises InvalidRequest for one that cannot be read."""
-        _ = self._vocab.spelling  # made here, not in the step loop
-        key = pickle.dumps(grammar)
-        machine = self._kept.get(key) or Machine(grammar, self._vocab)
-        with self._lock:
-            self._kept.pop(key, None)
-            self._kept[key] = machine
-            while len(self._kept) > 1 and (len(self._kept) > self.MAX_KEPT
-                                           or sum(len(m.automaton) for m in self._kept.values()) > self.MAX_STATES):  # fmt: skip
-                del self._kept[next(iter(self._kept))]
-        return machine
+        data = state.forced(self.MOST_JUMPED)
+        behind = state.read(data)
+        assert behind
+        done = behind.ends and not behind.bits
+        try:
+            data.decode()
+        except UnicodeDecodeError as error:
+            data, done = data[: error.start], False
+        tokens = self.vocab.tokens_inside(data)
+        return tokens if done else tokens[:-1]
 
 
 class LogProbs:
@@ -6533,7 +6482,7 @@ class Intake:
             else:
                 yield from self._look_at(pictures_of(job), submission)
                 prompt, constraint = self._prompt(job), job.sampling.constraint
-                if constraint is None or self.llama.machines.are_quick_to_make(constraint.grammar):
+                if constraint is None or read_soon(constraint.grammar):
                     self._begin(submission, prompt)
                 else:
                     self._grammars.put((submission, prompt))
@@ -15057,7 +15006,7 @@ def read_ahead(root: Symbol) -> Symbol:
     todo, seen = [root], {root}
     while todo:
         symbol = todo.pop()
-        if isinstance(symbol, (Gbnf, Json, RestOf)):
+        if isinstance(symbol, (Gbnf, Json)):
             symbol.opened()
         todo += (fresh := set(symbol.parts) - seen)
         seen |= fresh
@@ -15212,7 +15161,7 @@ class Automaton:
     """The states of one grammar, made as texts reach them and kept for all its texts. Used by one thread at a time."""
 
     MAX_READINGS = 4000  # of one state, with what they open into: some 1 µs each
-    MAX_KEPT = 50_000  # states; some 1 KB each
+    MAX_KEPT = 20_000  # states, some 1 KB each; a document makes up to one for each of its bytes
 
     def __init__(self, root: Symbol) -> None:
         self._states: dict[tuple[frozenset[Stack], bool], State] = {}
@@ -15275,10 +15224,6 @@ class Automaton:
         if key not in self._states:
             self._states[key] = State(self, *key)
         return self._states[key]
-
-    def __len__(self) -> int:
-        """How many states are kept."""
-        return len(self._states)
 
 
 # ── D.2. Patterns ─────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -15692,7 +15637,7 @@ class GbnfReader(Reader):
 # ── D.3. Strings ──────────────────────────────────────────────────────────────────────────────────────────────────────
 # Sets of texts, with and, or and not, and the JSON strings of such a set: symbols that know what can still come.
 # Offers: Texts and its algebra (union, intersection, complement, word_texts, but_not, texts_by); has, has_text, few_texts;
-# string_symbol, JsonText; FORMATS. Uses: D.1's symbols, D.2's patterns.
+# string_symbol, TextRest; FORMATS. Uses: D.1's symbols, D.2's patterns.
 
 
 class Texts:
@@ -15721,7 +15666,7 @@ class Texts:
         leasts, mosts = [part.least for part in self.parts], [part.most for part in self.parts]
         low, high = self.data if self.kind in ("repeat", "sized") else (0, math.inf)
         if self.kind == "words":
-            lengths = {len(text) for text in self.data.rest()}
+            lengths = {len(text) - self.data[1] for text in self.data[0]}
             return min(lengths), max(lengths)
         if self.kind == "then":
             return sum(leasts), sum(mosts)
@@ -15859,38 +15804,15 @@ def complement(texts: Texts) -> Texts:
     return texts.parts[0] if texts.kind == "not" else _make("not", parts=(texts,))
 
 
-@dataclass(frozen=True, eq=False)
-class WordList:
-    """Some of the texts of a sorted list, which begin alike: from `low` to `high`, from their character `at` on."""
-
-    texts: list[str]
-    low: int
-    high: int
-    at: int
-
-    def rest(self) -> Iterator[str]:
-        """The texts, without what was read."""
-        return (text[self.at :] for text in self.texts[self.low : self.high])
-
-    def moves(self) -> Iterator[tuple[Ranges, Texts]]:
-        texts, at = self.texts, self.at
-        first = self.low + (len(texts[self.low]) == at)
-        while first < self.high:
-            code = ord(texts[first][at])
-            last = bisect.bisect_right(texts, code, first, self.high, key=lambda text: ord(text[at]))
-            yield ((code, code),), _make("words", WordList(texts, first, last, at + 1))
-            first = last
-
-
-@functools.lru_cache(maxsize=1000)
-def word_texts(texts: frozenset[str]) -> Texts:
+def word_texts(texts: Iterable[str]) -> Texts:
     """Just some texts."""
-    return _make("words", WordList(sorted(texts), 0, len(texts), 0)) if texts else NONE
+    words = tuple(sorted(set(texts)))
+    return _make("words", (words, 0)) if words else NONE
 
 
 def but_not(texts: Texts, words: Iterable[str]) -> Texts:
     """A set without some texts."""
-    return intersection([texts, complement(word_texts(frozenset(words)))])
+    return intersection([texts, complement(word_texts(words))])
 
 
 def moves(texts: Texts) -> Moves:
@@ -15907,8 +15829,10 @@ def _moves(texts: Texts) -> Iterable[tuple[Ranges, Texts]]:
         return ()
     if kind == "char":
         return ((texts.data, EMPTY),)
-    if kind == "words":
-        return texts.data.moves()
+    if kind == "words":  # which are alike in their first characters
+        words, at = texts.data
+        groups = itertools.groupby((word for word in words if len(word) > at), key=lambda word: ord(word[at]))
+        return [(((code, code),), _make("words", (tuple(group), at + 1))) for code, group in groups]
     if kind == "repeat":
         again = repeat(parts[0], max(texts.data[0] - 1, 0), texts.data[1] - 1)
         return [(ranges, then(behind, again)) for ranges, behind in moves(parts[0])]
@@ -15993,18 +15917,16 @@ def before(pattern: Symbol, rest: tuple[Texts, Texts]) -> tuple[Texts, Texts]:
 def texts_by(keyword: str, value: str, wanted: bool = True) -> Texts:
     """The strings that a schema's `pattern` or `format` admits; without `wanted` all others. Raises InvalidRequest saying why
     it cannot be honoured."""
-    longest = math.inf
     if keyword == "pattern":
         pattern = PatternReader(value).read()
     elif value in UNKNOWN_FORMATS or (value in PARTIAL_FORMATS and not wanted):
         raise InvalidRequest(f"{'' if wanted else 'not '}format {_said(value)} cannot be honoured")
     elif value in FORMATS:
         pattern = InOrder((Edge(False), PatternReader(FORMATS[value]).read(), Edge(True)))
-        longest = MAX_HOSTNAME if value == "hostname" else longest
     else:  # what is no standard's is a remark
         return ALL if wanted else NONE
     found = before(InOrder((Repeated(OneChar(EVERY_CHAR)), pattern)), (ALL, ALL))[0]
-    return sized(found, 0, longest) if wanted else complement(found)
+    return found if wanted else complement(found)
 
 
 # What can still be reached
@@ -16100,28 +16022,29 @@ def behind(at: Texts, code: int) -> Texts:
 
 
 @dataclass(frozen=True)
-class JsonText(Symbol):
-    """The rest of a JSON string behind its opening quote."""
+class TextRest(Symbol):
+    """The rest of a text in one of SCRIPTS: of a JSON string behind its opening quote, or behind a backslash in it ("escaped");
+    or of one that is written as it is ("UTF-8")."""
 
     at: Texts
-    is_escaped: bool = False  # a backslash was read
-
-    def longer(self) -> list[tuple[Ranges, JsonText]]:
-        """The characters that may come, and the rest behind them."""
-        return [(ranges, replace(self, at=behind, is_escaped=False)) for ranges, behind in living(self.at)]
+    script: str = "JSON"
 
     @functools.cached_property
     def _ways(self) -> list[Symbols]:
         """The ways to go on, each from a symbol that reads bytes."""
-        longer = self.longer()
-        if self.is_escaped:
-            return [(way, rest) for ranges, rest in longer for way in written(ranges, "escaped")]
-        found: list[Symbols] = [(Word(b'"'),)] if self.at.nullable else []
-        first, last = (longer[0][0][0][0], longer[-1][0][-1][1]) if longer else (0, 1)
-        if first == last:  # where no other character may stand, there is one way to write it
-            return [*found, (word(json.dumps(chr(first), ensure_ascii=False)[1:-1]), longer[0][1])]
-        found += ((way, rest) for ranges, rest in longer for way in written(ranges, "JSON"))
-        return [*found, (Word(b"\\"), replace(self, is_escaped=True))] if longer else found
+        longer, script = living(self.at), self.script
+        behind = "JSON" if script == "escaped" else script
+        found: list[Symbols] = [(Word(b'"'),)] if self.at.nullable and script == "JSON" else []
+        if script == "JSON" and longer:
+            first, last = longer[0][0][0][0], longer[-1][0][-1][1]
+            if first == last:  # where no other character may stand, there is one way to write it
+                return [*found, (word(json.dumps(chr(first), ensure_ascii=False)[1:-1]), TextRest(longer[0][1]))]
+            found.append((Word(b"\\"), TextRest(self.at, "escaped")))
+        return [*found, *((way, TextRest(at, behind)) for ranges, at in longer for way in written(ranges, script))]
+
+    @property
+    def ends(self) -> bool:  # type: ignore[override]
+        return self.at.nullable and self.script == "UTF-8"
 
     @functools.cached_property
     def firsts(self) -> int:  # type: ignore[override]
@@ -16137,7 +16060,7 @@ class JsonText(Symbol):
 @functools.lru_cache(maxsize=1000)
 def string_symbol(texts: Texts) -> Symbol | None:
     """A JSON string of a set, with its quotes; None if there is none. Raises InvalidRequest where that cannot be told."""
-    return InOrder((Word(b'"'), JsonText(texts))) if has_text(texts) else None
+    return InOrder((Word(b'"'), TextRest(texts))) if has_text(texts) else None
 
 
 def has(texts: Texts, text: str) -> bool:
@@ -16219,7 +16142,7 @@ FORMATS = {  # name → a regular expression for the whole text
     "duration": f"P(?:[0-9]+W|{_DAYS}(?:{_SPAN})?|{_SPAN})",
     "email": _mailbox(""),
     "idn-email": _mailbox(r"\u00A0-\uD7FF\uF900-\uFDCF\uFDF0-\uFFEF"),
-    "hostname": _HOSTNAME,
+    "hostname": rf"(?=[^]{{0,253}}$){_HOSTNAME}",
     "ipv4": _IPV4,
     "ipv6": _IPV6,
     "uuid": "[0-9A-Fa-f]{8}(?:-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}",
@@ -16231,14 +16154,13 @@ FORMATS = {  # name → a regular expression for the whole text
     "relative-json-pointer": f"(?:0|[1-9][0-9]*)(?:#|{_POINTER})",
     "regex": _REGEX,
 }
-MAX_HOSTNAME = 253
 UNKNOWN_FORMATS = ("idn-hostname", "uri-template")  # standard ones that are refused
 PARTIAL_FORMATS = ("email", "idn-email", "regex", "hostname")  # the rule leaves out some texts that have the format
 
 
 # ── D.4. Numbers ──────────────────────────────────────────────────────────────────────────────────────────────────────
 # JSON numbers by bounds and multiples, digit by digit.
-# Offers: NumberShape, number_symbol, another_number, number_fits. Uses: D.1's symbols.
+# Offers: NumberShape, number_symbol, number_fits. Uses: D.1's symbols.
 
 
 @dataclass(frozen=True)
@@ -16434,18 +16356,10 @@ def exponent_within(low: Bound | None, high: Bound | None) -> Symbol | None:
                        for sign, low, high in spans for count in (1, 2, 3) if low <= min(high, 10**count - 1)))  # fmt: skip
 
 
-number_machine = functools.lru_cache(maxsize=1000)(NumberMachine)  # of shapes that exclude nothing
-
-
 @functools.lru_cache(maxsize=1000)
 def number_symbol(shape: NumberShape) -> Symbol | None:
     """A JSON number of a shape; None if there is none. Raises InvalidRequest naming what cannot be honoured."""
-    return another_number(shape, ())
-
-
-def another_number(shape: NumberShape, taken: Iterable[int | float]) -> Symbol | None:
-    """A JSON number of a shape that is none of those taken; None if there is none."""
-    return number_machine(replace(shape, excluded=frozenset())).symbol(shape.excluded.union(taken))
+    return NumberMachine(shape).symbol(shape.excluded)
 
 
 def number_fits(shape: NumberShape, value: int | float) -> bool:
@@ -16468,6 +16382,22 @@ def number_fits(shape: NumberShape, value: int | float) -> bool:
 
 Node = tuple[int, ...]  # schemas that must all hold, by their number in SchemaReader, ~number: must not hold; () allows all
 Result = TypeVar("Result")
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def remembered(method: Method) -> Method:
+    """Has an object remember what a method of one argument returned. Made faster than functools.cache."""
+    def of(owner: Any) -> Callable[[Any], Any]:
+        known: dict[Any, Any] = {}
+
+        def answer(key: Any) -> Any:
+            if key not in known:
+                known[key] = method(owner, key)
+            return known[key]
+
+        return answer
+
+    return functools.cached_property(of)  # type: ignore[return-value]
 
 
 def described(value: Any) -> str:
@@ -16617,8 +16547,6 @@ class SchemaReader(Keywords):
         self.schemas: list[dict[str, Any]] = []
         self.numbers: dict[str, int] = {}  # JSON text → number
         self._read: dict[int, int] = {}  # id of a client's dict → number
-        self._targets: dict[str, int] = {}
-        self._nodes: dict[tuple[int, ...], Node] = {}
         said = root if isinstance(root, dict) else {}
         self.base = next((said[key] for key in ("$id", "id") if isinstance(said.get(key), str)), "").partition("#")[0]
         draft = re.search(r"draft-0?(\d)\b", str(said.get("$schema")))
@@ -16716,40 +16644,34 @@ class SchemaReader(Keywords):
     def _any(self, *schemas: dict[str, Any]) -> int:
         return self.number({"anyOf": [self.number(schema) for schema in schemas]})
 
+    @remembered
     def target(self, ref: str) -> int:
         """The number of the schema that a reference within the document names (RFC 6901)."""
-        if ref not in self._targets:
-            url, _, pointer = ref.partition("#")
+        url, _, pointer = ref.partition("#")
+        try:
+            inside = not url or urllib.parse.urljoin(self.base, url) == self.base
+        except ValueError:
+            raise self.refuse(f"$ref {_said(ref)} is no reference") from None
+        pointer = urllib.parse.unquote(pointer)
+        if not inside or (pointer and not pointer.startswith("/")):
+            raise self.refuse(f"$ref {_said(ref)} is not inside the schema; $id and $anchor are not supported there")
+        target = self.root
+        for part in pointer.split("/")[1:]:
+            part = part.replace("~1", "/").replace("~0", "~")
             try:
-                inside = not url or urllib.parse.urljoin(self.base, url) == self.base
-            except ValueError:
-                raise self.refuse(f"$ref {_said(ref)} is no reference") from None
-            pointer = urllib.parse.unquote(pointer)
-            if not inside or (pointer and not pointer.startswith("/")):
-                raise self.refuse(f"$ref {_said(ref)} is not inside the schema; $id and $anchor are not supported there")
-            target = self.root
-            for part in pointer.split("/")[1:]:
-                part = part.replace("~1", "/").replace("~0", "~")
-                try:
-                    target = target[int(part)] if isinstance(target, list) and part.isdecimal() else target[part]
-                except (KeyError, IndexError, ValueError, TypeError):
-                    raise self.refuse(f"$ref {_said(ref)} names nothing") from None
-                self._note_id(target)
-            self._targets[ref] = self.read(target, "$ref")
-        return self._targets[ref]
+                target = target[int(part)] if isinstance(target, list) and part.isdecimal() else target[part]
+            except (KeyError, IndexError, ValueError, TypeError):
+                raise self.refuse(f"$ref {_said(ref)} names nothing") from None
+            self._note_id(target)
+        return self.read(target, "$ref")
 
     def both(self, one: Node, two: Node) -> Node:
         """The schemas of two nodes."""
         return (self.never,) if (self.never,) in (one, two) else tuple(dict.fromkeys(one + two)) if one and two else one or two
 
-    def node(self, numbers: Iterable[int]) -> Node:
+    @remembered
+    def node(self, numbers: tuple[int, ...]) -> Node:
         """Schemas that must all hold; one that only points to others is replaced by those."""
-        given = tuple(numbers)
-        if given not in self._nodes:
-            self._nodes[given] = self._node(given)
-        return self._nodes[given]
-
-    def _node(self, numbers: tuple[int, ...]) -> Node:
         found: dict[int, None] = {}
         todo, seen = list(reversed(numbers)), set()
         while todo:
@@ -16829,8 +16751,7 @@ class ArrayShape:
         return replace(self, low=max(self.low, int(index) + 1))
 
 
-@dataclass(frozen=True)
-class Property:
+class Property(typing.NamedTuple):
     """A property with a name of its own. `late`: it comes behind those that have a place; `said`: a closed object may have it."""
 
     name: str
@@ -16878,7 +16799,7 @@ class ObjectShape:
 
     def needing(self, name: str | int) -> ObjectShape:
         """Requires one of the named properties."""
-        return replace(self, named=tuple(replace(prop, required=prop.required or prop.name == name) for prop in self.named))
+        return replace(self, named=tuple(prop._replace(required=prop.required or prop.name == name) for prop in self.named))
 
     def at(self, name: str) -> Property:
         """A property that has no place of its own."""
@@ -16897,10 +16818,6 @@ TYPED = 128  # a type is said
 
 class Constants(SchemaReader):
     """Tells which values fit, and which are listed."""
-
-    def __init__(self, name: str, root: Any) -> None:
-        super().__init__(name, root)
-        self._lists: dict[Node, dict[Any, Any] | None] = {}
 
     def form(self, number: int) -> Form:
         raise NotImplementedError
@@ -16942,10 +16859,7 @@ class Constants(SchemaReader):
                         for *outside, number in shape.some))  # fmt: skip
 
     def is_other(self, name: str, names: Iterable[str], patterns: Iterable[str]) -> bool:
-        return name not in names and not any(self.matches(pattern, name) for pattern in patterns)
-
-    def matches(self, pattern: str, name: str) -> bool:
-        return has(texts_by("pattern", pattern), name)
+        return name not in names and not any(has(texts_by("pattern", pattern), name) for pattern in patterns)
 
     def string(self, texts: Texts) -> Symbol | None:
         """A string of a set; None if there is none. The search for one is counted."""
@@ -16956,16 +16870,15 @@ class Constants(SchemaReader):
         """True if schemas list values of which none is left."""
         return node == (self.never,) or (len(node) > 1 and self.listed(node) == {})
 
+    @remembered
     def listed(self, node: Node) -> dict[Any, Any] | None:
         """The values that enum and not of enum leave, by what compares as they do; None if no schema lists any."""
-        if node not in self._lists:
-            self.spend(len(node) // 8)
-            enums = (self.schemas[number].get("enum") for number in node if number >= 0)
-            lists = sorted((values for values in enums if values is not None), key=len)
-            denied = [self.schemas[~number]["enum"] for number in node if number < 0 and self.schemas[~number].keys() == {"enum"}]
-            shared = set(lists[0]).intersection(*lists).difference(*denied) if lists else ()
-            self._lists[node] = {key: value for key, value in lists[0].items() if key in shared} if lists else None
-        return self._lists[node]
+        self.spend(len(node) // 8)
+        enums = (self.schemas[number].get("enum") for number in node if number >= 0)
+        lists = sorted((values for values in enums if values is not None), key=len)
+        denied = [self.schemas[~number]["enum"] for number in node if number < 0 and self.schemas[~number].keys() == {"enum"}]
+        shared = set(lists[0]).intersection(*lists).difference(*denied) if lists else ()
+        return {key: value for key, value in lists[0].items() if key in shared} if lists else None
 
 
 class Forms(Constants):
@@ -16986,25 +16899,23 @@ class Forms(Constants):
         super().__init__(name, root)
         self.dead_end = ""  # why a form came to nothing
         self.is_denied_twice = False  # not of not: of such a schema's properties unevaluatedProperties knows nothing
-        self._forms: dict[int, Form] = {}
         self._following: list[int] = []  # schemas being followed with no bracket between them
         words = Listed({comparable(value): value for value in (None, True, False)})
         self.everything: Form = [(words, 0), (NumberShape(), 0), (ALL, 0), (ArrayShape(), 0), (ANY_OBJECT, 0)]
 
+    @remembered
     def form(self, number: int) -> Form:
         """A schema's normal form; that of ~number is all that it does not allow."""
-        if number not in self._forms:
-            if number in self._following:
-                raise self.refuse("a $ref leads back to itself")
-            if len(self._following) > self.MAX_DEPTH:
-                raise self.refuse(f"$ref leads to $ref over {self.MAX_DEPTH} times")
-            self._following.append(number)
-            try:
-                schema = self.schemas[max(number, ~number)]
-                self._forms[number] = self._read_form(schema) if number >= 0 else self._denied(schema)
-            finally:
-                self._following.pop()
-        return self._forms[number]
+        if number in self._following:
+            raise self.refuse("a $ref leads back to itself")
+        if len(self._following) > self.MAX_DEPTH:
+            raise self.refuse(f"$ref leads to $ref over {self.MAX_DEPTH} times")
+        self._following.append(number)
+        try:
+            schema = self.schemas[max(number, ~number)]
+            return self._read_form(schema) if number >= 0 else self._denied(schema)
+        finally:
+            self._following.pop()
 
     def _read_form(self, schema: dict[str, Any]) -> Form:
         plain = {key: value for key, value in schema.items() if key not in self.COMBINED}
@@ -17012,7 +16923,7 @@ class Forms(Constants):
         for key, form in self._also(schema) if len(plain) < len(schema) else ():
             found = self.meet(found, form, key)
         if "unevaluatedProperties" in schema:
-            found = [(self._evaluated(shape, self.node([schema["unevaluatedProperties"]])), said) for shape, said in found]
+            found = [(self._evaluated(shape, self.node((schema["unevaluatedProperties"],))), said) for shape, said in found]
         if name := schema.get("discriminator"):  # OpenAPI's: the property that tells options apart is always written
             found = [(shape.needing(name) if isinstance(shape, ObjectShape) else shape, said) for shape, said in found]
         return found
@@ -17024,7 +16935,7 @@ class Forms(Constants):
         if not isinstance(shape, ObjectShape):
             return shape
         unnamed = tuple((names, node if said else self.both(node, rest), True) for names, node, said in shape.unnamed)
-        named = (prop if prop.said and not prop.late else replace(prop, node=self.both(prop.node, rest), said=True)
+        named = (prop if prop.said and not prop.late else prop._replace(node=self.both(prop.node, rest), said=True)
                  for prop in shape.named)  # fmt: skip
         return replace(shape, named=tuple(named), unnamed=unnamed)
 
@@ -17096,8 +17007,8 @@ class Forms(Constants):
         contains, least = schema.get("contains"), schema.get("minContains", 1)
         if contains is not None and least > self.MAX_CONTAINS:
             raise self.refuse(f"minContains over {self.MAX_CONTAINS} is not supported")
-        return ArrayShape(tuple(self.node([one]) for one in schema.get("prefixItems", ())),
-                          self.node([schema["items"]]) if "items" in schema else (), schema.get("minItems", 0),
+        return ArrayShape(tuple(self.node((one,)) for one in schema.get("prefixItems", ())),
+                          self.node((schema["items"],)) if "items" in schema else (), schema.get("minItems", 0),
                           schema.get("maxItems"), schema.get("uniqueItems", False),
                           () if contains is None else (contains,) * least, "items" in schema, "minItems" in schema,
                           schema.get("why", ""))  # fmt: skip
@@ -17108,7 +17019,7 @@ class Forms(Constants):
         if len(patterns) > self.MAX_PATTERNS:
             raise self.refuse(f"patternProperties: over {self.MAX_PATTERNS} patterns in one object")
         is_open = "additionalProperties" in schema
-        rest: Node = self.node([schema["additionalProperties"]]) if is_open else ()
+        rest: Node = self.node((schema["additionalProperties"],)) if is_open else ()
         kinds: list[tuple[Texts, tuple[int, ...]]] = [(ALL, ())]
         for pattern, number in patterns.items():
             texts = texts_by("pattern", pattern)
@@ -17118,14 +17029,14 @@ class Forms(Constants):
         unnamed = [(names, self.node(matched) if matched else rest, bool(matched or is_open)) for names, matched in kinds]
         shape = ObjectShape((), tuple(unnamed), schema.get("minProperties", 0), schema.get("maxProperties"),
                             "soft" not in schema and bool(schema.keys() & self.CLOSING),
-                            self.node([schema["propertyNames"]]) if "propertyNames" in schema else (),
+                            self.node((schema["propertyNames"],)) if "propertyNames" in schema else (),
                             (schema["other"],) if "other" in schema else (), why=schema.get("why", ""))  # fmt: skip
         needed = set(schema.get("required", ()))
         is_said, named = schema.get("soft") != "not", list[Property]()
         for name, number in properties.items():
-            more = [one for pattern, one in patterns.items() if self.matches(pattern, name)] if patterns else ()
-            named.append(Property(name, self.node([number, *more]), name in needed, False, is_said))
-        named += [replace(shape.at(name), required=True, said=is_said or shape.is_open) for name in schema.get("required", ())
+            more = [one for pattern, one in patterns.items() if has(texts_by("pattern", pattern), name)] if patterns else ()
+            named.append(Property(name, self.node((number, *more)), name in needed, False, is_said))
+        named += [shape.at(name)._replace(required=True, said=is_said or shape.is_open) for name in schema.get("required", ())
                   if name not in properties]  # fmt: skip
         return replace(shape, named=tuple(named))
 
@@ -17359,24 +17270,15 @@ class SchemaShapes(Forms):
 
     MAX_SHAPES = 1500  # of one value: so many a text can begin with at once
 
-    def __init__(self, name: str, root: Any) -> None:
-        super().__init__(name, root)
-        self._choices: dict[Node, Shapes] = {}
-
+    @remembered
     def choice(self, node: Node) -> Shapes:
-        """The shapes of a value, without those that others contain."""
-        if node not in self._choices:
-            meant = (shape for shape, said in self.meeting(node) if self._is_meant(shape, said))
-            shapes = [written for shape in meant for written in self._written(shape)]
-            shapes = list(dict.fromkeys(shapes)) if len(shapes) > 1 else shapes
-            if len(shapes) > self.MAX_SHAPES:
-                raise self.refuse(f"anyOf and oneOf leave over {self.MAX_SHAPES} alternatives that are not constants")
-            free = {type(shape) for shape in shapes if shape in FREE} if len(shapes) > 1 else ()
-            if Texts in free:
-                shapes = [Listed({key: value for key, value in shape.values.items() if not isinstance(value, str)})
-                          if isinstance(shape, Listed) else shape for shape in shapes]  # fmt: skip
-            self._choices[node] = tuple(shape for shape in shapes if type(shape) not in free or shape in FREE)
-        return self._choices[node]
+        """The shapes of a value."""
+        meant = (shape for shape, said in self.meeting(node) if self._is_meant(shape, said))
+        shapes = [written for shape in meant for written in self._written(shape)]
+        shapes = list(dict.fromkeys(shapes)) if len(shapes) > 1 else shapes
+        if len(shapes) > self.MAX_SHAPES:
+            raise self.refuse(f"anyOf and oneOf leave over {self.MAX_SHAPES} alternatives that are not constants")
+        return tuple(shapes)
 
     @staticmethod
     def _is_meant(shape: Any, said: int) -> bool:
@@ -17425,7 +17327,7 @@ class SchemaShapes(Forms):
             named = {name: prop for name, prop in named.items() if prop.said}
         properties = list(named.values())
         if shape.names:
-            properties = [prop if self.fits(prop.name, shape.names) else replace(prop, node=(self.never,)) for prop in properties]
+            properties = [prop if self.fits(prop.name, shape.names) else prop._replace(node=(self.never,)) for prop in properties]
         self.spend(len(properties) // 4)
         unnamed = list[tuple[Texts, Node, bool]]()
         for (names, node), wanted in itertools.product(kinds, choice):
@@ -17445,17 +17347,14 @@ class SchemaShapes(Forms):
                 raise self.refuse("keyword not is not supported around additionalProperties where objects are open")
         for prop in shape.named:
             if self.is_other(prop.name, names, patterns):
-                needed = replace(ANY_OBJECT, named=(Property(prop.name, self.node([number]), True),))
+                needed = replace(ANY_OBJECT, named=(Property(prop.name, self.node((number,)), True),))
                 if (found := self._meet_objects(rest, needed)) is not None:
                     yield from self._object_written(found)
 
 
-FREE: Shapes = (NumberShape(), ALL, ArrayShape(), ObjectShape())  # all values of a type
-
-
 # ── E.3. Grammars ─────────────────────────────────────────────────────────────────────────────────────────────────────
 # A schema's documents as symbols that open as a text reaches them, and calls of functions.
-# Offers: json_symbol, read_json, read_soon, calls_symbol, anything_but. Uses: D's symbols, E.2's shapes, C's CallFormat.
+# Offers: json_symbol, read_json, read_soon, calls_symbol, text_before. Uses: D's symbols, E.2's shapes, C's CallFormat.
 
 
 @dataclass(frozen=True)
@@ -17476,8 +17375,8 @@ class Json(Symbol):
 @functools.lru_cache(maxsize=64)
 def read_json(text: str, param: str) -> Symbol:
     """The documents of a schema. Raises InvalidRequest naming the keyword at fault."""
-    with reading(shapes := SchemaShapes(param, json.loads(text))):
-        return Documents(shapes).root()
+    with reading(documents := Documents(param, json.loads(text))):
+        return documents.symbol()
 
 
 @contextlib.contextmanager
@@ -17491,7 +17390,7 @@ def reading(reader: SchemaReader) -> Iterator[None]:
         raise reader.refuse("the schema is nested too deep") from None
 
 
-class Documents:
+class Documents(SchemaShapes):
     """Turns shapes into symbols; those that nothing can fit are left out, so that no text comes to a dead end."""
 
     MAX_KEPT = 10_000  # values, objects and arrays, as far as texts have reached them
@@ -17499,33 +17398,29 @@ class Documents:
     MANY = 100  # values that are told from infinitely many
     BLOCK = 256  # named properties that are opened at a time: a millisecond
 
-    def __init__(self, shapes: SchemaShapes) -> None:
-        self.shapes = shapes
+    def __init__(self, name: str, root: Any) -> None:
+        super().__init__(name, root)
         self.possible: set[Node] = set()
-        self._leaves: dict[Texts | NumberShape, Symbol | None] = {}
         self._kept: dict[Part, list[Symbols]] = {}
-        self._tails: dict[ObjectShape, list[tuple[int, int]]] = {}
         self._counts: dict[tuple[Node, int], int] = {}
+        self._tails: dict[ObjectShape, list[tuple[int, int]]] = {}
 
-    def root(self) -> Symbol:
-        """The root of the grammar. Raises InvalidRequest naming the keyword at fault."""
-        reader = self.shapes
-        root = reader.node([reader.read(reader.root)])
+    def symbol(self) -> Symbol:
+        """The documents of the schema. Raises InvalidRequest naming the keyword at fault."""
+        root = self.node((self.read(self.root),))
         self._find_possible(root)
-        reader.steps = -(10**12)  # from here on texts bound the work
+        self.steps = -(10**12)  # from here on texts bound the work
         if root not in self.possible:
-            raise reader.refuse(f"no document can fit the schema{': ' if reader.dead_end else ''}{reader.dead_end}")
+            raise self.refuse(f"no document can fit the schema{': ' if self.dead_end else ''}{self.dead_end}")
         return Value(self, root)
 
     def leaf(self, shape: Texts | NumberShape, taken: Iterable[Any] = ()) -> Symbol | None:
         """A string or number that is none of those taken; None if there is none."""
-        if isinstance(shape, Texts) and (texts := [value for value in taken if isinstance(value, str)]):
-            return string_symbol(but_not(shape, texts))
-        if isinstance(shape, NumberShape) and (numbers := [value for value in taken if isinstance(value, (int, float))]):
-            return another_number(shape, numbers)
-        if shape not in self._leaves:
-            self._leaves[shape] = self.shapes.string(shape) if isinstance(shape, Texts) else number_symbol(shape)
-        return self._leaves[shape]
+        if isinstance(shape, Texts):
+            texts = [value for value in taken if isinstance(value, str)]
+            return self.string(but_not(shape, texts) if texts else shape)
+        numbers = [value for value in taken if isinstance(value, (int, float))]
+        return number_symbol(replace(shape, excluded=shape.excluded.union(numbers)) if numbers else shape)
 
     def kept(self, part: Part) -> list[Symbols]:
         """The alternatives for a part, found once. Raises NotYet."""
@@ -17543,37 +17438,37 @@ class Documents:
     def _find_possible(self, root: Node) -> None:
         nodes = {root: None}
         for node in (todo := [root]):
-            fresh = dict.fromkeys(inner for inner in self._inside(self.shapes.choice(node)) if inner not in nodes)
+            fresh = dict.fromkeys(inner for inner in self._inside(self.choice(node)) if inner not in nodes)
             nodes |= fresh
             todo += fresh
         before = -1
         while before < len(self.possible):  # a list that must hold lists is never finished
             before = len(self.possible)
             for node in reversed(nodes):
-                if node not in self.possible and any(map(self.is_possible, self.shapes.choice(node))):
+                if node not in self.possible and any(map(self.is_possible, self.choice(node))):
                     self.possible.add(node)
                     self._tails.clear()
                     self._counts.clear()
-        for shape in itertools.chain(*map(self.shapes.choice, self.possible)):
+        for shape in itertools.chain(*map(self.choice, self.possible)):
             if isinstance(shape, ArrayShape) and shape.unique:
                 self._has_different(shape)  # what it counts is kept, for later a step has no time to count
 
     def _inside(self, choice: Shapes) -> Iterator[Node]:
         for shape in choice:
             if isinstance(shape, ObjectShape):
-                self.shapes.spend(len(shape.named) // 4)
+                self.spend(len(shape.named) // 4)
                 yield from (prop.node for prop in shape.named)
                 yield from (node for _, node, _ in shape.unnamed)
             elif isinstance(shape, ArrayShape):
                 for node in (shape.at(index) for index in range(len(shape.first) + 1)):
                     if node is not None:
                         yield node
-                        yield from (self.shapes.node((*node, number)) for number in dict.fromkeys(shape.contains))
+                        yield from (self.node((*node, number)) for number in dict.fromkeys(shape.contains))
             elif not isinstance(shape, Listed):
                 self.leaf(shape)  # may be refused
 
     def is_possible(self, shape: Shape) -> bool:
-        self.shapes.spend()
+        self.spend()
         if isinstance(shape, Listed):
             return bool(shape.values)
         if isinstance(shape, ArrayShape):
@@ -17615,7 +17510,7 @@ class Documents:
             node = shape.at(at)
             if node is None or node not in self.possible:
                 break
-            room += all(self.shapes.node((*node, number)) in self.possible for number in set(lacking))
+            room += all(self.node((*node, number)) in self.possible for number in set(lacking))
         return room >= len(lacking)
 
     # uniqueItems: constants, strings and numbers are told apart as they are. An object or array that may always go on cannot end
@@ -17624,20 +17519,20 @@ class Documents:
     def _has_different(self, shape: ArrayShape) -> bool:
         """True if an array whose elements all differ can be as long as it must be, whatever stands before each."""
         if shape.low > self.MAX_DIFFERENT:
-            raise self.shapes.refuse(f"uniqueItems beside minItems over {self.MAX_DIFFERENT} is not supported")
+            raise self.refuse(f"uniqueItems beside minItems over {self.MAX_DIFFERENT} is not supported")
         last = max(shape.low - 1, len(shape.first))
         for index in [*range(len(shape.first)), last]:
             node = shape.at(index)
-            if node is not None and self._count(node, index + 1) <= index < shape.low:
-                self.shapes.dead_end = f"uniqueItems needs {index + 1} elements that are known to differ"
+            if node is not None and self._count_values(node, index + 1) <= index < shape.low:
+                self.dead_end = f"uniqueItems needs {index + 1} elements that are known to differ"
                 return False
         return True
 
-    def _count(self, node: Node, most: int) -> int:
+    def _count_values(self, node: Node, most: int) -> int:
         """How many values that are told apart fit, up to `most`: those of one kind."""
         if (node, most) not in self._counts:
             self._counts[node, most] = 0  # as far as it holds itself
-            counts = [self._count_shape(shape, most) for shape in self.shapes.choice(node)]
+            counts = [self._count_shape(shape, most) for shape in self.choice(node)]
             self._counts[node, most] = min(max(counts, default=0), most)
         return self._counts[node, most]
 
@@ -17652,11 +17547,11 @@ class Documents:
         if not self.is_possible(shape):
             return 0
         key = None if self.is_endless(shape) else self.key(shape)
-        return most if self.is_endless(shape) else 1 if key is None else self._count(key[1], most)
+        return most if self.is_endless(shape) else 1 if key is None else self._count_values(key[1], most)
 
     def _count_numbers(self, shape: NumberShape, most: int) -> int:
         taken = set[Any]()
-        while len(taken) < most and (symbol := another_number(shape, taken)) is not None:
+        while len(taken) < most and (symbol := number_symbol(replace(shape, excluded=shape.excluded.union(taken)))) is not None:
             here, text = Automaton(symbol).start, b""
             while not here.ends:
                 text += bytes([next(bytes_of(here.bits))])
@@ -17668,12 +17563,12 @@ class Documents:
         """True for an array or object that may always go on."""
         if isinstance(shape, ArrayShape):
             can_go_on = shape.high is None and self.possible.issuperset((*shape.first, shape.rest))
-            return can_go_on and (not shape.unique or any(one in FREE[:2] for one in self.shapes.choice(shape.rest or ())))
+            return can_go_on and (not shape.unique or any(one in (NumberShape(), ALL) for one in self.choice(shape.rest or ())))
         return isinstance(shape, ObjectShape) and shape.high is None and any(
             names.most == math.inf and few_texts(names, self.MANY) is None for names, node, _ in shape.unnamed
             if node in self.possible)  # fmt: skip
 
-    def key(self, shape: ObjectShape | ArrayShape) -> tuple[str | int, Node] | None:
+    def key(self, shape: ObjectShape | ArrayShape) -> Key | None:
         """The part in which values differ at the latest: of those with most values the last that need not be absent. None is an
         object or array."""
         if isinstance(shape, ArrayShape):
@@ -17683,8 +17578,8 @@ class Documents:
         else:
             parts = [(prop.name, prop.node, prop.required) for prop in shape.named]
         plain = [(name, node, needed) for name, node, needed in reversed(parts) if node in self.possible and not any(
-            isinstance(one, (ObjectShape, ArrayShape)) for one in self.shapes.choice(node))]  # fmt: skip
-        name, node, _ = max(plain, key=lambda part: (self._count(part[1], self.MANY), part[2]), default=("", None, False))
+            isinstance(one, (ObjectShape, ArrayShape)) for one in self.choice(node))]  # fmt: skip
+        name, node, _ = max(plain, key=lambda part: (self._count_values(part[1], self.MANY), part[2]), default=("", None, False))
         return (name, node) if node is not None and self.is_possible(shape.needing(name)) else None
 
 
@@ -17702,7 +17597,6 @@ class Part(Symbol):
 
 
 _JSON = json.JSONEncoder(ensure_ascii=False, allow_nan=False)
-Container = TypeVar("Container", ArrayShape, ObjectShape)
 
 
 @dataclass(frozen=True)
@@ -17715,74 +17609,69 @@ class Value(Part):
     def made(self) -> list[Symbols]:
         constants: dict[bytes, Symbols] = {}
         found: list[Symbols] = []
-        for shape in self.documents.shapes.choice(self.node):
+        for shape in self.documents.choice(self.node):
             if isinstance(shape, Listed):
                 constants |= {_JSON.encode(value).encode(): () for key, value in shape.values.items() if key not in self.but}
             elif isinstance(shape, (Texts, NumberShape)):
                 leaf = self.documents.leaf(shape, self.but)
                 found += [(leaf,)] if leaf else []
             elif self.documents.is_possible(shape):
-                found += self._array(shape) if isinstance(shape, ArrayShape) else self._object(shape)
-        return [any_text(constants), *found] if constants else found
+                found += self._container(shape)
+        return [any_text([*constants.items()]), *found] if constants else found
 
-    def _array(self, shape: ArrayShape) -> list[Symbols]:
-        found = self._unlike(shape, (frozenset(enumerate(one)) for one in self.but if isinstance(one, tuple)))
-        return [(Word(b"["), Elements(self.documents, array, 0, array.contains, earlier)) for array, earlier in found]
-
-    def _object(self, shape: ObjectShape) -> list[Symbols]:
-        found = self._unlike(shape, (one for one in self.but if isinstance(one, frozenset)))
+    def _container(self, shape: ArrayShape | ObjectShape) -> list[Symbols]:
+        """An array or object that is none of `but`; one that may always go on cannot end while it is."""
+        documents, is_array = self.documents, isinstance(shape, ArrayShape)
+        others: Iterable[Any] = (one for one in self.but if isinstance(one, tuple if is_array else frozenset))
+        alike: Alike = frozenset(frozenset(enumerate(one)) if is_array else one for one in others)
+        if documents.is_endless(shape):
+            alike = frozenset()
+        if alike:
+            if (key := documents.key(shape)) is None or not documents.kept(Value(documents, key[1], values_of(key[0], alike))):
+                return []
+            shape = shape.needing(key[0])
+        if isinstance(shape, ArrayShape):
+            return [(Word(b"["), Elements(documents, shape, 0, shape.contains, alike))]
         room = math.inf if shape.high is None else shape.high
-        return [(Word(b"{"), Members(self.documents, one, 0, one.low, room, True, earlier)) for one, earlier in found]
-
-    def _unlike(self, shape: Container, others: Iterable[frozenset[Any]]) -> list[tuple[Container, Earlier | None]]:
-        """The shape that an object or array takes beside others that it must not equal, if it can."""
-        alike = frozenset(others)
-        if not alike or self.documents.is_endless(shape):
-            return [(shape, None)]
-        if (key := self.documents.key(shape)) is None:
-            return []
-        found = Earlier(key[0], alike)
-        return [(shape.needing(key[0]), found)] if self.documents.kept(Value(self.documents, key[1], found.taken())) else []
+        return [(Word(b"{"), Members(documents, shape, 0, shape.low, room, True, alike))]
 
 
-@dataclass(frozen=True)
-class Earlier:
-    """Objects or arrays that are `alike` so far, by name or index, to one that must not equal them: its `key` will differ."""
+Key = tuple[str | int, Node]  # the name or index of a part, and its schema
+Alike = frozenset[frozenset[tuple[Any, Any]]]  # objects or arrays: the names or indices of their parts, and the values of these
 
-    key: str | int
-    alike: frozenset[frozenset[tuple[str | int, Any]]]
 
-    def taken(self) -> frozenset[Any]:
-        """The values of their keys."""
-        return frozenset(value for one in self.alike for name, value in one if name == self.key)
+def values_of(name: str | int, alike: Alike) -> frozenset[Any]:
+    """The values of their parts of a name or index."""
+    return frozenset(value for one in alike for key, value in one if key == name)
 
-    def with_part(self, name: str | int, value: Any) -> Earlier:
-        return Earlier(self.key, frozenset(one for one in self.alike if (name, value) in one))
 
-    def without(self, name: str) -> Earlier:
-        return Earlier(self.key, frozenset(one for one in self.alike if name not in dict(one)))
-
-    def part(self, value: Value, name: str | int, after: Members | Elements) -> Symbols:
-        """A part with that name, and what follows it."""
-        if name == self.key:
-            return replace(value, but=self.taken()), after
-        return (Element(Automaton(value).start, replace(after, earlier=self), name),) if self.alike else (value, after)
+def part_of(key: Key | None, alike: Alike, value: Value, name: str | int, after: Members | Elements) -> Symbols:
+    """A part of a container, and what follows: it differs from those alike if it is their key, else tells which are so still."""
+    if not alike:
+        return value, after
+    if key and name == key[0]:
+        return replace(value, but=values_of(name, alike)), after
+    return (Element(Automaton(value).start, replace(after, alike=alike), name),)
 
 
 @dataclass(frozen=True)
 class Members(Part):
-    """The rest of an object: its named properties from `at` on, of which `lacking` at least must still come and `room` may."""
+    """The rest of an object: its named properties from `at` on, of which `lacking` at least must still come and `room` may.
+
+    It must not equal any of those that are `alike` so far: its key, a part, will differ from theirs.
+    """
 
     shape: ObjectShape
     at: int
     lacking: int
     room: float
     first: bool = True
-    earlier: Earlier | None = None
+    alike: Alike = frozenset()
 
     def made(self) -> list[Symbols]:
         """The alternatives: a named property, the end, an unnamed one; a block of named ones at a time."""
-        documents, shape, size, earlier = self.documents, self.shape, len(self.shape.named), self.earlier
+        documents, shape, size, alike = self.documents, self.shape, len(self.shape.named), self.alike
+        key = documents.key(shape) if alike else None
         texts: dict[bytes, Symbols] = {}
         found: list[Symbols] = []
         end = min((self.at // documents.BLOCK + 1) * documents.BLOCK, size)
@@ -17791,24 +17680,23 @@ class Members(Part):
             if prop.node in documents.possible and documents.can_end(after):
                 value = Value(documents, prop.node)
                 text = f"{'' if self.first else ', '}{json.dumps(prop.name, ensure_ascii=False)}: "
-                texts[text.encode()] = earlier.part(value, prop.name, after) if earlier else (value, after)
+                texts[text.encode()] = part_of(key, alike, value, prop.name, after)
             if prop.required:
                 break
-            earlier = earlier and earlier.without(prop.name)
+            alike = frozenset(one for one in alike if prop.name not in dict(one))
         else:
-            found += [(replace(self, at=end, earlier=earlier),)] if end < size else self._unnamed()
+            found += [(replace(self, at=end, alike=alike),)] if end < size else self._unnamed()
             if end == size and not self.lacking:
                 texts[b"}"] = ()
-        return [any_text(texts), *found] if texts else found
+        return [any_text([*texts.items()]), *found] if texts else found
 
     def _after(self, at: int) -> Members:
         """The rest behind one more property; of unnamed ones only the first counts."""
         lacking = self.lacking - (self.lacking > 0 and self.at <= len(self.shape.named))
         return Members(self.documents, self.shape, at, lacking, self.room - 1, False)
 
-    def behind(self, name: str | int | None, value: Any) -> Members:
-        assert self.earlier and name is not None
-        return replace(self, earlier=self.earlier.with_part(name, value))
+    def behind(self, name: str | int, value: Any) -> Members:
+        return replace(self, alike=frozenset(one for one in self.alike if (name, value) in one))
 
     def _unnamed(self) -> list[Symbols]:
         documents, after = self.documents, self._after(len(self.shape.named) + 1)
@@ -17823,40 +17711,39 @@ class Members(Part):
 class Elements(Part):
     """The rest of an array behind `index` elements.
 
-    `lacking` are the schemas that an element each must still fit, in their order; `seen` the elements so far, where no two may
-    be the same.
+    `lacking` are the schemas that an element each must still fit, in their order; `alike` as an object's; `seen` the elements so
+    far, where no two may be the same: such an array has no key.
     """
 
     shape: ArrayShape
     index: int
     lacking: tuple[int, ...]
-    earlier: Earlier | None = None
+    alike: Alike = frozenset()
     seen: frozenset[Any] = frozenset()
 
     def made(self) -> list[Symbols]:
         """The alternatives: the end, or one more element."""
         shape, documents, node = self.shape, self.documents, self.shape.at(self.index)
         found: list[Symbols] = [(Word(b"]"),)] if self.index >= shape.low and not self.lacking else []
-        comma = (Word(b", "),) if self.index else ()
+        comma, key = (Word(b", "),) if self.index else (), documents.key(shape) if self.alike else None
         counts = shape.high is not None or self.index < max(len(shape.first), shape.low, 1)  # else no index matters any more
         ways = [] if node is None else [(node, self.lacking)]
         if node is not None and self.lacking:
-            ways.append((documents.shapes.node((*node, self.lacking[0])), self.lacking[1:]))
+            ways.append((documents.node((*node, self.lacking[0])), self.lacking[1:]))
         for node, lacking in ways:
             value = Value(documents, node, self.seen)
-            after = replace(self, index=self.index + counts, lacking=lacking, earlier=None)
+            after = replace(self, index=self.index + counts, lacking=lacking, alike=frozenset())
             if node in documents.possible and documents.has_room(shape, after.index, lacking):
                 if not shape.unique:
-                    found.append((*comma, *(self.earlier.part(value, self.index, after) if self.earlier else (value, after))))
+                    found.append((*comma, *part_of(key, self.alike, value, self.index, after)))
                 elif documents.kept(value):
-                    found.append((*comma, Element(Automaton(value).start, after, None, self.seen)))
+                    found.append((*comma, Element(Automaton(value).start, after, self.index, self.seen)))
         return found
 
-    def behind(self, name: str | int | None, value: Any) -> Elements:
-        if name is None:
+    def behind(self, name: str | int, value: Any) -> Elements:
+        if self.shape.unique:
             return replace(self, seen=self.seen | {value})
-        assert self.earlier
-        return replace(self, earlier=self.earlier.with_part(name, value))
+        return replace(self, alike=frozenset(one for one in self.alike if (name, value) in one))
 
 
 @dataclass(frozen=True)
@@ -17868,7 +17755,7 @@ class Element(Symbol):
 
     here: State
     rest: Members | Elements
-    name: str | int | None
+    name: str | int
     but: frozenset[Any] = frozenset()
     text: bytes = b""
 
@@ -17899,32 +17786,33 @@ class Element(Symbol):
 
 @dataclass(frozen=True, eq=False)
 class OneText(Symbol):
-    """One of several texts, and what follows each."""
+    """The rest of one of several texts, alike up to `at`, and what follows each."""
 
-    texts: Mapping[bytes, Symbols]
+    texts: Seq[tuple[bytes, Symbols]]
+    at: int
 
     @functools.cached_property
     def after(self) -> dict[int, Symbols]:
-        groups: dict[int, dict[bytes, Symbols]] = {}
-        for text, after in self.texts.items():
-            if text:
-                groups.setdefault(text[0], {})[text[1:]] = after
-        return {byte: any_text(group) for byte, group in groups.items()}
+        groups: dict[int, list[tuple[bytes, Symbols]]] = {}
+        for text, behind in self.texts:
+            if len(text) > self.at:
+                groups.setdefault(text[self.at], []).append((text, behind))
+        return {byte: any_text(group, self.at + 1) for byte, group in groups.items()}
 
     @property
     def ends(self) -> bool:  # type: ignore[override]
-        return b"" in self.texts
+        return any(len(text) == self.at for text, _ in self.texts)
 
     def left(self) -> Symbols:
-        return self.texts[b""]
+        return next(behind for text, behind in self.texts if len(text) == self.at)
 
 
-def any_text(texts: Mapping[bytes, Symbols]) -> Symbols:
-    """One of some texts, and what follows it."""
-    begin = os.path.commonprefix([min(texts), max(texts)])  # noqa: RUF071 - no paths
-    rest = {text[len(begin) :]: after for text, after in texts.items()} if begin else texts
-    behind = (OneText(rest),) if len(texts) > 1 else rest[b""]
-    return (Word(begin), *behind) if begin else behind
+def any_text(texts: Seq[tuple[bytes, Symbols]], at: int = 0) -> Symbols:
+    """The rest of one of some texts from `at` on, and what follows it."""
+    (text, behind), *more = texts
+    if more:
+        return (OneText(texts, at),)
+    return (Word(text, at), *behind) if len(text) > at else behind
 
 
 LETTERS = OneChar(((0x30, 0x39), (0x41, 0x5A), (0x61, 0x7A)))
@@ -17950,9 +17838,7 @@ def one_call(format: CallFormat, where: str, function: dict[str, Any]) -> Symbol
     schema = function.get("parameters") or {}
     schema = schema if "type" in schema or "properties" in schema else {"type": "object", **schema}
     name = function["name"] if format.keys is None else json.dumps(function["name"], ensure_ascii=False)[1:-1]
-    arguments = Json(json.dumps(schema), where, format.params)
-    read_soon(arguments)
-    return InOrder((word(name), format_text(format.named), arguments))
+    return InOrder((word(name), format_text(format.named), json_symbol(where, schema, format.params)))
 
 
 class SchemaStructure(SchemaReader):
@@ -17988,34 +17874,34 @@ def argument_types(text: str, key: str) -> int:
 
 def object_shapes(shapes: SchemaShapes) -> list[ObjectShape]:
     """The objects that a schema allows."""
-    root = shapes.node([shapes.read(shapes.root)])
+    root = shapes.node((shapes.read(shapes.root),))
     return [shape for shape in shapes.choice(root) if isinstance(shape, ObjectShape)]
 
 
 @functools.lru_cache(maxsize=64)
 def read_arguments(text: str, param: str, params: Params) -> tuple[Symbols, ...]:
     """A schema's objects, property by property. Raises InvalidRequest naming the keyword at fault."""
-    documents, found = Documents(SchemaShapes(param, json.loads(text))), list[Symbols]()
-    with reading(documents.shapes):
-        objects = object_shapes(documents.shapes)
+    documents, found = Documents(param, json.loads(text)), list[Symbols]()
+    with reading(documents):
+        objects = object_shapes(documents)
         for shape in objects:
             if shape.high is not None or shape.low > sum(prop.required for prop in shape.named):
                 keyword = "minProperties" if shape.high is None else "maxProperties"
-                raise documents.shapes.refuse(f"keyword {keyword} is not supported where arguments are written one by one")
-        documents.root()  # tells what is possible
+                raise documents.refuse(f"keyword {keyword} is not supported where arguments are written one by one")
+        documents.symbol()  # tells what is possible
         for shape in (shape for shape in objects if documents.is_possible(shape)):
             arguments = [(one_argument(documents, prop, params), prop.required) for prop in shape.named
                          if prop.node in documents.possible]  # fmt: skip
             found.append((in_turn(arguments, format_text(params.closes if params.quote else "")),))
         if not found:
-            raise documents.shapes.refuse("a function's arguments are an object, and the schema allows none")
+            raise documents.refuse("a function's arguments are an object, and the schema allows none")
         return tuple(found)
 
 
 def one_argument(documents: Documents, prop: Property, params: Params) -> Symbol:
     """A name and its value: a string without quotes or in the family's, other types as JSON."""
     closes = "" if params.quote else params.closes.replace(KEY, prop.name)
-    shapes = documents.shapes.choice(prop.node)
+    shapes = documents.choice(prop.node)
     value: Symbol = Value(documents, prop.node)
     if types_of(shapes) in (SchemaReader.TYPES["string"], SchemaReader.EVERY_TYPE):
         quote = word(params.quote)
@@ -18023,29 +17909,26 @@ def one_argument(documents: Documents, prop: Property, params: Params) -> Symbol
     return InOrder((format_text(params.opens + prop.name + params.keyed), value, format_text(closes)))
 
 
+def text_before(marker: str) -> TextRest:
+    """A text that is written as it is before a marker: without its first two characters, and what may become them."""
+    first, second = map(re.escape, (marker + "  ")[:2])
+    begun = rf"{first}|\\|\n" if len(marker) == 1 else f"{first}(?:{first}|{second}|$)"
+    return TextRest(texts_by("pattern", begun, False), "UTF-8")
+
+
 def plain_texts(documents: Documents, shapes: Shapes, marker: str) -> Symbols:
     """Strings as they are: what stands behind them, `marker`, does not occur in them. Raises InvalidRequest if there are none."""
-    first, second = map(re.escape, (marker + "  ")[:2])  # left out: the marker's first two characters, and what may become them
-    begun = rf"{first}|\\|\n" if len(marker) == 1 else f"{first}(?:{first}|{second}|$)"
-    apart, found = texts_by("pattern", begun, False), list[Symbol]()
+    apart, found = text_before(marker).at, list[Symbol]()
     for shape in shapes:
         if isinstance(shape, Listed):
             found += (word(value) for value in shape.values.values() if isinstance(value, str) and has(apart, value))
         elif isinstance(shape, Texts):
             shape = intersection([shape, apart])
             if documents.leaf(shape) is not None:
-                found.append(PlainText(shape))
+                found.append(TextRest(shape, "UTF-8"))
     if not found:
-        raise documents.shapes.refuse(f"no string can fit the schema and be written before {_said(marker)}")
+        raise documents.refuse(f"no string can fit the schema and be written before {_said(marker)}")
     return tuple(found)
-
-
-class PlainText(JsonText):
-    """The rest of a text that is written as it is."""
-
-    def opened(self) -> Iterable[Symbols]:
-        end: list[Symbols] = [()] if self.at.nullable else []
-        return [*end, *((OneChar(ranges), rest) for ranges, rest in self.longer())]
 
 
 def in_turn(arguments: Seq[tuple[Symbol, bool]], separator: Symbol) -> Symbol:
@@ -18057,41 +17940,10 @@ def in_turn(arguments: Seq[tuple[Symbol, bool]], separator: Symbol) -> Symbol:
     return first
 
 
-def json_symbol(param: str, schema: Mapping[str, Any]) -> Json:
-    """The documents of a schema in the request's field `param`. Raises InvalidRequest naming the keyword at fault."""
-    symbol = Json(json.dumps(schema), param)
-    read_soon(symbol)
+def json_symbol(param: str, schema: Mapping[str, Any], params: Params | None = None) -> Json:
+    """The documents of a schema in the request's field `param`, or its arguments. Raises InvalidRequest naming the keyword."""
+    read_soon(symbol := Json(json.dumps(schema), param, params))
     return symbol
-
-
-@dataclass(frozen=True)
-class RestOf(Symbol):
-    """The rest of a grammar's text that has begun. Raises InvalidRequest where no text begins so."""
-
-    grammar: Symbol
-    begun: bytes
-    param: str
-
-    def opened(self) -> Iterable[Symbols]:
-        state = Automaton(self.grammar).start.read(self.begun)
-        if state is None:
-            words = f"{self.param}: the answer that is to be continued begins no text that fits"
-            raise InvalidRequest(words, "messages")
-        return [*((Unread(stack),) for stack in state.stacks), *([()] if state.ends else [])]
-
-    @property
-    def parts(self) -> Symbols:  # type: ignore[override]
-        return (self.grammar,)
-
-
-@dataclass(frozen=True)
-class Unread(Symbol):
-    """The symbols that one reading of a text still wants."""
-
-    stack: Stack
-
-    def opened(self) -> Iterable[Symbols]:
-        return [(self.stack.top, *([Unread(below)] if below else [])) for below in self.stack.below]
 
 
 READING_SECONDS = 0.005  # of a grammar: 95 of 100 schemas take less
@@ -18103,17 +17955,6 @@ def read_soon(root: Symbol) -> bool:
         read_ahead(root)
         return True
     return False
-
-
-def anything_but(marker: str) -> Symbol:
-    """One character or two of a text that never holds the marker, nor what looks much like it."""
-    first, second = list((marker + "  ")[:2])
-    return AnyOf((char_but(first), InOrder((word(first), char_but(first + second)))))
-
-
-def char_but(chars: str) -> OneChar:
-    """Any character without some."""
-    return OneChar(others(merged((ord(char), ord(char)) for char in chars)))
 
 
 # ── F. Pull ───────────────────────────────────────────────────────────────────────────────────────────────────────────

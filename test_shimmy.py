@@ -3848,19 +3848,19 @@ def replace_field(request: Any, constraint: Any) -> Any:
     return replace(request, sampling=replace(request.sampling, constraint=constraint))
 
 
-def test_continued_document_fits_its_schema_as_a_whole_or_is_refused_by_name() -> None:
+def test_continued_document_fits_its_schema_as_a_whole_or_is_refused_by_name(llama: Any) -> None:
     talk = chat(FAMILIES["hermes"])
     request = replace_field(asked(("user", "Hi"), ("assistant", '{"a": "t')), schema_of("response_format"))
-    grammar = talk.constraint(request, talk.prompt(request)[-1:]).grammar
-    assert pickle.loads(pickle.dumps(grammar)) is not None
-    state = Automaton(read_ahead(grammar)).start
+    constraint = talk.constraint(request, talk.prompt(request)[-1:])
+    assert pickle.loads(pickle.dumps(constraint)) == constraint
+    state = module.Grammar(llama, constraint).state
     assert state.forced(9) == b'wo"}'
     end = state.read(b'wo"}')
     assert end and end.ends and state.read(b'{"a') is None
-    talk = chat(FAMILIES["hermes"])
     request = replace_field(asked(("user", "Hi"), ("assistant", "Sure: ")), schema_of("response_format"))
-    with pytest.raises(InvalidRequest, match="response_format"):
-        talk.constraint(request, talk.prompt(request)[-1:])
+    with pytest.raises(InvalidRequest, match="response_format: the answer that is to be continued") as refused:
+        module.Grammar(llama, talk.constraint(request, talk.prompt(request)[-1:]))
+    assert refused.value.param == "messages"
 
 
 @pytest.mark.parametrize("sent", ["reasoning_content", "reasoning", "thinking"])
@@ -5071,11 +5071,11 @@ def test_allowed_tokens_are_those_whose_bytes_may_follow(grammar: str, llama: An
 
 def test_allowed_tokens_are_found_within_a_character_and_control_tokens_stand_for_no_text(llama: Any) -> None:
     started = module.Grammar(llama, module.Constraint(module.Json('{"type": "string", "minLength": 600}', "x"), "x"))
-    assert started.is_quick, "a quote must come"
+    assert started.machine.is_quick(started.state), "a quote must come"
     for token in llama.vocab.tokens_inside('"é'.encode())[:2]:
         assert started.after(token)
         started.follow(token)
-    assert started._state.bits.bit_count() == 64 and started.is_quick and len(started.allowed())
+    assert started.state.bits.bit_count() == 64 and started.machine.is_quick(started.state) and len(started.allowed())
     started = module.Grammar(llama, module.Constraint(module.Gbnf('root ::= "a" "b"?'), "grammar"))
     assert not set(started.allowed()) & llama.vocab.eog
     started.follow(llama.vocab.tokens_inside(b"a")[0])
@@ -5097,19 +5097,19 @@ def test_tokens_of_forced_text_stand_for_just_its_bytes(text: str, model: str, m
     assert b"".join(map(vocab.piece, vocab.tokens_inside(text.encode()))) == text.encode()
 
 
-def test_machines_of_many_grammars_are_few_and_the_oldest_or_largest_go(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    machines = module.Machines(llama.vocab)
-    first = machines.of(module.Gbnf('root ::= "0"'))
+def test_grammars_used_last_keep_their_machines_and_each_keeps_few_states(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def machine(text: str) -> Any:
+        return module.Grammar(llama, module.Constraint(module.Gbnf(f'root ::= "{text}" [a-z]{{200}}'), "grammar")).machine
+
+    first = machine("0")
     for number in range(1, 60):
-        machines.of(module.Gbnf(f'root ::= "{number}" [a-z]*'))
-        assert machines.of(module.Gbnf('root ::= "0"')) is first
-    assert len(machines._kept) == machines.MAX_KEPT
-    machines = module.Machines(llama.vocab)
-    monkeypatch.setattr(machines, "MAX_STATES", 100)
-    for number in range(5):
-        machine = machines.of(module.Gbnf(f'root ::= "{number}" [a-z]{{100}}'))
-        machine.automaton.start.read(f"{number}".encode() + b"a" * 60)
-    assert len(machines._kept) == 2
+        machine(f"{number}")
+        assert machine("0") is first
+    assert llama.machine.cache_info().currsize == llama.machine.cache_info().maxsize
+    monkeypatch.setattr(Automaton, "MAX_KEPT", 50)
+    here = first.automaton.start.read(b"0" + b"a" * 120)
+    assert len(first.automaton._states) <= 51
+    assert here.bits and here.read(b"a" * 80).ends
 
 
 # Text that is written without the model.
@@ -5789,11 +5789,10 @@ def test_forced_arguments_in_tags_come_back_and_fit_their_schema(schema: Any) ->
         Draft202012Validator(schema).validate(arguments)
 
 
-def test_schema_of_many_unlike_texts_keeps_one_machine() -> None:
+def test_array_of_many_unlike_texts_is_read() -> None:
     root = read_json(json.dumps(STRINGS), "json_schema")
     state = Automaton(root).start.read(json.dumps([f"text {i}" for i in range(60)]).encode())
     assert state is not None and state.ends
-    assert len(root.documents._leaves) == 1  # type: ignore[attr-defined]
 
 
 R = {"$ref": "#/$defs/R"}
