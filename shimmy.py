@@ -3932,6 +3932,12 @@ class Llama:
         self.kv_bytes = (self.info.kv or KvShape()).token_bytes(self.options.kv_type)  # of a token's KV cache
         # what other threads of the engine wait at while it computes, if that takes all processors
         self.gate = Gate() if self.on_cpu and self.threads >= len(processors()) else None
+        self.pause: Callable[[], bool] = lambda: True  # called every few operations of what pauses; False ends that
+        self.pause_every = 1  # so many
+        asked = itertools.count(1)
+        # llama.cpp asks before each operation whether its result is wanted, and calls again when it is there
+        self.pausing = self.c.ggml_backend_sched_eval_callback(
+            lambda _tensor, asks, _data: next(asked) % self.pause_every == 0 if asks else self.pause())
         self._load_model(progress)
         kind = self.metadata("general.architecture")  # where every token attends to all, an input is computed in one piece
         self.looks_both_ways = kind in EMBEDDERS or self.metadata(f"{kind}.attention.causal") == "false"
@@ -4206,28 +4212,24 @@ class Rows:
 class Context:
     """llama.cpp's context: a KV cache, and the decoding into it. One thread decodes."""
 
-    PAUSE_EVERY = 2  # operations of a graph; each takes up to 20 ms with 256 rows of a 0.5B model on two cores
     EVERY_ROW = False  # whether each row of a batch is wanted, or only that of a sequence's last token
 
-    def __init__(self, llama: Llama, cells: int, n_batch: int, n_seq: int, pause: Callable[[], bool] | None = None) -> None:
+    def __init__(self, llama: Llama, cells: int, n_batch: int, n_seq: int, pauses: bool = False) -> None:
         """Room for `cells` tokens of `n_seq` sequences, read in batches of `n_batch`. LoadError when llama.cpp refuses.
 
-        `pause` is called every few operations of a decode, on the decoding thread; False ends the decode there.
+        One that `pauses` calls `llama.pause` every few operations of a decode, on the decoding thread.
         """
         self.llama, self.c, self.np, self.ctypes = llama, llama.c, llama.np, llama.ctypes
         self.cells, self.n_batch, self.n_seq = cells, n_batch, n_seq
         # llama.cpp gives a cell that a sliding window has left to the next sequence that wants one, unless two rows own it:
         # a row's twin is so many rows further. What makes vectors lends no cells
         self.twins = n_seq if llama.n_swa and 2 * n_seq <= MAX_ROWS and not self.EVERY_ROW else 0
-        self.pause_every = self.PAUSE_EVERY
         self._abort = self.ctypes.create_string_buffer(2)
-        asked = itertools.count(1)
-        # llama.cpp asks before each operation whether its result is wanted, and calls again when it is there
-        self._callback = self.c.ggml_backend_sched_eval_callback(  # kept: llama.cpp calls it
-            lambda _tensor, asks, _data: next(asked) % self.pause_every == 0 if asks else pause()
-        ) if pause else None
         llama.log_lines.clear()
-        self.handle = self.c.llama_init_from_model(llama.model, self._params())
+        params = self._params()
+        if pauses:
+            params.cb_eval = llama.pausing
+        self.handle = self.c.llama_init_from_model(llama.model, params)
         if not self.handle:
             raise llama.refusal("llama.cpp cannot make a context")
         if llama.adapters:
@@ -4251,8 +4253,6 @@ class Context:
         strlen = self.ctypes.CDLL("msvcrt" if sys.platform == "win32" else None).strlen
         params.abort_callback = self.ctypes.cast(strlen, self.c.ggml_abort_callback)
         params.abort_callback_data = self.ctypes.cast(self._abort, self.ctypes.c_void_p)
-        if self._callback:
-            params.cb_eval = self._callback
         return params
 
     def abort(self, wanted: bool) -> None:
@@ -4308,7 +4308,7 @@ class Context:
             medium, done = sequence.medium, sequence.n_computed
             assert medium
             parts.append((medium, slice(done - medium.start, done - medium.start + count)))
-        embeddings = self.np.concatenate([eyes.embeddings[m.key][m.index][part] for m, part in parts])
+        embeddings = self.np.concatenate([eyes.embeddings[m.part][part] for m, part in parts])
         if eyes.mrope:
             positions = self.np.concatenate([m.places()[:, part] for m, part in parts], axis=1)
         batch = self._batch_of(embd=embeddings, pos=positions)
@@ -4385,14 +4385,14 @@ class EmbeddingContext(Context):
     LOGITS = 128 * MIB  # llama.cpp computes logits for each token of a model that has them, and keeps them twice
     WHOLE, SLICED = 256, 64  # inputs in the context at once; llama.cpp's most, and enough to fill a batch
 
-    def __init__(self, llama: Llama, pause: Callable[[], bool] | None = None) -> None:
-        """Raises LoadError when llama.cpp refuses. `pause` as in Context."""
+    def __init__(self, llama: Llama, pauses: bool = False) -> None:
+        """Raises LoadError when llama.cpp refuses. `pauses` as in Context."""
         self.whole = llama.looks_both_ways
         self.pooling = POOLINGS.get(int(llama.metadata(f"{llama.metadata('general.architecture')}.pooling_type") or 0), "mean")
         self.batch_tokens = self.batch_size(llama)  # of a batch, but for a longer input that looks both ways
         n_seq = self.WHOLE if self.whole else self.SLICED if llama.cuttable else 4  # a recurrent state takes megabytes
         cells = -(-max(llama.ctx, self.batch_tokens) // n_seq) * n_seq  # else llama.cpp's graph does not fit together
-        super().__init__(llama, cells, cells if self.whole else self.batch_tokens, n_seq, pause)
+        super().__init__(llama, cells, cells if self.whole else self.batch_tokens, n_seq, pauses)
         score = self.pooling == "rank"
         self.size = int(self.c.llama_model_n_cls_out(llama.model) if score else self.c.llama_model_n_embd_out(llama.model))
 
@@ -4468,6 +4468,10 @@ class Medium:
     n_pos: int  # positions that it takes: fewer than cells with M-RoPE
     grid: Any  # with M-RoPE int32, shape (2, 4, cells): the cells' positions if it began at position 0, and at 1
 
+    @property
+    def part(self) -> tuple[str, int]:
+        return self.key, self.index
+
     def moved(self, cells: int, positions: int) -> Medium:
         """The same part, so much further behind."""
         return replace(self, start=self.start + cells, end=self.end + cells, position=self.position + positions)
@@ -4514,10 +4518,9 @@ class Eyes:
         except (ImportError, OSError, RuntimeError, AttributeError) as error:
             raise LoadError(f"the library for it is not usable: {error}") from None
         mtmd.mtmd_helper_log_set(llama.log_callback, self.ctypes.c_void_p())
-        self.pause: Callable[[], bool] = lambda: True  # called every few operations of an encode on the CPU; False ends it
         self._layouts: dict[str, Prompt] = {}
         self._numbers = itertools.count(-2, -1)
-        self.embeddings: dict[str, list[Any]] = {}  # of pictures by their keys: float32, shape (cells, width) a part
+        self.embeddings: dict[tuple[str, int], Any] = {}  # of parts, by Medium.part: float32, shape (cells, width)
         self.mrope = llama.c.llama_model_rope_type(llama.model) in (8, 40)  # LLAMA_ROPE_TYPE_MROPE, IMROPE
         self.width = int(llama.c.llama_model_n_embd_inp(llama.model))
         self.whole = 0  # cells of the largest part, where attention goes both ways within one: it is decoded in one batch
@@ -4545,12 +4548,8 @@ class Eyes:
         if gpu:
             params.device = gpu.handle
         params.n_threads, params.image_max_tokens = llama.threads, most
-        asked = itertools.count(1)
-        self._callback = llama.c.ggml_backend_sched_eval_callback(  # kept: the library calls it
-            lambda _tensor, asks, _data: next(asked) % Context.PAUSE_EVERY == 0 if asks else self.pause()
-        )
         if not gpu:
-            params.cb_eval = self._callback
+            params.cb_eval = llama.pausing
         llama.log_lines.clear()
         handle = self.c.mtmd_init_from_file(os.fsencode(path), llama.model, params)
         if not handle:
@@ -4579,18 +4578,16 @@ class Eyes:
             del self._layouts[next(iter(self._layouts))]
         return layout
 
-    def encode(self, picture: Picture) -> Generator[Any, None, None]:
-        """The embeddings of a picture's parts, one after another. Raises PictureError."""
+    def encode(self, picture: Picture, first: int) -> Generator[Any, None, None]:
+        """The embeddings of a picture's parts from `first` on, one after another. Raises PictureError."""
         from concurrent.futures import ThreadPoolExecutor, wait
 
         with contextlib.ExitStack() as opened, ThreadPoolExecutor(1) as thread:  # streams step meanwhile: it may take seconds
             chunks = thread.submit(lambda: opened.enter_context(self._opened(self._decoded(picture.data))))
             while wait([chunks], 0.002).not_done:
-                self.pause()
-            for chunk in chunks.result():
+                self.llama.pause()
+            for chunk in [c for c in chunks.result() if not self._is_text(c)][first:]:
                 count = self.c.mtmd_input_chunk_get_n_tokens(chunk)
-                if self._is_text(chunk):
-                    continue
                 if status := self.c.mtmd_encode_chunk(self.handle, chunk):
                     raise PictureError(f"cannot be encoded: mtmd_encode_chunk returned {status}")
                 yield self.np.ctypeslib.as_array(self.c.mtmd_get_output_embd(self.handle), (count, self.width)).copy()
@@ -5356,7 +5353,7 @@ class Prefix(Rows):
         self.n_computed, self.owner, self.oldest = len(tokens), owner, oldest
         self.stretches: Stretches = []
         self.saved: Any = None
-        self.used, self.uses = time.monotonic(), 1
+        self.used = time.monotonic()
         self.is_on_disk = False  # or need not be
 
     @classmethod
@@ -5383,7 +5380,7 @@ class Input(Rows):
 
     def __init__(self, job: Embedding, tokens: Any, positions: Any) -> None:
         super().__init__(tokens, len(tokens), positions)
-        self.job, self.turn = job, 0
+        self.job = job
         self.pooled: Any = None  # what its vector is so far
         self.vector = b""  # in the end
 
@@ -5395,6 +5392,7 @@ class Embedding:
         assert isinstance(submission.job, Embed)
         self.submission, self.id, self.dimensions = submission, submission.id, submission.job.dimensions
         self.inputs = [Input(self, tokens, llama.counting) for tokens in texts]
+        self.unread = deque(self.inputs)  # those that have not begun
         self.n_prompt = sum(input.n_tokens for input in self.inputs)
         self.error: ApiError | None = None
         self.started = 0.0
@@ -5424,7 +5422,7 @@ def fair_slices(prompts: list[Sequence], rows: int, outputs: int = 0) -> list[tu
 
 def media_slices(sequences: Iterable[Sequence], rows: int, eyes: Eyes | None) -> list[tuple[Sequence, int]]:
     """Shares `rows` among sequences in which encoded pictures come next; a part that must be whole may take more."""
-    ready = [(s, s.medium) for s in sequences if eyes and s.medium and s.medium.key in eyes.embeddings]
+    ready = [(s, s.medium) for s in sequences if eyes and s.medium and s.medium.part in eyes.embeddings]
     slices = list[tuple[Sequence, int]]()
     for i, (sequence, medium) in enumerate(ready):
         left = medium.end - sequence.n_computed
@@ -5511,12 +5509,12 @@ class Cache:
     SAVED, SAVED_BYTES = 64, 256 * MIB  # most prefixes outside the cache, and their bytes where the pool has fewer
     SPARE_BYTES = 256 * MIB  # of the machine's memory, that saved prefixes leave free
 
-    def __init__(self, llama: Llama) -> None:
-        self.llama, self.main = llama, llama.main
+    def __init__(self, llama: Llama, pace: Pace) -> None:
+        self.llama, self.main, self.pace = llama, llama.main, pace
         self.rows: list[Sequence | Prefix | None] = llama.main.rows
-        self.prefixes: list[Prefix] = []  # the one used least recently first
+        self.prefixes: list[Prefix] = []
         self.files = PrefixFiles(llama)
-        self._writing: Iterator[None] | None = None  # a prefix on its way to the disk
+        self._writing: Iterator[None] = iter(())  # a prefix on its way to the disk
 
     def best_prefix(self, sequence: Sequence) -> tuple[Sequence | Prefix | None, int]:
         """Whose cells begin as this prompt does, and for how many tokens; at least one token stays to be evaluated."""
@@ -5536,6 +5534,10 @@ class Cache:
         seen = max(0, other.positions[length] - self.llama.n_swa)
         return (self.llama.cuttable or length == other.n_computed) and oldest <= seen
 
+    def _replaces(self, prefix: Prefix, other: Prefix) -> bool:
+        """Whether a prefix can lend all that another has."""
+        return other.begins(prefix) and self._can_lend(prefix, other.n_computed)
+
     def fetch(self, sequence: Sequence, shared: int, beside: bool) -> tuple[Prefix, int] | None:
         """A prefix from the disk and how much it lends, where to read it is quicker than to compute what it spares.
 
@@ -5553,33 +5555,27 @@ class Cache:
         self.add(prefix)
         return prefix, lent[best]
 
-    def write(self, token_seconds: float, hurry: bool = False) -> bool:
-        """Writes a block of a prefix that is not on the disk; False when there is none whose time has come.
-
-        `token_seconds` is how long a token takes to compute.
-        """
-        if self._writing is None:
-            newest = reversed(self.prefixes)  # in a hurry there may not be time for all
+    def write(self, hurry: bool = False) -> bool:
+        """Writes a block of a prefix that is not on the disk; False when there is none whose time has come."""
+        while next(self._writing, "written") == "written":
+            newest = sorted(self.prefixes, key=lambda p: -p.used)  # in a hurry there may not be time for all
             prefix = next((p for p in newest if self.files.wants(p) and (hurry or self.files.quiet_in(p) <= 0)), None)
             if prefix is None:
                 return False
             prefix.is_on_disk = True  # or need not be
-            self._writing = self._written(prefix, token_seconds)
-        if next(self._writing, "written") == "written":
-            self._writing = None
+            self._writing = self._written(prefix)
         return True
 
-    def _written(self, prefix: Prefix, token_seconds: float) -> Iterator[None]:
+    def _written(self, prefix: Prefix) -> Iterator[None]:
         """Writes a prefix in place of shorter ones, unless another lends nearly all of it, as when a prompt is asked again."""
         kept = self.files.listed(prefix.owner)
         if prefix.n_tokens - max((self._lent(k, prefix) for k in kept), default=0) < self.files.LEAST:
             return
-        shorter = [k for k in kept if k.begins(prefix) and self._can_lend(prefix, k.n_tokens)]
         if prefix.saved is None:  # it stays in its row
             prefix = copy.copy(prefix)
             prefix.save(self.main)
         if prefix.saved is not None:
-            yield from self.files.write(prefix, token_seconds, shorter)
+            yield from self.files.write(prefix, self.pace.row, [k for k in kept if self._replaces(prefix, k)])
 
     def write_in(self) -> float | None:
         """Seconds until a prefix is to be written; None if all are."""
@@ -5587,13 +5583,11 @@ class Cache:
 
     def settle(self, sequence: Sequence, donor: Sequence | Prefix | None, shared: int) -> None:
         """Gives the sequence a row that begins with so many of the donor's cells, or none if there is no room for saved ones."""
+        if isinstance(donor, Prefix):
+            donor.used = time.monotonic()
         if None not in self.rows:
             self.save_oldest()  # rows are more than sequences that run
         row, lent = self.rows.index(None), Stretches()
-        if isinstance(donor, Prefix) and donor in self.prefixes:
-            self.prefixes.remove(donor)
-            self.prefixes.append(donor)
-            donor.used, donor.uses = time.monotonic(), donor.uses + 1
         if not donor or not donor.n_computed:  # it may be a prefix that could not be saved
             shared = 0
         elif isinstance(donor, Prefix) and donor.saved is not None:
@@ -5626,10 +5620,9 @@ class Cache:
 
     def leave(self, sequence: Sequence) -> None:
         """Makes what a sequence has in the cache a prefix, which stays in its row."""
-        whole = sequence.border(sequence.n_computed) == sequence.n_computed
         if self.llama.cuttable:
             self.cut(sequence)
-        if sequence.n_computed and (whole or self.llama.cuttable):
+        if sequence.n_computed and sequence.border(sequence.n_computed) == sequence.n_computed:
             prefix = self.rows[sequence.row] = Prefix.of(sequence, self.main)
             self.add(prefix)
         else:
@@ -5638,14 +5631,20 @@ class Cache:
     def save_oldest(self, whole: bool = False) -> bool:
         """Moves the prefix used least recently out of the cache, `whole`: that loses nothing by it; False when none is in it."""
         most = self.llama.n_swa if whole and self.llama.n_swa else math.inf
-        prefix = next((p for p in self.prefixes if p.saved is None and p.n_computed <= most), None)
-        if prefix:
-            self.prefixes.remove(prefix)
-            self.save(prefix, self.main)
-            self.main.empty(prefix.row)
-            if self.llama.cuttable and not any(self.rows):
-                self.main.clear(False)  # to begin at the first cell again: the order of cells shows in the last bits of sums
-        return prefix is not None
+        inside = [p for p in self.prefixes if p.saved is None and p.n_computed <= most]
+        if not inside:
+            return False
+        self.prefixes.remove(prefix := min(inside, key=lambda p: p.used))
+        self.save(prefix, self.main)
+        self.main.empty(prefix.row)
+        if self.llama.cuttable and not any(self.rows):
+            self.main.clear(False)  # to begin at the first cell again: the order of cells shows in the last bits of sums
+        return True
+
+    def keep_state(self, sequence: Sequence, context: Context) -> None:
+        """Saves what a sequence has, at its borders."""
+        if sequence.n_computed in sequence.borders:
+            self.save(Prefix.of(sequence, context), context)
 
     def save(self, prefix: Prefix, context: Context) -> None:
         """Saves the cells of its row as bytes, if they can be had."""
@@ -5657,14 +5656,13 @@ class Cache:
 
     def add(self, prefix: Prefix) -> None:
         """Takes a prefix in. Those go for which it can lend all that they have, and too many saved ones, the oldest first."""
-        for other in list(self.prefixes):
-            if other.begins(prefix) and self._can_lend(prefix, other.n_computed):
-                self.prefixes.remove(other)
-                if other.saved is None:
-                    self.main.empty(other.row)
+        for other in [p for p in self.prefixes if self._replaces(prefix, p)]:
+            self.prefixes.remove(other)
+            if other.saved is None:
+                self.main.empty(other.row)
         self.prefixes.append(prefix)
         while (saved := [p for p in self.prefixes if p.saved is not None]) and self._are_too_many(saved):
-            self.prefixes.remove(saved[0])
+            self.prefixes.remove(min(saved, key=lambda p: p.used))
 
     def _are_too_many(self, saved: Seq[Prefix]) -> bool:
         """Counts tokens where memory can be cut, else bytes: a state is large for the shortest text, and kept several times."""
@@ -5679,9 +5677,9 @@ class Cache:
 class PrefixFiles:
     """Prefixes on the disk, which outlive their engine: one file each in the user's cache. Used by the step loop alone.
 
-    A file's name tells for which model and client it is, which text it holds, of how many tokens, and how often that was
-    asked for; its time says when, last. It is written aside and renamed, and has a checksum; one that is damaged goes when
-    it is met. Other servers may add and remove files meanwhile.
+    A file's name tells for which model and client it is, and which text it holds; its time says when it was asked for last.
+    It is written aside and renamed, and has a checksum; one that is damaged goes when it is met. Other servers may add and
+    remove files meanwhile.
     """
 
     LEAST = 128  # tokens that are worth a file
@@ -5690,14 +5688,12 @@ class PrefixFiles:
     BESIDE = 32 * MIB  # read while streams wait; some 50 ms
     MAGIC = b"shimmy prefix 1\n"
     HEAD = struct.Struct("<16sIIdQ")  # the magic, tokens, the oldest one with cells, seconds a token, bytes of cells
-    NAME = re.compile(r"([0-9a-f]{16})-([0-9a-f]{16})-(\d{1,9})-(\d{1,9})\.prefix")
     STALE = 600.0  # seconds after which a file that was not written to its end is nobody's
 
     def __init__(self, llama: Llama) -> None:
         self.llama, self.most = llama, llama.options.cache_disk
         self.folder = os.path.abspath(llama.options.cache_dir or prefix_folder())
-        self._stamp: Any = None  # the folder's when its files were listed; None: list them again
-        self._kept: dict[str, Prefix | None] = {}  # all files by path; None: not read, or not this model's
+        self._heads: dict[str, Prefix] = {}  # of this model's files by path, as far as they were read
         self._read_speed = 0.0  # bytes a second, once measured
         self._complained = False
         self._model = self._identity() if self.most else ()
@@ -5736,34 +5732,16 @@ class PrefixFiles:
 
     def listed(self, owner: str) -> list[Prefix]:
         """The prefixes on the disk that this engine may use for a client."""
-        if not self.most:
-            return []
-        self._list()
-        start = self._start(owner)
-        mine = [path for path in self._kept if path.startswith(start)]
-        self._kept |= {path: self._kept[path] or self._read_head(path, owner) for path in mine}
-        return [prefix for path in mine if (prefix := self._kept[path])]
-
-    def _list(self) -> None:
-        """Looks through the folder, if it has changed; files that somebody died over are removed."""
-        stamp = _stamp(self.folder)
-        if stamp is None or stamp != self._stamp:
-            found = dict[str, Prefix | None]()
-            with contextlib.suppress(OSError), os.scandir(self.folder) as entries:
-                for entry in entries:
-                    if self.NAME.fullmatch(entry.name):
-                        found[entry.path] = self._kept.get(entry.path)
-                    elif entry.name.endswith(".part"):
-                        self._remove_stale(entry)
-            self._stamp, self._kept = stamp, found
-
-    def _remove_stale(self, entry: os.DirEntry[str]) -> None:
-        """Removes a file that another engine has not written to its end, unless it may still be at it."""
+        paths, start = list[str](), self._start(owner)
         with contextlib.suppress(OSError):
-            if not entry.name.endswith(f".{os.getpid()}.part") and time.time() - entry.stat().st_mtime > self.STALE:
-                os.remove(entry.path)
+            paths = [os.path.join(self.folder, name) for name in os.listdir(self.folder)] if self.most else []
+        mine = [path for path in paths if path.startswith(start) and path.endswith(".prefix")]
+        heads = {path: head for path in mine if (head := self._heads.get(path) or self._read_head(path, owner))}
+        self._heads |= heads
+        return list(heads.values())
 
     def _read_head(self, path: str, owner: str) -> Prefix | None:
+        """A prefix without its cells; None where the file is gone or damaged."""
         try:
             with open(path, "rb") as file:
                 magic, count, oldest, seconds, size = self.HEAD.unpack(file.read(self.HEAD.size))
@@ -5799,20 +5777,17 @@ class PrefixFiles:
             return None
         speed = len(data) / max(time.perf_counter() - began, 1e-6)
         self._read_speed = (self._read_speed + speed) / 2 if self._read_speed else speed
-        prefix = Prefix(kept.tokens, kept.owner, kept.oldest, kept.positions)
+        prefix = copy.copy(kept)
         prefix.saved, prefix.is_on_disk = cells, True
-        start, _, uses = kept.path.removesuffix(".prefix").rpartition("-")
         with contextlib.suppress(OSError):
             os.utime(kept.path)
-            os.replace(kept.path, f"{start}-{int(uses) + 1}.prefix")
-            self._stamp = None
         return prefix
 
     def write(self, prefix: Prefix, token_seconds: float, shorter: Seq[Prefix]) -> Iterator[None]:
-        """Writes a prefix in place of shorter ones, and of those worth least; yields between blocks."""
+        """Writes a prefix in place of shorter ones, and of those used least recently; yields between blocks."""
         tokens, cells, sum = prefix.tokens.astype("<i4").tobytes(), prefix.saved, 0
         head = self.HEAD.pack(self.MAGIC, prefix.n_tokens, prefix.oldest, token_seconds, len(cells))
-        path = f"{self._start(prefix.owner)}-{self._digest(tokens)}-{prefix.n_tokens}-{prefix.uses}"
+        path = f"{self._start(prefix.owner)}-{self._digest(tokens)}.prefix"
         part = f"{path}.{os.getpid()}.part"
         try:
             os.makedirs(self.folder, mode=0o700, exist_ok=True)
@@ -5824,10 +5799,10 @@ class PrefixFiles:
                     file.write(block)
                     yield
                 file.write(sum.to_bytes(4, "little"))
-            os.replace(part, f"{path}.prefix")
-            self._stamp = None
+            os.replace(part, path)
+            self._heads.pop(path, None)
             for kept in shorter:
-                if kept.path != f"{path}.prefix":
+                if kept.path != path:
                     self._remove(kept.path)
         except OSError as error:  # no room, or a folder that cannot be written
             self._remove(part)
@@ -5836,17 +5811,18 @@ class PrefixFiles:
             self._complained = True
 
     def _make_room(self, size: int) -> bool:
-        """Removes the files worth least until `size` more bytes fit: by tokens, how often and how lately asked for, and size."""
+        """Removes files that somebody died over, and those used least recently until `size` more bytes fit; whether they do."""
         import shutil
 
-        self._list()
         now, files = time.time(), list[tuple[float, int, str]]()
-        for path in self._kept:
-            with contextlib.suppress(OSError):
-                status = os.stat(path)
-                tokens, uses = map(int, path.removesuffix(".prefix").rsplit("-", 2)[1:])
-                worth = tokens * uses / (status.st_size * max(1.0, now - status.st_mtime))
-                files.append((worth, status.st_size, path))
+        with os.scandir(self.folder) as entries:
+            for entry in entries:
+                with contextlib.suppress(OSError):
+                    used, bytes_in_it = entry.stat().st_mtime, entry.stat().st_size
+                    if entry.name.endswith(".prefix"):
+                        files.append((used, bytes_in_it, entry.path))
+                    elif not entry.name.endswith(f".{os.getpid()}.part") and now - used > self.STALE:
+                        os.remove(entry.path)
         held = sum(size for _, size, _ in files)
         most = min(self.most, (shutil.disk_usage(self.folder).free + held) // 10)
         for _, freed, path in sorted(files) if size <= most else ():
@@ -5857,7 +5833,7 @@ class PrefixFiles:
         return held + size <= most
 
     def _remove(self, path: str) -> None:
-        self._stamp = None
+        self._heads.pop(path, None)
         with contextlib.suppress(OSError):
             os.remove(path)
 
@@ -5868,34 +5844,43 @@ class Aside:
     Every few operations of a batch llama.cpp calls `pause`, which lets the streams step when that is due.
     """
 
-    def __init__(self, due: Callable[[float], float], step: Callable[[], None]) -> None:
-        """`due` says when the streams' next step should begin (perf_counter), by its seconds; `step` takes it."""
-        self._due, self._step = due, step
+    OFTEN, ALONE = 2, 16  # operations between two pauses: one of 256 rows takes up to 20 ms with a 0.5B model on two cores,
+    # where 2 cost a third of the speed
+
+    def __init__(self, llama: Llama, scheduler: Scheduler, step: Callable[[], None]) -> None:
+        """`step` takes the streams' next step."""
+        self._llama, self._scheduler, self._step = llama, scheduler, step
         self._resumed_at = 0.0  # when the batch last began or went on
         self._longest, self._last_longest = 0.1, 0.0  # most seconds between two pauses, of this batch and the one before
         self._stepping = 0.0  # seconds of a step with all that belongs to it; slow ones are slowly forgotten
-        self._wanted: Callable[[], bool] = lambda: True
+        self._users: Seq[Submission] = ()
         self._aborted = False
         self._error: Exception | None = None
+        llama.pause = self.pause
 
     def pause(self) -> bool:
         """Between operations of a batch; whether to go on. An exception cannot pass through llama.cpp: it ends the batch."""
         try:
             now = time.perf_counter()
             self._longest = max(self._longest, now - self._resumed_at)
-            if now + max(self._longest, self._last_longest) >= self._due(self._stepping):
+            if now + max(self._longest, self._last_longest) >= self._scheduler.due(self._stepping):
                 self._step()
                 self._stepping = max(time.perf_counter() - now, 0.9 * self._stepping)
-            self._resumed_at = time.perf_counter()
-            self._aborted = self._aborted or not self._wanted()
+            self._resume()
+            self._aborted = self._aborted or all(user.cancelled for user in self._users)
         except Exception as error:
             self._aborted, self._error = True, error
         return not self._aborted
 
-    def run(self, work: Callable[[], Result], wanted: Callable[[], bool]) -> Result | None:
-        """Does a batch of work in which pauses come; None when it was no longer wanted. Raises what `step` raised."""
+    def _resume(self) -> None:
+        self._llama.pause_every = self.OFTEN if self._scheduler.running else self.ALONE
+        self._resumed_at = time.perf_counter()
+
+    def run(self, work: Callable[[], Result], users: Seq[Submission]) -> Result | None:
+        """Does a batch of work in which pauses come; None when all its users were cancelled. Raises what `step` raised."""
         self._last_longest, self._longest = self._longest, 0.0
-        self._wanted, self._aborted, self._error, self._resumed_at = wanted, False, None, time.perf_counter()
+        self._users, self._aborted, self._error = users, False, None
+        self._resume()
         done = work()
         if self._error:
             raise self._error
@@ -5916,7 +5901,7 @@ class PromptReader:
     def __init__(self, llama: Llama, aside: Aside) -> None:
         """Raises LoadError."""
         self.aside, self.batch = aside, max(self.BATCH, llama.eyes.whole if llama.eyes else 0)
-        self.context = Context(llama, llama.ctx, self.batch, self.TOGETHER, aside.pause)
+        self.context = Context(llama, llama.ctx, self.batch, self.TOGETHER, pauses=True)
 
     @property
     def reading(self) -> list[Sequence]:
@@ -5944,61 +5929,49 @@ class PromptReader:
         texts = [s for s in self.reading if not s.medium]
         return media_slices(self.reading, self.batch, self.context.llama.eyes) or fair_slices(texts, self.batch)
 
-    def read(self, plan: Seq[tuple[Sequence, int]]) -> int:
-        """Reads one batch; llama_decode's status. Raises what `step` raised."""
-        status = self.aside.run(lambda: self.context.decode(plan),
-                                lambda: not all(s.submission.cancelled for s in self.reading))  # fmt: skip
-        for sequence, count in plan if not status else ():
+    def read(self, plan: Seq[tuple[Sequence, int]], cache: Cache) -> int:
+        """Reads one batch; llama_decode's status, 0 too if all were cancelled. Raises what `step` raised."""
+        status = self.aside.run(lambda: self.context.decode(plan), [s.submission for s in self.reading])
+        for sequence, count in plan if status == 0 else ():
             sequence.n_computed += count
-            if status is None:  # llama_decode reports success, but what it left cannot be used
-                self.context.drop(sequence.row)
-                sequence.n_computed = 0
+            if sequence.pending > 1 and not sequence.done:  # else it goes back, or away
+                cache.keep_state(sequence, self.context)
         return status or 0
 
 
 class Encoder:
     """Makes the embeddings of pictures that prompts wait for, a part at a time. Used by the step loop alone."""
 
-    KEPT_BYTES = 256 * MIB  # of embeddings: those of the pictures encoded last, and all that a running sequence needs next
+    KEPT_BYTES = 256 * MIB  # of embeddings: those of the parts encoded last, and all that a running sequence needs next
 
     def __init__(self, eyes: Eyes, scheduler: Scheduler, aside: Aside) -> None:
-        self.eyes, self.scheduler, self.aside, eyes.pause = eyes, scheduler, aside, aside.pause
-        self._key, self._parts = "", list[Any]()  # of the picture at work
-        self._work: Generator[Any, None, None] | None = None
+        self.eyes, self.scheduler, self.aside = eyes, scheduler, aside
+        self._work: dict[tuple[str, int], Generator[Any, None, None]] = {}  # of one picture at most, by the part it makes next
 
-    def waiting(self, key: str | None = None) -> list[Sequence]:
-        """The sequences that a picture comes next in: the one with this key, or for those that run any that is not encoded."""
-        sequences = [*self.scheduler.active, *(self.scheduler.waiting if key else ())]
-        sequences = [s for s in sequences if s.media and not s.submission.cancelled]
-        keys = [(s, s.next_medium.key) for s in sequences if s.next_medium]
-        return [s for s, k in keys if (k == key if key else k not in self.eyes.embeddings)]
+    def waiting(self) -> list[tuple[Sequence, Medium]]:
+        """The sequences that run, and parts that come next in them and are not encoded."""
+        return [(s, medium) for s in self.scheduler.active if not s.submission.cancelled
+                and (medium := s.next_medium) and medium.part not in self.eyes.embeddings]  # fmt: skip
 
-    def encode(self, sequence: Sequence) -> None:
-        """Encodes the next part of the picture that comes next in a sequence. Raises PictureError, and what the streams' step
-        raised."""
-        assert sequence.next_medium
-        key, kept = sequence.next_medium.key, self.eyes.embeddings
-        if self._work is None or key != self._key:
-            self.leave()
-            self._key, self._work = key, self.eyes.encode(sequence.pictures[key])
-        work, ended = self._work, object()
-        part = self.aside.run(lambda: next(work, ended), lambda: bool(self.waiting(key)))
-        if part is not None and part is not ended:
-            self._parts.append(part)
-            return
-        if part is ended:
-            kept[key] = self._parts
-        self.leave()
-        needed = {s.next_medium.key for s in self.scheduler.active if s.next_medium}
-        for other in [k for k in kept if k not in needed]:
-            if sum(part.nbytes for parts in kept.values() for part in parts) > self.KEPT_BYTES:
+    def encode(self, sequence: Sequence, medium: Medium) -> None:
+        """Encodes a part that comes next in a sequence. Raises PictureError, and what the streams' step raised."""
+        kept, following = self.eyes.embeddings, (medium.key, medium.index + 1)
+        work = self._work.pop(medium.part, None)
+        while self._work:
+            self._work.popitem()[1].close()
+        work = work or self.eyes.encode(sequence.pictures[medium.key], medium.index)
+        users = [s.submission for s, other in self.waiting() if other.part == medium.part]
+        embedding = self.aside.run(lambda: next(work), users)
+        if embedding is not None:
+            kept[medium.part] = embedding
+        if embedding is not None and any(m.part == following for m in sequence.media):
+            self._work[following] = work
+        else:
+            work.close()
+        needed = {s.next_medium.part for s in self.scheduler.active if s.next_medium}
+        for other in [part for part in kept if part not in needed]:
+            if sum(each.nbytes for each in kept.values()) > self.KEPT_BYTES:
                 del kept[other]
-
-    def leave(self) -> None:
-        """Gives the picture at work up."""
-        if self._work:
-            self._work.close()
-        self._work, self._parts = None, []
 
 
 class Embedder:
@@ -6007,14 +5980,10 @@ class Embedder:
     An embedding model's main context does it; a model that generates gets a second one with its first Embed job.
     """
 
-    ALONE = 16  # operations between two pauses while no stream runs: with two busy cores, 2 cost a third of the speed
-
-    def __init__(self, llama: Llama, scheduler: Scheduler, aside: Aside) -> None:
-        self.llama, self.scheduler, self.aside = llama, scheduler, aside
-        self.jobs: list[Embedding] = []
-        self.unread: deque[Input] = deque()  # in the order of their turns: an input of each job, then the next of each
+    def __init__(self, llama: Llama, aside: Aside) -> None:
+        self.llama, self.aside = llama, aside
+        self.jobs: list[Embedding] = []  # the one whose turn is next first
         self.reading: list[Input] = []  # those in the context
-        self._turn = 0  # of the input that was begun last
 
     @functools.cached_property
     def context(self) -> EmbeddingContext:
@@ -6024,35 +5993,27 @@ class Embedder:
         need, free = EmbeddingContext.memory_need(self.llama), available_memory()
         if free is not None and free < need and self.llama.on_cpu:
             raise Overloaded(f"The context for embeddings needs {human_bytes(need)}, {human_bytes(free)} are available")
-        return EmbeddingContext(self.llama, self._pause if self.llama.on_cpu else None)
+        return EmbeddingContext(self.llama, pauses=self.llama.on_cpu)
 
-    def add(self, job: Embedding) -> None:
-        self.jobs.append(job)
-        for turn, input in enumerate(job.inputs, self._turn + 1):
-            input.turn = turn
-        self.unread = deque(sorted([*self.unread, *job.inputs], key=lambda input: input.turn))
-
-    def _pause(self) -> bool:
-        going = self.aside.pause()
-        self._pace()
-        return going
-
-    def _pace(self) -> None:
-        """Pauses often only beside streams."""
-        self.context.pause_every = self.context.PAUSE_EVERY if self.scheduler.running else self.ALONE
+    def _unread(self) -> Iterator[Input]:
+        """The inputs that have not begun, one of each job in turn; whoever goes on with this has taken the last one."""
+        while job := next((job for job in self.jobs if job.unread), None):
+            yield job.unread[0]
+            self.jobs.remove(job)
+            self.jobs.append(job)
 
     def plan(self) -> list[tuple[Input, int]]:
         """The next batch: what is being read, then other inputs in turn, as far as there is room."""
         context, plan, room = self.context, list[tuple[Input, int]](), self.context.batch_tokens
         free, held = set(range(context.n_seq)) - {i.row for i in self.reading}, sum(i.n_tokens for i in self.reading)
-        for input in (*self.reading, *self.unread):
+        for input in itertools.chain(list(self.reading), self._unread()):
             if input.row < 0:
                 held += input.n_tokens
                 fits = not plan or input.n_tokens <= room if context.whole else held <= context.cells
                 if not (fits and free and room > 0):
                     break
-                self.reading.append(self.unread.popleft())
-                self._turn, input.row, input.job.started = input.turn, free.pop(), input.job.started or time.perf_counter()
+                self.reading.append(input.job.unread.popleft())
+                input.row, input.job.started = free.pop(), input.job.started or time.perf_counter()
             if count := input.pending if context.whole else min(input.pending, room):
                 plan.append((input, count))
                 room -= count
@@ -6060,26 +6021,23 @@ class Embedder:
 
     def step(self, plan: Seq[tuple[Input, int]]) -> None:
         """Decodes a batch. Raises GenerationFailed, and what the streams' step raised."""
-        context = self.context
-        self._pace()
-        status = self.aside.run(lambda: context.decode(plan),
-                                lambda: not all(i.job.submission.cancelled for i in self.reading))  # fmt: skip
+        context, at = self.context, 0
+        status = self.aside.run(lambda: context.decode(plan), [i.job.submission for i in self.reading])
         if status in (None, 2):  # nobody waits for it
             return
         if status:
             context.clear(True)
             raise GenerationFailed(f"llama_decode returned {status}")
-        at = 0
         for input, count in plan:
             input.pooled = context.take(input, at, count, input.pooled)
             input.n_computed += count
             at += count
-        for input in [i for i, _ in plan if not i.pending]:
+            if input.pending:
+                continue
             self._leave(input)
-            if (vector := context.finished(input.pooled, input.job.dimensions)) is None:
+            input.vector = context.finished(input.pooled, input.job.dimensions) or b""
+            if not input.vector:
                 input.job.error = GenerationFailed(NO_NUMBER)
-            else:
-                input.vector = vector
 
     def _leave(self, input: Input) -> None:
         self.reading.remove(input)
@@ -6088,7 +6046,6 @@ class Embedder:
     def drop(self, job: Embedding) -> None:
         """Takes a job out that is over."""
         self.jobs.remove(job)
-        self.unread = deque(i for i in self.unread if i.job is not job)
         for input in [i for i in self.reading if i.job is job]:
             self._leave(input)
 
@@ -6113,7 +6070,8 @@ class Scheduler:
         self.llama, self.parallel = llama, parallel
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # in order of admission
-        self.cache, self.pace = Cache(llama), Pace(llama.main.n_batch)
+        self.pace = Pace(llama.main.n_batch)
+        self.cache = Cache(llama, self.pace)
         self.reader: PromptReader | None = None
         self._looked = False  # whether the last step was of pictures
         self.stepped_at = 0.0  # when the main context's last step ended (perf_counter)
@@ -6596,8 +6554,7 @@ class Picker:
                 start, end = end, end + wanted
                 ready.append((sequence, row, slice(start, end)))
             sequence.n_computed = min(sequence.n_computed + count, sequence.n_tokens)
-            if sequence.n_computed in sequence.borders:
-                self.scheduler.cache.save(Prefix.of(sequence, self.llama.main), self.llama.main)
+            self.scheduler.cache.keep_state(sequence, self.llama.main)
         if not ready:
             return False
         logits = self.llama.main.logits(end)
@@ -6762,8 +6719,8 @@ class Engine:
         self.inbox = self.intake.inbox
         self.scheduler = Scheduler(llama, llama.options.parallel)
         self.picker = Picker(llama, self.scheduler, self.outbox, self.intake)
-        self.aside = Aside(self.scheduler.due, self._step_streams)
-        self.embedder = Embedder(llama, self.scheduler, self.aside)
+        self.aside = Aside(llama, self.scheduler, self._step_streams)
+        self.embedder = Embedder(llama, self.aside)
         self.encoder = Encoder(llama.eyes, self.scheduler, self.aside) if llama.eyes else None
         self._may_read_aside = llama.on_cpu  # whether to make a prompt reader: a GPU is quick with slices
         # whether to make it soon: several sequences have run at once, or the first picture must not hold up a stream
@@ -6782,14 +6739,14 @@ class Engine:
                 with contextlib.suppress(queue.Empty):
                     self._take(self.inbox.get(timeout=cache.write_in()))
         self._take_all()
-        while cache.write(scheduler.pace.row, hurry=True):
+        while cache.write(hurry=True):
             pass
         os._exit(0)
 
     def _rest(self) -> None:
         """Idle work: saves prefixes, makes the prompt reader where several sequences ran at once, runs the cycle collector."""
         self.pulse.begin("move")
-        while self.inbox.empty() and (self._tidy() or self.scheduler.cache.write(self.scheduler.pace.row)):
+        while self.inbox.empty() and (self._tidy() or self.scheduler.cache.write()):
             self.pulse.begin("move")
         if self._wants_reader and self._may_read_aside and not self.scheduler.reader and self.inbox.empty():
             self._make_reader()
@@ -6806,7 +6763,7 @@ class Engine:
 
     def _take(self, work: Sequence | Embedding | None) -> None:
         if isinstance(work, Embedding):
-            self.embedder.add(work)
+            self.embedder.jobs.append(work)
         elif work is not None:
             self.scheduler.waiting.append(work)
             self.picker.jump(work)
@@ -6834,15 +6791,14 @@ class Engine:
         if self.embedder.jobs:
             self._embed()
         if self.encoder and (waiting := self.encoder.waiting()):
-            self._encode(self.encoder, waiting[0])
+            self._encode(self.encoder, *waiting[0])
 
-    def _encode(self, encoder: Encoder, sequence: Sequence) -> None:
-        """Encodes a part of the picture that a sequence waits for."""
+    def _encode(self, encoder: Encoder, sequence: Sequence, medium: Medium) -> None:
+        """Encodes a part of a picture that a sequence waits for."""
         self.pulse.begin("decode")
         try:
-            encoder.encode(sequence)
+            encoder.encode(sequence, medium)
         except PictureError as error:
-            encoder.leave()
             self.picker.fail(sequence, f"a picture {error}")
         self.outbox.flush(now=False)
 
@@ -6886,12 +6842,10 @@ class Engine:
     def _read_aside(self, reader: PromptReader, plan: Seq[tuple[Sequence, int]]) -> None:
         """Reads one batch of the prompts aside."""
         self._begin_decode(sum(count for _, count in plan))
-        if status := reader.read(plan):
+        if status := reader.read(plan, self.scheduler.cache):
             for sequence in reader.reading:
                 self.picker.fail(sequence, f"llama_decode returned {status}")
             self.outbox.flush()
-        for sequence in [s for s, _ in plan if s.pending > 1 and s.n_computed in s.borders and not s.done]:
-            self.scheduler.cache.save(Prefix.of(sequence, reader.context), reader.context)
 
     def _step_streams(self) -> None:
         """Between operations of what is computed aside (prompts, pictures, vectors): lets newcomers in and streams step."""

@@ -7792,18 +7792,21 @@ def test_kept_prompt_survives_a_restart_is_counted_and_spares_nothing_of_another
     assert len(kept_files(server)) == 2  # one of each client
 
 
-def prefix_files(model: Path, most: int = 1 << 30) -> Any:
-    """A model's prefixes on the disk, without an engine."""
+def model_of(path: Path, most: int = 1 << 30, n_swa: int = 0) -> Any:
+    """What prefixes on the disk ask of a model, without an engine."""
     options = types.SimpleNamespace(cache_dir=None, cache_disk=most, kv_type="f16", flash_attn="auto", lora=())
-    llama: Any = types.SimpleNamespace(options=options, info=types.SimpleNamespace(path=str(model)), on_cpu=True, n_swa=0, np=np,
-                                       counting=np.arange(10_000))  # fmt: skip
-    return module.PrefixFiles(llama)
+    return types.SimpleNamespace(options=options, info=types.SimpleNamespace(path=str(path)), on_cpu=True, n_swa=n_swa, np=np,
+                                 cuttable=True, counting=np.arange(10_000))  # fmt: skip
 
 
-def keep(files: Any, salt: int, tokens: int = 200, size: int = 40_000, uses: int = 1) -> Any:
+def prefix_files(model: Path, most: int = 1 << 30) -> Any:
+    return module.PrefixFiles(model_of(model, most))
+
+
+def keep(files: Any, salt: int, tokens: int = 200, size: int = 40_000) -> Any:
     """Writes a prefix whose cells can be told from its tokens; returns it."""
     prefix = module.Prefix(np.full(tokens, salt, np.int32), "", 0, np.arange(10_000))
-    prefix.saved, prefix.uses = np.full(size, salt, np.uint8), uses
+    prefix.saved = np.full(size, salt, np.uint8)
     for _ in files.write(prefix, 0.01, ()):
         pass
     return prefix
@@ -7840,11 +7843,14 @@ def test_damaged_kept_prefix_is_removed_and_never_read(model_file: Path) -> None
     assert not prefix_files(model_file).listed("")
 
 
-def test_kept_prefixes_worth_least_make_room(model_file: Path) -> None:
+def test_kept_prefixes_used_least_recently_make_room(model_file: Path) -> None:
     files = prefix_files(model_file, most=130_000)
-    keep(files, 1, uses=50)
-    keep(files, 2)
-    keep(files, 3, tokens=900)
+    for salt in (1, 2, 3):
+        keep(files, salt)
+    for kept in files.listed(""):
+        os.utime(kept.path, (1, 100 - kept.tokens[0]))
+    first = next(kept for kept in files.listed("") if kept.tokens[0] == 3)
+    assert files.read(first)  # it has been used now
     keep(files, 4)
     assert salts(files) == [1, 3, 4]
     for _ in range(3):
@@ -7918,7 +7924,22 @@ def test_writer_that_is_killed_anywhere_leaves_only_whole_files(model_file: Path
     parts = list(Path(files.folder).glob("*.part"))
     for part in parts:
         os.utime(part, (1, 1))
-    assert salts(prefix_files(model_file)) == found and parts and not list(Path(files.folder).glob("*.part"))
+    keep(files, 41)
+    assert salts(files) == [*found, 41] and parts and not list(Path(files.folder).glob("*.part"))
+
+
+@cases("n_swa, kept", {"all of its tokens": (0, [400]), "those of its window": (16, [200, 400])})
+def test_kept_prefix_goes_for_a_longer_one_that_can_lend(n_swa: int, kept: list[int], model_file: Path) -> None:
+    llama = model_of(model_file, n_swa=n_swa)
+    llama.main = types.SimpleNamespace(llama=llama, rows=[None], save=lambda row: np.zeros(1000, np.uint8))
+    cache = module.Cache(llama, module.Pace(512))
+    for size in (200, 400):  # in its row, which has cells outside the window too
+        cache.add(module.Prefix(np.full(size, 7, np.int32), "", 0, llama.counting))
+        cache.rows = [None]
+        while cache.write(hurry=True):
+            pass
+        cache.prefixes.clear()
+    assert sorted(prefix.n_tokens for prefix in cache.files.listed("")) == kept
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma2", "mamba"])
@@ -8233,6 +8254,7 @@ def test_steps_beside_a_batch_end_in_time(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(module.time, "perf_counter", lambda: clock[0])
     pace.record(2, 2, 0.06)
     scheduler: Any = types.SimpleNamespace(pace=pace, running=[types.SimpleNamespace(is_stream=True)] * 2, stepped_at=0.0)
+    scheduler.due = functools.partial(module.Scheduler.due, scheduler)
 
     def step() -> None:
         clock[0] += 0.09
@@ -8244,9 +8266,10 @@ def test_steps_beside_a_batch_end_in_time(monkeypatch: pytest.MonkeyPatch) -> No
             clock[0] += 0.08 if number % 12 == 11 else 0.03
             assert aside.pause()
 
-    aside = module.Aside(lambda seconds: module.Scheduler.due(scheduler, seconds), step)
+    nobody: Any = types.SimpleNamespace()
+    aside = module.Aside(nobody, scheduler, step)
     for _ in range(3):
-        aside.run(batch, lambda: True)
+        aside.run(batch, [types.SimpleNamespace(cancelled=False)])
     late = [gap for gap in gaps if gap > module.Pace.ASIDE * 0.06 + 1e-9]
     assert len(late) <= 2 and statistics.median(gaps) > 2.5 * 0.06, (late, gaps[:20])
 
@@ -9108,11 +9131,11 @@ def test_kernel_that_crashes_is_found_before_any_model_loads_and_left_out(serve:
 
 def test_input_that_must_be_whole_is_so_after_an_abort_too() -> None:
     nobody: Any = None
-    embedder = module.Embedder(nobody, nobody, nobody)
+    embedder = module.Embedder(nobody, nobody)
     vars(embedder)["context"] = types.SimpleNamespace(whole=True, batch_tokens=512, n_seq=4)
     long, short = list[Any](types.SimpleNamespace(pending=size, n_tokens=size, row=row) for size, row in ((900, 0), (100, -1)))
     embedder.reading.append(long)
-    embedder.unread.append(short)
+    embedder.jobs.append(types.SimpleNamespace(unread=deque([short])))  # type: ignore[arg-type]
     assert embedder.plan() == [(long, 900)]
 
 
@@ -15835,7 +15858,7 @@ def test_clock_that_runs_backwards_changes_nothing_but_dates(serve: Serve, model
 
 DATES = {  # who may ask for the time of day: what becomes a date that people or clients read, or is compared with a file's
     "_bytecode_prefix", "Lease.wait", "Lease.__exit__", "Service.__init__", "Dialect.__init__",
-    "Ollama._document", "answer_ps", "retry_after", "PrefixFiles._make_room", "PrefixFiles._remove_stale",
+    "Ollama._document", "answer_ps", "retry_after", "PrefixFiles._make_room",
 }  # fmt: skip
 
 
