@@ -5077,56 +5077,64 @@ class LogProbs:
 
 
 class TextStream:
-    """One sequence's text: bytes in, text out that may be shown; what may yet become a stop string waits.
+    """One sequence's text: bytes in, text out that may be sent; what may yet become a stop string waits.
 
-    A piece costs about the same however long the stop strings are: where one might begin only moves forward.
+    Beside log probabilities text goes out in whole tokens. A piece costs about the same however long the stop strings are:
+    where one might begin only moves forward.
     """
 
     def __init__(self, stop: Seq[str]) -> None:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._stop, self._first = stop, frozenset(s[0] for s in stop)
         self._held = ""  # a stop string begins so
-        self.shown = 0  # characters that were given out
+        self._shown = 0  # characters that may be sent
+        self._waiting = ""  # the last of them, which are a part of a token
+        self._tokens: deque[tuple[TokenLogprob, int]] = deque()  # those not sent whole, and the characters up to their ends
         self.stopped = ""  # the stop string that came
-
-    @property
-    def position(self) -> int:
-        """The character that the next byte belongs to."""
-        return self.shown + len(self._held)
+        self.unsent, self.logprobs = "", list[TokenLogprob]()  # since the last message
 
     @property
     def is_whole(self) -> bool:
         """Whether the bytes so far end with a whole character."""
         return not self._decoder.getstate()[0]
 
-    def push(self, piece: bytes) -> str:
-        """The text that may be shown now; at a stop string, whose text is never shown, `stopped` becomes it."""
-        text = self._decoder.decode(piece)
-        if not self._stop:
-            self.shown += len(text)
-            return text
-        seen, buffer = len(self._held), self._held + text
+    def push(self, piece: bytes, logprob: TokenLogprob | None = None) -> None:
+        """Takes a token; at a stop string, whose text is never sent, `stopped` becomes it."""
+        seen, buffer = len(self._held), self._held + self._decoder.decode(piece)
+        if logprob:
+            self._tokens.append((logprob, self._shown + len(buffer)))
         found = [at for s in self._stop if (at := buffer.find(s, max(0, seen - len(s) + 1))) >= 0]
         shown = min(found) if found else self._may_begin(buffer)
         self.stopped = next(s for s in self._stop if buffer.startswith(s, shown)) if found else ""
         self._held = "" if found else buffer[shown:]
-        self.shown += shown
-        return buffer[:shown]
+        self._show(buffer[:shown])
 
     def _may_begin(self, buffer: str) -> int:
         """The first position from which on all that is there is the beginning of a stop string."""
-        for at, character in enumerate(buffer):
+        for at, character in enumerate(buffer if self._stop else ""):
             if character in self._first:
                 tail = buffer[at:]
                 if any(s.startswith(tail) for s in self._stop):
                     return at
         return len(buffer)
 
-    def finish(self) -> str:
+    def _show(self, text: str) -> None:
+        """Lets text be sent, but for a part of a token that is to come whole."""
+        self._shown += len(text)
+        self._waiting += text
+        start = end = self._shown - len(self._waiting)
+        while self._tokens and self._tokens[0][1] <= self._shown:
+            logprob, end = self._tokens.popleft()
+            self.logprobs.append(logprob)
+        if self._tokens and self.stopped and end < self._shown:  # the last one goes on with the stop string
+            self.logprobs.append(self._tokens[0][0].cut(self._shown - end))
+        size = end - start if self._tokens and not self.stopped else len(self._waiting)
+        self.unsent, self._waiting = self.unsent + self._waiting[:size], self._waiting[size:]
+
+    def finish(self) -> None:
         """Flushes held text; drops an incomplete character."""
         rest, self._held = self._held, ""
-        self.shown += len(rest)
-        return rest
+        self._show(rest)
 
 
 # ── 9. Scheduling (child) ─────────────────────────────────────────────────────────────────────────────────────────────
@@ -5215,15 +5223,11 @@ class Sequence(Rows):
         self.disk_bytes, self.disk_seconds = 0, 0.0  # read from the disk, and spared by that
         self.done = False
         self.started = self.first_token = 0.0
-        self.unsent = ""  # text since the last message
         self.n_told = self.n_prompt  # tokens of which the messages have told
         self.echo = codecs.getincrementaldecoder("utf-8")("replace") if job.echo else None  # of a prompt that is given out
         text = job.prompt[0] if job.prompt else 0
         self.n_echoed = len(llama.vocab.ends[0]) if isinstance(text, str) else 0  # of its tokens; the model's own are not
         self.blank_at = self.n_echoed if isinstance(text, str) and text[:1] != " " else -1  # SentencePiece may put a space there
-        self.logprobs: list[TokenLogprob] = []  # of its tokens
-        self.unshown: deque[tuple[TokenLogprob, int]] = deque()  # of later ones, and the characters up to the end of each
-        self._waiting = ""  # text that may be shown, but is a part of a token
 
     def _positions(self, llama: Llama) -> Any:
         """Rows.positions: each token's index, but for what stands behind parts of pictures that take fewer positions."""
@@ -5310,23 +5314,6 @@ class Sequence(Rows):
                 return token
         self.sampler.force(self.forced[0])
         return self.forced.popleft()
-
-    def ready(self, text: str) -> str:
-        """What may be sent now that `text` may be shown: all, or whole tokens if their log probabilities go with them."""
-        if self.sampling.logprobs is None:
-            return text
-        self._waiting += text
-        stopped, shown, sent = self.text.stopped, self.text.shown, self.text.shown - len(self._waiting)
-        while self.unshown and (self.unshown[0][1] <= shown or stopped):
-            logprob, end = self.unshown.popleft()
-            if not stopped:
-                self.logprobs.append(logprob)
-            elif sent < shown:  # else it is the stop string's
-                self.logprobs.append(logprob.cut(shown - sent))
-            sent = min(end, shown)
-        size = len(self._waiting) - (shown - sent)
-        text, self._waiting = self._waiting[:size], self._waiting[size:]
-        return text
 
 
 Stretches = list[tuple[object, float]]  # whose cells a sequence has, up to which token each; its own are the last, without end
@@ -5688,7 +5675,7 @@ class PrefixFiles:
     BESIDE = 32 * MIB  # read while streams wait; some 50 ms
     MAGIC = b"shimmy prefix 1\n"
     HEAD = struct.Struct("<16sIIdQ")  # the magic, tokens, the oldest one with cells, seconds a token, bytes of cells
-    STALE = 600.0  # seconds after which a file that was not written to its end is nobody's
+    NAME = re.compile(r"[0-9a-f]{16}-[0-9a-f]{16}\b.*\.(prefix|part)")  # the folder may hold what is not ours
 
     def __init__(self, llama: Llama) -> None:
         self.llama, self.most = llama, llama.options.cache_disk
@@ -5735,7 +5722,7 @@ class PrefixFiles:
         paths, start = list[str](), self._start(owner)
         with contextlib.suppress(OSError):
             paths = [os.path.join(self.folder, name) for name in os.listdir(self.folder)] if self.most else []
-        mine = [path for path in paths if path.startswith(start) and path.endswith(".prefix")]
+        mine = [path for path in paths if path.startswith(f"{start}-") and path.endswith(".prefix")]
         heads = {path: head for path in mine if (head := self._heads.get(path) or self._read_head(path, owner))}
         self._heads |= heads
         return list(heads.values())
@@ -5811,18 +5798,14 @@ class PrefixFiles:
             self._complained = True
 
     def _make_room(self, size: int) -> bool:
-        """Removes files that somebody died over, and those used least recently until `size` more bytes fit; whether they do."""
+        """Removes the files used least recently until `size` more bytes fit, also those that somebody died over."""
         import shutil
 
-        now, files = time.time(), list[tuple[float, int, str]]()
+        files = list[tuple[float, int, str]]()
         with os.scandir(self.folder) as entries:
-            for entry in entries:
-                with contextlib.suppress(OSError):
-                    used, bytes_in_it = entry.stat().st_mtime, entry.stat().st_size
-                    if entry.name.endswith(".prefix"):
-                        files.append((used, bytes_in_it, entry.path))
-                    elif not entry.name.endswith(f".{os.getpid()}.part") and now - used > self.STALE:
-                        os.remove(entry.path)
+            for entry in filter(lambda entry: self.NAME.fullmatch(entry.name), entries):
+                with contextlib.suppress(OSError):  # another server removed it
+                    files.append((entry.stat().st_mtime, entry.stat().st_size, entry.path))
         held = sum(size for _, size, _ in files)
         most = min(self.most, (shutil.disk_usage(self.folder).free + held) // 10)
         for _, freed, path in sorted(files) if size <= most else ():
@@ -6129,16 +6112,12 @@ class Scheduler:
         jumping = [s for s in streams if s.jumping]
         if not jumping and not prompts:
             return self._with_drafts(streams)
-        plan = [(s, 1) for s in streams if not s.jumping]
         alone = len(streams) == len(jumping) == 1 and not prompts
         target = Pace.TARGET if any(s.unread > 1 for s in prompts) else Pace.FORCED
         rows = self.pace.prompt_rows(0) - 1 if alone else self.pace.prompt_rows(len(streams), target) // (1 + bool(pictures))
-        for index, sequence in enumerate(sorted(jumping, key=lambda s: s.pending)):
-            more = min(sequence.pending - 1, rows // (len(jumping) - index))
-            plan.append((sequence, 1 + more))
-            rows -= more
         outputs = self.llama.main.n_seq - len(self.running)  # each may have one at its end
-        return plan + fair_slices(prompts, rows, min(outputs, self.SCORED) if streams else outputs)
+        slices = fair_slices([*jumping, *prompts], rows, min(outputs, self.SCORED) if streams else outputs)
+        return list((Counter(streams) + Counter(dict(slices))).items())
 
     def _with_drafts(self, streams: list[Sequence]) -> list[tuple[Sequence, int]]:
         """One row per stream, plus as many guessed tokens as should give the most tokens per second, in whole blocks."""
@@ -6252,21 +6231,20 @@ class Outbox:
         """`counts` tells how much runs, and the cells that it holds."""
         self._pipe, self._counts = pipe, counts
         self._events: list[Vectors | Finished | Failed] = []
-        self._unsent: list[Sequence] = []  # those with text or log probabilities to send
+        self._telling: dict[Sequence, None] = {}  # those with text to send
         self._sent_at = 0.0
         self.running = 0  # sequences in the batch, as the parent was told last
 
-    def text(self, sequence: Sequence, text: str) -> None:
-        if text:
-            if not sequence.unsent:
-                self._unsent.append(sequence)
-            sequence.unsent += text
+    def tell(self, sequence: Sequence) -> None:
+        """Sends a sequence's text, if there is any, with the next message."""
+        if sequence.text.unsent:
+            self._telling[sequence] = None
 
     def finished(self, sequence: Sequence, reason: str) -> None:
         """The end of a sequence, behind the text it held back and the log probabilities of tokens without text."""
-        self.text(sequence, sequence.ready(sequence.text.finish()))
-        if sequence.logprobs and sequence not in self._unsent:
-            self._unsent.append(sequence)
+        sequence.text.finish()
+        if sequence.text.unsent or sequence.text.logprobs:
+            self._telling[sequence] = None
         now = time.perf_counter()
         started, first = sequence.started or now, sequence.first_token or now
         generated = sequence.n_shown - sequence.n_prompt
@@ -6299,11 +6277,12 @@ class Outbox:
         if not (now or self._events or time.perf_counter() - self._sent_at >= FLUSH_SECONDS):
             return
         pieces, (self.running, cells) = [], self._counts()
-        for sequence in self._unsent:
-            pieces.append(Piece(sequence.id, sequence.unsent, tuple(sequence.logprobs), sequence.n_tokens - sequence.n_told))
-            sequence.unsent, sequence.n_told = "", sequence.n_tokens
-            sequence.logprobs.clear()
-        events, self._events, self._unsent = (*pieces, *self._events), [], []
+        for sequence in self._telling:
+            text = sequence.text
+            pieces.append(Piece(sequence.id, text.unsent, tuple(text.logprobs), sequence.n_tokens - sequence.n_told))
+            text.unsent, text.logprobs, sequence.n_told = "", [], sequence.n_tokens
+        self._telling.clear()
+        events, self._events = (*pieces, *self._events), []
         self._sent_at = time.perf_counter()
         self._send(Stepped(events, self.running, cells))
 
@@ -6323,6 +6302,8 @@ class Intake:
     """
 
     def __init__(self, llama: Llama, outbox: Outbox) -> None:
+        import weakref
+
         self.llama, self.outbox = llama, outbox
         self.tokenizing, self.reading = Pulse(), Pulse()
         self.inbox: queue.SimpleQueue[Sequence | Embedding | None] = queue.SimpleQueue()  # None: look again, one is cancelled
@@ -6331,7 +6312,7 @@ class Intake:
         self._submits: queue.SimpleQueue[Submission] = queue.SimpleQueue()
         self._grammars: queue.SimpleQueue[tuple[Submission, Prompt]] = queue.SimpleQueue()  # prompts whose grammars take long
         self._arriving: dict[int, Submission] = {}  # until they are tokenized; the thread that takes one out answers for it
-        self._known: dict[int, Submission] = {}  # from their arrival to their end
+        self._known = weakref.WeakValueDictionary[int, Submission]()  # as long as anybody works for them
 
     def receive(self, message: Submit | Cancel) -> None:
         """Takes a message from the parent."""
@@ -6342,16 +6323,11 @@ class Intake:
         for submission in filter(None, map(self._known.get, message.ids)):
             submission.cancelled = True
             if self._arriving.pop(submission.id, None):  # its text may be in the tokenizer, for seconds
-                self.ended(submission.id)
                 self.outbox.at_once(Accepted(submission.id, 0), Finished(submission.id, "cancelled", 0, 0))
         self.inbox.put(None)
         in_step = self.in_step
         if in_step and all(s.submission.cancelled for s in in_step):  # nobody waits for what is being decoded
             self.llama.main.abort(True)
-
-    def ended(self, id: int) -> None:
-        """The job has ended: a cancel comes too late now."""
-        self._known.pop(id, None)
 
     def tokenize(self) -> None:
         """The tokenizing thread: jobs take turns, an input of each at a time."""
@@ -6419,7 +6395,6 @@ class Intake:
             self.outbox.at_once(Accepted(work.id, work.n_prompt))
             self.inbox.put(work)
         else:
-            self.ended(work.id)
             count = len(work.ids) if isinstance(work, Tokens) else 0
             answer = (Accepted(work.id, count), work, Finished(work.id, "stop", count, 0))
             self.outbox.at_once(*(answer if isinstance(work, Tokens) else (work,)))
@@ -6541,8 +6516,8 @@ class Picker:
     PATIENCE = 0.01  # seconds of each step in which grammars are asked what comes next
     SEEKING, SEEKING_EACH = 5.0, 0.1  # seconds in which one may be asked for a text, and more for each token
 
-    def __init__(self, llama: Llama, scheduler: Scheduler, outbox: Outbox, intake: Intake) -> None:
-        self.llama, self.scheduler, self.outbox, self.intake = llama, scheduler, outbox, intake
+    def __init__(self, llama: Llama, scheduler: Scheduler, outbox: Outbox) -> None:
+        self.llama, self.scheduler, self.outbox = llama, scheduler, outbox
         self.sought = 0.0  # CPU seconds this step has spent picking for sequences with a grammar
 
     def sample(self, plan: Seq[tuple[Sequence, int]]) -> bool:
@@ -6609,9 +6584,10 @@ class Picker:
                 vocab.name(token), math.nan, id=token)  # fmt: skip
             if at == sequence.blank_at:
                 told = replace(told, token=told.token.removeprefix(b" "))
-            sequence.logprobs.append(told)
-            self.outbox.text(sequence, sequence.echo.decode(told.token))
+            sequence.text.logprobs.append(told)
+            sequence.text.unsent += sequence.echo.decode(told.token)
             sequence.n_echoed += 1
+        self.outbox.tell(sequence)
 
     def ask_again(self) -> None:
         """Resumes unfinished grammars, least served first."""
@@ -6683,14 +6659,13 @@ class Picker:
             token = int(sequence.tokens[sequence.n_shown])
             sequence.n_shown += 1
             marker = vocab.marker_pieces.get(token) if sequence.markers else None
-            text = sequence.text.push(marker.encode() if marker in sequence.markers else vocab.piece(token))
-            if sequence.known:  # then no token is shown but the one that was picked
-                logprob = sequence.known.of(token, sequence.sampling.logprobs or 0)
-                sequence.unshown.append((logprob, sequence.text.position))
-                sequence.known = None
-            self.outbox.text(sequence, sequence.ready(text))
+            # with log probabilities no token is shown but the one that was picked
+            logprob = sequence.known.of(token, sequence.sampling.logprobs or 0) if sequence.known else None
+            sequence.text.push(marker.encode() if marker in sequence.markers else vocab.piece(token), logprob)
+            sequence.known = None
             if sequence.thought:
                 sequence.forced.extend(sequence.thought.add(vocab.shown(token), sequence.text.is_whole))
+        self.outbox.tell(sequence)
 
     def finish(self, sequence: Sequence, reason: str) -> None:
         self.outbox.finished(sequence, reason)
@@ -6702,7 +6677,6 @@ class Picker:
 
     def _retire(self, sequence: Sequence) -> None:
         self.scheduler.retire(sequence)
-        self.intake.ended(sequence.id)
         sequence.logits = None
         sequence.sampler.close()
 
@@ -6718,7 +6692,7 @@ class Engine:
         self.intake = Intake(llama, self.outbox)
         self.inbox = self.intake.inbox
         self.scheduler = Scheduler(llama, llama.options.parallel)
-        self.picker = Picker(llama, self.scheduler, self.outbox, self.intake)
+        self.picker = Picker(llama, self.scheduler, self.outbox)
         self.aside = Aside(llama, self.scheduler, self._step_streams)
         self.embedder = Embedder(llama, self.aside)
         self.encoder = Encoder(llama.eyes, self.scheduler, self.aside) if llama.eyes else None
@@ -6826,7 +6800,6 @@ class Engine:
         for job in [j for j in self.embedder.jobs if j.submission.cancelled or j.error or j.is_complete]:
             self.outbox.embedded(job)
             self.embedder.drop(job)
-            self.intake.ended(job.id)
 
     def _make_reader(self) -> None:
         """Makes the prompt reader. Clearing its memory takes as long as many steps, so it is made when none runs."""
