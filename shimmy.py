@@ -5248,11 +5248,6 @@ class Sequence(Rows):
         return self.echo is not None and not self.first_token
 
     @property
-    def unread(self) -> int:
-        """Tokens of its prompt that are not evaluated; after a step back its own text is read like that too."""
-        return (self.n_tokens if self.first_token else self.n_prompt) - self.n_computed
-
-    @property
     def jumping(self) -> bool:
         """Whether what is pending is text that had to come behind its last pick, computed together with that."""
         return self.pending > 1 and bool(self.first_token) and self.n_computed >= self._jumped_at
@@ -5633,9 +5628,10 @@ class Cache:
         if sequence.n_computed in sequence.borders:
             self.save(Prefix.of(sequence, context), context)
 
-    def save(self, prefix: Prefix, context: Context) -> None:
-        """Saves the cells of its row as bytes, if they can be had."""
-        prefix.save(context)
+    def save(self, prefix: Prefix, context: Context, needed: bool = False) -> None:
+        """Saves the cells of its row as bytes, if they can be had, and there is memory for more than what is `needed`."""
+        if needed or not self._memory_is_short():
+            prefix.save(context)
         if prefix.saved is None:
             prefix.n_computed = 0  # nothing to lend
         else:
@@ -5648,14 +5644,18 @@ class Cache:
             if other.saved is None:
                 self.main.empty(other.row)
         self.prefixes.append(prefix)
-        while (saved := [p for p in self.prefixes if p.saved is not None]) and self._are_too_many(saved):
+        while (saved := [p for p in self.prefixes if p.saved is not None and p is not prefix]) and (
+            self._memory_is_short() or self._are_too_many([*saved, prefix])
+        ):
             self.prefixes.remove(min(saved, key=lambda p: p.used))
 
-    def _are_too_many(self, saved: Seq[Prefix]) -> bool:
-        """Counts tokens where memory can be cut, else bytes: a state is large for the shortest text, and kept several times."""
+    def _memory_is_short(self) -> bool:
         free = available_memory()
-        if free is not None and free - self.llama.setup.reserved < self.SPARE_BYTES:
-            return True
+        return free is not None and free - self.llama.setup.reserved < self.SPARE_BYTES
+
+    def _are_too_many(self, prefixes: Seq[Prefix]) -> bool:
+        """Counts tokens where memory can be cut, else bytes: a state is large for the shortest text, and kept several times."""
+        saved = [p for p in prefixes if p.saved is not None]
         tokens, size = sum(p.n_computed for p in saved), sum(len(p.saved) for p in saved)
         most = max(self.llama.pool * self.llama.kv_bytes, self.SAVED_BYTES)
         return size > most or len(saved) > self.SAVED or (self.llama.cuttable and tokens > self.llama.pool)
@@ -6113,7 +6113,7 @@ class Scheduler:
         if not jumping and not prompts:
             return self._with_drafts(streams)
         alone = len(streams) == len(jumping) == 1 and not prompts
-        target = Pace.TARGET if any(s.unread > 1 for s in prompts) else Pace.FORCED
+        target = Pace.TARGET if prompts else Pace.FORCED
         rows = self.pace.prompt_rows(0) - 1 if alone else self.pace.prompt_rows(len(streams), target) // (1 + bool(pictures))
         outputs = self.llama.main.n_seq - len(self.running)  # each may have one at its end
         slices = fair_slices([*jumping, *prompts], rows, min(outputs, self.SCORED) if streams else outputs)
@@ -6144,7 +6144,8 @@ class Scheduler:
         prompts = [s for s in self.running if not s.is_stream and not s.scored] if self.reader else []
         decoding = sum(1 for s in self.running if s.is_stream) if prompts else 0
         most = self.SLICES * self.pace.prompt_rows(decoding) if decoding else math.inf
-        return [s for s in prompts if s.unread > most and s.border(s.n_tokens - 1) == s.n_tokens - 1]  # the last token stays here
+        # the last token stays here
+        return [s for s in prompts if s.pending > most and s.border(s.n_tokens - 1) == s.n_tokens - 1]
 
     def due(self, seconds: float) -> float:
         """When the streams' next step should begin while something is computed aside, if it takes so long (perf_counter)."""
@@ -6160,8 +6161,9 @@ class Scheduler:
         """Lets sequences that the reader has read go on, as soon as there is room."""
         for sequence in [s for s in self.aside if s.pending == 1]:
             assert self.reader
-            self.cache.save(Prefix.of(sequence, self.reader.context), self.reader.context)
-            self.reader.context.empty(sequence.row)
+            context = self.reader.context
+            self.cache.save(Prefix.of(sequence, context), context, needed=True)  # else it would be read again, and again
+            context.empty(sequence.row)
             self._wait(sequence)
 
     def make_room(self) -> Sequence | None:

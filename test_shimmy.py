@@ -8130,6 +8130,18 @@ def test_prompts_are_read_in_slices_when_a_reader_cannot_be_made(why: str, serve
     assert ("read in slices" in own.log.read_text()) == (why == "refused by llama.cpp")
 
 
+def test_prompt_read_aside_comes_back_where_memory_is_short(serve: Serve, tmp_path: Path) -> None:
+    """Where no prefix may stay outside the cache."""
+    write_kind(tmp_path / "llama.gguf", "llama", context=8192)
+    short = ("    SPARE_BYTES = 256 * MIB", "    SPARE_BYTES = 1 << 60")
+    own = serve("--models-dir", tmp_path, script=altered(tmp_path, *ALL_ASIDE, short))
+    body = {"model": "llama", "prompt": [9], "max_tokens": 8000, "ignore_eos": True}
+    with own.stream("/v1/completions", body) as busy:
+        next(busy)
+        greedy(own, "llama", ids(STORY * 10), 2)
+        assert own.status("llama")["requests_running"] == 1, "it came back with the last stream's end alone"
+
+
 @pytest.mark.parametrize("kind", ["llama", "mamba"])
 def test_cancelled_prompts_read_aside_leave_nothing_behind(kind: str, asides: Server, forgetful: Server) -> None:
     asides.unload(kind)
