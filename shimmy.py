@@ -69,7 +69,7 @@ Threads of the main process: one a connection, which blocks (HTTP); `accept`; `w
 own (Residents); `names`, which scans first; and for each worker one that reads, one that writes and one that watches.
 Threads of a child: one receives, one beats, one tokenizes, one reads grammars that take long (Intake); the main thread
 alone decodes: Engine takes the step that Scheduler plans, in cells that Cache gives out, Picker picks the tokens, and long
-prompts are read aside (PromptReader).
+prompts are read aside.
 """
 from __future__ import annotations
 
@@ -5870,58 +5870,6 @@ class Aside:
         return None if self._aborted else done
 
 
-class PromptReader:
-    """Reads long prompts while streams run: in a context of its own, whose batches stop for the streams' steps.
-
-    In slices behind the streams' rows a prompt is read at half speed, for the kernels are made for whole batches, and
-    larger slices make longer gaps. Here whole batches are read. What was read becomes a prefix, behind which the sequence
-    goes on in the main context with its prompt's last token.
-    """
-
-    BATCH = 256  # tokens: nearly full speed, and the next prompt need not wait long for its turn
-    TOGETHER = 4  # prompts read at once
-
-    def __init__(self, llama: Llama, aside: Aside) -> None:
-        """Raises LoadError."""
-        self.aside, self.batch = aside, max(self.BATCH, llama.eyes.whole if llama.eyes else 0)
-        self.context = Context(llama, llama.ctx, self.batch, self.TOGETHER, pauses=True)
-
-    @property
-    def reading(self) -> list[Sequence]:
-        return [s for s in self.context.rows if s and not s.done]
-
-    def take(self, sequence: Sequence) -> bool:
-        """Takes a sequence over from the main context, with its cells; False while there is no room."""
-        context, rows, main = self.context, self.context.rows, self.context.llama.main
-        for row, other in enumerate(rows):
-            if other and other.done:  # cancelled, or failed
-                context.empty(row)
-        if None not in rows or sum(s.n_tokens for s in (*self.reading, sequence)) > context.cells:
-            return False
-        row, old = rows.index(None), sequence.row
-        data = main.save(old) if sequence.n_computed else None
-        if data is None or not context.restore(row, data):
-            context.drop(row)
-            sequence.n_computed = 0
-        rows[row], sequence.row = sequence, row
-        main.empty(old)
-        return True
-
-    def plan(self) -> list[tuple[Sequence, int]]:
-        """The next batch: pictures that are encoded, or else a fair slice of each text."""
-        texts = [s for s in self.reading if not s.medium]
-        return media_slices(self.reading, self.batch, self.context.llama.eyes) or fair_slices(texts, self.batch)
-
-    def read(self, plan: Seq[tuple[Sequence, int]], cache: Cache) -> int:
-        """Reads one batch; llama_decode's status, 0 too if all were cancelled. Raises what `step` raised."""
-        status = self.aside.run(lambda: self.context.decode(plan), [s.submission for s in self.reading])
-        for sequence, count in plan if status == 0 else ():
-            sequence.n_computed += count
-            if sequence.pending > 1 and not sequence.done:  # else it goes back, or away
-                cache.keep_state(sequence, self.context)
-        return status or 0
-
-
 class Encoder:
     """Makes the embeddings of pictures that prompts wait for, a part at a time. Used by the step loop alone."""
 
@@ -6038,6 +5986,10 @@ class Scheduler:
 
     The pool is shared. When it runs out, prefixes leave first; then the youngest running sequence steps back to the head
     of the queue, keeping its tokens and sampler, and what it has in the cache becomes a prefix.
+
+    Long prompts are read aside while streams run, in a context of their own. In slices behind the streams' rows a prompt is
+    read at half speed, for the kernels are made for whole batches, and larger slices make longer gaps. What was read there
+    becomes a prefix, behind which the sequence goes on in the main context with its prompt's last token.
     """
 
     WORTH_WAITING = 32  # tokens another prompt is just computing that are worth waiting for
@@ -6053,16 +6005,12 @@ class Scheduler:
         self.llama, self.parallel = llama, parallel
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # in order of admission
+        self.aside: list[Sequence] = []  # those whose prompts the reader reads; they have no cells in the main context
+        self.reader: Context | None = None
         self.pace = Pace(llama.main.n_batch)
         self.cache = Cache(llama, self.pace)
-        self.reader: PromptReader | None = None
         self._looked = False  # whether the last step was of pictures
         self.stepped_at = 0.0  # when the main context's last step ended (perf_counter)
-
-    @property
-    def aside(self) -> list[Sequence]:
-        """Sequences whose prompts the reader reads; they have no cells in the main context."""
-        return self.reader.reading if self.reader else []
 
     @property
     def active(self) -> list[Sequence]:
@@ -6154,16 +6102,36 @@ class Scheduler:
 
     def move_aside(self) -> None:
         """Hands long prompts to the reader, with their cells, in order: else shorter ones might keep the first out for ever."""
-        while (long := self._long_prompts()) and self.reader and self.reader.take(long[0]):
-            self.running.remove(long[0])
+        main, reader = self.llama.main, self.reader
+        for sequence in self._long_prompts():
+            assert reader
+            for row, other in enumerate(reader.rows):
+                if other and other.done:  # cancelled, or failed
+                    reader.empty(row)
+            if None not in reader.rows or sum(s.n_tokens for s in (*self.aside, sequence)) > reader.cells:
+                return
+            row, old = reader.rows.index(None), sequence.row
+            data = main.save(old) if sequence.n_computed else None
+            if data is None or not reader.restore(row, data):
+                reader.drop(row)
+                sequence.n_computed = 0
+            reader.rows[row], sequence.row = sequence, row
+            main.empty(old)
+            self.running.remove(sequence)
+            self.aside.append(sequence)
+
+    def plan_aside(self) -> list[tuple[Sequence, int]]:
+        """The reader's next batch: pictures that are encoded, or else a fair slice of each text."""
+        rows, texts = self.reader.n_batch if self.reader else 0, [s for s in self.aside if not s.medium]
+        return media_slices(self.aside, rows, self.llama.eyes) or fair_slices(texts, rows)
 
     def bring_back(self) -> None:
         """Lets sequences that the reader has read go on, as soon as there is room."""
         for sequence in [s for s in self.aside if s.pending == 1]:
             assert self.reader
-            context = self.reader.context
-            self.cache.save(Prefix.of(sequence, context), context, needed=True)  # else it would be read again, and again
-            context.empty(sequence.row)
+            self.cache.save(Prefix.of(sequence, self.reader), self.reader, needed=True)  # else it would be read again, and again
+            self.reader.empty(sequence.row)
+            self.aside.remove(sequence)
             self._wait(sequence)
 
     def make_room(self) -> Sequence | None:
@@ -6183,11 +6151,11 @@ class Scheduler:
     def retire(self, sequence: Sequence) -> None:
         """Takes a sequence out; what it has in the cache stays for prompts that begin alike."""
         sequence.done = True
-        if sequence in self.waiting:
-            self.waiting.remove(sequence)
-        elif sequence in self.running:
-            self.running.remove(sequence)
+        if sequence in self.running:
             self.cache.leave(sequence)
+        for sequences in (self.waiting, self.running, self.aside):
+            if sequence in sequences:
+                sequences.remove(sequence)
 
 
 # ── 10. Engine (child) ────────────────────────────────────────────────────────────────────────────────────────────────
@@ -6684,8 +6652,10 @@ class Picker:
 
 
 class Engine:
-    """The step loop of one model, in the child's main thread. Intake, Scheduler, PromptReader, Picker and Outbox do the rest."""
+    """The step loop of one model, in the child's main thread. Intake, Scheduler, Picker and Outbox do the rest."""
 
+    READ, READ_TOGETHER = 256, 4  # tokens of prompts read aside in one batch: nearly full speed, and the next prompt need not
+    # wait long for its turn; prompts at once
     GARBAGE, MOST_GARBAGE = 10, 1000  # collections of young objects before all are looked at: while idle, and while text runs
 
     def __init__(self, llama: Llama, pipe: Pipe, pulse: Pulse) -> None:
@@ -6756,10 +6726,9 @@ class Engine:
         self.scheduler.admit()
         self._wants_reader = self._wants_reader or len(self.scheduler.running) > 1
         self.scheduler.move_aside()
-        reader = self.scheduler.reader
-        if reader and (plan := reader.plan()):
-            self._read_aside(reader, plan)
-            if any(s.pending == 1 for s in reader.reading):
+        if plan := self.scheduler.plan_aside():
+            self._read_aside(plan)
+            if any(s.pending == 1 for s in self.scheduler.aside):
                 self._step_streams()  # to bring one back takes as long as a step
         else:
             self._decode()
@@ -6806,21 +6775,28 @@ class Engine:
     def _make_reader(self) -> None:
         """Makes the prompt reader. Clearing its memory takes as long as many steps, so it is made when none runs."""
         self._wants_reader = False
-        free, need = available_memory(), self.llama.kv_bytes * self.llama.ctx + 64 * MIB
+        llama, rows = self.llama, max(self.READ, self.llama.eyes.whole if self.llama.eyes else 0)
+        free, need = available_memory(), llama.kv_bytes * llama.ctx + 64 * MIB
         try:
             if free is None or free > 2 * need:
-                self.scheduler.reader = PromptReader(self.llama, self.aside)
+                self.scheduler.reader = Context(llama, llama.ctx, rows, self.READ_TOGETHER, pauses=True)
         except LoadError as error:
             self._may_read_aside = False
             log.warning("long prompts are read in slices: %s", error)
 
-    def _read_aside(self, reader: PromptReader, plan: Seq[tuple[Sequence, int]]) -> None:
+    def _read_aside(self, plan: Seq[tuple[Sequence, int]]) -> None:
         """Reads one batch of the prompts aside."""
+        scheduler, reader = self.scheduler, self.scheduler.reader
+        assert reader
         self._begin_decode(sum(count for _, count in plan))
-        if status := reader.read(plan, self.scheduler.cache):
-            for sequence in reader.reading:
-                self.picker.fail(sequence, f"llama_decode returned {status}")
-            self.outbox.flush()
+        status = self.aside.run(lambda: reader.decode(plan), [s.submission for s in scheduler.aside])
+        for sequence, count in plan if status == 0 else ():
+            sequence.n_computed += count
+            if sequence.pending > 1 and not sequence.done:  # else it goes back, or is gone
+                scheduler.cache.keep_state(sequence, reader)
+        for sequence in list(scheduler.aside) if status else ():
+            self.picker.fail(sequence, f"llama_decode returned {status}")
+        self.outbox.flush(now=False)
 
     def _step_streams(self) -> None:
         """Between operations of what is computed aside (prompts, pictures, vectors): lets newcomers in and streams step."""

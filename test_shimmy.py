@@ -8116,8 +8116,8 @@ def assert_together_as_alone(server: Server, prompts: list[list[int]], tokens: i
 
 
 NO_READER = {
-    "too little memory": ("free, need = available_memory(), ", "free, need = 0, "),
-    "refused by llama.cpp": ("self.context = Context(llama, llama.ctx", "raise LoadError('no')\n        Context(llama, 9"),
+    "too little memory": ("free, need = available_memory(), llama", "free, need = 0, llama"),
+    "refused by llama.cpp": ("self.scheduler.reader = Context(llama", "raise LoadError('no')\n                Context(llama"),
 }
 
 
