@@ -4506,6 +4506,7 @@ class Eyes:
     # attention of 8,192 patches, Qwen2.5-VL's for 2,048 tokens, takes 400 MB
     LARGE = 8192  # pixels a side of a picture that is as large for any model as one can be
     LAYOUTS = 256  # kept, of the pictures seen last
+    KEPT_BYTES = 256 * MIB  # of embeddings: those of the parts encoded last, and all that a running sequence needs next
 
     def __init__(self, llama: Llama, path: str) -> None:
         """Raises LoadError."""
@@ -4521,6 +4522,7 @@ class Eyes:
         self._layouts: dict[str, Prompt] = {}
         self._numbers = itertools.count(-2, -1)
         self.embeddings: dict[tuple[str, int], Any] = {}  # of parts, by Medium.part: float32, shape (cells, width)
+        self._work: dict[tuple[str, int], Generator[Any, None, None]] = {}  # on the last picture, by the part it makes next
         self.mrope = llama.c.llama_model_rope_type(llama.model) in (8, 40)  # LLAMA_ROPE_TYPE_MROPE, IMROPE
         self.width = int(llama.c.llama_model_n_embd_inp(llama.model))
         self.whole = 0  # cells of the largest part, where attention goes both ways within one: it is decoded in one batch
@@ -4578,19 +4580,39 @@ class Eyes:
             del self._layouts[next(iter(self._layouts))]
         return layout
 
-    def encode(self, picture: Picture, first: int) -> Generator[Any, None, None]:
-        """The embeddings of a picture's parts from `first` on, one after another. Raises PictureError."""
+    def encode(self, picture: Picture, index: int) -> Any:
+        """The embedding of one part of a picture. Raises PictureError."""
+        work = self._work.pop((picture.key, index), None)
+        while self._work:
+            self._work.popitem()[1].close()
+        work = work or self._encode(picture, index)
+        embedding = next(work)
+        self._work[picture.key, index + 1] = work
+        return embedding
+
+    def _encode(self, picture: Picture, first: int) -> Generator[Any, None, None]:
+        """The embeddings of a picture's parts from `first` on, one after another."""
         from concurrent.futures import ThreadPoolExecutor, wait
 
+        embedding = None
         with contextlib.ExitStack() as opened, ThreadPoolExecutor(1) as thread:  # streams step meanwhile: it may take seconds
             chunks = thread.submit(lambda: opened.enter_context(self._opened(self._decoded(picture.data))))
             while wait([chunks], 0.002).not_done:
                 self.llama.pause()
             for chunk in [c for c in chunks.result() if not self._is_text(c)][first:]:
-                count = self.c.mtmd_input_chunk_get_n_tokens(chunk)
+                if embedding is not None:
+                    yield embedding  # the last one when the picture is closed
                 if status := self.c.mtmd_encode_chunk(self.handle, chunk):
                     raise PictureError(f"cannot be encoded: mtmd_encode_chunk returned {status}")
-                yield self.np.ctypeslib.as_array(self.c.mtmd_get_output_embd(self.handle), (count, self.width)).copy()
+                shape = self.c.mtmd_input_chunk_get_n_tokens(chunk), self.width
+                embedding = self.np.ctypeslib.as_array(self.c.mtmd_get_output_embd(self.handle), shape).copy()
+        yield embedding
+
+    def trim(self, needed: Collection[tuple[str, int]]) -> None:
+        """Lets go of embeddings, the oldest first, but not of parts that are needed."""
+        for part in [part for part in self.embeddings if part not in needed]:
+            if sum(embedding.nbytes for embedding in self.embeddings.values()) > self.KEPT_BYTES:
+                del self.embeddings[part]
 
     def _decoded(self, data: bytes) -> Any:
         """libmtmd's bitmap of a file, null if there is none in it.
@@ -5870,41 +5892,6 @@ class Aside:
         return None if self._aborted else done
 
 
-class Encoder:
-    """Makes the embeddings of pictures that prompts wait for, a part at a time. Used by the step loop alone."""
-
-    KEPT_BYTES = 256 * MIB  # of embeddings: those of the parts encoded last, and all that a running sequence needs next
-
-    def __init__(self, eyes: Eyes, scheduler: Scheduler, aside: Aside) -> None:
-        self.eyes, self.scheduler, self.aside = eyes, scheduler, aside
-        self._work: dict[tuple[str, int], Generator[Any, None, None]] = {}  # of one picture at most, by the part it makes next
-
-    def waiting(self) -> list[tuple[Sequence, Medium]]:
-        """The sequences that run, and parts that come next in them and are not encoded."""
-        return [(s, medium) for s in self.scheduler.active if not s.submission.cancelled
-                and (medium := s.next_medium) and medium.part not in self.eyes.embeddings]  # fmt: skip
-
-    def encode(self, sequence: Sequence, medium: Medium) -> None:
-        """Encodes a part that comes next in a sequence. Raises PictureError, and what the streams' step raised."""
-        kept, following = self.eyes.embeddings, (medium.key, medium.index + 1)
-        work = self._work.pop(medium.part, None)
-        while self._work:
-            self._work.popitem()[1].close()
-        work = work or self.eyes.encode(sequence.pictures[medium.key], medium.index)
-        users = [s.submission for s, other in self.waiting() if other.part == medium.part]
-        embedding = self.aside.run(lambda: next(work), users)
-        if embedding is not None:
-            kept[medium.part] = embedding
-        if embedding is not None and any(m.part == following for m in sequence.media):
-            self._work[following] = work
-        else:
-            work.close()
-        needed = {s.next_medium.part for s in self.scheduler.active if s.next_medium}
-        for other in [part for part in kept if part not in needed]:
-            if sum(each.nbytes for each in kept.values()) > self.KEPT_BYTES:
-                del kept[other]
-
-
 class Embedder:
     """Makes vectors of inputs, those of several jobs in one batch. Used by the step loop alone.
 
@@ -6667,7 +6654,6 @@ class Engine:
         self.picker = Picker(llama, self.scheduler, self.outbox)
         self.aside = Aside(llama, self.scheduler, self._step_streams)
         self.embedder = Embedder(llama, self.aside)
-        self.encoder = Encoder(llama.eyes, self.scheduler, self.aside) if llama.eyes else None
         self._may_read_aside = llama.on_cpu  # whether to make a prompt reader: a GPU is quick with slices
         # whether to make it soon: several sequences have run at once, or the first picture must not hold up a stream
         self._wants_reader = llama.eyes is not None
@@ -6735,16 +6721,25 @@ class Engine:
         self.scheduler.bring_back()
         if self.embedder.jobs:
             self._embed()
-        if self.encoder and (waiting := self.encoder.waiting()):
-            self._encode(self.encoder, *waiting[0])
+        if self.llama.eyes:
+            self._encode(self.llama.eyes)
 
-    def _encode(self, encoder: Encoder, sequence: Sequence, medium: Medium) -> None:
-        """Encodes a part of a picture that a sequence waits for."""
+    def _encode(self, eyes: Eyes) -> None:
+        """Encodes the part of a picture that a running sequence waits for first."""
+        waiting = [(s, medium) for s in self.scheduler.active if not s.submission.cancelled
+                   and (medium := s.next_medium) and medium.part not in eyes.embeddings]  # fmt: skip
+        if not waiting:
+            return
+        sequence, medium = waiting[0]
         self.pulse.begin("decode")
         try:
-            encoder.encode(sequence, medium)
+            users = [s.submission for s, other in waiting if other.part == medium.part]
+            embedding = self.aside.run(lambda: eyes.encode(sequence.pictures[medium.key], medium.index), users)
+            if embedding is not None:
+                eyes.embeddings[medium.part] = embedding
         except PictureError as error:
             self.picker.fail(sequence, f"a picture {error}")
+        eyes.trim({m.part for s in self.scheduler.active if (m := s.next_medium)})
         self.outbox.flush(now=False)
 
     def _embed(self) -> None:
