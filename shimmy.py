@@ -5856,7 +5856,8 @@ class Aside:
         """`step` takes the streams' next step."""
         self._llama, self._scheduler, self._step = llama, scheduler, step
         self._resumed_at = 0.0  # when the batch last began or went on
-        self._longest, self._last_longest = 0.1, 0.0  # most seconds between two pauses, of this batch and the one before
+        self._took: list[float] = []  # seconds between two pauses, of this batch
+        self._last_took: list[float] = []  # the same of the batch before, which mostly had the same operations
         self._stepping = 0.0  # seconds of a step with all that belongs to it; slow ones are slowly forgotten
         self._users: Seq[Submission] = ()
         self._aborted = False
@@ -5867,8 +5868,10 @@ class Aside:
         """Between operations of a batch; whether to go on. An exception cannot pass through llama.cpp: it ends the batch."""
         try:
             now = time.perf_counter()
-            self._longest = max(self._longest, now - self._resumed_at)
-            if now + max(self._longest, self._last_longest) >= self._scheduler.due(self._stepping):
+            self._took.append(now - self._resumed_at)
+            seen = len(self._took)
+            coming = self._last_took[seen] if seen < len(self._last_took) else max(self._took)
+            if now + coming >= self._scheduler.due(self._stepping):
                 self._step()
                 self._stepping = max(time.perf_counter() - now, 0.9 * self._stepping)
             self._resume()
@@ -5883,7 +5886,7 @@ class Aside:
 
     def run(self, work: Callable[[], Result], users: Seq[Submission]) -> Result | None:
         """Does a batch of work in which pauses come; None when all its users were cancelled. Raises what `step` raised."""
-        self._last_longest, self._longest = self._longest, 0.0
+        self._last_took, self._took = self._took, []
         self._users, self._aborted, self._error = users, False, None
         self._resume()
         done = work()
