@@ -5384,7 +5384,7 @@ class Input(Rows):
 
     def __init__(self, job: Embedding, tokens: Any, positions: Any) -> None:
         super().__init__(tokens, len(tokens), positions)
-        self.job = job
+        self.job, self.submission = job, job.submission
         self.pooled: Any = None  # what its vector is so far
         self.vector = b""  # in the end
 
@@ -5636,7 +5636,7 @@ class Cache:
         """Moves the prefix used least recently out of the cache, `whole`: that loses nothing by it; False when none is in it."""
         most = self.llama.n_swa if whole and self.llama.n_swa else math.inf
         inside = [p for p in self.prefixes if p.saved is None and p.n_computed <= most]
-        if not inside:
+        if not inside or (whole and self._memory_is_short()):
             return False
         self.prefixes.remove(prefix := min(inside, key=lambda p: p.used))
         self.save(prefix, self.main)
@@ -5741,12 +5741,14 @@ class PrefixFiles:
 
     def listed(self, owner: str) -> list[Prefix]:
         """The prefixes on the disk that this engine may use for a client."""
-        paths, start = list[str](), self._start(owner)
+        if not self.most:
+            return []
+        paths, start = set[str](), self._start(owner)
         with contextlib.suppress(OSError):
-            paths = [os.path.join(self.folder, name) for name in os.listdir(self.folder)] if self.most else []
+            paths.update(os.path.join(self.folder, name) for name in os.listdir(self.folder))
         mine = [path for path in paths if path.startswith(f"{start}-") and path.endswith(".prefix")]
         heads = {path: head for path in mine if (head := self._heads.get(path) or self._read_head(path, owner))}
-        self._heads |= heads
+        self._heads = {path: head for path, head in self._heads.items() if path in paths} | heads
         return list(heads.values())
 
     def _read_head(self, path: str, owner: str) -> Prefix | None:
@@ -5943,7 +5945,7 @@ class Embedder:
     def step(self, plan: Seq[tuple[Input, int]]) -> None:
         """Decodes a batch. Raises GenerationFailed, and what the streams' step raised."""
         context, at = self.context, 0
-        status = self.aside.run(lambda: context.decode(plan), [i.job.submission for i in self.reading])
+        status = self.aside.run(lambda: context.decode(plan), [i.submission for i in self.reading])
         if status in (None, 2):  # nobody waits for it
             return
         if status:
@@ -6268,7 +6270,7 @@ class Intake:
         self.tokenizing, self.reading = Pulse(), Pulse()
         self.inbox: queue.SimpleQueue[Sequence | Embedding | None] = queue.SimpleQueue()  # None: look again, one is cancelled
         self.closing = False  # the parent wants no more: the step loop ends as soon as it can
-        self.in_step: Seq[Sequence | Embedding] = ()  # the step loop says what it decodes in the main context
+        self.in_step: Seq[Sequence | Input] = ()  # the step loop says what it decodes in the main context
         self._submits: queue.SimpleQueue[Submission] = queue.SimpleQueue()
         self._grammars: queue.SimpleQueue[tuple[Submission, Prompt]] = queue.SimpleQueue()  # prompts whose grammars take long
         self._arriving: dict[int, Submission] = {}  # until they are tokenized; the thread that takes one out answers for it
@@ -6726,6 +6728,7 @@ class Engine:
             self._embed()
         if self.llama.eyes:
             self._encode(self.llama.eyes)
+        self.outbox.flush(now=False)
 
     def _encode(self, eyes: Eyes) -> None:
         """Encodes the part of a picture that a running sequence waits for first."""
@@ -6743,26 +6746,21 @@ class Engine:
         except PictureError as error:
             self.picker.fail(sequence, f"a picture {error}")
         eyes.trim({m.part for s in self.scheduler.active if (m := s.next_medium)})
-        self.outbox.flush(now=False)
 
     def _embed(self) -> None:
         """One batch of inputs that become vectors; running streams step in the middle of it."""
         embedder = self.embedder
         self._end_embeddings()
-        self.main.abort(False)
         self.pulse.begin("decode")
         try:
             if plan := embedder.plan():
-                self._begin_decode(sum(count for _, count in plan))
-                if embedder.context is self.main:
-                    self.intake.in_step = [i.job for i, _ in plan]
+                self._begin_decode(plan, embedder.context)
                 embedder.step(plan)
         except (ApiError, LoadError) as error:
             for job in embedder.jobs:
                 job.error = error if isinstance(error, ApiError) else GenerationFailed(str(error))
         self.intake.in_step = ()
         self._end_embeddings()
-        self.outbox.flush(now=False)
 
     def _end_embeddings(self) -> None:
         """Lets go of jobs that are over; not in the middle of a batch, whose cells cannot be dropped."""
@@ -6786,7 +6784,7 @@ class Engine:
         """Reads one batch of the prompts aside."""
         scheduler, reader = self.scheduler, self.scheduler.reader
         assert reader
-        self._begin_decode(sum(count for _, count in plan))
+        self._begin_decode(plan, reader)
         status = self.aside.run(lambda: reader.decode(plan), [s.submission for s in scheduler.aside])
         for sequence, count in plan if status == 0 else ():
             sequence.n_computed += count
@@ -6794,7 +6792,6 @@ class Engine:
                 scheduler.cache.keep_state(sequence, reader)
         for sequence in list(scheduler.aside) if status else ():
             self.picker.fail(sequence, f"llama_decode returned {status}")
-        self.outbox.flush(now=False)
 
     def _step_streams(self) -> None:
         """Between operations of what is computed aside (prompts, pictures, vectors): lets newcomers in and streams step."""
@@ -6815,10 +6812,7 @@ class Engine:
         decoding, drafted = sum(1 for s, _ in plan if s.is_stream), any(count > s.pending for s, count in plan)
         if decoding == len(plan):
             self._tidy()  # takes as long as a short step; beside a prompt it would add to the gap
-        tokens = sum(count for _, count in plan)
-        self.main.abort(False)
-        self.intake.in_step = [s for s, _ in plan]
-        self._begin_decode(tokens)
+        self._begin_decode(plan, self.main)
         with self._undisturbed(decoding):
             started = time.perf_counter()
             status = self.main.decode(plan)
@@ -6826,13 +6820,20 @@ class Engine:
         if status:
             self._recover(status, plan)
             return
-        scheduler.pace.record(decoding, tokens, scheduler.stepped_at - started, drafted)
+        scheduler.pace.record(decoding, sum(count for _, count in plan), scheduler.stepped_at - started, drafted)
         self.pulse.begin("sample")
         self.outbox.flush(now=self.picker.sample(plan))
 
-    def _begin_decode(self, tokens: int) -> None:
-        """Sets the heartbeat's limit: 30 s and, as RPC servers hang silently, 4 times the load-time measure for each token."""
+    def _begin_decode(self, plan: Seq[tuple[Any, int]], context: Context) -> None:
+        """Sets the heartbeat's limit: 30 s and, as RPC servers hang silently, 4 times the load-time measure for each token.
+
+        In the main context a cancel of all in the plan ends the decode.
+        """
+        tokens = sum(count for _, count in plan)
         self.pulse.begin("decode", min(Pulse.LIMITS["decode"], 30 + 4 * tokens * self.llama.token_seconds))
+        if context is self.main:
+            context.abort(False)
+            self.intake.in_step = [rows for rows, _ in plan]
 
     def _undisturbed(self, decoding: int) -> contextlib.AbstractContextManager[None]:
         """Keeps a grammar that is being read off the processors for a step of streams, if that takes them all.

@@ -8140,6 +8140,7 @@ def test_prompt_read_aside_comes_back_where_memory_is_short(serve: Serve, tmp_pa
         next(busy)
         greedy(own, "llama", ids(STORY * 10), 2)
         assert own.status("llama")["requests_running"] == 1, "it came back with the last stream's end alone"
+        assert greedy(own, "llama", ids(STORY * 10), 2).cached, "what ends stays in its row"
 
 
 @pytest.mark.parametrize("kind", ["llama", "mamba"])
