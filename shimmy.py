@@ -14,15 +14,15 @@
 Part I, the server, reads downward as a request flows. Its sections with their lines, 7 to 10 in the child:
 
     1    Limits and errors            180  every bound with its reason; ApiError and its kinds
-    2    Requests and events          960  a body becomes a checked request; the events of its answer
-    3    Models on disk               510  the catalog of model files; presets
+    2    Requests and events          970  a body becomes a checked request; the events of its answer
+    3    Models on disk               520  the catalog of model files; presets
     4    Chat                         800  messages to a prompt by the model's template (Helpers), its text back to events
     5    Tools                        440  a Python function is a tool; what built-in ones may reach
     6    Messages                     450  jobs, what comes back of them, and the Pipe they cross
-    7    llama.cpp                   1160  the library: model, contexts, vocabulary, kernels, Eyes
-    8    Sampling                     480  how the next token is picked, and the text that tokens become
-    9    Scheduling                  1120  who runs and who waits, whose cells are where; Prefix, PrefixFiles
-    10   Engine                       820  the step loop, and the threads that feed it
+    7    llama.cpp                   1180  the library: model, contexts, vocabulary, kernels, Eyes
+    8    Sampling                     430  how the next token is picked, and the text that tokens become
+    9    Scheduling                   990  who runs and who waits, whose cells are where; Prefix, PrefixFiles
+    10   Engine                       830  the step loop, and the threads that feed it
     11   Worker                       560  the parent's side of a child; the Ladder of its loads; Metrics
     12   Models in memory             680  loads, evictions; ModelTable finds by name
     13   Service                      480  the only way in for every door; run_tools runs what the server may
@@ -35,7 +35,7 @@ Part I, the server, reads downward as a request flows. Its sections with their l
     15.4 HTTP                         350  a connection's thread from its first byte to its last; how a server stops
     16   WebSocket, lifecycle         270  asyncio on its side thread
     17.1 Command line                 450  flags and their meaning
-    17.2 Commands                     600  serve, list, probe, diag, pull
+    17.2 Commands                     590  serve, list, probe, diag, pull
     17.3 generate                     560  by a running server or an engine of its own; main
 
 Part II is a library that knows no request, route or model in memory. Each head says what it offers and uses.
@@ -45,12 +45,12 @@ Part II is a library that knows no request, route or model in memory. Each head 
     C    Formats                      910  how models write thoughts and calls, and the parser of it
     D.1  Automata                     400  symbols, and the states of all readings of a text
     D.2  Patterns                     410  regular expressions and GBNF
-    D.3  Strings                      550  sets of texts, with and, or and not
+    D.3  Strings                      520  sets of texts, with and, or and not
     D.4  Numbers                      220  numbers by bounds and multiples
-    E.1  JSON schemas                 330  a client's schema, read and checked
-    E.2  Shapes                       660  its normal form: meet, union, not
-    E.3  Grammars                     660  its documents, and calls, as symbols
-    F    Pull                         660  from a hub or any address into the cache
+    E.1  JSON schemas                 340  a client's schema, read and checked
+    E.2  Shapes                       640  its normal form: meet, union, not
+    E.3  Grammars                     600  its documents, and calls, as symbols
+    F    Pull                         640  from a hub or any address into the cache
     G    Page                         950  the chat page at /
 
 Three seams. What the client speaks: a Dialect reads bodies and makes documents, an Exchange sends them. What the model writes:
@@ -69,7 +69,7 @@ Threads of the main process: one a connection, which blocks (HTTP); `accept`; `w
 own (Residents); `names`, which scans first; and for each worker one that reads, one that writes and one that watches.
 Threads of a child: one receives, one beats, one tokenizes, one reads grammars that take long (Intake); the main thread
 alone decodes: Engine takes the step that Scheduler plans, in cells that Cache gives out, Picker picks the tokens, and long
-prompts are read aside (PromptReader).
+prompts are read aside.
 """
 from __future__ import annotations
 
@@ -4042,6 +4042,12 @@ class Llama:
         self.kv_bytes = (self.info.kv or KvShape()).token_bytes(self.options.kv_type)  # of a token's KV cache
         # what other threads of the engine wait at while it computes, if that takes all processors
         self.gate = Gate() if self.on_cpu and self.threads >= len(processors()) else None
+        self.pause: Callable[[], bool] = lambda: True  # called every few operations of what pauses; False ends that
+        self.pause_every = 1  # so many
+        asked = itertools.count(1)
+        # llama.cpp asks before each operation whether its result is wanted, and calls again when it is there
+        self.pausing = self.c.ggml_backend_sched_eval_callback(
+            lambda _tensor, asks, _data: next(asked) % self.pause_every == 0 if asks else self.pause())
         self._load_model(progress)
         kind = self.metadata("general.architecture")  # where every token attends to all, an input is computed in one piece
         self.looks_both_ways = kind in EMBEDDERS or self.metadata(f"{kind}.attention.causal") == "false"
@@ -4318,28 +4324,24 @@ class Rows:
 class Context:
     """llama.cpp's context: a KV cache, and the decoding into it. One thread decodes."""
 
-    PAUSE_EVERY = 2  # operations of a graph; each takes up to 20 ms with 256 rows of a 0.5B model on two cores
     EVERY_ROW = False  # whether each row of a batch is wanted, or only that of a sequence's last token
 
-    def __init__(self, llama: Llama, cells: int, n_batch: int, n_seq: int, pause: Callable[[], bool] | None = None) -> None:
+    def __init__(self, llama: Llama, cells: int, n_batch: int, n_seq: int, pauses: bool = False) -> None:
         """Room for `cells` tokens of `n_seq` sequences, read in batches of `n_batch`. LoadError when llama.cpp refuses.
 
-        `pause` is called every few operations of a decode, on the decoding thread; False ends the decode there.
+        One that `pauses` calls `llama.pause` every few operations of a decode, on the decoding thread.
         """
         self.llama, self.c, self.np, self.ctypes = llama, llama.c, llama.np, llama.ctypes
         self.cells, self.n_batch, self.n_seq = cells, n_batch, n_seq
         # llama.cpp gives a cell that a sliding window has left to the next sequence that wants one, unless two rows own it:
         # a row's twin is so many rows further. What makes vectors lends no cells
         self.twins = n_seq if llama.n_swa and 2 * n_seq <= MAX_ROWS and not self.EVERY_ROW else 0
-        self.pause_every = self.PAUSE_EVERY
         self._abort = self.ctypes.create_string_buffer(2)
-        asked = itertools.count(1)
-        # llama.cpp asks before each operation whether its result is wanted, and calls again when it is there
-        self._callback = self.c.ggml_backend_sched_eval_callback(  # kept: llama.cpp calls it
-            lambda _tensor, asks, _data: next(asked) % self.pause_every == 0 if asks else pause()
-        ) if pause else None
         llama.log_lines.clear()
-        self.handle = self.c.llama_init_from_model(llama.model, self._params())
+        params = self._params()
+        if pauses:
+            params.cb_eval = llama.pausing
+        self.handle = self.c.llama_init_from_model(llama.model, params)
         if not self.handle:
             raise llama.refusal("llama.cpp cannot make a context")
         if llama.adapters:
@@ -4363,8 +4365,6 @@ class Context:
         strlen = self.ctypes.CDLL("msvcrt" if sys.platform == "win32" else None).strlen
         params.abort_callback = self.ctypes.cast(strlen, self.c.ggml_abort_callback)
         params.abort_callback_data = self.ctypes.cast(self._abort, self.ctypes.c_void_p)
-        if self._callback:
-            params.cb_eval = self._callback
         return params
 
     def abort(self, wanted: bool) -> None:
@@ -4420,7 +4420,7 @@ class Context:
             medium, done = sequence.medium, sequence.n_computed
             assert medium
             parts.append((medium, slice(done - medium.start, done - medium.start + count)))
-        embeddings = self.np.concatenate([eyes.embeddings[m.key][m.index][part] for m, part in parts])
+        embeddings = self.np.concatenate([eyes.embeddings[m.part][part] for m, part in parts])
         if eyes.mrope:
             positions = self.np.concatenate([m.places()[:, part] for m, part in parts], axis=1)
         batch = self._batch_of(embd=embeddings, pos=positions)
@@ -4497,14 +4497,14 @@ class EmbeddingContext(Context):
     LOGITS = 128 * MIB  # llama.cpp computes logits for each token of a model that has them, and keeps them twice
     WHOLE, SLICED = 256, 64  # inputs in the context at once; llama.cpp's most, and enough to fill a batch
 
-    def __init__(self, llama: Llama, pause: Callable[[], bool] | None = None) -> None:
-        """Raises LoadError when llama.cpp refuses. `pause` as in Context."""
+    def __init__(self, llama: Llama, pauses: bool = False) -> None:
+        """Raises LoadError when llama.cpp refuses. `pauses` as in Context."""
         self.whole = llama.looks_both_ways
         self.pooling = POOLINGS.get(int(llama.metadata(f"{llama.metadata('general.architecture')}.pooling_type") or 0), "mean")
         self.batch_tokens = self.batch_size(llama)  # of a batch, but for a longer input that looks both ways
         n_seq = self.WHOLE if self.whole else self.SLICED if llama.cuttable else 4  # a recurrent state takes megabytes
         cells = -(-max(llama.ctx, self.batch_tokens) // n_seq) * n_seq  # else llama.cpp's graph does not fit together
-        super().__init__(llama, cells, cells if self.whole else self.batch_tokens, n_seq, pause)
+        super().__init__(llama, cells, cells if self.whole else self.batch_tokens, n_seq, pauses)
         score = self.pooling == "rank"
         self.size = int(self.c.llama_model_n_cls_out(llama.model) if score else self.c.llama_model_n_embd_out(llama.model))
 
@@ -4580,6 +4580,10 @@ class Medium:
     n_pos: int  # positions that it takes: fewer than cells with M-RoPE
     grid: Any  # with M-RoPE int32, shape (2, 4, cells): the cells' positions if it began at position 0, and at 1
 
+    @property
+    def part(self) -> tuple[str, int]:
+        return self.key, self.index
+
     def moved(self, cells: int, positions: int) -> Medium:
         """The same part, so much further behind."""
         return replace(self, start=self.start + cells, end=self.end + cells, position=self.position + positions)
@@ -4614,6 +4618,7 @@ class Eyes:
     # attention of 8,192 patches, Qwen2.5-VL's for 2,048 tokens, takes 400 MB
     LARGE = 8192  # pixels a side of a picture that is as large for any model as one can be
     LAYOUTS = 256  # kept, of the pictures seen last
+    KEPT_BYTES = 256 * MIB  # of embeddings: those of the parts encoded last, and all that a running sequence needs next
 
     def __init__(self, llama: Llama, path: str) -> None:
         """Raises LoadError."""
@@ -4626,10 +4631,10 @@ class Eyes:
         except (ImportError, OSError, RuntimeError, AttributeError) as error:
             raise LoadError(f"the library for it is not usable: {error}") from None
         mtmd.mtmd_helper_log_set(llama.log_callback, self.ctypes.c_void_p())
-        self.pause: Callable[[], bool] = lambda: True  # called every few operations of an encode on the CPU; False ends it
         self._layouts: dict[str, Prompt] = {}
         self._numbers = itertools.count(-2, -1)
-        self.embeddings: dict[str, list[Any]] = {}  # of pictures by their keys: float32, shape (cells, width) a part
+        self.embeddings: dict[tuple[str, int], Any] = {}  # of parts, by Medium.part: float32, shape (cells, width)
+        self._work: dict[tuple[str, int], Generator[Any, None, None]] = {}  # on the last picture, by the part it makes next
         self.mrope = llama.c.llama_model_rope_type(llama.model) in (8, 40)  # LLAMA_ROPE_TYPE_MROPE, IMROPE
         self.width = int(llama.c.llama_model_n_embd_inp(llama.model))
         self.whole = 0  # cells of the largest part, where attention goes both ways within one: it is decoded in one batch
@@ -4650,12 +4655,8 @@ class Eyes:
         if gpu:
             params.device = gpu.handle
         params.n_threads, params.image_max_tokens = llama.threads, most
-        asked = itertools.count(1)
-        self._callback = llama.c.ggml_backend_sched_eval_callback(  # kept: the library calls it
-            lambda _tensor, asks, _data: next(asked) % Context.PAUSE_EVERY == 0 if asks else self.pause()
-        )
         if not gpu:
-            params.cb_eval = self._callback
+            params.cb_eval = llama.pausing
         llama.log_lines.clear()
         handle = self.c.mtmd_init_from_file(os.fsencode(path), llama.model, params)
         if not handle:
@@ -4684,21 +4685,39 @@ class Eyes:
             del self._layouts[next(iter(self._layouts))]
         return layout
 
-    def encode(self, picture: Picture) -> Generator[Any, None, None]:
-        """The embeddings of a picture's parts, one after another. Raises PictureError."""
+    def encode(self, picture: Picture, index: int) -> Any:
+        """The embedding of one part of a picture. Raises PictureError."""
+        work = self._work.pop((picture.key, index), None)
+        while self._work:
+            self._work.popitem()[1].close()
+        work = work or self._encode(picture, index)
+        embedding = next(work)
+        self._work[picture.key, index + 1] = work
+        return embedding
+
+    def _encode(self, picture: Picture, first: int) -> Generator[Any, None, None]:
+        """The embeddings of a picture's parts from `first` on, one after another."""
         from concurrent.futures import ThreadPoolExecutor, wait
 
+        embedding = None
         with contextlib.ExitStack() as opened, ThreadPoolExecutor(1) as thread:  # streams step meanwhile: it may take seconds
             chunks = thread.submit(lambda: opened.enter_context(self._opened(self._decoded(picture.data))))
             while wait([chunks], 0.002).not_done:
-                self.pause()
-            for chunk in chunks.result():
-                count = self.c.mtmd_input_chunk_get_n_tokens(chunk)
-                if self._is_text(chunk):
-                    continue
+                self.llama.pause()
+            for chunk in [c for c in chunks.result() if not self._is_text(c)][first:]:
+                if embedding is not None:
+                    yield embedding  # the last one when the picture is closed
                 if status := self.c.mtmd_encode_chunk(self.handle, chunk):
                     raise PictureError(f"cannot be encoded: mtmd_encode_chunk returned {status}")
-                yield self.np.ctypeslib.as_array(self.c.mtmd_get_output_embd(self.handle), (count, self.width)).copy()
+                shape = self.c.mtmd_input_chunk_get_n_tokens(chunk), self.width
+                embedding = self.np.ctypeslib.as_array(self.c.mtmd_get_output_embd(self.handle), shape).copy()
+        yield embedding
+
+    def trim(self, needed: set[tuple[str, int]]) -> None:
+        """Lets go of embeddings, the oldest first, but not of parts that are needed."""
+        for part in [part for part in self.embeddings if part not in needed]:
+            if sum(embedding.nbytes for embedding in self.embeddings.values()) > self.KEPT_BYTES:
+                del self.embeddings[part]
 
     def _decoded(self, data: bytes) -> Any:
         """libmtmd's bitmap of a file, null if there is none in it.
@@ -5131,56 +5150,64 @@ class LogProbs:
 
 
 class TextStream:
-    """One sequence's text: bytes in, text out that may be shown; what may yet become a stop string waits.
+    """One sequence's text: bytes in, text out that may be sent; what may yet become a stop string waits.
 
-    A piece costs about the same however long the stop strings are: where one might begin only moves forward.
+    Beside log probabilities text goes out in whole tokens. A piece costs about the same however long the stop strings are:
+    where one might begin only moves forward.
     """
 
     def __init__(self, stop: Seq[str]) -> None:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._stop, self._first = stop, frozenset(s[0] for s in stop)
         self._held = ""  # a stop string begins so
-        self.shown = 0  # characters that were given out
+        self._shown = 0  # characters that may be sent
+        self._waiting = ""  # the last of them, which are a part of a token
+        self._tokens: deque[tuple[TokenLogprob, int]] = deque()  # those not sent whole, and the characters up to their ends
         self.stopped = ""  # the stop string that came
-
-    @property
-    def position(self) -> int:
-        """The character that the next byte belongs to."""
-        return self.shown + len(self._held)
+        self.unsent, self.logprobs = "", list[TokenLogprob]()  # since the last message
 
     @property
     def is_whole(self) -> bool:
         """Whether the bytes so far end with a whole character."""
         return not self._decoder.getstate()[0]
 
-    def push(self, piece: bytes) -> str:
-        """The text that may be shown now; at a stop string, whose text is never shown, `stopped` becomes it."""
-        text = self._decoder.decode(piece)
-        if not self._stop:
-            self.shown += len(text)
-            return text
-        seen, buffer = len(self._held), self._held + text
+    def push(self, piece: bytes, logprob: TokenLogprob | None = None) -> None:
+        """Takes a token; at a stop string, whose text is never sent, `stopped` becomes it."""
+        seen, buffer = len(self._held), self._held + self._decoder.decode(piece)
+        if logprob:
+            self._tokens.append((logprob, self._shown + len(buffer)))
         found = [at for s in self._stop if (at := buffer.find(s, max(0, seen - len(s) + 1))) >= 0]
         shown = min(found) if found else self._may_begin(buffer)
         self.stopped = next(s for s in self._stop if buffer.startswith(s, shown)) if found else ""
         self._held = "" if found else buffer[shown:]
-        self.shown += shown
-        return buffer[:shown]
+        self._show(buffer[:shown])
 
     def _may_begin(self, buffer: str) -> int:
         """The first position from which on all that is there is the beginning of a stop string."""
-        for at, character in enumerate(buffer):
+        for at, character in enumerate(buffer if self._stop else ""):
             if character in self._first:
                 tail = buffer[at:]
                 if any(s.startswith(tail) for s in self._stop):
                     return at
         return len(buffer)
 
-    def finish(self) -> str:
+    def _show(self, text: str) -> None:
+        """Lets text be sent, but for a part of a token that is to come whole."""
+        self._shown += len(text)
+        self._waiting += text
+        start = end = self._shown - len(self._waiting)
+        while self._tokens and self._tokens[0][1] <= self._shown:
+            logprob, end = self._tokens.popleft()
+            self.logprobs.append(logprob)
+        if self._tokens and self.stopped and end < self._shown:  # the last one goes on with the stop string
+            self.logprobs.append(self._tokens[0][0].cut(self._shown - end))
+        size = end - start if self._tokens and not self.stopped else len(self._waiting)
+        self.unsent, self._waiting = self.unsent + self._waiting[:size], self._waiting[size:]
+
+    def finish(self) -> None:
         """Flushes held text; drops an incomplete character."""
         rest, self._held = self._held, ""
-        self.shown += len(rest)
-        return rest
+        self._show(rest)
 
 
 # ── 9. Scheduling (child) ─────────────────────────────────────────────────────────────────────────────────────────────
@@ -5269,15 +5296,11 @@ class Sequence(Rows):
         self.disk_bytes, self.disk_seconds = 0, 0.0  # read from the disk, and spared by that
         self.done = False
         self.started = self.first_token = 0.0
-        self.unsent = ""  # text since the last message
         self.n_told = self.n_prompt  # tokens of which the messages have told
         self.echo = codecs.getincrementaldecoder("utf-8")("replace") if job.echo else None  # of a prompt that is given out
         text = job.prompt[0] if job.prompt else 0
         self.n_echoed = len(llama.vocab.ends[0]) if isinstance(text, str) else 0  # of its tokens; the model's own are not
         self.blank_at = self.n_echoed if isinstance(text, str) and text[:1] != " " else -1  # SentencePiece may put a space there
-        self.logprobs: list[TokenLogprob] = []  # of its tokens
-        self.unshown: deque[tuple[TokenLogprob, int]] = deque()  # of later ones, and the characters up to the end of each
-        self._waiting = ""  # text that may be shown, but is a part of a token
 
     def _positions(self, llama: Llama) -> Any:
         """Rows.positions: each token's index, but for what stands behind parts of pictures that take fewer positions."""
@@ -5296,11 +5319,6 @@ class Sequence(Rows):
     def scored(self) -> bool:  # type: ignore[override]
         """Until its first token, if the prompt is echoed."""
         return self.echo is not None and not self.first_token
-
-    @property
-    def unread(self) -> int:
-        """Tokens of its prompt that are not evaluated; after a step back its own text is read like that too."""
-        return (self.n_tokens if self.first_token else self.n_prompt) - self.n_computed
 
     @property
     def jumping(self) -> bool:
@@ -5365,23 +5383,6 @@ class Sequence(Rows):
         self.sampler.force(self.forced[0])
         return self.forced.popleft()
 
-    def ready(self, text: str) -> str:
-        """What may be sent now that `text` may be shown: all, or whole tokens if their log probabilities go with them."""
-        if self.sampling.logprobs is None:
-            return text
-        self._waiting += text
-        stopped, shown, sent = self.text.stopped, self.text.shown, self.text.shown - len(self._waiting)
-        while self.unshown and (self.unshown[0][1] <= shown or stopped):
-            logprob, end = self.unshown.popleft()
-            if not stopped:
-                self.logprobs.append(logprob)
-            elif sent < shown:  # else it is the stop string's
-                self.logprobs.append(logprob.cut(shown - sent))
-            sent = min(end, shown)
-        size = len(self._waiting) - (shown - sent)
-        text, self._waiting = self._waiting[:size], self._waiting[size:]
-        return text
-
 
 Stretches = list[tuple[object, float]]  # whose cells a sequence has, up to which token each; its own are the last, without end
 
@@ -5407,7 +5408,7 @@ class Prefix(Rows):
         self.n_computed, self.owner, self.oldest = len(tokens), owner, oldest
         self.stretches: Stretches = []
         self.saved: Any = None
-        self.used, self.uses = time.monotonic(), 1
+        self.used = time.monotonic()
         self.is_on_disk = False  # or need not be
 
     @classmethod
@@ -5434,7 +5435,7 @@ class Input(Rows):
 
     def __init__(self, job: Embedding, tokens: Any, positions: Any) -> None:
         super().__init__(tokens, len(tokens), positions)
-        self.job, self.turn = job, 0
+        self.job, self.submission = job, job.submission
         self.pooled: Any = None  # what its vector is so far
         self.vector = b""  # in the end
 
@@ -5446,6 +5447,7 @@ class Embedding:
         assert isinstance(submission.job, Embed)
         self.submission, self.id, self.dimensions = submission, submission.id, submission.job.dimensions
         self.inputs = [Input(self, tokens, llama.counting) for tokens in texts]
+        self.unread = deque(self.inputs)  # those that have not begun
         self.n_prompt = sum(input.n_tokens for input in self.inputs)
         self.error: ApiError | None = None
         self.started = 0.0
@@ -5475,7 +5477,7 @@ def fair_slices(prompts: list[Sequence], rows: int, outputs: int = 0) -> list[tu
 
 def media_slices(sequences: Iterable[Sequence], rows: int, eyes: Eyes | None) -> list[tuple[Sequence, int]]:
     """Shares `rows` among sequences in which encoded pictures come next; a part that must be whole may take more."""
-    ready = [(s, s.medium) for s in sequences if eyes and s.medium and s.medium.key in eyes.embeddings]
+    ready = [(s, s.medium) for s in sequences if eyes and s.medium and s.medium.part in eyes.embeddings]
     slices = list[tuple[Sequence, int]]()
     for i, (sequence, medium) in enumerate(ready):
         left = medium.end - sequence.n_computed
@@ -5562,12 +5564,12 @@ class Cache:
     SAVED, SAVED_BYTES = 64, 256 * MIB  # most prefixes outside the cache, and their bytes where the pool has fewer
     SPARE_BYTES = 256 * MIB  # of the machine's memory, that saved prefixes leave free
 
-    def __init__(self, llama: Llama) -> None:
-        self.llama, self.main = llama, llama.main
+    def __init__(self, llama: Llama, pace: Pace) -> None:
+        self.llama, self.main, self.pace = llama, llama.main, pace
         self.rows: list[Sequence | Prefix | None] = llama.main.rows
-        self.prefixes: list[Prefix] = []  # the one used least recently first
+        self.prefixes: list[Prefix] = []
         self.files = PrefixFiles(llama)
-        self._writing: Iterator[None] | None = None  # a prefix on its way to the disk
+        self._writing: Iterator[None] = iter(())  # a prefix on its way to the disk
 
     def best_prefix(self, sequence: Sequence) -> tuple[Sequence | Prefix | None, int]:
         """Whose cells begin as this prompt does, and for how many tokens; at least one token stays to be evaluated."""
@@ -5587,6 +5589,10 @@ class Cache:
         seen = max(0, other.positions[length] - self.llama.n_swa)
         return (self.llama.cuttable or length == other.n_computed) and oldest <= seen
 
+    def _replaces(self, prefix: Prefix, other: Prefix) -> bool:
+        """Whether a prefix can lend all that another has."""
+        return other.begins(prefix) and self._can_lend(prefix, other.n_computed)
+
     def fetch(self, sequence: Sequence, shared: int, beside: bool) -> tuple[Prefix, int] | None:
         """A prefix from the disk and how much it lends, where to read it is quicker than to compute what it spares.
 
@@ -5604,33 +5610,27 @@ class Cache:
         self.add(prefix)
         return prefix, lent[best]
 
-    def write(self, token_seconds: float, hurry: bool = False) -> bool:
-        """Writes a block of a prefix that is not on the disk; False when there is none whose time has come.
-
-        `token_seconds` is how long a token takes to compute.
-        """
-        if self._writing is None:
-            newest = reversed(self.prefixes)  # in a hurry there may not be time for all
+    def write(self, hurry: bool = False) -> bool:
+        """Writes a block of a prefix that is not on the disk; False when there is none whose time has come."""
+        while next(self._writing, "written") == "written":
+            newest = sorted(self.prefixes, key=lambda p: -p.used)  # in a hurry there may not be time for all
             prefix = next((p for p in newest if self.files.wants(p) and (hurry or self.files.quiet_in(p) <= 0)), None)
             if prefix is None:
                 return False
             prefix.is_on_disk = True  # or need not be
-            self._writing = self._written(prefix, token_seconds)
-        if next(self._writing, "written") == "written":
-            self._writing = None
+            self._writing = self._written(prefix)
         return True
 
-    def _written(self, prefix: Prefix, token_seconds: float) -> Iterator[None]:
+    def _written(self, prefix: Prefix) -> Iterator[None]:
         """Writes a prefix in place of shorter ones, unless another lends nearly all of it, as when a prompt is asked again."""
         kept = self.files.listed(prefix.owner)
         if prefix.n_tokens - max((self._lent(k, prefix) for k in kept), default=0) < self.files.LEAST:
             return
-        shorter = [k for k in kept if k.begins(prefix) and self._can_lend(prefix, k.n_tokens)]
         if prefix.saved is None:  # it stays in its row
             prefix = copy.copy(prefix)
             prefix.save(self.main)
         if prefix.saved is not None:
-            yield from self.files.write(prefix, token_seconds, shorter)
+            yield from self.files.write(prefix, self.pace.row, [k for k in kept if self._replaces(prefix, k)])
 
     def write_in(self) -> float | None:
         """Seconds until a prefix is to be written; None if all are."""
@@ -5638,13 +5638,11 @@ class Cache:
 
     def settle(self, sequence: Sequence, donor: Sequence | Prefix | None, shared: int) -> None:
         """Gives the sequence a row that begins with so many of the donor's cells, or none if there is no room for saved ones."""
+        if isinstance(donor, Prefix):
+            donor.used = time.monotonic()
         if None not in self.rows:
             self.save_oldest()  # rows are more than sequences that run
         row, lent = self.rows.index(None), Stretches()
-        if isinstance(donor, Prefix) and donor in self.prefixes:
-            self.prefixes.remove(donor)
-            self.prefixes.append(donor)
-            donor.used, donor.uses = time.monotonic(), donor.uses + 1
         if not donor or not donor.n_computed:  # it may be a prefix that could not be saved
             shared = 0
         elif isinstance(donor, Prefix) and donor.saved is not None:
@@ -5677,10 +5675,9 @@ class Cache:
 
     def leave(self, sequence: Sequence) -> None:
         """Makes what a sequence has in the cache a prefix, which stays in its row."""
-        whole = sequence.border(sequence.n_computed) == sequence.n_computed
         if self.llama.cuttable:
             self.cut(sequence)
-        if sequence.n_computed and (whole or self.llama.cuttable):
+        if sequence.n_computed and sequence.border(sequence.n_computed) == sequence.n_computed:
             prefix = self.rows[sequence.row] = Prefix.of(sequence, self.main)
             self.add(prefix)
         else:
@@ -5689,18 +5686,25 @@ class Cache:
     def save_oldest(self, whole: bool = False) -> bool:
         """Moves the prefix used least recently out of the cache, `whole`: that loses nothing by it; False when none is in it."""
         most = self.llama.n_swa if whole and self.llama.n_swa else math.inf
-        prefix = next((p for p in self.prefixes if p.saved is None and p.n_computed <= most), None)
-        if prefix:
-            self.prefixes.remove(prefix)
-            self.save(prefix, self.main)
-            self.main.empty(prefix.row)
-            if self.llama.cuttable and not any(self.rows):
-                self.main.clear(False)  # to begin at the first cell again: the order of cells shows in the last bits of sums
-        return prefix is not None
+        inside = [p for p in self.prefixes if p.saved is None and p.n_computed <= most]
+        if not inside or (whole and self._memory_is_short()):
+            return False
+        self.prefixes.remove(prefix := min(inside, key=lambda p: p.used))
+        self.save(prefix, self.main)
+        self.main.empty(prefix.row)
+        if self.llama.cuttable and not any(self.rows):
+            self.main.clear(False)  # to begin at the first cell again: the order of cells shows in the last bits of sums
+        return True
 
-    def save(self, prefix: Prefix, context: Context) -> None:
-        """Saves the cells of its row as bytes, if they can be had."""
-        prefix.save(context)
+    def keep_state(self, sequence: Sequence, context: Context) -> None:
+        """Saves what a sequence has, at its borders."""
+        if sequence.n_computed in sequence.borders:
+            self.save(Prefix.of(sequence, context), context)
+
+    def save(self, prefix: Prefix, context: Context, needed: bool = False) -> None:
+        """Saves the cells of its row as bytes, if they can be had, and there is memory for more than what is `needed`."""
+        if needed or not self._memory_is_short():
+            prefix.save(context)
         if prefix.saved is None:
             prefix.n_computed = 0  # nothing to lend
         else:
@@ -5708,20 +5712,23 @@ class Cache:
 
     def add(self, prefix: Prefix) -> None:
         """Takes a prefix in. Those go for which it can lend all that they have, and too many saved ones, the oldest first."""
-        for other in list(self.prefixes):
-            if other.begins(prefix) and self._can_lend(prefix, other.n_computed):
-                self.prefixes.remove(other)
-                if other.saved is None:
-                    self.main.empty(other.row)
+        for other in [p for p in self.prefixes if self._replaces(prefix, p)]:
+            self.prefixes.remove(other)
+            if other.saved is None:
+                self.main.empty(other.row)
         self.prefixes.append(prefix)
-        while (saved := [p for p in self.prefixes if p.saved is not None]) and self._are_too_many(saved):
-            self.prefixes.remove(saved[0])
+        while (saved := [p for p in self.prefixes if p.saved is not None and p is not prefix]) and (
+            self._memory_is_short() or self._are_too_many([*saved, prefix])
+        ):
+            self.prefixes.remove(min(saved, key=lambda p: p.used))
 
-    def _are_too_many(self, saved: Seq[Prefix]) -> bool:
-        """Counts tokens where memory can be cut, else bytes: a state is large for the shortest text, and kept several times."""
+    def _memory_is_short(self) -> bool:
         free = available_memory()
-        if free is not None and free - self.llama.setup.reserved < self.SPARE_BYTES:
-            return True
+        return free is not None and free - self.llama.setup.reserved < self.SPARE_BYTES
+
+    def _are_too_many(self, prefixes: Seq[Prefix]) -> bool:
+        """Counts tokens where memory can be cut, else bytes: a state is large for the shortest text, and kept several times."""
+        saved = [p for p in prefixes if p.saved is not None]
         tokens, size = sum(p.n_computed for p in saved), sum(len(p.saved) for p in saved)
         most = max(self.llama.pool * self.llama.kv_bytes, self.SAVED_BYTES)
         return size > most or len(saved) > self.SAVED or (self.llama.cuttable and tokens > self.llama.pool)
@@ -5730,9 +5737,9 @@ class Cache:
 class PrefixFiles:
     """Prefixes on the disk, which outlive their engine: one file each in the user's cache. Used by the step loop alone.
 
-    A file's name tells for which model and client it is, which text it holds, of how many tokens, and how often that was
-    asked for; its time says when, last. It is written aside and renamed, and has a checksum; one that is damaged goes when
-    it is met. Other servers may add and remove files meanwhile.
+    A file's name tells for which model and client it is, and which text it holds; its time says when it was asked for last.
+    It is written aside and renamed, and has a checksum; one that is damaged goes when it is met. Other servers may add and
+    remove files meanwhile.
     """
 
     LEAST = 128  # tokens that are worth a file
@@ -5741,14 +5748,12 @@ class PrefixFiles:
     BESIDE = 32 * MIB  # read while streams wait; some 50 ms
     MAGIC = b"shimmy prefix 1\n"
     HEAD = struct.Struct("<16sIIdQ")  # the magic, tokens, the oldest one with cells, seconds a token, bytes of cells
-    NAME = re.compile(r"([0-9a-f]{16})-([0-9a-f]{16})-(\d{1,9})-(\d{1,9})\.prefix")
-    STALE = 600.0  # seconds after which a file that was not written to its end is nobody's
+    NAME = re.compile(r"[0-9a-f]{16}-[0-9a-f]{16}\b.*\.(prefix|part)")  # the folder may hold what is not ours
 
     def __init__(self, llama: Llama) -> None:
         self.llama, self.most = llama, llama.options.cache_disk
         self.folder = os.path.abspath(llama.options.cache_dir or prefix_folder())
-        self._stamp: Any = None  # the folder's when its files were listed; None: list them again
-        self._kept: dict[str, Prefix | None] = {}  # all files by path; None: not read, or not this model's
+        self._heads: dict[str, Prefix] = {}  # of this model's files by path, as far as they were read
         self._read_speed = 0.0  # bytes a second, once measured
         self._complained = False
         self._model = self._identity() if self.most else ()
@@ -5789,32 +5794,16 @@ class PrefixFiles:
         """The prefixes on the disk that this engine may use for a client."""
         if not self.most:
             return []
-        self._list()
-        start = self._start(owner)
-        mine = [path for path in self._kept if path.startswith(start)]
-        self._kept |= {path: self._kept[path] or self._read_head(path, owner) for path in mine}
-        return [prefix for path in mine if (prefix := self._kept[path])]
-
-    def _list(self) -> None:
-        """Looks through the folder, if it has changed; files that somebody died over are removed."""
-        stamp = _stamp(self.folder)
-        if stamp is None or stamp != self._stamp:
-            found = dict[str, Prefix | None]()
-            with contextlib.suppress(OSError), os.scandir(self.folder) as entries:
-                for entry in entries:
-                    if self.NAME.fullmatch(entry.name):
-                        found[entry.path] = self._kept.get(entry.path)
-                    elif entry.name.endswith(".part"):
-                        self._remove_stale(entry)
-            self._stamp, self._kept = stamp, found
-
-    def _remove_stale(self, entry: os.DirEntry[str]) -> None:
-        """Removes a file that another engine has not written to its end, unless it may still be at it."""
+        paths, start = set[str](), self._start(owner)
         with contextlib.suppress(OSError):
-            if not entry.name.endswith(f".{os.getpid()}.part") and time.time() - entry.stat().st_mtime > self.STALE:
-                os.remove(entry.path)
+            paths.update(os.path.join(self.folder, name) for name in os.listdir(self.folder))
+        mine = [path for path in paths if path.startswith(f"{start}-") and path.endswith(".prefix")]
+        heads = {path: head for path in mine if (head := self._heads.get(path) or self._read_head(path, owner))}
+        self._heads = {path: head for path, head in self._heads.items() if path in paths} | heads
+        return list(heads.values())
 
     def _read_head(self, path: str, owner: str) -> Prefix | None:
+        """A prefix without its cells; None where the file is gone or damaged."""
         try:
             with open(path, "rb") as file:
                 magic, count, oldest, seconds, size = self.HEAD.unpack(file.read(self.HEAD.size))
@@ -5850,20 +5839,17 @@ class PrefixFiles:
             return None
         speed = len(data) / max(time.perf_counter() - began, 1e-6)
         self._read_speed = (self._read_speed + speed) / 2 if self._read_speed else speed
-        prefix = Prefix(kept.tokens, kept.owner, kept.oldest, kept.positions)
+        prefix = copy.copy(kept)
         prefix.saved, prefix.is_on_disk = cells, True
-        start, _, uses = kept.path.removesuffix(".prefix").rpartition("-")
         with contextlib.suppress(OSError):
             os.utime(kept.path)
-            os.replace(kept.path, f"{start}-{int(uses) + 1}.prefix")
-            self._stamp = None
         return prefix
 
     def write(self, prefix: Prefix, token_seconds: float, shorter: Seq[Prefix]) -> Iterator[None]:
-        """Writes a prefix in place of shorter ones, and of those worth least; yields between blocks."""
+        """Writes a prefix in place of shorter ones, and of those used least recently; yields between blocks."""
         tokens, cells, sum = prefix.tokens.astype("<i4").tobytes(), prefix.saved, 0
         head = self.HEAD.pack(self.MAGIC, prefix.n_tokens, prefix.oldest, token_seconds, len(cells))
-        path = f"{self._start(prefix.owner)}-{self._digest(tokens)}-{prefix.n_tokens}-{prefix.uses}"
+        path = f"{self._start(prefix.owner)}-{self._digest(tokens)}.prefix"
         part = f"{path}.{os.getpid()}.part"
         try:
             os.makedirs(self.folder, mode=0o700, exist_ok=True)
@@ -5875,10 +5861,10 @@ class PrefixFiles:
                     file.write(block)
                     yield
                 file.write(sum.to_bytes(4, "little"))
-            os.replace(part, f"{path}.prefix")
-            self._stamp = None
+            os.replace(part, path)
+            self._heads.pop(path, None)
             for kept in shorter:
-                if kept.path != f"{path}.prefix":
+                if kept.path != path:
                     self._remove(kept.path)
         except OSError as error:  # no room, or a folder that cannot be written
             self._remove(part)
@@ -5887,15 +5873,12 @@ class PrefixFiles:
             self._complained = True
 
     def _make_room(self, size: int) -> bool:
-        """Removes the files worth least until `size` more bytes fit: by tokens, how often and how lately asked for, and size."""
-        self._list()
-        now, files = time.time(), list[tuple[float, int, str]]()
-        for path in self._kept:
-            with contextlib.suppress(OSError):
-                status = os.stat(path)
-                tokens, uses = map(int, path.removesuffix(".prefix").rsplit("-", 2)[1:])
-                worth = tokens * uses / (status.st_size * max(1.0, now - status.st_mtime))
-                files.append((worth, status.st_size, path))
+        """Removes the files used least recently until `size` more bytes fit, also those that somebody died over."""
+        files = list[tuple[float, int, str]]()
+        with os.scandir(self.folder) as entries:
+            for entry in filter(lambda entry: self.NAME.fullmatch(entry.name), entries):
+                with contextlib.suppress(OSError):  # another server removed it
+                    files.append((entry.stat().st_mtime, entry.stat().st_size, entry.path))
         held = sum(size for _, size, _ in files)
         most = min(self.most, (shutil.disk_usage(self.folder).free + held) // 10)
         for _, freed, path in sorted(files) if size <= most else ():
@@ -5906,7 +5889,7 @@ class PrefixFiles:
         return held + size <= most
 
     def _remove(self, path: str) -> None:
-        self._stamp = None
+        self._heads.pop(path, None)
         with contextlib.suppress(OSError):
             os.remove(path)
 
@@ -5917,16 +5900,20 @@ class Aside:
     Every few operations of a batch llama.cpp calls `pause`, which lets the streams step when that is due.
     """
 
-    def __init__(self, due: Callable[[float], float], step: Callable[[], None]) -> None:
-        """`due` says when the streams' next step should begin (perf_counter), by its seconds; `step` takes it."""
-        self._due, self._step = due, step
+    OFTEN, ALONE = 2, 16  # operations between two pauses: one of 256 rows takes up to 20 ms with a 0.5B model on two cores,
+    # where 2 cost a third of the speed
+
+    def __init__(self, llama: Llama, scheduler: Scheduler, step: Callable[[], None]) -> None:
+        """`step` takes the streams' next step."""
+        self._llama, self._scheduler, self._step = llama, scheduler, step
         self._resumed_at = 0.0  # when the batch last began or went on
         self._took: list[float] = []  # seconds between two pauses, of this batch
         self._last_took: list[float] = []  # the same of the batch before, which mostly had the same operations
         self._stepping = 0.0  # seconds of a step with all that belongs to it; slow ones are slowly forgotten
-        self._wanted: Callable[[], bool] = lambda: True
+        self._users: Seq[Submission] = ()
         self._aborted = False
         self._error: Exception | None = None
+        llama.pause = self.pause
 
     def pause(self) -> bool:
         """Between operations of a batch; whether to go on. An exception cannot pass through llama.cpp: it ends the batch."""
@@ -5935,122 +5922,28 @@ class Aside:
             self._took.append(now - self._resumed_at)
             seen = len(self._took)
             coming = self._last_took[seen] if seen < len(self._last_took) else max(self._took)
-            if now + coming >= self._due(self._stepping):
+            if now + coming >= self._scheduler.due(self._stepping):
                 self._step()
                 self._stepping = max(time.perf_counter() - now, 0.9 * self._stepping)
-            self._resumed_at = time.perf_counter()
-            self._aborted = self._aborted or not self._wanted()
+            self._resume()
+            self._aborted = self._aborted or all(user.cancelled for user in self._users)
         except Exception as error:
             self._aborted, self._error = True, error
         return not self._aborted
 
-    def run(self, work: Callable[[], Result], wanted: Callable[[], bool]) -> Result | None:
-        """Does a batch of work in which pauses come; None when it was no longer wanted. Raises what `step` raised."""
+    def _resume(self) -> None:
+        self._llama.pause_every = self.OFTEN if self._scheduler.running else self.ALONE
+        self._resumed_at = time.perf_counter()
+
+    def run(self, work: Callable[[], Result], users: Seq[Submission]) -> Result | None:
+        """Does a batch of work in which pauses come; None when all its users were cancelled. Raises what `step` raised."""
         self._last_took, self._took = self._took, []
-        self._wanted, self._aborted, self._error, self._resumed_at = wanted, False, None, time.perf_counter()
+        self._users, self._aborted, self._error = users, False, None
+        self._resume()
         done = work()
         if self._error:
             raise self._error
         return None if self._aborted else done
-
-
-class PromptReader:
-    """Reads long prompts while streams run: in a context of its own, whose batches stop for the streams' steps.
-
-    In slices behind the streams' rows a prompt is read at half speed, for the kernels are made for whole batches, and
-    larger slices make longer gaps. Here whole batches are read. What was read becomes a prefix, behind which the sequence
-    goes on in the main context with its prompt's last token.
-    """
-
-    BATCH = 256  # tokens: nearly full speed, and the next prompt need not wait long for its turn
-    TOGETHER = 4  # prompts read at once
-
-    def __init__(self, llama: Llama, aside: Aside) -> None:
-        """Raises LoadError."""
-        self.aside, self.batch = aside, max(self.BATCH, llama.eyes.whole if llama.eyes else 0)
-        self.context = Context(llama, llama.ctx, self.batch, self.TOGETHER, aside.pause)
-
-    @property
-    def reading(self) -> list[Sequence]:
-        return [s for s in self.context.rows if s and not s.done]
-
-    def take(self, sequence: Sequence) -> bool:
-        """Takes a sequence over from the main context, with its cells; False while there is no room."""
-        context, rows, main = self.context, self.context.rows, self.context.llama.main
-        for row, other in enumerate(rows):
-            if other and other.done:  # cancelled, or failed
-                context.empty(row)
-        if None not in rows or sum(s.n_tokens for s in (*self.reading, sequence)) > context.cells:
-            return False
-        row, old = rows.index(None), sequence.row
-        data = main.save(old) if sequence.n_computed else None
-        if data is None or not context.restore(row, data):
-            context.drop(row)
-            sequence.n_computed = 0
-        rows[row], sequence.row = sequence, row
-        main.empty(old)
-        return True
-
-    def plan(self) -> list[tuple[Sequence, int]]:
-        """The next batch: pictures that are encoded, or else a fair slice of each text."""
-        texts = [s for s in self.reading if not s.medium]
-        return media_slices(self.reading, self.batch, self.context.llama.eyes) or fair_slices(texts, self.batch)
-
-    def read(self, plan: Seq[tuple[Sequence, int]]) -> int:
-        """Reads one batch; llama_decode's status. Raises what `step` raised."""
-        status = self.aside.run(lambda: self.context.decode(plan),
-                                lambda: not all(s.submission.cancelled for s in self.reading))  # fmt: skip
-        for sequence, count in plan if not status else ():
-            sequence.n_computed += count
-            if status is None:  # llama_decode reports success, but what it left cannot be used
-                self.context.drop(sequence.row)
-                sequence.n_computed = 0
-        return status or 0
-
-
-class Encoder:
-    """Makes the embeddings of pictures that prompts wait for, a part at a time. Used by the step loop alone."""
-
-    KEPT_BYTES = 256 * MIB  # of embeddings: those of the pictures encoded last, and all that a running sequence needs next
-
-    def __init__(self, eyes: Eyes, scheduler: Scheduler, aside: Aside) -> None:
-        self.eyes, self.scheduler, self.aside, eyes.pause = eyes, scheduler, aside, aside.pause
-        self._key, self._parts = "", list[Any]()  # of the picture at work
-        self._work: Generator[Any, None, None] | None = None
-
-    def waiting(self, key: str | None = None) -> list[Sequence]:
-        """The sequences that a picture comes next in: the one with this key, or for those that run any that is not encoded."""
-        sequences = [*self.scheduler.active, *(self.scheduler.waiting if key else ())]
-        sequences = [s for s in sequences if s.media and not s.submission.cancelled]
-        keys = [(s, s.next_medium.key) for s in sequences if s.next_medium]
-        return [s for s, k in keys if (k == key if key else k not in self.eyes.embeddings)]
-
-    def encode(self, sequence: Sequence) -> None:
-        """Encodes the next part of the picture that comes next in a sequence. Raises PictureError, and what the streams' step
-        raised."""
-        assert sequence.next_medium
-        key, kept = sequence.next_medium.key, self.eyes.embeddings
-        if self._work is None or key != self._key:
-            self.leave()
-            self._key, self._work = key, self.eyes.encode(sequence.pictures[key])
-        work, ended = self._work, object()
-        part = self.aside.run(lambda: next(work, ended), lambda: bool(self.waiting(key)))
-        if part is not None and part is not ended:
-            self._parts.append(part)
-            return
-        if part is ended:
-            kept[key] = self._parts
-        self.leave()
-        needed = {s.next_medium.key for s in self.scheduler.active if s.next_medium}
-        for other in [k for k in kept if k not in needed]:
-            if sum(part.nbytes for parts in kept.values() for part in parts) > self.KEPT_BYTES:
-                del kept[other]
-
-    def leave(self) -> None:
-        """Gives the picture at work up."""
-        if self._work:
-            self._work.close()
-        self._work, self._parts = None, []
 
 
 class Embedder:
@@ -6059,14 +5952,10 @@ class Embedder:
     An embedding model's main context does it; a model that generates gets a second one with its first Embed job.
     """
 
-    ALONE = 16  # operations between two pauses while no stream runs: with two busy cores, 2 cost a third of the speed
-
-    def __init__(self, llama: Llama, scheduler: Scheduler, aside: Aside) -> None:
-        self.llama, self.scheduler, self.aside = llama, scheduler, aside
-        self.jobs: list[Embedding] = []
-        self.unread: deque[Input] = deque()  # in the order of their turns: an input of each job, then the next of each
+    def __init__(self, llama: Llama, aside: Aside) -> None:
+        self.llama, self.aside = llama, aside
+        self.jobs: list[Embedding] = []  # the one whose turn is next first
         self.reading: list[Input] = []  # those in the context
-        self._turn = 0  # of the input that was begun last
 
     @functools.cached_property
     def context(self) -> EmbeddingContext:
@@ -6076,35 +5965,27 @@ class Embedder:
         need, free = EmbeddingContext.memory_need(self.llama), available_memory()
         if free is not None and free < need and self.llama.on_cpu:
             raise Overloaded(f"The context for embeddings needs {human_bytes(need)}, {human_bytes(free)} are available")
-        return EmbeddingContext(self.llama, self._pause if self.llama.on_cpu else None)
+        return EmbeddingContext(self.llama, pauses=self.llama.on_cpu)
 
-    def add(self, job: Embedding) -> None:
-        self.jobs.append(job)
-        for turn, input in enumerate(job.inputs, self._turn + 1):
-            input.turn = turn
-        self.unread = deque(sorted([*self.unread, *job.inputs], key=lambda input: input.turn))
-
-    def _pause(self) -> bool:
-        going = self.aside.pause()
-        self._pace()
-        return going
-
-    def _pace(self) -> None:
-        """Pauses often only beside streams."""
-        self.context.pause_every = self.context.PAUSE_EVERY if self.scheduler.running else self.ALONE
+    def _unread(self) -> Iterator[Input]:
+        """The inputs that have not begun, one of each job in turn; whoever goes on with this has taken the last one."""
+        while job := next((job for job in self.jobs if job.unread), None):
+            yield job.unread[0]
+            self.jobs.remove(job)
+            self.jobs.append(job)
 
     def plan(self) -> list[tuple[Input, int]]:
         """The next batch: what is being read, then other inputs in turn, as far as there is room."""
         context, plan, room = self.context, list[tuple[Input, int]](), self.context.batch_tokens
         free, held = set(range(context.n_seq)) - {i.row for i in self.reading}, sum(i.n_tokens for i in self.reading)
-        for input in (*self.reading, *self.unread):
+        for input in itertools.chain(list(self.reading), self._unread()):
             if input.row < 0:
                 held += input.n_tokens
                 fits = not plan or input.n_tokens <= room if context.whole else held <= context.cells
                 if not (fits and free and room > 0):
                     break
-                self.reading.append(self.unread.popleft())
-                self._turn, input.row, input.job.started = input.turn, free.pop(), input.job.started or time.perf_counter()
+                self.reading.append(input.job.unread.popleft())
+                input.row, input.job.started = free.pop(), input.job.started or time.perf_counter()
             if count := input.pending if context.whole else min(input.pending, room):
                 plan.append((input, count))
                 room -= count
@@ -6112,26 +5993,23 @@ class Embedder:
 
     def step(self, plan: Seq[tuple[Input, int]]) -> None:
         """Decodes a batch. Raises GenerationFailed, and what the streams' step raised."""
-        context = self.context
-        self._pace()
-        status = self.aside.run(lambda: context.decode(plan),
-                                lambda: not all(i.job.submission.cancelled for i in self.reading))  # fmt: skip
+        context, at = self.context, 0
+        status = self.aside.run(lambda: context.decode(plan), [i.submission for i in self.reading])
         if status in (None, 2):  # nobody waits for it
             return
         if status:
             context.clear(True)
             raise GenerationFailed(f"llama_decode returned {status}")
-        at = 0
         for input, count in plan:
             input.pooled = context.take(input, at, count, input.pooled)
             input.n_computed += count
             at += count
-        for input in [i for i, _ in plan if not i.pending]:
+            if input.pending:
+                continue
             self._leave(input)
-            if (vector := context.finished(input.pooled, input.job.dimensions)) is None:
+            input.vector = context.finished(input.pooled, input.job.dimensions) or b""
+            if not input.vector:
                 input.job.error = GenerationFailed(NO_NUMBER)
-            else:
-                input.vector = vector
 
     def _leave(self, input: Input) -> None:
         self.reading.remove(input)
@@ -6140,7 +6018,6 @@ class Embedder:
     def drop(self, job: Embedding) -> None:
         """Takes a job out that is over."""
         self.jobs.remove(job)
-        self.unread = deque(i for i in self.unread if i.job is not job)
         for input in [i for i in self.reading if i.job is job]:
             self._leave(input)
 
@@ -6150,6 +6027,10 @@ class Scheduler:
 
     The pool is shared. When it runs out, prefixes leave first; then the youngest running sequence steps back to the head
     of the queue, keeping its tokens and sampler, and what it has in the cache becomes a prefix.
+
+    Long prompts are read aside while streams run, in a context of their own. In slices behind the streams' rows a prompt is
+    read at half speed, for the kernels are made for whole batches, and larger slices make longer gaps. What was read there
+    becomes a prefix, behind which the sequence goes on in the main context with its prompt's last token.
     """
 
     WORTH_WAITING = 32  # tokens another prompt is just computing that are worth waiting for
@@ -6165,15 +6046,12 @@ class Scheduler:
         self.llama, self.parallel = llama, parallel
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # in order of admission
-        self.cache, self.pace = Cache(llama), Pace(llama.main.n_batch)
-        self.reader: PromptReader | None = None
+        self.aside: list[Sequence] = []  # those whose prompts the reader reads; they have no cells in the main context
+        self.reader: Context | None = None
+        self.pace = Pace(llama.main.n_batch)
+        self.cache = Cache(llama, self.pace)
         self._looked = False  # whether the last step was of pictures
         self.stepped_at = 0.0  # when the main context's last step ended (perf_counter)
-
-    @property
-    def aside(self) -> list[Sequence]:
-        """Sequences whose prompts the reader reads; they have no cells in the main context."""
-        return self.reader.reading if self.reader else []
 
     @property
     def active(self) -> list[Sequence]:
@@ -6223,16 +6101,12 @@ class Scheduler:
         jumping = [s for s in streams if s.jumping]
         if not jumping and not prompts:
             return self._with_drafts(streams)
-        plan = [(s, 1) for s in streams if not s.jumping]
         alone = len(streams) == len(jumping) == 1 and not prompts
-        target = Pace.TARGET if any(s.unread > 1 for s in prompts) else Pace.FORCED
+        target = Pace.TARGET if prompts else Pace.FORCED
         rows = self.pace.prompt_rows(0) - 1 if alone else self.pace.prompt_rows(len(streams), target) // (1 + bool(pictures))
-        for index, sequence in enumerate(sorted(jumping, key=lambda s: s.pending)):
-            more = min(sequence.pending - 1, rows // (len(jumping) - index))
-            plan.append((sequence, 1 + more))
-            rows -= more
         outputs = self.llama.main.n_seq - len(self.running)  # each may have one at its end
-        return plan + fair_slices(prompts, rows, min(outputs, self.SCORED) if streams else outputs)
+        slices = fair_slices([*jumping, *prompts], rows, min(outputs, self.SCORED) if streams else outputs)
+        return list((Counter(streams) + Counter(dict(slices))).items())
 
     def _with_drafts(self, streams: list[Sequence]) -> list[tuple[Sequence, int]]:
         """One row per stream, plus as many guessed tokens as should give the most tokens per second, in whole blocks."""
@@ -6259,7 +6133,8 @@ class Scheduler:
         prompts = [s for s in self.running if not s.is_stream and not s.scored] if self.reader else []
         decoding = sum(1 for s in self.running if s.is_stream) if prompts else 0
         most = self.SLICES * self.pace.prompt_rows(decoding) if decoding else math.inf
-        return [s for s in prompts if s.unread > most and s.border(s.n_tokens - 1) == s.n_tokens - 1]  # the last token stays here
+        # the last token stays here
+        return [s for s in prompts if s.pending > most and s.border(s.n_tokens - 1) == s.n_tokens - 1]
 
     def due(self, seconds: float) -> float:
         """When the streams' next step should begin while something is computed aside, if it takes so long (perf_counter)."""
@@ -6268,15 +6143,36 @@ class Scheduler:
 
     def move_aside(self) -> None:
         """Hands long prompts to the reader, with their cells, in order: else shorter ones might keep the first out for ever."""
-        while (long := self._long_prompts()) and self.reader and self.reader.take(long[0]):
-            self.running.remove(long[0])
+        main, reader = self.llama.main, self.reader
+        for sequence in self._long_prompts():
+            assert reader
+            for row, other in enumerate(reader.rows):
+                if other and other.done:  # cancelled, or failed
+                    reader.empty(row)
+            if None not in reader.rows or sum(s.n_tokens for s in (*self.aside, sequence)) > reader.cells:
+                return
+            row, old = reader.rows.index(None), sequence.row
+            data = main.save(old) if sequence.n_computed else None
+            if data is None or not reader.restore(row, data):
+                reader.drop(row)
+                sequence.n_computed = 0
+            reader.rows[row], sequence.row = sequence, row
+            main.empty(old)
+            self.running.remove(sequence)
+            self.aside.append(sequence)
+
+    def plan_aside(self) -> list[tuple[Sequence, int]]:
+        """The reader's next batch: pictures that are encoded, or else a fair slice of each text."""
+        rows, texts = self.reader.n_batch if self.reader else 0, [s for s in self.aside if not s.medium]
+        return media_slices(self.aside, rows, self.llama.eyes) or fair_slices(texts, rows)
 
     def bring_back(self) -> None:
         """Lets sequences that the reader has read go on, as soon as there is room."""
         for sequence in [s for s in self.aside if s.pending == 1]:
             assert self.reader
-            self.cache.save(Prefix.of(sequence, self.reader.context), self.reader.context)
-            self.reader.context.empty(sequence.row)
+            self.cache.save(Prefix.of(sequence, self.reader), self.reader, needed=True)  # else it would be read again, and again
+            self.reader.empty(sequence.row)
+            self.aside.remove(sequence)
             self._wait(sequence)
 
     def make_room(self) -> Sequence | None:
@@ -6296,11 +6192,11 @@ class Scheduler:
     def retire(self, sequence: Sequence) -> None:
         """Takes a sequence out; what it has in the cache stays for prompts that begin alike."""
         sequence.done = True
-        if sequence in self.waiting:
-            self.waiting.remove(sequence)
-        elif sequence in self.running:
-            self.running.remove(sequence)
+        if sequence in self.running:
             self.cache.leave(sequence)
+        for sequences in (self.waiting, self.running, self.aside):
+            if sequence in sequences:
+                sequences.remove(sequence)
 
 
 # ── 10. Engine (child) ────────────────────────────────────────────────────────────────────────────────────────────────
@@ -6346,21 +6242,20 @@ class Outbox:
         """`counts` tells how much runs, and the cells that it holds."""
         self._pipe, self._counts = pipe, counts
         self._events: list[Vectors | Finished | Failed] = []
-        self._unsent: list[Sequence] = []  # those with text or log probabilities to send
+        self._telling: dict[Sequence, None] = {}  # those with text to send
         self._sent_at = 0.0
         self.running = 0  # sequences in the batch, as the parent was told last
 
-    def text(self, sequence: Sequence, text: str) -> None:
-        if text:
-            if not sequence.unsent:
-                self._unsent.append(sequence)
-            sequence.unsent += text
+    def tell(self, sequence: Sequence) -> None:
+        """Sends a sequence's text, if there is any, with the next message."""
+        if sequence.text.unsent:
+            self._telling[sequence] = None
 
     def finished(self, sequence: Sequence, reason: str) -> None:
         """The end of a sequence, behind the text it held back and the log probabilities of tokens without text."""
-        self.text(sequence, sequence.ready(sequence.text.finish()))
-        if sequence.logprobs and sequence not in self._unsent:
-            self._unsent.append(sequence)
+        sequence.text.finish()
+        if sequence.text.unsent or sequence.text.logprobs:
+            self._telling[sequence] = None
         now = time.perf_counter()
         started, first = sequence.started or now, sequence.first_token or now
         generated = sequence.n_shown - sequence.n_prompt
@@ -6395,11 +6290,12 @@ class Outbox:
         if not (now or self._events or time.perf_counter() - self._sent_at >= FLUSH_SECONDS):
             return
         pieces, (self.running, cells) = [], self._counts()
-        for sequence in self._unsent:
-            pieces.append(Piece(sequence.id, sequence.unsent, tuple(sequence.logprobs), sequence.n_tokens - sequence.n_told))
-            sequence.unsent, sequence.n_told = "", sequence.n_tokens
-            sequence.logprobs.clear()
-        events, self._events, self._unsent = (*pieces, *self._events), [], []
+        for sequence in self._telling:
+            text = sequence.text
+            pieces.append(Piece(sequence.id, text.unsent, tuple(text.logprobs), sequence.n_tokens - sequence.n_told))
+            text.unsent, text.logprobs, sequence.n_told = "", [], sequence.n_tokens
+        self._telling.clear()
+        events, self._events = (*pieces, *self._events), []
         self._sent_at = time.perf_counter()
         self._send(Stepped(events, self.running, cells))
 
@@ -6419,15 +6315,17 @@ class Intake:
     """
 
     def __init__(self, llama: Llama, outbox: Outbox) -> None:
+        import weakref
+
         self.llama, self.outbox = llama, outbox
         self.tokenizing, self.reading = Pulse(), Pulse()
         self.inbox: queue.SimpleQueue[Sequence | Embedding | None] = queue.SimpleQueue()  # None: look again, one is cancelled
         self.closing = False  # the parent wants no more: the step loop ends as soon as it can
-        self.in_step: Seq[Sequence | Embedding] = ()  # the step loop says what it decodes in the main context
+        self.in_step: Seq[Sequence | Input] = ()  # the step loop says what it decodes in the main context
         self._submits: queue.SimpleQueue[Submission] = queue.SimpleQueue()
         self._grammars: queue.SimpleQueue[tuple[Submission, Prompt]] = queue.SimpleQueue()  # prompts whose grammars take long
         self._arriving: dict[int, Submission] = {}  # until they are tokenized; the thread that takes one out answers for it
-        self._known: dict[int, Submission] = {}  # from their arrival to their end
+        self._known = weakref.WeakValueDictionary[int, Submission]()  # as long as anybody works for them
 
     def receive(self, message: Submit | Cancel) -> None:
         """Takes a message from the parent."""
@@ -6438,16 +6336,11 @@ class Intake:
         for submission in filter(None, map(self._known.get, message.ids)):
             submission.cancelled = True
             if self._arriving.pop(submission.id, None):  # its text may be in the tokenizer, for seconds
-                self.ended(submission.id)
                 self.outbox.at_once(Accepted(submission.id, 0), Finished(submission.id, "cancelled"))
         self.inbox.put(None)
         in_step = self.in_step
         if in_step and all(s.submission.cancelled for s in in_step):  # nobody waits for what is being decoded
             self.llama.main.abort(True)
-
-    def ended(self, id: int) -> None:
-        """The job has ended: a cancel comes too late now."""
-        self._known.pop(id, None)
 
     def tokenize(self) -> None:
         """The tokenizing thread: jobs take turns, an input of each at a time."""
@@ -6515,7 +6408,6 @@ class Intake:
             self.outbox.at_once(Accepted(work.id, work.n_prompt))
             self.inbox.put(work)
         else:
-            self.ended(work.id)
             count = len(work.ids) if isinstance(work, Tokens) else 0
             answer = (Accepted(work.id, count), work, Finished(work.id, "stop", Usage(count)))
             self.outbox.at_once(*(answer if isinstance(work, Tokens) else (work,)))
@@ -6637,8 +6529,8 @@ class Picker:
     PATIENCE = 0.01  # seconds of each step in which grammars are asked what comes next
     SEEKING, SEEKING_EACH = 5.0, 0.1  # seconds in which one may be asked for a text, and more for each token
 
-    def __init__(self, llama: Llama, scheduler: Scheduler, outbox: Outbox, intake: Intake) -> None:
-        self.llama, self.scheduler, self.outbox, self.intake = llama, scheduler, outbox, intake
+    def __init__(self, llama: Llama, scheduler: Scheduler, outbox: Outbox) -> None:
+        self.llama, self.scheduler, self.outbox = llama, scheduler, outbox
         self.sought = 0.0  # CPU seconds this step has spent picking for sequences with a grammar
 
     def sample(self, plan: Seq[tuple[Sequence, int]]) -> bool:
@@ -6650,8 +6542,7 @@ class Picker:
                 start, end = end, end + wanted
                 ready.append((sequence, row, slice(start, end)))
             sequence.n_computed = min(sequence.n_computed + count, sequence.n_tokens)
-            if sequence.n_computed in sequence.borders:
-                self.scheduler.cache.save(Prefix.of(sequence, self.llama.main), self.llama.main)
+            self.scheduler.cache.keep_state(sequence, self.llama.main)
         if not ready:
             return False
         logits = self.llama.main.logits(end)
@@ -6706,9 +6597,10 @@ class Picker:
                 vocab.name(token), math.nan, id=token)  # fmt: skip
             if at == sequence.blank_at:
                 told = replace(told, token=told.token.removeprefix(b" "))
-            sequence.logprobs.append(told)
-            self.outbox.text(sequence, sequence.echo.decode(told.token))
+            sequence.text.logprobs.append(told)
+            sequence.text.unsent += sequence.echo.decode(told.token)
             sequence.n_echoed += 1
+        self.outbox.tell(sequence)
 
     def ask_again(self) -> None:
         """Resumes unfinished grammars, least served first."""
@@ -6780,14 +6672,13 @@ class Picker:
             token = int(sequence.tokens[sequence.n_shown])
             sequence.n_shown += 1
             marker = vocab.marker_pieces.get(token) if sequence.markers else None
-            text = sequence.text.push(marker.encode() if marker in sequence.markers else vocab.piece(token))
-            if sequence.known:  # then no token is shown but the one that was picked
-                logprob = sequence.known.of(token, sequence.sampling.logprobs or 0)
-                sequence.unshown.append((logprob, sequence.text.position))
-                sequence.known = None
-            self.outbox.text(sequence, sequence.ready(text))
+            # with log probabilities no token is shown but the one that was picked
+            logprob = sequence.known.of(token, sequence.sampling.logprobs or 0) if sequence.known else None
+            sequence.text.push(marker.encode() if marker in sequence.markers else vocab.piece(token), logprob)
+            sequence.known = None
             if sequence.thought:
                 sequence.forced.extend(sequence.thought.add(vocab.shown(token), sequence.text.is_whole))
+        self.outbox.tell(sequence)
 
     def finish(self, sequence: Sequence, reason: str) -> None:
         self.outbox.finished(sequence, reason)
@@ -6799,14 +6690,15 @@ class Picker:
 
     def _retire(self, sequence: Sequence) -> None:
         self.scheduler.retire(sequence)
-        self.intake.ended(sequence.id)
         sequence.logits = None
         sequence.sampler.close()
 
 
 class Engine:
-    """The step loop of one model, in the child's main thread. Intake, Scheduler, PromptReader, Picker and Outbox do the rest."""
+    """The step loop of one model, in the child's main thread. Intake, Scheduler, Picker and Outbox do the rest."""
 
+    READ, READ_TOGETHER = 256, 4  # tokens of prompts read aside in one batch: nearly full speed, and the next prompt need not
+    # wait long for its turn; prompts at once
     GARBAGE, MOST_GARBAGE = 10, 1000  # collections of young objects before all are looked at: while idle, and while text runs
 
     def __init__(self, llama: Llama, pipe: Pipe, pulse: Pulse) -> None:
@@ -6815,10 +6707,9 @@ class Engine:
         self.intake = Intake(llama, self.outbox)
         self.inbox = self.intake.inbox
         self.scheduler = Scheduler(llama, llama.options.parallel)
-        self.picker = Picker(llama, self.scheduler, self.outbox, self.intake)
-        self.aside = Aside(self.scheduler.due, self._step_streams)
-        self.embedder = Embedder(llama, self.scheduler, self.aside)
-        self.encoder = Encoder(llama.eyes, self.scheduler, self.aside) if llama.eyes else None
+        self.picker = Picker(llama, self.scheduler, self.outbox)
+        self.aside = Aside(llama, self.scheduler, self._step_streams)
+        self.embedder = Embedder(llama, self.aside)
         self._may_read_aside = llama.on_cpu  # whether to make a prompt reader: a GPU is quick with slices
         # whether to make it soon: several sequences have run at once, or the first picture must not hold up a stream
         self._wants_reader = llama.eyes is not None
@@ -6836,14 +6727,14 @@ class Engine:
                 with contextlib.suppress(queue.Empty):
                     self._take(self.inbox.get(timeout=cache.write_in()))
         self._take_all()
-        while cache.write(scheduler.pace.row, hurry=True):
+        while cache.write(hurry=True):
             pass
         os._exit(0)
 
     def _rest(self) -> None:
         """Idle work: saves prefixes, makes the prompt reader where several sequences ran at once, runs the cycle collector."""
         self.pulse.begin("move")
-        while self.inbox.empty() and (self._tidy() or self.scheduler.cache.write(self.scheduler.pace.row)):
+        while self.inbox.empty() and (self._tidy() or self.scheduler.cache.write()):
             self.pulse.begin("move")
         if self._wants_reader and self._may_read_aside and not self.scheduler.reader and self.inbox.empty():
             self._make_reader()
@@ -6860,7 +6751,7 @@ class Engine:
 
     def _take(self, work: Sequence | Embedding | None) -> None:
         if isinstance(work, Embedding):
-            self.embedder.add(work)
+            self.embedder.jobs.append(work)
         elif work is not None:
             self.scheduler.waiting.append(work)
             self.picker.jump(work)
@@ -6877,75 +6768,81 @@ class Engine:
         self.scheduler.admit()
         self._wants_reader = self._wants_reader or len(self.scheduler.running) > 1
         self.scheduler.move_aside()
-        reader = self.scheduler.reader
-        if reader and (plan := reader.plan()):
-            self._read_aside(reader, plan)
-            if any(s.pending == 1 for s in reader.reading):
+        if plan := self.scheduler.plan_aside():
+            self._read_aside(plan)
+            if any(s.pending == 1 for s in self.scheduler.aside):
                 self._step_streams()  # to bring one back takes as long as a step
         else:
             self._decode()
         self.scheduler.bring_back()
         if self.embedder.jobs:
             self._embed()
-        if self.encoder and (waiting := self.encoder.waiting()):
-            self._encode(self.encoder, waiting[0])
+        if self.llama.eyes:
+            self._encode(self.llama.eyes)
+        self.outbox.flush(now=False)
 
-    def _encode(self, encoder: Encoder, sequence: Sequence) -> None:
-        """Encodes a part of the picture that a sequence waits for."""
+    def _encode(self, eyes: Eyes) -> None:
+        """Encodes the part of a picture that a running sequence waits for first."""
+        waiting = [(s, medium) for s in self.scheduler.active if not s.submission.cancelled
+                   and (medium := s.next_medium) and medium.part not in eyes.embeddings]  # fmt: skip
+        if not waiting:
+            return
+        sequence, medium = waiting[0]
         self.pulse.begin("decode")
         try:
-            encoder.encode(sequence)
+            users = [s.submission for s, other in waiting if other.part == medium.part]
+            embedding = self.aside.run(lambda: eyes.encode(sequence.pictures[medium.key], medium.index), users)
+            if embedding is not None:
+                eyes.embeddings[medium.part] = embedding
         except PictureError as error:
-            encoder.leave()
             self.picker.fail(sequence, f"a picture {error}")
-        self.outbox.flush(now=False)
+        eyes.trim({m.part for s in self.scheduler.active if (m := s.next_medium)})
 
     def _embed(self) -> None:
         """One batch of inputs that become vectors; running streams step in the middle of it."""
         embedder = self.embedder
         self._end_embeddings()
-        self.main.abort(False)
         self.pulse.begin("decode")
         try:
             if plan := embedder.plan():
-                self._begin_decode(sum(count for _, count in plan))
-                if embedder.context is self.main:
-                    self.intake.in_step = [i.job for i, _ in plan]
+                self._begin_decode(plan, embedder.context)
                 embedder.step(plan)
         except ApiError as error:
             for job in embedder.jobs:
                 job.error = error
         self.intake.in_step = ()
         self._end_embeddings()
-        self.outbox.flush(now=False)
 
     def _end_embeddings(self) -> None:
         """Lets go of jobs that are over; not in the middle of a batch, whose cells cannot be dropped."""
         for job in [j for j in self.embedder.jobs if j.submission.cancelled or j.error or j.is_complete]:
             self.outbox.embedded(job)
             self.embedder.drop(job)
-            self.intake.ended(job.id)
 
     def _make_reader(self) -> None:
         """Makes the prompt reader. Clearing its memory takes as long as many steps, so it is made when none runs."""
         self._wants_reader = False
-        free, need = available_memory(), self.llama.kv_bytes * self.llama.ctx + 64 * MIB
+        llama, rows = self.llama, max(self.READ, self.llama.eyes.whole if self.llama.eyes else 0)
+        free, need = available_memory(), llama.kv_bytes * llama.ctx + 64 * MIB
         try:
             if free is None or free > 2 * need:
-                self.scheduler.reader = PromptReader(self.llama, self.aside)
+                self.scheduler.reader = Context(llama, llama.ctx, rows, self.READ_TOGETHER, pauses=True)
         except LoadError as error:
             self._may_read_aside = False
             log.warning("long prompts are read in slices: %s", error.details)
 
-    def _read_aside(self, reader: PromptReader, plan: Seq[tuple[Sequence, int]]) -> None:
+    def _read_aside(self, plan: Seq[tuple[Sequence, int]]) -> None:
         """Reads one batch of the prompts aside."""
-        self._begin_decode(sum(count for _, count in plan))
-        if status := reader.read(plan):
-            for sequence in reader.reading:
-                self.picker.fail(sequence, f"llama_decode returned {status}")
-            self.outbox.flush()
-        for sequence in [s for s, _ in plan if s.pending > 1 and s.n_computed in s.borders and not s.done]:
-            self.scheduler.cache.save(Prefix.of(sequence, reader.context), reader.context)
+        scheduler, reader = self.scheduler, self.scheduler.reader
+        assert reader
+        self._begin_decode(plan, reader)
+        status = self.aside.run(lambda: reader.decode(plan), [s.submission for s in scheduler.aside])
+        for sequence, count in plan if status == 0 else ():
+            sequence.n_computed += count
+            if sequence.pending > 1 and not sequence.done:  # else it goes back, or is gone
+                scheduler.cache.keep_state(sequence, reader)
+        for sequence in list(scheduler.aside) if status else ():
+            self.picker.fail(sequence, f"llama_decode returned {status}")
 
     def _step_streams(self) -> None:
         """Between operations of what is computed aside (prompts, pictures, vectors): lets newcomers in and streams step."""
@@ -6966,10 +6863,7 @@ class Engine:
         decoding, drafted = sum(1 for s, _ in plan if s.is_stream), any(count > s.pending for s, count in plan)
         if decoding == len(plan):
             self._tidy()  # takes as long as a short step; beside a prompt it would add to the gap
-        tokens = sum(count for _, count in plan)
-        self.main.abort(False)
-        self.intake.in_step = [s for s, _ in plan]
-        self._begin_decode(tokens)
+        self._begin_decode(plan, self.main)
         with self._undisturbed(decoding):
             started = time.perf_counter()
             status = self.main.decode(plan)
@@ -6977,13 +6871,20 @@ class Engine:
         if status:
             self._recover(status, plan)
             return
-        scheduler.pace.record(decoding, tokens, scheduler.stepped_at - started, drafted)
+        scheduler.pace.record(decoding, sum(count for _, count in plan), scheduler.stepped_at - started, drafted)
         self.pulse.begin("sample")
         self.outbox.flush(now=self.picker.sample(plan))
 
-    def _begin_decode(self, tokens: int) -> None:
-        """Sets the heartbeat's limit: 30 s and, as RPC servers hang silently, 4 times the load-time measure for each token."""
+    def _begin_decode(self, plan: Seq[tuple[Any, int]], context: Context) -> None:
+        """Sets the heartbeat's limit: 30 s and, as RPC servers hang silently, 4 times the load-time measure for each token.
+
+        In the main context a cancel of all in the plan ends the decode.
+        """
+        tokens = sum(count for _, count in plan)
         self.pulse.begin("decode", min(Pulse.LIMITS["decode"], 30 + 4 * tokens * self.llama.token_seconds))
+        if context is self.main:
+            context.abort(False)
+            self.intake.in_step = [rows for rows, _ in plan]
 
     def _undisturbed(self, decoding: int) -> contextlib.AbstractContextManager[None]:
         """Keeps a grammar that is being read off the processors for a step of streams, if that takes them all.
@@ -18284,8 +18185,6 @@ class Pull:
 
     def run(self) -> Iterator[Fetching]:
         """Fetches all that is not here yet. Raises PullFailed, Forbidden, ModelNotFound, Cancelled."""
-        import shutil
-
         free = math.inf
         with contextlib.suppress(OSError, StopIteration):  # nobody tells
             free = shutil.disk_usage(next(parent for parent in pathlib.Path(self.path).parents if parent.exists())).free

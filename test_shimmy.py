@@ -6960,13 +6960,14 @@ def test_stop_strings_are_found_in_text_fed_one_character_at_a_time() -> None:
     for _ in range(3000):
         stop = tuple("".join(choose.choices("ab", k=choose.randrange(1, 6))) for _ in range(choose.randrange(1, 4)))
         text = "".join(choose.choices("abc", k=30))
-        stream, shown = module.TextStream(stop), ""
+        stream = module.TextStream(stop)
         for character in text:
-            shown += stream.push(character.encode())
-            assert not any(s in shown for s in stop)
+            stream.push(character.encode())
+            assert not any(s in stream.unsent for s in stop)
             if stream.stopped:
                 break
-        assert shown + stream.finish() == naive_stream(text, stop), (text, stop)
+        stream.finish()
+        assert stream.unsent == naive_stream(text, stop), (text, stop)
 
 
 @pytest.mark.parametrize("text", ["a" * 5000, "ab" * 2500, "aab" * 1700])
@@ -7781,18 +7782,21 @@ def test_kept_prompt_survives_a_restart_is_counted_and_spares_nothing_of_another
     assert len(kept_files(server)) == 2  # one of each client
 
 
-def prefix_files(model: Path, most: int = 1 << 30) -> Any:
-    """A model's prefixes on the disk, without an engine."""
+def model_of(path: Path, most: int = 1 << 30, n_swa: int = 0) -> Any:
+    """What prefixes on the disk ask of a model, without an engine."""
     options = types.SimpleNamespace(cache_dir=None, cache_disk=most, kv_type="f16", flash_attn="auto", lora=())
-    llama: Any = types.SimpleNamespace(options=options, info=types.SimpleNamespace(path=str(model)), on_cpu=True, n_swa=0, np=np,
-                                       counting=np.arange(10_000))  # fmt: skip
-    return module.PrefixFiles(llama)
+    return types.SimpleNamespace(options=options, info=types.SimpleNamespace(path=str(path)), on_cpu=True, n_swa=n_swa, np=np,
+                                 cuttable=True, counting=np.arange(10_000))  # fmt: skip
 
 
-def keep(files: Any, salt: int, tokens: int = 200, size: int = 40_000, uses: int = 1) -> Any:
+def prefix_files(model: Path, most: int = 1 << 30) -> Any:
+    return module.PrefixFiles(model_of(model, most))
+
+
+def keep(files: Any, salt: int, tokens: int = 200, size: int = 40_000) -> Any:
     """Writes a prefix whose cells can be told from its tokens; returns it."""
     prefix = module.Prefix(np.full(tokens, salt, np.int32), "", 0, np.arange(10_000))
-    prefix.saved, prefix.uses = np.full(size, salt, np.uint8), uses
+    prefix.saved = np.full(size, salt, np.uint8)
     for _ in files.write(prefix, 0.01, ()):
         pass
     return prefix
@@ -7829,11 +7833,14 @@ def test_damaged_kept_prefix_is_removed_and_never_read(model_file: Path) -> None
     assert not prefix_files(model_file).listed("")
 
 
-def test_kept_prefixes_worth_least_make_room(model_file: Path) -> None:
+def test_kept_prefixes_used_least_recently_make_room(model_file: Path) -> None:
     files = prefix_files(model_file, most=130_000)
-    keep(files, 1, uses=50)
-    keep(files, 2)
-    keep(files, 3, tokens=900)
+    for salt in (1, 2, 3):
+        keep(files, salt)
+    for kept in files.listed(""):
+        os.utime(kept.path, (1, 100 - kept.tokens[0]))
+    first = next(kept for kept in files.listed("") if kept.tokens[0] == 3)
+    assert files.read(first)  # it has been used now
     keep(files, 4)
     assert salts(files) == [1, 3, 4]
     for _ in range(3):
@@ -7904,10 +7911,27 @@ def test_writer_that_is_killed_anywhere_leaves_only_whole_files(model_file: Path
         os.waitpid(child, 0)
     found = salts(prefix_files(model_file))
     assert found and set(found) < set(range(1, 41))
-    parts = list(Path(files.folder).glob("*.part"))
-    for part in parts:
+    parts, others = list(Path(files.folder).glob("*.part")), Path(files.folder, "others.part")
+    others.touch()
+    for part in (*parts, others):
         os.utime(part, (1, 1))
-    assert salts(prefix_files(model_file)) == found and parts and not list(Path(files.folder).glob("*.part"))
+    files.most = sum(file.stat().st_size for file in Path(files.folder).iterdir())
+    keep(files, 41, size=sum(part.stat().st_size for part in parts) - 1000)
+    assert salts(files) == [*found, 41] and parts and list(Path(files.folder).glob("*.part")) == [others]
+
+
+@cases("n_swa, kept", {"all of its tokens": (0, [400]), "those of its window": (16, [200, 400])})
+def test_kept_prefix_goes_for_a_longer_one_that_can_lend(n_swa: int, kept: list[int], model_file: Path) -> None:
+    llama = model_of(model_file, n_swa=n_swa)
+    llama.main = types.SimpleNamespace(llama=llama, rows=[None], save=lambda row: np.zeros(1000, np.uint8))
+    cache = module.Cache(llama, module.Pace(512))
+    for size in (200, 400):  # in its row, which has cells outside the window too
+        cache.add(module.Prefix(np.full(size, 7, np.int32), "", 0, llama.counting))
+        cache.rows = [None]
+        while cache.write(hurry=True):
+            pass
+        cache.prefixes.clear()
+    assert sorted(prefix.n_tokens for prefix in cache.files.listed("")) == kept
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma2", "mamba"])
@@ -8081,8 +8105,8 @@ def assert_together_as_alone(server: Server, prompts: list[list[int]], tokens: i
 
 
 NO_READER = {
-    "too little memory": ("free, need = available_memory(), ", "free, need = 0, "),
-    "refused by llama.cpp": ("self.context = Context(llama, llama.ctx", "raise LoadError('no')\n        Context(llama, 9"),
+    "too little memory": ("free, need = available_memory(), llama", "free, need = 0, llama"),
+    "refused by llama.cpp": ("self.scheduler.reader = Context(llama", "raise LoadError('no')\n                Context(llama"),
 }
 
 
@@ -8093,6 +8117,19 @@ def test_prompts_are_read_in_slices_when_a_reader_cannot_be_made(why: str, serve
     talks = [ids(f"{i:02d}{STORY * 4}"[: 60 + 30 * i]) for i in range(10)]
     assert_together_as_alone(own, talks, 40)
     assert ("read in slices" in own.log.read_text()) == (why == "refused by llama.cpp")
+
+
+def test_prompt_read_aside_comes_back_where_memory_is_short(serve: Serve, tmp_path: Path) -> None:
+    """Where no prefix may stay outside the cache."""
+    write_kind(tmp_path / "llama.gguf", "llama", context=8192)
+    short = ("    SPARE_BYTES = 256 * MIB", "    SPARE_BYTES = 1 << 60")
+    own = serve("--models-dir", tmp_path, script=altered(tmp_path, *ALL_ASIDE, short))
+    body = {"model": "llama", "prompt": [9], "max_tokens": 8000, "ignore_eos": True}
+    with own.stream("/v1/completions", body) as busy:
+        next(busy)
+        greedy(own, "llama", ids(STORY * 10), 2)
+        assert own.status("llama")["requests_running"] == 1, "it came back with the last stream's end alone"
+        assert greedy(own, "llama", ids(STORY * 10), 2).cached, "what ends stays in its row"
 
 
 @pytest.mark.parametrize("kind", ["llama", "mamba"])
@@ -8222,6 +8259,7 @@ def test_steps_beside_a_batch_end_in_time(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(module.time, "perf_counter", lambda: clock[0])
     pace.record(2, 2, 0.06)
     scheduler: Any = types.SimpleNamespace(pace=pace, running=[types.SimpleNamespace(is_stream=True)] * 2, stepped_at=0.0)
+    scheduler.due = functools.partial(module.Scheduler.due, scheduler)
 
     def step() -> None:
         clock[0] += 0.09
@@ -8233,9 +8271,10 @@ def test_steps_beside_a_batch_end_in_time(monkeypatch: pytest.MonkeyPatch) -> No
             clock[0] += 0.08 if number % 12 == 11 else 0.03
             assert aside.pause()
 
-    aside = module.Aside(lambda seconds: module.Scheduler.due(scheduler, seconds), step)
+    nobody: Any = types.SimpleNamespace(cancelled=False)
+    aside = module.Aside(nobody, scheduler, step)
     for _ in range(3):
-        aside.run(batch, lambda: True)
+        aside.run(batch, [nobody])
     late = [gap for gap in gaps if gap > module.Pace.ASIDE * 0.06 + 1e-9]
     assert len(late) <= 2 and statistics.median(gaps) > 3.2 * 0.06, (late, gaps[:20])
 
@@ -9097,11 +9136,11 @@ def test_kernel_that_crashes_is_found_before_any_model_loads_and_left_out(serve:
 
 def test_input_that_must_be_whole_is_so_after_an_abort_too() -> None:
     nobody: Any = None
-    embedder = module.Embedder(nobody, nobody, nobody)
+    embedder = module.Embedder(nobody, nobody)
     vars(embedder)["context"] = types.SimpleNamespace(whole=True, batch_tokens=512, n_seq=4)
     long, short = list[Any](types.SimpleNamespace(pending=size, n_tokens=size, row=row) for size, row in ((900, 0), (100, -1)))
     embedder.reading.append(long)
-    embedder.unread.append(short)
+    embedder.jobs.append(types.SimpleNamespace(unread=deque([short])))  # type: ignore[arg-type]
     assert embedder.plan() == [(long, 900)]
 
 
@@ -15822,7 +15861,7 @@ def test_clock_that_runs_backwards_changes_nothing_but_dates(serve: Serve, model
 
 DATES = {  # who may ask for the time of day: what becomes a date that people or clients read, or is compared with a file's
     "_bytecode_prefix", "Lease.wait", "Lease.__exit__", "Service.__init__", "Dialect.__init__",
-    "Ollama._document", "answer_ps", "retry_after", "PrefixFiles._make_room", "PrefixFiles._remove_stale",
+    "Ollama._document", "answer_ps", "retry_after",
 }  # fmt: skip
 
 
