@@ -12225,7 +12225,8 @@ PROBE_PROMPT = "Once upon a time there was a small server that could tell storie
 def command_probe(args: argparse.Namespace) -> int:
     """Loads a model, generates, and says how it went."""
     check_packages()
-    args.cache_disk = 0  # the prompt that an earlier probe kept would be read in no time
+    # the prompt that an earlier probe kept would be read in no time
+    args.settings = replace(args.settings, engine={**args.settings.engine, "cache_disk": 0})
     args.model = fetch_named(args.model)
     service = make_service(args)
     with contextlib.closing(service):
