@@ -7716,7 +7716,7 @@ class Residents:
         self._metrics.meter(entry.info.id).moved(entry.state, state)
         entry.state, entry.worker, entry.starting, entry.error = state, worker, None, error
         if not entry.in_memory:
-            entry.departures += 1
+            entry.departures, entry.keep_alive = entry.departures + 1, None
             for load in [e.load for e in self.entries.values() if e.load]:
                 load.crowded = ""
         self.changed.notify_all()
@@ -7904,7 +7904,7 @@ class Residents:
         """An unload's thread; takes the condition to say that it is over."""
         worker.stop()
         with self.changed:
-            entry.keep_alive, entry.ends = None, False
+            entry.ends = False
             self.move(entry, "unloaded")
 
     def manage(self) -> None:
@@ -8250,9 +8250,9 @@ class ModelTable:
                 raise Overloaded(again or first[0].error or "")
 
     def keep(self, id: str, seconds: float) -> None:
-        """How long this model stays when nobody uses it, until it is unloaded; 0: it goes as soon as it is idle."""
+        """How long this model, if it is in memory, stays there when nobody uses it; 0: it goes as soon as it is idle."""
         with self._changed:
-            if entry := self._residents.entries.get(id):
+            if (entry := self._residents.entries.get(id)) and entry.in_memory:
                 entry.keep_alive = seconds
                 self._changed.notify_all()
 
@@ -18367,8 +18367,9 @@ class Pull:
             raise InvalidRequest(f"'{printable(url)}' does not name a .gguf file", "model")
         with contextlib.closing((yield from self.get(url, {}))) as response:
             length, etag = response.headers.get("Content-Length") or "", response.headers.get("ETag") or ""
-            start = self.read(response)
-        if not start.startswith(b"GGUF") or not re.fullmatch(r"\d{1,15}", length):
+            with connection_errors():
+                start = response.read(4)
+        if start != b"GGUF" or not re.fullmatch(r"\d{1,15}", length):
             raise PullFailed(f"what {printable(url)} gives is no GGUF file, or of unknown size")
         file = RemoteFile(name, url, int(length), etag="" if etag.startswith("W/") else etag)
         path = os.path.join(os.path.abspath(self._folder), name)

@@ -12755,6 +12755,10 @@ def test_ollama_generate_refuses_by_name(server: Server, body: dict[str, Any], w
 
 def test_ollama_keep_alive_holds_for_its_model_alone(serve: Serve, models: Path) -> None:
     server = serve("--models-dir", models)
+    assert [d["done_reason"] for d in post_lines(server, "/api/generate", {"model": "dice", "keep_alive": 0})] == ["unload"]
+    ollama_chat(server, model="dice", options={"num_predict": 1})
+    assert [m["model"] for m in server.get("/api/ps").json()["models"]] == ["dice:latest"]  # it was not there to be let go
+    server.post("/api/models/dice/unload")
     (begun,) = post_lines(server, "/api/generate", {"keep_alive": -1})
     assert begun["done_reason"] == "load" and server.status("recital")["loaded"]
     assert [m["name"] for m in server.get("/api/ps").json()["models"]] == ["recital:latest"]
