@@ -8363,14 +8363,15 @@ class Service:
         let go if it is not to be kept. Raises ApiError (before Queued: the request never began; after: it broke off) or
         Cancelled. Closing the iterator, like `cancel`, stops the engine's work on it.
         """
-        if request.keep == 0 and not any(getattr(request, name, None) for name in ("prompts", "messages", "infill", "inputs")):
+        asks = any(getattr(request, name, None) for name in ("prompts", "messages", "infill", "inputs"))
+        if request.keep == 0 and not asks:
             id = self.table.resolve(request.model)
             self.table.keep(id, 0)
             yield from (Queued(id), ChoiceEnd(0, "unload"), Usage())
             return
         if isinstance(request, GenerateRequest):  # what is wrong is told before a model is loaded for it
             request = self._shown(request, cancel)
-            request = with_builtins(request, self.tools) if request.builtins else request
+            request = with_builtins(request, self.tools) if request.builtins and asks else request
             if request.messages is not None:
                 self.helpers.warm()
         use = "generate" if isinstance(request, GenerateRequest) else "embed" if request.query is None else "rank"
@@ -12802,25 +12803,27 @@ def generate_lines(args: argparse.Namespace, source: TextSource, sampling: dict[
     # as many at once as the engine batches, and as many that wait for it
     answers: queue.Queue[queue.SimpleQueue[dict[str, Any]] | None] = queue.Queue(2 * (args.parallel or EngineOptions.parallel))
 
+    first = Reply()  # what is waited for on a terminal
+
     def read() -> None:
-        for prompt in prompt_lines(args):
+        for index, prompt in enumerate(prompt_lines(args)):
             answer: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
             answers.put(answer)
-            threading.Thread(target=work, args=(prompt, answer), daemon=True).start()
+            threading.Thread(target=work, args=(prompt, answer, Reply() if index else first), daemon=True).start()
         answers.put(None)
 
-    def work(prompt: str | ApiError, answer: queue.SimpleQueue[dict[str, Any]]) -> None:
+    def work(prompt: str | ApiError, answer: queue.SimpleQueue[dict[str, Any]], reply: Reply) -> None:
         try:
             if isinstance(prompt, ApiError):
                 raise prompt
-            answer.put(generated(source, generate_body(args, source, prompt, sampling), Reply()))
+            answer.put(generated(source, generate_body(args, source, prompt, sampling), reply))
         except Exception as error:  # a thread's border: the line's reader must hear something
             log.debug("a line failed", exc_info=True)
             answer.put((error if isinstance(error, ApiError) else ApiError(f"{type(error).__name__}: {error}")).document())
 
     failed = cut = tokens = 0
     began = time.monotonic()
-    line = waiting_line(source, Reply())
+    line = waiting_line(source, first)
     if sys.stdin.isatty():
         line.clear()  # it would be drawn over what is being typed
     note_keyboard()
