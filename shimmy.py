@@ -590,8 +590,13 @@ breakers = strings(MAX_BREAKERS, MAX_BREAKER, "bytes")
 
 
 def texts(name: str, value: Any) -> tuple[str, ...]:
-    """Accepts a list of texts; empty ones are left out."""
-    return tuple(filter(None, (a_string(name, text) for text in a_list(name, value))))
+    """Accepts a list of texts."""
+    return tuple(a_string(name, text) for text in a_list(name, value))
+
+
+def some_texts(name: str, value: Any) -> tuple[str, ...]:
+    """The same; empty ones are left out."""
+    return tuple(filter(None, texts(name, value)))
 
 
 DURATION = re.compile(r"(-?)((?:\d{1,9}(?:\.\d{1,9})?(?:ns|us|µs|ms|s|m|h|d))+|\d{1,9}(?:\.\d{1,9})?)")
@@ -1423,7 +1428,7 @@ class Preset:
     engine: Mapping[str, Any] = field(default_factory=dict)  # by field of EngineOptions
     sampling: Mapping[str, Any] = field(default_factory=dict)  # by field of Sampling
     system: str = ""  # the system message of chats without one
-    aliases: tuple[str, ...] = param(texts, "patterns of names that mean the model", (), also="a alias")
+    aliases: tuple[str, ...] = param(some_texts, "patterns of names that mean the model", (), also="a alias")
     preload: bool = param(boolean, "load the model at once", False, also="load_on_startup")
     keep_alive: float | None = param(duration, "unload the model when idle for so long")
     manifest: str = field(default="", repr=False, compare=False)  # the path by which Ollama knows the model
@@ -3225,7 +3230,7 @@ class EngineOptions:
     n_cpu_moe: int | None = param(whole(0, 4096), "layers whose experts stay on the CPU (default: as few as fit)", also="ncmoe")
     override_tensor: tuple[tuple[str, str], ...] = param(overrides, "tensors whose names match go to a device (repeatable)", (),
                                                          action="append", metavar="PATTERN=DEVICE", also="ot")  # fmt: skip
-    device: tuple[str, ...] | None = param(texts, "devices to use, by commas, as diag names them; none: the CPU alone",
+    device: tuple[str, ...] | None = param(some_texts, "devices to use, by commas, as diag names them; none: the CPU alone",
                                            metavar="LIST", also="dev")  # fmt: skip
     main_gpu: int | None = param(whole(0, 64), "the GPU to use alone, by its number among those used", also="mg")
     tensor_split: tuple[float, ...] | None = param(shares, "how to share the layers out over the GPUs", metavar="A,B", also="ts")

@@ -17466,6 +17466,7 @@ REFUSED_COMMANDS: dict[str, tuple[tuple[str, ...], dict[str, str], int, tuple[st
     "--bind ::1::x": (("serve", "--bind", "::1::x"), {}, 2, ("--bind",)),
     "--bind with a port of its own": (("serve", "--bind", "127.0.0.1:70000"), {}, 2, ("--bind: '70000' is no whole number",)),
     "--lora none.gguf": (("serve", "--lora", "none.gguf"), {}, 2, ("none.gguf",)),
+    "--lora of nothing": (("serve", "--lora", ""), {}, 2, ("--lora", "no such file")),
     "--tools none.py": (("serve", "--tools", "none.py"), {}, 2, ("none.py",)),
     "--schema none.json": (("generate", "--schema", "none.json", "--prompt", "x"), {}, 2, ("none.json",)),
     "an empty key": (("serve", "--api-key", ""), {}, 2, ("--api-key",)),
