@@ -590,8 +590,13 @@ breakers = strings(MAX_BREAKERS, MAX_BREAKER, "bytes")
 
 
 def texts(name: str, value: Any) -> tuple[str, ...]:
-    """Accepts a list of texts; empty ones are left out."""
-    return tuple(filter(None, (a_string(name, text) for text in a_list(name, value))))
+    """Accepts a list of texts."""
+    return tuple(a_string(name, text) for text in a_list(name, value))
+
+
+def some_texts(name: str, value: Any) -> tuple[str, ...]:
+    """The same; empty ones are left out."""
+    return tuple(filter(None, texts(name, value)))
 
 
 DURATION = re.compile(r"(-?)((?:\d{1,9}(?:\.\d{1,9})?(?:ns|us|µs|ms|s|m|h|d))+|\d{1,9}(?:\.\d{1,9})?)")
@@ -1423,7 +1428,7 @@ class Preset:
     engine: Mapping[str, Any] = field(default_factory=dict)  # by field of EngineOptions
     sampling: Mapping[str, Any] = field(default_factory=dict)  # by field of Sampling
     system: str = ""  # the system message of chats without one
-    aliases: tuple[str, ...] = param(texts, "patterns of names that mean the model", (), also="a alias")
+    aliases: tuple[str, ...] = param(some_texts, "patterns of names that mean the model", (), also="a alias")
     preload: bool = param(boolean, "load the model at once", False, also="load_on_startup")
     keep_alive: float | None = param(duration, "unload the model when idle for so long")
     manifest: str = field(default="", repr=False, compare=False)  # the path by which Ollama knows the model
@@ -3225,7 +3230,7 @@ class EngineOptions:
     n_cpu_moe: int | None = param(whole(0, 4096), "layers whose experts stay on the CPU (default: as few as fit)", also="ncmoe")
     override_tensor: tuple[tuple[str, str], ...] = param(overrides, "tensors whose names match go to a device (repeatable)", (),
                                                          action="append", metavar="PATTERN=DEVICE", also="ot")  # fmt: skip
-    device: tuple[str, ...] | None = param(texts, "devices to use, by commas, as diag names them; none: the CPU alone",
+    device: tuple[str, ...] | None = param(some_texts, "devices to use, by commas, as diag names them; none: the CPU alone",
                                            metavar="LIST", also="dev")  # fmt: skip
     main_gpu: int | None = param(whole(0, 64), "the GPU to use alone, by its number among those used", also="mg")
     tensor_split: tuple[float, ...] | None = param(shares, "how to share the layers out over the GPUs", metavar="A,B", also="ts")
@@ -7716,7 +7721,7 @@ class Residents:
         self._metrics.meter(entry.info.id).moved(entry.state, state)
         entry.state, entry.worker, entry.starting, entry.error = state, worker, None, error
         if not entry.in_memory:
-            entry.departures += 1
+            entry.departures, entry.keep_alive = entry.departures + 1, None
             for load in [e.load for e in self.entries.values() if e.load]:
                 load.crowded = ""
         self.changed.notify_all()
@@ -7904,7 +7909,7 @@ class Residents:
         """An unload's thread; takes the condition to say that it is over."""
         worker.stop()
         with self.changed:
-            entry.keep_alive, entry.ends = None, False
+            entry.ends = False
             self.move(entry, "unloaded")
 
     def manage(self) -> None:
@@ -8250,9 +8255,9 @@ class ModelTable:
                 raise Overloaded(again or first[0].error or "")
 
     def keep(self, id: str, seconds: float) -> None:
-        """How long this model stays when nobody uses it, until it is unloaded; 0: it goes as soon as it is idle."""
+        """How long this model, if it is in memory, stays there when nobody uses it; 0: it goes as soon as it is idle."""
         with self._changed:
-            if entry := self._residents.entries.get(id):
+            if (entry := self._residents.entries.get(id)) and entry.in_memory:
                 entry.keep_alive = seconds
                 self._changed.notify_all()
 
@@ -8363,14 +8368,15 @@ class Service:
         let go if it is not to be kept. Raises ApiError (before Queued: the request never began; after: it broke off) or
         Cancelled. Closing the iterator, like `cancel`, stops the engine's work on it.
         """
-        if request.keep == 0 and not any(getattr(request, name, None) for name in ("prompts", "messages", "infill", "inputs")):
+        asks = any(getattr(request, name, None) for name in ("prompts", "messages", "infill", "inputs"))
+        if request.keep == 0 and not asks:
             id = self.table.resolve(request.model)
             self.table.keep(id, 0)
             yield from (Queued(id), ChoiceEnd(0, "unload"), Usage())
             return
         if isinstance(request, GenerateRequest):  # what is wrong is told before a model is loaded for it
             request = self._shown(request, cancel)
-            request = with_builtins(request, self.tools) if request.builtins else request
+            request = with_builtins(request, self.tools) if request.builtins and asks else request
             if request.messages is not None:
                 self.helpers.warm()
         use = "generate" if isinstance(request, GenerateRequest) else "embed" if request.query is None else "rank"
@@ -12803,25 +12809,27 @@ def generate_lines(args: argparse.Namespace, source: TextSource, sampling: dict[
     # as many at once as the engine batches, and as many that wait for it
     answers: queue.Queue[queue.SimpleQueue[dict[str, Any]] | None] = queue.Queue(2 * (args.parallel or EngineOptions.parallel))
 
+    first = Reply()  # what is waited for on a terminal
+
     def read() -> None:
-        for prompt in prompt_lines(args):
+        for index, prompt in enumerate(prompt_lines(args)):
             answer: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
             answers.put(answer)
-            threading.Thread(target=work, args=(prompt, answer), daemon=True).start()
+            threading.Thread(target=work, args=(prompt, answer, Reply() if index else first), daemon=True).start()
         answers.put(None)
 
-    def work(prompt: str | ApiError, answer: queue.SimpleQueue[dict[str, Any]]) -> None:
+    def work(prompt: str | ApiError, answer: queue.SimpleQueue[dict[str, Any]], reply: Reply) -> None:
         try:
             if isinstance(prompt, ApiError):
                 raise prompt
-            answer.put(generated(source, generate_body(args, source, prompt, sampling), Reply()))
+            answer.put(generated(source, generate_body(args, source, prompt, sampling), reply))
         except Exception as error:  # a thread's border: the line's reader must hear something
             log.debug("a line failed", exc_info=True)
             answer.put((error if isinstance(error, ApiError) else ApiError(f"{type(error).__name__}: {error}")).document())
 
     failed = cut = tokens = 0
     began = time.monotonic()
-    line = waiting_line(source, Reply())
+    line = waiting_line(source, first)
     if sys.stdin.isatty():
         line.clear()  # it would be drawn over what is being typed
     note_keyboard()
@@ -18368,8 +18376,9 @@ class Pull:
             raise InvalidRequest(f"'{printable(url)}' does not name a .gguf file", "model")
         with contextlib.closing((yield from self.get(url, {}))) as response:
             length, etag = response.headers.get("Content-Length") or "", response.headers.get("ETag") or ""
-            start = self.read(response)
-        if not start.startswith(b"GGUF") or not re.fullmatch(r"\d{1,15}", length):
+            with connection_errors():
+                start = response.read(4)
+        if start != b"GGUF" or not re.fullmatch(r"\d{1,15}", length):
             raise PullFailed(f"what {printable(url)} gives is no GGUF file, or of unknown size")
         file = RemoteFile(name, url, int(length), etag="" if etag.startswith("W/") else etag)
         path = os.path.join(os.path.abspath(self._folder), name)
