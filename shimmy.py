@@ -6375,7 +6375,10 @@ class Intake:
             else:
                 yield from self._look_at(pictures_of(job), submission)
                 prompt, constraint = self._prompt(job), job.sampling.constraint
-                if constraint is None or read_soon(constraint.grammar):
+                soon = constraint is None
+                with contextlib.suppress(InvalidRequest):  # Grammar says it, with the request's field
+                    soon = constraint is None or read_soon(constraint.grammar)
+                if soon:
                     self._begin(submission, prompt)
                 else:
                     self._grammars.put((submission, prompt))
@@ -6974,7 +6977,9 @@ def drop_what_stderr_has_no_room_for() -> None:
     """
     with contextlib.suppress(OSError):
         if sys.platform == "linux" and not stat.S_ISREG(os.fstat(2).st_mode):
-            os.dup2(os.open("/proc/self/fd/2", os.O_WRONLY | os.O_NOCTTY | os.O_NONBLOCK), 2)
+            opened = os.open("/proc/self/fd/2", os.O_WRONLY | os.O_NOCTTY | os.O_NONBLOCK)
+            os.dup2(opened, 2)
+            os.close(opened)
 
 
 def _receive(pipe: Pipe, ready: queue.SimpleQueue[Intake]) -> None:
@@ -7842,7 +7847,7 @@ class Residents:
                 entry.servers = tuple(s for s in entry.servers if s in worker.loaded.servers)
                 self.move(entry, "loaded", worker)
                 if not worker.alive:
-                    self.move(entry, "failed", error=worker.fault.reason)
+                    self.move(entry, "failed", error=worker.fault.reason or "it was unloaded while it loaded")
                 if load.asked == asked:  # else it was asked for with other options meanwhile
                     self._end_load(entry)
             elif error and cause == "room" and others:
