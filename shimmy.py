@@ -6375,10 +6375,7 @@ class Intake:
             else:
                 yield from self._look_at(pictures_of(job), submission)
                 prompt, constraint = self._prompt(job), job.sampling.constraint
-                soon = constraint is None
-                with contextlib.suppress(InvalidRequest):  # Grammar says it, with the request's field
-                    soon = constraint is None or read_soon(constraint.grammar)
-                if soon:
+                if constraint is None or read_soon(constraint.grammar):
                     self._begin(submission, prompt)
                 else:
                     self._grammars.put((submission, prompt))
@@ -7428,13 +7425,15 @@ class Worker:
         with contextlib.suppress(Exception):
             self.process.wait(2.0)
         status = self.process.returncode
-        cause = "memory" if status == -KILLED else "crash" if has_crashed(status) else ""
+        how, cause = ending(status), "memory" if status == -KILLED else "crash" if has_crashed(status) else ""
+        if status is None:  # its pipe is closed, and its memory takes long to go: that tells nothing
+            how, cause = "it closed its pipe", ""
         with self._lock:
             if self._ended.is_set():
                 return
             self._running = self.cells = 0
             if not self.fault.reason:
-                self.fault = LoadFailed(f"the engine process ended ({ending(status)})", "" if self._stopping else cause)
+                self.fault = LoadFailed(f"the engine process ended ({how})", "" if self._stopping else cause)
             self._ended.set()
             self._settled.set()
         if self._serving and not self._stopping:  # of a load the ladder tells
