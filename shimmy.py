@@ -6979,7 +6979,9 @@ def drop_what_stderr_has_no_room_for() -> None:
     """
     with contextlib.suppress(OSError):
         if sys.platform == "linux" and not stat.S_ISREG(os.fstat(2).st_mode):
-            os.dup2(os.open("/proc/self/fd/2", os.O_WRONLY | os.O_NOCTTY | os.O_NONBLOCK), 2)
+            opened = os.open("/proc/self/fd/2", os.O_WRONLY | os.O_NOCTTY | os.O_NONBLOCK)
+            os.dup2(opened, 2)
+            os.close(opened)
 
 
 def _receive(pipe: Pipe, ready: queue.SimpleQueue[Intake]) -> None:
@@ -7428,13 +7430,15 @@ class Worker:
         with contextlib.suppress(Exception):
             self.process.wait(2.0)
         status = self.process.returncode
-        cause = "memory" if status == -KILLED else "crash" if has_crashed(status) else ""
+        how, cause = ending(status), "memory" if status == -KILLED else "crash" if has_crashed(status) else ""
+        if status is None:  # its pipe is closed, and its memory takes long to go: that tells nothing
+            how, cause = "it closed its pipe", ""
         with self._lock:
             if self._ended.is_set():
                 return
             self._running = self.cells = 0
             if not self.fault.reason:
-                self.fault = LoadFailed(f"the engine process ended ({ending(status)})", "" if self._stopping else cause)
+                self.fault = LoadFailed(f"the engine process ended ({how})", "" if self._stopping else cause)
             self._ended.set()
             self._settled.set()
         if self._serving and not self._stopping:  # of a load the ladder tells
@@ -7847,7 +7851,7 @@ class Residents:
                 entry.servers = tuple(s for s in entry.servers if s in worker.loaded.servers)
                 self.move(entry, "loaded", worker)
                 if not worker.alive:
-                    self.move(entry, "failed", error=worker.fault.reason)
+                    self.move(entry, "failed", error=worker.fault.reason or "it was unloaded while it loaded")
                 if load.asked == asked:  # else it was asked for with other options meanwhile
                     self._end_load(entry)
             elif error and cause == "room" and others:
