@@ -50,7 +50,7 @@ Part II is a library that knows no request, route or model in memory. Each head 
     E.1  JSON schemas                 340  a client's schema, read and checked
     E.2  Shapes                       640  its normal form: meet, union, not
     E.3  Grammars                     600  its documents, and calls, as symbols
-    F    Pull                         640  from a hub or any address into the cache
+    F    Pull                         650  from a hub or any address into the cache
     G    Page                         950  the chat page at /
 
 Three seams. What the client speaks: a Dialect reads bodies and makes documents, an Exchange sends them. What the model writes:
@@ -4058,7 +4058,7 @@ class Llama:
         self.looks_both_ways = kind in EMBEDDERS or self.metadata(f"{kind}.attention.causal") == "false"
         self.vocab = Vocabulary(self.c, self.model, numpy)
         # of grammars, pickled: the threads that read them make their machines, the step loop alone works with those
-        self.machine = functools.lru_cache(maxsize=12)(
+        self.machine = functools.lru_cache(maxsize=8)(
             lambda grammar: Machine(pickle.loads(grammar), self.vocab))  # noqa: S301  # nosec B301  # we have pickled it
         self.cuttable = not (self.c.llama_model_is_recurrent(self.model) or self.c.llama_model_is_hybrid(self.model))
         self.drafts = self.options.spec == "lookup" and self.cuttable and not self.embedding  # else none can be taken back
@@ -9804,7 +9804,8 @@ class OllamaPull(Dialect):
         now, whole = time.monotonic(), event.completed == event.total
         if whole or now - self._told >= self.EVENT_SECONDS:
             self._told = now
-            file = {"digest": f"sha256:{event.digest}", "total": event.total, "completed": event.completed}
+            kind = "sha1" if len(event.digest) == 40 else "sha256"
+            file = {"digest": f"{kind}:{event.digest}", "total": event.total, "completed": event.completed}
             yield {"status": event.status} | (file if event.total else {})
 
 
@@ -17967,7 +17968,7 @@ class RemoteFile:
     name: str  # its path in the repository, or the address's last part
     url: str
     size: int
-    digest: str = ""  # SHA-256; "": nobody tells
+    digest: str = ""  # SHA-256, or git's SHA-1 of a file that is stored plainly; "": nobody tells
     etag: str = ""  # what an address says in place of a digest
 
 
@@ -18342,9 +18343,10 @@ class Pull:
             if not re.fullmatch(r"[0-9a-f]{40}", self._commit):
                 raise ValueError("no commit")
             for sibling in document["siblings"]:
-                name, size, digest = sibling["rfilename"], sibling.get("size"), (sibling.get("lfs") or {}).get("sha256") or ""
+                name, size = sibling["rfilename"], sibling.get("size")
+                digest = (sibling.get("lfs") or {}).get("sha256") or sibling.get("blobId") or ""
                 sane = is_safe_name(name) and isinstance(size, int) and 0 <= size < MAX_REMOTE_FILE
-                if sane and re.fullmatch(r"[0-9a-f]{64}", digest):
+                if sane and re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", digest):
                     url = f"{self._hub}/{repo}/resolve/{self._commit}/{urllib.parse.quote(name)}"
                     files.append(RemoteFile(name, url, size, digest))
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
@@ -18426,7 +18428,8 @@ class Download:
                     yield from self._complete(part)
                 if self.file.digest and self._hash.hexdigest() != self.file.digest:
                     os.remove(self.partial)
-                    raise self._failure("its SHA-256 is wrong, so it was removed; pull it again")
+                    what = "SHA-256" if len(self.file.digest) == 64 else "checksum"
+                    raise self._failure(f"its {what} is wrong, so it was removed; pull it again")
                 os.replace(self.partial, self._blob)
             self._link()
         self._have = self.file.size
@@ -18479,7 +18482,9 @@ class Download:
 
         if part:
             part.truncate(0)
-        self._hash, self._have = hashlib.sha256(), 0
+        git = len(self.file.digest) == 40
+        self._hash = hashlib.sha1(b"blob %d\0" % self.file.size, usedforsecurity=False) if git else hashlib.sha256()
+        self._have = 0
 
     def _count(self, chunk: bytes) -> Fetching:
         self._hash.update(chunk)

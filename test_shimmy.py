@@ -16793,7 +16793,7 @@ class FakeHub:
         self.cuts: list[float] = []  # each download ends at this part of the file
         self.answers: list[tuple[int, dict[str, str]]] = []  # what the next requests get instead
         self.token = self.error_code = ""
-        self.gated = self.ignores_range = self.spoils = False
+        self.gated = self.ignores_range = self.spoils = self.plain = False
         self.hold = threading.Event()  # downloads wait in their middle until it is set
         self.hold.set()
         self.seen: list[tuple[str, str, dict[str, str]]] = []  # whose port, path, headers
@@ -16856,7 +16856,9 @@ class FakeHub:
         siblings: list[dict[str, Any]] = [{"rfilename": "README.md", "size": 3, "blobId": "1" * 40}]
         for name, data in self.files.items():
             size, digest = self.sizes.get(name, len(data)), hashlib.sha256(data).hexdigest()
-            siblings.append({"rfilename": name, "size": size, "blobId": "2" * 40, "lfs": {"sha256": digest, "size": size}})
+            plain = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+            sibling = {"rfilename": name, "size": size, "blobId": plain if self.plain else "2" * 40}
+            siblings.append(sibling | ({} if self.plain else {"lfs": {"sha256": digest, "size": size}}))
         siblings += [{"rfilename": n, "size": 1, "lfs": {"sha256": "a" * 64}} for n in self.names]
         return {"sha": COMMIT, "siblings": siblings}
 
@@ -17107,10 +17109,13 @@ def test_pull_that_is_cancelled_reads_no_more_of_its_part_and_keeps_no_connectio
         assert pulling._socket is None
 
 
-def test_pull_removes_what_has_the_wrong_checksum(hub: FakeHub, tmp_path: Path) -> None:
-    hub.spoils = True
-    assert_failed_last(pull(REPO_NAME, home=tmp_path, env=hub.env), "SHA-256 is wrong")
+@cases("plain, said", {"large": (False, "SHA-256 is wrong"), "stored in git plainly": (True, "checksum is wrong")})
+def test_pull_removes_what_has_the_wrong_checksum(plain: bool, said: str, hub: FakeHub, tmp_path: Path) -> None:
+    hub.plain, hub.spoils = plain, True
+    assert_failed_last(pull(REPO_NAME, home=tmp_path, env=hub.env), said)
     assert list((cache(tmp_path) / "blobs").iterdir()) == [] and not (cache(tmp_path) / "refs").exists()
+    hub.spoils = False
+    assert pull(REPO_NAME, home=tmp_path, env=hub.env).returncode == 0
 
 
 def test_pull_waits_as_long_as_a_busy_hub_asks_for(hub: FakeHub, tmp_path: Path) -> None:
